@@ -1,0 +1,42 @@
+# Every target creates .venv and installs what it needs; only Python 3.12, git and make must be there.
+PYTHON ?= python3.12
+VENV ?= .venv
+BIN := $(VENV)/bin
+GROUPS ?= --group test --group lint
+EXTRAS ?= plot
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
+# The accelerators of a development machine are no part of the tests.
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-long test-floor lint bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/train_charlm.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/.installed
+	$(BIN)/python -m pytest -m long
+
+# The oldest supported releases of everything that pyproject names.
+test-floor:
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet uv
+	.venv-floor/bin/uv pip install --quiet --python .venv-floor/bin/python --resolution lowest-direct -e ".[$(EXTRAS)]" --group test
+	.venv-floor/bin/python -m pytest -m "not long"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m ensurepip --default-pip > /dev/null
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(INSTALL) -e ".[$(EXTRAS)]" $(GROUPS)
+	touch $@
+
+clean:
+	rm -rf .venv .venv-floor build dist site .mypy_cache .ruff_cache .demo

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modules of a model with all the paths that reach each.
+
+`nnx.iter_modules` yields one path a module; a rule has to match by any of them
+(`self.first = self.layers[0]`), and has to know which modules are containers.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ..rules.paths import Path
+from . import capture, swap
+
+# A module shared by very many parents is known by its first paths only.
+_MAX_PATHS = 64
+_CONTAINERS = (nnx.List, nnx.Dict)
+
+
+@dataclasses.dataclass
+class ModuleEntry:
+    """One module of a model.
+
+    Attributes:
+        module: The instance.
+        paths: Every path from the root, the one nnx would give first.
+        class_names: Names of its class and the bases a user knows.
+        container: Holds modules and computes nothing (`nnx.List`, `nnx.Dict`).
+    """
+
+    module: Any
+    paths: list[Path]
+    class_names: tuple[str, ...]
+    container: bool
+
+    @property
+    def path(self) -> Path:
+        """The first path."""
+        return self.paths[0]
+
+
+def modules_of(model: Any) -> list[ModuleEntry]:
+    """All modules reachable from `model`, itself first, in attribute order.
+
+    Args:
+        model: An nnx module, or any pytree that holds modules; concrete or abstract.
+    """
+    entries: dict[int, ModuleEntry] = {}
+    _visit(model, (), (), entries)
+    return list(entries.values())
+
+
+def _visit(value: Any, path: Path, above: tuple[int, ...], entries: dict[int, ModuleEntry]) -> None:
+    if id(value) in above:  # a module that refers to its parent: the path would go on for ever
+        return
+    if isinstance(value, nnx.Pytree):
+        if isinstance(value, nnx.Module) and not _add(value, path, entries):
+            return
+        children = list(capture.node_content(value).items())
+    elif isinstance(value, dict):
+        children = list(value.items())
+    elif isinstance(value, list | tuple):
+        children = list(enumerate(value))
+    else:
+        return
+    for key, child in children:
+        if isinstance(child, nnx.Variable | jax.Array | str | int | float) or child is None:
+            continue
+        if isinstance(key, str) and key.startswith("_pytree__"):
+            continue
+        _visit(child, (*path, key), (*above, id(value)), entries)
+
+
+def _add(module: nnx.Module, path: Path, entries: dict[int, ModuleEntry]) -> bool:
+    """Note a path; False where the module needs no second look."""
+    entry = entries.get(id(module))
+    if entry is None:
+        cls = swap.base_class(type(module))
+        names = tuple(base.__name__ for base in cls.__mro__ if base is not object)
+        entries[id(module)] = ModuleEntry(module, [path], names, is_container(cls))
+        return True
+    if len(entry.paths) >= _MAX_PATHS:
+        return False
+    entry.paths.append(path)
+    return True
+
+
+def is_container(cls: type) -> bool:
+    """nnx's own containers, and subclasses that add no call."""
+    return issubclass(cls, _CONTAINERS) and not any("__call__" in vars(base) for base in cls.__mro__)
+

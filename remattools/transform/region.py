@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rematerialised call: any arguments in, the plain call's effects out.
+
+Sits on `capture`; `swap` and `decorator` call it. Facts that shaped it:
+
+-   JAX caches the trace of a checkpointed function by the function object, the
+    tree structure and the avals of its arguments. So one function object serves
+    all blocks, and everything static (spec of the module, method, strings, bools)
+    rides in the tree structure: 96 equal layers are traced once.
+-   `nnx.remat` writes a model back that it closed over, which destroys it under
+    every other transform. Here only edits come back; an untouched model is not
+    written to.
+-   Without a tracer among the arguments nothing is differentiated, and the plain
+    method runs: eager decoding may look at concrete values as it always could.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ..rules.rule import Remat
+from . import capture as cap
+from . import names
+
+# A target is how a region finds the code to run: `target(*args, **kwargs)`, where the first of `args` may be the
+# rebuilt module. It must be hashable and compare by value.
+Target = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What a trace depends on besides the arrays' shapes; the aux data of `_Inputs`."""
+
+    target: Target
+    action: Remat
+    spec: Any
+    # A fresh object where the trace may not be shared, else None.
+    token: object
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.target, self.action, self.spec, self.token))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class _Inputs:
+    """Arrays of a call, with all else as the tree structure."""
+
+    leaves: list[Any]
+    static: _Static
+
+    def tree_flatten(self) -> tuple[list[Any], _Static]:
+        return self.leaves, self.static
+
+    @classmethod
+    def tree_unflatten(cls, static: _Static, leaves: Any) -> "_Inputs":
+        return cls(list(leaves), static)
+
+
+@dataclasses.dataclass(eq=False)
+class _Effects:
+    """What the call did and returned but for the arrays; hashes by identity, JAX never compares it."""
+
+    edits: tuple[cap.Edit, ...]
+    out: Any
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class _Outputs:
+    leaves: list[Any]
+    effects: _Effects
+
+    def tree_flatten(self) -> tuple[list[Any], _Effects]:
+        return self.leaves, self.effects
+
+    @classmethod
+    def tree_unflatten(cls, effects: _Effects, leaves: Any) -> "_Outputs":
+        return cls(list(leaves), effects)
+
+
+def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run `target(*args, **kwargs)` as one rematerialised region.
+
+    Args:
+        target: Hashable callable; what it returns and changes is what the plain
+            call would.
+        action: What is saved, offloaded and recomputed.
+        args: Any values; arrays and nnx objects inside are traced, everything
+            else stays what it is.
+        kwargs: Likewise.
+    """
+    captured = cap.capture((args, kwargs))
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in captured.leaves):
+        return target(*args, **kwargs)
+    if captured.unshareable is None:
+        run, token = _run, None
+    else:
+        # Own function object: JAX's cache holds it weakly, so that its entry, which may hold arrays, dies with it.
+        run, token = functools.partial(_run), object()
+    static = _Static(target, action, captured.spec, token)
+    outputs = _checkpointed(run, action)(_Inputs(captured.leaves, static))
+    effects = outputs.effects
+    return cap.replay(effects.edits, effects.out, outputs.leaves, captured.objects)
+
+
+def _checkpointed(run: Callable[[_Inputs], _Outputs], action: Remat) -> Callable[[_Inputs], _Outputs]:
+    policy = names.lowered_policy(action)
+    return jax.checkpoint(run, policy=policy, prevent_cse=action.prevent_cse)
+
+
+def _run(inputs: _Inputs) -> _Outputs:
+    """The body of every region; JAX traces it once per distinct structure."""
+    static = inputs.static
+    if not names.needed(static.action):
+        return _body(inputs.leaves, static)
+    # The names are put onto the traced operations, where a pattern can see them all.
+    effects: list[_Effects] = []
+
+    def traced(leaves: list[Any]) -> list[Any]:
+        outputs = _body(leaves, static)
+        effects.append(outputs.effects)
+        return outputs.leaves
+
+    leaves = names.evaluate(traced, inputs.leaves, static.action)
+    return _Outputs(leaves, effects[0])
+
+
+def _body(leaves: list[Any], static: _Static) -> _Outputs:
+    objects: list[Any] = []
+    args, kwargs = cap.rebuild(static.spec, leaves, objects)
+    before = cap.snapshot(objects)
+    if names.needed(static.action):
+        with names.recorded(args, kwargs):
+            out = static.target(*args, **kwargs)
+    else:
+        out = static.target(*args, **kwargs)
+    out_leaves, edits, out_spec = cap.changes(objects, before, out)
+    return _Outputs(out_leaves, _Effects(edits, out_spec))

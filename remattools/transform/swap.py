@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class swap: recompute activations without editing the model's source.
+
+Sits on `region` (one rematerialised call); knows nothing of patterns, files or
+budgets. A matched instance gets a generated subclass of its own class whose
+methods run as regions; the action is a static attribute of the instance.
+Parameter paths, the state tree and `isinstance` stay as they were.
+
+Facts that shaped this file:
+
+-   Special methods are looked up on the type, so an instance attribute would be
+    ignored; and the class is part of nnx's graphdef, so a fresh class on every
+    call would make every jit trace again. One subclass per class and methods, cached.
+-   The action sits on the instance: a class per action would never be collected.
+-   A user's `__init_subclass__`, metaclass or registry must not notice the
+    subclass, so it is created past them; what nnx needs is registered here.
+-   `pickle` finds a class by its name, which the subclass shares with its base: it
+    reduces to its recipe instead, instance and class alike.
+"""
+
+import abc
+import copyreg
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.nnx import graphlib
+
+from ..errors import RuleError, did_you_mean
+from ..rules.rule import Remat
+from . import region
+
+# nnx's containers skip attributes of this prefix when they iterate over themselves.
+_ACTION = "_pytree__remattools"
+_BASE = "_remattools_base"
+_METHODS = "_remattools_methods"
+
+
+
+def swap(module: Any, action: Remat) -> None:
+    """Make the methods of `module` named in `action` rematerialised regions, in place."""
+    check(type(module), action)
+    # Past nnx's __setattr__, which refuses changes on other trace levels and classifies attributes.
+    object.__setattr__(module, _ACTION, action)
+    object.__setattr__(module, "__class__", _subclass(base_class(type(module)), action.methods))
+
+
+def check(cls: type, action: Remat) -> None:
+    """Raise if an instance of `cls` cannot run under `action`."""
+    for name in action.methods:
+        _check_method(base_class(cls), name)
+
+
+def unswap(module: Any) -> None:
+    """Give `module` its own class back; no effect on one that has it."""
+    if is_swapped(type(module)):
+        object.__setattr__(module, "__class__", base_class(type(module)))
+    vars(module).pop(_ACTION, None)
+
+
+def action_of(module: Any) -> Remat | None:
+    """The action `module` runs under, or None."""
+    return vars(module).get(_ACTION) if is_swapped(type(module)) else None
+
+
+def is_swapped(cls: type) -> bool:
+    """Whether `cls` was generated here (rather than derived from such a class by a user)."""
+    return _BASE in cls.__dict__
+
+
+def base_class(cls: type) -> type:
+    """The user's class behind a generated one; any other class itself."""
+    return cls.__dict__[_BASE] if is_swapped(cls) else cls
+
+
+def _check_method(cls: type, name: str) -> None:
+    method = inspect.getattr_static(cls, name, None)
+    if method is not None and callable(getattr(cls, name, None)):
+        function = inspect.unwrap(getattr(cls, name))
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            raise RuleError(
+                what=f"{cls.__qualname__}.{name} is a generator or a coroutine.",
+                why="a region runs a call from start to end; this call hands control back in the middle.",
+                fix="name the method that does the work inside it: Remat(methods=(...,)).",
+            )
+        return
+    own = [key for key, value in methods_of(cls).items() if callable(value)]
+    raise RuleError(
+        what=f"{cls.__qualname__} has no method {name!r}.",
+        why="a region is a method call; without the method nothing would be rematerialised.",
+        fix=f"Remat(methods=({own[0]!r},))." if len(own) == 1 else f"Remat(methods=...): {did_you_mean(name, own)}",
+    )
+
+
+def methods_of(cls: type) -> dict[str, Any]:
+    """Public methods that a user wrote: those of the bases below nnx's own classes."""
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if base.__module__.startswith("flax.nnx.") and base in (nnx.Module, nnx.Pytree, nnx.Object):
+            continue
+        for key, value in vars(base).items():
+            if inspect.isfunction(value) and (not key.startswith("_") or key == "__call__"):
+                found.setdefault(key, value)
+    return found
+
+
+class _Hidden:
+    """First base of generated classes: ends the chain of `__init_subclass__` before the user's."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if _BASE not in cls.__dict__:  # a user derives from a generated class, by `class A(type(model))`
+            super().__init_subclass__(**kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        cls = type(self)
+        if isinstance(reduced, str) or not is_swapped(cls):
+            return reduced
+        function, args, *rest = reduced
+        args = tuple(base_class(cls) if item is cls else item for item in args)
+        return (_revive, (cls.__dict__[_METHODS], function, args), *rest)
+
+
+def _revive(methods: tuple[str, ...], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    instance = function(*args)
+    object.__setattr__(instance, "__class__", _subclass(base_class(type(instance)), methods))
+    return instance
+
+
+def _subclass(base: type, methods: tuple[str, ...]) -> type:
+    return _create(base, tuple(sorted(set(methods))))
+
+
+# Unbounded, since nnx's and JAX's registries keep every class of a model for ever too.
+@functools.cache
+def _create(base: type, methods: tuple[str, ...]) -> type:
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        _BASE: base,
+        _METHODS: methods,
+    }
+    # Past `type(base).__new__`, which may register or refuse; ABCMeta's own is what nnx's metaclass is made of.
+    cls = abc.ABCMeta.__new__(_metaclass(type(base)), base.__name__, (_Hidden, base), namespace)
+    for name in methods:
+        type.__setattr__(cls, name, _region_method(cls, name))
+    _register(cls, base)
+    return cls
+
+
+@functools.cache
+def _metaclass(meta: type) -> type:
+    """A metaclass of ours for each of theirs, only so that pickle finds the reducer below."""
+    own = type.__new__(type(meta), f"Rematerialised{meta.__name__}", (meta,), {})
+    copyreg.pickle(own, _reduce_class)  # type: ignore[arg-type]  # classes are instances of their metaclass
+    return own
+
+
+def _reduce_class(cls: type) -> Any:
+    if not is_swapped(cls):
+        return cls.__qualname__
+    return (_subclass, (base_class(cls), cls.__dict__[_METHODS]))
+
+
+def _register(cls: Any, base: Any) -> None:
+    """What nnx's own `__init_subclass__` does for a class of a user."""
+    graphlib.register_graph_node_type(
+        type=cls,
+        flatten=cls._graph_node_flatten,
+        set_key=cls._graph_node_set_key,
+        pop_key=cls._graph_node_pop_key,
+        create_empty=cls._graph_node_create_empty,
+        clear=cls._graph_node_clear,
+        init=cls._graph_node_init,
+    )
+    if base._pytree__is_pytree:
+        jax.tree_util.register_pytree_with_keys(
+            cls,
+            flatten_with_keys=cls._pytree__flatten_with_paths,
+            unflatten_func=cls._pytree__unflatten,
+            flatten_func=cls._pytree__flatten,
+        )
+
+
+class _Original:
+    """Target of a swapped method: the base class's own, looked up when called."""
+
+    __slots__ = ("implementation", "name", "owner")
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
+        # A method replaced on the class after a trace is another target.
+        self.implementation = inspect.getattr_static(base_class(owner), name)
+
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(super(self.owner, module), self.name)(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Original) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[type, str, int]:
+        return (self.owner, self.name, id(self.implementation))
+
+
+def _region_method(owner: type, name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(base_class(owner), name))
+    def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        action = vars(self).get(_ACTION)
+        target = _Original(owner, name)
+        if action is None or name not in action.methods:
+            return target(self, *args, **kwargs)
+        return region.call(target, action, (self, *args), kwargs)
+
+    return method
