@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from ..errors import RuleError
+from ..rules.paths import format_path
 from ..rules.resolve import Decision, Node, resolve
 from ..rules.rule import Remat, Rules
 from . import swap
@@ -122,3 +123,13 @@ def _node(entry: ModuleEntry) -> Node:
 @functools.lru_cache(maxsize=4096)
 def _methods(cls: type) -> frozenset[str]:
     return frozenset(swap.methods_of(cls))
+
+
+def outermost_sequences(model: Any) -> list[str]:
+    """Patterns for the children of each sequence of modules that lies in no other sequence."""
+    found: dict[str, None] = {}
+    for entry in modules_of(model):
+        indices = [depth for depth, segment in enumerate(entry.path) if isinstance(segment, int)]
+        if len(indices) == 1 and indices[0] == len(entry.path) - 1:
+            found[format_path((*entry.path[:-1], "*"))] = None
+    return list(found)

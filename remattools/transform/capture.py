@@ -35,6 +35,17 @@ _LEAF, _REF, _STATIC, _VARIABLE, _NODE, _LIST, _DICT, _TUPLE, _PYTREE, _STATE = 
 
 _STATE_KEY = "_pytree__state"  # nnx's record of the trace level an object was made at
 
+# While operations are being named (`scopes`), modules carry a subclass and an attribute that no trace may depend on.
+SCOPE_KEY = "_pytree__remattools_scope"
+SCOPE_OF = "_remattools_scope_of"
+
+
+def own_class(value: Any) -> type:
+    """The class of `value` but for the temporary one that names its operations."""
+    kind = type(value)
+    own: type = kind.__dict__.get(SCOPE_OF, kind)
+    return own
+
 
 class _Static:
     """A value that is not traced; compares by its frozen key."""
@@ -121,7 +132,7 @@ class _Walk:
         impl = graphlib.get_node_impl(value)
         if isinstance(impl, graphlib.GraphNodeImpl):
             self.register(value)
-            return (_NODE, kind, self.attributes(node_content(value)))
+            return (_NODE, own_class(value), self.attributes(node_content(value)))
         if kind is list:
             self.register(value)
             return (_LIST, tuple(map(self.visit, value)))
@@ -207,7 +218,9 @@ def node_content(node: Any) -> dict[Any, Any]:
     assert impl is not None  # only called on registered nodes
     items, _ = impl.flatten(node)
     wrapped = (graphlib.DataElem, graphlib.StaticElem)
-    return {key: item.value if isinstance(item, wrapped) else item for key, item in items}
+    content = {key: item.value if isinstance(item, wrapped) else item for key, item in items}
+    content.pop(SCOPE_KEY, None)
+    return content
 
 
 def _static_treedef(state: Any) -> _Static:

@@ -1,25 +1,244 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names inside a region (being built)."""
+"""Names of the values inside a region, and saving by them.
 
-import contextlib
-from collections.abc import Callable, Iterator
+Sits on `scopes` (module paths on operations). Inside a region a value is known as
+
+-   `attn.q_proj`: what a submodule returned; `norm[1]` what its second call returned;
+-   `mlp:dot_general`: what an operation written in `mlp` computed; `mlp:dot_general[1]`
+    the second of its kind there, in trace order;
+-   `@qkv`: what the model's own author named by `checkpoint_name`.
+
+The chosen values are wrapped in one `checkpoint_name` each and the policy saves
+that name: a structured policy, known before the trace, which also `jax_remat3`
+understands. The operations are left as they are, inside jits, scans and
+branches too. What a custom derivative or a kernel computes on its inside is out
+of reach of every policy; such values are listed with `reachable=False`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+from jax.extend import core
+
+from ..errors import UnmatchedRuleError
+from ..rules import policies
+from ..rules.paths import NamePattern, Path, format_path
 from ..rules.rule import Remat
+from . import programs, scopes
+
+SAVED, OFFLOADED = "remattools:save", "remattools:offload"
+
+# Where an equation stands: its index in each nested program from the outside in, with the place of that program
+# among the equation's parameters.
+Position = tuple[tuple[int, tuple[str, int]] | int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedValue:
+    """A value that a region can save or offload.
+
+    Attributes:
+        kind: "module" (a submodule's output), "op" or "user" (a `checkpoint_name`).
+        path: Module it belongs to, relative to the region; `()` is the region's own.
+        primitive: Name of the JAX primitive, or of the `checkpoint_name`.
+        index: Which of equal kind, path and primitive, in trace order.
+        avals: Shape and dtype of each array it consists of.
+        reachable: False inside custom derivatives and kernels.
+        where: Positions of its equations in the traced program.
+    """
+
+    kind: str
+    path: Path
+    primitive: str
+    index: int
+    avals: tuple[Any, ...]
+    reachable: bool = True
+    where: tuple[Position, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name without its index: what a pattern without an index matches."""
+        if self.kind == "user":
+            return f"@{self.primitive}"
+        path = format_path(self.path)
+        return path if self.kind == "module" else f"{path}:{self.primitive}"
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its arrays."""
+        return sum(programs.aval_bytes(aval) for aval in self.avals)
 
 
 def needed(action: Remat) -> bool:
-    return bool(action.save or action.offload)
+    """Whether a region under `action` has to know the names of its values."""
+    if action.save or action.offload:
+        return True
+    return action.policy is not None and _remat3() and action.policy.needs_lowering_to_names
 
 
 def lowered_policy(action: Remat) -> Callable[..., Any] | None:
-    return None if action.policy is None else action.policy.lower()
+    """The JAX policy of `action`; JAX's own object where it has one, so that the program is JAX's."""
+    if not needed(action):
+        return None if action.policy is None else action.policy.lower()
+    marks: policies.Policy = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[SAVED],
+        names_which_can_be_offloaded=[OFFLOADED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    if not action.offload:
+        marks = policies.save_only_these_names(SAVED)
+    base = action.policy
+    return (marks if base is None or base.needs_lowering_to_names and _remat3() else base | marks).lower()
 
 
-@contextlib.contextmanager
-def recorded(args: Any, kwargs: Any) -> Iterator[None]:
-    yield
+def evaluate(fn: Callable[[list[Any]], list[Any]], leaves: list[Any], action: Remat) -> list[Any]:
+    """`fn(leaves)`, with the values that `action` keeps marked for its policy.
+
+    Raises:
+        UnmatchedRuleError: If a pattern of `save` or `offload` names nothing here.
+    """
+    program = jax.make_jaxpr(fn)(leaves)
+    values = list(named_values(program))
+    marks = select(values, action)
+    if action.policy is not None and action.policy.needs_lowering_to_names and _remat3():
+        marks = {**_decided(program, action.policy), **marks}
+    results: list[Any] = programs.run(_marked(program, marks), leaves)
+    return results
 
 
-def evaluate(fn: Any, leaves: list[Any], action: Remat) -> list[Any]:
-    return fn(leaves)
+def select(values: Sequence[NamedValue], action: Remat) -> dict[Position, str]:
+    """Which equations' results are saved or offloaded; later patterns do not override, `save` comes first."""
+    marks: dict[Position, str] = {}
+    for patterns, mark in ((action.offload, OFFLOADED), (action.save, SAVED)):
+        for text in patterns:
+            pattern = NamePattern.parse(text)
+            found = [v for v in values if pattern.matches(v.kind, v.path, v.primitive, v.index)]
+            reachable = [v for v in found if v.reachable]
+            if not reachable:
+                raise _unmatched(text, found, values)
+            marks.update({position: mark for value in reachable for position in value.where})
+    return marks
+
+
+def _unmatched(text: str, found: Sequence[NamedValue], values: Sequence[NamedValue]) -> UnmatchedRuleError:
+    if found:
+        return UnmatchedRuleError(
+            what=f"the name {text!r} matches only values inside a custom derivative or a kernel ({found[0].label}).",
+            why="no policy of JAX reaches them: they are recomputed by the code that defines the derivative.",
+            fix="save the output of the module around it instead.",
+        )
+    labels = list(dict.fromkeys(value.label for value in values if value.reachable))
+    return UnmatchedRuleError(
+        what=f"the name {text!r} matches no value of this region.",
+        why="it would silently save nothing; names are relative to the region.",
+        fix=policies.did_you_mean_names(text, labels),
+    )
+
+
+def named_values(program: Any) -> Iterator[NamedValue]:
+    """All values of a traced program by name, in trace order."""
+    counts: dict[tuple[str, Path, str], int] = {}
+    outputs: dict[tuple[Path, int], NamedValue] = {}
+    for position, equation, path, reachable in _equations(program, (), (), True):
+        name = programs.name_of(equation)
+        avals = tuple(var.aval for var in equation.outvars)
+        output = scopes.output_of(name) if name is not None else None
+        if output is not None:
+            earlier = outputs.get(output)
+            outputs[output] = NamedValue(
+                kind="module",
+                path=output[0],
+                primitive="",
+                index=output[1],
+                avals=avals if earlier is None else earlier.avals + avals,
+                reachable=reachable,
+                where=(position,) if earlier is None else (*earlier.where, position),
+            )
+            continue
+        kind, primitive = ("op", equation.primitive.name) if name is None else ("user", name)
+        key = (kind, path, primitive)
+        index = counts.get(key, 0)
+        counts[key] = index + 1
+        yield NamedValue(
+            kind=kind,
+            path=path,
+            primitive=primitive,
+            index=index,
+            avals=avals,
+            reachable=reachable,
+            where=(position,),
+        )
+    yield from (value for (path, _), value in outputs.items() if path)
+
+
+def _equations(
+    program: Any, prefix: Position, outer: Path, reachable: bool
+) -> Iterator[tuple[Position, Any, Path, bool]]:
+    """Equations that compute something, depth first; the wrappers around nested programs are passed over."""
+    for number, equation in enumerate(programs.open_program(program).eqns):
+        path = scopes.path_of(str(equation.source_info.name_stack))
+        path = outer if path is None else path
+        nested = list(programs.nested(equation))
+        opaque = programs.is_opaque(equation)
+        if not nested or opaque or programs.is_region(equation):
+            yield (*prefix, number), equation, path, reachable
+        if programs.is_region(equation):
+            continue  # a region of its own, with names of its own
+        for place, inner in nested:
+            yield from _equations(inner, (*prefix, (number, place)), path, reachable and not opaque)
+
+
+def _marked(program: Any, marks: dict[Position, str], prefix: Position = ()) -> Any:
+    """The program with a `checkpoint_name` behind every marked equation and no marks of `scopes`."""
+    equations: list[Any] = []
+    same: dict[Any, Any] = {}  # result of a dropped mark -> the value it marked
+    inner = programs.open_program(program)
+    for number, equation in enumerate(inner.eqns):
+        if same:
+            equation = equation.replace(invars=[_looked_up(same, atom) for atom in equation.invars])
+        name, mark = programs.name_of(equation), marks.get((*prefix, number))
+        equation = _marked_inside(equation, marks, prefix, number)
+        if name is not None and mark is not None:
+            equations.append(programs.renamed(equation, mark))
+        elif name is not None and scopes.output_of(name) is not None:
+            same[equation.outvars[0]] = equation.invars[0]
+        elif mark is not None:
+            equations.extend(programs.named_after(equation, mark))
+        else:
+            equations.append(equation)
+    if all(new is old for new, old in zip(equations, inner.eqns, strict=False)) and len(equations) == len(inner.eqns):
+        return program  # the same object, so that JAX lowers a function called twice only once
+    return programs.with_equations(program, equations, [_looked_up(same, atom) for atom in inner.outvars])
+
+
+def _marked_inside(equation: Any, marks: dict[Position, str], prefix: Position, number: int) -> Any:
+    if programs.is_region(equation) or programs.is_opaque(equation):
+        return equation
+    new = {
+        place: (below, _marked(below, marks, (*prefix, (number, place)))) for place, below in programs.nested(equation)
+    }
+    changed = {place: rewritten for place, (below, rewritten) in new.items() if rewritten is not below}
+    return programs.with_nested(equation, changed) if changed else equation
+
+
+def _looked_up(same: dict[Any, Any], atom: Any) -> Any:
+    return same.get(atom, atom) if isinstance(atom, core.Var) else atom
+
+
+def _decided(program: Any, policy: policies.Policy) -> dict[Position, str]:
+    """Marks for a policy that `jax_remat3` would not ask."""
+    marks = {}
+    for position, equation, _, reachable in _equations(program, (), (), True):
+        if not reachable or programs.name_of(equation) is not None:
+            continue
+        verdict = policy.decide(equation.primitive, *(v.aval for v in equation.invars), **equation.params)
+        if verdict is not policies.Decision.RECOMPUTE:
+            marks[position] = SAVED if verdict is policies.Decision.SAVE else OFFLOADED
+    return marks
+
+
+def _remat3() -> bool:
+    return bool(getattr(jax.config, "jax_remat3", False))

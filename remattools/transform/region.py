@@ -16,14 +16,15 @@ Sits on `capture`; `swap` and `decorator` call it. Facts that shaped it:
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
+from ..rules.paths import Path
 from ..rules.rule import Remat
 from . import capture as cap
-from . import names
+from . import names, scopes
 
 # A target is how a region finds the code to run: `target(*args, **kwargs)`, where the first of `args` may be the
 # rebuilt module. It must be hashable and compare by value.
@@ -138,9 +139,17 @@ def _body(leaves: list[Any], static: _Static) -> _Outputs:
     args, kwargs = cap.rebuild(static.spec, leaves, objects)
     before = cap.snapshot(objects)
     if names.needed(static.action):
-        with names.recorded(args, kwargs):
+        with scopes.recorded(_roots(args, kwargs)):
             out = static.target(*args, **kwargs)
     else:
         out = static.target(*args, **kwargs)
     out_leaves, edits, out_spec = cap.changes(objects, before, out)
     return _Outputs(out_leaves, _Effects(edits, out_spec))
+
+
+def _roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
+    """Where names start: at the region's own module, or at the first argument of a function."""
+    for index, value in enumerate(args):
+        yield (() if index == 0 else (f"arg{index}",)), value
+    for key, value in kwargs.items():
+        yield (key,), value

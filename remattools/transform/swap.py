@@ -37,6 +37,7 @@ from . import region
 _ACTION = "_pytree__remattools"
 _BASE = "_remattools_base"
 _METHODS = "_remattools_methods"
+_GENERATED = "_remattools_generated"
 
 
 
@@ -107,23 +108,44 @@ def methods_of(cls: type) -> dict[str, Any]:
     return found
 
 
-class _Hidden:
-    """First base of generated classes: ends the chain of `__init_subclass__` before the user's."""
+class _Shield:
+    """Stands between a generated class and its base in the method resolution order."""
 
     __slots__ = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        if _BASE not in cls.__dict__:  # a user derives from a generated class, by `class A(type(model))`
+        if _GENERATED not in cls.__dict__:  # derived by a user, as in `class A(type(model))`
             super().__init_subclass__(**kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        cls = type(self)
-        if isinstance(reduced, str) or not is_swapped(cls):
-            return reduced
-        function, args, *rest = reduced
-        args = tuple(base_class(cls) if item is cls else item for item in args)
-        return (_revive, (cls.__dict__[_METHODS], function, args), *rest)
+
+def derive(base: type, namespace: dict[str, Any]) -> type:
+    """A subclass of `base` with its names, whose creation runs no code of the user.
+
+    `type(base)(...)` would call the user's metaclass and `__init_subclass__`, which may
+    register classes or require arguments. So the class is made by ABCMeta, which
+    nnx's metaclass derives from, and a shield in its resolution order ends the chain
+    of `__init_subclass__`. The shield is no base of it: Python swaps the class of an
+    instance only between equal layouts, which a second base would change.
+    """
+    names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
+    cls = abc.ABCMeta.__new__(_metaclass(type(base)), base.__name__, (base,), {**names, _GENERATED: True, **namespace})
+    _register(cls, base)
+    return cls
+
+
+def _reduce_instance(self: Any, protocol: Any) -> Any:
+    cls = type(self)
+    reduced = super(_generated(cls), self).__reduce_ex__(protocol)
+    if isinstance(reduced, str) or not is_swapped(cls):
+        return reduced
+    function, args, *rest = reduced
+    args = tuple(base_class(cls) if item is cls else item for item in args)
+    return (_revive, (cls.__dict__[_METHODS], function, args), *rest)
+
+
+def _generated(cls: type) -> type:
+    """The generated class among the bases of `cls`, which a user may have derived from it."""
+    return next(base for base in cls.__mro__ if is_swapped(base))
 
 
 def _revive(methods: tuple[str, ...], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -139,25 +161,22 @@ def _subclass(base: type, methods: tuple[str, ...]) -> type:
 # Unbounded, since nnx's and JAX's registries keep every class of a model for ever too.
 @functools.cache
 def _create(base: type, methods: tuple[str, ...]) -> type:
-    namespace: dict[str, Any] = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        _BASE: base,
-        _METHODS: methods,
-    }
-    # Past `type(base).__new__`, which may register or refuse; ABCMeta's own is what nnx's metaclass is made of.
-    cls = abc.ABCMeta.__new__(_metaclass(type(base)), base.__name__, (_Hidden, base), namespace)
+    namespace = {_BASE: base, _METHODS: methods, "__reduce_ex__": _reduce_instance}
+    cls = derive(base, namespace)
     for name in methods:
         type.__setattr__(cls, name, _region_method(cls, name))
-    _register(cls, base)
     return cls
 
 
 @functools.cache
 def _metaclass(meta: type) -> type:
-    """A metaclass of ours for each of theirs, only so that pickle finds the reducer below."""
-    own = type.__new__(type(meta), f"Rematerialised{meta.__name__}", (meta,), {})
+    """A metaclass of ours for each of theirs: places the shield, and tells pickle of the reducer below."""
+
+    def mro(cls: Any) -> list[type]:
+        order = type.mro(cls)
+        return [cls, _Shield, *order[1:]] if _GENERATED in cls.__dict__ else order
+
+    own = type.__new__(type(meta), f"Rematerialised{meta.__name__}", (meta,), {"mro": mro})
     copyreg.pickle(own, _reduce_class)  # type: ignore[arg-type]  # classes are instances of their metaclass
     return own
 

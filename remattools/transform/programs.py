@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traced programs (jaxprs): look into nested ones, and name values in them.
+
+Only public JAX (`jax.make_jaxpr`, `jax.extend.core`). Programs are immutable here:
+every function returns a new one and shares what it did not change.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+
+# Primitives whose nested programs a policy sees through: their partial evaluation asks the policy for every equation.
+_TRANSPARENT = frozenset({"jit", "pjit", "closed_call", "core_call", "scan", "cond", "shard_map", "while", "xla_call"})
+_REGIONS = frozenset({"remat2", "checkpoint", "remat", "remat3"})
+
+Place = tuple[str, int]  # parameter and index in it, where the parameter is a tuple of programs
+
+
+def is_program(value: Any) -> bool:
+    """Whether `value` is a jaxpr, open or closed."""
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
+def nested(equation: Any) -> Iterator[tuple[Place, Any]]:
+    """Programs among the parameters of an equation, with their places."""
+    for key, value in equation.params.items():
+        if is_program(value):
+            yield (key, -1), value
+        elif isinstance(value, tuple) and value and all(map(is_program, value)):
+            for index, item in enumerate(value):
+                yield (key, index), item
+    primitive = equation.params.get("_prim")  # how jax_remat3 stages a region
+    if primitive is not None and is_program(getattr(primitive, "jaxpr", None)):
+        yield ("_prim", -1), primitive.jaxpr
+
+
+def is_region(equation: Any) -> bool:
+    """A rematerialised region: `jax.checkpoint`, old or new."""
+    return equation.primitive.name in _REGIONS or type(equation.params.get("_prim")).__name__ == "RematTraced"
+
+
+def is_opaque(equation: Any) -> bool:
+    """Holds a program that no policy sees: a custom derivative, a kernel, a callback's body."""
+    if equation.primitive.name in _TRANSPARENT or is_region(equation):
+        return False
+    return any(True for _ in nested(equation))
+
+
+def open_program(program: Any) -> Any:
+    """The jaxpr with equations; older releases wrap it in a closed one."""
+    return program if hasattr(program, "eqns") else program.jaxpr
+
+
+def name_of(equation: Any) -> str | None:
+    """The name, if the equation is a `checkpoint_name`."""
+    if equation.primitive.name == "name":
+        return str(equation.params["name"])
+    primitive = equation.params.get("_prim")
+    if type(primitive).__name__ in ("CheckpointName", "CheckpointNameFwd"):
+        return str(primitive.name)
+    return None
+
+
+def named_after(equation: Any, name: str) -> list[Any]:
+    """The equation, followed by a `checkpoint_name` of each of its results."""
+    fresh = [core.Var(var.aval) if is_array(var.aval) else var for var in equation.outvars]
+    marks = [
+        _name_equation(inner, outer, name, equation)
+        for inner, outer in zip(fresh, equation.outvars, strict=True)
+        if inner is not outer
+    ]
+    return [equation.replace(outvars=fresh), *marks]
+
+
+def renamed(equation: Any, name: str) -> Any:
+    """A `checkpoint_name` equation with another name."""
+    (source,), (target,) = equation.invars, equation.outvars
+    return _name_equation(source, target, name, equation)
+
+
+def _name_equation(source: Any, target: Any, name: str, like: Any) -> Any:
+    aval = target.aval
+    # JAX builds the equation (its form differs under jax_remat3); only the variables are replaced.
+    template = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    made = open_program(template).eqns[0]
+    return made.replace(invars=[source], outvars=[target], source_info=like.source_info, ctx=like.ctx)
+
+
+def is_array(aval: Any) -> bool:
+    """Whether the abstract value is an array (rather than a token or a reference)."""
+    return isinstance(aval, jax.core.ShapedArray)
+
+
+def aval_bytes(aval: Any) -> int:
+    """Bytes of an array of this shape and dtype; 0 for tokens."""
+    if not is_array(aval):
+        return 0
+    size = 1
+    for length in aval.shape:
+        size *= int(length)
+    # Key arrays of the default implementation are two 32-bit words each.
+    return size * int(getattr(aval.dtype, "itemsize", 8))
+
+
+def with_equations(program: Any, equations: list[Any], outvars: list[Any] | None = None) -> Any:
+    """The program with other equations (and results)."""
+    inner = open_program(program)
+    new = inner.replace(eqns=equations, outvars=inner.outvars if outvars is None else outvars)
+    return new if program is inner else program.replace(jaxpr=new)
+
+
+def with_nested(equation: Any, programs: dict[Place, Any]) -> Any:
+    """The equation with some of its nested programs replaced."""
+    params = dict(equation.params)
+    for (key, index), program in programs.items():
+        if index < 0:
+            params[key] = program
+        else:
+            params[key] = (*params[key][:index], program, *params[key][index + 1 :])
+    return equation.replace(params=params)
+
+
+def run(program: Any, leaves: list[Any]) -> list[Any]:
+    """Evaluate a closed program."""
+    results: list[Any] = core.jaxpr_as_fun(program)(*leaves)
+    return results
