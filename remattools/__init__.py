@@ -1,1 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that decide what an unedited flax.nnx model saves, offloads or recomputes.
 
+Regions: a module call whose inside is rematerialised. Rules: path patterns with
+actions. Start with `apply(model, {"layers.*": "nothing_saveable"})` and
+`explain(model)`.
+"""
+
+from .errors import CallError as CallError
+from .errors import PatternError as PatternError
+from .errors import PolicyError as PolicyError
+from .errors import RematError as RematError
+from .errors import RuleError as RuleError
+from .errors import RuleFileError as RuleFileError
+from .errors import UnmatchedRuleError as UnmatchedRuleError
+from .errors import UnmatchedRuleWarning as UnmatchedRuleWarning
+from .rules import policies as policies
+from .rules.rule import Remat as Remat
+from .rules.rule import Rules as Rules
+from .transform.apply import applied as applied
+from .transform.apply import apply as apply
+from .transform.apply import revert as revert
+from .transform.decorator import remat as remat
+from .transform.explain import Explanation as Explanation
+from .transform.explain import explain as explain

@@ -123,7 +123,7 @@ class _Walk:
         kind = type(value)
         if kind is tuple:
             return (_TUPLE, tuple, tuple(map(self.visit, value)))
-        if isinstance(value, jax.Array):
+        if isinstance(value, jax.Array | jax.ShapeDtypeStruct):
             self.leaves.append(value)
             return (_LEAF,)
         if isinstance(value, nnx.Variable):

@@ -14,8 +14,10 @@ Sits on `capture`; `swap` and `decorator` call it. Facts that shaped it:
     method runs: eager decoding may look at concrete values as it always could.
 """
 
+import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,6 +89,23 @@ class _Outputs:
         return cls(list(leaves), effects)
 
 
+class _Mode(threading.local):
+    disabled = False
+
+
+_mode = _Mode()
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Inside, regions run plainly: for looking at what a model computes."""
+    before, _mode.disabled = _mode.disabled, True
+    try:
+        yield
+    finally:
+        _mode.disabled = before
+
+
 def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `target(*args, **kwargs)` as one rematerialised region.
 
@@ -98,6 +117,8 @@ def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str,
             else stays what it is.
         kwargs: Likewise.
     """
+    if _mode.disabled:
+        return target(*args, **kwargs)
     captured = cap.capture((args, kwargs))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in captured.leaves):
         return target(*args, **kwargs)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rules do to a model, module by module, as data and as a table.
+
+Sits on `apply` (the decisions), `names` (the values of a region) and `swap` (what
+is in force). Explaining changes nothing; with `args` the model is traced once,
+never computed.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import RuleError
+from ..rules.paths import Path, format_path
+from ..rules.rule import Remat, Rules
+from . import apply as application
+from . import swap, tracing
+from .modules import ModuleEntry
+from .names import NamedValue
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplanationRow:
+    """One module.
+
+    Attributes:
+        path: First path from the root; "." is the root.
+        aliases: Other paths that reach it.
+        cls: Name of its class.
+        action: The action in force, None if the module runs plainly.
+        rule: The winning rule as `pattern`, or "" if no rule speaks of it.
+        shadowed: Patterns of the rules that took it too and lost.
+        shares: How many modules of equal structure share its trace, itself included; 0 if it is no region,
+            1 if it is traced on its own.
+        values: Names of the values its region offers (`names=True`), in trace order.
+        warnings: What to know before relying on it.
+    """
+
+    path: str
+    aliases: tuple[str, ...] = ()
+    cls: str
+    action: Remat | None = None
+    rule: str = ""
+    shadowed: tuple[str, ...] = ()
+    shares: int = 0
+    values: tuple[NamedValue, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Rows for every module that can be called, in model order; `str()` is a table.
+
+    Attributes:
+        rows: One per module; containers are passed over.
+    """
+
+    rows: tuple[ExplanationRow, ...]
+
+    @property
+    def regions(self) -> tuple[ExplanationRow, ...]:
+        """The rows that run under an action."""
+        return tuple(row for row in self.rows if row.action is not None)
+
+    def __str__(self) -> str:
+        console = Console(width=120, no_color=True, highlight=False, soft_wrap=False)
+        with console.capture() as captured:
+            console.print(self.__rich__())
+            for row in self.rows:
+                for warning in row.warnings:
+                    console.print(f"{row.path}: {warning}")
+                if row.values:
+                    console.print(_values_table(row))
+        return captured.get().rstrip()
+
+    def __rich__(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("module", "class", "action", "rule", "shadowed", "shared by"):
+            table.add_column(title, overflow="fold")
+        for path, row in _folded(self.rows):
+            table.add_row(
+                path,
+                row.cls,
+                "" if row.action is None else describe(row.action),
+                row.rule,
+                ", ".join(row.shadowed),
+                str(row.shares) if row.shares else "",
+            )
+        return table
+
+
+def explain(model: Any, rules: Any = None, *, names: bool = False, args: Sequence[Any] | None = None) -> Explanation:
+    """Say what `rules` would do to `model`, or what is in force on it.
+
+    Args:
+        model: An nnx module or a pytree of modules; abstract ones too.
+        rules: Rules in any form that `apply` takes; None explains what was applied.
+        names: List the values that `save=` and `offload=` can name in each region, with index, shape, dtype and
+            bytes; needs `args`.
+        args: Positional arguments of the model's call, arrays or `jax.ShapeDtypeStruct`; with them the model is
+            traced once, so that side effects and random operations inside regions are seen.
+
+    Returns:
+        `str()` is a table, `.rows` is data.
+
+    Raises:
+        UnmatchedRuleError: As `apply` would.
+        RuleError: If `names=True` and no `args` were given.
+    """
+    if rules is None:
+        entries, rows = _in_force(model)
+    else:
+        entries, rows = _planned(model, application.as_rules(rules, None))
+    rows = _with_shares(entries, rows)
+    if names or args is not None:
+        rows = _with_contents(model, entries, rows, args, names=names)
+    shown = [row for entry, row in zip(entries, rows, strict=True) if not entry.container]
+    return Explanation(rows=tuple(shown))
+
+
+def describe(action: Remat) -> str:
+    """An action in a few words, such as `dots_saveable, save attn.qkv`."""
+    parts = ["nothing_saveable" if action.policy is None else str(action.policy)]
+    if action.policy is None and (action.save or action.offload):
+        parts = []
+    parts += [f"save {name}" for name in action.save] + [f"offload {name}" for name in action.offload]
+    if action.group != 1:
+        parts.append(f"group {action.group}")
+    if action.methods != ("__call__",):
+        parts.append("in " + ", ".join(action.methods))
+    return ", ".join(parts)
+
+
+def _in_force(model: Any) -> tuple[list[ModuleEntry], list[ExplanationRow]]:
+    entries = application.modules_of(model)
+    return entries, [_row(entry, action=swap.action_of(entry.module)) for entry in entries]
+
+
+def _planned(model: Any, rules: Rules) -> tuple[list[ModuleEntry], list[ExplanationRow]]:
+    entries, decisions = application.decide(model, rules)
+    patterns = [pattern.text for pattern, _ in rules]
+    rows = []
+    for entry, decision in zip(entries, decisions, strict=True):
+        action = decision.action if isinstance(decision.action, Remat) else None
+        if decision.rule is None:
+            action = swap.action_of(entry.module)
+        rows.append(
+            _row(
+                entry,
+                action=action,
+                rule="" if decision.rule is None else patterns[decision.rule],
+                shadowed=tuple(patterns[number] for number in decision.shadowed),
+            )
+        )
+    return entries, rows
+
+
+def _row(entry: ModuleEntry, *, action: Remat | None, rule: str = "", shadowed: tuple[str, ...] = ()) -> ExplanationRow:
+    return ExplanationRow(
+        path=format_path(entry.path),
+        aliases=tuple(format_path(path) for path in entry.paths[1:]),
+        cls=swap.base_class(type(entry.module)).__name__,
+        action=action,
+        rule=rule,
+        shadowed=shadowed,
+    )
+
+
+def _with_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list[ExplanationRow]:
+    """Count equal regions, and warn of regions inside regions."""
+    regions = {i: entry for i, entry in enumerate(entries) if rows[i].action is not None}
+    keys = {i: tracing.structure_key(entry.module, rows[i].action) for i, entry in regions.items()}
+    counts: dict[Any, int] = {}
+    for key in keys.values():
+        if key is not None:
+            counts[key] = counts.get(key, 0) + 1
+    rows = list(rows)
+    for i, entry in regions.items():
+        notes = list(rows[i].warnings)
+        outer = _enclosing(entry, regions, i)
+        if outer is not None:
+            notes.append(
+                f"lies inside the region {format_path(outer)}: on the way back it is recomputed with that region and "
+                "once more by itself; save its output there, or take one of the two out with False."
+            )
+        if keys[i] is None:
+            notes.append("is traced on its own: it holds a static value that cannot be compared.")
+        rows[i] = dataclasses.replace(
+            rows[i], shares=1 if keys[i] is None else counts[keys[i]], warnings=tuple(notes)
+        )
+    return rows
+
+
+def _with_contents(
+    model: Any, entries: list[ModuleEntry], rows: list[ExplanationRow], args: Sequence[Any] | None, *, names: bool
+) -> list[ExplanationRow]:
+    """Add what a trace of the model's call shows."""
+    if args is None:
+        raise RuleError(
+            what="explain(names=True) was called without `args`.",
+            why="names belong to traced values, and a trace needs the shapes of the inputs.",
+            fix="explain(model, rules, names=True, args=(jax.ShapeDtypeStruct((batch, seq), jnp.int32),)).",
+        )
+    program = tracing.trace(lambda module, *inputs: module(*inputs), (model, *args))
+    regions = [i for i, row in enumerate(rows) if row.action is not None]
+    views = tracing.regions_of(program, [entries[i].path for i in regions])
+    rows = list(rows)
+    for i, view in zip(regions, views, strict=True):
+        values = view.values if names else ()
+        rows[i] = dataclasses.replace(rows[i], values=values, warnings=rows[i].warnings + view.warnings)
+    return rows
+
+
+def _enclosing(entry: ModuleEntry, regions: dict[int, ModuleEntry], own: int) -> Path | None:
+    for i, other in regions.items():
+        path = other.path
+        if i != own and len(path) < len(entry.path) and entry.path[: len(path)] == path:
+            return path
+    return None
+
+
+def _folded(rows: Sequence[ExplanationRow]) -> list[tuple[str, ExplanationRow]]:
+    """Consecutive equal rows of a sequence as one: `layers.[0:32].attn`."""
+    groups: dict[Any, list[ExplanationRow]] = {}
+    for row in rows:
+        path = row.path.split(".")
+        stem = tuple("#" if part.isdigit() else part for part in path)
+        key = (stem, row.cls, row.action, row.rule, row.shadowed, row.shares)
+        groups.setdefault(key, []).append(row)
+    return [(_slice_text([row.path for row in group]), group[0]) for group in groups.values()]
+
+
+def _slice_text(paths: list[str]) -> str:
+    """One text for paths that differ in indices only."""
+    columns = list(zip(*(path.split(".") for path in paths), strict=True)) if paths != ["."] else [(".",)]
+    parts = []
+    for column in columns:
+        distinct = sorted({int(c) for c in column}) if all(c.isdigit() for c in column) else []
+        if len(distinct) < 2:
+            parts.append(column[0])
+            continue
+        step = distinct[1] - distinct[0]
+        regular = distinct == list(range(distinct[0], distinct[-1] + 1, step))
+        tail = "" if step == 1 else f":{step}"
+        parts.append(f"[{distinct[0]}:{distinct[-1] + 1}{tail}]" if regular else "{" + ",".join(map(str, distinct)) + "}")
+    return ".".join(parts)
+
+
+def _values_table(row: ExplanationRow) -> Table:
+    table = Table(title=f"names in {row.path}", box=None, pad_edge=False, title_justify="left")
+    for title in ("name", "index", "shape", "bytes", ""):
+        table.add_column(title, justify="right" if title in ("index", "bytes") else "left")
+    for value in row.values:
+        shape = ", ".join(aval.str_short(short_dtypes=True) for aval in value.avals)
+        note = "" if value.reachable else "out of reach"
+        table.add_row(value.label, str(value.index), shape, str(value.bytes), note)
+    return table
+
