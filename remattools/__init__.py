@@ -16,7 +16,7 @@ from .errors import UnmatchedRuleError as UnmatchedRuleError
 from .errors import UnmatchedRuleWarning as UnmatchedRuleWarning
 from .rules import policies as policies
 from .rules.rule import Remat as Remat
-from .rules.rule import Rules as Rules
+from .rules.ruleset import Rules as Rules
 from .transform.apply import applied as applied
 from .transform.apply import apply as apply
 from .transform.apply import revert as revert

@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Sequence
 
 from ..errors import RuleError, UnmatchedRuleError, UnmatchedRuleWarning
-from .paths import Path, closest, format_path, match, natural_key
-from .rule import Remat, Rules
+from .paths import Path, Universe, closest, format_path, natural_key
+from .rule import Remat
+from .ruleset import Rules
 
 _NUMBERED = re.compile(r"(.*?)(\d+)\Z")
 
@@ -65,9 +66,10 @@ def resolve(rules: Rules, nodes: Sequence[Node], *, strict: bool = True) -> list
     universe = [(path, index) for index, node in enumerate(nodes) for path in node.paths]
     paths = [path for path, _ in universe]
     class_names = [nodes[index].class_names for _, index in universe]
+    everything = Universe(paths, class_names)
     taken: list[list[tuple[int, Path]]] = [[] for _ in nodes]
     for number, (pattern, action) in enumerate(rules):
-        hits = match(pattern, paths, class_names)
+        hits = everything.match(pattern)
         found = {universe[hit][1]: paths[hit] for hit in reversed(hits)}
         fitting = {i: path for i, path in found.items() if _fits(nodes[i], action)}
         if not fitting:

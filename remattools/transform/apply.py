@@ -8,19 +8,18 @@ before the first module changes, so that an error leaves the model as it was.
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import RuleError
 from ..rules.paths import format_path
 from ..rules.resolve import Decision, Node, resolve
-from ..rules.rule import Remat, Rules
+from ..rules.rule import Remat
+from ..rules.ruleset import Rules
 from . import swap
 from .modules import ModuleEntry, modules_of
 
-M = TypeVar("M")
 
-
-def apply(model: M, rules: Any, *, on: str | None = None, strict: bool = True) -> M:
+def apply[M](model: M, rules: Any, *, on: str | None = None, strict: bool = True) -> M:
     """Make the matched modules of `model` rematerialise, in place.
 
     Values, gradients, state paths and checkpoints stay as they were; what changes
@@ -63,7 +62,7 @@ def apply(model: M, rules: Any, *, on: str | None = None, strict: bool = True) -
     return model
 
 
-def revert(model: M) -> M:
+def revert[M](model: M) -> M:
     """Take every action off `model`, in place, and return it; each module gets its own class back."""
     for entry in modules_of(model):
         swap.unswap(entry.module)
@@ -71,7 +70,7 @@ def revert(model: M) -> M:
 
 
 @contextlib.contextmanager
-def applied(model: M, rules: Any, *, on: str | None = None, strict: bool = True) -> Iterator[M]:
+def applied[M](model: M, rules: Any, *, on: str | None = None, strict: bool = True) -> Iterator[M]:
     """`apply` for the length of a `with` block; afterwards the model is exactly as before.
 
     Args:

@@ -148,7 +148,7 @@ def _decorate_class(cls: type, action: Remat, rules: Any) -> type:
 
 
 def _apply_when_built(cls: type, rules: Any) -> None:
-    original = cls.__init__
+    original = vars(cls).get("__init__") or getattr(cls, "__init__")  # noqa: B009  # mypy knows no __init__ of a class
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -168,5 +168,4 @@ def _sequence_rules(model: Any, action: Remat) -> dict[str, Remat]:
             why="every_n and group count along a list of modules.",
             fix='keep the blocks in an nnx.List, or give rules={"pattern": ...}.',
         )
-    return {pattern: action for pattern in sequences}
-
+    return dict.fromkeys(sequences, action)

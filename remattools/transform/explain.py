@@ -15,10 +15,11 @@ from rich.table import Table
 
 from ..errors import RuleError
 from ..rules.paths import Path, format_path
-from ..rules.rule import Remat, Rules
+from ..rules.rule import Remat
+from ..rules.ruleset import Rules
 from . import apply as application
 from . import swap, tracing
-from .modules import ModuleEntry
+from .modules import ModuleEntry, modules_of
 from .names import NamedValue
 
 
@@ -135,7 +136,7 @@ def describe(action: Remat) -> str:
 
 
 def _in_force(model: Any) -> tuple[list[ModuleEntry], list[ExplanationRow]]:
-    entries = application.modules_of(model)
+    entries = modules_of(model)
     return entries, [_row(entry, action=swap.action_of(entry.module)) for entry in entries]
 
 
@@ -188,9 +189,7 @@ def _with_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list
             )
         if keys[i] is None:
             notes.append("is traced on its own: it holds a static value that cannot be compared.")
-        rows[i] = dataclasses.replace(
-            rows[i], shares=1 if keys[i] is None else counts[keys[i]], warnings=tuple(notes)
-        )
+        rows[i] = dataclasses.replace(rows[i], shares=1 if keys[i] is None else counts[keys[i]], warnings=tuple(notes))
     return rows
 
 
@@ -245,7 +244,9 @@ def _slice_text(paths: list[str]) -> str:
         step = distinct[1] - distinct[0]
         regular = distinct == list(range(distinct[0], distinct[-1] + 1, step))
         tail = "" if step == 1 else f":{step}"
-        parts.append(f"[{distinct[0]}:{distinct[-1] + 1}{tail}]" if regular else "{" + ",".join(map(str, distinct)) + "}")
+        parts.append(
+            f"[{distinct[0]}:{distinct[-1] + 1}{tail}]" if regular else "{" + ",".join(map(str, distinct)) + "}"
+        )
     return ".".join(parts)
 
 
@@ -258,4 +259,3 @@ def _values_table(row: ExplanationRow) -> Table:
         note = "" if value.reachable else "out of reach"
         table.add_row(value.label, str(value.index), shape, str(value.bytes), note)
     return table
-

@@ -90,4 +90,3 @@ def _add(module: nnx.Module, path: Path, entries: dict[int, ModuleEntry]) -> boo
 def is_container(cls: type) -> bool:
     """nnx's own containers, and subclasses that add no call."""
     return issubclass(cls, _CONTAINERS) and not any("__call__" in vars(base) for base in cls.__mro__)
-

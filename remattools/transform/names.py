@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from ..errors import UnmatchedRuleError
+from ..errors import UnmatchedRuleError, did_you_mean
 from ..rules import policies
 from ..rules.paths import NamePattern, Path, format_path
 from ..rules.rule import Remat
@@ -91,7 +91,7 @@ def lowered_policy(action: Remat) -> Callable[..., Any] | None:
     if not action.offload:
         marks = policies.save_only_these_names(SAVED)
     base = action.policy
-    return (marks if base is None or base.needs_lowering_to_names and _remat3() else base | marks).lower()
+    return (marks if base is None or (base.needs_lowering_to_names and _remat3()) else base | marks).lower()
 
 
 def evaluate(fn: Callable[[list[Any]], list[Any]], leaves: list[Any], action: Remat) -> list[Any]:
@@ -134,7 +134,7 @@ def _unmatched(text: str, found: Sequence[NamedValue], values: Sequence[NamedVal
     return UnmatchedRuleError(
         what=f"the name {text!r} matches no value of this region.",
         why="it would silently save nothing; names are relative to the region.",
-        fix=policies.did_you_mean_names(text, labels),
+        fix=did_you_mean(text, labels),
     )
 
 

@@ -59,9 +59,10 @@ def recorded(roots: Iterable[tuple[Path, Any]]) -> Iterator[None]:
         for prefix, root in roots:
             for entry in modules_of(root):
                 if SCOPE_KEY not in vars(entry.module):
-                    scoped.append((entry.module, type(entry.module)))
+                    cls: type = type(entry.module)
+                    scoped.append((entry.module, cls))
                     object.__setattr__(entry.module, SCOPE_KEY, format_path((*prefix, *entry.path)))
-                    object.__setattr__(entry.module, "__class__", _scoped_class(type(entry.module)))
+                    object.__setattr__(entry.module, "__class__", _scoped_class(cls))
         yield
     finally:
         _active.path, _active.calls = before
@@ -95,7 +96,7 @@ def _all_methods(cls: type) -> dict[str, Callable[..., Any]]:
         if base in (nnx.Module, nnx.Pytree, nnx.Object, object) or base.__module__ == "flax.nnx.reprlib":
             continue
         for key, value in vars(base).items():
-            special = key.startswith("__") or key.startswith(("_pytree__", "_graph_node", "_remattools"))
+            special = key.startswith(("__", "_pytree__", "_graph_node", "_remattools"))
             if inspect.isfunction(value) and (not special or key == "__call__"):
                 found.setdefault(key, value)
     return found

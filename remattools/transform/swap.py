@@ -40,7 +40,6 @@ _METHODS = "_remattools_methods"
 _GENERATED = "_remattools_generated"
 
 
-
 def swap(module: Any, action: Remat) -> None:
     """Make the methods of `module` named in `action` rematerialised regions, in place."""
     check(type(module), action)
@@ -128,24 +127,22 @@ def derive(base: type, namespace: dict[str, Any]) -> type:
     instance only between equal layouts, which a second base would change.
     """
     names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
-    cls = abc.ABCMeta.__new__(_metaclass(type(base)), base.__name__, (base,), {**names, _GENERATED: True, **namespace})
+    cls: type = abc.ABCMeta.__new__(
+        _metaclass(type(base)), base.__name__, (base,), {**names, _GENERATED: True, **namespace}
+    )
     _register(cls, base)
     return cls
 
 
 def _reduce_instance(self: Any, protocol: Any) -> Any:
     cls = type(self)
-    reduced = super(_generated(cls), self).__reduce_ex__(protocol)
+    generated: Any = next(base for base in cls.__mro__ if is_swapped(base))  # a user may have derived from it
+    reduced = super(generated, self).__reduce_ex__(protocol)
     if isinstance(reduced, str) or not is_swapped(cls):
         return reduced
     function, args, *rest = reduced
     args = tuple(base_class(cls) if item is cls else item for item in args)
     return (_revive, (cls.__dict__[_METHODS], function, args), *rest)
-
-
-def _generated(cls: type) -> type:
-    """The generated class among the bases of `cls`, which a user may have derived from it."""
-    return next(base for base in cls.__mro__ if is_swapped(base))
 
 
 def _revive(methods: tuple[str, ...], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -177,7 +174,7 @@ def _metaclass(meta: type) -> type:
         return [cls, _Shield, *order[1:]] if _GENERATED in cls.__dict__ else order
 
     own = type.__new__(type(meta), f"Rematerialised{meta.__name__}", (meta,), {"mro": mro})
-    copyreg.pickle(own, _reduce_class)  # type: ignore[arg-type]  # classes are instances of their metaclass
+    copyreg.pickle(own, _reduce_class)
     return own
 
 

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that touches private JAX: what a policy answers with.
+
+JAX's policies return values of these classes, which have no public name; a policy
+that combines or offloads has to recognise and return them.
+"""
+
+from typing import Any
+
+from jax._src.ad_checkpoint import name_p
+from jax._src.interpreters import partial_eval
+
+# The primitive behind `jax.ad_checkpoint.checkpoint_name`; policies are asked about it like about any other.
+NAME_PRIMITIVE: Any = name_p
+SAVEABLE: Any = partial_eval.Saveable
+RECOMPUTE: Any = partial_eval.Recompute
+
+
+def offloadable(source: str, target: str) -> Any:
+    """What a policy returns to move a value from one memory kind to another."""
+    return partial_eval.Offloadable(src=source, dst=target)
+
+
+def offload_of(answer: Any) -> tuple[str, str] | None:
+    """Source and target memory kind, if a policy's answer is to offload."""
+    return (answer.src, answer.dst) if isinstance(answer, partial_eval.Offloadable) else None

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pattern language over paths: modules in rules, leaves in checkpoints, names in regions.
+
+Pure: text and tuples, no JAX. The language, segment by segment:
+
+-   `*` stays inside one segment, `**` crosses any number of segments;
+-   `{a,b}` alternates;
+-   `[start:stop:step]` or `[i]` as a whole segment picks integer segments with
+    Python's meaning, so `layers.[:-1]` leaves out the last layer;
+-   `:Name` at the end asks for a class (or a base class) of that name;
+-   a pattern without a dot matches the last segment at any depth, as in
+    `.gitignore`; "." is the root.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import PatternError
+
+Path = tuple[str | int, ...]
+
+_SEPARATOR = "\x1f"  # stands before every segment in the text a regex sees; in no attribute name
+_MAX_ALTERNATIVES = 1024
+_SLICE = re.compile(r"\[(-?\d*)(?:(:)(-?\d*)(?::(-?\d*))?)?\]")
+_DIGITS = re.compile(r"(\d+)")
+_INDEX = re.compile(r"(?P<rest>.*[^.\s])\[(?P<index>\d+)\]\Z", re.DOTALL)
+
+
+def format_path(path: Path) -> str:
+    """Text of a path: segments joined by dots, "." for the root."""
+    return ".".join(map(str, path)) or "."
+
+
+def parse_path(text: str) -> Path:
+    """Inverse of `format_path`; segments of digits become ints."""
+    if text == ".":
+        return ()
+    return tuple(int(part) if part.isdecimal() else part for part in text.split("."))
+
+
+def natural_key(path: Path) -> tuple[Any, ...]:
+    """Sorting key under which `layer2` comes before `layer10`."""
+    return tuple(
+        tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _DIGITS.split(str(segment)) if part)
+        for segment in path
+    )
+
+
+# One segment of a pattern: "**" or a regex for one segment or a slice.
+_Token = str | re.Pattern[str] | slice | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """A pattern over paths; equal by its text.
+
+    Attributes:
+        text: As written.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        _compiled(self.text)
+
+    @classmethod
+    def parse(cls, text: str) -> "Pattern":
+        """Read a pattern.
+
+        Raises:
+            PatternError: If the text is no pattern of this language.
+        """
+        return cls(text)
+
+    def matches(self, path: Path, class_names: Sequence[str] = (), lengths: Mapping[Path, int] | None = None) -> bool:
+        """Whether one path matches.
+
+        Args:
+            path: The path.
+            class_names: Names of the class and its bases of what stands there.
+            lengths: Length of the sequence at each path, for slices that count from the end.
+        """
+        return any(alternative.matches(path, class_names, lengths or {}) for alternative in _compiled(self.text))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alternative:
+    """A pattern without braces."""
+
+    tokens: tuple[_Token, ...]
+    regex: re.Pattern[str] | None  # None if a slice needs the sequence's length
+    cls: re.Pattern[str] | None
+
+    def matches(self, path: Path, class_names: Sequence[str], lengths: Mapping[Path, int]) -> bool:
+        if self.cls is not None and not any(map(self.cls.fullmatch, class_names)):
+            return False
+        if self.regex is not None:
+            return self.regex.fullmatch(_joined(path)) is not None
+        return _walk(self.tokens, path, 0, lengths)
+
+
+class Universe:
+    """All paths of a tree, prepared for many patterns.
+
+    Args:
+        paths: The paths; the same object may be reached by several.
+        class_names: For each path the names of the class and bases there.
+    """
+
+    def __init__(self, paths: Sequence[Path], class_names: Sequence[Sequence[str]] | None = None) -> None:
+        self.paths = list(paths)
+        self.class_names = [()] * len(self.paths) if class_names is None else list(class_names)
+        self._joined = [_joined(path) for path in self.paths]
+
+    @functools.cached_property
+    def lengths(self) -> dict[Path, int]:
+        """Length of the sequence at each path that has integer children."""
+        found: dict[Path, int] = {}
+        for path in self.paths:
+            for depth, segment in enumerate(path):
+                if isinstance(segment, int):
+                    parent = path[:depth]
+                    found[parent] = max(found.get(parent, 0), segment + 1)
+        return found
+
+    def match(self, pattern: Pattern) -> tuple[int, ...]:
+        """Indices of the paths that match, in order."""
+        hits: set[int] = set()
+        for alternative in _compiled(pattern.text):
+            hits.update(self._match(alternative))
+        return tuple(sorted(hits))
+
+    def _match(self, alternative: _Alternative) -> Iterator[int]:
+        if alternative.regex is None:
+            for index, path in enumerate(self.paths):
+                if alternative.matches(path, self.class_names[index], self.lengths):
+                    yield index
+            return
+        full, cls = alternative.regex.fullmatch, alternative.cls
+        for index, text in enumerate(self._joined):
+            if full(text) and (cls is None or any(map(cls.fullmatch, self.class_names[index]))):
+                yield index
+
+
+def match(
+    pattern: Pattern, paths: Sequence[Path], class_names: Sequence[Sequence[str]] | None = None
+) -> tuple[int, ...]:
+    """Indices of the `paths` that match; for many patterns build a `Universe` once."""
+    return Universe(paths, class_names).match(pattern)
+
+
+def closest(pattern: Pattern | str, paths: Sequence[Path], most: int = 3) -> tuple[str, ...]:
+    """The real paths nearest to a pattern that matched none, as texts."""
+    text = pattern if isinstance(pattern, str) else pattern.text
+    text = text.rpartition(":")[0] or text
+    # Equal blocks differ in their index only: one of each kind is enough to show.
+    representatives: dict[str, str] = {}
+    for path in paths:
+        if path:
+            folded = ".".join("*" if isinstance(segment, int) else segment for segment in path)
+            representatives.setdefault(folded, format_path(path))
+    if "." not in text:
+        last = {folded.rpartition(".")[2]: folded for folded in reversed(representatives)}
+        near = [last[name] for name in difflib.get_close_matches(text, last, n=most, cutoff=0.4)]
+    else:
+        near = difflib.get_close_matches(re.sub(r"\[[^]]*\]|\d+", "*", text), representatives, n=most, cutoff=0.4)
+    return tuple(representatives[folded] for folded in near)
+
+
+@dataclasses.dataclass(frozen=True)
+class NamePattern:
+    """A pattern over the names of values inside a region.
+
+    `path`, `path[i]`: what a submodule returned; `path:primitive`, `path:primitive[i]`:
+    an operation written there; `@name`: a `checkpoint_name` of the model's author. The
+    path part is a `Pattern` relative to the region; an empty one means the region itself.
+
+    Attributes:
+        text: As written.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        _compiled_name(self.text)
+
+    @classmethod
+    def parse(cls, text: str) -> "NamePattern":
+        """Read a name pattern.
+
+        Raises:
+            PatternError: If the text is none.
+        """
+        return cls(text)
+
+    def matches(self, kind: str, path: Path, primitive: str, index: int) -> bool:
+        """Whether it names a value.
+
+        Args:
+            kind: "module", "op" or "user".
+            path: Module of the value, relative to the region.
+            primitive: Name of the primitive or of the `checkpoint_name`; "" for a module's output.
+            index: Which one in trace order.
+        """
+        wanted, where, what, number = _compiled_name(self.text)
+        if kind != wanted or (number is not None and number != index):
+            return False
+        if what is not None and not what.fullmatch(primitive):
+            return False
+        return where is None or where.matches(path)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled_name(text: str) -> tuple[str, Pattern | None, re.Pattern[str] | None, int | None]:
+    if not isinstance(text, str) or not text.strip():
+        raise _bad(text, "it is empty", 'a name such as "attn.qkv", "mlp:dot_general" or "@my_name".')
+    indexed = _INDEX.match(text)
+    body, number = (indexed["rest"], int(indexed["index"])) if indexed else (text, None)
+    if body.startswith("@"):
+        return "user", None, _glob(body[1:], text), number
+    path, colon, primitive = _split_colon(body)
+    if not colon:
+        return "module", Pattern(path), None, number
+    if not primitive:
+        raise _bad(text, "nothing follows the colon", f'"{path}:*" for every operation written in {path or "."}.')
+    return "op", Pattern(path or "."), _glob(primitive, text), number
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(text: str) -> tuple[_Alternative, ...]:
+    if not isinstance(text, str):
+        raise _bad(text, "it is no text", 'a pattern such as "layers.*".')
+    if not text.strip():
+        raise _bad(text, "it is empty", '"." for the root, "**" for everything.')
+    if text != text.strip() or any(character in text for character in "\n\t" + _SEPARATOR):
+        raise _bad(text, "it has white space around it or control characters inside", f"{text.strip()!r}.")
+    return tuple(_alternative(expanded, text) for expanded in _expand(text, text))
+
+
+def _alternative(expanded: str, text: str) -> _Alternative:
+    body, colon, cls = _split_colon(expanded)
+    if colon and not cls:
+        raise _bad(text, "nothing follows the colon", f'"{body}" for any class, or "{body}:Linear".')
+    tokens = tuple(_tokens(body, text))
+    has_slice = any(isinstance(token, slice | int) for token in tokens)
+    return _Alternative(
+        tokens=tokens,
+        regex=None if has_slice else re.compile("".join(map(_regex_of, tokens))),
+        cls=_glob(cls, text) if colon else None,
+    )
+
+
+def _split_colon(text: str) -> tuple[str, str, str]:
+    """`rpartition(":")`, where a colon inside a slice does not count."""
+    head, colon, tail = text.rpartition(":")
+    return (text, "", "") if not colon or "]" in tail else (head, colon, tail)
+
+
+def _tokens(body: str, text: str) -> Iterator[_Token]:
+    if body == ".":
+        return
+    if body in ("", "**"):  # "" where only a class was asked for
+        yield "**"
+        return
+    segments = body.split(".")
+    if len(segments) == 1:
+        yield "**"
+    for segment in segments:
+        if segment == "**":
+            yield "**"
+        elif segment.startswith("[") or segment.endswith("]"):
+            yield _slice(segment, text)
+        elif not segment:
+            raise _bad(text, "two dots enclose an empty segment", '"**" to cross any number of segments.')
+        else:
+            yield _glob(segment, text)
+
+
+def _slice(segment: str, text: str) -> slice | int:
+    found = _SLICE.fullmatch(segment)
+    if found is None or (not found[2] and not found[1]):
+        raise _bad(text, f"{segment!r} is no slice", '"[0]", "[-1]", "[:-2]" or "[::2]" as a whole segment.')
+    if not found[2]:
+        return int(found[1])
+    start, stop, step = (int(part) if part else None for part in (found[1], found[3], found[4]))
+    if step == 0:
+        raise _bad(text, "a slice cannot step by 0", '"[::2]" for every second.')
+    return slice(start, stop, step)
+
+
+def _glob(segment: str, text: str) -> re.Pattern[str]:
+    if any(character in segment for character in "[]{}"):
+        raise _bad(text, "brackets stand inside a segment", "a slice as a segment of its own: layers.[0].")
+    if "**" in segment:
+        raise _bad(text, "** stands beside other characters", "** as a segment of its own: encoder.**.attn.")
+    return re.compile(re.escape(segment).replace(r"\*", f"[^{_SEPARATOR}]*"))
+
+
+def _regex_of(token: _Token) -> str:
+    if isinstance(token, str):
+        return f"(?:{_SEPARATOR}[^{_SEPARATOR}]*)*"
+    assert isinstance(token, re.Pattern)
+    return _SEPARATOR + token.pattern
+
+
+def _joined(path: Path) -> str:
+    return "".join(_SEPARATOR + str(segment) for segment in path)
+
+
+def _walk(tokens: tuple[_Token, ...], path: Path, depth: int, lengths: Mapping[Path, int]) -> bool:
+    """Match `tokens` against `path` from `depth` on; only needed where slices look at lengths."""
+    if not tokens:
+        return depth == len(path)
+    token, rest = tokens[0], tokens[1:]
+    if isinstance(token, str):
+        return any(_walk(rest, path, end, lengths) for end in range(depth, len(path) + 1))
+    if depth == len(path) or not _fits(token, path, depth, lengths):
+        return False
+    return _walk(rest, path, depth + 1, lengths)
+
+
+def _fits(token: _Token, path: Path, depth: int, lengths: Mapping[Path, int]) -> bool:
+    segment = path[depth]
+    if isinstance(token, re.Pattern):
+        return token.fullmatch(str(segment)) is not None
+    if not isinstance(segment, int):
+        return False
+    length = lengths.get(path[:depth], segment + 1)
+    if isinstance(token, slice):
+        return segment in range(*token.indices(length))
+    assert isinstance(token, int)
+    return segment == (token if token >= 0 else token + length)
+
+
+def _expand(text: str, whole: str) -> list[str]:
+    """All texts that the braces of `text` stand for."""
+    start = text.find("{")
+    if start < 0:
+        if "}" in text:
+            raise _bad(whole, "a brace is closed that was never opened", "{a,b} around the alternatives.")
+        return [text]
+    depth, parts, begin = 0, [], start + 1
+    for position in range(start, len(text)):
+        character = text[position]
+        depth += (character == "{") - (character == "}")
+        if depth == 0 or (depth == 1 and character == ","):
+            parts.append(text[begin:position])
+            begin = position + 1
+        if depth == 0:
+            break
+    else:
+        raise _bad(whole, "a brace is opened and never closed", "{a,b} around the alternatives.")
+    tails = _expand(text[position + 1 :], whole)
+    heads = [text[:start] + inner for part in parts for inner in _expand(part, whole)]
+    if len(heads) * len(tails) > _MAX_ALTERNATIVES:
+        raise _bad(whole, f"its braces stand for more than {_MAX_ALTERNATIVES} patterns", "several rules, or a *.")
+    return [head + tail for head in heads for tail in tails]
+
+
+def _bad(text: object, problem: str, fix: str) -> PatternError:
+    return PatternError(what=f"{text!r} is no pattern: {problem}.", why="it could match nothing as it stands.", fix=fix)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Actions: what a region saves, offloads and recomputes.
+
+Pure values, validated when they are built, so that what exists is legal.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from ..errors import RuleError
+from .paths import NamePattern
+from .policies import Policy, resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """What a region saves, offloads and recomputes.
+
+    With neither a policy nor names nothing is saved but the region's inputs.
+
+    Attributes:
+        policy: Name of a policy, a `Policy`, a JAX policy callable, or None.
+        save: Patterns over the names inside the region to keep on the device: `"attn.qkv"` (what a submodule
+            returned), `"mlp:dot_general"` (an operation written in it), `"@name"` (a `checkpoint_name`).
+        offload: Likewise, to keep in host memory.
+        every_n: Take every n-th module along the sequence it stands in; an int, at least 1.
+        offset: Index of the first one taken, below `every_n`.
+        group: How many consecutive modules of a sequence share one region, or "sqrt" to choose it.
+        methods: Methods that become regions.
+        prevent_cse: As in `jax.checkpoint`; False only inside a scan.
+    """
+
+    policy: Policy | None = None
+    _: dataclasses.KW_ONLY
+    save: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
+    every_n: int = 1
+    offset: int = 0
+    group: int | Literal["sqrt"] = 1
+    methods: tuple[str, ...] = ("__call__",)
+    prevent_cse: bool = True
+
+    def __post_init__(self) -> None:
+        if self.policy is not None:
+            object.__setattr__(self, "policy", resolve(self.policy))
+        for field in ("save", "offload", "methods"):
+            object.__setattr__(self, field, self._texts(field))
+        for name in (*self.save, *self.offload):
+            NamePattern.parse(name)
+        both = set(self.save) & set(self.offload)
+        if both:
+            raise RuleError(
+                what=f"{sorted(both)[0]!r} is to be saved and offloaded.",
+                why="a value is kept in one place.",
+                fix="name it in save= or in offload=.",
+            )
+        self._check_counts()
+        for name in self.methods:
+            if not name.isidentifier():
+                raise RuleError(what=f"{name!r} is no method name.", why="regions are methods.", fix='"__call__".')
+        if not self.methods:
+            raise RuleError(what="methods is empty.", why="no call would become a region.", fix='("__call__",).')
+        if type(self.prevent_cse) is not bool:
+            raise RuleError(
+                what=f"prevent_cse={self.prevent_cse!r} is no bool.",
+                why="without it the compiler merges the recomputation with the first computation.",
+                fix="True, or False for a region inside a scan.",
+            )
+
+    def _texts(self, field: str) -> tuple[str, ...]:
+        value = getattr(self, field)
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise RuleError(
+                what=f"{field}={value!r} is no sequence of texts.",
+                why="a lone text would be read letter by letter.",
+                fix=f"{field}=({value!r},)." if isinstance(value, str) else f"{field}=(...).",
+            )
+        texts = tuple(value)
+        for text in texts:
+            if not isinstance(text, str):
+                raise RuleError(what=f"{text!r} in {field} is no text.", why="names are texts.", fix="quote it.")
+        return texts
+
+    def _check_counts(self) -> None:
+        # bool is an int in Python, so every_n=True would otherwise mean 1.
+        if type(self.every_n) is not int or self.every_n < 1:
+            raise RuleError(
+                what=f"every_n={self.every_n!r} cannot be counted.",
+                why="every n-th module of a sequence is taken.",
+                fix="an int of 1 or more; False as the action takes a module out.",
+            )
+        if type(self.offset) is not int or not 0 <= self.offset < self.every_n:
+            raise RuleError(
+                what=f"offset={self.offset!r} lies outside of every_n={self.every_n}.",
+                why="modules with index % every_n == offset are taken; there would be none.",
+                fix=f"an int from 0 to {self.every_n - 1}.",
+            )
+        if self.group != "sqrt" and (type(self.group) is not int or self.group < 1):
+            raise RuleError(
+                what=f"group={self.group!r} is no number of modules.",
+                why="that many consecutive modules share one region.",
+                fix='an int of 1 or more, or "sqrt".',
+            )
+
+    def __repr__(self) -> str:
+        parts = [] if self.policy is None else [f"policy={str(self.policy)!r}"]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("policy", "_") and value != field.default:
+                parts.append(f"{field.name}={value!r}")
+        return f"Remat({', '.join(parts)})"
+
+
+# False takes a module out.
+Action = Remat | Literal[False]
+
+
+def as_action(value: Any) -> Action:
+    """An action from a policy (name, value or callable), a `Remat`, or False.
+
+    Raises:
+        RuleError: If it is none of these.
+        PolicyError: If it names no policy.
+    """
+    if value is False or isinstance(value, Remat):
+        return value
+    if isinstance(value, bool) or value is None:
+        raise RuleError(
+            what=f"{value!r} is no action.",
+            why="it does not say what to save.",
+            fix='"nothing_saveable", Remat(save=(...)), or False to take a module out.',
+        )
+    return Remat(policy=value)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules: patterns with actions, in order. The last that matches a module wins.
+
+An ordered, hashable value; from mappings, pairs and TOML, and back to TOML.
+"""
+
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ..errors import RuleError
+from . import toml
+from .paths import Pattern
+from .rule import Action, Remat, as_action
+
+
+class Rules:
+    """Ordered rules; the last that matches a module wins.
+
+    Args:
+        rules: A mapping of patterns to actions, or pairs; `Rules(())` is empty.
+
+    Raises:
+        PatternError: If a pattern cannot be read.
+        RuleError: If an action is none.
+
+    Examples:
+        >>> rules = Rules({"layers.*": "nothing_saveable", "layers.[-1]": False})
+        >>> len(rules | {"head": "dots_saveable"})
+        3
+    """
+
+    __slots__ = ("_pairs",)
+
+    def __init__(self, rules: "Mapping[str, Any] | Iterable[tuple[str | Pattern, Any]] | Rules" = ()) -> None:
+        pairs = rules.items() if isinstance(rules, Mapping) else rules
+        self._pairs: tuple[tuple[Pattern, Action], ...] = tuple(
+            (pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern), as_action(action))
+            for pattern, action in pairs
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Rules":
+        """Read the `[remat]` table of a TOML file.
+
+        Raises:
+            RuleFileError: With file and line, if it cannot be read.
+        """
+        return cls(toml.load(pathlib.Path(path)))
+
+    @classmethod
+    def from_toml(cls, text: str, source: str | None = None) -> "Rules":
+        """Read the `[remat]` table of a TOML text; `source` is named in errors.
+
+        Raises:
+            RuleFileError: With the line, if it cannot be read.
+        """
+        return cls(toml.loads(text, source or "<text>"))
+
+    @classmethod
+    def coerce(cls, value: Any) -> "Rules":
+        """Rules from anything that stands for them: rules, a mapping, pairs, or the path of a rule file."""
+        if isinstance(value, Rules):
+            return value
+        if isinstance(value, str | os.PathLike):
+            if isinstance(value, str) and not value.endswith(".toml"):
+                raise RuleError(
+                    what=f"{value!r} is no rule file.",
+                    why="an action needs a pattern to say which modules it is for.",
+                    fix=f'{{"layers.*": {value!r}}}, apply(model, {value!r}, on="layers.*"), or a path in .toml.',
+                )
+            return cls.load(value)
+        if isinstance(value, Mapping) or (isinstance(value, Iterable) and not isinstance(value, Remat)):
+            return cls(value)
+        raise RuleError(
+            what=f"{value!r} is no set of rules.",
+            why="rules are patterns with actions.",
+            fix='{"layers.*": "nothing_saveable"}.',
+        )
+
+    def to_toml(self) -> str:
+        """The rules as `[[remat.rule]]` tables; `from_toml` gives equal rules back.
+
+        Raises:
+            RuleError: If an action holds a bare callable, which has no text.
+        """
+        return toml.dumps((pattern.text, action) for pattern, action in self)
+
+    def __or__(self, other: Any) -> "Rules":
+        return Rules((*self._pairs, *Rules.coerce(other)._pairs))
+
+    def __ror__(self, other: Any) -> "Rules":
+        return Rules.coerce(other) | self
+
+    def __iter__(self) -> Iterator[tuple[Pattern, Action]]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rules) and self._pairs == other._pairs
+
+    def __hash__(self) -> int:
+        return hash(self._pairs)
+
+    def __repr__(self) -> str:
+        return f"Rules([{', '.join(f'({pattern.text!r}, {action!r})' for pattern, action in self._pairs)}])"

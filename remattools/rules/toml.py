@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules as TOML and back. Text is data: nothing is imported or evaluated.
+
+Two forms are read. The array keeps its order under every formatter and is the one
+that is written:
+
+    [[remat.rule]]
+    pattern = "layers.*"
+    policy = "nothing_saveable"
+
+The plain table is shorter; its order is that of appearance:
+
+    [remat.rules]
+    "layers.*" = "nothing_saveable"
+    "layers.[-1]" = false
+    "attention*" = { save = ["qkv"] }
+
+Other tables of the file belong to others: a run is described by one file.
+"""
+
+import json
+import pathlib
+import re
+import tomllib
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import RematError, RuleError, RuleFileError, did_you_mean
+from .paths import Pattern
+from .policies import Bare, Complement, Intersection, Policy, Union
+from .rule import Action, Remat
+
+_FIELDS = ("policy", "save", "offload", "every_n", "offset", "group", "methods", "prevent_cse")
+_HEADER = re.compile(r"\s*\[\[\s*remat\s*\.\s*rule\s*\]\]")
+_POSITION = re.compile(r"\(at line (\d+), column \d+\)")
+
+
+def load(path: pathlib.Path) -> list[tuple[str, Action]]:
+    """Read a rule file.
+
+    Raises:
+        RuleFileError: If it is missing, no TOML, or holds no rules.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RuleFileError(
+            what=f"the rule file {path} cannot be read: {error}.",
+            why="without it the model would run unruled.",
+            fix="check the path; it is relative to the working directory.",
+        ) from None
+    return loads(text, str(path))
+
+
+def loads(text: str, source: str) -> list[tuple[str, Action]]:
+    """Read rules from a text; `source` stands before the line in errors."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = _POSITION.search(str(error))
+        line = int(found[1]) if found else len(text.splitlines())
+        problem = _POSITION.sub("", str(error)).strip()
+        raise _error(source, line, f"no TOML: {problem}.", "the line, as TOML has it.") from None
+    table = document.get("remat", {})
+    if not isinstance(table, dict):
+        raise _error(source, _line(text, "remat"), "`remat` is no table.", "[remat.rules] above the rules.")
+    for key in table:
+        if key not in ("rule", "rules"):
+            raise _error(
+                source,
+                _line(text, key),
+                f"[remat] has no entry {key!r}.",
+                did_you_mean(key, ("rule", "rules")) + " [remat.rules] is a table, [[remat.rule]] an array of tables.",
+            )
+    return [*_from_table(table.get("rules", {}), text, source), *_from_array(table.get("rule", []), text, source)]
+
+
+def _from_table(table: Any, text: str, source: str) -> list[tuple[str, Action]]:
+    if not isinstance(table, dict):
+        raise _error(source, _line(text, "rules"), "[remat.rules] is no table.", '"layers.*" = "nothing_saveable".')
+    return [_rule(pattern, value, source, _line(text, pattern)) for pattern, value in table.items()]
+
+
+def _from_array(array: Any, text: str, source: str) -> list[tuple[str, Action]]:
+    headers = [n for n, line in enumerate(text.splitlines(), 1) if _HEADER.match(line)]
+    if not isinstance(array, list) or not all(isinstance(entry, dict) for entry in array):
+        raise _error(source, _line(text, "rule"), "`rule` is no array of tables.", "[[remat.rule]] above each rule.")
+    rules = []
+    for number, entry in enumerate(array):
+        first = headers[number] if number < len(headers) else 1
+        if "pattern" not in entry:
+            raise _error(source, first, "a rule without a pattern.", 'pattern = "layers.*".')
+        rest = {key: value for key, value in entry.items() if key != "pattern"}
+        line = _line(text, "pattern", first)
+        if not rest:
+            raise _error(source, first, "a rule without an action.", 'policy = "nothing_saveable", or off = true.')
+        rules.append(_rule(entry["pattern"], rest, source, line, first, text))
+    return rules
+
+
+def _rule(
+    pattern: Any, value: Any, source: str, line: int, first: int | None = None, text: str = ""
+) -> tuple[str, Action]:
+    try:
+        action = _action(value)
+        Pattern.parse(pattern)
+    except RematError as error:
+        if isinstance(error, _UnknownKeyError) and first is not None:
+            line = _line(text, error.key, first)
+        raise _error(source, line, error.what, error.fix, error.why) from None
+    return pattern, action
+
+
+class _UnknownKeyError(RuleError):
+    """A key that no rule has; carries it, so that its line can be found."""
+
+    key: str = ""
+
+
+def _action(value: Any) -> Action:
+    if value is False:
+        return False
+    if isinstance(value, str):
+        return Remat(policy=value)  # type: ignore[arg-type]  # resolved when built
+    if not isinstance(value, dict):
+        raise RuleError(
+            what=f"{value!r} is no action.",
+            why="it does not say what to save.",
+            fix='"nothing_saveable", { save = ["qkv"] }, or false.',
+        )
+    for key in value:
+        if key not in (*_FIELDS, "off"):
+            error = _UnknownKeyError(
+                what=f"a rule has no entry {key!r}.",
+                why="a misspelt entry would silently do nothing.",
+                fix=did_you_mean(key, (*_FIELDS, "pattern", "off")),
+            )
+            error.key = key
+            raise error
+    if "off" in value:
+        if value != {"off": True}:
+            raise RuleError(
+                what=f"`off` stands as {value['off']!r} beside {sorted(set(value) - {'off'})}.",
+                why="off takes the module out; it cannot be combined.",
+                fix="off = true alone.",
+            )
+        return False
+    return Remat(**value)
+
+
+def _line(text: str, key: str, start: int = 1) -> int:
+    """The line on which `key` is set, from `start` on; 1 if it cannot be told."""
+    quoted = {key, json.dumps(key), f"'{key}'"}
+    for number, line in enumerate(text.splitlines(), 1):
+        name = re.split(r"\s*=", line.strip(), maxsplit=1)[0]
+        if number >= start and (name in quoted or name.strip("[] ").split(".")[-1] in quoted):
+            return number
+    return start
+
+
+def _error(source: str, line: int, what: str, fix: str, why: str = "") -> RuleFileError:
+    return RuleFileError(
+        what=f"{source}, line {line}: {what}",
+        why=why or "the rules would not be the ones that were meant.",
+        fix=fix,
+    )
+
+
+def dumps(rules: Iterable[tuple[str, Action]]) -> str:
+    """Write rules as `[[remat.rule]]` tables."""
+    return "\n".join(_table(pattern, action) for pattern, action in rules)
+
+
+def _table(pattern: str, action: Action) -> str:
+    lines = ["[[remat.rule]]", f"pattern = {_text(pattern)}"]
+    if action is False:
+        return "\n".join([*lines, "off = true", ""])
+    if action.policy is not None:
+        _check_writable(action.policy, pattern)
+        lines.append(f"policy = {_text(str(action.policy))}")
+    default = Remat()
+    for field in _FIELDS[1:]:
+        value = getattr(action, field)
+        if value != getattr(default, field):
+            lines.append(f"{field} = {_value(value)}")
+    if len(lines) == 2:
+        # An explicit policy that saves nothing is another value than none; the shortest entry says none.
+        lines.append("every_n = 1")
+    return "\n".join([*lines, ""])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return _text(value) if isinstance(value, str) else str(value)
+
+
+def _text(value: str) -> str:
+    # JSON's escapes are TOML's, but for surrogates (which no TOML may hold) and DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _check_writable(policy: Policy, pattern: str) -> None:
+    if isinstance(policy, Bare):
+        raise RuleError(
+            what=f"the rule {pattern!r} has the callable {policy} as its policy.",
+            why="a function has no text, and no code is ever read from a rule file.",
+            fix="a policy by name, combined by |, & and ~, or save= and offload= by names.",
+        )
+    parts = policy.parts if isinstance(policy, Union | Intersection) else ()
+    for part in (policy.policy,) if isinstance(policy, Complement) else parts:
+        _check_writable(part, pattern)
