@@ -1,1 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model checkpoints that cannot be lost and cannot lie.
 
+import ckpttools as ct
+
+spec = ct.CheckpointSpec(directory="runs/exp1", save=ct.EverySteps(500), keep=ct.Latest(3))
+with ct.open(spec) as ckpt:
+    report = ckpt.restore(state)
+    for step in ckpt.steps(total):
+        ...
+        ckpt.step(step, state, metrics={"val_loss": loss})
+"""
+
+from .api import best as best
+from .api import open as open
+from .errors import CheckpointError as CheckpointError
+from .errors import CheckpointWarning as CheckpointWarning
+from .errors import CorruptStepError as CorruptStepError
+from .errors import DiskSpaceError as DiskSpaceError
+from .errors import IncompleteStepError as IncompleteStepError
+from .errors import LeafError as LeafError
+from .errors import NoIntactStepError as NoIntactStepError
+from .errors import NotRestoredError as NotRestoredError
+from .errors import RunInUseError as RunInUseError
+from .errors import SaveTimeoutError as SaveTimeoutError
+from .errors import SpecError as SpecError
+from .errors import SpecFileError as SpecFileError
+from .errors import StepDamagedError as StepDamagedError
+from .errors import StepNotFoundError as StepNotFoundError
+from .errors import StepOrderError as StepOrderError
+from .errors import StorageError as StorageError
+from .errors import StructureError as StructureError
+from .errors import UntrustedStepError as UntrustedStepError
+from .errors import ValidationError as ValidationError
+from .outcomes import Failed as Failed
+from .outcomes import Outcome as Outcome
+from .outcomes import Saved as Saved
+from .outcomes import Skipped as Skipped
+from .outcomes import Started as Started
+from .report import Candidate as Candidate
+from .report import RestoreReport as RestoreReport
+from .session import Session as Session
+from .spec.retention import All as All
+from .spec.retention import Best as Best
+from .spec.retention import EveryNSeconds as EveryNSeconds
+from .spec.retention import EveryNSteps as EveryNSteps
+from .spec.retention import Latest as Latest
+from .spec.retention import Pinned as Pinned
+from .spec.retention import Retention as Retention
+from .spec.spec import CheckpointSpec as CheckpointSpec
+from .spec.storage import Integrity as Integrity
+from .spec.storage import Storage as Storage
+from .spec.triggers import Adaptive as Adaptive
+from .spec.triggers import AtSteps as AtSteps
+from .spec.triggers import EverySeconds as EverySeconds
+from .spec.triggers import EverySteps as EverySteps
+from .spec.triggers import OnImprovement as OnImprovement
+from .spec.triggers import Trigger as Trigger

@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of ckpttools, in the what/why/fix form that both packages share."""
+"""Errors of ckpttools, in the what/why/fix form that both packages share.
+
+The lowest room. Failures of a stored step come in four classes, because what may be done about them differs:
+incomplete and corrupt steps are passed over for an older one; a structure that does not fit and a disk that does
+not answer are raised, since an older step would not help and starting afresh would lose the run.
+"""
+
+from typing import Any
 
 from remattools.errors import Explained as Explained
+from remattools.errors import did_you_mean as did_you_mean
 
 
 class CheckpointError(Explained):
@@ -10,3 +18,93 @@ class CheckpointError(Explained):
 
 class SpecError(CheckpointError, ValueError):
     """A value of a `CheckpointSpec` that cannot be honoured."""
+
+
+class SpecFileError(SpecError):
+    """A file with a spec that cannot be read; the message names file and line."""
+
+
+class LeafError(CheckpointError, TypeError):
+    """A leaf of the state that cannot be stored."""
+
+
+class StructureError(CheckpointError, ValueError):
+    """The state passed in and the state on disk are of different structure.
+
+    Attributes:
+        mismatches: One line for each leaf that is missing, unexpected, of another shape or of another dtype.
+    """
+
+    mismatches: tuple[str, ...] = ()
+
+
+class StepDamagedError(CheckpointError, ValueError):
+    """Base of the two kinds of damage that recovery passes over.
+
+    Attributes:
+        step: The damaged step, or None where it cannot be told.
+        leaves: Paths of the damaged leaves, as far as they are known.
+        files: Damaged files, relative to the step's folder.
+    """
+
+    step: int | None = None
+    leaves: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+
+class IncompleteStepError(StepDamagedError):
+    """A step whose manifest or files are missing or too short."""
+
+
+class CorruptStepError(StepDamagedError):
+    """A step whose bytes are not those that were written."""
+
+
+class UntrustedStepError(CorruptStepError):
+    """A step that asks for something no honest step asks for: a path out of the run, an absurd size, a link."""
+
+
+class StepNotFoundError(CheckpointError, LookupError):
+    """A step that was asked for by number or metric and is not there."""
+
+
+class NoIntactStepError(CheckpointError, LookupError):
+    """The directory holds steps and none of them can be restored.
+
+    Attributes:
+        report: The `RestoreReport` with every candidate and why it was rejected.
+    """
+
+    report: Any = None
+
+
+class NotRestoredError(CheckpointError, RuntimeError):
+    """Training was about to go on in a used directory without `restore`."""
+
+
+class StepOrderError(CheckpointError, ValueError):
+    """A step number that cannot come next."""
+
+
+class StorageError(CheckpointError, OSError):
+    """The disk refused to read or write."""
+
+
+class DiskSpaceError(StorageError):
+    """Too little room for the next step."""
+
+
+class RunInUseError(StorageError):
+    """Another process writes to this directory."""
+
+
+class SaveTimeoutError(CheckpointError, TimeoutError):
+    """A wait for the disk took longer than the spec allows."""
+
+
+class ValidationError(CheckpointError, ValueError):
+    """The model's outputs do not survive saving, or are not finite."""
+
+
+class CheckpointWarning(UserWarning):
+    """Advice: something works and costs more, or protects less, than it should."""

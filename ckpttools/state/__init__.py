@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""nnx objects and pytrees to named leaves and back. No disk."""

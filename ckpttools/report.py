@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a restore did: the step it used, and every candidate it looked at."""
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+type Verdict = Literal["used", "incomplete", "corrupt", "unverified", "empty"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One step that a restore looked at.
+
+    Attributes:
+        step: Its number.
+        verdict: "used", or the class of its failure.
+        reason: Why it was rejected; "" if it was used.
+        leaves: Damaged leaves, such as `model.layers.0.kernel`.
+        files: Damaged files, relative to the step's folder.
+        moved_to: Where the damaged step was put; None if it was left in place.
+    """
+
+    step: int
+    verdict: Verdict
+    reason: str = ""
+    leaves: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    moved_to: pathlib.Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The candidate as plain data."""
+        return {**dataclasses.asdict(self), "moved_to": str(self.moved_to) if self.moved_to else None}
+
+    def __str__(self) -> str:
+        lines = [f"step {self.step}: {self.verdict}" + (f", {self.reason}" if self.reason else "")]
+        lines += [f"    damaged leaf: {leaf}" for leaf in self.leaves]
+        lines += [f"    damaged file: {file}" for file in self.files]
+        lines += [f"    moved to: {self.moved_to}"] if self.moved_to else []
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RestoreReport:
+    """What a restore did.
+
+    Attributes:
+        step: The restored step; None if the directory held none.
+        state: The whole state: live objects filled in place, all else rebuilt. What was passed in if nothing was
+            restored.
+        candidates: Every step that was looked at, in that order.
+        metrics: Metrics that were recorded with the restored step.
+        seconds: How long it took.
+    """
+
+    step: int | None
+    state: Any = dataclasses.field(repr=False)
+    candidates: tuple[Candidate, ...] = ()
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def rejected(self) -> tuple[Candidate, ...]:
+        """The candidates that were passed over."""
+        return tuple(candidate for candidate in self.candidates if candidate.verdict != "used")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data, without the state."""
+        return {
+            "step": self.step,
+            "metrics": self.metrics,
+            "seconds": self.seconds,
+            "candidates": [candidate.as_dict() for candidate in self.candidates],
+        }
+
+    def __str__(self) -> str:
+        head = "nothing to restore" if self.step is None else f"restored step {self.step} in {self.seconds:.2f} s"
+        return "\n".join([head, *(f"  {line}" for each in self.candidates for line in str(each).splitlines())])

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One save, from a snapshot to a committed step.
+
+Sits on `state` (what is saved) and `store` (where to). Leaf digests are taken from the arrays as they were handed
+over, while Orbax writes them; file digests from what was written, through the page cache. Whatever fails before the
+rename leaves the run as it was.
+"""
+
+import concurrent.futures
+import dataclasses
+import errno
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from .errors import CheckpointError, CorruptStepError, DiskSpaceError, StorageError
+from .spec.spec import CheckpointSpec
+from .state.leaves import Record, dotted, host_bytes
+from .state.snapshot import Snapshot
+from .store import commit, digest, layout, manifest, orbax
+
+_OVERHEAD_BYTES = 1 << 20
+"""What Orbax's metadata and the manifest take at the least."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A save that has been decided upon.
+
+    Attributes:
+        snapshot: The state.
+        summary: The summary without its files.
+        triggers: Memory of the triggers after this save.
+        outputs: Outputs of the validation function.
+    """
+
+    snapshot: Snapshot
+    summary: manifest.Summary
+    triggers: Any
+    outputs: Any
+
+
+def estimate_bytes(snapshot: Snapshot) -> int:
+    """Bytes that a save will take on the disk, uncompressed."""
+    return _OVERHEAD_BYTES + sum(host_bytes(records) for records in snapshot.records.values())
+
+
+def require_space(root: pathlib.Path, spec: CheckpointSpec, save_bytes: int) -> None:
+    """Raise `DiskSpaceError` unless the spec's free space is there; nothing is written."""
+    needed, free = spec.storage.needed_bytes(save_bytes), shutil.disk_usage(root).free
+    if free < needed:
+        raise DiskSpaceError(
+            what=f"{root} has {free:,} bytes free; this save takes {save_bytes:,} and the spec asks for {needed:,}.",
+            why="a save that runs out of room costs its time and leaves nothing.",
+            fix='free some space, lower min_free, keep fewer steps, or set Storage(when_full="prune").',
+        )
+
+
+def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, abandoned: Callable[[], bool]) -> pathlib.Path:
+    """Write, prove and commit one step.
+
+    Args:
+        root: The run's folder.
+        spec: The run's spec.
+        job: What to save.
+        abandoned: Asked right before the commit: whether the caller has given up waiting and gone on, so that the
+            arrays may have changed under the save.
+
+    Returns:
+        The folder of the committed step.
+
+    Raises:
+        StorageError: If the disk refused; the run is as it was.
+        CorruptStepError: If the readback found other bytes than were handed over; the run is as it was.
+    """
+    step = job.summary.step
+    holder = layout.control(root, f"staging/{step}-{secrets.token_hex(4)}")
+    try:
+        staged = holder / str(step)
+        commit.make_folder(holder)
+        _write_tree(staged, spec, job)
+        if abandoned():
+            raise StorageError(what=f"step {step} was not committed.", why="its wait had timed out before.")
+        return commit.commit_step(root, staged, step)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise _explained(root, step, error) from error
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _write_tree(staged: pathlib.Path, spec: CheckpointSpec, job: Job) -> None:
+    algorithm = spec.integrity.digest
+    with concurrent.futures.ThreadPoolExecutor(1, "ckpttools-digest") as pool:
+        hashing = pool.submit(_with_digests, algorithm, job.snapshot)
+        orbax.write(staged, job.snapshot.records, job.snapshot.arrays, compression=spec.storage.compression)
+        records = hashing.result()
+    if spec.integrity.verify == "readback":
+        _read_back(staged, job.summary.step, records)
+    items = {item: manifest.Item(records=records[item], skeletons=job.snapshot.skeletons[item]) for item in records}
+    summary = dataclasses.replace(job.summary, files=describe_files(staged, algorithm))
+    contents = manifest.Contents(items=items, triggers=job.triggers, outputs=job.outputs)
+    manifest.write(staged, summary, contents, algorithm=algorithm)
+
+
+def _with_digests(algorithm: str, snapshot: Snapshot) -> dict[str, tuple[Record, ...]]:
+    return {
+        item: tuple(
+            dataclasses.replace(record, digest=digest.of_array(algorithm, snapshot.arrays[item][record.path]))
+            if record.in_orbax
+            else record
+            for record in records
+        )
+        for item, records in snapshot.records.items()
+    }
+
+
+def describe_files(folder: pathlib.Path, algorithm: str) -> dict[str, tuple[int, str]]:
+    """Size and digest of each file of a step except its manifest."""
+    files = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = pathlib.Path(parent, name)
+            relative = path.relative_to(folder).as_posix()
+            if relative != layout.MANIFEST:
+                files[relative] = (path.stat().st_size, digest.of_file(algorithm, path))
+    return dict(sorted(files.items()))
+
+
+def _read_back(staged: pathlib.Path, step: int, records: dict[str, tuple[Record, ...]]) -> None:
+    arrays = orbax.read(staged, records)
+    damaged = tuple(
+        dotted(item, record.path)
+        for item, leaves in records.items()
+        for record in leaves
+        if record.in_orbax
+        and digest.of_array(digest.algorithm_of(record.digest), arrays[item][record.path]) != record.digest
+    )
+    if damaged:
+        error = CorruptStepError(
+            what=f"step {step} came back from the disk with other bytes in {', '.join(damaged)}.",
+            why="the disk or the memory is failing; the step was not committed.",
+            fix="save to another disk.",
+        )
+        error.step, error.leaves = step, damaged
+        raise error
+
+
+def _explained(root: pathlib.Path, step: int, error: Exception) -> StorageError:
+    """An error of the disk, or of Orbax and TensorStore, which wrap those of the disk in types of their own."""
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    kind = DiskSpaceError if full else StorageError
+    return kind(
+        what=f"step {step} could not be saved to {root}: {type(error).__name__}: {error}",
+        why="the save was given up before its commit; all earlier steps are as they were.",
+        fix="free some space and save again." if full else "look at the cause above; the next save tries anew.",
+    )

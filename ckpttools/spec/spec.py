@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`CheckpointSpec`: the whole of a run's checkpointing as one frozen, hashable, comparable value.
+
+Pure: building a spec touches no disk. What exists is legal; every field is checked when the value is built, so that
+a spec that can be written down can be run.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any, Self
+
+from ..errors import SpecError
+from . import toml
+from .retention import Latest, Retention
+from .storage import Integrity, Storage
+from .triggers import EverySteps, Trigger
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSpec:
+    """When a run is saved, what is kept, and how it is proved intact.
+
+    Attributes:
+        directory: The run's folder on a POSIX file system. A relative one is resolved when the run is opened; one
+            that was read from a file, against that file's folder.
+        save: When to save.
+        keep: What to keep.
+        storage: How bytes reach the disk.
+        integrity: How a step is proved intact.
+
+    Examples:
+        >>> spec = CheckpointSpec(directory="runs/exp1", save=EverySteps(500), keep=Latest(3))
+        >>> CheckpointSpec.from_toml(spec.to_toml()) == spec
+        True
+    """
+
+    directory: pathlib.Path | str
+    save: Trigger = dataclasses.field(default_factory=lambda: EverySteps(1000))
+    keep: Retention = dataclasses.field(default_factory=lambda: Latest(3))
+    storage: Storage = dataclasses.field(default_factory=Storage)
+    integrity: Integrity = dataclasses.field(default_factory=Integrity)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.directory, str | os.PathLike) or not str(self.directory).strip():
+            raise SpecError(
+                what=f"CheckpointSpec(directory={self.directory!r}) names no folder.",
+                why="every step of the run is a folder below it.",
+                fix='CheckpointSpec(directory="runs/exp1")',
+            )
+        if "://" in str(self.directory):
+            raise SpecError(
+                what=f"CheckpointSpec(directory={str(self.directory)!r}) is an address, not a folder.",
+                why="a commit needs rename and fsync, which object stores do not have.",
+                fix='a local folder, such as "runs/exp1".',
+            )
+        object.__setattr__(self, "directory", pathlib.Path(self.directory))
+        kinds = {"save": Trigger, "keep": Retention, "storage": Storage, "integrity": Integrity}
+        examples = {
+            "save": "save=EverySteps(500)",
+            "keep": "keep=Latest(3)",
+            "storage": "storage=Storage(asynchronous=False)",
+            "integrity": 'integrity=Integrity(digest="xxh3")',
+        }
+        for field, kind in kinds.items():
+            if not isinstance(getattr(self, field), kind):
+                raise SpecError(
+                    what=f"CheckpointSpec({field}={getattr(self, field)!r}) is of the wrong kind.",
+                    why=f"{field} must be a {kind.__name__}.",
+                    fix=examples[field],
+                )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the `[checkpoint]` table of a run file.
+
+        Raises:
+            SpecFileError: If the file cannot be read or a value in it is wrong; the message names file and line.
+        """
+        path = pathlib.Path(path)
+        fields = toml.read_file(path)
+        return cls(**{**fields, "directory": path.resolve().parent / fields["directory"]})
+
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """Read the `[checkpoint]` table of `text`."""
+        return cls(**toml.read(text, source="<text>"))
+
+    def to_toml(self) -> str:
+        """The `[checkpoint]` table that `from_toml` reads back to an equal spec."""
+        return toml.write(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the JSON that `to_json` writes."""
+        return cls(**toml.read_json(text, source="<text>"))
+
+    def to_json(self) -> str:
+        """The spec as JSON of the same form as its TOML."""
+        return json.dumps(toml.encode(self), indent=2)
+
+    def fingerprint(self) -> str:
+        """A short hash that changes when the spec does; recorded with every step."""
+        canonical: dict[str, Any] = {**toml.encode(self), "directory": ""}
+        return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:16]

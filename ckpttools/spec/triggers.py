@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When to save: frozen values that decide from a step, a clock and metrics.
+
+Pure. A trigger holds no state; what it must remember (the last time, the best value, a history of losses) is a
+JSON value that the caller keeps, passes in and stores in each step's manifest. That is what makes a resumed run
+decide as an uninterrupted one would.
+
+Three moments matter, and each is one method: `observe` sees every step, `decide` answers whether to save at this
+one, and `saved` learns that a save happened, for whatever reason. Improvement is therefore measured against what
+was *saved*: in `EverySteps(500) & OnImprovement("val_loss", mode="min")` a better value at step 450 is not
+forgotten, and does not hide the one at 500.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, override
+
+from ..errors import SpecError
+from .checks import require_count, require_mode, require_name, require_positive, require_steps
+
+type Memory = Any
+"""What a trigger remembers: a JSON value, None at the start of a run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What a trigger may look at.
+
+    Attributes:
+        step: Completed updates, from 1.
+        run_s: Seconds that the run has been training, pauses between processes left out.
+        metric: Looks up a metric of this step by name; None where the step has no such metric.
+    """
+
+    step: int
+    run_s: float = 0.0
+    metric: Callable[[str], float | None] = lambda _name: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """Whether to save, and the reason as half a sentence."""
+
+    save: bool
+    reason: str
+
+
+class Trigger:
+    """Base of all triggers: combine with `|` (either) and `&` (both at the same step)."""
+
+    def observe(self, moment: Moment, memory: Memory) -> Memory:
+        """The memory after seeing a step."""
+        return memory
+
+    def decide(self, moment: Moment, memory: Memory) -> Decision:
+        """Whether to save at this step."""
+        raise NotImplementedError
+
+    def saved(self, moment: Moment, memory: Memory) -> Memory:
+        """The memory after a save at this step."""
+        return memory
+
+    def metrics(self) -> frozenset[str]:
+        """Names of the metrics that the trigger looks at."""
+        return frozenset()
+
+    def __or__(self, other: "Trigger") -> "Trigger":
+        return AnyOf(*_parts(AnyOf, self), *_parts(AnyOf, other)) if isinstance(other, Trigger) else NotImplemented
+
+    def __and__(self, other: "Trigger") -> "Trigger":
+        return AllOf(*_parts(AllOf, self), *_parts(AllOf, other)) if isinstance(other, Trigger) else NotImplemented
+
+
+@dataclasses.dataclass(frozen=True)
+class EverySteps(Trigger):
+    """Save at every step that `n` divides."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        require_count("EverySteps", "n", self.n)
+
+    @override
+    def decide(self, moment: Moment, memory: Memory) -> Decision:
+        return Decision(moment.step % self.n == 0, f"every {self.n} steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class EverySeconds(Trigger):
+    """Save when `seconds` of training have passed since the last save, whatever caused that one."""
+
+    seconds: float
+
+    def __post_init__(self) -> None:
+        require_positive("EverySeconds", "seconds", self.seconds)
+
+    @override
+    def decide(self, moment: Moment, memory: Memory) -> Decision:
+        return Decision(moment.run_s - (memory or 0.0) >= self.seconds, f"every {self.seconds:g} s")
+
+    @override
+    def saved(self, moment: Moment, memory: Memory) -> Memory:
+        return moment.run_s
+
+
+@dataclasses.dataclass(frozen=True)
+class AtSteps(Trigger):
+    """Save at the given steps."""
+
+    steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, list):
+            object.__setattr__(self, "steps", tuple(self.steps))
+        require_steps("AtSteps", self.steps, least=1)
+
+    @override
+    def decide(self, moment: Moment, memory: Memory) -> Decision:
+        return Decision(moment.step in self.steps, "a step that was asked for")
+
+
+@dataclasses.dataclass(frozen=True)
+class OnImprovement(Trigger):
+    """Save when a metric is better than at any saved step.
+
+    Attributes:
+        metric: Name of a metric passed to `step`, such as "val_loss". Steps without it are passed over.
+        mode: "min" if smaller is better, "max" if larger is better.
+        min_delta: By how much it must be better, in the metric's own unit.
+    """
+
+    metric: str
+    _: dataclasses.KW_ONLY
+    mode: Literal["min", "max"]
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_name("OnImprovement", "metric", self.metric)
+        require_mode("OnImprovement", self.mode)
+        if self.min_delta != 0.0:
+            require_positive("OnImprovement", "min_delta", self.min_delta)
+
+    @override
+    def metrics(self) -> frozenset[str]:
+        return frozenset({self.metric})
+
+    @override
+    def decide(self, moment: Moment, memory: Memory) -> Decision:
+        value = moment.metric(self.metric)
+        return Decision(value is not None and self._better(value, memory), f"{self.metric} improved")
+
+    @override
+    def saved(self, moment: Moment, memory: Memory) -> Memory:
+        value = moment.metric(self.metric)
+        if value is None or math.isnan(value):
+            return memory
+        return value if memory is None else (min if self.mode == "min" else max)(value, memory)
+
+    def _better(self, value: float, best: float | None) -> bool:
+        # NaN is never an improvement: a diverged run must not replace its own best.
+        if math.isnan(value):
+            return False
+        if best is None:
+            return True
+        gain = best - value if self.mode == "min" else value - best
+        return gain > self.min_delta if self.min_delta == 0 else gain >= self.min_delta
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive(Trigger):
+    """Save often while a loss is unstable and seldom while it is calm.
+
+    The interval is halved when the last `window` values spread more than `unstable` times their mean (relative
+    standard deviation) or one of them is not finite, and doubled when they spread less; it is reconsidered once
+    after each `window` values, so that one bad batch does not swing it to an end.
+
+    Attributes:
+        metric: Name of the loss, passed to `step` as often as the interval shall follow it.
+        base_steps: Interval at the start.
+        min_steps: Smallest interval.
+        max_steps: Largest interval.
+        window: How many values are looked at.
+        unstable: Relative standard deviation above which the loss counts as unstable.
+    """
+
+    metric: str
+    _: dataclasses.KW_ONLY
+    base_steps: int = 1000
+    min_steps: int = 500
+    max_steps: int = 5000
+    window: int = 10
+    unstable: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_name("Adaptive", "metric", self.metric)
+        for field in ("base_steps", "min_steps", "max_steps"):
+            require_count("Adaptive", field, getattr(self, field))
+        require_count("Adaptive", "window", self.window, least=2)
+        require_positive("Adaptive", "unstable", self.unstable)
+        if not self.min_steps <= self.base_steps <= self.max_steps:
+            raise SpecError(
+                what=f"Adaptive has min_steps={self.min_steps}, base_steps={self.base_steps}, "
+                f"max_steps={self.max_steps}.",
+                why="the interval starts at base_steps and stays within the other two.",
+                fix="choose min_steps <= base_steps <= max_steps.",
+            )
+
+    @override
+    def metrics(self) -> frozenset[str]:
+        return frozenset({self.metric})
+
+    @override
+    def observe(self, moment: Moment, memory: Memory) -> Memory:
+        value = moment.metric(self.metric)
+        if value is None:
+            return memory
+        memory = self._memory(memory)
+        history = [*memory["history"], value]
+        interval = memory["interval"]
+        if len(history) >= self.window:
+            factor = 0.5 if self._is_unstable(history) else 2
+            interval = min(self.max_steps, max(self.min_steps, int(interval * factor)))
+            history = []
+        return {**memory, "history": history, "interval": interval}
+
+    @override
+    def decide(self, moment: Moment, memory: Memory) -> Decision:
+        memory = self._memory(memory)
+        due = moment.step - memory["last"] >= memory["interval"]
+        return Decision(due, f"every {memory['interval']} steps at present, following {self.metric}")
+
+    @override
+    def saved(self, moment: Moment, memory: Memory) -> Memory:
+        return {**self._memory(memory), "last": moment.step}
+
+    def _memory(self, memory: Memory) -> dict[str, Any]:
+        return memory or {"history": [], "interval": self.base_steps, "last": 0}
+
+    def _is_unstable(self, history: list[float]) -> bool:
+        if not all(map(math.isfinite, history)):
+            return True
+        mean = math.fsum(history) / len(history)
+        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in history) / len(history))
+        return spread > self.unstable * abs(mean)
+
+
+class _Combined(Trigger):
+    """What `AnyOf` and `AllOf` share: each part keeps its own memory, in order."""
+
+    parts: tuple[Trigger, ...]
+
+    def observe(self, moment: Moment, memory: Memory) -> Memory:
+        return [part.observe(moment, own) for part, own in self._with_memory(memory)]
+
+    def saved(self, moment: Moment, memory: Memory) -> Memory:
+        return [part.saved(moment, own) for part, own in self._with_memory(memory)]
+
+    def metrics(self) -> frozenset[str]:
+        return frozenset().union(*(part.metrics() for part in self.parts))
+
+    def _decisions(self, moment: Moment, memory: Memory) -> list[Decision]:
+        return [part.decide(moment, own) for part, own in self._with_memory(memory)]
+
+    def _with_memory(self, memory: Memory) -> list[tuple[Trigger, Memory]]:
+        # A spec may change between two runs; memory that does not fit it any more is forgotten.
+        fits = isinstance(memory, list) and len(memory) == len(self.parts)
+        return list(zip(self.parts, memory if fits else [None] * len(self.parts), strict=True))
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class AnyOf(_Combined):
+    """Save when at least one part says so; written `a | b`."""
+
+    parts: tuple[Trigger, ...]
+
+    def __init__(self, *parts: Trigger) -> None:
+        object.__setattr__(self, "parts", _checked_parts("AnyOf", "|", parts))
+
+    @override
+    def decide(self, moment: Moment, memory: Memory) -> Decision:
+        decisions = self._decisions(moment, memory)
+        reasons = [decision.reason for decision in decisions if decision.save]
+        return Decision(bool(reasons), " and ".join(reasons or (decision.reason for decision in decisions)))
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class AllOf(_Combined):
+    """Save when all parts say so at the same step; written `a & b`."""
+
+    parts: tuple[Trigger, ...]
+
+    def __init__(self, *parts: Trigger) -> None:
+        object.__setattr__(self, "parts", _checked_parts("AllOf", "&", parts))
+
+    @override
+    def decide(self, moment: Moment, memory: Memory) -> Decision:
+        decisions = self._decisions(moment, memory)
+        return Decision(all(d.save for d in decisions), " with ".join(d.reason for d in decisions))
+
+
+def _parts(kind: type[AnyOf] | type[AllOf], trigger: Trigger) -> tuple[Trigger, ...]:
+    """The parts of `trigger` if it is of `kind`, so that `a | b | c` is one flat value."""
+    return trigger.parts if isinstance(trigger, kind) else (trigger,)
+
+
+def _checked_parts(owner: str, operator: str, parts: tuple[Trigger, ...]) -> tuple[Trigger, ...]:
+    if not parts or not all(isinstance(part, Trigger) for part in parts):
+        raise SpecError(
+            what=f"{owner}{parts!r} does not combine triggers.",
+            why="an empty combination would either never save or save at every step.",
+            fix=f"EverySteps(500) {operator} EverySeconds(900)",
+        )
+    return parts

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leaves: what one entry of a state is, and how it is written down.
+
+A leaf is an array that goes to Orbax (`array`, `key`), or something that stands in the manifest: an array without
+elements (`empty`; Orbax refuses those) or a plain value (`value`). Typed PRNG keys are kept as their key data on
+the host, which can be copied, hashed and compared like any array.
+"""
+
+import base64
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import CorruptStepError, LeafError
+
+type Path = tuple[str | int, ...]
+type Kind = Literal["array", "key", "empty", "value"]
+
+
+def dotted(item: str, path: Path) -> str:
+    """The name by which a leaf is shown: `model.layers.0.kernel`."""
+    return ".".join([item, *map(str, path)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One entry of a state, as it stands in the program (arrays may be abstract in a template)."""
+
+    path: Path
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One leaf as the manifest describes it.
+
+    Attributes:
+        path: Keys from the item's root.
+        kind: Where the leaf is stored and how it is read back.
+        shape: Shape, of the typed array for a key.
+        dtype: Name of the dtype; for a key, the name of its implementation.
+        scalar: Whether the array was a numpy scalar or a weakly typed JAX scalar, which come back as such.
+        digest: Digest of the bytes of an `array` or `key`.
+        value: The encoded value of a `value`.
+    """
+
+    path: Path
+    kind: Kind
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    scalar: Literal["", "numpy", "weak"] = ""
+    digest: str = ""
+    value: Any = None
+
+    @property
+    def in_orbax(self) -> bool:
+        """Whether Orbax stores this leaf."""
+        return self.kind in ("array", "key")
+
+    def to_json(self) -> dict[str, Any]:
+        """The record without its defaults, paths as lists."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain["path"], plain["shape"] = list(self.path), list(self.shape)
+        return {key: value for key, value in plain.items() if value not in ("", [], None) or key == "path"}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Record":
+        """Read what `to_json` wrote; a wrong form raises `CorruptStepError`."""
+        try:
+            plain = {**data, "path": tuple(data["path"]), "shape": tuple(data.get("shape", ()))}
+            record = cls(**plain)
+            legal = (
+                record.kind in ("array", "key", "empty", "value")
+                and all(type(part) in (str, int) for part in record.path)
+                and all(type(size) is int and 0 <= size < 2**48 for size in record.shape)
+                and math.prod(record.shape) < 2**56
+                and isinstance(record.dtype, str)
+            )
+        except (TypeError, KeyError, ValueError) as error:
+            raise CorruptStepError(what=f"a leaf of the manifest cannot be read: {error}.") from error
+        if not legal:
+            raise CorruptStepError(what=f"a leaf of the manifest makes no sense: {data!r:.200}.")
+        return record
+
+
+def is_key(value: Any) -> bool:
+    """Whether `value` is a typed PRNG key array, concrete or abstract."""
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is an array, concrete or abstract, or a numpy scalar."""
+    return isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def describe(item: str, leaf: Leaf) -> Record:
+    """The record of a leaf, without its digest.
+
+    Raises:
+        LeafError: If the leaf is of a type that cannot be stored.
+    """
+    value = leaf.value
+    if not is_array(value):
+        return Record(path=leaf.path, kind="value", value=encode_value(dotted(item, leaf.path), value))
+    shape = tuple(value.shape)
+    if is_key(value):
+        return Record(path=leaf.path, kind="key", shape=shape, dtype=_implementation(value))
+    dtype = np.dtype(value.dtype)
+    if dtype.hasobject or (dtype.kind in "SUVmM" and dtype.name not in _ML_DTYPES):
+        raise LeafError(
+            what=f"{dotted(item, leaf.path)} is an array of dtype {dtype}.",
+            why="only numbers and booleans have one form on every machine; an object array would need pickle.",
+            fix="store numbers, or turn the array into a list of strings.",
+        )
+    scalar: Literal["", "numpy", "weak"] = ""
+    if isinstance(value, np.generic):
+        scalar = "numpy"
+    elif shape == () and getattr(value, "weak_type", False):
+        scalar = "weak"
+    kind: Kind = "empty" if math.prod(shape) == 0 else "array"
+    return Record(path=leaf.path, kind=kind, shape=shape, dtype=dtype.name, scalar=scalar)
+
+
+_ML_DTYPES = frozenset(
+    name for name in dir(jnp) if name.startswith(("bfloat", "float", "int", "uint")) and hasattr(jnp, name)
+)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The dtype of a record; only names of numbers are known, so nothing can be imported by a manifest."""
+    try:
+        return np.dtype(getattr(jnp, name)) if name in _ML_DTYPES else np.dtype(name)
+    except TypeError as error:
+        raise CorruptStepError(what=f"the manifest names an unknown dtype {name!r}.") from error
+
+
+def host_shape(record: Record) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of the array that stands on the host for a record (key data, for a key)."""
+    if record.kind != "key":
+        return record.shape, numpy_dtype(record.dtype)
+    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(record.shape, key_dtype(record.dtype)))
+    return tuple(data.shape), np.dtype(data.dtype)
+
+
+def key_dtype(implementation: str) -> Any:
+    """The dtype of typed keys of an implementation such as "threefry2x32"."""
+    try:
+        return jax.eval_shape(lambda: jax.random.key(0, impl=implementation)).dtype
+    except ValueError as error:
+        raise CorruptStepError(what=f"the manifest names an unknown key implementation {implementation!r}.") from error
+
+
+def _implementation(key: Any) -> str:
+    """The name of a key's implementation, also of an abstract one, whose dtype only shows a tag of it."""
+    if isinstance(key, jax.Array):
+        return str(jax.random.key_impl(key))
+    for name in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if key_dtype(name) == key.dtype:
+            return name
+    raise LeafError(
+        what=f"an abstract key has the unknown dtype {key.dtype}.",
+        why="only the implementations that come with JAX can be told from a dtype.",
+        fix="pass a concrete state as the template.",
+    )
+
+
+def host_bytes(records: Iterable[Record]) -> int:
+    """Bytes that the arrays of `records` take, on the host and, uncompressed, on the disk."""
+    total = 0
+    for record in records:
+        if record.in_orbax:
+            shape, dtype = host_shape(record)
+            total += math.prod(shape) * dtype.itemsize
+    return total
+
+
+def encode_value(name: str, value: Any) -> Any:
+    """A plain value as JSON; types that JSON lacks are tagged with their name."""
+    if value is None or isinstance(value, bool | str):
+        return value if not isinstance(value, str) or value.isascii() else {"str": value}
+    if type(value) is int:
+        return value if abs(value) < 2**53 else {"int": str(value)}
+    if type(value) is float:
+        return {"float": value.hex()}
+    if isinstance(value, complex) and not isinstance(value, np.generic):
+        return {"complex": [value.real.hex(), value.imag.hex()]}
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": base64.b64encode(bytes(value)).decode()}
+    raise LeafError(
+        what=f"{name} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored.",
+        why="a checkpoint holds arrays, typed keys, numbers, strings, bytes and None: reading it runs no code.",
+        fix="give the object get_state() and set_state(state), or leave it out of the state.",
+    )
+
+
+def decode_value(encoded: Any) -> Any:
+    """The value that `encode_value` was given."""
+    if not isinstance(encoded, dict):
+        return encoded
+    try:
+        ((tag, data),) = encoded.items()
+        match tag:
+            case "str":
+                return str(data)
+            case "int":
+                return int(data)
+            case "float":
+                return float.fromhex(data)
+            case "complex":
+                return complex(float.fromhex(data[0]), float.fromhex(data[1]))
+            case "bytes":
+                return base64.b64decode(data, validate=True)
+    except (ValueError, TypeError, IndexError) as error:
+        raise CorruptStepError(what=f"a value of the manifest cannot be read: {error}.") from error
+    raise CorruptStepError(what=f"a value of the manifest is of unknown type {tag!r}.")

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does what is on disk fit the state that was passed in? Exactly, or a list of every difference.
+
+No dtype is cast and no shape is bent here: an int32 template for float32 weights is a mistake, and Orbax's silent
+truncation of it is one of the defects this package exists for.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..errors import StructureError, did_you_mean
+from .leaves import Leaf, Path, Record, describe, dotted, encode_value, is_array
+from .tree import Flat
+
+
+def differences(item: str, template: Flat, records: Sequence[Record], skeletons: Iterable[Path]) -> list[str]:
+    """One line for each leaf of one item that does not fit.
+
+    Args:
+        item: Name of the item.
+        template: The state passed in, flattened as a template.
+        records: The item's leaves on disk.
+        skeletons: Paths of the stateful objects on disk.
+    """
+    lines = [
+        f"{dotted(item, root)}: holds a state (get_state/set_state) here and none on disk"
+        for root in template.skeletons
+        if root not in set(skeletons)
+    ]
+    stored = {record.path: record for record in records if not _below(record.path, template.skeletons)}
+    wanted = {leaf.path: leaf for leaf in template.leaves}
+    missing = [path for path in wanted if path not in stored]
+    unexpected = [path for path in stored if path not in wanted]
+    for path in missing:
+        near = did_you_mean(dotted(item, path), [dotted(item, other) for other in unexpected]) if unexpected else ""
+        lines.append(f"{dotted(item, path)}: not on disk{'; ' + near if near.startswith('did') else ''}")
+    lines += [f"{dotted(item, path)}: on disk, not in the state passed in" for path in unexpected]
+    for path, leaf in wanted.items():
+        if path in stored:
+            lines += _leaf_difference(item, leaf, stored[path])
+    return lines
+
+
+def _below(path: Path, roots: Iterable[Path]) -> bool:
+    return any(path[: len(root)] == root for root in roots)
+
+
+def _leaf_difference(item: str, leaf: Leaf, record: Record) -> list[str]:
+    name = dotted(item, leaf.path)
+    if not is_array(leaf.value):
+        encode_value(name, leaf.value)  # A template with an object in it is refused like a state would be.
+        return [] if record.kind == "value" else [f"{name}: {_show(record)} on disk, a plain value here"]
+    here = describe(item, leaf)
+    if record.kind == "value":
+        return [f"{name}: a plain value on disk, {_show(here)} here"]
+    if (here.kind == "key", here.shape, here.dtype) == (record.kind == "key", record.shape, record.dtype):
+        return []
+    return [f"{name}: {_show(record)} on disk, {_show(here)} here"]
+
+
+def _show(record: Record) -> str:
+    prefix = "key " if record.kind == "key" else ""
+    return f"{prefix}{record.dtype}[{','.join(map(str, record.shape))}]"
+
+
+def require_match(step: int, lines: Sequence[str], *, most: int = 20) -> None:
+    """Raise `StructureError` if there are differences; the message shows the first of them."""
+    if not lines:
+        return
+    shown = [f"\n    {line}" for line in lines[:most]]
+    rest = f"\n    ... and {len(lines) - most} more" if len(lines) > most else ""
+    error = StructureError(
+        what=f"step {step} does not fit the state passed in, in {len(lines)} place(s):{''.join(shown)}{rest}",
+        why="restoring part of it, or casting, would change the model without a word. Nothing was restored or lost.",
+        fix="build the state as it was when the step was saved, or leave the item out of the state.",
+    )
+    error.mismatches = tuple(lines)
+    raise error
+
+
+def absent_item(item: str, stored: Iterable[Any]) -> str:
+    """The line for an item of the template that the step does not have at all."""
+    return f"{item}: not on disk; the step has {', '.join(map(str, stored)) or 'no items'}"

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nested plain containers to a JSON skeleton with numbered leaves, and back.
+
+For states whose structure is known only at the time of saving, such as that of a data iterator.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import CorruptStepError, LeafError
+from .leaves import Leaf, Path
+
+_DEEPEST = 100
+
+
+def pack(value: Any, prefix: Path) -> tuple[Any, list[Leaf]]:
+    """A skeleton and the leaves of nested dicts, lists and tuples.
+
+    Args:
+        value: The containers; dict keys are str or int.
+        prefix: Path that all leaves begin with.
+
+    Returns:
+        The skeleton, in which a leaf is its number in the list, and that list.
+    """
+    leaves: list[Leaf] = []
+
+    def visit(part: Any, path: Path) -> Any:
+        if len(path) - len(prefix) > _DEEPEST:
+            raise LeafError(
+                what=f"the state is nested deeper than {_DEEPEST} levels at {path[:6]!r}...",
+                why="it most likely holds itself.",
+                fix="hand out a flat state from get_state().",
+            )
+        if isinstance(part, Mapping):
+            return {"dict": [[_key(key), visit(entry, (*path, _key(key)))] for key, entry in part.items()]}
+        if type(part) in (list, tuple):
+            kind = "list" if type(part) is list else "tuple"
+            return {kind: [visit(entry, (*path, index)) for index, entry in enumerate(part)]}
+        leaves.append(Leaf(path, part))
+        return len(leaves) - 1
+
+    return visit(value, prefix), leaves
+
+
+def _key(key: Any) -> str | int:
+    if type(key) not in (str, int):
+        raise LeafError(
+            what=f"a state handed out by get_state() has a key {key!r} of type {type(key).__name__}.",
+            why="keys are written to JSON and must be strings or ints.",
+            fix=f"use str({key!r}).",
+        )
+    return key  # type: ignore[no-any-return]
+
+
+def unpack(skeleton: Any, values: Sequence[Any]) -> Any:
+    """The containers again; `values` are the leaves in the order of `pack`."""
+
+    def visit(part: Any, depth: int) -> Any:
+        if depth > _DEEPEST:
+            raise CorruptStepError(what=f"a stored state is nested deeper than {_DEEPEST} levels.")
+        if type(part) is int and 0 <= part < len(values):
+            return values[part]
+        match part:
+            case {"dict": [*entries]} if all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
+                return {key: visit(entry, depth + 1) for key, entry in entries}
+            case {"list": [*entries]}:
+                return [visit(entry, depth + 1) for entry in entries]
+            case {"tuple": [*entries]}:
+                return tuple(visit(entry, depth + 1) for entry in entries)
+        raise CorruptStepError(what=f"the skeleton of a stored state makes no sense: {part!r:.100}.")
+
+    return visit(skeleton, 0)

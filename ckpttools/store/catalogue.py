@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of a run's steps, made from the steps alone.
+
+There is no catalogue file that could be lost or lie: every manifest says where its step stands. `lineage` is the
+list of branches that led to a step, each with the step after which it began. The newest commit's lineage is the
+run's own; a step of an earlier branch is superseded if it lies after the point where the next branch began.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Literal
+
+from ..errors import CheckpointError, IncompleteStepError, StepDamagedError
+from ..spec.retention import StepInfo
+from . import commit, layout
+from .manifest import Lineage, Manifest, Summary
+from .manifest import read as read_manifest
+
+type State = Literal["committed", "unverified", "incomplete", "corrupt"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One numbered folder of a run.
+
+    Attributes:
+        step: The number.
+        path: The folder.
+        state: "committed" if its manifest and the sizes of its files are right; "unverified" if it has no manifest
+            but looks like an Orbax checkpoint; else the kind of its damage.
+        info: What retention may know; None unless committed.
+        manifest: The manifest; None unless committed.
+        error: What is wrong with it; None if committed.
+    """
+
+    step: int
+    path: pathlib.Path
+    state: State
+    info: StepInfo | None = None
+    manifest: Manifest | None = None
+    error: CheckpointError | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """All steps of a run at one moment, by step number.
+
+    Attributes:
+        entries: Every numbered folder, committed or not.
+        set_aside: Superseded steps whose number was needed again.
+    """
+
+    entries: tuple[Entry, ...]
+    set_aside: tuple[Entry, ...] = ()
+
+    @property
+    def committed(self) -> tuple[Entry, ...]:
+        """Committed steps of all branches."""
+        return tuple(entry for entry in (*self.entries, *self.set_aside) if entry.state == "committed")
+
+    @property
+    def live(self) -> tuple[Entry, ...]:
+        """Committed steps of the run's own branch."""
+        return tuple(entry for entry in self.committed if entry.info and not entry.info.superseded)
+
+    @property
+    def newest(self) -> Entry | None:
+        """The step that was committed last."""
+        return max(self.committed, key=_sequence, default=None)
+
+    @property
+    def lineage(self) -> Lineage:
+        """The branches of the run's newest step; empty for an empty run."""
+        newest = self.newest
+        return newest.manifest.summary.lineage if newest and newest.manifest else ()
+
+    @property
+    def next_sequence(self) -> int:
+        """The number of the next commit."""
+        return 1 + max(map(_sequence, self.committed), default=0)
+
+
+def scan(root: pathlib.Path) -> Catalogue:
+    """List a run's folder; damaged steps are listed as such, never raised."""
+    pins = read_pins(root)
+    entries = _with_branches(_scan_folder(root), pins)
+    aside = _scan_folder(layout.control(root, "superseded"), aside=True)
+    aside = [
+        dataclasses.replace(entry, info=dataclasses.replace(entry.info, superseded=True))
+        for entry in _with_branches(aside, frozenset())
+        if entry.info
+    ]
+    return Catalogue(tuple(entries), tuple(aside))
+
+
+def _scan_folder(folder: pathlib.Path, *, aside: bool = False) -> list[Entry]:
+    if not folder.is_dir():
+        return []
+    entries = []
+    for path in folder.iterdir():
+        step = layout.step_number(path.name.partition("-")[0] if aside else path.name)
+        if step is not None and path.is_dir():
+            entries.append(_examine(path, step))
+    return sorted(entries, key=lambda entry: entry.step)
+
+
+def _examine(path: pathlib.Path, step: int) -> Entry:
+    if path.is_symlink():
+        error = StepDamagedError(what=f"{path.name} is a link.", why="a step lies in the run's own folder.")
+        return Entry(step=step, path=path, state="corrupt", error=error)
+    try:
+        return Entry(step=step, path=path, state="committed", manifest=read_manifest(path))
+    except IncompleteStepError as error:
+        foreign = not (path / layout.MANIFEST).exists() and looks_like_orbax(path)
+        return Entry(step=step, path=path, state="unverified" if foreign else "incomplete", error=error)
+    except StepDamagedError as error:
+        return Entry(step=step, path=path, state="corrupt", error=error)
+
+
+def looks_like_orbax(folder: pathlib.Path) -> bool:
+    """Whether plain Orbax finished a checkpoint here (v0 and v1 write this file last)."""
+    return (folder / "_CHECKPOINT_METADATA").is_file()
+
+
+def _with_branches(entries: list[Entry], pins: frozenset[int]) -> list[Entry]:
+    summaries = [entry.manifest.summary for entry in entries if entry.manifest]
+    lineage = max(summaries, key=lambda summary: summary.sequence).lineage if summaries else ()
+    placed = []
+    for entry in entries:
+        if entry.manifest:
+            summary = entry.manifest.summary
+            info = StepInfo(
+                step=summary.step,
+                sequence=summary.sequence,
+                saved_at=summary.saved_at,
+                metrics=summary.metrics,
+                pinned=summary.step in pins,
+                superseded=not is_live(summary, lineage),
+            )
+            entry = dataclasses.replace(entry, info=info)
+        placed.append(entry)
+    return placed
+
+
+def is_live(summary: Summary, lineage: Lineage) -> bool:
+    """Whether a step belongs to a lineage: on one of its branches, and not after that branch was left."""
+    branch = summary.lineage[-1][0]
+    for index, (name, _) in enumerate(lineage):
+        if name == branch:
+            left_at = lineage[index + 1][1] if index + 1 < len(lineage) else None
+            return left_at is None or summary.step <= left_at
+    return False
+
+
+def _sequence(entry: Entry) -> int:
+    return entry.info.sequence if entry.info else 0
+
+
+def read_pins(root: pathlib.Path) -> frozenset[int]:
+    """Steps that were pinned; a damaged list counts as empty and is reported by `repair`."""
+    try:
+        return frozenset(int(step) for step in json.loads(layout.control(root, "pins.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return frozenset()
+
+
+def write_pins(root: pathlib.Path, pins: frozenset[int]) -> None:
+    """Replace the list of pinned steps, durably."""
+    commit.write_file(layout.control(root, "pins.json"), json.dumps(sorted(pins)).encode())

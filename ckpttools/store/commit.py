@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only moves that change a run's folder, each of them safe against a cut at any moment.
+
+Commit: every file and folder of the step is synced, then one rename, then both parents are synced, and only after
+that is anything deleted. Delete: one rename into the trash, the parents synced, then the files one by one. A kill
+leaves a step whole, or absent, or in the trash, never half; a power cut after a commit finds it on the disk.
+
+`fsync` and `rename` are called through `os` on purpose: the tests record them there.
+"""
+
+import os
+import pathlib
+import shutil
+
+from ..errors import StorageError
+from . import layout
+
+
+def sync_file(path: pathlib.Path) -> None:
+    """Force a file's or folder's bytes to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: pathlib.Path) -> None:
+    """Force every file and folder below `folder`, and itself, to the disk; children before parents."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync_file(pathlib.Path(parent, name))
+        sync_file(pathlib.Path(parent))
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Create a folder and its parents, and make each new entry durable."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_file(folder.parent)
+
+
+def move(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Rename a folder and make both its old and its new place durable."""
+    make_folder(target.parent)
+    os.rename(source, target)
+    sync_file(target.parent)
+    sync_file(source.parent)
+
+
+def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int) -> pathlib.Path:
+    """Make a complete staged step visible under its number.
+
+    What is in the way is moved aside first: a step of a superseded branch, or what never was a step.
+    """
+    target = layout.step_folder(root, step)
+    sync_tree(staged)
+    if target.exists():
+        aside = "superseded" if (target / layout.MANIFEST).exists() else "quarantine"
+        move(target, layout.free_name(layout.control(root, aside), str(step)))
+    move(staged, target)
+    return target
+
+
+def discard(root: pathlib.Path, folder: pathlib.Path) -> None:
+    """Delete a folder of the run: first out of sight by one rename, then for good."""
+    in_trash = layout.free_name(layout.control(root, "trash"), folder.name)
+    move(folder, in_trash)
+    shutil.rmtree(in_trash, ignore_errors=True)
+
+
+def quarantine(root: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """Move a damaged step out of the way without losing a byte of it."""
+    target = layout.free_name(layout.control(root, "quarantine"), folder.name)
+    move(folder, target)
+    return target
+
+
+def sweep(root: pathlib.Path) -> None:
+    """Remove what a killed process left in staging and trash; only for the process that holds the lock."""
+    for part in ("staging", "trash"):
+        folder = layout.control(root, part)
+        if folder.is_dir():
+            for entry in folder.iterdir():
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def write_file(path: pathlib.Path, data: bytes) -> None:
+    """Replace a small file in one step, durably."""
+    make_folder(path.parent)
+    temporary = path.with_name(f"{path.name}.new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_file(path.parent)
+
+
+def require_writable(root: pathlib.Path) -> None:
+    """Create the run's folder if need be and prove that it can be written.
+
+    Raises:
+        StorageError: If it cannot, before anything was trained.
+    """
+    try:
+        make_folder(layout.control(root))
+        probe = layout.control(root, f"probe-{os.getpid()}")
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(
+            what=f"{root} cannot be written: {error}.",
+            why="no step of this run could be saved there.",
+            fix="choose another directory or mend its permissions; nothing was written or lost.",
+        ) from error

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where things lie in a run's folder.
+
+    runs/exp1/
+        500/                   a committed step: an ordinary Orbax checkpoint and `ckpttools.manifest`
+        1000/
+        .ckpttools/
+            lock               held by the process that writes
+            pins.json          steps that retention must keep
+            staging/           a save in progress, moved up by one rename when it is complete
+            trash/             steps being deleted, moved here by one rename first
+            quarantine/        damaged steps, kept for `repair` and for curiosity
+            superseded/        steps of a given-up branch whose number was needed again
+
+Everything is on one file system, so that each move is one atomic rename. Plain Orbax sees only the numbered
+folders.
+"""
+
+import pathlib
+import re
+
+MANIFEST = "ckpttools.manifest"
+CONTROL = ".ckpttools"
+_STEP = re.compile(r"0|[1-9]\d{0,17}")
+
+
+def step_folder(root: pathlib.Path, step: int) -> pathlib.Path:
+    """Folder of a committed step."""
+    return root / str(step)
+
+
+def step_number(name: str) -> int | None:
+    """The step that a folder's name stands for; None for any other name."""
+    return int(name) if _STEP.fullmatch(name) else None
+
+
+def control(root: pathlib.Path, part: str = "") -> pathlib.Path:
+    """The folder of ckpttools' own files, or a part of it."""
+    return root / CONTROL / part if part else root / CONTROL
+
+
+def free_name(folder: pathlib.Path, stem: str) -> pathlib.Path:
+    """A path in `folder` that does not exist yet: `stem`, `stem-2`, `stem-3`, ..."""
+    candidate, number = folder / stem, 2
+    while candidate.exists():
+        candidate, number = folder / f"{stem}-{number}", number + 1
+    return candidate

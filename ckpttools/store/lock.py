@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One writer for each run.
+
+Two processes that save into one folder would prune each other's steps. The lock is advisory and of the kernel
+(`flock`): it vanishes with its process, so a kill leaves nothing to clean up.
+"""
+
+import fcntl
+import os
+import pathlib
+
+from ..errors import RunInUseError
+from . import commit, layout
+
+
+class WriterLock:
+    """The right to write to a run's folder, from `acquire` to `release`."""
+
+    def __init__(self, root: pathlib.Path) -> None:
+        self._root = root
+        self._descriptor: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor is not None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            RunInUseError: If another process holds it.
+        """
+        if self.held:
+            return
+        commit.make_folder(layout.control(self._root))
+        path = layout.control(self._root, "lock")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise RunInUseError(
+                what=f"{self._root} is being written by process {owner}.",
+                why="two writers would delete each other's steps.",
+                fix="wait for that process, or give this run a directory of its own; reading needs no lock.",
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give the lock back; harmless if it is not held."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest: what a step is, file by file and leaf by leaf, with its own checksum.
+
+Three lines of JSON: a seal (format and the digest of the two lines below), a summary, and the contents. A folder is
+a step when its seal fits and the files of its summary are there with their sizes; its name proves nothing. The
+summary is apart because opening a run reads it for every step, and the contents, a hundred times longer, for one.
+
+Data only: no name in it is imported, and no path in it may leave the step's folder.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import stat
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import CorruptStepError, IncompleteStepError, StepDamagedError, UntrustedStepError
+from ..state.leaves import Path, Record
+from . import digest, layout
+
+FORMAT = 1
+_LARGEST_BYTES = 1 << 30
+"""A manifest above this size is refused unread; one of a million leaves takes about 200 MB."""
+
+type Lineage = tuple[tuple[str, int], ...]
+"""Branches from the run's beginning, each with the step after which it began; see `catalogue`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What the catalogue needs to know of a step.
+
+    Attributes:
+        step: Completed updates.
+        sequence: Order of the commits, from 1.
+        saved_at: Seconds since the epoch.
+        run_s: Seconds of training up to this step.
+        metrics: Recorded metrics.
+        lineage: The branches that led here; the last one is the step's own.
+        reason: Why it was saved.
+        spec: Fingerprint of the spec that saved it.
+        files: Size and digest of each file of the step, by its path with slashes; the manifest is not among them.
+    """
+
+    step: int
+    sequence: int
+    saved_at: float
+    run_s: float
+    metrics: dict[str, float]
+    lineage: Lineage
+    reason: str
+    spec: str
+    files: dict[str, tuple[int, str]]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(size for size, _ in self.files.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """The leaves of one item of the state, and the containers of its stateful objects."""
+
+    records: tuple[Record, ...]
+    skeletons: Mapping[Path, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a restore needs beyond the summary.
+
+    Attributes:
+        items: The state, item by item.
+        triggers: Memory of the triggers after this save.
+        outputs: What the validation function returned, if the run has one.
+    """
+
+    items: dict[str, Item]
+    triggers: Any = None
+    outputs: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A manifest whose seal was checked; the contents are parsed when they are first asked for."""
+
+    summary: Summary
+    contents_json: bytes
+
+    @functools.cached_property
+    def contents(self) -> Contents:
+        """The contents.
+
+        Raises:
+            CorruptStepError: If they do not have the form that this version writes.
+        """
+        return _read_contents(_parse(self.contents_json))
+
+
+def write(folder: pathlib.Path, summary: Summary, contents: Contents, *, algorithm: str) -> None:
+    """Write the manifest of a step into its (staged) folder; it is synced with the rest of the tree."""
+    plain = {**dataclasses.asdict(summary), "metrics": {k: _plain_float(v) for k, v in summary.metrics.items()}}
+    body = b"\n".join(map(_dump, (plain, _contents_json(contents))))
+    seal = {"ckpttools": FORMAT, "digest": digest.of_bytes(algorithm, body)}
+    (folder / layout.MANIFEST).write_bytes(_dump(seal) + b"\n" + body)
+
+
+def read(folder: pathlib.Path) -> Manifest:
+    """Read a step's manifest and check its seal, its step number and its files' sizes.
+
+    Raises:
+        IncompleteStepError: If the manifest or a file is missing or of the wrong size.
+        CorruptStepError: If the manifest's bytes are not those that were written.
+        UntrustedStepError: If it names a path outside the step's folder or is absurdly large.
+        OSError: If the disk does not answer; that is no damage.
+    """
+    manifest = _open(_manifest_bytes(folder))
+    number = layout.step_number(folder.name.partition("-")[0])
+    if number != manifest.summary.step:
+        raise CorruptStepError(
+            what=f"{folder.name}/{layout.MANIFEST} belongs to step {manifest.summary.step}.",
+            why="the manifest or the whole folder was exchanged or renamed.",
+        )
+    _check_files(folder, manifest.summary)
+    return manifest
+
+
+def _manifest_bytes(folder: pathlib.Path) -> bytes:
+    path = folder / layout.MANIFEST
+    try:
+        status = path.lstat()
+    except FileNotFoundError as error:
+        raise IncompleteStepError(
+            what=f"{folder.name} has no {layout.MANIFEST}.",
+            why="the manifest is the last file of a save: without it the save was not finished, or was not ours.",
+            fix="a step that plain Orbax wrote is taken over by ct.adopt(directory).",
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UntrustedStepError(what=f"{folder.name}/{layout.MANIFEST} is not a regular file.")
+    if status.st_size > _LARGEST_BYTES:
+        raise UntrustedStepError(
+            what=f"{folder.name}/{layout.MANIFEST} has {status.st_size} bytes.",
+            why=f"more than {_LARGEST_BYTES} bytes are not read.",
+        )
+    return path.read_bytes()
+
+
+def _open(data: bytes) -> Manifest:
+    """Check the seal and parse the summary."""
+    damaged = {"what": f"the {layout.MANIFEST} is damaged.", "why": "its bytes do not fit its own checksum."}
+    lines = data.split(b"\n")
+    if len(lines) != 3:
+        raise CorruptStepError(**damaged)
+    seal = _parse(lines[0])
+    if not isinstance(seal, dict) or not isinstance(seal.get("digest"), str):
+        raise CorruptStepError(**damaged)
+    algorithm = digest.algorithm_of(seal["digest"])
+    if digest.of_bytes(algorithm, data[len(lines[0]) + 1 :]) != seal["digest"]:
+        raise CorruptStepError(**damaged)
+    if seal.get("ckpttools") != FORMAT:
+        raise CorruptStepError(
+            what=f"the {layout.MANIFEST} has format {seal.get('ckpttools')!r}.",
+            why=f"this version reads format {FORMAT}.",
+            fix="restore with the version that wrote it.",
+        )
+    return Manifest(_read_summary(_parse(lines[1])), lines[2])
+
+
+def _check_files(folder: pathlib.Path, summary: Summary) -> None:
+    missing, sizes = [], []
+    for name, (size, _) in summary.files.items():
+        # Strings rather than Path objects: a run of a thousand steps has tens of thousands of files.
+        try:
+            status = os.lstat(f"{folder}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
+            missing.append(name)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise UntrustedStepError(
+                what=f"{folder.name}/{name} is a link or no regular file.",
+                why="a step consists of its own files; a link could lead out of the run.",
+            )
+        if status.st_size != size:
+            sizes.append(f"{name} has {status.st_size} of {size} bytes")
+    if missing or sizes:
+        error = IncompleteStepError(
+            what=f"step {summary.step} is incomplete: {'; '.join([f'{name} is missing' for name in missing] + sizes)}."
+        )
+        error.step, error.files = summary.step, (*missing, *(text.split(" has ")[0] for text in sizes))
+        raise error
+
+
+def _read_summary(data: Any) -> Summary:
+    try:
+        summary = Summary(
+            **{
+                **data,
+                "metrics": {str(name): float(value) for name, value in data["metrics"].items()},
+                "lineage": tuple((str(branch), int(start)) for branch, start in data["lineage"]),
+                "files": {_safe_path(name): (int(size), str(mark)) for name, (size, mark) in data["files"].items()},
+            }
+        )
+    except StepDamagedError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CorruptStepError(what=f"the summary of the {layout.MANIFEST} cannot be read: {error}.") from error
+    if type(summary.step) is not int or type(summary.sequence) is not int or not summary.lineage:
+        raise CorruptStepError(what=f"the summary of the {layout.MANIFEST} makes no sense.")
+    return summary
+
+
+def _safe_path(name: str) -> str:
+    parts = pathlib.PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
+        raise UntrustedStepError(
+            what=f"the manifest names the file {name!r}.",
+            why="a path in a manifest may not leave the step's folder.",
+            fix="do not restore from this folder; it was tampered with.",
+        )
+    return name
+
+
+def _contents_json(contents: Contents) -> Any:
+    items = {
+        name: {
+            "leaves": [record.to_json() for record in item.records],
+            "skeletons": [[list(path), skeleton] for path, skeleton in item.skeletons.items()],
+        }
+        for name, item in contents.items.items()
+    }
+    return {"items": items, "triggers": contents.triggers, "outputs": contents.outputs}
+
+
+def _read_contents(data: Any) -> Contents:
+    try:
+        items = {
+            str(name): Item(
+                records=tuple(Record.from_json(leaf) for leaf in item["leaves"]),
+                skeletons={tuple(path): skeleton for path, skeleton in item["skeletons"]},
+            )
+            for name, item in data["items"].items()
+        }
+        return Contents(items=items, triggers=data["triggers"], outputs=data["outputs"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, StepDamagedError):
+            raise
+        raise CorruptStepError(what=f"the contents of the {layout.MANIFEST} cannot be read: {error}.") from error
+
+
+def _dump(data: Any) -> bytes:
+    return json.dumps(data, separators=(",", ":")).encode()
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CorruptStepError(
+            what=f"the {layout.MANIFEST} is damaged.", why=f"a line of it is no JSON: {error}."
+        ) from error
+
+
+def _plain_float(value: float) -> float | str:
+    # JSON has no NaN; `float` reads these words back.
+    return value if math.isfinite(value) else str(value)

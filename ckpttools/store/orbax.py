@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Array I/O through Orbax: the only file that imports it.
+
+Orbax v1's free functions write host arrays into a staging folder and read them back; no manager is involved. Facts:
+
+-   a v1 `Context` is per thread, so it is entered right around each call;
+-   `deepcopy_host_arrays` is switched off: the arrays handed over are ours and do not change until the call returns;
+-   Orbax refuses empty trees and numpy scalars, and of two names that are equal after joining keys with dots silently
+    keeps one (`state.tree.check_names` guards against that).
+"""
+
+import pathlib
+import traceback
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from ..state.leaves import Path, Record, host_shape, key_dtype
+
+type HostArrays = dict[str, dict[Path, np.ndarray[Any, Any]]]
+"""Arrays on the host by item and path; key data for typed keys."""
+
+
+def write(
+    folder: pathlib.Path,
+    records: Mapping[str, tuple[Record, ...]],
+    arrays: HostArrays,
+    *,
+    compression: bool,
+) -> None:
+    """Write an Orbax checkpoint to `folder`, which must not exist yet.
+
+    Args:
+        folder: Absolute path.
+        records: All leaves, by item; those that Orbax does not store are passed over.
+        arrays: The array of each leaf that Orbax stores.
+        compression: Whether to compress with zstd.
+    """
+    items: dict[str, Any] = {}
+    for item, leaves in records.items():
+        tree: dict[str, Any] = {}
+        for record in leaves:
+            if record.in_orbax:
+                _put(tree, record.path, _native(record, arrays[item][record.path]))
+        if tree:
+            items[item] = tree
+    if not items:
+        folder.mkdir(parents=True)
+        return
+    context = ocp.Context()
+    context.array.saving.use_compression = compression
+    context.memory.deepcopy_host_arrays = False
+    with context:
+        ocp.save_checkpointables(folder, items)
+
+
+def read(folder: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> HostArrays:
+    """Read the given leaves, and nothing else, to the host.
+
+    Raises:
+        Exception: Whatever Orbax and TensorStore raise; the caller finds out by digests what is damaged.
+    """
+    items: dict[str, Any] = {}
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    for item, leaves in records.items():
+        tree: dict[str, Any] = {}
+        for record in leaves:
+            if record.kind == "key":
+                _put(tree, record.path, jax.ShapeDtypeStruct(record.shape, key_dtype(record.dtype), sharding=sharding))
+            elif record.in_orbax:
+                _put(tree, record.path, np.empty(*host_shape(record)))
+        if tree:
+            items[item] = tree
+    if not items:
+        return {item: {} for item in records}
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context, warnings.catch_warnings():
+        # A load that fails half way leaves coroutines that nobody awaits; they are closed here, with the frames that
+        # hold them, rather than at some later moment in the user's program.
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+        try:
+            loaded = ocp.load_checkpointables(folder, items)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+    return {
+        item: {record.path: _on_host(record, _get(loaded[item], record.path)) for record in leaves if record.in_orbax}
+        for item, leaves in records.items()
+    }
+
+
+def _native(record: Record, array: np.ndarray[Any, Any]) -> Any:
+    """The array in the form that Orbax stores natively, so that plain Orbax reads typed keys as such."""
+    return jax.random.wrap_key_data(jnp.asarray(array), impl=record.dtype) if record.kind == "key" else array
+
+
+def _on_host(record: Record, loaded: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(jax.random.key_data(loaded) if record.kind == "key" else loaded)
+
+
+def _put(tree: dict[str, Any], path: Path, value: Any) -> None:
+    *parents, last = map(str, path or ("value",))
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = value
+
+
+def _get(tree: Any, path: Path) -> Any:
+    for name in map(str, path or ("value",)):
+        tree = tree[name]
+    return tree
