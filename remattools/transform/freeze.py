@@ -25,7 +25,7 @@ _MAX_DEPTH = 24
 _PLAIN = (type(None), bool, int, str, bytes, complex, type(Ellipsis), range)
 # Instances of these packages' classes (dtypes, shardings, meshes, jitted library functions) are treated as
 # immutable when hashable: their own `__eq__` decides.
-_TRUSTED_PACKAGES = frozenset({"jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes", "builtins"})
+_TRUSTED_PACKAGES = frozenset({"jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes"})
 
 
 class Identity:
@@ -73,6 +73,8 @@ class Freezer:
             return self._numpy(value)
         if kind in (list, tuple):
             return (kind, tuple(self.freeze(item, below) for item in value))
+        if kind is slice:
+            return (kind, self.freeze((value.start, value.stop, value.step), below))
         if kind in (set, frozenset):
             return (kind, frozenset(self.freeze(item, below) for item in value))
         if kind in (dict, types.MappingProxyType):
@@ -111,9 +113,13 @@ class Freezer:
         kind = type(value)
         package = kind.__module__.partition(".")[0]
         if package in _TRUSTED_PACKAGES or hasattr(kind, "__jax_array__"):
+            # Identity alone says nothing of an object's content (a random generator), but a library's functions have
+            # none that changes.
+            if kind.__hash__ is None or (kind.__hash__ is object.__hash__ and not callable(value)):
+                return self._opaque(value)
             try:
                 hash(value)
-            except TypeError:
+            except TypeError:  # a tuple-like value that holds something unhashable
                 return self._opaque(value)
             # A jitted function is immutable but for what its Python function captured.
             wrapped = getattr(value, "__wrapped__", None)
