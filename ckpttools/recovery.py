@@ -10,7 +10,6 @@ leaf, the host copy moves to the device and the old array is freed, so that the 
 """
 
 import dataclasses
-import errno
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -35,8 +34,6 @@ from .state.leaves import Path, Record, decode_value, dotted, is_array, numpy_dt
 from .state.match import absent_item, differences, require_match
 from .store import commit, digest, manifest, orbax
 from .store.catalogue import Catalogue, Entry
-
-_DISK_ERRORS = frozenset({errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,17 +112,18 @@ def load_first_intact(
         StorageError: If the disk does not answer.
     """
     templates = {item: tree.flatten(value, template=True) for item, value in state.items()}
-    tried: list[Candidate] = []
+    tried: list[tuple[Entry, Candidate]] = []
     for entry in candidates:
         try:
             loaded = load(entry, templates)
             check(loaded)
         except StepDamagedError as error:
-            tried.append(_rejected(entry, error, quarantine_in))
+            tried.append((entry, _rejected(entry, error)))
             continue
-        tried.append(Candidate(step=entry.step, verdict="used"))
-        return loaded, tried
-    return None, tried
+        # Only now: with nothing intact all stays where it is, or the next start would find an empty directory.
+        moved = [_quarantined(damaged, candidate, quarantine_in) for damaged, candidate in tried]
+        return loaded, [*moved, Candidate(step=entry.step, verdict="used")]
+    return None, [candidate for _, candidate in tried]
 
 
 def load(entry: Entry, templates: Mapping[str, tree.Flat]) -> Loaded:
@@ -144,7 +142,7 @@ def load(entry: Entry, templates: Mapping[str, tree.Flat]) -> Loaded:
     records = {item: contents.items[item].records for item in templates}
     try:
         arrays = orbax.read(entry.path, records)
-    except Exception as error:
+    except orbax.ReadError as error:
         raise _classified(entry, error) from error
     damaged = tuple(_damaged_leaves(records, arrays))
     if damaged:
@@ -170,6 +168,12 @@ def damaged_files(entry: Entry) -> tuple[str, ...]:
                 damaged.append(name)
         except (FileNotFoundError, NotADirectoryError):
             damaged.append(name)
+        except OSError as error:
+            raise StorageError(
+                what=f"{entry.path / name} cannot be read: {error}.",
+                why="that is the disk or its permissions, not damage: an older step would meet the same trouble.",
+                fix="mend the cause and restore again; nothing was changed.",
+            ) from error
     return tuple(damaged)
 
 
@@ -179,41 +183,39 @@ def _damage(entry: Entry, text: str, leaves: tuple[str, ...] = ()) -> CorruptSte
     return error
 
 
-def _classified(entry: Entry, error: Exception) -> CheckpointError:
+def _classified(entry: Entry, error: orbax.ReadError) -> CheckpointError:
     """What an error of Orbax means: the files tell, whatever type of exception came."""
     if not entry.path.is_dir():
         return IncompleteStepError(what=f"step {entry.step} was removed while it was read.")
-    try:
-        files = damaged_files(entry)
-    except OSError as disk_error:
-        error, files = disk_error, ()
-    if files:
-        return _damage(entry, f"Orbax could not read it ({type(error).__name__})")
-    kind = "does not answer" if getattr(error, "errno", None) in _DISK_ERRORS else "could not be read"
+    if damaged_files(entry):
+        return _damage(entry, f"Orbax could not read it ({str(error).partition(':')[0]})")
     return StorageError(
-        what=f"step {entry.step} {kind} though its files are as they were written: {type(error).__name__}: {error}",
+        what=f"step {entry.step} could not be read though its files are as they were written: {error}",
         why="an older step would meet the same trouble, so none was tried; nothing was changed.",
         fix="look at the cause above: the disk, its permissions, or the version of Orbax.",
     )
 
 
-def _rejected(entry: Entry, error: StepDamagedError, quarantine_in: pathlib.Path | None) -> Candidate:
+def _rejected(entry: Entry, error: StepDamagedError) -> Candidate:
     if entry.state == "unverified":
         reason = "written by plain Orbax and never proved; ct.adopt(directory) takes it over"
         return Candidate(step=entry.step, verdict="unverified", reason=reason)
     if entry.path.is_dir() and not any(entry.path.iterdir()):
         return Candidate(step=entry.step, verdict="empty", reason="an empty folder, never a step")
-    moved = None
-    if quarantine_in is not None and entry.path.exists():
-        moved = commit.quarantine(quarantine_in, entry.path)
     return Candidate(
         step=entry.step,
         verdict="incomplete" if isinstance(error, IncompleteStepError) else "corrupt",
         reason=error.what,
         leaves=error.leaves,
         files=error.files,
-        moved_to=moved,
     )
+
+
+def _quarantined(entry: Entry, candidate: Candidate, quarantine_in: pathlib.Path | None) -> Candidate:
+    damaged = candidate.verdict in ("incomplete", "corrupt")
+    if quarantine_in is None or not damaged or not entry.path.exists():
+        return candidate
+    return dataclasses.replace(candidate, moved_to=commit.quarantine(quarantine_in, entry.path))
 
 
 def place_on_device(loaded: Loaded, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,10 +243,12 @@ def _fill_item(item: str, value: Any, loaded: Loaded, template_skeletons: Mappin
     def place(path: Path, template: Any) -> Any:
         record = records[path]
         host = on_host(record)
-        if not is_array(template) or isinstance(template, np.ndarray | np.generic):
+        if record.kind == "value" or isinstance(template, np.ndarray | np.generic):
             return host
         if record.scalar == "weak":
             host = host.item()
+        if not is_array(template):
+            return jnp.asarray(host)
         # An array that was free to follow others must not come back tied to a device.
         return jax.device_put(host, template.sharding if getattr(template, "committed", True) else None)
 

@@ -9,8 +9,8 @@ Orbax v1's free functions write host arrays into a staging folder and read them 
     keeps one (`state.tree.check_names` guards against that).
 """
 
+import gc
 import pathlib
-import traceback
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -63,7 +63,7 @@ def read(folder: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> Hos
     """Read the given leaves, and nothing else, to the host.
 
     Raises:
-        Exception: Whatever Orbax and TensorStore raise; the caller finds out by digests what is damaged.
+        ReadError: If Orbax could not read them; the caller finds out by digests what is damaged.
     """
     items: dict[str, Any] = {}
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -80,19 +80,35 @@ def read(folder: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> Hos
         return {item: {} for item in records}
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context, warnings.catch_warnings():
-        # A load that fails half way leaves coroutines that nobody awaits; they are closed here, with the frames that
-        # hold them, rather than at some later moment in the user's program.
-        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-        try:
-            loaded = ocp.load_checkpointables(folder, items)
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)
-            raise
+    loaded = _load(context, folder, items)
     return {
         item: {record.path: _on_host(record, _get(loaded[item], record.path)) for record in leaves if record.in_orbax}
         for item, leaves in records.items()
     }
+
+
+class ReadError(Exception):
+    """Whatever Orbax or TensorStore raised while reading, as text.
+
+    The original is dropped on purpose: a load that fails half way leaves coroutines that nobody awaits, held by the
+    frames of the exception, and they would complain at some later moment of the user's program.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.errno: int | None = getattr(error, "errno", None)
+
+
+def _load(context: ocp.Context, folder: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
+    failure = None
+    with context, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+        try:
+            return dict(ocp.load_checkpointables(folder, items))
+        except Exception as error:
+            failure = ReadError(error)
+        gc.collect()
+    raise failure
 
 
 def _native(record: Record, array: np.ndarray[Any, Any]) -> Any:

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A committed step is an ordinary Orbax checkpoint: v0 and v1 read it without us."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as v0
+import pytest
+from orbax.checkpoint import v1
+
+import ckpttools as ct
+
+PARAMS = {"layers": {"0": jnp.arange(6.0).reshape(2, 3)}, "half": jnp.ones(4, jnp.bfloat16), "key": jax.random.key(5)}
+OTHER = {"count": jnp.int32(7)}
+SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    spec = ct.CheckpointSpec(directory=folder, keep=ct.All())
+    state = {"model": {**PARAMS, "nothing": jnp.zeros((0, 2))}, "optimizer": OTHER, "data": {"epoch": 3}}
+    with ct.open(spec) as ckpt:
+        ckpt.save(3, state, metrics={"loss": 0.5})
+        ckpt.save(7, state)
+    return folder
+
+
+def template(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), tree)
+
+
+def assert_equal(restored, expected):
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
+        assert got.dtype == want.dtype
+        if jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
+            got, want = jax.random.key_data(got), jax.random.key_data(want)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_the_v1_functions_load_a_step(run):
+    restored = v1.load_checkpointables(run / "7", {"model": template(PARAMS), "optimizer": template(OTHER)})
+    assert_equal(restored, {"model": PARAMS, "optimizer": OTHER})
+    assert_equal(v1.load(run / "3", template(PARAMS), checkpointable_name="model"), PARAMS)
+
+
+def test_the_v0_manager_lists_and_loads_the_steps(run):
+    with v0.CheckpointManager(run) as manager, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert sorted(manager.all_steps()) == [3, 7]
+        args = v0.args.Composite(
+            model=v0.args.StandardRestore(template(PARAMS)), optimizer=v0.args.StandardRestore(template(OTHER))
+        )
+        restored = manager.restore(7, args=args)
+    assert_equal(dict(restored), {"model": PARAMS, "optimizer": OTHER})
+
+
+def test_the_v0_checkpointer_loads_an_item_without_a_manager(run):
+    with v0.StandardCheckpointer() as checkpointer:
+        assert_equal(checkpointer.restore(run / "3" / "optimizer", template(OTHER)), OTHER)

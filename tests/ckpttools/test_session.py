@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from open to close: resume bit for bit, outcomes, what is refused."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import ckpttools as ct
+from tests.ckpttools.examples import Net, leaves, make_state, train_step
+
+
+def spec_for(folder, **changes):
+    fields = {"save": ct.EverySteps(2), "keep": ct.Latest(3), **changes}
+    return ct.CheckpointSpec(directory=folder, **fields)
+
+
+def train(spec, total, *, seed=0):
+    """Train to `total` in a fresh process's stead; returns the state and the outcomes."""
+    state, outcomes = make_state(seed), []
+    with ct.open(spec) as ckpt:
+        ckpt.restore(state)
+        for step in ckpt.steps(total):
+            loss = train_step(state)
+            outcomes.append(ckpt.step(step, state, metrics={"loss": loss}))
+    return state, outcomes
+
+
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["background", "blocking"])
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, asynchronous):
+    storage = ct.Storage(asynchronous=asynchronous)
+    whole, _ = train(spec_for(tmp_path / "whole", storage=storage), 6)
+    train(spec_for(tmp_path / "cut", storage=storage), 3)
+    # Another seed: whatever is not restored would show.
+    resumed, outcomes = train(spec_for(tmp_path / "cut", storage=storage), 6, seed=7)
+    assert [outcome.step for outcome in outcomes] == [4, 5, 6]
+    assert leaves(resumed) == leaves(whole)
+
+
+def test_without_restore_the_bits_differ(tmp_path):
+    """The control of the test above."""
+    whole, _ = train(spec_for(tmp_path / "whole"), 6)
+    other, _ = train(spec_for(tmp_path / "other"), 6, seed=7)
+    assert leaves(other) != leaves(whole)
+
+
+def test_a_functional_loop_restores_the_same_bits(tmp_path):
+    state, _ = train(spec_for(tmp_path), 2)
+    fresh = make_state(7)
+    graphdef, split = nnx.split(fresh["model"])
+    before = leaves({"model": split})
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        report = ckpt.restore({"model": split})
+    assert leaves(report.state) == leaves({"model": state["model"]})
+    assert leaves({"model": split}) == before, "the state passed in must stay as it was"
+    assert isinstance(nnx.merge(graphdef, report.state["model"]), Net)
+
+
+def test_an_abstract_template_is_filled(tmp_path):
+    state, _ = train(spec_for(tmp_path), 2)
+    abstract = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.restore({"model": abstract})
+    assert leaves({"model": abstract}) == leaves({"model": state["model"]})
+
+
+def test_outcomes_say_what_happened_and_why(tmp_path):
+    _, outcomes = train(spec_for(tmp_path), 5)
+    kinds = [type(outcome).__name__ for outcome in outcomes]
+    assert kinds == ["Skipped", "Started", "Skipped", "Started", "Saved"]
+    assert outcomes[0].reason == "not due: every 2 steps"
+    assert outcomes[3].finished.step == 2 or outcomes[2].finished.step == 2
+    assert outcomes[4].reason == "the final step"
+    assert outcomes[4].path == tmp_path / "5"
+
+
+def test_an_empty_directory_restores_nothing_and_says_so(tmp_path):
+    state = make_state()
+    before = leaves(state)
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        report = ckpt.restore(state)
+        assert next(ckpt.steps(2)) == 1
+    assert report.step is None
+    assert str(report) == "nothing to restore"
+    assert leaves(state) == before
+
+
+def test_training_on_in_a_used_directory_without_restore_is_refused(tmp_path):
+    train(spec_for(tmp_path), 2)
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        with pytest.raises(ct.NotRestoredError, match="restore"):
+            ckpt.steps(4)
+        with pytest.raises(ct.NotRestoredError):
+            ckpt.save(3, make_state())
+        assert ckpt.all_steps() == (2,)
+
+
+def test_a_template_of_another_shape_lists_the_leaves_and_changes_nothing(tmp_path):
+    train(spec_for(tmp_path), 2)
+    other = {"model": Net(nnx.Rngs(0), width=4)}
+    before = leaves(other)
+    with ct.open(spec_for(tmp_path)) as ckpt, pytest.raises(ct.StructureError) as caught:
+        ckpt.restore(other)
+    assert "model.layers.0.kernel: float32[8,8] on disk, float32[4,4] here" in caught.value.mismatches
+    assert leaves(other) == before
+    assert (tmp_path / "2" / "ckpttools.manifest").exists()
+
+
+def test_another_dtype_is_a_mismatch_and_not_a_cast(tmp_path):
+    spec = spec_for(tmp_path)
+    with ct.open(spec) as ckpt:
+        ckpt.save(1, {"params": {"w": jnp.full(3, 0.7)}})
+    with ct.open(spec) as ckpt, pytest.raises(ct.StructureError, match=r"params.w: float32\[3\] on disk, int32\[3\]"):
+        ckpt.restore({"params": {"w": jnp.zeros(3, jnp.int32)}})
+
+
+def test_a_missing_item_names_those_that_are_there(tmp_path):
+    train(spec_for(tmp_path), 2)
+    with ct.open(spec_for(tmp_path)) as ckpt, pytest.raises(ct.StructureError, match="the step has model, optimizer"):
+        ckpt.restore({"modle": make_state()["model"]})
+
+
+def test_every_kind_of_leaf_comes_back(tmp_path):
+    values = {
+        "typed_key": jax.random.key(3),
+        "keys": jax.random.split(jax.random.key(1, impl="rbg"), 3),
+        "bf16": jnp.arange(3, dtype=jnp.bfloat16),
+        "f8": jnp.ones(3, jnp.float8_e4m3fn),
+        "i4": jnp.ones(4, jnp.int4),
+        "empty": jnp.zeros((0, 3)),
+        "scalar": jnp.float32(2.5),
+        "weak": jnp.asarray(2.5),
+        "numpy": np.arange(4.0),
+        "numpy_scalar": np.float64(0.1),
+        "flag": True,
+        "int": 2**70,
+        "float": 0.1,
+        "nan": float("nan"),
+        "complex": 1 + 2j,
+        "text": "naïve\n",
+        "bytes": b"\x00\xff",
+        "none": None,
+        "by_int": {0: jnp.ones(2), 10: jnp.zeros(2)},
+        "pair": (jnp.ones(1), [jnp.zeros(1)]),
+    }
+    spec = spec_for(tmp_path)
+    with ct.open(spec) as ckpt:
+        ckpt.save(1, {"misc": values})
+    blank = jax.tree.map(lambda x: x, values)
+    with ct.open(spec) as ckpt:
+        restored = ckpt.restore({"misc": blank}).state["misc"]
+    nan, restored_nan = values.pop("nan"), restored.pop("nan")
+    assert np.isnan(nan)
+    assert np.isnan(restored_nan)
+    assert leaves({"misc": restored}) == leaves({"misc": values})
+    assert jax.tree.structure(restored) == jax.tree.structure(values)
+    assert restored["weak"].weak_type
+    assert type(restored["numpy_scalar"]) is np.float64
+
+
+def test_names_that_orbax_would_merge_are_refused(tmp_path):
+    with ct.open(spec_for(tmp_path)) as ckpt, pytest.raises(ct.StructureError, match="share the name 'a.b'"):
+        ckpt.save(1, {"params": {"a.b": jnp.ones(1), "a": {"b": jnp.zeros(1)}}})
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        pytest.param(3, "the state is a int", id="no mapping"),
+        pytest.param({"../x": 1}, "named '../x'", id="a name that is a path"),
+        pytest.param({"metrics": 1}, "named 'metrics'", id="a reserved name"),
+        pytest.param({"misc": {"f": object()}}, "misc.f is a builtins.object", id="an object"),
+        pytest.param({"misc": np.array([{}])}, "dtype object", id="an object array"),
+        pytest.param({"misc": {"f": jax.ShapeDtypeStruct((2,), jnp.float32)}}, "misc.f is abstract", id="abstract"),
+    ],
+)
+def test_a_state_that_cannot_be_stored_is_refused_before_anything_is_written(tmp_path, state, message):
+    with ct.open(spec_for(tmp_path)) as ckpt, pytest.raises(ct.LeafError, match=message):
+        ckpt.save(1, state)
+    assert not list(tmp_path.glob("[0-9]*"))
+
+
+def test_a_metric_that_is_no_number_is_refused(tmp_path):
+    with ct.open(spec_for(tmp_path)) as ckpt, pytest.raises(ct.LeafError, match="metric 'loss'"):
+        ckpt.save(1, {"params": jnp.ones(1)}, metrics={"loss": "low"})
+
+
+def test_steps_only_grow(tmp_path):
+    params = {"params": jnp.ones(2)}
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(4, params)
+        assert isinstance(ckpt.save(4, params), ct.Skipped)
+        with pytest.raises(ct.StepOrderError, match="after step 4"):
+            ckpt.step(3, params)
+        with pytest.raises(ct.StepOrderError):
+            ckpt.steps(-1)
+
+
+def test_a_directory_that_cannot_be_written_fails_at_open(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ct.StorageError, match="cannot be written"):
+        ct.open(spec_for(tmp_path / "file" / "run"))
+
+
+def test_two_writers_are_refused_and_a_reader_is_not(tmp_path):
+    params = {"params": jnp.ones(2)}
+    with ct.open(spec_for(tmp_path)) as writer, ct.open(spec_for(tmp_path)) as other:
+        writer.save(1, params)
+        writer.wait()
+        assert other.restore(params).step == 1
+        with pytest.raises(ct.RunInUseError, match="is being written"):
+            other.save(2, params)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_the_step_and_ends_the_loop(tmp_path, number):
+    params, seen = {"params": jnp.ones(2)}, []
+    before = signal.getsignal(number)
+    with ct.open(spec_for(tmp_path, save=ct.EverySteps(100))) as ckpt:
+        for step in ckpt.steps(50):
+            if step == 3:
+                os.kill(os.getpid(), number)
+            seen.append(ckpt.step(step, params))
+        assert ckpt.preempted
+    assert [type(outcome).__name__ for outcome in seen] == ["Skipped", "Skipped", "Saved"]
+    assert "asked to stop" in seen[-1].reason
+    assert signal.getsignal(number) is before
+
+
+def test_the_final_step_without_a_call_to_step_warns(tmp_path):
+    with ct.open(spec_for(tmp_path)) as ckpt, pytest.warns(ct.CheckpointWarning, match="final step 2"):
+        list(ckpt.steps(2))
+
+
+def test_an_error_of_the_background_reaches_the_next_call(tmp_path, monkeypatch):
+    params = {"params": jnp.ones(2)}
+
+    def fail(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    with ct.open(spec_for(tmp_path, save=ct.EverySteps(1))) as ckpt:
+        monkeypatch.setattr("ckpttools.store.orbax.write", fail)
+        assert isinstance(ckpt.step(1, params), ct.Started)
+        with pytest.raises(ct.DiskSpaceError, match="step 1 could not be saved"):
+            ckpt.wait()
+        assert ckpt.latest_step() is None
+        ckpt.step(2, params)
+        ckpt._worker.wait(10)
+        failed = ckpt.step(3, params, on_error="return")
+        assert isinstance(failed, ct.Failed)
+        assert isinstance(failed.error, ct.DiskSpaceError)
+        monkeypatch.undo()
+        ckpt.save(4, params)
+    assert not list((tmp_path / ".ckpttools" / "staging").iterdir())
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        assert ckpt.all_steps() == (4,)
+
+
+def test_pins_and_best(tmp_path):
+    params = {"params": jnp.ones(2)}
+    spec = spec_for(tmp_path, save=ct.EverySteps(1), keep=ct.Latest(2) | ct.Best("loss", mode="min"))
+    with ct.open(spec) as ckpt:
+        for step, loss in enumerate([0.5, 0.1, float("nan"), 0.3, 0.4, 0.6], start=1):
+            ckpt.step(step, params, metrics={"loss": loss})
+            ckpt.wait()
+            if step == 1:
+                ckpt.pin(1)
+        assert ckpt.all_steps() == (1, 2, 5, 6)
+        assert ckpt.best_step() == 2
+        assert ckpt.restore(params, step=ct.best("loss")).step == 2
+        with pytest.raises(ct.StepNotFoundError):
+            ckpt.pin(3)
+        with pytest.raises(ct.StepNotFoundError):
+            ckpt.restore(params, step=3)
+        with pytest.raises(ct.StepNotFoundError, match="recorded: loss"):
+            ckpt.restore(params, step=ct.best("acc", mode="max"))
+        with pytest.raises(ct.SpecError, match="small or a large 'acc'"):
+            ckpt.best_step("acc")
