@@ -60,6 +60,14 @@ class CallError(RematError, TypeError):
     """A call of a rematerialised module that cannot be traced."""
 
 
+class MeasureError(RematError, ValueError):
+    """A function or arguments that cannot be measured."""
+
+
+class TargetError(RematError, ValueError):
+    """A target to compile for that does not exist or is not installed."""
+
+
 def did_you_mean(name: str, choices: Iterable[str], *, most: int = 3) -> str:
     """The closest of `choices` as a half sentence, or all of a few, or ""."""
     known = sorted(set(choices))

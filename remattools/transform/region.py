@@ -91,6 +91,7 @@ class _Outputs:
 
 class _Mode(threading.local):
     disabled = False
+    named = False
 
 
 _mode = _Mode()
@@ -106,6 +107,21 @@ def disabled() -> Iterator[None]:
         _mode.disabled = before
 
 
+@contextlib.contextmanager
+def named() -> Iterator[None]:
+    """Inside, the operations of regions carry module paths: for looking at what regions keep."""
+    before, _mode.named = _mode.named, True
+    try:
+        yield
+    finally:
+        _mode.named = before
+
+
+def is_disabled() -> bool:
+    """Whether regions run plainly just now."""
+    return _mode.disabled
+
+
 def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `target(*args, **kwargs)` as one rematerialised region.
 
@@ -117,16 +133,15 @@ def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str,
             else stays what it is.
         kwargs: Likewise.
     """
-    if _mode.disabled:
+    if is_disabled():
         return target(*args, **kwargs)
     captured = cap.capture((args, kwargs))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in captured.leaves):
         return target(*args, **kwargs)
-    if captured.unshareable is None:
-        run, token = _run, None
-    else:
+    run, token = (_run_named if _mode.named else _run), None
+    if captured.unshareable is not None:
         # Own function object: JAX's cache holds it weakly, so that its entry, which may hold arrays, dies with it.
-        run, token = functools.partial(_run), object()
+        run, token = functools.partial(run), object()
     static = _Static(target, action, captured.spec, token)
     outputs = _checkpointed(run, action)(_Inputs(captured.leaves, static))
     effects = outputs.effects
@@ -140,14 +155,24 @@ def _checkpointed(run: Callable[[_Inputs], _Outputs], action: Remat) -> Callable
 
 def _run(inputs: _Inputs) -> _Outputs:
     """The body of every region; JAX traces it once per distinct structure."""
+    return _traced(inputs, named=names.needed(inputs.static.action))
+
+
+def _run_named(inputs: _Inputs) -> _Outputs:
+    """The same with module paths; another function, since JAX's cache of traces goes by it."""
+    with jax.named_scope(scopes.REGION):
+        return _traced(inputs, named=True)
+
+
+def _traced(inputs: _Inputs, *, named: bool) -> _Outputs:
     static = inputs.static
-    if not names.needed(static.action):
-        return _body(inputs.leaves, static)
+    if not named:
+        return _body(inputs.leaves, static, named=False)
     # The names are put onto the traced operations, where a pattern can see them all.
     effects: list[_Effects] = []
 
     def traced(leaves: list[Any]) -> list[Any]:
-        outputs = _body(leaves, static)
+        outputs = _body(leaves, static, named=True)
         effects.append(outputs.effects)
         return outputs.leaves
 
@@ -155,11 +180,11 @@ def _run(inputs: _Inputs) -> _Outputs:
     return _Outputs(leaves, effects[0])
 
 
-def _body(leaves: list[Any], static: _Static) -> _Outputs:
+def _body(leaves: list[Any], static: _Static, *, named: bool) -> _Outputs:
     objects: list[Any] = []
     args, kwargs = cap.rebuild(static.spec, leaves, objects)
     before = cap.snapshot(objects)
-    if names.needed(static.action):
+    if named:
         with scopes.recorded(_roots(args, kwargs)):
             out = static.target(*args, **kwargs)
     else:
