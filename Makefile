@@ -11,7 +11,7 @@ export JAX_PLATFORMS ?= cpu
 .PHONY: demo test test-long test-floor lint bench clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/train_charlm.py
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not long"

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import RuleError
-from ..rules.paths import format_path
+from ..rules.paths import Path, format_path
 from ..rules.resolve import Decision, Node, resolve
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
 from . import swap
+from .group import Group
 from .modules import ModuleEntry, modules_of
 
 
@@ -50,16 +51,74 @@ def apply[M](model: M, rules: Any, *, on: str | None = None, strict: bool = True
         True
     """
     entries, decisions = decide(model, rules, on=on, strict=strict)
-    actions = [(entry, d.action) for entry, d in zip(entries, decisions, strict=True)]
-    for entry, action in actions:
-        if isinstance(action, Remat):
+    plan = _plan(entries, decisions)
+    for entry, (action, _) in zip(entries, plan, strict=True):
+        if action is not None:
             swap.check(type(entry.module), action)
-    for entry, action in actions:
-        if isinstance(action, Remat):
-            swap.swap(entry.module, action)
-        elif action is False:
-            swap.unswap(entry.module)
+    for entry, (action, groups) in zip(entries, plan, strict=True):
+        if (action, groups) != (swap.action_of(entry.module), swap.groups_of(entry.module)):
+            swap.swap(entry.module, action, groups)
     return model
+
+
+type _Assignment = tuple[Remat | None, tuple[Group, ...]]
+
+
+def _plan(entries: list[ModuleEntry], decisions: list[Decision]) -> list[_Assignment]:
+    """What each module is to run under: its own action, and the groups of the sequences it holds."""
+    actions: list[Remat | None] = []
+    grouped: dict[int, dict[tuple[Path, Remat], list[int]]] = {}
+    spoken: set[Path] = set()
+    for entry, decision in zip(entries, decisions, strict=True):
+        if decision.rule is None:
+            actions.append(swap.action_of(entry.module))
+            continue
+        spoken.update(entry.paths)
+        action = decision.action if isinstance(decision.action, Remat) else None
+        if action is not None and action.group != 1:
+            holder = _holder(entries, decision.path)
+            _join(grouped.setdefault(holder, {}), decision.path[len(entries[holder].path) :], action)
+            action = None
+        actions.append(action)
+    return [
+        (action, _merged(swap.groups_of(entry.module), grouped.get(index, {}), entry, spoken))
+        for index, (entry, action) in enumerate(zip(entries, actions, strict=True))
+    ]
+
+
+def _join(groups: dict[tuple[Path, Remat], list[int]], path: Path, action: Remat) -> None:
+    """Add the module at `path`, relative to the holder, to its group."""
+    if isinstance(path[-1], int):
+        groups.setdefault((path[:-1], action), []).append(path[-1])
+    else:
+        groups.setdefault((path, action), [])  # stacked layers, run by a scan
+
+
+def _merged(
+    before: tuple[Group, ...], new: dict[tuple[Path, Remat], list[int]], entry: ModuleEntry, spoken: set[Path]
+) -> tuple[Group, ...]:
+    """The new groups, and what is left of the old ones where no rule spoke."""
+    kept = []
+    for group in before:
+        root = (*entry.path, *group.sequence)
+        members = tuple(index for index in group.members if (*root, index) not in spoken)
+        if members or (not group.members and root not in spoken):
+            kept.append(Group(group.sequence, members, group.action))
+    made = [Group(sequence, tuple(sorted(members)), action) for (sequence, action), members in new.items()]
+    return (*kept, *made)
+
+
+def _holder(entries: list[ModuleEntry], path: Path) -> int:
+    """Index of the nearest module above `path` that has code of its own."""
+    known = {p: index for index, entry in enumerate(entries) for p in entry.paths if not entry.container}
+    for depth in range(len(path) - 1, -1, -1):
+        if path[:depth] in known:
+            return known[path[:depth]]
+    raise RuleError(
+        what=f"group was asked for {format_path(path)}, which no module holds.",
+        why="the method of the holding module is where a group's code stands.",
+        fix="apply the rules to the module that calls the sequence.",
+    )
 
 
 def revert[M](model: M) -> M:
@@ -82,15 +141,13 @@ def applied[M](model: M, rules: Any, *, on: str | None = None, strict: bool = Tr
     Yields:
         `model` itself, under the rules.
     """
-    before = [(entry.module, swap.action_of(entry.module)) for entry in modules_of(model)]
+    before = [(e.module, swap.action_of(e.module), swap.groups_of(e.module)) for e in modules_of(model)]
     apply(model, rules, on=on, strict=strict)
     try:
         yield model
     finally:
-        for module, action in before:
-            swap.unswap(module)
-            if action is not None:
-                swap.swap(module, action)
+        for module, action, groups in before:
+            swap.swap(module, action, groups)
 
 
 def decide(
@@ -132,3 +189,15 @@ def outermost_sequences(model: Any) -> list[str]:
         if len(indices) == 1 and indices[0] == len(entry.path) - 1:
             found[format_path((*entry.path[:-1], "*"))] = None
     return list(found)
+
+
+def in_force(entries: list[ModuleEntry]) -> list[Remat | None]:
+    """The action each module runs under now, its own or its group's."""
+    actions = [swap.action_of(entry.module) for entry in entries]
+    known = {path: index for index, entry in enumerate(entries) for path in entry.paths}
+    for entry in entries:
+        for group in swap.groups_of(entry.module):
+            root = (*entry.path, *group.sequence)
+            for path in [(*root, index) for index in group.members] or [root]:
+                actions[known[path]] = group.action
+    return actions

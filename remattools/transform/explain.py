@@ -137,17 +137,18 @@ def describe(action: Remat) -> str:
 
 def _in_force(model: Any) -> tuple[list[ModuleEntry], list[ExplanationRow]]:
     entries = modules_of(model)
-    return entries, [_row(entry, action=swap.action_of(entry.module)) for entry in entries]
+    actions = application.in_force(entries)
+    return entries, [_row(entry, action=action) for entry, action in zip(entries, actions, strict=True)]
 
 
 def _planned(model: Any, rules: Rules) -> tuple[list[ModuleEntry], list[ExplanationRow]]:
     entries, decisions = application.decide(model, rules)
     patterns = [pattern.text for pattern, _ in rules]
     rows = []
-    for entry, decision in zip(entries, decisions, strict=True):
+    for entry, decision, before in zip(entries, decisions, application.in_force(entries), strict=True):
         action = decision.action if isinstance(decision.action, Remat) else None
         if decision.rule is None:
-            action = swap.action_of(entry.module)
+            action = before
         rows.append(
             _row(
                 entry,

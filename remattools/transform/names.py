@@ -105,7 +105,7 @@ def evaluate(fn: Callable[[list[Any]], list[Any]], leaves: list[Any], action: Re
     marks = select(values, action)
     if action.policy is not None and action.policy.needs_lowering_to_names and _remat3():
         marks = {**_decided(program, action.policy), **marks}
-    results: list[Any] = programs.run(_marked(program, marks), leaves)
+    results: list[Any] = programs.run(marked(program, marks), leaves)
     return results
 
 
@@ -191,7 +191,7 @@ def _equations(
             yield from _equations(inner, (*prefix, (number, place)), path, reachable and not opaque)
 
 
-def _marked(program: Any, marks: dict[Position, str], prefix: Position = ()) -> Any:
+def marked(program: Any, marks: dict[Position, str], prefix: Position = ()) -> Any:
     """The program with a `checkpoint_name` behind every marked equation and no marks of `scopes`."""
     equations: list[Any] = []
     same: dict[Any, Any] = {}  # result of a dropped mark -> the value it marked
@@ -218,7 +218,7 @@ def _marked_inside(equation: Any, marks: dict[Position, str], prefix: Position, 
     if programs.is_region(equation) or programs.is_opaque(equation):
         return equation
     new = {
-        place: (below, _marked(below, marks, (*prefix, (number, place)))) for place, below in programs.nested(equation)
+        place: (below, marked(below, marks, (*prefix, (number, place)))) for place, below in programs.nested(equation)
     }
     changed = {place: rewritten for place, (below, rewritten) in new.items() if rewritten is not below}
     return programs.with_nested(equation, changed) if changed else equation

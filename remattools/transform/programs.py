@@ -5,7 +5,8 @@ Only public JAX (`jax.make_jaxpr`, `jax.extend.core`). Programs are immutable he
 every function returns a new one and shares what it did not change.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -127,3 +128,87 @@ def run(program: Any, leaves: list[Any]) -> list[Any]:
     """Evaluate a closed program."""
     results: list[Any] = core.jaxpr_as_fun(program)(*leaves)
     return results
+
+
+def run_stretches(program: Any, leaves: Sequence[Any], stretches: Sequence[tuple[range, Callable[[Any], Any]]]) -> Any:
+    """Evaluate a closed program piece by piece.
+
+    Args:
+        program: A closed program.
+        leaves: Its arguments.
+        stretches: Disjoint ranges of equations in order, together all of them; each with what to make of its piece:
+            a function from a closed program to a callable of its arguments.
+
+    Returns:
+        The program's results, as a list.
+    """
+    inner = open_program(program)
+    values: dict[Any, Any] = dict(zip(inner.constvars, program.consts, strict=True))
+    values.update(zip(inner.invars, leaves, strict=True))
+    used_later = _used_after(inner)
+    for span, make in stretches:
+        equations = inner.eqns[span.start : span.stop]
+        if not equations:
+            continue
+        defined = {var for equation in equations for var in equation.outvars}
+        reads = _variables(atom for equation in equations for atom in equation.invars)
+        inputs = [var for var in reads if var not in defined]
+        outputs = [var for var in defined if used_later.get(var, -1) >= span.stop]
+        piece = core.Jaxpr(
+            constvars=[],
+            invars=inputs,
+            outvars=outputs,
+            eqns=equations,
+            effects=frozenset().union(*(equation.effects for equation in equations)),
+            debug_info=inner.debug_info._replace(arg_names=None, result_paths=None),
+        )
+        results = make(core.ClosedJaxpr(piece, []))(*(values[var] for var in inputs))
+        values.update(zip(outputs, results, strict=True))
+    return [values[atom] if isinstance(atom, core.Var) else atom.val for atom in inner.outvars]
+
+
+def _used_after(inner: Any) -> dict[Any, int]:
+    """For each variable the index of the last equation that reads it; results count as read at the end."""
+    last: dict[Any, int] = {}
+    for number, equation in enumerate(inner.eqns):
+        last.update(dict.fromkeys(_variables(equation.invars), number))
+    last.update(dict.fromkeys(_variables(inner.outvars), len(inner.eqns)))
+    return last
+
+
+def _variables(atoms: Iterable[Any]) -> list[Any]:
+    """The variables among `atoms`, each once, in order."""
+    return list(dict.fromkeys(atom for atom in atoms if isinstance(atom, core.Var)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """A scan equation taken apart.
+
+    Attributes:
+        body: Closed program of one turn: constants, carry, one slice of each scanned array.
+        consts: How many of its operands are constants.
+        carry: How many follow as the carry; the rest is scanned.
+        length: Turns.
+        reverse: Whether it runs from the end.
+        unroll: As in `jax.lax.scan`.
+    """
+
+    body: Any
+    consts: int
+    carry: int
+    length: int
+    reverse: bool
+    unroll: int
+
+
+def scan_of(equation: Any) -> Scan | None:
+    """The scan that an equation is, or None."""
+    if equation.primitive.name != "scan":
+        return None
+    params = equation.params
+    if "ft_in" in params:  # since jax 0.11; before, the counts stood there themselves
+        consts, carry = (len(list(part)) for part in params["ft_in"].unpack()[:2])
+    else:
+        consts, carry = params["num_consts"], params["num_carry"]
+    return Scan(params["jaxpr"], consts, carry, params["length"], params["reverse"], params["unroll"])

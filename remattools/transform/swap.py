@@ -31,21 +31,48 @@ from flax.nnx import graphlib
 
 from ..errors import RuleError, did_you_mean
 from ..rules.rule import Remat
-from . import region
+from . import group, region
+from .group import Group
 
 # nnx's containers skip attributes of this prefix when they iterate over themselves.
 _ACTION = "_pytree__remattools"
+_GROUPS = "_pytree__remattools_groups"
 _BASE = "_remattools_base"
 _METHODS = "_remattools_methods"
 _GENERATED = "_remattools_generated"
 
 
-def swap(module: Any, action: Remat) -> None:
-    """Make the methods of `module` named in `action` rematerialised regions, in place."""
-    check(type(module), action)
+def swap(module: Any, action: Remat | None, groups: tuple[Group, ...] = ()) -> None:
+    """Make `module` run under an action, in place.
+
+    Args:
+        module: An nnx module.
+        action: Its methods named in the action become regions; None if only its groups matter.
+        groups: Sequences it holds whose modules share regions.
+
+    Raises:
+        RuleError: If it has no such method.
+    """
+    methods: tuple[str, ...] = ()
+    if action is not None:
+        check(type(module), action)
+        methods = action.methods
+    if groups:
+        methods += holder_methods(base_class(type(module)))
     # Past nnx's __setattr__, which refuses changes on other trace levels and classifies attributes.
-    object.__setattr__(module, _ACTION, action)
-    object.__setattr__(module, "__class__", _subclass(base_class(type(module)), action.methods))
+    for key, value in ((_ACTION, action), (_GROUPS, groups or None)):
+        if value is None:
+            vars(module).pop(key, None)
+        else:
+            object.__setattr__(module, key, value)
+    cls = _subclass(base_class(type(module)), methods) if methods else base_class(type(module))
+    object.__setattr__(module, "__class__", cls)
+
+
+def holder_methods(cls: type) -> tuple[str, ...]:
+    """The methods in which a module may call the sequence it holds: its call, or else all that a user wrote."""
+    methods = tuple(methods_of(cls))
+    return ("__call__",) if "__call__" in methods else methods
 
 
 def check(cls: type, action: Remat) -> None:
@@ -58,7 +85,14 @@ def unswap(module: Any) -> None:
     """Give `module` its own class back; no effect on one that has it."""
     if is_swapped(type(module)):
         object.__setattr__(module, "__class__", base_class(type(module)))
-    vars(module).pop(_ACTION, None)
+    for key in (_ACTION, _GROUPS):
+        vars(module).pop(key, None)
+
+
+def groups_of(module: Any) -> tuple[Group, ...]:
+    """The groups in force on the sequences that `module` holds."""
+    groups: tuple[Group, ...] = vars(module).get(_GROUPS, ()) if is_swapped(type(module)) else ()
+    return groups
 
 
 def action_of(module: Any) -> Remat | None:
@@ -215,6 +249,13 @@ class _Original:
         self.implementation = inspect.getattr_static(base_class(owner), name)
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        groups = groups_of(module)
+        if groups and self.name in holder_methods(base_class(self.owner)):
+            return group.call(self.plain, groups, module, args, kwargs)
+        return self.plain(module, *args, **kwargs)
+
+    def plain(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """The base class's own method."""
         return getattr(super(self.owner, module), self.name)(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`group=k`: k consecutive modules of a sequence in one region.
+
+Sits on `capture`, `scopes` and `programs`. A region cannot be put around several
+calls without the code that makes them. So the method of the module that holds the
+sequence is traced as it is, with module paths on its operations; the program is
+cut where a new group's first module begins, and every stretch is checkpointed, the
+code between the blocks included. A sequence that is one stacked module run by a
+scan of length L becomes an outer scan of floor(L / k) turns over checkpointed inner
+scans of k, and a remainder; only every k-th carry is saved.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import RuleError
+from ..rules.paths import Path, format_path
+from ..rules.rule import Remat
+from . import capture as cap
+from . import names, programs, region, scopes
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One sequence under a grouping action; a static attribute of the module that holds it.
+
+    Attributes:
+        sequence: Path of the sequence, or of the stacked module, relative to the holder.
+        members: Indices of the modules in it; empty for a stacked module.
+        action: The action.
+    """
+
+    sequence: Path
+    members: tuple[int, ...]
+    action: Remat
+
+    def size(self, length: int) -> int:
+        """Modules per region in a sequence of `length`."""
+        if isinstance(self.action.group, int):
+            return self.action.group
+        return max(1, round(math.sqrt(length)))  # as many boundaries as modules between two of them
+
+    def chunk_of(self, path: Path) -> int | None:
+        """Which region an operation at `path` belongs to, None if to none."""
+        depth = len(self.sequence)
+        if path[:depth] != self.sequence or len(path) == depth:
+            return None
+        return self._chunks.get(path[depth])
+
+    @functools.cached_property
+    def _chunks(self) -> dict[Any, int]:
+        size, chunk, chunks = self.size(len(self.members)), -1, dict[Any, int]()
+        filled, previous = size, None
+        for index in sorted(self.members):
+            # Modules that a rule left out split a group: a region is a stretch without a gap.
+            if filled == size or previous is None or index != previous + 1:
+                chunk, filled = chunk + 1, 0
+            chunks[index] = chunk
+            filled, previous = filled + 1, index
+        return chunks
+
+
+def call(target: Callable[..., Any], groups: Sequence[Group], module: Any, args: Any, kwargs: Any) -> Any:
+    """Run `target(module, *args, **kwargs)` with the groups' stretches as regions."""
+    captured = cap.capture(((module, *args), kwargs))
+    if region.is_disabled() or not any(isinstance(leaf, jax.core.Tracer) for leaf in captured.leaves):
+        return target(module, *args, **kwargs)
+    effects: list[Any] = []
+
+    def traced(leaves: list[Any]) -> list[Any]:
+        objects: list[Any] = []
+        inner_args, inner_kwargs = cap.rebuild(captured.spec, leaves, objects)
+        before = cap.snapshot(objects)
+        with scopes.recorded([((), inner_args[0])]):
+            out = target(*inner_args, **inner_kwargs)
+        results, edits, spec = cap.changes(objects, before, out)
+        effects.append((edits, spec))
+        return results
+
+    program = jax.make_jaxpr(traced)(captured.leaves)
+    results = _run(program, groups, captured.leaves)
+    edits, spec = effects[0]
+    return cap.replay(edits, spec, results, captured.objects)
+
+
+def _run(program: Any, groups: Sequence[Group], leaves: list[Any]) -> list[Any]:
+    results: list[Any] = programs.run_stretches(program, leaves, _stretches(program, groups))
+    return results
+
+
+def _stretches(program: Any, groups: Sequence[Group]) -> list[tuple[range, Callable[[Any], Any]]]:
+    """All equations in order, cut into regions and what lies outside of them."""
+    equations = programs.open_program(program).eqns
+    labels = [_label(equation, groups) for equation in equations]
+    first: dict[tuple[int, int], int] = {}
+    last: dict[tuple[int, int], int] = {}
+    for number, label in enumerate(labels):
+        if label is not None:
+            first.setdefault(label, number)
+            last[label] = number
+    _require_found(groups, first)
+    order = sorted(first, key=first.__getitem__)
+    pieces: list[tuple[range, Callable[[Any], Any]]] = []
+    done = 0
+    for position, label in enumerate(order):
+        group = groups[label[0]]
+        start = first[label]
+        following = order[position + 1] if position + 1 < len(order) else None
+        # Up to the next region of the same sequence, so that the code between the blocks is inside.
+        stop = first[following] if following and following[0] == label[0] else last[label] + 1
+        if following:
+            stop = min(stop, first[following])
+        pieces += [(range(done, start), _plainly), (range(start, stop), functools.partial(_as_region, group))]
+        done = stop
+    return [*pieces, (range(done, len(equations)), _plainly)]
+
+
+def _label(equation: Any, groups: Sequence[Group]) -> tuple[int, int] | None:
+    """Group and region of an equation."""
+    path = scopes.path_of(str(equation.source_info.name_stack))
+    for number, group in enumerate(groups):
+        if group.members:
+            chunk = None if path is None else group.chunk_of(path)
+            if chunk is not None:
+                return number, chunk
+        elif programs.scan_of(equation) is not None and _mentions(equation, group.sequence):
+            return number, id(equation)
+    return None
+
+
+def _mentions(equation: Any, sequence: Path) -> bool:
+    """Whether a scan's body runs operations of the stacked module at `sequence`."""
+    scan = programs.scan_of(equation)
+    if scan is None:
+        return False
+    values = names.named_values(scan.body)
+    return any(value.path[: len(sequence)] == sequence for value in values)
+
+
+def _require_found(groups: Sequence[Group], first: dict[tuple[int, int], int]) -> None:
+    for number, group in enumerate(groups):
+        if not any(label[0] == number for label in first) and not group.members:
+            raise RuleError(
+                what=f"group={group.action.group!r} stands at {format_path(group.sequence)}, which is in no sequence.",
+                why="a group is a stretch of a list of modules, or of a scan over stacked layers.",
+                fix="match the modules of a list (layers.*), or drop group.",
+            )
+
+
+def _plainly(piece: Any) -> Callable[..., Any]:
+    return lambda *leaves: programs.run(names.marked(piece, {}), list(leaves))
+
+
+def _as_region(group: Group, piece: Any) -> Callable[..., Any]:
+    if not group.members:
+        return _grouped_scan(group, piece)
+    return _checkpointed(group, piece)
+
+
+def _checkpointed(group: Group, piece: Any) -> Callable[..., Any]:
+    """A piece as one region; names in `save` and `offload` are relative to each of its modules."""
+    action = group.action
+    marks = {}
+    if names.needed(action):
+        marks = names.select(list(_relative(group, piece)), action)
+    marked = names.marked(piece, marks)
+    return jax.checkpoint(
+        lambda *leaves: programs.run(marked, list(leaves)),
+        policy=names.lowered_policy(action),
+        prevent_cse=action.prevent_cse,
+    )
+
+
+def _relative(group: Group, piece: Any) -> Any:
+    depth = len(group.sequence) + (1 if group.members else 0)
+    for value in names.named_values(piece):
+        if value.path[: len(group.sequence)] == group.sequence and len(value.path) >= depth:
+            yield dataclasses.replace(value, path=value.path[depth:])
+
+
+def _grouped_scan(group: Group, piece: Any) -> Callable[..., Any]:
+    """The piece, which is one scan, as a scan over checkpointed scans."""
+    (equation,) = programs.open_program(piece).eqns
+    scan = programs.scan_of(equation)
+    assert scan is not None  # labelled as one
+    size = group.size(scan.length)
+    body = _checkpointed_body(group, scan)
+
+    def run(*leaves: Any) -> list[Any]:
+        # The piece's arguments are the scan's operands, but each variable once and no literals.
+        known = dict(zip(programs.open_program(piece).invars, leaves, strict=True))
+        operands = [known[atom] if atom in known else atom.val for atom in equation.invars]
+        consts, rest = operands[: scan.consts], operands[scan.consts :]
+        carry, xs = rest[: scan.carry], rest[scan.carry :]
+        policy = names.lowered_policy(group.action)
+        carry, ys = _nested_scan(functools.partial(body, consts), carry, xs, scan, size, policy)
+        produced = dict(zip(equation.outvars, [*carry, *ys], strict=True))
+        return [produced[var] for var in programs.open_program(piece).outvars]
+
+    return run
+
+
+def _checkpointed_body(group: Group, scan: programs.Scan) -> Callable[..., Any]:
+    marks = {}
+    if names.needed(group.action):
+        marks = names.select(list(_relative(group, scan.body)), group.action)
+    marked = names.marked(scan.body, marks)
+
+    def body(consts: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        out = programs.run(marked, [*consts, *carry, *x])
+        return list(out[: scan.carry]), list(out[scan.carry :])
+
+    return body
+
+
+def _nested_scan(
+    body: Any, carry: list[Any], xs: list[Any], scan: programs.Scan, size: int, policy: Any
+) -> tuple[Any, Any]:
+    """`scan` in regions of `size` turns; a remainder comes last in running order."""
+    whole = scan.length // size
+    split = whole * size
+
+    def checkpointed(carry: Any, part: Any) -> Any:
+        return jax.lax.scan(body, carry, part, length=None if part else size, reverse=scan.reverse, unroll=scan.unroll)
+
+    # Inside a scan the compiler cannot merge the recomputation with the first computation.
+    inner = jax.checkpoint(checkpointed, policy=policy, prevent_cse=False)
+    start = scan.length - split if scan.reverse else 0
+    main = [x[start : start + split].reshape(whole, size, *x.shape[1:]) for x in xs]
+    rest = [x[:start] if scan.reverse else x[split:] for x in xs]
+    carry, ys = jax.lax.scan(inner, carry, main, length=whole, reverse=scan.reverse)
+    ys = [y.reshape(split, *y.shape[2:]) for y in ys]
+    if split < scan.length:
+        tail = jax.checkpoint(functools.partial(_tail, body, scan, scan.length - split), policy=policy)
+        carry, more = tail(carry, rest)
+        pairs = zip(more, ys, strict=True) if scan.reverse else zip(ys, more, strict=True)
+        ys = [jnp.concatenate(pair) for pair in pairs]
+    return carry, ys
+
+
+def _tail(body: Any, scan: programs.Scan, length: int, carry: Any, part: Any) -> Any:
+    return jax.lax.scan(body, carry, part, length=length, reverse=scan.reverse, unroll=scan.unroll)
