@@ -6,15 +6,21 @@ from typing import Literal
 from .recovery import BestStep
 from .session import Session
 from .spec.spec import CheckpointSpec
+from .validation import Validate
 
 
-def open(spec: CheckpointSpec) -> Session:
+def open(spec: CheckpointSpec, validate: Validate | None = None) -> Session:
     """Open a run for saving and restoring; creates its folder and proves that it can be written.
+
+    Args:
+        spec: When to save, what to keep, where.
+        validate: Given a copy of the state, returns arrays such as the logits of a fixed batch. They are stored with
+            every step; a step whose restored copy computes anything else, or NaN, is rejected.
 
     Raises:
         StorageError: If the folder cannot be written.
     """
-    return Session(spec)
+    return Session(spec, validate)
 
 
 def best(metric: str, mode: Literal["min", "max"] | None = None) -> BestStep:

@@ -5,35 +5,23 @@ Candidates are tried from the newest to the oldest. Damage (incomplete, corrupt)
 structure that does not fit and a disk that does not answer are raised, because the next candidate would not help. A
 directory that holds steps and none intact raises: it never looks like a fresh start.
 
-All leaves are read to the host and their digests compared before the first live leaf is replaced. After that, leaf by
-leaf, the host copy moves to the device and the old array is freed, so that the device holds the state and one leaf.
+All leaves are read to the host and their digests compared before the first live leaf is replaced (`state.place`).
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from .errors import (
-    CheckpointError,
-    CorruptStepError,
-    IncompleteStepError,
-    NoIntactStepError,
-    StepDamagedError,
-    StepNotFoundError,
-    StorageError,
-)
+from .errors import IncompleteStepError, NoIntactStepError, StepDamagedError, StepNotFoundError
 from .report import Candidate, RestoreReport
 from .spec.retention import ranked
 from .state import tree
-from .state.leaves import Path, Record, decode_value, dotted, is_array, numpy_dtype
-from .state.match import absent_item, differences, require_match
-from .store import commit, digest, manifest, orbax
+from .state.match import absent_item, pair, require_match
+from .state.place import HostItem
+from .store import commit, integrity
 from .store.catalogue import Catalogue, Entry
+from .store.manifest import Manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +40,8 @@ class Loaded:
     """A step whose bytes were proved intact, on the host."""
 
     entry: Entry
-    manifest: manifest.Manifest
-    arrays: orbax.HostArrays
+    manifest: Manifest
+    items: dict[str, HostItem]
 
 
 def order(catalogue: Catalogue, selector: Selector) -> list[Entry]:
@@ -130,70 +118,26 @@ def load(entry: Entry, templates: Mapping[str, tree.Flat]) -> Loaded:
     """Read the items of one step that the templates ask for, and prove every byte of them."""
     if entry.manifest is None:
         raise entry.error or IncompleteStepError(what=f"step {entry.step} has no manifest.")
-    contents = entry.manifest.contents
-    lines = []
+    stored = entry.manifest.contents.items
+    pairs, lines = {}, []
     for item, template in templates.items():
-        if item in contents.items:
-            stored = contents.items[item]
-            lines += differences(item, template, stored.records, stored.skeletons)
+        if item in stored:
+            pairs[item] = pair(item, template, stored[item].records, stored[item].skeletons)
+            lines += pairs[item].differences
         else:
-            lines.append(absent_item(item, contents.items))
+            lines.append(absent_item(item, stored))
     require_match(entry.step, lines)
-    records = {item: contents.items[item].records for item in templates}
-    try:
-        arrays = orbax.read(entry.path, records)
-    except orbax.ReadError as error:
-        raise _classified(entry, error) from error
-    damaged = tuple(_damaged_leaves(records, arrays))
-    if damaged:
-        raise _damage(entry, f"{len(damaged)} leaf or leaves differ from what was saved", damaged)
-    return Loaded(entry, entry.manifest, arrays)
-
-
-def _damaged_leaves(records: Mapping[str, Sequence[Record]], arrays: orbax.HostArrays) -> Iterator[str]:
-    for item, leaves in records.items():
-        for record in leaves:
-            if record.in_orbax:
-                found = digest.of_array(digest.algorithm_of(record.digest), arrays[item][record.path])
-                if found != record.digest:
-                    yield dotted(item, record.path)
-
-
-def damaged_files(entry: Entry) -> tuple[str, ...]:
-    """Files of a committed step whose bytes are not those that were written; reads all of them."""
-    damaged = []
-    for name, (_, expected) in entry.manifest.summary.files.items() if entry.manifest else ():
-        try:
-            if digest.of_file(digest.algorithm_of(expected), entry.path / name) != expected:
-                damaged.append(name)
-        except (FileNotFoundError, NotADirectoryError):
-            damaged.append(name)
-        except OSError as error:
-            raise StorageError(
-                what=f"{entry.path / name} cannot be read: {error}.",
-                why="that is the disk or its permissions, not damage: an older step would meet the same trouble.",
-                fix="mend the cause and restore again; nothing was changed.",
-            ) from error
-    return tuple(damaged)
-
-
-def _damage(entry: Entry, text: str, leaves: tuple[str, ...] = ()) -> CorruptStepError:
-    error = CorruptStepError(what=f"step {entry.step} is corrupt: {text}.")
-    error.step, error.leaves, error.files = entry.step, leaves, damaged_files(entry)
-    return error
-
-
-def _classified(entry: Entry, error: orbax.ReadError) -> CheckpointError:
-    """What an error of Orbax means: the files tell, whatever type of exception came."""
-    if not entry.path.is_dir():
-        return IncompleteStepError(what=f"step {entry.step} was removed while it was read.")
-    if damaged_files(entry):
-        return _damage(entry, f"Orbax could not read it ({str(error).partition(':')[0]})")
-    return StorageError(
-        what=f"step {entry.step} could not be read though its files are as they were written: {error}",
-        why="an older step would meet the same trouble, so none was tried; nothing was changed.",
-        fix="look at the cause above: the disk, its permissions, or the version of Orbax.",
-    )
+    arrays = integrity.read_proved(entry, {item: stored[item].records for item in templates})
+    items = {
+        item: HostItem(
+            records=pairs[item].records,
+            stored=stored[item].records,
+            skeletons=stored[item].skeletons,
+            arrays=arrays[item],
+        )
+        for item in templates
+    }
+    return Loaded(entry, entry.manifest, items)
 
 
 def _rejected(entry: Entry, error: StepDamagedError) -> Candidate:
@@ -216,48 +160,6 @@ def _quarantined(entry: Entry, candidate: Candidate, quarantine_in: pathlib.Path
     if quarantine_in is None or not damaged or not entry.path.exists():
         return candidate
     return dataclasses.replace(candidate, moved_to=commit.quarantine(quarantine_in, entry.path))
-
-
-def place_on_device(loaded: Loaded, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the state's leaves by those of a proved step, one by one; returns the whole state."""
-    flat = {item: tree.flatten(value, template=True).skeletons for item, value in state.items()}
-    # Objects that take their state back themselves come first: should one of them refuse, the model is untouched.
-    ordered = sorted(state, key=lambda item: () not in flat[item])
-    filled = {item: _fill_item(item, state[item], loaded, flat[item]) for item in ordered}
-    return {item: filled[item] for item in state}
-
-
-def _fill_item(item: str, value: Any, loaded: Loaded, template_skeletons: Mapping[Path, Any]) -> Any:
-    stored = loaded.manifest.contents.items[item]
-    arrays = loaded.arrays[item]
-    records = {record.path: record for record in stored.records}
-
-    def on_host(record: Record) -> Any:
-        if record.kind == "value":
-            return decode_value(record.value)
-        array = arrays.pop(record.path) if record.in_orbax else np.zeros(record.shape, numpy_dtype(record.dtype))
-        if record.kind == "key":
-            return jax.random.wrap_key_data(jnp.asarray(array), impl=record.dtype)
-        return array[()] if record.scalar == "numpy" else array
-
-    def place(path: Path, template: Any) -> Any:
-        record = records[path]
-        host = on_host(record)
-        if record.kind == "value" or isinstance(template, np.ndarray | np.generic):
-            return host
-        if record.scalar == "weak":
-            host = host.item()
-        if not is_array(template):
-            return jnp.asarray(host)
-        # An array that was free to follow others must not come back tied to a device.
-        return jax.device_put(host, template.sharding if getattr(template, "committed", True) else None)
-
-    packed = {
-        root: (skeleton, [on_host(record) for record in stored.records if record.path[: len(root)] == root])
-        for root, skeleton in stored.skeletons.items()
-        if root in template_skeletons
-    }
-    return tree.fill(value, place, packed)
 
 
 def no_intact_step(report: RestoreReport, directory: pathlib.Path) -> NoIntactStepError:

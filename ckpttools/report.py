@@ -64,6 +64,11 @@ class RestoreReport:
         """The candidates that were passed over."""
         return tuple(candidate for candidate in self.candidates if candidate.verdict != "used")
 
+    @property
+    def damaged(self) -> int:
+        """How many of them were damaged."""
+        return sum(candidate.verdict in ("incomplete", "corrupt") for candidate in self.candidates)
+
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, without the state."""
         return {

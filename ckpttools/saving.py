@@ -13,14 +13,18 @@ import os
 import pathlib
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
 from .errors import CheckpointError, CorruptStepError, DiskSpaceError, StorageError
+from .outcomes import Saved
 from .spec.spec import CheckpointSpec
-from .state.leaves import Record, dotted, host_bytes
+from .state.leaves import Record, host_bytes
 from .state.snapshot import Snapshot
-from .store import commit, digest, layout, manifest, orbax
+from .store import commit, digest, integrity, layout, manifest, orbax
+from .store.run import RunFolder
+from .worker import Worker
 
 _OVERHEAD_BYTES = 1 << 20
 """What Orbax's metadata and the manifest take at the least."""
@@ -46,6 +50,41 @@ class Job:
 def estimate_bytes(snapshot: Snapshot) -> int:
     """Bytes that a save will take on the disk, uncompressed."""
     return _OVERHEAD_BYTES + sum(host_bytes(records) for records in snapshot.records.values())
+
+
+def run(folder: RunFolder, spec: CheckpointSpec, job: Job, worker: Worker, began: float) -> Saved:
+    """The part of a save that may go on in the background: write, commit, and only then delete.
+
+    Args:
+        folder: The run.
+        spec: Its spec.
+        job: What to save.
+        worker: The thread that this runs in.
+        began: `time.monotonic()` when the save was asked for.
+    """
+    path = write_step(folder.directory, spec, job, abandoned=worker.abandoned.is_set)
+    folder.add(path)
+    deleted = folder.prune(spec.keep)
+    return Saved(
+        step=job.summary.step,
+        path=path,
+        total_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        seconds=time.monotonic() - began,
+        stall_s=worker.stall_s,
+        reason=job.summary.reason,
+        deleted=deleted,
+    )
+
+
+def make_room(folder: RunFolder, spec: CheckpointSpec, job: Job) -> None:
+    """Make sure that there is room for a save, by deleting what retention allows if the spec says so."""
+    save_bytes = estimate_bytes(job.snapshot)
+    if spec.storage.when_full == "prune":
+        try:
+            return require_space(folder.directory, spec, save_bytes)
+        except DiskSpaceError:
+            folder.prune(spec.keep)
+    return require_space(folder.directory, spec, save_bytes)
 
 
 def require_space(root: pathlib.Path, spec: CheckpointSpec, save_bytes: int) -> None:
@@ -84,7 +123,10 @@ def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, abandoned:
         _write_tree(staged, spec, job)
         if abandoned():
             raise StorageError(what=f"step {step} was not committed.", why="its wait had timed out before.")
-        return commit.commit_step(root, staged, step)
+        seal = (staged / layout.MANIFEST).read_bytes()
+        committed = commit.commit_step(root, staged, step)
+        commit.write_file(layout.manifest_copy(root, job.summary.sequence), seal)
+        return committed
     except CheckpointError:
         raise
     except Exception as error:
@@ -132,22 +174,23 @@ def describe_files(folder: pathlib.Path, algorithm: str) -> dict[str, tuple[int,
 
 
 def _read_back(staged: pathlib.Path, step: int, records: dict[str, tuple[Record, ...]]) -> None:
-    arrays = orbax.read(staged, records)
-    damaged = tuple(
-        dotted(item, record.path)
-        for item, leaves in records.items()
-        for record in leaves
-        if record.in_orbax
-        and digest.of_array(digest.algorithm_of(record.digest), arrays[item][record.path]) != record.digest
-    )
+    try:
+        arrays = orbax.read(staged, records)
+    except orbax.ReadError as error:
+        raise CorruptStepError(
+            what=f"step {step} could not be read back from the disk: {error}.",
+            why="what was written is damaged; the step was not committed.",
+            fix="save to another disk.",
+        ) from error
+    damaged = tuple(integrity.damaged_leaves(records, arrays))
     if damaged:
-        error = CorruptStepError(
+        failure = CorruptStepError(
             what=f"step {step} came back from the disk with other bytes in {', '.join(damaged)}.",
             why="the disk or the memory is failing; the step was not committed.",
             fix="save to another disk.",
         )
-        error.step, error.leaves = step, damaged
-        raise error
+        failure.step, failure.leaves = step, damaged
+        raise failure
 
 
 def _explained(root: pathlib.Path, step: int, error: Exception) -> StorageError:

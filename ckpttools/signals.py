@@ -12,14 +12,21 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop, from `listen` to `forget`."""
+    """Whether somebody asked this process to stop, from `listen` to `forget`.
+
+    Attributes:
+        reason: Who asked, as half a sentence; None as long as nobody did.
+    """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.reason: str | None = None
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def listen(self) -> None:
@@ -29,6 +36,17 @@ class StopRequest:
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
 
+    def asked(self, step: int) -> str | None:
+        """The reason to stop after `step`, if there is one.
+
+        In a distributed run the processes have to stop at the same step, and a scheduler's notice may reach only one
+        of them: JAX's preemption service makes them agree.
+        """
+        distributed = jax.distributed.is_initialized() and jax.process_count() > 1
+        if self.reason is None and distributed and multihost_utils.reached_preemption_sync_point(step):
+            self.reason = "a preemption notice asked to stop"
+        return self.reason
+
     def forget(self) -> None:
         """Give the signals back."""
         for number, handler in self._before.items():
@@ -36,8 +54,8 @@ class StopRequest:
         self._before = {}
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number)
+        if self.reason is None:
+            self.reason = f"{signal.Signals(number).name} asked to stop"
             return
         self.forget()
         os.kill(os.getpid(), number)

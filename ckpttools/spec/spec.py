@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any, Literal, Self
 
 from ..errors import SpecError
 from . import toml
-from .retention import Latest, Retention
+from .retention import Best, Latest, Retention
 from .storage import Integrity, Storage
-from .triggers import EverySteps, Trigger
+from .triggers import EverySteps, OnImprovement, Trigger
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,20 @@ class CheckpointSpec:
     def to_json(self) -> str:
         """The spec as JSON of the same form as its TOML."""
         return json.dumps(toml.encode(self), indent=2)
+
+    def directed_metrics(self) -> dict[str, Literal["min", "max"]]:
+        """Metrics that the spec gives a direction, what it keeps before what it saves."""
+
+        def visit(value: Any) -> Iterator[tuple[str, Literal["min", "max"]]]:
+            if isinstance(value, Best | OnImprovement):
+                yield value.metric, value.mode
+            for part in getattr(value, "parts", ()):
+                yield from visit(part)
+
+        found: dict[str, Literal["min", "max"]] = {}
+        for metric, mode in (*visit(self.keep), *visit(self.save)):
+            found.setdefault(metric, mode)
+        return found
 
     def fingerprint(self) -> str:
         """A short hash that changes when the spec does; recorded with every step."""

@@ -5,6 +5,7 @@ No dtype is cast and no shape is bent here: an int32 template for float32 weight
 truncation of it is one of the defects this package exists for.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,9 +13,30 @@ from ..errors import StructureError, did_you_mean
 from .leaves import Leaf, Path, Record, describe, dotted, encode_value, is_array
 from .tree import Flat
 
+type Names = tuple[str, ...]
+"""A path with all keys as strings: Orbax keeps no ints, so `0` and `"0"` are one key."""
 
-def differences(item: str, template: Flat, records: Sequence[Record], skeletons: Iterable[Path]) -> list[str]:
-    """One line for each leaf of one item that does not fit.
+
+def names(path: Path) -> Names:
+    """The form in which paths are compared."""
+    return tuple(map(str, path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """Which leaf on disk belongs to which leaf of the state passed in.
+
+    Attributes:
+        records: The record for each leaf of the template.
+        differences: One line for each leaf that does not fit; empty if all do.
+    """
+
+    records: dict[Names, Record]
+    differences: list[str]
+
+
+def pair(item: str, template: Flat, records: Sequence[Record], skeletons: Iterable[Path]) -> Pairing:
+    """Find the stored leaf for every leaf of one item.
 
     Args:
         item: Name of the item.
@@ -22,27 +44,34 @@ def differences(item: str, template: Flat, records: Sequence[Record], skeletons:
         records: The item's leaves on disk.
         skeletons: Paths of the stateful objects on disk.
     """
+    stateful = {names(root) for root in skeletons}
     lines = [
         f"{dotted(item, root)}: holds a state (get_state/set_state) here and none on disk"
         for root in template.skeletons
-        if root not in set(skeletons)
+        if names(root) not in stateful
     ]
-    stored = {record.path: record for record in records if not _below(record.path, template.skeletons)}
-    wanted = {leaf.path: leaf for leaf in template.leaves}
-    missing = [path for path in wanted if path not in stored]
-    unexpected = [path for path in stored if path not in wanted]
+    stored = {names(record.path): record for record in records if not below(record.path, template.skeletons)}
+    found: dict[Names, Record] = {}
+    missing = []
+    for leaf in template.leaves:
+        # A state of nnx that plain Orbax wrote has the attribute `value` of each variable as a key of its own.
+        known = next((key for key in (names(leaf.path), (*names(leaf.path), "value")) if key in stored), None)
+        if known is None:
+            missing.append(leaf.path)
+        else:
+            found[names(leaf.path)] = record = stored.pop(known)
+            lines += _leaf_difference(item, leaf, record)
+    unexpected = [dotted(item, record.path) for record in stored.values()]
     for path in missing:
-        near = did_you_mean(dotted(item, path), [dotted(item, other) for other in unexpected]) if unexpected else ""
+        near = did_you_mean(dotted(item, path), unexpected) if unexpected else ""
         lines.append(f"{dotted(item, path)}: not on disk{'; ' + near if near.startswith('did') else ''}")
-    lines += [f"{dotted(item, path)}: on disk, not in the state passed in" for path in unexpected]
-    for path, leaf in wanted.items():
-        if path in stored:
-            lines += _leaf_difference(item, leaf, stored[path])
-    return lines
+    lines += [f"{name}: on disk, not in the state passed in" for name in unexpected]
+    return Pairing(found, lines)
 
 
-def _below(path: Path, roots: Iterable[Path]) -> bool:
-    return any(path[: len(root)] == root for root in roots)
+def below(path: Path, roots: Iterable[Path]) -> bool:
+    """Whether a leaf belongs to one of the objects at `roots`."""
+    return any(names(path)[: len(root)] == names(root) for root in roots)
 
 
 def _leaf_difference(item: str, leaf: Leaf, record: Record) -> list[str]:

@@ -173,6 +173,14 @@ def _restored_entry(entry: Any, path: Path, place: Place, stored: Stored) -> Any
     return _fill(entry.get_raw_value() if isinstance(entry, nnx.Variable) else entry, path, place, stored)
 
 
+def functional(item: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """An item without live objects at its root, and the function that makes it again from such a value."""
+    if isinstance(item, nnx.Pytree):
+        graphdef, state = nnx.split(item)
+        return state, lambda filled: nnx.merge(graphdef, filled)
+    return item, lambda filled: filled
+
+
 def _nested(path: Path, value: Any) -> Any:
     for key in reversed(path):
         value = {key: value}

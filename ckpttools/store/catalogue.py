@@ -94,6 +94,16 @@ def scan(root: pathlib.Path) -> Catalogue:
     return Catalogue(tuple(entries), tuple(aside))
 
 
+def with_step(known: Catalogue, path: pathlib.Path, pins: frozenset[int]) -> Catalogue:
+    """A catalogue after the commit of one step, without reading the others again."""
+    step = int(path.name)
+    if any(entry.step == step for entry in known.entries):
+        # What was in its way has been moved aside: rare, so the folders are read again.
+        return scan(path.parent)
+    entries = _with_branches([*known.entries, _examine(path, step)], pins)
+    return Catalogue(tuple(sorted(entries, key=lambda entry: entry.step)), known.set_aside)
+
+
 def _scan_folder(folder: pathlib.Path, *, aside: bool = False) -> list[Entry]:
     if not folder.is_dir():
         return []

@@ -11,6 +11,7 @@
             trash/             steps being deleted, moved here by one rename first
             quarantine/        damaged steps, kept for `repair` and for curiosity
             superseded/        steps of a given-up branch whose number was needed again
+            manifests/         a second copy of every manifest, by the order of the commits
 
 Everything is on one file system, so that each move is one atomic rename. Plain Orbax sees only the numbered
 folders.
@@ -37,6 +38,11 @@ def step_number(name: str) -> int | None:
 def control(root: pathlib.Path, part: str = "") -> pathlib.Path:
     """The folder of ckpttools' own files, or a part of it."""
     return root / CONTROL / part if part else root / CONTROL
+
+
+def manifest_copy(root: pathlib.Path, sequence: int) -> pathlib.Path:
+    """The second copy of a step's manifest, apart from the step, from which `repair` can rebuild the first."""
+    return control(root, f"manifests/{sequence}")
 
 
 def free_name(folder: pathlib.Path, stem: str) -> pathlib.Path:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proved leaves from the host into a state: leaf by leaf, so that a device never holds more than state and one leaf."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import tree
+from .leaves import Path, Record, decode_value, is_array, numpy_dtype
+from .match import Names, below, names
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostItem:
+    """One item as it was read.
+
+    Attributes:
+        records: The record for each leaf of the template.
+        stored: All records of the item, in their order.
+        skeletons: Containers of the stateful objects on disk.
+        arrays: Arrays on the host by the path of their record; taken out as they are placed.
+    """
+
+    records: Mapping[Names, Record]
+    stored: Sequence[Record]
+    skeletons: Mapping[Path, Any]
+    arrays: dict[Path, np.ndarray[Any, Any]]
+
+
+def fill_state(state: Mapping[str, Any], items: Mapping[str, HostItem]) -> dict[str, Any]:
+    """The whole state with its leaves replaced: live objects in place, all else rebuilt."""
+    # Objects that take their state back themselves come first: should one of them refuse, the model is untouched.
+    roots = {item: tree.flatten(value, template=True).skeletons for item, value in state.items()}
+    ordered = sorted(state, key=lambda item: () not in roots[item])
+    filled = {item: _fill_item(state[item], items[item], list(roots[item])) for item in ordered}
+    return {item: filled[item] for item in state}
+
+
+def _fill_item(value: Any, source: HostItem, roots: list[Path]) -> Any:
+    def place(path: Path, template: Any) -> Any:
+        record = source.records[names(path)]
+        host = _take(source, record)
+        if record.kind == "value" or isinstance(template, np.ndarray | np.generic):
+            return host
+        if record.scalar == "weak":
+            host = host.item()
+        if not is_array(template):
+            return jnp.asarray(host)
+        # An array that was free to follow others must not come back tied to a device.
+        return jax.device_put(host, template.sharding if getattr(template, "committed", True) else None)
+
+    skeletons = {names(root): skeleton for root, skeleton in source.skeletons.items()}
+    packed = {
+        root: (
+            skeletons[names(root)],
+            [_take(source, record) for record in source.stored if below(record.path, [root])],
+        )
+        for root in roots
+    }
+    return tree.fill(value, place, packed)
+
+
+def _take(source: HostItem, record: Record) -> Any:
+    """The value of a record, on the host; its array leaves the item, so that it can be freed."""
+    if record.kind == "value":
+        return decode_value(record.value)
+    if not record.in_orbax:
+        return np.zeros(record.shape, numpy_dtype(record.dtype))
+    array = source.arrays.pop(record.path)
+    if record.kind == "key":
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=record.dtype)
+    return array[()] if record.scalar == "numpy" else array
+
+
+def fresh_copy(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = None) -> dict[str, Any]:
+    """A copy that shares nothing with the state, of its own leaves or of those of `items`.
+
+    Objects with `get_state`/`set_state` are left out: they cannot be copied in general.
+    """
+    copies = {}
+    for item, value in state.items():
+        if () in tree.flatten(value, template=True).skeletons:
+            continue
+        functional, back = tree.functional(value)
+        if items is None:
+            copies[item] = back(
+                jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, functional)
+            )
+        else:
+            source = dataclasses.replace(items[item], arrays=dict(items[item].arrays))
+            copies[item] = back(_fill_item(functional, source, []))
+    return copies

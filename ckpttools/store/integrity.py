@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is a step what was written? Leaf by leaf as it is read, file by file when a leaf fails or somebody asks.
+
+Orbax restored 149 of 150 single flipped bits without a word, and what it raises for other damage ranges from
+ValueError to a bare Exception. So its errors are not interpreted here: the files' digests tell what happened.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from ..errors import CheckpointError, CorruptStepError, IncompleteStepError, StorageError
+from ..state.leaves import Record, dotted
+from . import digest, orbax
+from .catalogue import Entry
+
+
+def read_proved(entry: Entry, records: Mapping[str, tuple[Record, ...]]) -> orbax.HostArrays:
+    """Read leaves of a committed step to the host and compare their digests.
+
+    Raises:
+        CorruptStepError: If a leaf differs, naming all such leaves and the damaged files.
+        IncompleteStepError: If the step was removed meanwhile.
+        StorageError: If the files are intact and cannot be read all the same.
+    """
+    try:
+        arrays = orbax.read(entry.path, records)
+    except orbax.ReadError as error:
+        raise _classified(entry, error) from error
+    damaged = tuple(damaged_leaves(records, arrays))
+    if damaged:
+        count = "1 leaf differs" if len(damaged) == 1 else f"{len(damaged)} leaves differ"
+        raise _damage(entry, f"{count} from what was saved", damaged)
+    return arrays
+
+
+def damaged_leaves(records: Mapping[str, Sequence[Record]], arrays: orbax.HostArrays) -> Iterator[str]:
+    """Names of the leaves whose bytes are not those that were handed over."""
+    for item, leaves in records.items():
+        for record in leaves:
+            if record.in_orbax:
+                found = digest.of_array(digest.algorithm_of(record.digest), arrays[item][record.path])
+                if found != record.digest:
+                    yield dotted(item, record.path)
+
+
+def damaged_files(entry: Entry) -> tuple[str, ...]:
+    """Files of a committed step whose bytes are not those that were written; reads all of them."""
+    damaged = []
+    for name, (_, expected) in entry.manifest.summary.files.items() if entry.manifest else ():
+        try:
+            if digest.of_file(digest.algorithm_of(expected), entry.path / name) != expected:
+                damaged.append(name)
+        except (FileNotFoundError, NotADirectoryError):
+            damaged.append(name)
+        except OSError as error:
+            raise StorageError(
+                what=f"{entry.path / name} cannot be read: {error}.",
+                why="that is the disk or its permissions, not damage: an older step would meet the same trouble.",
+                fix="mend the cause and restore again; nothing was changed.",
+            ) from error
+    return tuple(damaged)
+
+
+def _damage(entry: Entry, text: str, leaves: tuple[str, ...] = ()) -> CorruptStepError:
+    error = CorruptStepError(what=f"step {entry.step} is corrupt: {text}.")
+    error.step, error.leaves, error.files = entry.step, leaves, damaged_files(entry)
+    return error
+
+
+def _classified(entry: Entry, error: orbax.ReadError) -> CheckpointError:
+    """What an error of Orbax means: the files tell, whatever type of exception came."""
+    if not entry.path.is_dir():
+        return IncompleteStepError(what=f"step {entry.step} was removed while it was read.")
+    if damaged_files(entry):
+        return _damage(entry, f"Orbax could not read it ({str(error).partition(':')[0]})")
+    return StorageError(
+        what=f"step {entry.step} could not be read though its files are as they were written: {error}",
+        why="an older step would meet the same trouble, so none was tried; nothing was changed.",
+        fix="look at the cause above: the disk, its permissions, or the version of Orbax.",
+    )

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's folder as one object: its steps, its pins, its lock, and what retention deletes from it."""
+
+import dataclasses
+import pathlib
+import secrets
+
+from ..errors import StepNotFoundError
+from ..spec import retention
+from . import catalogue, commit, layout
+from .catalogue import Catalogue
+from .lock import WriterLock
+from .manifest import Lineage
+
+
+class RunFolder:
+    """The steps of one run, as this process knows them.
+
+    The holder of the lock knows every change, since it makes them all; anybody else has to look again.
+    """
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self.lock = WriterLock(directory)
+        self._known = catalogue.scan(directory)
+
+    def steps(self) -> Catalogue:
+        """The steps at this moment."""
+        if not self.lock.held:
+            self._known = catalogue.scan(self.directory)
+        return self._known
+
+    def look_again(self) -> Catalogue:
+        """The steps at this moment, read anew whoever holds the lock."""
+        self._known = catalogue.scan(self.directory)
+        return self._known
+
+    def lock_for_writing(self) -> None:
+        """Take the lock, and then clean up what a killed writer left.
+
+        Raises:
+            RunInUseError: If another process holds the lock.
+        """
+        if not self.lock.held:
+            self.lock.acquire()
+            commit.sweep(self.directory)
+            self._known = catalogue.scan(self.directory)
+
+    def add(self, path: pathlib.Path) -> None:
+        """Take note of a step that was just committed."""
+        self._known = catalogue.with_step(self._known, path, catalogue.read_pins(self.directory))
+
+    def pin(self, step: int, *, pinned: bool) -> None:
+        """Protect a committed step from retention, or no longer."""
+        committed = {entry.step for entry in self.steps().committed}
+        if pinned and step not in committed:
+            raise StepNotFoundError(
+                what=f"there is no committed step {step} to pin.",
+                fix=f"there are {', '.join(map(str, sorted(committed))) or 'no steps'}.",
+            )
+        pins = catalogue.read_pins(self.directory)
+        catalogue.write_pins(self.directory, pins | {step} if pinned else pins - {step})
+        self.look_again()
+
+    def verdicts(self, keep: retention.Retention) -> list[retention.Verdict]:
+        """What a retention value would keep and delete now, with reasons."""
+        infos = [entry.info for entry in self._known.committed if entry.info]
+        newest = max((info.sequence for info in infos), default=None)
+        return retention.decide(keep, infos, newest_verified=newest)
+
+    def prune(self, keep: retention.Retention) -> tuple[int, ...]:
+        """Delete what `keep` does not keep; returns the steps."""
+        by_sequence = {entry.info.sequence: entry for entry in self._known.committed if entry.info}
+        gone = [by_sequence[verdict.step.sequence] for verdict in self.verdicts(keep) if not verdict.keep]
+        for entry in gone:
+            commit.discard(self.directory, entry.path)
+            layout.manifest_copy(self.directory, entry.info.sequence if entry.info else 0).unlink(missing_ok=True)
+        paths = {entry.path for entry in gone}
+        self._known = dataclasses.replace(
+            self._known,
+            entries=tuple(entry for entry in self._known.entries if entry.path not in paths),
+            set_aside=tuple(entry for entry in self._known.set_aside if entry.path not in paths),
+        )
+        return tuple(entry.step for entry in gone)
+
+    def lineage_from(self, step: int, lineage: Lineage) -> Lineage:
+        """The lineage of what follows a restored step: its own branch, or a new one if the run went on from there.
+
+        A branch supersedes the later steps with its first save, not before: looking back is no decision.
+        """
+        newest = self._known.newest
+        if newest is None or newest.manifest is None:
+            return ((secrets.token_hex(4), 0),)
+        if newest.step == step and newest.manifest.summary.lineage == lineage:
+            return lineage
+        return (*lineage, (secrets.token_hex(4), step))
