@@ -11,6 +11,7 @@ with ct.open(spec) as ckpt:
         ckpt.step(step, state, metrics={"val_loss": loss})
 """
 
+from .adopting import adopt as adopt
 from .api import best as best
 from .api import open as open
 from .errors import CheckpointError as CheckpointError
@@ -32,11 +33,17 @@ from .errors import StorageError as StorageError
 from .errors import StructureError as StructureError
 from .errors import UntrustedStepError as UntrustedStepError
 from .errors import ValidationError as ValidationError
+from .listing import ListedStep as ListedStep
+from .listing import ls as ls
+from .listing import prune as prune
 from .outcomes import Failed as Failed
 from .outcomes import Outcome as Outcome
 from .outcomes import Saved as Saved
 from .outcomes import Skipped as Skipped
 from .outcomes import Started as Started
+from .repairing import Repair as Repair
+from .repairing import RepairReport as RepairReport
+from .repairing import repair as repair
 from .report import Candidate as Candidate
 from .report import RestoreReport as RestoreReport
 from .session import Session as Session
@@ -47,6 +54,7 @@ from .spec.retention import EveryNSteps as EveryNSteps
 from .spec.retention import Latest as Latest
 from .spec.retention import Pinned as Pinned
 from .spec.retention import Retention as Retention
+from .spec.schema import json_schema as json_schema
 from .spec.spec import CheckpointSpec as CheckpointSpec
 from .spec.storage import Integrity as Integrity
 from .spec.storage import Storage as Storage
@@ -56,3 +64,6 @@ from .spec.triggers import EverySeconds as EverySeconds
 from .spec.triggers import EverySteps as EverySteps
 from .spec.triggers import OnImprovement as OnImprovement
 from .spec.triggers import Trigger as Trigger
+from .verifying import StepHealth as StepHealth
+from .verifying import VerifyReport as VerifyReport
+from .verifying import verify as verify

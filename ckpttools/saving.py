@@ -64,6 +64,7 @@ def run(folder: RunFolder, spec: CheckpointSpec, job: Job, worker: Worker, began
     """
     path = write_step(folder.directory, spec, job, abandoned=worker.abandoned.is_set)
     folder.add(path)
+    commit.copy_small_files(path, layout.spare(folder.directory, job.summary.sequence))
     deleted = folder.prune(spec.keep)
     return Saved(
         step=job.summary.step,
@@ -123,10 +124,7 @@ def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, abandoned:
         _write_tree(staged, spec, job)
         if abandoned():
             raise StorageError(what=f"step {step} was not committed.", why="its wait had timed out before.")
-        seal = (staged / layout.MANIFEST).read_bytes()
-        committed = commit.commit_step(root, staged, step)
-        commit.write_file(layout.manifest_copy(root, job.summary.sequence), seal)
-        return committed
+        return commit.commit_step(root, staged, step)
     except CheckpointError:
         raise
     except Exception as error:

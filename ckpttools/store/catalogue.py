@@ -175,6 +175,16 @@ def read_pins(root: pathlib.Path) -> frozenset[int]:
         return frozenset()
 
 
+def pins_are_readable(root: pathlib.Path) -> bool:
+    """Whether the list of pinned steps, if there is one, is whole."""
+    try:
+        return all(isinstance(step, int) for step in json.loads(layout.control(root, "pins.json").read_bytes()))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def write_pins(root: pathlib.Path, pins: frozenset[int]) -> None:
     """Replace the list of pinned steps, durably."""
     commit.write_file(layout.control(root, "pins.json"), json.dumps(sorted(pins)).encode())

@@ -8,12 +8,16 @@ leaves a step whole, or absent, or in the trash, never half; a power cut after a
 `fsync` and `rename` are called through `os` on purpose: the tests record them there.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
 
 from ..errors import StorageError
 from . import layout
+
+SMALL_BYTES = 1 << 16
+"""Files up to this size are kept twice: all of Orbax's metadata, and no array data worth mentioning."""
 
 
 def sync_file(path: pathlib.Path) -> None:
@@ -85,6 +89,18 @@ def sweep(root: pathlib.Path) -> None:
         if folder.is_dir():
             for entry in folder.iterdir():
                 shutil.rmtree(entry, ignore_errors=True)
+
+
+def copy_small_files(folder: pathlib.Path, spare: pathlib.Path) -> None:
+    """Second copies of a committed step's manifest and metadata, for `repair`; without them all still works."""
+    with contextlib.suppress(OSError):
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                path = pathlib.Path(parent, name)
+                if path.stat().st_size <= SMALL_BYTES or name == layout.MANIFEST:
+                    target = spare / path.relative_to(folder)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, target)
 
 
 def write_file(path: pathlib.Path, data: bytes) -> None:

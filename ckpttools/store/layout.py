@@ -11,7 +11,6 @@
             trash/             steps being deleted, moved here by one rename first
             quarantine/        damaged steps, kept for `repair` and for curiosity
             superseded/        steps of a given-up branch whose number was needed again
-            manifests/         a second copy of every manifest, by the order of the commits
 
 Everything is on one file system, so that each move is one atomic rename. Plain Orbax sees only the numbered
 folders.
@@ -40,9 +39,9 @@ def control(root: pathlib.Path, part: str = "") -> pathlib.Path:
     return root / CONTROL / part if part else root / CONTROL
 
 
-def manifest_copy(root: pathlib.Path, sequence: int) -> pathlib.Path:
-    """The second copy of a step's manifest, apart from the step, from which `repair` can rebuild the first."""
-    return control(root, f"manifests/{sequence}")
+def spare(root: pathlib.Path, sequence: int) -> pathlib.Path:
+    """Second copies of a step's manifest and small files, apart from the step, for `repair`."""
+    return control(root, f"spare/{sequence}")
 
 
 def free_name(folder: pathlib.Path, stem: str) -> pathlib.Path:

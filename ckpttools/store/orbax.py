@@ -87,6 +87,18 @@ def read(folder: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> Hos
     }
 
 
+def read_foreign(folder: pathlib.Path) -> dict[str, Any]:
+    """Read all items of a step that plain Orbax wrote, by what its own metadata says.
+
+    Raises:
+        ReadError: If Orbax cannot read it as named items.
+    """
+    with warnings.catch_warnings():
+        # Without a template Orbax warns that it takes the sharding from the file, which is what is wanted here.
+        warnings.filterwarnings("ignore", message="Sharding info not provided")
+        return {name: item for name, item in _load(ocp.Context(), folder, None).items() if name != "metrics"}
+
+
 class ReadError(Exception):
     """Whatever Orbax or TensorStore raised while reading, as text.
 
@@ -99,7 +111,7 @@ class ReadError(Exception):
         self.errno: int | None = getattr(error, "errno", None)
 
 
-def _load(context: ocp.Context, folder: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
+def _load(context: ocp.Context, folder: pathlib.Path, items: dict[str, Any] | None) -> dict[str, Any]:
     failure = None
     with context, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)

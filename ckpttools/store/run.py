@@ -4,6 +4,7 @@
 import dataclasses
 import pathlib
 import secrets
+import shutil
 
 from ..errors import StepNotFoundError
 from ..spec import retention
@@ -74,7 +75,8 @@ class RunFolder:
         gone = [by_sequence[verdict.step.sequence] for verdict in self.verdicts(keep) if not verdict.keep]
         for entry in gone:
             commit.discard(self.directory, entry.path)
-            layout.manifest_copy(self.directory, entry.info.sequence if entry.info else 0).unlink(missing_ok=True)
+            spare = layout.spare(self.directory, entry.info.sequence if entry.info else 0)
+            shutil.rmtree(spare, ignore_errors=True)
         paths = {entry.path for entry in gone}
         self._known = dataclasses.replace(
             self._known,

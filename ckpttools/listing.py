@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ls` and `prune`: what a run holds, how its steps hang together, and what a retention value would delete."""
+
+import dataclasses
+import os
+import pathlib
+
+from .spec.retention import Retention, Verdict
+from .store import catalogue
+from .store.run import RunFolder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListedStep:
+    """One line of `ls`.
+
+    Attributes:
+        step: Its number.
+        state: "committed", "superseded", "unverified", "incomplete" or "corrupt".
+        branch: Name of its branch; "" where it is not known.
+        began_after: The step after which the branch began; 0 for the run's beginning.
+        saved_at: Seconds since the epoch.
+        total_bytes: Bytes of its files.
+        metrics: Recorded metrics.
+        reason: Why it was saved, or what is wrong with it.
+        pinned: Whether it is pinned.
+    """
+
+    step: int
+    state: str
+    branch: str = ""
+    began_after: int = 0
+    saved_at: float = 0.0
+    total_bytes: int = 0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+    pinned: bool = False
+
+
+def ls(directory: str | os.PathLike[str]) -> tuple[ListedStep, ...]:
+    """Every step of a run in the order of the commits, damaged and foreign ones last; reads manifests only."""
+    known = catalogue.scan(pathlib.Path(directory).absolute())
+    entries = sorted(
+        (*known.entries, *known.set_aside),
+        key=lambda entry: (entry.info is None, entry.info.sequence if entry.info else entry.step),
+    )
+    return tuple(map(_listed, entries))
+
+
+def _listed(entry: catalogue.Entry) -> ListedStep:
+    if entry.manifest is None or entry.info is None:
+        return ListedStep(step=entry.step, state=entry.state, reason=entry.error.what if entry.error else "")
+    summary = entry.manifest.summary
+    branch, began_after = summary.lineage[-1]
+    return ListedStep(
+        step=entry.step,
+        state="superseded" if entry.info.superseded else "committed",
+        branch=branch,
+        began_after=began_after,
+        saved_at=summary.saved_at,
+        total_bytes=summary.total_bytes,
+        metrics=dict(summary.metrics),
+        reason=summary.reason,
+        pinned=entry.info.pinned,
+    )
+
+
+def prune(directory: str | os.PathLike[str], keep: Retention, *, dry_run: bool = False) -> tuple[Verdict, ...]:
+    """Delete what a retention value does not keep; the verdicts say what and why.
+
+    Args:
+        directory: The run's folder.
+        keep: What to keep.
+        dry_run: Only say what would be deleted.
+
+    Raises:
+        RunInUseError: If a process writes to the run.
+    """
+    run = RunFolder(pathlib.Path(directory).absolute())
+    if not dry_run:
+        run.lock_for_writing()
+    try:
+        verdicts = tuple(run.verdicts(keep))
+        if not dry_run:
+            run.prune(keep)
+        return verdicts
+    finally:
+        run.lock.release()

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON schema of a spec's file form, for editors that complete and check as one types."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from .storage import Integrity, Storage
+from .toml import RETENTIONS, TABLE, TRIGGERS
+
+_PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean"}
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema of a run file: an object whose `checkpoint` table is a spec."""
+    spec = {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["directory"],
+        "properties": {
+            "directory": {"type": "string", "description": "The run's folder; relative to the file."},
+            "save": _one_or_many("trigger"),
+            "keep": _one_or_many("retention"),
+            "storage": _object(Storage),
+            "integrity": _object(Integrity),
+        },
+    }
+    definitions = {
+        "trigger": {"oneOf": [_value(name, kind, "trigger") for name, kind in TRIGGERS.items()]},
+        "retention": {"oneOf": [_value(name, kind, "retention") for name, kind in RETENTIONS.items()]},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "ckpttools run file",
+        "type": "object",
+        "properties": {TABLE: spec},
+        "$defs": definitions,
+    }
+
+
+def _one_or_many(definition: str) -> dict[str, Any]:
+    one = {"$ref": f"#/$defs/{definition}"}
+    return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+
+
+def _object(kind: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    properties = {
+        field.name: {**_type(hints[field.name]), "default": field.default} for field in dataclasses.fields(kind)
+    }
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def _value(name: str, kind: type[Any], definition: str) -> dict[str, Any]:
+    """The table of one trigger or retention value: its first field stands under its name."""
+    fields, hints = dataclasses.fields(kind), typing.get_type_hints(kind)
+    if not fields:
+        properties: dict[str, Any] = {name: {"const": True}}
+    elif fields[0].name == "parts":
+        properties = {name: {"type": "array", "items": {"$ref": f"#/$defs/{definition}"}, "minItems": 1}}
+    else:
+        properties = {name: _type(hints[fields[0].name])}
+        properties |= {field.name: _type(hints[field.name]) for field in fields[1:]}
+    required = [name, *(field.name for field in fields[1:] if field.default is dataclasses.MISSING)]
+    first_line = (kind.__doc__ or "").partition("\n")[0]
+    return {
+        "type": "object",
+        "description": first_line,
+        "additionalProperties": False,
+        "properties": properties,
+        "required": required,
+    }
+
+
+def _type(hint: Any) -> dict[str, Any]:
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return {"enum": list(typing.get_args(hint))}
+    if origin is tuple:
+        return {"type": "array", "items": _type(typing.get_args(hint)[0])}
+    if origin is types.UnionType:
+        return {"anyOf": [_type(part) for part in typing.get_args(hint)]}
+    return {"type": _PLAIN[hint]}

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verify`: read every byte of a run and compare; changes nothing."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+from .errors import StepDamagedError
+from .store import catalogue, integrity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepHealth:
+    """What `verify` found out about one step.
+
+    Attributes:
+        step: Its number.
+        state: "intact", "incomplete", "corrupt", or "unverified" for a step of plain Orbax.
+        reason: What is wrong; "" if it is intact.
+        files: Damaged files, relative to the step's folder.
+        leaves: Damaged leaves, as far as the files could be read.
+    """
+
+    step: int
+    state: str
+    reason: str = ""
+    files: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"step {self.step}: {self.state}" + (f", {self.reason}" if self.reason else "")]
+        lines += [f"    damaged leaf: {leaf}" for leaf in self.leaves]
+        lines += [f"    damaged file: {file}" for file in self.files]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """The health of every step that was looked at."""
+
+    steps: tuple[StepHealth, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged; steps of plain Orbax do not count, since nothing is known of them."""
+        return all(step.state in ("intact", "unverified") for step in self.steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {"ok": self.ok, "steps": [dataclasses.asdict(step) for step in self.steps]}
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.steps)) or "there are no steps"
+
+
+def verify(directory: str | os.PathLike[str], step: int | None = None) -> VerifyReport:
+    """Compare every file and leaf of a run, or of one step, with what was written.
+
+    Args:
+        directory: The run's folder.
+        step: Only this step.
+    """
+    root = pathlib.Path(directory).absolute()
+    known = catalogue.scan(root)
+    entries = [entry for entry in (*known.entries, *known.set_aside) if step is None or entry.step == step]
+    return VerifyReport(tuple(map(_examine, entries)))
+
+
+def _examine(entry: catalogue.Entry) -> StepHealth:
+    if entry.manifest is None:
+        error = entry.error
+        files = error.files if isinstance(error, StepDamagedError) else ()
+        return StepHealth(step=entry.step, state=entry.state, reason=error.what if error else "", files=files)
+    files = integrity.damaged_files(entry)
+    try:
+        items = entry.manifest.contents.items
+        integrity.read_proved(entry, {item: stored.records for item, stored in items.items()})
+    except StepDamagedError as error:
+        return StepHealth(step=entry.step, state="corrupt", reason=error.what, files=files, leaves=error.leaves)
+    if files:
+        reason = f"{len(files)} file(s) differ from what was written; all leaves are still readable"
+        return StepHealth(step=entry.step, state="corrupt", reason=reason, files=files)
+    return StepHealth(step=entry.step, state="intact")
