@@ -7,13 +7,19 @@ actions. Start with `apply(model, {"layers.*": "nothing_saveable"})` and
 """
 
 from .errors import CallError as CallError
+from .errors import MeasureError as MeasureError
 from .errors import PatternError as PatternError
 from .errors import PolicyError as PolicyError
 from .errors import RematError as RematError
 from .errors import RuleError as RuleError
 from .errors import RuleFileError as RuleFileError
+from .errors import TargetError as TargetError
 from .errors import UnmatchedRuleError as UnmatchedRuleError
 from .errors import UnmatchedRuleWarning as UnmatchedRuleWarning
+from .measure.compile import measure as measure
+from .measure.measurement import Measurement as Measurement
+from .measure.targets import Target as Target
+from .measure.targets import find_target as find_target
 from .rules import policies as policies
 from .rules.rule import Remat as Remat
 from .rules.ruleset import Rules as Rules

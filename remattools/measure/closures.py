@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that a function closes over: find them, and put others in their place.
+
+Lowest file of `measure`. People write `lambda x: loss(model, x)` as often as they pass
+the model. JAX would bake such weights into the program as constants, and cannot trace
+abstract ones at all; so they are found and passed like arguments.
+
+The user's function is never changed: what refers to a model is rebuilt with other
+cells, defaults or globals. A new function also is a new key of JAX's trace caches, so
+that no tracer of ours can be left in a trace that the user's own code finds later.
+"""
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flax import nnx
+
+# Their functions are searched for what they captured, but not for what their modules define.
+_LIBRARIES = frozenset({"jax", "jaxlib", "flax", "numpy", "optax", "functools", "remattools"})
+_MAX_DEPTH = 16
+
+Replace = Callable[[str, Any], Any]
+
+
+def captured_models(fn: Any) -> list[tuple[str, Any]]:
+    """Names and values of everything with nnx objects in it that `fn` refers to without being passed it."""
+    found: dict[int, tuple[str, Any]] = {}
+
+    def note(name: str, value: Any) -> Any:
+        found.setdefault(id(value), (name, value))
+        return value
+
+    _Rebinding(note).visit("fn", fn, 0)
+    return list(found.values())
+
+
+def with_models(fn: Any, models: dict[int, Any]) -> Any:
+    """`fn` with the models replaced, by the id of the original; the same object if there are none."""
+    if not models:
+        return fn
+    return _Rebinding(lambda _, value: models.get(id(value), value)).visit("fn", fn, 0)
+
+
+def holds_models(value: Any, depth: int = 0) -> bool:
+    """Whether `value` is, or is a plain container of, nnx objects."""
+    if isinstance(value, nnx.Pytree | nnx.Variable | nnx.State):
+        return True
+    if depth < 4 and type(value) in (tuple, list):
+        return any(holds_models(item, depth + 1) for item in value)
+    if depth < 4 and type(value) is dict:
+        return any(holds_models(item, depth + 1) for item in value.values())
+    return False
+
+
+class _Rebinding:
+    """One walk over functions and what they refer to; `replace` decides over each value with models in it."""
+
+    def __init__(self, replace: Replace) -> None:
+        self.replace = replace
+        self.seen: dict[int, Any] = {}
+
+    def visit(self, name: str, value: Any, depth: int) -> Any:
+        """The value to use instead of `value`: itself where nothing below it changed."""
+        if holds_models(value):
+            return self.replace(name, value)
+        if depth > _MAX_DEPTH or not callable(value) or isinstance(value, type):
+            return value
+        if id(value) not in self.seen:
+            self.seen[id(value)] = value  # a function that refers to itself keeps the old one
+            self.seen[id(value)] = self.callable(value, depth + 1)
+        return self.seen[id(value)]
+
+    def callable(self, value: Any, depth: int) -> Any:
+        if isinstance(value, types.FunctionType):
+            return self.function(value, depth)
+        if isinstance(value, functools.partial):
+            parts = self.items([("fn", value.func), *_numbered(value.args), *value.keywords.items()], depth)
+            if parts is None:
+                return value
+            count = 1 + len(value.args)
+            return functools.partial(parts[0], *parts[1:count], **dict(zip(value.keywords, parts[count:], strict=True)))
+        if isinstance(value, types.MethodType):
+            owner = self.owner(value.__self__, depth)
+            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+        if hasattr(value, "lower") and hasattr(value, "__wrapped__"):  # jitted: inside another trace it is inlined
+            inner = self.visit("fn", value.__wrapped__, depth)
+            return value if inner is value.__wrapped__ else inner
+        return value
+
+    def owner(self, value: Any, depth: int) -> Any:
+        """The object of a bound method: a model, or something like a trainer that has one."""
+        if holds_models(value) or not hasattr(value, "__dict__") or isinstance(value, type | types.ModuleType):
+            return self.visit("self", value, depth)
+        attributes = self.items(vars(value).items(), depth)
+        if attributes is None:
+            return value
+        new = copy.copy(value)
+        vars(new).update(zip(vars(value), attributes, strict=True))
+        return new
+
+    def function(self, function: types.FunctionType, depth: int) -> Any:
+        cells = function.__closure__ or ()
+        filled = [(name, cell) for name, cell in zip(function.__code__.co_freevars, cells, strict=True) if _full(cell)]
+        captured = self.items([(name, cell.cell_contents) for name, cell in filled], depth)
+        defaults = self.items(_numbered(function.__defaults__ or ()), depth)
+        keywords = self.items((function.__kwdefaults__ or {}).items(), depth)
+        used = dict(_globals_used(function))
+        replaced = self.items(used.items(), depth)
+        if captured is None and defaults is None and keywords is None and replaced is None:
+            return function
+        contents = {} if captured is None else dict(zip((n for n, _ in filled), captured, strict=True))
+        closure = tuple(
+            types.CellType(contents[name]) if name in contents else cell
+            for name, cell in zip(function.__code__.co_freevars, cells, strict=True)
+        )
+        scope = function.__globals__
+        if replaced is not None:
+            scope = {**scope, **dict(zip(used, replaced, strict=True))}
+        new = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+        if defaults is not None:
+            new.__defaults__ = tuple(defaults)
+        new.__kwdefaults__ = function.__kwdefaults__
+        if keywords is not None:
+            new.__kwdefaults__ = dict(zip(function.__kwdefaults__ or {}, keywords, strict=True))
+        new.__qualname__, new.__module__ = function.__qualname__, function.__module__
+        new.__dict__.update(function.__dict__)
+        return new
+
+    def items(self, pairs: Any, depth: int) -> list[Any] | None:
+        """What to use instead of each value, or None if all stay."""
+        pairs = list(pairs)
+        new = [self.visit(name, value, depth) for name, value in pairs]
+        return None if all(value is item for value, (_, item) in zip(new, pairs, strict=True)) else new
+
+
+def _numbered(values: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    return [(f"arg{index}", value) for index, value in enumerate(values)]
+
+
+def _full(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:  # not assigned yet
+        return False
+    return True
+
+
+def _globals_used(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    if function.__module__ is None or function.__module__.partition(".")[0] in _LIBRARIES:
+        return
+    for name in sorted(_names(function.__code__)):
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names that the code, or a function defined in it, may look up among the globals."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _names(constant)
+    return names

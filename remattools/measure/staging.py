@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call as a pure function of its arrays, which a compiler can be given.
+
+Sits on `closures` and `transform.capture`. Arguments may be nnx objects, pytrees,
+arrays, abstract arrays and statics; models that the function closes over are passed
+like arguments. What the call changes in its objects is part of its results.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..errors import CallError, MeasureError
+from ..rules.paths import Path, format_path
+from ..transform import capture as cap
+from ..transform import region, scopes
+from . import closures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One array of a call.
+
+    Attributes:
+        path: Where it lies: attributes from the root of its model, or the argument's name and keys.
+        position: Which argument holds it.
+        parameter: Whether it is the value of an `nnx.Param`.
+    """
+
+    path: Path
+    position: int
+    parameter: bool
+
+    @property
+    def text(self) -> str:
+        """The path as text."""
+        return format_path(self.path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """A function and its arguments, taken apart.
+
+    Attributes:
+        fn: The function, as given.
+        values: All arguments, followed by the models that the function closes over.
+        arity: How many of `values` are arguments.
+        spec: How to rebuild `values`.
+        leaves: Their arrays, in order; abstract or real.
+        infos: What each leaf is.
+        roots: Module paths start here: a path and a position in `values`.
+        differentiated: Indices of the leaves that a gradient is taken of.
+    """
+
+    fn: Callable[..., Any]
+    values: tuple[Any, ...]
+    arity: int
+    spec: Any
+    leaves: list[Any]
+    infos: tuple[Leaf, ...]
+    roots: tuple[tuple[Path, int], ...]
+
+    @property
+    def models(self) -> list[Any]:
+        """The models among the values, passed ones first."""
+        return [self.values[position] for _, position in self.roots]
+
+    @property
+    def differentiated(self) -> tuple[int, ...]:
+        """Parameters of the first model; without one, the floats of the first argument."""
+        first = self.roots[0][1] if self.roots else 0
+        inside = [i for i, info in enumerate(self.infos) if info.position == first and _is_float(self.leaves[i])]
+        parameters = [i for i in inside if self.infos[i].parameter]
+        return tuple(parameters or inside)
+
+    def abstract_leaves(self) -> list[Any]:
+        """Shape, dtype and sharding of each leaf."""
+        return [abstract(leaf) for leaf in self.leaves]
+
+
+def stage(fn: Any, args: Sequence[Any]) -> Call:
+    """Take a call apart; the caller's objects are only looked at.
+
+    Raises:
+        MeasureError: If `fn` cannot be called.
+    """
+    if not callable(fn):
+        raise MeasureError(
+            what=f"{fn!r} is no function.",
+            why="what is measured is the program that a call computes.",
+            fix="measure(loss, model, batch): the function first, then its arguments.",
+        )
+    models = closures.captured_models(fn)
+    passed = tuple(_as_arrays(value) for value in args)
+    values = (*passed, *(value for _, value in models))
+    captured = cap.capture(values)
+    names = [*_argument_names(fn, len(args)), *(name for name, _ in models)]
+    holders = [i for i, value in enumerate(values) if _has_modules(value)]
+    prefixes: list[Path] = [(name,) for name in names]
+    if holders:
+        prefixes[holders[0]] = ()
+    return Call(
+        fn=fn,
+        values=values,
+        arity=len(args),
+        spec=captured.spec,
+        leaves=captured.leaves,
+        infos=_leaf_infos(captured, prefixes),
+        roots=tuple((prefixes[i], i) for i in holders),
+    )
+
+
+def pure(call: Call, *, differentiate: bool = False, named: bool = False) -> Callable[[list[Any]], Any]:
+    """A function of the call's leaves that computes what the call computes.
+
+    Args:
+        call: From `stage`.
+        differentiate: Compute the gradients of the (first) result instead, and the rest as it is.
+        named: Put module paths on the operations, inside regions too.
+    """
+    indices = call.differentiated
+
+    def plain(leaves: list[Any]) -> Any:
+        return evaluate(call, leaves, named=named)[1]
+
+    def gradients(leaves: list[Any]) -> Any:
+        def loss(chosen: list[Any]) -> Any:
+            return loss_of(evaluate(call, replaced(leaves, indices, chosen), named=named))
+
+        return jax.grad(loss, has_aux=True)([leaves[i] for i in indices])
+
+    return gradients if differentiate else plain
+
+
+def evaluate(call: Call, leaves: list[Any], *, named: bool = False) -> tuple[Any, list[Any]]:
+    """Run the call on other leaves: what it returned, and all arrays that it returned or changed."""
+    objects: list[Any] = []
+    rebuilt = cap.rebuild(call.spec, leaves, objects)
+    before = cap.snapshot(objects)
+    replacements = {id(old): new for old, new in zip(call.values[call.arity :], rebuilt[call.arity :], strict=True)}
+    fn = closures.with_models(call.fn, replacements)
+    with contextlib.ExitStack() as stack:
+        if named:
+            stack.enter_context(region.named())
+            stack.enter_context(scopes.recorded((path, rebuilt[position]) for path, position in call.roots))
+        out = fn(*rebuilt[: call.arity])
+    return out, cap.changes(objects, before, out)[0]
+
+
+def replaced(leaves: Sequence[Any], indices: Sequence[int], chosen: Sequence[Any]) -> list[Any]:
+    """The leaves with those at `indices` replaced."""
+    new = list(leaves)
+    for index, value in zip(indices, chosen, strict=True):
+        new[index] = value
+    return new
+
+
+def loss_of(evaluated: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+    """Split a result into the scalar to differentiate and the other arrays.
+
+    Raises:
+        MeasureError: If there is no such scalar.
+    """
+    out, leaves = evaluated
+    loss = out[0] if isinstance(out, tuple) and out else out
+    shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        shown = f"{dtype}{list(shape)}" if shape is not None else repr(type(loss).__name__)
+        raise MeasureError(
+            what=f"the function returns {shown}, which has no gradient.",
+            why="differentiate=True takes the gradient of a scalar loss, the result or the first of a tuple.",
+            fix="return the loss, such as jnp.mean(model(x) ** 2); or pass the gradient's function itself.",
+        )
+    return loss, [leaf for leaf in leaves if leaf is not loss]
+
+
+def check_differentiable(call: Call) -> None:
+    """Raise if there is nothing to differentiate with respect to.
+
+    Raises:
+        MeasureError: If no argument holds floating-point arrays.
+    """
+    if not call.differentiated:
+        raise MeasureError(
+            what="no argument of the function can be differentiated.",
+            why="a gradient is taken of the parameters of the first model, or of the floats of the first argument.",
+            fix="pass the model, or the array of parameters, first.",
+        )
+
+
+def abstract(leaf: Any) -> Any:
+    """Shape, dtype and, if it has one, sharding."""
+    sharding = getattr(leaf, "sharding", None)
+    dtype = leaf.dtype if isinstance(leaf, jax.ShapeDtypeStruct) else jax.dtypes.canonicalize_dtype(leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
+
+
+def _is_float(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+
+def _as_arrays(value: Any) -> Any:
+    """numpy arrays are data here, not constants."""
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return jnp.asarray(value)
+    if type(value) in (tuple, list):
+        return type(value)(_as_arrays(item) for item in value)
+    if type(value) is dict:
+        return {key: _as_arrays(item) for key, item in value.items()}
+    return value
+
+
+def _argument_names(fn: Any, count: int) -> list[str]:
+    try:
+        names = [
+            parameter.name
+            for parameter in inspect.signature(fn).parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+    except (TypeError, ValueError):  # written in C
+        names = []
+    return [names[i] if i < len(names) else f"arg{i}" for i in range(count)]
+
+
+def _has_modules(value: Any) -> bool:
+    if isinstance(value, nnx.Module):
+        return True
+    if isinstance(value, tuple | list):
+        return any(map(_has_modules, value))
+    return isinstance(value, dict) and any(map(_has_modules, value.values()))
+
+
+def _leaf_infos(captured: cap.Capture, prefixes: Sequence[Path]) -> tuple[Leaf, ...]:
+    """Where each leaf lies, seen on a rebuilt copy whose leaves are recognised by identity."""
+    try:
+        marks = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in captured.leaves]
+    except (TypeError, AttributeError) as error:
+        raise CallError(what=f"an argument holds something that is no array: {error}") from error
+    indices = {id(mark): index for index, mark in enumerate(marks)}
+    infos: list[Leaf] = [Leaf(path=("?",), position=-1, parameter=False)] * len(marks)
+    seen: set[int] = set()
+
+    def visit(value: Any, path: Path, position: int, parameter: bool) -> None:
+        index = indices.get(id(value))
+        if index is not None:
+            infos[index] = Leaf(path=path, position=position, parameter=parameter)
+            return
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        for key, child in _children(value):
+            visit(child, path if key is None else (*path, key), position, parameter or isinstance(value, nnx.Param))
+
+    for position, value in enumerate(cap.rebuild(captured.spec, marks, [])):
+        visit(value, prefixes[position], position, False)
+    return tuple(infos)
+
+
+def _children(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, nnx.Variable):
+        return [(None, value.get_raw_value())]
+    if isinstance(value, nnx.Pytree):
+        return [(key, child) for key, child in cap.node_content(value).items() if not _private(key)]
+    if isinstance(value, dict):
+        return list(value.items())
+    if isinstance(value, tuple | list):
+        return list(enumerate(value))
+    if isinstance(value, str | int | float | type(None) | jax.ShapeDtypeStruct):
+        return []
+    paths, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda item: item is not value)
+    return [(_key(path), child) for path, child in paths if child is not value]
+
+
+def _private(key: Any) -> bool:
+    return isinstance(key, str) and key.startswith("_pytree__")
+
+
+def _key(path: Any) -> Any:
+    entry = path[0]
+    for field in ("key", "name", "idx"):
+        if hasattr(entry, field):
+            return getattr(entry, field)
+    return str(entry)

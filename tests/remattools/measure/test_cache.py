@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A repeated measurement is read, another program is compiled."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import remattools as rt
+from remattools.measure import cache as caching
+from remattools.measure.measurement import Allocation, Measurement, OutOfMemory
+
+X = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+
+
+def _square(x):
+    return jnp.sum(x @ x)
+
+
+def test_the_second_measurement_is_the_first(tmp_path):
+    first = rt.measure(_square, X, cache=tmp_path)
+    assert rt.measure(_square, X, cache=tmp_path) == first  # compile_s too, so nothing was compiled
+    assert rt.measure(_square, X) != first  # control: without the cache it is
+    assert len(list(tmp_path.iterdir())) == 1
+    assert rt.measure(lambda x: jnp.sum(x @ x @ x), X, cache=tmp_path).flops != first.flops
+    rt.measure(_square, jax.ShapeDtypeStruct((8, 8), jnp.float32), cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_environment_names_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("REMATTOOLS_CACHE", str(tmp_path))
+    first = rt.measure(_square, X)
+    assert rt.measure(_square, X) == first
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"target": 3}'])
+def test_a_damaged_entry_is_no_hit(tmp_path, content):
+    first = rt.measure(_square, X, cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    entry.write_text(content)
+    again = rt.measure(_square, X, cache=tmp_path)
+    assert again.temp_bytes == first.temp_bytes
+    assert rt.measure(_square, X, cache=tmp_path) == again
+
+
+def test_flags_of_the_compiler_belong_to_the_key(monkeypatch):
+    before = caching.key_of("program", "cpu", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_something")
+    assert caching.key_of("program", "cpu", "cpu") != before
+
+
+def test_a_refusal_survives_storing(tmp_path):
+    refused = OutOfMemory(
+        needed_bytes=2, limit_bytes=1, message="m", largest=(Allocation(path="a", name="b", shape="c", bytes=2),)
+    )
+    measured = Measurement(
+        target="t", argument_bytes=1, output_bytes=1, alias_bytes=0, temp_bytes=2, peak_bytes=2, out_of_memory=refused
+    )
+    store = caching.Cache(tmp_path)
+    store.put("key", measured)
+    assert store.get("key") == measured
+    assert store.get("other") is None
+
+
+def test_the_users_folder_follows_the_desktop_convention(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert caching.user_cache().directory == tmp_path / "remattools"

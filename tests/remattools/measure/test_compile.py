@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements are the compiler's own figures, for every way to write a call."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+import remattools as rt
+from tests.remattools.models import Tower, inputs, loss
+
+
+def _stack(weights, x):
+    for _ in range(4):
+        x = jnp.sin(jnp.cos(x @ weights) @ weights)
+    return jnp.mean(x**2)
+
+
+def _abstract(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _figures(compiled):
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "flops": costs["flops"],
+        "bytes_accessed": costs["bytes accessed"],
+    }
+
+
+def _same(measured, raw):
+    assert {key: getattr(measured, key) for key in raw} == raw
+
+
+def test_figures_are_the_compilers_on_cpu():
+    args = (_abstract(64, 64), _abstract(32, 64))
+    measured = rt.measure(jax.grad(_stack), *args, target="cpu")
+    _same(measured, _figures(jax.jit(jax.grad(_stack)).lower(*args).compile()))
+    _same(rt.measure(_stack, *args, differentiate=True, target="cpu"), _figures_of_temp(measured))
+    assert measured.estimated_cycles is None
+    assert measured.compile_s > 0
+    assert measured.temp_bytes > rt.measure(_stack, *args, target="cpu").temp_bytes  # control: forward only
+
+
+def _figures_of_temp(measured):
+    return {key: getattr(measured, key) for key in ("temp_bytes", "argument_bytes", "output_bytes", "flops")}
+
+
+def test_figures_are_the_compilers_on_tpu(tpu):
+    target = rt.find_target(tpu)
+    sharding = SingleDeviceSharding(target.devices[0])
+    args = (_abstract(256, 256), _abstract(512, 256))
+    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in args]
+    compiled = jax.jit(jax.grad(_stack)).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
+    measured = rt.measure(jax.grad(_stack), *args, target=tpu)
+    _same(measured, _figures(compiled))
+    # Without loops the cycles are the sum over the whole text.
+    cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())))
+    assert measured.estimated_cycles == cycles > 0
+    assert float(jnp.sin(1.0)) > 0  # JAX on CPU goes on beside it
+
+
+def test_a_loops_cycles_count_as_often_as_it_turns(tpu):
+    def looped(length, x):
+        return jax.lax.scan(lambda c, _: (jnp.sin(c @ c), None), x, None, length=length)[0]
+
+    x = _abstract(256, 256)
+    short, long, longest = (
+        rt.measure(functools.partial(looped, n), x, target=tpu).estimated_cycles for n in (10, 20, 30)
+    )
+    assert longest - long == long - short > 0
+    assert longest > 2 * short
+
+
+def test_models_passed_closed_over_and_abstract_measure_alike():
+    model, x = Tower(), inputs()
+    abstract = nnx.eval_shape(Tower)
+    graphdef, state = nnx.split(model)
+    raw = jax.jit(lambda s, x: loss(nnx.merge(graphdef, s), x)).lower(state, x).compile().memory_analysis()
+    trainer = type("Trainer", (), {"loss": lambda self, x: loss(self.model, x)})()
+    trainer.model = model
+    calls = {
+        "passed": (loss, model, x),
+        "abstract": (loss, abstract, jax.ShapeDtypeStruct(x.shape, x.dtype)),
+        "closed over": (lambda x: loss(model, x), x),
+        "closed over, abstract": (lambda x: loss(abstract, x), x),
+        "partial": (functools.partial(loss, model), x),
+        "method of an object": (trainer.loss, x),
+        "jitted inside": (lambda x: jax.jit(lambda y: loss(abstract, y))(x), x),
+        "in a container": (lambda pair, x: loss(pair["model"], x), {"model": model}, x),
+        "numpy batch": (loss, model, np.asarray(x)),
+    }
+    for name, (fn, *args) in calls.items():
+        measured = rt.measure(fn, *args, target="cpu")
+        found = (measured.argument_bytes, measured.temp_bytes, measured.output_bytes)
+        assert found == (raw.argument_size_in_bytes, raw.temp_size_in_bytes, 4), name
+
+
+MODEL = nnx.eval_shape(Tower)
+
+
+def _loss_of_global(x):
+    return loss(MODEL, x)
+
+
+def test_a_global_model_is_found_and_its_gradient_measured():
+    measured = rt.measure(_loss_of_global, inputs(), differentiate=True, target="cpu")
+    parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(nnx.state(MODEL, nnx.Param)))
+    assert parameters <= measured.output_bytes < parameters + 1000  # the CPU adds a table of pointers
+
+
+def test_a_jitted_function_is_measured_as_it_is():
+    model, x = Tower(), inputs()
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(weights, x):
+        return weights - jax.grad(_stack)(weights, x)
+
+    weights = jnp.ones((64, 64))
+    measured = rt.measure(step, weights, _abstract(8, 64), target="cpu")
+    assert measured.alias_bytes == weights.nbytes
+    assert not weights.is_deleted()
+
+    train = nnx.jit(nnx.grad(loss))
+    raw = train.lower(model, x).lowered.compile()
+    _same(rt.measure(train, model, x, target="cpu"), _figures(raw))
+
+
+def test_a_step_that_changes_its_model_counts_what_it_changed():
+    class Counting(Tower):
+        def __init__(self):
+            super().__init__()
+            self.calls = nnx.BatchStat(jnp.zeros((1000,)))
+
+        def __call__(self, x):
+            self.calls[...] += 1
+            return super().__call__(x)
+
+    model = Counting()
+    plain = rt.measure(loss, Tower(), inputs(), target="cpu")
+    counting = rt.measure(loss, model, inputs(), target="cpu")
+    assert 4000 <= counting.output_bytes - plain.output_bytes < 4100
+    assert float(model.calls[0]) == 0
+
+
+def test_running_gives_times_and_changes_nothing():
+    class Counting(Tower):
+        def __init__(self):
+            super().__init__()
+            self.calls = nnx.BatchStat(jnp.zeros(()))
+
+        def __call__(self, x):
+            self.calls[...] += 1
+            return super().__call__(x)
+
+    model, x = Counting(), inputs()
+    measured = rt.measure(nnx.jit(loss, donate_argnums=0), model, x, run=True, repeats=3, target="cpu")
+    assert measured.step_s > 0
+    assert measured.step_spread_s >= 0
+    assert measured.allocator_peak_bytes is None  # the CPU's allocator does not count
+    assert float(model.calls[...]) == 0
+    assert rt.measure(loss, model, x, target="cpu").step_s is None  # control
+
+
+def test_shardings_are_carried_to_the_targets_devices(tpu):
+    target = rt.find_target(tpu)
+    x = _abstract(512, 256)
+    mesh = target.mesh((4,), ("data",))
+    split = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    whole = rt.measure(_stack, _abstract(256, 256), x, target=tpu)
+    quarter = rt.measure(_stack, _abstract(256, 256), split, target=tpu)
+    assert quarter.flops < 0.3 * whole.flops
+
+
+def test_a_program_that_does_not_fit_is_a_result(tpu):
+    measured = rt.measure(_stack, _abstract(512, 512), _abstract(2**21, 512), differentiate=True, target=tpu)
+    refused = measured.out_of_memory
+    assert not measured.fits
+    assert refused.limit_bytes > 15 * 2**30
+    assert refused.excess_bytes == refused.needed_bytes - refused.limit_bytes > 0
+    assert "needs" in str(measured)
+    assert rt.measure(_stack, _abstract(8, 8), _abstract(8, 8), target=tpu).fits  # control
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "fix"),
+    [
+        pytest.param(lambda: rt.measure(3), rt.MeasureError, "the function first", id="no function"),
+        pytest.param(
+            lambda: rt.measure(lambda x: x, _abstract(2), differentiate=True),
+            rt.MeasureError,
+            "return the loss",
+            id="no scalar",
+        ),
+        pytest.param(
+            lambda: rt.measure(lambda x: x.sum(), jnp.ones(3, int), differentiate=True),
+            rt.MeasureError,
+            "pass the model",
+            id="nothing to differentiate",
+        ),
+        pytest.param(
+            lambda: rt.measure(_stack, _abstract(8, 8), _abstract(8, 8), run=True),
+            rt.MeasureError,
+            "build",
+            id="abstract",
+        ),
+        pytest.param(
+            lambda: rt.measure(_stack, jnp.ones((8, 8)), jnp.ones((8, 8)), run=True, repeats=0),
+            rt.MeasureError,
+            "repeats=10",
+            id="no repeats",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_explained(call, error, fix):
+    with pytest.raises(error) as caught:
+        call()
+    assert fix in caught.value.fix
+
+
+def test_running_without_a_device_is_explained(tpu):
+    with pytest.raises(rt.MeasureError) as caught:
+        rt.measure(_stack, jnp.ones((8, 8)), jnp.ones((8, 8)), run=True, target=tpu)
+    assert "estimated_cycles" in caught.value.fix
+
+
+def test_errors_of_the_users_code_stay_what_they_are():
+    with pytest.raises(ZeroDivisionError):
+        rt.measure(lambda x: 1 / 0, jnp.ones(3))

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets by name, and what is said of those that are not there."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import remattools as rt
+from remattools.measure import targets
+
+
+def test_live_targets():
+    assert rt.find_target("cpu") == rt.find_target(jax.devices("cpu")[0]) or len(jax.devices("cpu")) > 1
+    assert rt.find_target(None).live
+    assert rt.find_target(rt.find_target("cpu")) is not None
+
+
+def test_topologies_without_a_device(tpu):
+    before = dict(os.environ)
+    targets._without_device.cache_clear()
+    target = rt.find_target(tpu)
+    assert (len(target.devices), target.live, target.name) == (4, False, tpu)
+    assert rt.find_target("tpu:v6e").name == "tpu:v6e:2x2"
+    assert rt.find_target("tpu:v4:2x2x1").devices[0].device_kind == "TPU v4"
+    assert dict(os.environ) == before
+
+
+def test_importing_loads_no_compiler_and_sets_no_environment():
+    code = (
+        "import os; before = dict(os.environ)\n"
+        "import remattools, sys\n"
+        "new = {k: v for k, v in os.environ.items() if before.get(k) != v and k.startswith('TPU_') and 'SKIP' in k}\n"
+        "assert not new, new\n"
+        "assert not {'libtpu', 'matplotlib'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        pytest.param("tpu:v55e:2x2", "tpu:v5e:2x2", id="unknown generation"),
+        pytest.param("tpu:v5e:7x9", "tpu:v5e:2x2", id="unknown shape"),
+        pytest.param("tpu:nonsense:a", "tpu:", id="no shape"),
+    ],
+)
+def test_unknown_topologies_are_explained(tpu, name, fix):
+    with pytest.raises(rt.TargetError) as caught:
+        rt.find_target(name)
+    assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["cpuu", "cpu:3", "", "gpus"])
+def test_unknown_platforms_are_explained(name):
+    with pytest.raises(rt.TargetError) as caught:
+        rt.find_target(name)
+    assert "cpu" in caught.value.fix or "gpu" in caught.value.fix
+
+
+@pytest.mark.parametrize(("name", "fix"), [("gpu", "pip install"), ("tpu", "tpu:v5e:2x2")])
+def test_devices_that_are_not_there_say_what_to_do(name, fix, monkeypatch):
+    def absent(platform):
+        raise RuntimeError(f"Unknown backend {platform}")
+
+    monkeypatch.setattr(jax, "devices", absent)
+    with pytest.raises(rt.TargetError) as caught:
+        rt.find_target(name)
+    assert fix in caught.value.fix
+
+
+def test_a_missing_compiler_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    targets._without_device.cache_clear()
+    with pytest.raises(rt.TargetError) as caught:
+        rt.find_target("tpu:v5e:2x2")
+    assert caught.value.fix == 'pip install "nnx-checkpointing[tpu]"'
+
+
+def test_a_mesh_larger_than_the_target_is_refused():
+    with pytest.raises(rt.TargetError) as caught:
+        rt.find_target("cpu").mesh((4096,), ("data",))
+    assert "topology" in caught.value.fix
