@@ -82,7 +82,7 @@ def show_rules() -> dict[str, dict[str, float]]:
     config = tomllib.loads(CONFIG.read_text())
     rules = rt.Rules.load(CONFIG)
     model, _, _ = build(config)
-    console.print(rt.explain(model, rules))
+    console.print(str(rt.explain(model, rules)), soft_wrap=True)
     figures = {"plain": compiled_figures(config, None), "ruled": compiled_figures(config, rules)}
     for name, row in figures.items():
         console.print(

@@ -272,7 +272,7 @@ def _tokens(body: str, text: str) -> Iterator[_Token]:
     for segment in segments:
         if segment == "**":
             yield "**"
-        elif segment.startswith("[") or segment.endswith("]"):
+        elif segment.startswith("["):
             yield _slice(segment, text)
         elif not segment:
             raise _bad(text, "two dots enclose an empty segment", '"**" to cross any number of segments.')

@@ -115,7 +115,8 @@ class Freezer:
         if package in _TRUSTED_PACKAGES or hasattr(kind, "__jax_array__"):
             # Identity alone says nothing of an object's content (a random generator), but a library's functions have
             # none that changes.
-            if kind.__hash__ is None or (kind.__hash__ is object.__hash__ and not callable(value)):
+            own_hash: Any = kind.__hash__
+            if own_hash is None or (own_hash is object.__hash__ and not callable(value)):
                 return self._opaque(value)
             try:
                 hash(value)

@@ -195,7 +195,7 @@ def _grouped_scan(group: Group, piece: Any) -> Callable[..., Any]:
     def run(*leaves: Any) -> list[Any]:
         # The piece's arguments are the scan's operands, but each variable once and no literals.
         known = dict(zip(programs.open_program(piece).invars, leaves, strict=True))
-        operands = [known[atom] if atom in known else atom.val for atom in equation.invars]
+        operands = [programs.value_of(atom, known) for atom in equation.invars]
         consts, rest = operands[: scan.consts], operands[scan.consts :]
         carry, xs = rest[: scan.carry], rest[scan.carry :]
         policy = names.lowered_policy(group.action)

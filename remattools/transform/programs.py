@@ -6,7 +6,7 @@ every function returns a new one and shares what it did not change.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -162,9 +162,18 @@ def run_stretches(program: Any, leaves: Sequence[Any], stretches: Sequence[tuple
             effects=frozenset().union(*(equation.effects for equation in equations)),
             debug_info=inner.debug_info._replace(arg_names=None, result_paths=None),
         )
-        results = make(core.ClosedJaxpr(piece, []))(*(values[var] for var in inputs))
+        results = make(_closed(piece))(*(values[var] for var in inputs))
         values.update(zip(outputs, results, strict=True))
-    return [values[atom] if isinstance(atom, core.Var) else atom.val for atom in inner.outvars]
+    return [value_of(atom, values) for atom in inner.outvars]
+
+
+def value_of(atom: Any, values: Mapping[Any, Any]) -> Any:
+    """The value of a variable, or of a literal."""
+    return values[atom] if isinstance(atom, core.Var) else atom.val
+
+
+def _closed(piece: Any) -> Any:
+    return core.ClosedJaxpr(piece, [])  # type: ignore[attr-defined]  # public, but not in its stub
 
 
 def _used_after(inner: Any) -> dict[Any, int]:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`explain` says what is in force, why, and what to know before relying on it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import remattools as rt
+from tests.remattools.models import Tower, inputs
+
+
+def test_rows_name_winner_and_shadowed_rules():
+    rules = {"layers.*": "nothing_saveable", "layers.[:1]": "dots_saveable", "layers.2": False}
+    rows = {row.path: row for row in rt.explain(Tower(), rules).rows}
+    assert rows["layers.0"].rule == "layers.[:1]"
+    assert rows["layers.0"].shadowed == ("layers.*",)
+    assert rows["layers.1"].rule == "layers.*"
+    assert rows["layers.2"].action is None
+    assert rows["layers.2"].rule == "layers.2"
+    assert rows["head"].rule == ""
+
+
+def test_explaining_changes_nothing():
+    model = Tower()
+    before = nnx.graphdef(model)
+    rt.explain(model, {"layers.*": "nothing_saveable"}, names=True, args=(inputs(),))
+    assert nnx.graphdef(model) == before
+
+
+def test_equal_layers_are_one_line_of_the_table():
+    text = str(rt.explain(Tower(depth=12), {"layers.*": "nothing_saveable", "layers.[::3]": "dots_saveable"}))
+    assert "layers.[0:10:3]" in text
+    assert text.count("dots_saveable") == 1
+
+
+def test_shared_traces_are_counted():
+    rows = {row.path: row for row in rt.explain(Tower(depth=4), {"layers.*": "nothing_saveable"}).rows}
+    assert rows["layers.0"].shares == 4
+    assert rows["head"].shares == 0
+
+
+def test_aliases_are_shown():
+    class Shared(Tower):
+        def __init__(self):
+            super().__init__(depth=2)
+            self.first = self.layers[0]
+
+    rows = {row.path: row for row in rt.explain(Shared()).rows}
+    assert {"first", "layers.0"} <= {path for row in rows.values() if row.aliases for path in (row.path, *row.aliases)}
+    assert not rows["head"].aliases
+
+
+def test_nested_regions_are_warned_of():
+    rows = {r.path: r for r in rt.explain(Tower(), {"layers.0": "nothing_saveable", "attention": "dots_saveable"}).rows}
+    assert "inside the region layers.0" in rows["layers.0.attention"].warnings[0]
+    assert not rows["layers.1.attention"].warnings
+
+
+def test_callbacks_and_random_operations_are_warned_of():
+    class Noisy(nnx.Module):
+        def __init__(self, width, rngs):
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            jax.debug.print("mean {}", x.mean())
+            return self.dropout(jnp.sin(x))
+
+    rows = rt.explain(Tower(block=Noisy), {"layers.*": "nothing_saveable"}, args=(inputs(),)).regions
+    assert any("back to Python" in warning for warning in rows[0].warnings)
+    assert any("random" in warning for warning in rows[0].warnings)
+
+
+def test_names_need_arguments():
+    with pytest.raises(rt.RuleError) as caught:
+        rt.explain(Tower(), {"layers.*": "nothing_saveable"}, names=True)
+    assert "args" in caught.value.fix
+
+
+def test_abstract_models_and_inputs():
+    model = nnx.eval_shape(lambda: Tower())
+    spec = jax.ShapeDtypeStruct((4, 6, 8), jnp.float32)
+    row = rt.explain(model, {"layers.*": "nothing_saveable"}, names=True, args=(spec,)).regions[0]
+    assert any(value.label == "mlp.up" for value in row.values)
