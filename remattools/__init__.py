@@ -18,6 +18,9 @@ from .errors import UnmatchedRuleError as UnmatchedRuleError
 from .errors import UnmatchedRuleWarning as UnmatchedRuleWarning
 from .measure.compile import measure as measure
 from .measure.measurement import Measurement as Measurement
+from .measure.residuals import Residual as Residual
+from .measure.residuals import ResidualReport as ResidualReport
+from .measure.residuals import residuals as residuals
 from .measure.targets import Target as Target
 from .measure.targets import find_target as find_target
 from .rules import policies as policies

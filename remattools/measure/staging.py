@@ -76,7 +76,7 @@ class Call:
     def differentiated(self) -> tuple[int, ...]:
         """Parameters of the first model; without one, the floats of the first argument."""
         first = self.roots[0][1] if self.roots else 0
-        inside = [i for i, info in enumerate(self.infos) if info.position == first and _is_float(self.leaves[i])]
+        inside = [i for i, info in enumerate(self.infos) if info.position == first and is_float(self.leaves[i])]
         parameters = [i for i in inside if self.infos[i].parameter]
         return tuple(parameters or inside)
 
@@ -198,12 +198,19 @@ def check_differentiable(call: Call) -> None:
 def abstract(leaf: Any) -> Any:
     """Shape, dtype and, if it has one, sharding."""
     sharding = getattr(leaf, "sharding", None)
-    dtype = leaf.dtype if isinstance(leaf, jax.ShapeDtypeStruct) else jax.dtypes.canonicalize_dtype(leaf.dtype)
+    settled = isinstance(leaf, jax.ShapeDtypeStruct) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    dtype = leaf.dtype if settled else jax.dtypes.canonicalize_dtype(leaf.dtype)
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
 
 
-def _is_float(leaf: Any) -> bool:
+def is_float(leaf: Any) -> bool:
+    """Whether a gradient can be taken of it."""
     return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+
+def arrays_of(value: Any) -> list[Any]:
+    """All arrays in a result."""
+    return cap.capture(value).leaves
 
 
 def _as_arrays(value: Any) -> Any:

@@ -230,10 +230,10 @@ def _folded(rows: Sequence[ExplanationRow]) -> list[tuple[str, ExplanationRow]]:
         stem = tuple("#" if part.isdigit() else part for part in path)
         key = (stem, row.cls, row.action, row.rule, row.shadowed, row.shares)
         groups.setdefault(key, []).append(row)
-    return [(_slice_text([row.path for row in group]), group[0]) for group in groups.values()]
+    return [(slice_text([row.path for row in group]), group[0]) for group in groups.values()]
 
 
-def _slice_text(paths: list[str]) -> str:
+def slice_text(paths: list[str]) -> str:
     """One text for paths that differ in indices only."""
     columns = list(zip(*(path.split(".") for path in paths), strict=True)) if paths != ["."] else [(".",)]
     parts = []

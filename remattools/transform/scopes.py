@@ -30,7 +30,7 @@ from .modules import modules_of
 
 _MARK = "rt:"
 _OUTPUT = "rt-out:"
-_MARKED = re.compile(r"rt:([^/]*)")
+_MARKED = re.compile(r"rt:([^/()]*)")
 # Stands in the name stack where a region begins; module paths behind it are relative to the region.
 REGION = "rt-region"
 _OUTPUT_NAME = re.compile(r"rt-out:(.*)#(\d+)\Z")

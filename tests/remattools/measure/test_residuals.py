@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residuals: totals of the linearised program, under the modules that cause them."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+import remattools as rt
+from tests.remattools.models import Tower, inputs, loss
+
+
+def _linearised_bytes(fn, *args):
+    """Constants of the linear program: what JAX itself keeps."""
+    _, linear = jax.linearize(fn, *args)
+    return sum(constant.nbytes for constant in jax.make_jaxpr(linear)(*args).consts)
+
+
+def _model_bytes(model, x):
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    return _linearised_bytes(lambda p: loss(nnx.merge(graphdef, p, rest), x), params)
+
+
+@jax.custom_vjp
+def _doubled(x):
+    return 2 * x
+
+
+_doubled.defvjp(lambda x: (2 * x, jnp.cos(x)), lambda kept, g: (g * kept,))
+
+
+def _scanned(weights, x):
+    return jnp.sum(jax.lax.scan(lambda c, w: (jnp.sin(c @ w), None), x, weights)[0])
+
+
+def _scanned_remat(weights, x):
+    body = jax.checkpoint(lambda c, w: (jnp.sin(jnp.cos(c @ w)), None))
+    return jnp.sum(jax.lax.scan(body, x, weights)[0])
+
+
+WEIGHTS, X = jnp.ones((5, 8, 8)), jnp.ones((4, 8))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        pytest.param(lambda w, x: jnp.sum(jnp.sin(x @ w[0])), id="plain"),
+        pytest.param(lambda w, x: jnp.sum(jax.jit(jnp.sin)(x @ w[0])), id="jit"),
+        pytest.param(_scanned, id="scan"),
+        pytest.param(lambda w, x: jnp.sum(jax.checkpoint(lambda w: jnp.sin(jnp.cos(x @ w)))(w[0])), id="remat"),
+        pytest.param(_scanned_remat, id="remat in scan"),
+        pytest.param(lambda w, x: jnp.sum(_doubled(x @ w[0])), id="custom derivative"),
+        pytest.param(lambda w, x: jnp.sum(jax.nn.relu(x @ w[0])), id="custom jvp"),
+        pytest.param(
+            lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda y: jnp.sum(jnp.sin(y)), jnp.sum, x @ w[0]), id="branches"
+        ),
+    ],
+)
+def test_totals_are_those_of_the_linearised_program(fn):
+    assert rt.residuals(fn, WEIGHTS, X).total_bytes == _linearised_bytes(lambda w: fn(w, X), WEIGHTS) > 0
+
+
+@pytest.mark.parametrize("policy", [None, "nothing_saveable", "dots_saveable", "everything_saveable"])
+def test_totals_of_models_are_those_of_the_linearised_program(policy):
+    model, x = Tower(), inputs()
+    if policy is not None:
+        rt.apply(model, {"layers.*": policy})
+    report = rt.residuals(loss, model, x)
+    assert report.total_bytes == _model_bytes(model, x)
+    assert rt.residuals(lambda x: loss(model, x), x).total_bytes == report.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("policy", "fewer"),
+    [
+        pytest.param("nothing_saveable", True, id="nothing"),
+        pytest.param("dots_saveable", True, id="dots"),
+        pytest.param("everything_saveable", False, id="control"),
+    ],
+)
+def test_remat_keeps_fewer_bytes(policy, fewer):
+    model, x = nnx.eval_shape(Tower), inputs()
+    plain = rt.residuals(loss, model, x).computed_bytes
+    with rt.applied(model, {"layers.*": policy}):
+        assert (rt.residuals(loss, model, x).computed_bytes < 0.7 * plain) is fewer
+
+
+def test_values_stand_under_their_modules_with_layers_folded():
+    rows = rt.residuals(loss, Tower(depth=4), inputs()).folded()
+    found = {(row.path, row.name): row for row in rows}
+    cosine = found["layers.[0:4].mlp", "cos"]
+    assert (cosine.count, cosine.shape, cosine.bytes) == (4, (4, 6, 16), 4 * 4 * 6 * 16 * 4)
+    assert "layers.*.mlp" in cosine.reason
+    kernel = found["layers.[0:4].mlp.up.kernel", ""]
+    assert (kernel.kind, kernel.count, kernel.reason) == ("parameter", 4, "is a parameter")
+
+
+def test_values_inside_regions_have_full_paths():
+    model = rt.apply(nnx.eval_shape(Tower), {"layers.*": "dots_saveable"})
+    paths = dict(rt.residuals(loss, model, inputs()).by_module())
+    assert "layers.[0:3].attention.qkv" in paths
+    reasons = {row.reason for row in rt.residuals(loss, model, inputs()).rows}
+    assert "saved in the region layers.1" in reasons
+
+
+def test_turns_of_a_scan_are_seen():
+    rows = rt.residuals(_scanned, WEIGHTS, X).rows
+    cosine = next(row for row in rows if row.name == "cos")
+    assert cosine.shape == (5, 4, 8)
+    assert "each of 5 turns" in cosine.reason
+
+
+def test_names_of_the_models_author_are_kept():
+    def named(weights, x):
+        return jnp.sum(jnp.exp(checkpoint_name(jnp.sin(x @ weights[0]), "grown")))
+
+    policy = jax.checkpoint_policies.save_only_these_names("grown")
+    rows = rt.residuals(jax.checkpoint(named, policy=policy), WEIGHTS, X).rows
+    assert "@grown" in {row.name for row in rows}
+
+
+def test_offloaded_values_count_as_the_hosts():
+    model, x = nnx.eval_shape(Tower), inputs()
+    rt.apply(model, {"layers.*": rt.Remat(offload=("mlp.up",))})
+    report = rt.residuals(loss, model, x)
+    offloaded = [row for row in report.rows if row.host]
+    assert [(row.path, row.name, row.reason) for row in offloaded] == [
+        (f"layers.{i}.mlp.up", "add", "offloaded to host memory") for i in range(3)
+    ]
+    assert report.host_bytes == sum(row.bytes for row in offloaded) > 0
+    with rt.applied(model, {"layers.*": rt.Remat(save=("mlp.up",))}):  # control
+        kept = rt.residuals(loss, model, x)
+    assert (kept.host_bytes, kept.computed_bytes) == (0, report.computed_bytes + report.host_bytes)
+
+
+def test_looking_changes_nothing():
+    model = rt.apply(Tower(), {"layers.*": "dots_saveable"})
+    before = nnx.graphdef(model)
+    first = rt.residuals(loss, model, inputs())
+    assert nnx.graphdef(model) == before
+    nnx.grad(loss)(model, inputs())  # no tracer was left in a cache
+    assert rt.residuals(loss, model, inputs()) == first
+
+
+def test_the_table_names_the_largest():
+    text = str(rt.residuals(loss, Tower(), inputs()))
+    assert "layers.[0:3].norm" in text
+    assert "computed and kept" in text
+
+
+def test_jitted_losses_are_looked_into():
+    model, x = Tower(), inputs()
+    assert rt.residuals(nnx.jit(loss), model, x).total_bytes == rt.residuals(loss, model, x).total_bytes
+
+
+@pytest.mark.parametrize(
+    ("call", "fix"),
+    [
+        pytest.param(lambda: rt.residuals(nnx.grad(loss), Tower(), inputs()), "pass the loss", id="a gradient"),
+        pytest.param(lambda: rt.residuals(lambda x: jnp.argmax(x), X), "return the loss", id="no gradient"),
+        pytest.param(lambda: rt.residuals(lambda n: n + 1, jnp.arange(3)), "pass the model", id="integers"),
+    ],
+)
+def test_what_has_no_residuals_is_explained(call, fix):
+    with pytest.raises(rt.MeasureError) as caught:
+        call()
+    assert fix in caught.value.fix
+
+
+_LARGE = """
+import resource, time, jax, jax.numpy as jnp
+from flax import nnx
+import remattools as rt
+bfloat = dict(param_dtype=jnp.bfloat16, use_bias=False)
+
+class Attention(nnx.Module):
+    def __init__(self, rngs):
+        self.q, self.o = (nnx.Linear(4096, 4096, rngs=rngs, **bfloat) for _ in range(2))
+        self.k, self.v = (nnx.Linear(4096, 1024, rngs=rngs, **bfloat) for _ in range(2))
+    def __call__(self, x):
+        b, t, _ = x.shape
+        q, k, v = (f(x).reshape(b, t, -1, 128) for f in (self.q, self.k, self.v))
+        return self.o(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(b, t, -1))
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs):
+        self.gate, self.up = (nnx.Linear(4096, 14336, rngs=rngs, **bfloat) for _ in range(2))
+        self.down = nnx.Linear(14336, 4096, rngs=rngs, **bfloat)
+    def __call__(self, x):
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.norm1, self.norm2 = (nnx.RMSNorm(4096, rngs=rngs, param_dtype=jnp.bfloat16) for _ in range(2))
+        self.attention, self.mlp = Attention(rngs), Mlp(rngs)
+    def __call__(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+class Llama(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(128256, 4096, rngs=rngs, param_dtype=jnp.bfloat16)
+        self.layers = nnx.List([Layer(rngs) for _ in range(32)])
+        self.head = nnx.Linear(4096, 128256, rngs=rngs, **bfloat)
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+model = nnx.eval_shape(Llama)
+size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+assert size > 8e9, size
+tokens = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
+start = time.process_time()
+report = rt.residuals(lambda m, t: jax.nn.logsumexp(m(t).astype(jnp.float32)).mean(), model, tokens)
+seconds = time.process_time() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+assert any(row.path.startswith("layers.[0:32]") and row.count >= 32 for row in report.folded())
+print(seconds, peak, report.computed_bytes)
+"""
+
+
+def test_a_model_of_eight_billion_parameters_is_looked_at_in_seconds():
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", _LARGE], check=True, capture_output=True, text=True, env=env)
+    seconds, peak_gib, computed = map(float, done.stdout.split())
+    assert seconds < 20
+    assert peak_gib < 2
+    assert computed > 100 * 2**30
+
+
+def test_partials_and_methods_are_looked_into():
+    model, x = Tower(), inputs()
+    whole = rt.residuals(loss, model, x).total_bytes
+    assert rt.residuals(functools.partial(loss, model), x).total_bytes == whole
