@@ -117,6 +117,11 @@ def stage(fn: Any, args: Sequence[Any]) -> Call:
     )
 
 
+def unjitted(fn: Any) -> Any:
+    """The Python function behind a jitted one: to be traced afresh, past JAX's cache of traces."""
+    return getattr(fn, "__wrapped__", fn) if callable(getattr(fn, "lower", None)) else fn
+
+
 def pure(call: Call, *, differentiate: bool = False, named: bool = False) -> Callable[[list[Any]], Any]:
     """A function of the call's leaves that computes what the call computes.
 
