@@ -52,11 +52,9 @@ def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage
     try:
         state = orbax.read_foreign(entry.path)
     except orbax.ReadError as error:
-        raise StorageError(
-            what=f"step {entry.step} cannot be taken over: {error}",
-            why="Orbax cannot read it as named items.",
-            fix=f"move {entry.path} away, or save it again with named items (args=Composite(model=...)).",
-        ) from error
+        raise _unreadable(entry, str(error)) from error
+    if not state:
+        raise _unreadable(entry, "it has no items")
     taken = snapshot.take(state, None)
     algorithm = "xxh3"
     items = {
@@ -84,6 +82,14 @@ def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage
     )
     manifest.write(entry.path, summary, manifest.Contents(items=items), algorithm=algorithm)
     commit.sync_tree(entry.path)
+
+
+def _unreadable(entry: catalogue.Entry, text: str) -> StorageError:
+    return StorageError(
+        what=f"step {entry.step} cannot be taken over: {text}.",
+        why="Orbax cannot read it as named items.",
+        fix=f"move {entry.path} away, or save it again with named items (args=Composite(model=...)).",
+    )
 
 
 def _metrics(folder: pathlib.Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ from .errors import IncompleteStepError, NoIntactStepError, StepDamagedError, St
 from .report import Candidate, RestoreReport
 from .spec.retention import ranked
 from .state import tree
-from .state.match import absent_item, pair, require_match
+from .state.match import absent_item, pair, require_legal_skeletons, require_match
 from .state.place import HostItem
 from .store import commit, integrity
 from .store.catalogue import Catalogue, Entry
@@ -80,38 +80,42 @@ def _best(catalogue: Catalogue, selector: BestStep) -> list[Entry]:
     return [entries[info.sequence] for info in best]
 
 
+type Check = Callable[[Loaded], None]
+"""A further check on a loaded step; raises `StepDamagedError` to reject it."""
+
+
 def load_first_intact(
-    candidates: Sequence[Entry],
-    state: Mapping[str, Any],
-    *,
-    check: Callable[[Loaded], None],
-    quarantine_in: pathlib.Path | None,
+    candidates: Sequence[Entry], state: Mapping[str, Any], *, check: Check, quarantine_in: pathlib.Path | None
 ) -> tuple[Loaded | None, list[Candidate]]:
     """The first candidate whose bytes are proved, and the record of all that were tried.
 
     Args:
         candidates: Steps in the order in which they are tried.
         state: The template.
-        check: A further check on the loaded step; raises `StepDamagedError` to reject it.
+        check: A further check.
         quarantine_in: The run's folder, if damaged steps may be moved out of the way.
 
     Raises:
         StructureError: If an intact step does not fit the template.
         StorageError: If the disk does not answer.
     """
-    templates = {item: tree.flatten(value, template=True) for item, value in state.items()}
     tried: list[tuple[Entry, Candidate]] = []
     for entry in candidates:
         try:
-            loaded = load(entry, templates)
-            check(loaded)
+            loaded, (used,) = load_one(entry, state, check=check)
         except StepDamagedError as error:
             tried.append((entry, _rejected(entry, error)))
             continue
         # Only now: with nothing intact all stays where it is, or the next start would find an empty directory.
-        moved = [_quarantined(damaged, candidate, quarantine_in) for damaged, candidate in tried]
-        return loaded, [*moved, Candidate(step=entry.step, verdict="used")]
+        return loaded, [*(_quarantined(damaged, candidate, quarantine_in) for damaged, candidate in tried), used]
     return None, [candidate for _, candidate in tried]
+
+
+def load_one(entry: Entry, state: Mapping[str, Any], *, check: Check) -> tuple[Loaded, list[Candidate]]:
+    """One step and no other; its damage is raised."""
+    loaded = load(entry, {item: tree.flatten(value, template=True) for item, value in state.items()})
+    check(loaded)
+    return loaded, [Candidate(step=entry.step, verdict="used")]
 
 
 def load(entry: Entry, templates: Mapping[str, tree.Flat]) -> Loaded:
@@ -127,6 +131,8 @@ def load(entry: Entry, templates: Mapping[str, tree.Flat]) -> Loaded:
         else:
             lines.append(absent_item(item, stored))
     require_match(entry.step, lines)
+    for item, template in templates.items():
+        require_legal_skeletons(template, stored[item].records, stored[item].skeletons)
     arrays = integrity.read_proved(entry, {item: stored[item].records for item in templates})
     items = {
         item: HostItem(

@@ -164,17 +164,22 @@ class Session:
         if isinstance(step, BestStep):
             step = self._with_mode(step)
         quarantine_in = self._try_lock()
-        candidates = recovery.order(self._run.look_again(), step)
-        if isinstance(step, int) and candidates[0].error:
-            raise candidates[0].error
+        candidates = recovery.order(self._run.steps(), step)
 
         def check(loaded: Loaded) -> None:
             if self._validate is not None:
                 outputs = loaded.manifest.contents.outputs
                 validation.check(self._validate, state, loaded.items, outputs, step=loaded.entry.step)
 
-        loaded, tried = recovery.load_first_intact(candidates, state, check=check, quarantine_in=quarantine_in)
+        loaded: Loaded | None
+        if isinstance(step, int):
+            # This step and no other was asked for, so its damage is raised rather than passed over.
+            loaded, tried = recovery.load_one(candidates[0], state, check=check)
+        else:
+            loaded, tried = recovery.load_first_intact(candidates, state, check=check, quarantine_in=quarantine_in)
         report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried))
+        if report.damaged:
+            self._run.forget()
         if loaded is None:
             if any(candidate.verdict != "empty" for candidate in tried):
                 raise recovery.no_intact_step(report, self.directory)
@@ -198,7 +203,6 @@ class Session:
 
     def _begin(self, step: int, lineage: manifest.Lineage, memory: Any, run_s: float) -> None:
         """Go on from a restored step, or from nothing."""
-        self._run.look_again()
         self._lineage = self._run.lineage_from(step, lineage)
         self._restored, self._position, self._memory = True, step, memory
         self._run_s_before, self._started_at = run_s, time.monotonic()
@@ -351,7 +355,7 @@ class Session:
         require_items(state)
         self._run.lock_for_writing()
         finished = self.wait() or finished
-        if moment.step in self.all_steps():
+        if self._run.holds(moment.step, self._lineage):
             return Skipped(step=moment.step, reason="this step is saved already", finished=finished)
         asynchronous = self.spec.storage.asynchronous and not blocking
         job = self._job(moment, state, metrics, reason, self._buffers if asynchronous else None)

@@ -118,5 +118,9 @@ class CheckpointSpec:
 
     def fingerprint(self) -> str:
         """A short hash that changes when the spec does; recorded with every step."""
-        canonical: dict[str, Any] = {**toml.encode(self), "directory": ""}
-        return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:16]
+        try:
+            text = json.dumps({**toml.encode(self), "directory": ""}, sort_keys=True)
+        except SpecError:
+            # A trigger of the user's own has no file form; its name must do.
+            text = repr(dataclasses.replace(self, directory="-"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ the host, which can be copied, hashed and compared like any array.
 
 import base64
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -81,6 +82,10 @@ class Record:
                 and math.prod(record.shape) < 2**56
                 and isinstance(record.dtype, str)
             )
+            # Values and dtypes are read once here, so that nothing can fail when the live state is being replaced.
+            decode_value(record.value)
+            if record.kind != "value":
+                host_shape(record)
         except (TypeError, KeyError, ValueError) as error:
             raise CorruptStepError(what=f"a leaf of the manifest cannot be read: {error}.") from error
         if not legal:
@@ -148,6 +153,7 @@ def host_shape(record: Record) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return tuple(data.shape), np.dtype(data.dtype)
 
 
+@functools.cache
 def key_dtype(implementation: str) -> Any:
     """The dtype of typed keys of an implementation such as "threefry2x32"."""
     try:

@@ -6,11 +6,12 @@ truncation of it is one of the defects this package exists for.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import StructureError, did_you_mean
 from .leaves import Leaf, Path, Record, describe, dotted, encode_value, is_array
+from .packing import unpack
 from .tree import Flat
 
 type Names = tuple[str, ...]
@@ -67,6 +68,18 @@ def pair(item: str, template: Flat, records: Sequence[Record], skeletons: Iterab
         lines.append(f"{dotted(item, path)}: not on disk{'; ' + near if near.startswith('did') else ''}")
     lines += [f"{name}: on disk, not in the state passed in" for name in unexpected]
     return Pairing(found, lines)
+
+
+def require_legal_skeletons(template: Flat, records: Sequence[Record], skeletons: Mapping[Path, Any]) -> None:
+    """Take the stored containers of stateful objects together once, so that it cannot fail half way later on.
+
+    Raises:
+        CorruptStepError: If they cannot be rebuilt.
+    """
+    wanted = {names(root) for root in template.skeletons}
+    for root, skeleton in skeletons.items():
+        if names(root) in wanted:
+            unpack(skeleton, [None for record in records if below(record.path, [root])])
 
 
 def below(path: Path, roots: Iterable[Path]) -> bool:

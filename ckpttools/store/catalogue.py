@@ -11,7 +11,7 @@ import json
 import pathlib
 from typing import Literal
 
-from ..errors import CheckpointError, IncompleteStepError, StepDamagedError
+from ..errors import CheckpointError, IncompleteStepError, StepDamagedError, UntrustedStepError
 from ..spec.retention import StepInfo
 from . import commit, layout
 from .manifest import Lineage, Manifest, Summary
@@ -117,7 +117,7 @@ def _scan_folder(folder: pathlib.Path, *, aside: bool = False) -> list[Entry]:
 
 def _examine(path: pathlib.Path, step: int) -> Entry:
     if path.is_symlink():
-        error = StepDamagedError(what=f"{path.name} is a link.", why="a step lies in the run's own folder.")
+        error = UntrustedStepError(what=f"{path.name} is a link.", why="a step lies in the run's own folder.")
         return Entry(step=step, path=path, state="corrupt", error=error)
     try:
         return Entry(step=step, path=path, state="committed", manifest=read_manifest(path))

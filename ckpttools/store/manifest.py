@@ -178,6 +178,7 @@ def _open(data: bytes) -> Manifest:
 
 def _check_files(folder: pathlib.Path, summary: Summary) -> None:
     missing, sizes = [], []
+    _refuse_links(folder, summary)
     for name, (size, _) in summary.files.items():
         # Strings rather than Path objects: a run of a thousand steps has tens of thousands of files.
         try:
@@ -186,10 +187,7 @@ def _check_files(folder: pathlib.Path, summary: Summary) -> None:
             missing.append(name)
             continue
         if not stat.S_ISREG(status.st_mode):
-            raise UntrustedStepError(
-                what=f"{folder.name}/{name} is a link or no regular file.",
-                why="a step consists of its own files; a link could lead out of the run.",
-            )
+            raise _link_error(folder, name)
         if status.st_size != size:
             sizes.append(f"{name} has {status.st_size} of {size} bytes")
     if missing or sizes:
@@ -198,6 +196,25 @@ def _check_files(folder: pathlib.Path, summary: Summary) -> None:
         )
         error.step, error.files = summary.step, (*missing, *(text.split(" has ")[0] for text in sizes))
         raise error
+
+
+def _refuse_links(folder: pathlib.Path, summary: Summary) -> None:
+    parents: set[str] = set()
+    for name in summary.files:
+        parent = name.rpartition("/")[0]
+        while parent and parent not in parents:
+            parents.add(parent)
+            parent = parent.rpartition("/")[0]
+    for parent in parents:
+        if os.path.islink(f"{folder}/{parent}"):
+            raise _link_error(folder, parent)
+
+
+def _link_error(folder: pathlib.Path, name: str) -> UntrustedStepError:
+    return UntrustedStepError(
+        what=f"{folder.name}/{name} is a link or no regular file.",
+        why="a step consists of its own files; a link could lead out of the run.",
+    )
 
 
 def _read_summary(data: Any) -> Summary:
@@ -220,8 +237,8 @@ def _read_summary(data: Any) -> Summary:
 
 
 def _safe_path(name: str) -> str:
-    parts = pathlib.PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
+    parts = name.split("/")
+    if "" in parts or "." in parts or ".." in parts or "\0" in name or "\\" in name:
         raise UntrustedStepError(
             what=f"the manifest names the file {name!r}.",
             why="a path in a manifest may not leave the step's folder.",

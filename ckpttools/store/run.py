@@ -23,18 +23,17 @@ class RunFolder:
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
         self.lock = WriterLock(directory)
-        self._known = catalogue.scan(directory)
+        self._known: Catalogue | None = None
 
     def steps(self) -> Catalogue:
         """The steps at this moment."""
-        if not self.lock.held:
+        if self._known is None or not self.lock.held:
             self._known = catalogue.scan(self.directory)
         return self._known
 
-    def look_again(self) -> Catalogue:
-        """The steps at this moment, read anew whoever holds the lock."""
-        self._known = catalogue.scan(self.directory)
-        return self._known
+    def forget(self) -> None:
+        """Read the folder anew when the steps are next asked for: something in it was moved."""
+        self._known = None
 
     def lock_for_writing(self) -> None:
         """Take the lock, and then clean up what a killed writer left.
@@ -45,11 +44,17 @@ class RunFolder:
         if not self.lock.held:
             self.lock.acquire()
             commit.sweep(self.directory)
-            self._known = catalogue.scan(self.directory)
+            self.forget()
 
     def add(self, path: pathlib.Path) -> None:
         """Take note of a step that was just committed."""
-        self._known = catalogue.with_step(self._known, path, catalogue.read_pins(self.directory))
+        if self._known is not None:
+            self._known = catalogue.with_step(self._known, path, catalogue.read_pins(self.directory))
+
+    def holds(self, step: int, lineage: Lineage) -> bool:
+        """Whether a lineage has this step already; another branch may have one of the same number."""
+        found = (entry.manifest.summary for entry in self.steps().committed if entry.step == step and entry.manifest)
+        return any(catalogue.is_live(summary, lineage) for summary in found)
 
     def pin(self, step: int, *, pinned: bool) -> None:
         """Protect a committed step from retention, or no longer."""
@@ -61,17 +66,18 @@ class RunFolder:
             )
         pins = catalogue.read_pins(self.directory)
         catalogue.write_pins(self.directory, pins | {step} if pinned else pins - {step})
-        self.look_again()
+        self.forget()
 
     def verdicts(self, keep: retention.Retention) -> list[retention.Verdict]:
         """What a retention value would keep and delete now, with reasons."""
-        infos = [entry.info for entry in self._known.committed if entry.info]
+        infos = [entry.info for entry in self.steps().committed if entry.info]
         newest = max((info.sequence for info in infos), default=None)
         return retention.decide(keep, infos, newest_verified=newest)
 
     def prune(self, keep: retention.Retention) -> tuple[int, ...]:
         """Delete what `keep` does not keep; returns the steps."""
-        by_sequence = {entry.info.sequence: entry for entry in self._known.committed if entry.info}
+        known = self.steps()
+        by_sequence = {entry.info.sequence: entry for entry in known.committed if entry.info}
         gone = [by_sequence[verdict.step.sequence] for verdict in self.verdicts(keep) if not verdict.keep]
         for entry in gone:
             commit.discard(self.directory, entry.path)
@@ -79,9 +85,9 @@ class RunFolder:
             shutil.rmtree(spare, ignore_errors=True)
         paths = {entry.path for entry in gone}
         self._known = dataclasses.replace(
-            self._known,
-            entries=tuple(entry for entry in self._known.entries if entry.path not in paths),
-            set_aside=tuple(entry for entry in self._known.set_aside if entry.path not in paths),
+            known,
+            entries=tuple(entry for entry in known.entries if entry.path not in paths),
+            set_aside=tuple(entry for entry in known.set_aside if entry.path not in paths),
         )
         return tuple(entry.step for entry in gone)
 
@@ -90,7 +96,7 @@ class RunFolder:
 
         A branch supersedes the later steps with its first save, not before: looking back is no decision.
         """
-        newest = self._known.newest
+        newest = self.steps().newest
         if newest is None or newest.manifest is None:
             return ((secrets.token_hex(4), 0),)
         if newest.step == step and newest.manifest.summary.lineage == lineage:

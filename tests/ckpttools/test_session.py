@@ -163,7 +163,7 @@ def test_every_kind_of_leaf_comes_back(tmp_path):
 
 
 def test_names_that_orbax_would_merge_are_refused(tmp_path):
-    with ct.open(spec_for(tmp_path)) as ckpt, pytest.raises(ct.StructureError, match="share the name 'a.b'"):
+    with ct.open(spec_for(tmp_path)) as ckpt, pytest.raises(ct.StructureError, match=r"share the name 'a\.b'"):
         ckpt.save(1, {"params": {"a.b": jnp.ones(1), "a": {"b": jnp.zeros(1)}}})
 
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of steps is made from the steps: branches, superseded steps, a thousand of them."""
+
+import json
+import shutil
+import time
+
+import jax.numpy as jnp
+import pytest
+
+import ckpttools as ct
+from ckpttools.store import catalogue, digest, layout
+
+
+def state(value=0.0):
+    return {"model": {"w": jnp.full(4, float(value))}}
+
+
+def spec_for(folder, **changes):
+    return ct.CheckpointSpec(directory=folder, **{"keep": ct.All(), **changes})
+
+
+@pytest.fixture
+def run(tmp_path):
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        for step in (60, 70, 80, 100):
+            ckpt.save(step, state(step))
+    return tmp_path
+
+
+def test_going_back_begins_a_branch_with_its_first_save(run):
+    with ct.open(spec_for(run)) as ckpt:
+        assert ckpt.restore(state(), step=60).step == 60
+        assert ckpt.all_steps() == (60, 70, 80, 100), "looking back is no decision"
+        ckpt.save(70, state(-70))
+        ckpt.wait()
+        assert ckpt.all_steps() == (60, 70)
+        assert ckpt.latest_step() == 70
+    rows = [(row.step, row.state, row.began_after) for row in ct.ls(run)]
+    assert rows == [
+        (60, "committed", 0),
+        (70, "superseded", 0),
+        (80, "superseded", 0),
+        (100, "superseded", 0),
+        (70, "committed", 60),
+    ]
+    with ct.open(spec_for(run)) as ckpt:
+        report = ckpt.restore(state())
+        assert report.step == 70
+        assert float(report.state["model"]["w"][0]) == -70
+        assert float(ckpt.restore(state(), step=60).state["model"]["w"][0]) == 60
+
+
+def test_superseded_steps_stay_until_retention_says_otherwise_and_can_be_restored(run):
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state(), step=60)
+        ckpt.save(65, state(-65))
+    with ct.open(spec_for(run, keep=ct.Latest(2))) as ckpt:
+        assert float(ckpt.restore(state(), step=100).state["model"]["w"][0]) == 100
+        ckpt.restore(state())
+        saved = ckpt.save(66, state(-66), reason="x")
+        assert isinstance(saved, ct.Started)
+        assert ckpt.wait().deleted == (60, 70, 80, 100)
+        assert ckpt.all_steps() == (65, 66)
+
+
+def test_a_branch_of_a_branch(run):
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state(), step=80)
+        for step in (85, 90):
+            ckpt.save(step, state(step))
+        ckpt.restore(state(), step=85)
+        ckpt.save(88, state(88))
+        ckpt.wait()
+        assert ckpt.all_steps() == (60, 70, 80, 85, 88)
+    with ct.open(spec_for(run)) as ckpt:
+        assert ckpt.all_steps() == (60, 70, 80, 85, 88)
+
+
+def test_a_run_of_a_thousand_steps_opens_in_half_a_second(tmp_path):
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, {"model": {f"layer{n}": jnp.ones(2) for n in range(20)}})
+    lines = (tmp_path / "1" / layout.MANIFEST).read_bytes().split(b"\n")
+    summary = json.loads(lines[1])
+    for step in range(2, 1001):
+        folder = tmp_path / str(step)
+        shutil.copytree(tmp_path / "1", folder)
+        body = json.dumps({**summary, "step": step, "sequence": step}).encode() + b"\n" + lines[2]
+        seal = json.dumps({"ckpttools": 1, "digest": digest.of_bytes("xxh3", body)}).encode()
+        (folder / layout.MANIFEST).write_bytes(seal + b"\n" + body)
+    best = min(_seconds_to_open(tmp_path) for _ in range(3))
+    assert best < 0.5, f"{best:.2f} s"
+
+
+def _seconds_to_open(folder):
+    began = time.perf_counter()
+    with ct.open(spec_for(folder)) as ckpt:
+        assert ckpt.latest_step() == 1000
+        return time.perf_counter() - began
+
+
+def test_a_damaged_list_of_pins_counts_as_empty(run):
+    layout.control(run, "pins.json").write_text("{")
+    assert catalogue.read_pins(run) == frozenset()
+    with ct.open(spec_for(run)) as ckpt:
+        assert ckpt.latest_step() == 100

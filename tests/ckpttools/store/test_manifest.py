@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A manifest is data: what it says is checked, what it asks for is refused where no honest step asks for it."""
+
+import contextlib
+import json
+import os
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+import ckpttools as ct
+from ckpttools.state.leaves import Record
+from ckpttools.store import digest, layout, manifest
+
+STATE = {"model": {"w": jnp.arange(8.0)}, "data": {"epoch": 3}}
+
+
+@pytest.fixture
+def step(tmp_path):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt:
+        ckpt.save(5, STATE)
+    return tmp_path / "5"
+
+
+def reseal(step, change, *, line):
+    """Change one line of a manifest and give it a checksum that fits, as an attacker would."""
+    path = step / layout.MANIFEST
+    lines = [json.loads(text) for text in path.read_bytes().split(b"\n")]
+    lines[line] = change(lines[line]) or lines[line]
+    body = b"\n".join(json.dumps(entry).encode() for entry in lines[1:])
+    seal = {**lines[0], "digest": digest.of_bytes("xxh3", body)}
+    path.write_bytes(json.dumps(seal).encode() + b"\n" + body)
+
+
+def restore(step):
+    with ct.open(ct.CheckpointSpec(directory=step.parent)) as ckpt:
+        return ckpt.restore(STATE, step=5)
+
+
+def test_resealing_alone_changes_nothing(step):
+    """The control of the tests below."""
+    reseal(step, lambda entry: None, line=2)
+    assert restore(step).step == 5
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "a\\b", "", "a\0b"])
+def test_paths_out_of_the_step_are_refused(step, name):
+    reseal(step, lambda entry: entry["files"].update({name: [1, "xxh3:0"]}), line=1)
+    with pytest.raises(ct.UntrustedStepError, match="names the file"):
+        restore(step)
+
+
+@pytest.mark.parametrize("target", ["file", "folder", "step"])
+def test_links_out_of_the_run_are_refused(step, tmp_path_factory, target):
+    outside = tmp_path_factory.mktemp("outside")
+    inside = {"file": step / "_CHECKPOINT_METADATA", "folder": step / "model", "step": step}[target]
+    os.rename(inside, outside / "moved")
+    inside.symlink_to(outside / "moved")
+    with pytest.raises(ct.CorruptStepError, match="link"):
+        restore(step)
+
+
+def test_a_manifest_that_is_a_link_is_refused(step, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "m"
+    os.rename(step / layout.MANIFEST, outside)
+    (step / layout.MANIFEST).symlink_to(outside)
+    with pytest.raises(ct.UntrustedStepError, match="not a regular file"):
+        restore(step)
+
+
+def test_an_absurdly_large_manifest_is_not_read(step, monkeypatch):
+    monkeypatch.setattr(manifest, "_LARGEST_BYTES", 100)
+    with pytest.raises(ct.UntrustedStepError, match="are not read"):
+        restore(step)
+
+
+def test_absurd_shapes_are_refused_before_memory_is_asked_for(step):
+    def enlarge(entry):
+        entry["items"]["model"]["leaves"][0]["shape"] = [2**40, 2**40]
+
+    reseal(step, enlarge, line=2)
+    with pytest.raises(ct.CorruptStepError, match="makes no sense"):
+        restore(step)
+
+    def enlarge_legally(entry):
+        entry["items"]["model"]["leaves"][0]["shape"] = [2**40]
+
+    reseal(step, enlarge_legally, line=2)
+    with pytest.raises(ct.StructureError, match="1099511627776"):
+        restore(step)
+
+
+def test_deep_nesting_is_refused(step):
+    path = step / layout.MANIFEST
+    lines = path.read_bytes().split(b"\n")
+    body = b"\n".join([lines[1], b"[" * 100_000 + b"]" * 100_000])
+    seal = {"ckpttools": 1, "digest": digest.of_bytes("xxh3", body)}
+    path.write_bytes(json.dumps(seal).encode() + b"\n" + body)
+    with pytest.raises(ct.CorruptStepError):
+        restore(step)
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        pytest.param({"path": ["epoch"], "kind": "value", "value": {"pickle": "gASVAAAA"}}, id="a pickle"),
+        pytest.param({"path": ["epoch"], "kind": "value", "value": {"float": "x"}}, id="no number"),
+        pytest.param({"path": ["epoch"], "kind": "object"}, id="an unknown kind"),
+        pytest.param({"path": [1.5], "kind": "value"}, id="a path of floats"),
+        pytest.param({"path": ["epoch"], "kind": "value", "module": "os"}, id="an unknown field"),
+        pytest.param({"kind": "value"}, id="no path"),
+    ],
+)
+def test_leaves_of_unknown_form_are_refused(step, leaf):
+    reseal(step, lambda entry: entry["items"]["data"].update(leaves=[leaf]), line=2)
+    with pytest.raises(ct.CorruptStepError):
+        restore(step)
+
+
+def test_unknown_dtypes_and_keys_are_refused():
+    from ckpttools.state.leaves import host_shape
+
+    for record in (Record(path=("x",), kind="array", dtype="os.system"), Record(path=("x",), kind="key", dtype="evil")):
+        with pytest.raises(ct.CorruptStepError, match="unknown"):
+            host_shape(record)
+
+
+def test_nothing_is_imported_because_a_checkpoint_names_it(step, tmp_path, monkeypatch):
+    evil = tmp_path / "evil_handler.py"
+    evil.write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = step / "_CHECKPOINT_METADATA"
+    data = json.loads(path.read_bytes())
+    data["item_handlers"] = dict.fromkeys(data["item_handlers"], "evil_handler.Handler")
+    path.write_bytes(json.dumps(data).encode())
+    mark = [path.stat().st_size, digest.of_file("xxh3", path)]
+    reseal(step, lambda entry: entry["files"].update({"_CHECKPOINT_METADATA": mark}), line=1)
+    with contextlib.suppress(ct.CheckpointError):
+        restore(step)
+    assert "evil_handler" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda entry: entry.update(lineage=[]), id="no lineage"),
+        pytest.param(lambda entry: entry.update(metrics=3), id="no metrics"),
+        pytest.param(lambda entry: entry.update(step="5"), id="a step that is no int"),
+        pytest.param(lambda entry: entry.pop("sequence") and None, id="a missing field"),
+        pytest.param(lambda entry: [1], id="no object"),
+    ],
+)
+def test_summaries_of_unknown_form_are_corrupt_and_do_not_stop_the_run(step, change):
+    reseal(step, change, line=1)
+    with ct.open(ct.CheckpointSpec(directory=step.parent)) as ckpt:
+        assert ckpt.latest_step() is None
+        with pytest.raises(ct.NoIntactStepError):
+            ckpt.restore(STATE)
+
+
+def test_another_format_is_refused_by_name(step):
+    path = step / layout.MANIFEST
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([json.dumps({**json.loads(lines[0]), "ckpttools": 99}).encode(), *lines[1:]]))
+    with pytest.raises(ct.CorruptStepError, match="format 99"):
+        restore(step)
+
+
+def test_sha256_finds_a_changed_manifest_and_is_named_in_it(tmp_path):
+    spec = ct.CheckpointSpec(directory=tmp_path, integrity=ct.Integrity(digest="sha256"))
+    with ct.open(spec) as ckpt:
+        ckpt.save(5, STATE)
+    text = (tmp_path / "5" / layout.MANIFEST).read_text()
+    assert "sha256:" in text
+    assert "xxh3:" not in text
+    assert restore(tmp_path / "5").step == 5

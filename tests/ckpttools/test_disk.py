@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A full, slow or failing disk: known beforehand where possible, reported at once where not, nothing old is lost."""
+
+import collections
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ckpttools as ct
+from ckpttools.store import orbax
+
+STATE = {"model": {"w": jnp.arange(1000.0)}}
+Usage = collections.namedtuple("Usage", "total used free")
+
+
+def spec_for(folder, **storage):
+    return ct.CheckpointSpec(directory=folder, keep=ct.Latest(2), storage=ct.Storage(**storage))
+
+
+def with_free(monkeypatch, free):
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage(10**12, 0, free() if callable(free) else free))
+
+
+def test_too_little_room_raises_before_anything_is_written(tmp_path, monkeypatch):
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        with_free(monkeypatch, 2_000_000)
+        with pytest.raises(ct.DiskSpaceError, match="2,000,000 bytes free; this save takes 1,052,576"):
+            ckpt.save(1, STATE)
+    assert not (tmp_path / ".ckpttools" / "staging").exists()
+
+
+@pytest.mark.parametrize(
+    ("min_free", "needed"),
+    [("2x", 2000), ("1.5x", 1500), ("0.1x", 1000), (0, 1000), (5000, 5000)],
+)
+def test_the_room_that_is_asked_for(min_free, needed):
+    assert ct.Storage(min_free=min_free).needed_bytes(1000) == needed
+
+
+def test_with_prune_what_retention_allows_is_deleted_first(tmp_path, monkeypatch):
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, STATE)
+    keep_all = ct.CheckpointSpec(directory=tmp_path, keep=ct.All())
+    with ct.open(keep_all) as ckpt:
+        ckpt.restore(STATE)
+        ckpt.save(3, STATE)
+    with ct.open(spec_for(tmp_path, when_full="prune")) as ckpt:
+        ckpt.restore(STATE)
+        with_free(monkeypatch, lambda: 10**9 if not (tmp_path / "1").exists() else 0)
+        ckpt.save(4, STATE)
+        ckpt.wait()
+        with_free(monkeypatch, 0)
+        with pytest.raises(ct.DiskSpaceError):
+            ckpt.save(5, STATE)
+        assert ckpt.all_steps() == (3, 4)
+
+
+def test_no_room_in_the_middle_leaves_the_old_steps_and_no_debris(tmp_path, monkeypatch):
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, STATE)
+        ckpt.wait()
+
+        def half_way(folder, *_args, **_kwargs):
+            folder.mkdir(parents=True)
+            (folder / "half").write_bytes(b"x" * 1000)
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+        monkeypatch.setattr(orbax, "write", half_way)
+        ckpt.save(2, STATE)
+        with pytest.raises(ct.DiskSpaceError, match="step 2"):
+            ckpt.wait()
+        assert ckpt.all_steps() == (1,)
+        assert not list((tmp_path / ".ckpttools" / "staging").iterdir())
+    monkeypatch.undo()
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        assert ckpt.restore(STATE).step == 1
+
+
+def test_a_wait_has_an_end_and_what_was_waited_for_is_not_committed(tmp_path, monkeypatch):
+    real = orbax.write
+
+    def slow(*args, **kwargs):
+        time.sleep(0.5)
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(orbax, "write", slow)
+    with ct.open(spec_for(tmp_path, asynchronous=False, timeout_s=0.05)) as ckpt:
+        with pytest.raises(ct.SaveTimeoutError, match=r"has not ended after 0\.05 s"):
+            ckpt.save(1, STATE)
+        time.sleep(1.0)
+        with pytest.raises(ct.StorageError, match="was not committed"):
+            ckpt.wait()
+        assert ckpt.latest_step() is None
+
+
+def test_a_readback_finds_what_the_disk_made_of_it(tmp_path, monkeypatch):
+    spec = ct.CheckpointSpec(directory=tmp_path, integrity=ct.Integrity(verify="readback"))
+    with ct.open(spec) as ckpt:
+        ckpt.save(1, STATE)
+        ckpt.wait()
+        real = orbax.write
+
+        def bad_disk(folder, *args, **kwargs):
+            real(folder, *args, **kwargs)
+            path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+
+        monkeypatch.setattr(orbax, "write", bad_disk)
+        ckpt.save(2, STATE)
+        with pytest.raises(ct.CorruptStepError, match="step 2"):
+            ckpt.wait()
+        assert ckpt.all_steps() == (1,)
+
+
+def test_a_background_save_keeps_what_was_handed_over(tmp_path):
+    """The arrays may change as soon as `save` returns."""
+    array = np.zeros(200_000)
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, {"model": {"w": array}})
+        array[:] = 1
+        ckpt.wait()
+        ckpt.save(2, {"model": {"w": array}})
+        array[:] = 2
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        assert ckpt.restore({"model": {"w": array}}, step=1).state["model"]["w"].max() == 0
+        assert ckpt.restore({"model": {"w": array}}, step=2).state["model"]["w"].min() == 1

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verify, repair, adopt, prune: what can be done to a run from outside."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as v0
+import pytest
+from flax import nnx
+from orbax.checkpoint import v1
+
+import ckpttools as ct
+from ckpttools.store import layout
+from tests.ckpttools.test_recovery import STATE, flip_bit, largest_file, restore, run, spec_for  # noqa: F401
+
+
+def snapshot_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_verify_finds_nothing_in_a_healthy_run_and_changes_nothing(run):  # noqa: F811
+    before = snapshot_of(run)
+    report = ct.verify(run)
+    assert report.ok
+    assert [step.state for step in report.steps] == ["intact"] * 3
+    assert report.as_dict()["ok"] is True
+    assert str(ct.verify(run, 20)) == "step 20: intact"
+    assert snapshot_of(run) == before
+
+
+def test_verify_names_the_damaged_file_and_leaf(run):  # noqa: F811
+    flip_bit(largest_file(run / "30" / "model"))
+    flip_bit(run / "20" / "commit_success.txt")
+    (run / "10" / "ckpttools.manifest").unlink()
+    ten, twenty, thirty = ct.verify(run).steps
+    assert thirty.state == "corrupt"
+    assert thirty.leaves == ("model.large",)
+    assert thirty.files[0].startswith("model/ocdbt.process_0/d/")
+    assert twenty.files == ("commit_success.txt",)
+    assert "all leaves are still readable" in twenty.reason
+    assert ten.state == "unverified"
+    assert not ct.verify(run).ok
+
+
+def test_verify_of_an_empty_folder(tmp_path):
+    assert str(ct.verify(tmp_path)) == "there are no steps"
+
+
+def small_files(folder):
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and 0 < p.stat().st_size < 4096]
+
+
+def test_repair_puts_back_every_small_file_bit_by_bit(run):  # noqa: F811
+    before = snapshot_of(run / "30")
+    for path in small_files(run / "30"):
+        flip_bit(path)
+    dry = ct.repair(run, dry_run=True)
+    assert dry.dry_run
+    assert "dry run" in str(dry)
+    assert snapshot_of(run / "30") != before, "a dry run touches nothing"
+    report = ct.repair(run)
+    assert len(report.repairs) == len(small_files(run / "30"))
+    assert snapshot_of(run / "30") == before
+    assert str(ct.repair(run)) == "nothing to repair"
+    assert restore(run).step == 30
+
+
+def test_repair_puts_back_deleted_files_and_brings_a_step_home_from_quarantine(run):  # noqa: F811
+    before = snapshot_of(run / "30")
+    (run / "30" / "model" / "_METADATA").unlink()
+    assert restore(run).step == 20
+    assert not (run / "30").exists()
+    report = ct.repair(run)
+    assert "moved back to 30" in str(report)
+    assert snapshot_of(run / "30") == before
+    assert restore(run).step == 30
+
+
+def test_repair_leaves_a_quarantined_step_whose_number_is_taken(run):  # noqa: F811
+    flip_bit(run / "30" / "_CHECKPOINT_METADATA")
+    with ct.open(spec_for(run)) as ckpt:
+        (run / "30" / "model" / "_METADATA").unlink()
+        ckpt.restore(STATE)
+        ckpt.save(30, STATE)
+    assert "left in quarantine" in str(ct.repair(run))
+
+
+def test_repair_says_what_it_cannot_rebuild(run):  # noqa: F811
+    flip_bit(largest_file(run / "30"))
+    name = largest_file(run / "30").relative_to(run / "30").as_posix()
+    (layout.spare(run, 3) / name).unlink()
+    report = ct.repair(run)
+    assert f"damaged: {name}; cannot be rebuilt" in str(report)
+
+
+def test_repair_begins_a_new_list_of_pins(run):  # noqa: F811
+    layout.control(run, "pins.json").write_text("{")
+    assert "pins.json" in str(ct.repair(run))
+    assert layout.control(run, "pins.json").read_text() == "[]"
+
+
+def test_repair_of_no_folder_and_of_a_run_in_use(run, tmp_path):  # noqa: F811
+    with pytest.raises(ct.StorageError, match="is no folder"):
+        ct.repair(tmp_path / "nothing")
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(STATE)
+        with pytest.raises(ct.RunInUseError):
+            ct.repair(run)
+        assert str(ct.repair(run, dry_run=True)) == "nothing to repair"
+
+
+def test_prune_says_what_it_would_delete_and_why(run):  # noqa: F811
+    verdicts = ct.prune(run, ct.Latest(1), dry_run=True)
+    assert [(v.step.step, v.keep) for v in verdicts] == [(10, False), (20, True), (30, True)]
+    assert (run / "10").exists()
+    ct.prune(run, ct.Latest(1))
+    assert not (run / "10").exists()
+    assert not layout.spare(run, 1).exists()
+
+
+class Plain(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(2, 2, rngs=rngs)])
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+
+def write_v0(folder, state):
+    options = v0.CheckpointManagerOptions(max_to_keep=3, best_fn=lambda metrics: metrics["loss"])
+    with v0.CheckpointManager(folder, options=options) as manager:
+        args = v0.args.Composite(model=v0.args.StandardSave(state), extra=v0.args.JsonSave({"epoch": 4}))
+        manager.save(3, args=args, metrics={"loss": 0.25})
+        manager.wait_until_finished()
+
+
+def write_v1(folder, state):
+    v1.save_checkpointables(folder / "3", {"model": state, "extra": {"epoch": 4}})
+
+
+@pytest.mark.parametrize("write", [write_v0, write_v1], ids=["v0", "v1"])
+def test_a_run_of_plain_orbax_is_listed_as_unverified_and_taken_over(tmp_path, write):
+    model = Plain(nnx.Rngs(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write(tmp_path, nnx.state(model))
+    before = snapshot_of(tmp_path / "3")
+    assert [row.state for row in ct.ls(tmp_path)] == ["unverified"]
+    fresh = Plain(nnx.Rngs(9))
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        assert ckpt.latest_step() is None
+        with pytest.raises(ct.NoIntactStepError, match=r"ct\.adopt"):
+            ckpt.restore({"model": fresh})
+        with pytest.raises(ct.NotRestoredError):
+            ckpt.steps(9)
+    assert ct.adopt(tmp_path, dry_run=True) == (3,)
+    assert ct.adopt(tmp_path) == (3,)
+    assert {name: data for name, data in snapshot_of(tmp_path / "3").items() if name.name != layout.MANIFEST} == before
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        report = ckpt.restore({"model": fresh, "extra": {"epoch": 0}})
+        assert report.step == 3
+        assert report.state["extra"] == {"epoch": 4}
+        if write is write_v0:
+            assert report.metrics == {"loss": 0.25}
+        ckpt.save(4, {"model": fresh})
+    for got, want in zip(jax.tree.leaves(nnx.state(fresh)), jax.tree.leaves(nnx.state(model)), strict=True):
+        if jnp.issubdtype(got.dtype, jax.dtypes.prng_key):
+            got, want = jax.random.key_data(got), jax.random.key_data(want)
+        np.testing.assert_array_equal(got, want)
+    flip_bit(largest_file(tmp_path / "3"))
+    assert not ct.verify(tmp_path, 3).ok
+
+
+def test_a_step_that_orbax_cannot_read_is_not_taken_over(tmp_path):
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("{}")
+    with pytest.raises(ct.StorageError, match="step 3 cannot be taken over"):
+        ct.adopt(tmp_path)
+    assert ct.adopt(tmp_path / "nothing") == ()
