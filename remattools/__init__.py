@@ -16,6 +16,8 @@ from .errors import RuleFileError as RuleFileError
 from .errors import TargetError as TargetError
 from .errors import UnmatchedRuleError as UnmatchedRuleError
 from .errors import UnmatchedRuleWarning as UnmatchedRuleWarning
+from .measure.compare import Comparison as Comparison
+from .measure.compare import compare as compare
 from .measure.compile import measure as measure
 from .measure.measurement import Measurement as Measurement
 from .measure.residuals import Residual as Residual
@@ -23,6 +25,8 @@ from .measure.residuals import ResidualReport as ResidualReport
 from .measure.residuals import residuals as residuals
 from .measure.targets import Target as Target
 from .measure.targets import find_target as find_target
+from .measure.timeline import Timeline as Timeline
+from .measure.timeline import timeline as timeline
 from .rules import policies as policies
 from .rules.rule import Remat as Remat
 from .rules.ruleset import Rules as Rules

@@ -23,6 +23,7 @@ from .cache import Cache, find_cache, key_of
 from .hlo import estimated_cycles
 from .measurement import Measurement, OutOfMemory
 from .targets import Target, find_target
+from .timeline import timeline
 
 # As the TPU compiler and the allocators of live devices put it.
 _NEEDED = re.compile(
@@ -32,6 +33,7 @@ _NEEDED = re.compile(
 _LIMIT = re.compile(r"available HBM \(([\d.]+)([KMGT]?)\)|Used [\d.]+[KMGT]?(?:iB)? of ([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _WARMUP = 2
+_LARGEST = 8
 
 
 def measure(
@@ -161,7 +163,10 @@ def _compiled(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
-        return _refused(str(error), program, target, time.perf_counter() - start)
+        refused = _refused(str(error), program, target, time.perf_counter() - start)
+        # Other memories than the main one (a kernel's scratch) are not filled by the program's values.
+        in_main_memory = target.platform != "tpu" or "hbm" in str(error).lower()
+        return _with_largest(refused, call, differentiate=differentiate) if in_main_memory else refused
 
 
 def _read(compiled: Any, target: Target, compile_s: float) -> Measurement:
@@ -205,6 +210,15 @@ def _refused(message: str, program: _Program, target: Target, compile_s: float) 
         compile_s=compile_s,
         out_of_memory=OutOfMemory(needed_bytes=needed, limit_bytes=limit, message=message.strip()),
     )
+
+
+def _with_largest(refused: Measurement, call: staging.Call, *, differentiate: bool) -> Measurement:
+    """Name the values that fill the memory; the compiler's message does not."""
+    reason = refused.out_of_memory
+    assert reason is not None  # only called on refusals
+    alive = timeline(call.fn, *call.values[: call.arity], differentiate=differentiate)
+    largest = alive.largest[:_LARGEST]
+    return dataclasses.replace(refused, out_of_memory=dataclasses.replace(reason, largest=largest))
 
 
 def _total_bytes(tree: Any) -> int:

@@ -16,13 +16,15 @@ class Allocation:
         path: Module that computes it, "." where no module is known.
         name: What computes it there, or an argument's path.
         shape: As in `bfloat16[8,128]`.
-        bytes: Its size.
+        bytes: Size of all `count` values.
+        count: How many equal ones were folded.
     """
 
     path: str
     name: str
     shape: str
     bytes: int
+    count: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,7 @@ class Measurement:
 
 def _refusal(refused: OutOfMemory) -> list[str]:
     if refused.excess_bytes is None:
-        lines = [f"OUT OF MEMORY: {refused.message.splitlines()[0]}"]
+        lines = ["OUT OF MEMORY:", *(f"  {line}" for line in refused.message.splitlines()[:4])]
     else:
         lines = [
             f"OUT OF MEMORY: needs {format_bytes(refused.needed_bytes)} of {format_bytes(refused.limit_bytes)}, "
@@ -148,7 +150,7 @@ def _refusal(refused: OutOfMemory) -> list[str]:
         ]
     if refused.largest:
         lines.append("largest values at the peak:")
-        lines += [f"  {format_bytes(a.bytes):>11}  {a.path}  {a.name}  {a.shape}" for a in refused.largest]
+        lines += [f"  {format_bytes(a.bytes):>11}  {a.path}  {a.name}  {a.shape} x{a.count}" for a in refused.largest]
     return lines
 
 

@@ -166,7 +166,7 @@ def residuals(fn: Callable[..., Any], *args: Any) -> ResidualReport:
         >>> rt.residuals(lambda x: jnp.sum(jnp.sin(x)), x).total_bytes  # the cosine
         32
     """
-    call = staging.stage(getattr(fn, "__wrapped__", fn) if hasattr(fn, "lower") else fn, args)
+    call = staging.stage(staging.unjitted(fn), args)
     staging.check_differentiable(call)
     program, count = linearised(call)
     origins = Origins(program, call)

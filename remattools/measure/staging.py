@@ -203,7 +203,7 @@ def check_differentiable(call: Call) -> None:
 def abstract(leaf: Any) -> Any:
     """Shape, dtype and, if it has one, sharding."""
     sharding = getattr(leaf, "sharding", None)
-    settled = isinstance(leaf, jax.ShapeDtypeStruct) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    settled = isinstance(leaf, jax.ShapeDtypeStruct) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     dtype = leaf.dtype if settled else jax.dtypes.canonicalize_dtype(leaf.dtype)
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
 

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates side by side, and the model as it was afterwards."""
+
+import csv
+import io
+import json
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import remattools as rt
+from tests.remattools.models import Tower, inputs, loss
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    model, x = nnx.eval_shape(lambda: Tower(depth=4)), inputs(32, 16)
+    before = nnx.graphdef(model)
+    seen = []
+    result = rt.compare(
+        loss,
+        model,
+        x,
+        candidates={
+            "plain": None,
+            "full": "nothing_saveable",
+            "dots": rt.Remat(policy="dots_saveable"),
+            "half": {"layers.[::2]": "nothing_saveable"},
+            "control": rt.policies.everything_saveable,
+        },
+        differentiate=True,
+        target="cpu",
+        progress=lambda *step: seen.append(step),
+    )
+    assert nnx.graphdef(model) == before
+    assert seen[1] == ("full", 1, 5)
+    return result
+
+
+def test_rows_are_measurements_of_the_ruled_model(comparison):
+    model, x = nnx.eval_shape(lambda: Tower(depth=4)), inputs(32, 16)
+    with rt.applied(model, {"layers.*": "dots_saveable"}):
+        alone = rt.measure(loss, model, x, differentiate=True, target="cpu")
+    assert comparison["dots"].temp_bytes == alone.temp_bytes
+    assert [row.name for row in comparison.rows] == ["plain", "full", "dots", "half", "control"]
+
+
+def test_ratios_refer_to_the_first_row(comparison):
+    ratios = {row.name: (row.memory_ratio, row.time_ratio) for row in comparison.rows}
+    assert ratios["plain"] == (1, 1)
+    assert ratios["full"][0] < ratios["half"][0] < 1 < ratios["half"][1] < ratios["full"][1]
+    assert comparison.cost == "flops"  # the CPU's compiler estimates no cycles
+
+
+def test_the_frontier_leaves_out_what_is_worse_in_both(comparison):
+    frontier = {row.name for row in comparison.rows if row.frontier}
+    assert {"full", "half"} <= frontier
+    points = {row.name: (row.memory_ratio, row.time_ratio) for row in comparison.rows}
+    for name in points.keys() - frontier:
+        assert any(all(a <= b for a, b in zip(points[other], points[name])) for other in frontier)
+
+
+def test_json_csv_markdown_and_text_hold_all_rows(comparison):
+    data = json.loads(comparison.to_json())
+    assert data["rows"][1]["measurement"]["temp_bytes"] == comparison["full"].temp_bytes
+    lines = list(csv.DictReader(io.StringIO(comparison.to_csv())))
+    assert [int(line["temp_bytes"]) for line in lines] == [row.measurement.temp_bytes for row in comparison.rows]
+    assert comparison.to_markdown().count("\n") == 7
+    assert all(row.name in str(comparison) for row in comparison.rows)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_plot_is_written(comparison, tmp_path, ending):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"comparison.{ending}"
+    comparison.plot(path)
+    assert path.stat().st_size > 1000
+
+
+def test_step_times_are_compared_where_there_are_some():
+    result = rt.compare(
+        loss,
+        Tower(),
+        inputs(),
+        candidates={"a": None, "b": "nothing_saveable"},
+        differentiate=True,
+        run=True,
+        target="cpu",
+    )
+    assert result.cost == "step_s"
+    assert "ms" in str(result)
+
+
+def test_rule_files_and_closed_over_models(tmp_path):
+    path = tmp_path / "rules.toml"
+    path.write_text(rt.Rules({"layers.*": "nothing_saveable"}).to_toml())
+    model, x = nnx.eval_shape(Tower), inputs()
+    result = rt.compare(
+        lambda x: loss(model, x), x, candidates={"plain": None, "file": str(path)}, differentiate=True, target="cpu"
+    )
+    assert result["file"].temp_bytes < result["plain"].temp_bytes
+
+
+@pytest.mark.parametrize(
+    ("call", "fix"),
+    [
+        pytest.param(lambda: rt.compare(loss, Tower(), inputs(), candidates={}), "candidates={", id="none"),
+        pytest.param(
+            lambda: rt.compare(jnp.sum, jnp.ones(3), candidates={"a": "nothing_saveable"}),
+            "pass the model",
+            id="no model",
+        ),
+        pytest.param(
+            lambda: rt.compare(
+                loss, nnx.Linear(8, 8, rngs=nnx.Rngs(0)), inputs(), candidates={"a": "nothing_saveable"}
+            ),
+            "path of a module",
+            id="no sequence",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_explained(call, fix):
+    with pytest.raises(rt.MeasureError) as caught:
+        call()
+    assert fix in caught.value.fix
+
+
+def test_a_candidate_that_matches_nothing_raises_before_anything_is_compiled():
+    seen = []
+    with pytest.raises(rt.UnmatchedRuleError):
+        rt.compare(
+            loss,
+            nnx.eval_shape(Tower),
+            inputs(),
+            candidates={"plain": None, "typo": {"layer.*": "nothing_saveable"}},
+            progress=lambda *step: seen.append(step),
+        )
+    assert seen == []

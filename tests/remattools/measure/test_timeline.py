@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The walk over a program: what is alive when, under which module."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import remattools as rt
+from remattools.measure import plotting
+from tests.remattools.models import Tower, inputs, loss
+
+X = jax.ShapeDtypeStruct((256,), jnp.float32)
+KIB = 1024
+
+
+@pytest.mark.parametrize(
+    ("fn", "peak"),
+    [
+        pytest.param(lambda x: jnp.sin(x), KIB, id="one"),
+        pytest.param(lambda x: jnp.sin(jnp.cos(jnp.sin(x))), 2 * KIB, id="a chain frees what it read"),
+        pytest.param(lambda x: jnp.sin(x) + jnp.cos(x), 3 * KIB, id="both operands and the sum"),
+        pytest.param(lambda x: jax.jit(lambda y: jnp.sin(jnp.cos(y)))(x), 2 * KIB, id="inside jit"),
+        pytest.param(
+            lambda x: jax.lax.scan(lambda c, _: (jnp.sin(jnp.cos(c)), None), x, None, length=3)[0],
+            2 * KIB,
+            id="inside scan",
+        ),
+    ],
+)
+def test_peaks_that_can_be_counted_by_hand(fn, peak):
+    assert rt.timeline(fn, X).peak_bytes == peak
+
+
+def test_the_peak_follows_the_rules_and_names_its_modules():
+    model, x = nnx.eval_shape(lambda: Tower(depth=6)), inputs(32, 16)
+    plain = rt.timeline(loss, model, x, differentiate=True)
+    with rt.applied(model, {"layers.*": "nothing_saveable"}):
+        ruled = rt.timeline(loss, model, x, differentiate=True)
+    with rt.applied(model, {"layers.*": "everything_saveable"}):
+        control = rt.timeline(loss, model, x, differentiate=True)
+    assert ruled.peak_bytes < 0.4 * plain.peak_bytes
+    assert control.peak_bytes > 0.9 * plain.peak_bytes
+    assert any(a.path.startswith("layers.[0:6]") and a.count >= 6 for a in plain.largest)
+    assert ruled.largest[0].path.startswith("layers.")
+    assert plain.argument_bytes == ruled.argument_bytes > 0
+
+
+def test_the_walk_is_near_the_compilers_figure():
+    model, x = Tower(depth=6, width=32), inputs(16, 32, 32)
+    walked = rt.timeline(loss, model, x, differentiate=True).peak_bytes
+    compiled = rt.measure(loss, model, x, differentiate=True, target="cpu").temp_bytes
+    assert 0.7 * compiled < walked < 1.5 * compiled
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_plots_are_written(tmp_path, ending):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"timeline.{ending}"
+    rt.timeline(loss, nnx.eval_shape(Tower), inputs(), differentiate=True).plot(path)
+    assert path.stat().st_size > 1000
+
+
+def test_text_and_data_say_the_same():
+    walked = rt.timeline(loss, nnx.eval_shape(Tower), inputs(), differentiate=True)
+    data = json.loads(json.dumps(walked.as_dict()))
+    assert data["peak_bytes"] == walked.peak_bytes == data["bytes"][data["peak_index"]]
+    assert "layers.[0:3]" in str(walked)
+
+
+def test_plots_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
+    walked = rt.timeline(lambda x: jnp.sin(x), X)
+    monkeypatch.setattr(plotting.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(rt.MeasureError) as caught:
+        walked.plot(tmp_path / "a.png")
+    assert "[plot]" in caught.value.fix
+    with pytest.raises(rt.MeasureError) as caught:
+        walked.plot(tmp_path / "a.txt")
+    assert caught.value.fix == "plot.svg"
