@@ -9,10 +9,12 @@ Orbax v1's free functions write host arrays into a staging folder and read them 
     keeps one (`state.tree.check_names` guards against that).
 """
 
+import contextlib
 import gc
+import logging
 import pathlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -113,7 +115,7 @@ class ReadError(Exception):
 
 def _load(context: ocp.Context, folder: pathlib.Path, items: dict[str, Any] | None) -> dict[str, Any]:
     failure = None
-    with context, warnings.catch_warnings():
+    with context, _asyncio_muted(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
         try:
             return dict(ocp.load_checkpointables(folder, items))
@@ -121,6 +123,17 @@ def _load(context: ocp.Context, folder: pathlib.Path, items: dict[str, Any] | No
             failure = ReadError(error)
         gc.collect()
     raise failure
+
+
+@contextlib.contextmanager
+def _asyncio_muted() -> Iterator[None]:
+    """Without asyncio's error log: the failure is being reported by us, with what it means."""
+    logger = logging.getLogger("asyncio")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _native(record: Record, array: np.ndarray[Any, Any]) -> Any:

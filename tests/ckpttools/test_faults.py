@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any damage to any file is detected and named, or harmless; plain Orbax restores a flipped bit without a word."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1
+
+from tests.ckpttools import faults
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["uncompressed", "compressed"])
+def pristine(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    faults.write_run(folder, compression=request.param)
+    return folder
+
+
+def check(pristine, work, *, count):
+    found = list(faults.trials(pristine, work, count=count, seed=3))
+    assert [trial for trial in found if trial.outcome not in ("detected", "harmless")] == []
+    assert {trial.kind for trial in found} == set(faults.KINDS)
+    assert sum(trial.outcome == "detected" for trial in found) > count / 2
+
+
+def test_damage_of_every_kind(pristine, tmp_path):
+    check(pristine, tmp_path / "work", count=60)
+
+
+@pytest.mark.long
+def test_two_thousand_damages(pristine, tmp_path):
+    check(pristine, tmp_path / "work", count=2000)
+
+
+def test_plain_orbax_restores_a_flipped_bit_without_a_word(tmp_path):
+    """The control: the same flip in the same kind of file."""
+    state = {"large": jnp.arange(3000.0) * 20}
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = {"large": jax.ShapeDtypeStruct((3000,), jnp.float32, sharding=sharding)}
+    v1.save(tmp_path / "step", state)
+    silent = 0
+    path = max((p for p in (tmp_path / "step").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = path.read_bytes()
+    for position in np.linspace(0.2, 0.8, 12):
+        changed = bytearray(data)
+        changed[int(len(data) * position)] ^= 1
+        path.write_bytes(changed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            restored = v1.load(tmp_path / "step", template)
+        silent += not np.array_equal(restored["large"], state["large"])
+    assert silent > 6
