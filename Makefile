@@ -8,13 +8,17 @@ INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.t
 # The accelerators of a development machine are no part of the tests.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-long test-floor lint bench clean
+.PHONY: demo test test-remat3 test-long test-floor lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -n 2 -m "not long"
+
+# The same regions under JAX's coming implementation of remat, which is off by default.
+test-remat3: $(VENV)/.installed
+	JAX_REMAT3=1 $(BIN)/python -m pytest -n 2 -m "not long" tests/remattools/rules tests/remattools/transform
 
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -m long

@@ -14,6 +14,7 @@ what the other recomputes.
 import ast
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -56,7 +57,7 @@ class Policy:
 
     @property
     def needs_lowering_to_names(self) -> bool:
-        """Whether it decides over more than names, matrix products and convolutions: all that jax_remat3 asks about."""
+        """Whether jax_remat3 would not ask it: that knows JAX's own policies over names and matrix products only."""
         return True
 
     def __or__(self, other: "Policy") -> "Policy":
@@ -67,6 +68,13 @@ class Policy:
 
     def __invert__(self) -> "Policy":
         return self.policy if isinstance(self, Complement) else Complement(self)
+
+
+@functools.cache
+def _jax_policy(factory: str, args: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """A policy made by JAX, one object for equal arguments: JAX's caches compare policies."""
+    policy: Callable[..., Any] = getattr(_JAX, factory)(*args, **dict(keywords))
+    return policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +147,18 @@ class Names(Policy):
             return Decision.SAVE, None
         return (Decision.OFFLOAD, (self.src, self.dst)) if name in self.offloaded else (Decision.RECOMPUTE, None)
 
+    def lower(self) -> Callable[..., Any]:
+        """What JAX's factory makes of it."""
+        if not self.offloaded:
+            return _jax_policy("save_only_these_names", tuple(sorted(self.saved)), ())
+        keywords = (
+            ("names_which_can_be_saved", tuple(sorted(self.saved))),
+            ("names_which_can_be_offloaded", tuple(sorted(self.offloaded))),
+            ("offload_src", self.src),
+            ("offload_dst", self.dst),
+        )
+        return _jax_policy("save_and_offload_only_these_names", (), keywords)
+
     @property
     def needs_lowering_to_names(self) -> bool:
         """False: it is about names."""
@@ -171,6 +191,12 @@ class AllBut(Policy):
             return (Decision.RECOMPUTE if params["name"] in self.names else Decision.SAVE), None
         return (Decision.RECOMPUTE if self.named_only else Decision.SAVE), None
 
+    def lower(self) -> Callable[..., Any]:
+        """What JAX's factory makes of it, if that does what its name says."""
+        if self.named_only:
+            return _jax_policy("save_any_names_but_these", tuple(sorted(self.names)), ())
+        return super().lower()
+
     @property
     def needs_lowering_to_names(self) -> bool:
         """Whether unnamed values count too."""
@@ -197,6 +223,10 @@ class OffloadDots(Policy):
         if _JAX.dots_with_no_batch_dims_saveable(primitive, *avals, **params):
             return Decision.OFFLOAD, (self.src, self.dst)
         return Decision.RECOMPUTE, None
+
+    def lower(self) -> Callable[..., Any]:
+        """What JAX's factory makes of it."""
+        return _jax_policy("offload_dot_with_no_batch_dims", (self.src, self.dst), ())
 
     @property
     def needs_lowering_to_names(self) -> bool:
@@ -237,11 +267,6 @@ class Union(Policy):
     def _answer(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
         return max((part._answer(primitive, *avals, **params) for part in self.parts), key=_strength)
 
-    @property
-    def needs_lowering_to_names(self) -> bool:
-        """As its parts."""
-        return any(part.needs_lowering_to_names or part == EVERYTHING for part in self.parts)
-
     def __str__(self) -> str:
         return " | ".join(map(str, self.parts))
 
@@ -254,11 +279,6 @@ class Intersection(Policy):
 
     def _answer(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
         return min((part._answer(primitive, *avals, **params) for part in self.parts), key=_strength)
-
-    @property
-    def needs_lowering_to_names(self) -> bool:
-        """Only if no part limits it to what jax_remat3 asks about."""
-        return all(part.needs_lowering_to_names or part == EVERYTHING for part in self.parts)
 
     def __str__(self) -> str:
         return " & ".join(f"({part})" if isinstance(part, Union) else str(part) for part in self.parts)
@@ -309,7 +329,7 @@ def _texts(values: Iterable[Any], where: str) -> frozenset[str]:
     return frozenset(names)
 
 
-EVERYTHING = everything_saveable = Named("everything_saveable")
+everything_saveable = Named("everything_saveable")
 nothing_saveable = Named("nothing_saveable")
 dots_saveable = checkpoint_dots = Named("dots_saveable")
 dots_with_no_batch_dims_saveable = checkpoint_dots_with_no_batch_dims = Named("dots_with_no_batch_dims_saveable")

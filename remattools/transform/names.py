@@ -22,6 +22,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from .. import compat
 from ..errors import UnmatchedRuleError, did_you_mean
 from ..rules import policies
 from ..rules.paths import NamePattern, Path, format_path
@@ -73,9 +74,14 @@ class NamedValue:
 
 def needed(action: Remat) -> bool:
     """Whether a region under `action` has to know the names of its values."""
-    if action.save or action.offload:
-        return True
-    return action.policy is not None and _remat3() and action.policy.needs_lowering_to_names
+    return bool(action.save or action.offload) or _by_names_alone(action)
+
+
+def _by_names_alone(action: Remat) -> bool:
+    """Whether the policy itself has to become names: `jax_remat3` asks no combined policy and no bare callable."""
+    if action.policy is None or not _remat3():
+        return False
+    return action.policy.needs_lowering_to_names or bool(action.save or action.offload)
 
 
 def lowered_policy(action: Remat) -> Callable[..., Any] | None:
@@ -90,8 +96,9 @@ def lowered_policy(action: Remat) -> Callable[..., Any] | None:
     )
     if not action.offload:
         marks = policies.save_only_these_names(SAVED)
-    base = action.policy
-    return (marks if base is None or (base.needs_lowering_to_names and _remat3()) else base | marks).lower()
+    if action.policy is None or _by_names_alone(action):
+        return marks.lower()
+    return (action.policy | marks).lower()
 
 
 def evaluate(fn: Callable[[list[Any]], list[Any]], leaves: list[Any], action: Remat) -> list[Any]:
@@ -103,7 +110,7 @@ def evaluate(fn: Callable[[list[Any]], list[Any]], leaves: list[Any], action: Re
     program = jax.make_jaxpr(fn)(leaves)
     values = list(named_values(program))
     marks = select(values, action)
-    if action.policy is not None and action.policy.needs_lowering_to_names and _remat3():
+    if action.policy is not None and _by_names_alone(action):
         marks = {**_decided(program, action.policy), **marks}
     results: list[Any] = programs.run(marked(program, marks), leaves)
     return results
@@ -232,9 +239,14 @@ def _decided(program: Any, policy: policies.Policy) -> dict[Position, str]:
     """Marks for a policy that `jax_remat3` would not ask."""
     marks = {}
     for position, equation, _, reachable in _equations(program, (), (), True):
-        if not reachable or programs.name_of(equation) is not None:
+        name = programs.name_of(equation)
+        if not reachable or (name is not None and scopes.output_of(name) is not None):
             continue
-        verdict = policy.decide(equation.primitive, *(v.aval for v in equation.invars), **equation.params)
+        avals = [atom.aval for atom in equation.invars]
+        if name is None:
+            verdict = policy.decide(equation.primitive, *avals, **equation.params)
+        else:
+            verdict = policy.decide(compat.NAME_PRIMITIVE, *avals, name=name)
         if verdict is not policies.Decision.RECOMPUTE:
             marks[position] = SAVED if verdict is policies.Decision.SAVE else OFFLOADED
     return marks

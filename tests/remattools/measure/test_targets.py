@@ -83,3 +83,14 @@ def test_a_mesh_larger_than_the_target_is_refused():
     with pytest.raises(rt.TargetError) as caught:
         rt.find_target("cpu").mesh((4096,), ("data",))
     assert "topology" in caught.value.fix
+
+
+def test_a_lock_of_another_process_is_not_taken_for_a_wrong_name(tpu, monkeypatch):
+    def locked(**_):
+        raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
+
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", locked)
+    targets._without_device.cache_clear()
+    with pytest.raises(rt.TargetError) as caught:
+        rt.find_target(tpu)
+    assert "ALLOW_MULTIPLE_LIBTPU_LOAD" in caught.value.fix

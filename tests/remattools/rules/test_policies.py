@@ -52,7 +52,8 @@ def verdicts(policy):
 
 
 def test_all_of_jaxs_names_are_there():
-    assert set(policies.names()) == set(vars(jax.checkpoint_policies))
+    # Some releases list their classes beside the functions.
+    assert set(policies.names()) == {name for name in vars(jax.checkpoint_policies) if name.islower()}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that do not help are found out, rules that do are not blamed."""
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import remattools as rt
+from tests.remattools.models import Tower, inputs, loss
+
+
+def _model():
+    return nnx.eval_shape(lambda: Tower(depth=3))
+
+
+def _codes(report):
+    return {finding.code for finding in report.findings}
+
+
+X = inputs(32, 16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_the_plain_model_once(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REMATTOOLS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def test_rules_that_work_are_confirmed_and_taken_off_again():
+    model = _model()
+    before = nnx.graphdef(model)
+    report = rt.check(loss, model, X, rules={"layers.*": "nothing_saveable"}, target="cpu")
+    assert report.ok, str(report)
+    assert report.temp_bytes[1] < report.temp_bytes[0]
+    assert report.residual_bytes[1] < report.residual_bytes[0]
+    assert nnx.graphdef(model) == before
+    assert "ok: the rules do what they say." in str(report)
+
+
+def test_what_is_in_force_is_checked_without_rules():
+    model = rt.apply(_model(), {"layers.*": "nothing_saveable"})
+    before = nnx.graphdef(model)
+    report = rt.check(loss, model, X, target="cpu")
+    assert report.ok, str(report)
+    assert report.temp_bytes[1] < report.temp_bytes[0]
+    assert nnx.graphdef(model) == before
+
+
+@pytest.mark.parametrize(
+    ("rules", "code"),
+    [
+        pytest.param({"layers.*": "everything_saveable"}, "nothing_freed", id="saves everything"),
+        pytest.param({"layers.*": rt.Remat(prevent_cse=False)}, "undone", id="merged by the compiler"),
+        pytest.param({"layers.*": rt.Remat(offload=("mlp.up",))}, "offload_ignored", id="no host memory on cpu"),
+        pytest.param(
+            {"layers.*.mlp": "everything_saveable", "layers.*.attention": "nothing_saveable"},
+            "useless_rule",
+            id="useless",
+        ),
+        pytest.param({"layers.*": "nothing_saveable", "layers.*.mlp": "nothing_saveable"}, "warning", id="nested"),
+    ],
+)
+def test_what_does_not_work_is_found(rules, code):
+    report = rt.check(loss, _model(), X, rules=rules, target="cpu")
+    assert code in _codes(report), str(report)
+    assert code in str(report)
+    assert not report.ok
+    assert report.as_dict()["ok"] is False
+
+
+def test_an_offload_that_works_is_not_blamed(tpu):
+    # Large enough that the TPU's compiler does not keep everything on the chip.
+    model = nnx.eval_shape(lambda: Tower(depth=2, width=256))
+    rules = {"layers.*": rt.Remat(offload=("mlp.up",))}
+    report = rt.check(loss, model, inputs(64, 64, 256), rules=rules, target=tpu)
+    assert "offload_ignored" not in _codes(report), str(report)
+    assert report.host_bytes > 0
+
+
+def test_a_graphdef_split_off_before_the_rules_is_noticed():
+    model = Tower()
+    graphdef, _ = nnx.split(model)
+
+    def of_state(model, x):
+        return loss(nnx.merge(graphdef, nnx.state(model)), x)
+
+    assert _codes(rt.check(of_state, model, X, rules={"layers.*": "nothing_saveable"}, target="cpu")) == {"no_region"}
+
+
+def test_without_a_model_there_is_nothing_to_check():
+    with pytest.raises(rt.MeasureError) as caught:
+        rt.check(jnp.sum, jnp.ones(3), rules={"layers.*": "nothing_saveable"})
+    assert "pass the model" in caught.value.fix
