@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import MeasureError
-from ..rules.policies import Policy
+from ..rules.policy import Policy
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
 from ..transform import apply as application

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from ..errors import RuleError
 from .paths import NamePattern
-from .policies import Policy, resolve
+from .policies import resolve
+from .policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)

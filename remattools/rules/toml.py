@@ -27,7 +27,7 @@ from typing import Any
 
 from ..errors import RematError, RuleError, RuleFileError, did_you_mean
 from .paths import Pattern
-from .policies import Bare, Complement, Intersection, Policy, Union
+from .policy import Bare, Complement, Intersection, Policy, Union
 from .rule import Action, Remat
 
 _FIELDS = ("policy", "save", "offload", "every_n", "offset", "group", "methods", "prevent_cse")

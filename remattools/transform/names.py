@@ -26,6 +26,7 @@ from .. import compat
 from ..errors import UnmatchedRuleError, did_you_mean
 from ..rules import policies
 from ..rules.paths import NamePattern, Path, format_path
+from ..rules.policy import Decision, Policy
 from ..rules.rule import Remat
 from . import programs, scopes
 
@@ -88,7 +89,7 @@ def lowered_policy(action: Remat) -> Callable[..., Any] | None:
     """The JAX policy of `action`; JAX's own object where it has one, so that the program is JAX's."""
     if not needed(action):
         return None if action.policy is None else action.policy.lower()
-    marks: policies.Policy = policies.save_and_offload_only_these_names(
+    marks: Policy = policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[SAVED],
         names_which_can_be_offloaded=[OFFLOADED],
         offload_src="device",
@@ -235,7 +236,7 @@ def _looked_up(same: dict[Any, Any], atom: Any) -> Any:
     return same.get(atom, atom) if isinstance(atom, core.Var) else atom
 
 
-def _decided(program: Any, policy: policies.Policy) -> dict[Position, str]:
+def _decided(program: Any, policy: Policy) -> dict[Position, str]:
     """Marks for a policy that `jax_remat3` would not ask."""
     marks = {}
     for position, equation, _, reachable in _equations(program, (), (), True):
@@ -247,8 +248,8 @@ def _decided(program: Any, policy: policies.Policy) -> dict[Position, str]:
             verdict = policy.decide(equation.primitive, *avals, **equation.params)
         else:
             verdict = policy.decide(compat.NAME_PRIMITIVE, *avals, name=name)
-        if verdict is not policies.Decision.RECOMPUTE:
-            marks[position] = SAVED if verdict is policies.Decision.SAVE else OFFLOADED
+        if verdict is not Decision.RECOMPUTE:
+            marks[position] = SAVED if verdict is Decision.SAVE else OFFLOADED
     return marks
 
 

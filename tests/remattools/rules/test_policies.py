@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 import remattools as rt
 from remattools.rules import policies
-from remattools.rules.policies import Decision, parse_policy, resolve
+from remattools.rules.policies import parse_policy, resolve
+from remattools.rules.policy import Decision
 
 
 def function(x):
