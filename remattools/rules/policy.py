@@ -77,6 +77,7 @@ class Lowered:
     policy: Policy
 
     def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
+        """What JAX's own policies return."""
         decision, kinds = self.policy._answer(primitive, *avals, **params)
         if decision is Decision.SAVE:
             return compat.SAVEABLE
