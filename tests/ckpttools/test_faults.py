@@ -27,7 +27,7 @@ def check(pristine, work, *, count):
 
 
 def test_damage_of_every_kind(pristine, tmp_path):
-    check(pristine, tmp_path / "work", count=60)
+    check(pristine, tmp_path / "work", count=40)
 
 
 @pytest.mark.long

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast: saves, stalls and restores beside plain Orbax, in one run, as ratios.
+
+    python benchmarks/ckpt_speed.py [--megabytes 524] [--rounds 7] [--folder DIR] [--write]
+
+Every way is timed once in each round, in turn, so that a slow moment of the machine meets all of them; the figures are
+medians. The stall of a background save is what the training loop sees: the call, and how much longer than usual the
+next updates take, of which the first donates the very buffers that are being saved, until the save has ended.
+`--write` puts the table into docs/benchmarks/ckpt_speed.md.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1
+
+import ckpttools as ct
+
+PARTS = 32
+
+
+def make_state(megabytes: int) -> dict[str, jax.Array]:
+    """Float32 normals, as weights are."""
+    size = megabytes * 1_000_000 // 4 // PARTS
+    state = {f"part{n}": jax.random.normal(jax.random.key(n), (size,)) for n in range(PARTS)}
+    return jax.block_until_ready(state)
+
+
+update = jax.jit(lambda state: jax.tree.map(lambda x: x * 0.999 + 0.001, state), donate_argnums=0)
+
+
+@dataclasses.dataclass
+class Timings:
+    """Seconds by way, one entry a round."""
+
+    by_way: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def add(self, way: str, seconds: float) -> None:
+        self.by_way.setdefault(way, []).append(seconds)
+
+    def median(self, way: str) -> float:
+        return statistics.median(self.by_way[way])
+
+    def best(self, way: str) -> float:
+        return min(self.by_way[way])
+
+
+def orbax_context(*, compression: bool) -> v1.Context:
+    context = v1.Context()
+    context.array.saving.use_compression = compression
+    return context
+
+
+def save_orbax(folder: pathlib.Path, state, *, compression: bool) -> float:
+    began = time.perf_counter()
+    with orbax_context(compression=compression):
+        v1.save_checkpointables(folder, {"model": state})
+    return time.perf_counter() - began
+
+
+def save_orbax_synced(folder: pathlib.Path, state) -> float:
+    """Orbax uncompressed, with the fsyncs that make it as durable as ours."""
+    began = time.perf_counter()
+    with orbax_context(compression=False):
+        v1.save_checkpointables(folder, {"model": state})
+    for parent, _, names in os.walk(folder.parent):
+        for path in [parent, *(os.path.join(parent, name) for name in names)]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    return time.perf_counter() - began
+
+
+def spec_for(folder: pathlib.Path, *, asynchronous: bool) -> ct.CheckpointSpec:
+    return ct.CheckpointSpec(directory=folder, keep=ct.All(), storage=ct.Storage(asynchronous=asynchronous))
+
+
+def save_ours(folder: pathlib.Path, state) -> float:
+    with ct.open(spec_for(folder, asynchronous=False)) as ckpt:
+        began = time.perf_counter()
+        ckpt.save(1, {"model": state})
+        return time.perf_counter() - began
+
+
+def stall(state, begin, ended) -> tuple[dict, float]:
+    """Start a background save and train on until it has ended; the state, and the time lost against plain training."""
+    state = jax.block_until_ready(update(state))
+    usual = []
+    for _ in range(5):
+        began = time.perf_counter()
+        state = jax.block_until_ready(update(state))
+        usual.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    handle = begin(state)
+    state = jax.block_until_ready(update(state))
+    lost = time.perf_counter() - began - statistics.median(usual)
+    ended(handle)
+    return state, lost
+
+
+def measure(args: argparse.Namespace) -> tuple[Timings, dict[str, str]]:
+    root = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-speed-", dir=args.folder))
+    timings, facts = Timings(), {}
+    state = make_state(args.megabytes)
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    session = ct.open(spec_for(root / "stall", asynchronous=True))
+    step = 0
+    try:
+        # One save first, so that the kept buffers are mapped, as they are in all but the first save of a run.
+        session.save(1, {"model": state})
+        session.wait()
+        for number in range(args.rounds):
+            here = root / f"round{number}"
+            here.mkdir()
+            os.sync()
+            timings.add("save: Orbax, uncompressed", save_orbax(here / "plain" / "1", state, compression=False))
+            os.sync()
+            timings.add("save: ckpttools", save_ours(here / "ours", state))
+            os.sync()
+            timings.add("save: Orbax, default", save_orbax(here / "default" / "1", state, compression=True))
+            os.sync()
+            timings.add("save: Orbax, uncompressed, then fsync", save_orbax_synced(here / "synced" / "1", state))
+            os.sync()
+
+            began = time.perf_counter()
+            loaded = v1.load_checkpointables(here / "plain" / "1", {"model": template})
+            jax.block_until_ready(loaded)
+            timings.add("restore: Orbax, uncompressed", time.perf_counter() - began)
+            del loaded
+            with ct.open(spec_for(here / "ours", asynchronous=False)) as ckpt:
+                began = time.perf_counter()
+                report = ckpt.restore({"model": template})
+                jax.block_until_ready(report.state)
+                timings.add("restore: ckpttools, verified", time.perf_counter() - began)
+            del report
+            began = time.perf_counter()
+            loaded = v1.load_checkpointables(here / "default" / "1", {"model": template})
+            jax.block_until_ready(loaded)
+            timings.add("restore: Orbax, default", time.perf_counter() - began)
+            del loaded
+
+            def begin_plain(current, here=here):
+                with orbax_context(compression=False):
+                    return v1.save_checkpointables_async(here / "async" / "1", {"model": current})
+
+            state, lost = stall(state, begin_plain, lambda handle: handle.result())
+            timings.add("stall: Orbax, uncompressed", lost)
+            step = number + 2
+            state, lost = stall(
+                state, lambda current, step=step: session.save(step, {"model": current}), lambda _: session.wait()
+            )
+            timings.add("stall: ckpttools", lost)
+            shutil.rmtree(here)
+            shutil.rmtree(root / "stall" / str(step - 1))
+            print(f"round {number + 1} of {args.rounds}", flush=True)
+        facts["host memory kept by background saves"] = f"{_kept_bytes(session) / _bytes(state):.2f} of the state"
+    finally:
+        session.close(raise_errors=False)
+        shutil.rmtree(root, ignore_errors=True)
+    facts["opening a run of 1,000 steps and finding the newest"] = f"{open_thousand(args.folder):.2f} s"
+    return timings, facts
+
+
+def _kept_bytes(session: ct.Session) -> int:
+    return sum(array.nbytes for array in session._buffers.values())
+
+
+def _bytes(state) -> int:
+    return sum(np.asarray(x).nbytes for x in jax.tree.leaves(state))
+
+
+def open_thousand(folder: str | None) -> float:
+    """Seconds to restore a small state from a run of 1,000 steps, opening included."""
+    root = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-thousand-", dir=folder))
+    small = {"model": {"w": jnp.ones(4)}}
+    try:
+        with ct.open(spec_for(root, asynchronous=False)) as ckpt, warnings.catch_warnings():
+            warnings.simplefilter("ignore", ct.CheckpointWarning)
+            for step in range(1, 1001):
+                ckpt.save(step, small)
+        found = []
+        for _ in range(5):
+            began = time.perf_counter()
+            with ct.open(spec_for(root, asynchronous=False)) as ckpt:
+                ckpt.restore(small)
+            found.append(time.perf_counter() - began)
+        return min(found)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+RATIOS = (
+    ("total save", "save: ckpttools", "save: Orbax, uncompressed", "at most 1.15"),
+    ("total save", "save: ckpttools", "save: Orbax, default", "at most 0.55"),
+    ("stall", "stall: ckpttools", "stall: Orbax, uncompressed", "at most 1.1"),
+    ("restore", "restore: ckpttools, verified", "restore: Orbax, uncompressed", "at most 1.2"),
+    ("restore", "restore: ckpttools, verified", "restore: Orbax, default", "below 1"),
+)
+
+
+def table(timings: Timings, facts: dict[str, str], args: argparse.Namespace) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "orbax-checkpoint"))
+    lines = [
+        "# Speed of saving and restoring",
+        "",
+        f"{datetime.date.today()}, {versions}, Python {platform.python_version()}, CPU, {os.cpu_count()} cores, "
+        f"{args.megabytes} MB of float32 normals in {PARTS} arrays, {args.rounds} rounds; "
+        "`python benchmarks/ckpt_speed.py --write`.",
+        "",
+        "| | median s | best s |",
+        "| --- | --- | --- |",
+        *(f"| {way} | {timings.median(way):.3f} | {timings.best(way):.3f} |" for way in timings.by_way),
+        "",
+        "| ratio | of | to | goal | of medians | of bests | median of the rounds' ratios |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(_ratio(timings, *row) for row in RATIOS),
+        "",
+        *(f"- {name}: {value}" for name, value in facts.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _ratio(timings: Timings, what: str, ours: str, theirs: str, goal: str) -> str:
+    paired = statistics.median(a / b for a, b in zip(timings.by_way[ours], timings.by_way[theirs], strict=True))
+    return (
+        f"| {what} | {ours} | {theirs} | {goal} | {timings.median(ours) / timings.median(theirs):.2f} "
+        f"| {timings.best(ours) / timings.best(theirs):.2f} | {paired:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--megabytes", type=int, default=524)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", help="where to write; a disk, not a memory file system")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks/ckpt_speed.md")
+    args = parser.parse_args()
+    text = table(*measure(args), args)
+    print(text)
+    if args.write:
+        target = pathlib.Path(__file__).parents[1] / "docs" / "benchmarks" / "ckpt_speed.md"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

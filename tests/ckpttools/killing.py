@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is killed again and again: a server forks children that train, the parent kills them at any moment.
+
+The server imports everything and starts no JAX backend, so that a fork is safe and a child trains after a tenth of a
+second. A child tells through a pipe which steps it was told are durable; whatever it told must be there after the kill.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import random
+import select
+import signal
+import time
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+import ckpttools as ct
+from ckpttools.store import catalogue
+
+TOTAL = 90
+
+
+def spec_for(folder: pathlib.Path) -> ct.CheckpointSpec:
+    return ct.CheckpointSpec(directory=folder, save=ct.EverySteps(3), keep=ct.Latest(2) | ct.EveryNSteps(30))
+
+
+class Noise:
+    """A data iterator, so that a resume at the wrong place changes the result."""
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(5)
+
+    def __next__(self) -> np.ndarray:
+        return self._rng.standard_normal(512, np.float32)
+
+    def get_state(self) -> dict:
+        return self._rng.bit_generator.state
+
+    def set_state(self, state: dict) -> None:
+        self._rng.bit_generator.state = state
+
+
+def train(folder: pathlib.Path, tell: int | None = None) -> bytes:
+    """Train to the end; returns the bits of the final state."""
+    state = {"model": {"w": jnp.zeros(512), "step": 0}, "data": Noise()}
+    with ct.open(spec_for(folder)) as ckpt:
+        report = ckpt.restore(state)
+        model = report.state["model"]
+        _tell(tell, report.step or 0)
+        for step in ckpt.steps(TOTAL):
+            model = {"w": model["w"] * 0.999 + next(state["data"]), "step": step}
+            outcome = ckpt.step(step, {"model": model, "data": state["data"]})
+            durable = outcome if isinstance(outcome, ct.Saved) else getattr(outcome, "finished", None)
+            if durable:
+                _tell(tell, durable.step)
+    return np.asarray(model["w"]).tobytes() + str(model["step"]).encode()
+
+
+def _tell(pipe: int | None, step: int) -> None:
+    if pipe is not None:
+        os.write(pipe, f"{step}\n".encode())
+
+
+@dataclasses.dataclass
+class Tally:
+    """What was seen over all kills."""
+
+    kills: int = 0
+    in_a_save: int = 0
+    finished_runs: int = 0
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+
+def kill_often(folder: pathlib.Path, *, kills: int, seed: int) -> Tally:
+    """Kill children at random moments until `kills` have died; runs that finish are compared and begun anew."""
+    rng, tally, run = random.Random(seed), Tally(), 0
+    expected = _in_child(lambda: train(folder / "whole"))
+    while tally.kills < kills:
+        root = folder / f"run{run}"
+        killed, told = _one_life(root, rng)
+        durable = max(told, default=0)
+        if killed:
+            tally.kills += 1
+            tally.in_a_save += any((root / ".ckpttools" / "staging").glob("*"))
+            tally.problems += _check(root, durable)
+        else:
+            run += 1
+            tally.finished_runs += 1
+            if _in_child(lambda root=root: _final(root)) != expected:
+                tally.problems.append(f"{root.name}: the final state differs from that of an uninterrupted run")
+    return tally
+
+
+def _final(root: pathlib.Path) -> bytes:
+    with ct.open(spec_for(root)) as ckpt:
+        model = ckpt.restore({"model": {"w": jnp.zeros(512), "step": 0}}).state["model"]
+    return np.asarray(model["w"]).tobytes() + str(model["step"]).encode()
+
+
+def _check(root: pathlib.Path, durable: int) -> list[str]:
+    """Nothing that was called durable is lost, and every numbered folder is a whole step."""
+    known = catalogue.scan(root)
+    problems = [f"step {entry.step} is {entry.state}" for entry in known.entries if entry.state != "committed"]
+    latest = max((entry.step for entry in known.live), default=0)
+    if latest < durable:
+        problems.append(f"step {durable} was durable, and {latest} is the latest")
+    return problems
+
+
+def _one_life(root: pathlib.Path, rng: random.Random) -> tuple[bool, list[int]]:
+    """Start a child, let it train for a random while, kill it; whether it was killed, and what it told."""
+    read, write = os.pipe()
+    child = _fork(lambda: train(root, write))
+    os.close(write)
+    told: list[int] = []
+    buffer = b""
+    # The first word comes when training begins; before that there is nothing to be killed in the middle of.
+    deadline = time.monotonic() + 60
+    life_s: float | None = None
+    while True:
+        ready, _, _ = select.select([read], [], [], 0.001)
+        chunk = os.read(read, 4096) if ready else None
+        if chunk == b"":
+            break
+        if chunk:
+            buffer += chunk
+            if life_s is None:
+                life_s = rng.uniform(0.0, 0.6)
+                deadline = time.monotonic() + life_s
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            break
+    while chunk := os.read(read, 4096):
+        buffer += chunk
+    os.close(read)
+    told = [int(word) for word in buffer.split(b"\n")[:-1]]
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
+        raise RuntimeError(f"the child failed with status {os.WEXITSTATUS(status)}")
+    return os.WIFSIGNALED(status), told
+
+
+def _fork(work) -> int:
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            work()
+            status = 0
+        os._exit(status)
+    return child
+
+
+def _in_child(work) -> bytes:
+    """Run `work` in a child of its own, since a server with a JAX backend could not fork any more."""
+    read, write = os.pipe()
+    child = _fork(lambda: os.write(write, work()))
+    os.close(write)
+    data = b"".join(iter(lambda: os.read(read, 1 << 16), b""))
+    os.close(read)
+    os.waitpid(child, 0)
+    if not data:
+        raise RuntimeError("the child gave no answer")
+    return data
+
+
+def lines(tally: Tally) -> Iterator[str]:
+    """The tally for a person."""
+    yield f"kills {tally.kills}, of which in the middle of a save {tally.in_a_save}"
+    yield f"runs finished and compared {tally.finished_runs}"
+    yield f"problems {len(tally.problems)}: {tally.problems[:3]}"
+
+
+if __name__ == "__main__":
+    import sys
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        done = kill_often(pathlib.Path(scratch), kills=int(sys.argv[1]), seed=int(sys.argv[2]))
+    print("\n".join(lines(done)))
+    enough = done.finished_runs > 0 and done.in_a_save > 0
+    sys.exit(bool(done.problems) or not enough)
