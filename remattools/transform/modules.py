@@ -6,9 +6,9 @@
 """
 
 import dataclasses
+import functools
 from typing import Any
 
-import jax
 from flax import nnx
 
 from ..rules.paths import Path
@@ -48,7 +48,9 @@ def modules_of(model: Any) -> list[ModuleEntry]:
         model: An nnx module, or any pytree that holds modules; concrete or abstract.
     """
     entries: dict[int, ModuleEntry] = {}
-    _visit(model, (), (), entries)
+    cls: type = type(model)
+    if _may_hold_modules(cls):
+        _visit(model, (), (), entries)
     return list(entries.values())
 
 
@@ -58,33 +60,38 @@ def _visit(value: Any, path: Path, above: tuple[int, ...], entries: dict[int, Mo
     if isinstance(value, nnx.Pytree):
         if isinstance(value, nnx.Module) and not _add(value, path, entries):
             return
-        children = list(capture.node_content(value).items())
+        children: Any = capture.node_content(value).items()
     elif isinstance(value, dict):
-        children = list(value.items())
-    elif isinstance(value, list | tuple):
-        children = list(enumerate(value))
+        children = value.items()
     else:
-        return
+        children = enumerate(value)
     for key, child in children:
-        if isinstance(child, nnx.Variable | jax.Array | str | int | float) or child is None:
-            continue
-        if isinstance(key, str) and key.startswith("_pytree__"):
-            continue
-        _visit(child, (*path, key), (*above, id(value)), entries)
+        cls: type = type(child)
+        if _may_hold_modules(cls) and not (isinstance(key, str) and key.startswith("_pytree__")):
+            _visit(child, (*path, key), (*above, id(value)), entries)
+
+
+@functools.lru_cache(maxsize=4096)
+def _may_hold_modules(cls: type) -> bool:
+    return issubclass(cls, nnx.Pytree | dict | list | tuple)
 
 
 def _add(module: nnx.Module, path: Path, entries: dict[int, ModuleEntry]) -> bool:
     """Note a path; False where the module needs no second look."""
     entry = entries.get(id(module))
     if entry is None:
-        cls = swap.base_class(type(module))
-        names = tuple(base.__name__ for base in cls.__mro__ if base is not object)
-        entries[id(module)] = ModuleEntry(module, [path], names, is_container(cls))
+        entries[id(module)] = ModuleEntry(module, [path], *_of_class(swap.base_class(type(module))))
         return True
     if len(entry.paths) >= _MAX_PATHS:
         return False
     entry.paths.append(path)
     return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_class(cls: type) -> tuple[tuple[str, ...], bool]:
+    """Names of a class and its bases, and whether it is a container."""
+    return tuple(base.__name__ for base in cls.__mro__ if base is not object), is_container(cls)
 
 
 def is_container(cls: type) -> bool:
