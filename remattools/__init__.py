@@ -16,6 +16,8 @@ from .errors import RuleFileError as RuleFileError
 from .errors import TargetError as TargetError
 from .errors import UnmatchedRuleError as UnmatchedRuleError
 from .errors import UnmatchedRuleWarning as UnmatchedRuleWarning
+from .measure.check import CheckReport as CheckReport
+from .measure.check import check as check
 from .measure.compare import Comparison as Comparison
 from .measure.compare import compare as compare
 from .measure.compile import measure as measure

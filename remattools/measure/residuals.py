@@ -168,7 +168,11 @@ def residuals(fn: Callable[..., Any], *args: Any) -> ResidualReport:
     """
     call = staging.stage(staging.unjitted(fn), args)
     staging.check_differentiable(call)
-    program, count = linearised(call)
+    return report_of(call, *linearised(call))
+
+
+def report_of(call: staging.Call, program: Any, count: int) -> ResidualReport:
+    """The report of a program from `linearised`."""
     origins = Origins(program, call)
     kept = list(dict.fromkeys(v for v in origins.top.outvars[:count] if isinstance(v, core.Var)))
     consumers = _consumers(origins.top, kept)

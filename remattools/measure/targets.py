@@ -5,9 +5,9 @@ Targets are texts: `cpu`, `gpu`, `tpu` (live), `tpu:v5e:2x2` and every other top
 that libtpu knows (its compiler runs on any machine).
 
 Two facts shaped this file. libtpu asks a metadata server for the machine it runs on
-unless environment variables say otherwise, and reads them once, when it is loaded: so
-they are set around that moment only. And JAX on CPU goes on working beside it, since a
-topology is no backend.
+unless environment variables say otherwise, and locks the machine for one process. It
+reads the variables once, when it is loaded: so they are set around that moment only.
+And JAX on CPU goes on working beside it, since a topology is no backend.
 """
 
 import contextlib
@@ -42,6 +42,8 @@ _ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    # A lock keeps two processes from one device; here there is none, and compiles may run side by side.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
@@ -176,6 +178,12 @@ def _without_device(topology: str) -> Target:
         with _told_where_it_is():
             description = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except (RuntimeError, ValueError, NotImplementedError) as error:
+        if "lockfile" in str(error):
+            raise TargetError(
+                what=f"libtpu does not load: {str(error).splitlines()[0]}",
+                why="another process holds its lock, and ALLOW_MULTIPLE_LIBTPU_LOAD is set to forbid a second one.",
+                fix="unset ALLOW_MULTIPLE_LIBTPU_LOAD, or wait for the other process.",
+            ) from error
         raise TargetError(
             what=f"libtpu knows no topology {name!r}: {str(error).splitlines()[0]}",
             why="only shapes that are built can be compiled for.",

@@ -107,13 +107,15 @@ def timeline(fn: Callable[..., Any], *args: Any, differentiate: bool = False) ->
     call = staging.stage(staging.unjitted(fn), args)
     if differentiate:
         staging.check_differentiable(call)
-        program, kept = linearised(call)
-        top = programs.open_program(program)
-        top = top.replace(outvars=top.outvars[kept:], debug_info=top.debug_info._replace(result_paths=None))
-    else:
-        top = programs.open_program(named_program(call, lambda evaluated: evaluated[1]))
-    walk = _Walk()
-    points, peak = walk.walk(top)
+        return timeline_of(*linearised(call))
+    return timeline_of(named_program(call, lambda evaluated: evaluated[1]), 0)
+
+
+def timeline_of(program: Any, kept: int) -> Timeline:
+    """The timeline of a program whose first `kept` results are not held to its end, as from `linearised`."""
+    top = programs.open_program(program)
+    top = top.replace(outvars=top.outvars[kept:], debug_info=top.debug_info._replace(result_paths=None))
+    points, peak = _Walk().walk(top)
     backward = next((i for i, e in enumerate(top.eqns) if "transpose(" in str(e.source_info.name_stack)), None)
     return Timeline(
         bytes=tuple(points),

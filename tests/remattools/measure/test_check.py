@@ -70,10 +70,8 @@ def test_what_does_not_work_is_found(rules, code):
 
 
 def test_an_offload_that_works_is_not_blamed(tpu):
-    # Large enough that the TPU's compiler does not keep everything on the chip.
-    model = nnx.eval_shape(lambda: Tower(depth=2, width=256))
     rules = {"layers.*": rt.Remat(offload=("mlp.up",))}
-    report = rt.check(loss, model, inputs(64, 64, 256), rules=rules, target=tpu)
+    report = rt.check(loss, nnx.eval_shape(lambda: Tower(depth=1)), inputs(), rules=rules, target=tpu)
     assert "offload_ignored" not in _codes(report), str(report)
     assert report.host_bytes > 0
 

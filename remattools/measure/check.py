@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Did it work? What rules were to free, against what the compiler made of them.
+
+Sits on `residuals`, `timeline`, `compile` and `transform.explain`. A rule can fail to
+help without an error: the compiler merges the recomputation with the first
+computation, an offload stays where it was, the saved values outweigh the freed ones,
+one region lies in another, or a graphdef was split off before the rules came.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+
+from ..rules.rule import Remat
+from ..rules.ruleset import Rules
+from ..transform import explain as explaining
+from ..transform import programs, scopes
+from . import staging
+from .cache import Cache
+from .compare import model_of, rules_for, under
+from .compile import measure
+from .measurement import Measurement, format_bytes
+from .program import loss_or_floats, named_program
+from .residuals import linearised, report_of, residuals
+from .targets import Target, find_target
+from .timeline import timeline_of
+
+_PLAIN = Rules({".": False, "**": False})
+# Of what was to be freed, this share has to be gone from the compiled program; the compiler packs what remains.
+_LEAST_SHARE = 0.25
+# Differences below this share of the plain program's temporaries are left to the compiler.
+_NOISE = 0.02
+
+Code = Literal["no_region", "nothing_freed", "undone", "offload_ignored", "useless_rule", "warning"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that does not work as the rules say.
+
+    Attributes:
+        code: Which kind, for programs.
+        message: What is wrong, and what to do.
+    """
+
+    code: Code
+    message: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """Planned against compiled; `str()` says it in lines.
+
+    Attributes:
+        target: What it was compiled for.
+        residual_bytes: Computed residuals without and with the rules.
+        planned_peak_bytes: Fullest moment of the walk over the program, without and with.
+        temp_bytes: The compiler's temporaries, without and with.
+        host_bytes: Residuals that the rules send to host memory.
+        findings: What does not work; empty if all does.
+    """
+
+    target: str
+    residual_bytes: tuple[int, int]
+    planned_peak_bytes: tuple[int, int]
+    temp_bytes: tuple[int, int]
+    host_bytes: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**dataclasses.asdict(self), "ok": self.ok}
+
+    def __str__(self) -> str:
+        lines = [f"{'':<22}{'plain':>12}{'with rules':>12}"]
+        for label, (plain, ruled) in (
+            ("residuals", self.residual_bytes),
+            ("peak of the program", self.planned_peak_bytes),
+            (f"temp on {self.target}", self.temp_bytes),
+        ):
+            lines.append(f"{label:<22}{format_bytes(plain):>12}{format_bytes(ruled):>12}")
+        if self.host_bytes:
+            lines.append(f"{'in host memory':<22}{'':>12}{format_bytes(self.host_bytes):>12}")
+        lines += [f"{finding.code}: {finding.message}" for finding in self.findings]
+        return "\n".join([*lines, "ok: the rules do what they say." if self.ok else ""]).rstrip()
+
+
+def check(
+    fn: Callable[..., Any],
+    *args: Any,
+    rules: Any = None,
+    target: str | Target | jax.Device | None = None,
+    cache: Cache | str | os.PathLike[str] | None = None,
+) -> CheckReport:
+    """Set what rules were to free against what the compiler made of them.
+
+    Args:
+        fn: A loss of a model and a batch (not yet a gradient), as in `residuals`.
+        *args: Its arguments, real or abstract.
+        rules: Rules in any form that `compare` takes; None checks what is in force on the model.
+        target: As in `measure`.
+        cache: As in `measure`.
+
+    Returns:
+        The figures, and what does not work.
+
+    Raises:
+        MeasureError: If there is no model, or nothing to differentiate.
+        UnmatchedRuleError: If a rule matches nothing.
+    """
+    where = find_target(target)
+    model = model_of(fn, args)
+    planned = None if rules is None else rules_for(model, rules)
+    with under(model, _PLAIN):
+        plain = _figures(fn, args, where, cache)
+    with under(model, planned):
+        ruled = _figures(fn, args, where, cache)
+        regions = _count_regions(fn, args)
+        warnings = _explained(model)
+    found = [*_findings(plain, ruled, regions, where), *warnings]
+    if planned is not None and regions:
+        found += _useless_rules(fn, args, model, planned)
+    return CheckReport(
+        target=where.name,
+        residual_bytes=(plain.residual_bytes, ruled.residual_bytes),
+        planned_peak_bytes=(plain.peak_bytes, ruled.peak_bytes),
+        temp_bytes=(plain.measured.temp_bytes, ruled.measured.temp_bytes),
+        host_bytes=ruled.host_bytes,
+        findings=tuple(found),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Figures:
+    residual_bytes: int
+    host_bytes: int
+    peak_bytes: int
+    measured: Measurement
+
+
+def _figures(fn: Any, args: tuple[Any, ...], target: Target, cache: Any) -> _Figures:
+    call = staging.stage(staging.unjitted(fn), args)
+    staging.check_differentiable(call)
+    program, count = linearised(call)
+    kept = report_of(call, program, count)
+    return _Figures(
+        kept.computed_bytes,
+        kept.host_bytes,
+        timeline_of(program, count).peak_bytes,
+        measure(fn, *args, target=target, differentiate=True, cache=cache),
+    )
+
+
+def _findings(plain: _Figures, ruled: _Figures, regions: int, target: Target) -> Iterator[Finding]:
+    if not regions:
+        yield Finding(
+            code="no_region",
+            message="no region of the rules is in the program. The function does not run the model that the rules are "
+            "on: split the graphdef (nnx.split) after remattools.apply, not before, and call the ruled methods.",
+        )
+        return
+    if ruled.residual_bytes >= plain.residual_bytes:
+        yield Finding(
+            code="nothing_freed",
+            message=f"the rules keep {format_bytes(ruled.residual_bytes)} from forward to backward, the plain model "
+            f"{format_bytes(plain.residual_bytes)}: save less in the regions, or make them larger.",
+        )
+    intended = plain.peak_bytes - ruled.peak_bytes
+    freed = plain.measured.temp_bytes - ruled.measured.temp_bytes
+    compiled = plain.measured.fits and ruled.measured.fits
+    if compiled and intended > _NOISE * plain.peak_bytes and freed < _LEAST_SHARE * intended:
+        yield Finding(
+            code="undone",
+            message=f"the rules were to free {format_bytes(intended)} at the peak, but the temporaries on "
+            f"{target.name} fell by {format_bytes(freed)}: the compiler undid the recomputation. Check that "
+            "prevent_cse is not False outside of a scan, and that jax is at least 0.11.2 (older CPU compilers remove "
+            "what keeps the two apart).",
+        )
+    if compiled and ruled.host_bytes and not ruled.measured.host_temp_bytes:
+        yield Finding(
+            code="offload_ignored",
+            message=f"{format_bytes(ruled.host_bytes)} were to wait in host memory, but the program compiled for "
+            f"{target.name} uses none of it: on this target offloading does nothing.",
+        )
+
+
+def _count_regions(fn: Any, args: tuple[Any, ...]) -> int:
+    call = staging.stage(staging.unjitted(fn), args)
+    return _regions_in(named_program(call, loss_or_floats))
+
+
+def _regions_in(program: Any) -> int:
+    """Regions made by rules: their operations carry the mark, a hand-written `jax.checkpoint` carries none."""
+    count = 0
+    for equation in programs.open_program(program).eqns:
+        for _, nested in programs.nested(equation):
+            inner = programs.open_program(nested)
+            ours = programs.is_region(equation) and any(
+                scopes.REGION in str(inside.source_info.name_stack) for inside in inner.eqns
+            )
+            count += ours + _regions_in(nested)
+    return count
+
+
+def _explained(model: Any) -> list[Finding]:
+    notes: dict[str, list[str]] = {}
+    for row in explaining.explain(model).rows:
+        for warning in row.warnings:
+            notes.setdefault(warning, []).append(row.path)
+    return [
+        Finding(
+            code="warning", message=f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} {warning}"
+        )
+        for warning, paths in notes.items()
+    ]
+
+
+def _useless_rules(fn: Any, args: tuple[Any, ...], model: Any, rules: Rules) -> Iterator[Finding]:
+    """Rules without which no more would be kept; a lone rule is judged by `nothing_freed`."""
+    pairs = list(rules)
+    remats = [number for number, (_, action) in enumerate(pairs) if isinstance(action, Remat)]
+    if len(remats) < 2:
+        return
+    with under(model, rules):
+        kept = residuals(fn, *args).computed_bytes
+    for number in remats:
+        rest = Rules(pair for index, pair in enumerate(pairs) if index != number)
+        with under(model, rest):
+            without = residuals(fn, *args).computed_bytes
+        if without <= kept:
+            yield Finding(
+                code="useless_rule",
+                message=f"the rule {pairs[number][0].text!r} frees nothing: {format_bytes(without)} are kept without "
+                f"it, {format_bytes(kept)} with it. Its regions save at least what they free; take it out.",
+            )
