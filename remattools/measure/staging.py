@@ -20,7 +20,7 @@ from flax import nnx
 from ..errors import CallError, MeasureError
 from ..rules.paths import Path, format_path
 from ..transform import capture as cap
-from ..transform import region, scopes
+from ..transform import effects, region, scopes
 from . import closures
 
 
@@ -148,7 +148,7 @@ def evaluate(call: Call, leaves: list[Any], *, named: bool = False) -> tuple[Any
     """Run the call on other leaves: what it returned, and all arrays that it returned or changed."""
     objects: list[Any] = []
     rebuilt = cap.rebuild(call.spec, leaves, objects)
-    before = cap.snapshot(objects)
+    before = effects.snapshot(objects)
     replacements = {id(old): new for old, new in zip(call.values[call.arity :], rebuilt[call.arity :], strict=True)}
     fn = closures.with_models(call.fn, replacements)
     with contextlib.ExitStack() as stack:
@@ -156,7 +156,7 @@ def evaluate(call: Call, leaves: list[Any], *, named: bool = False) -> tuple[Any
             stack.enter_context(region.named())
             stack.enter_context(scopes.recorded((path, rebuilt[position]) for path, position in call.roots))
         out = fn(*rebuilt[: call.arity])
-    return out, cap.changes(objects, before, out)[0]
+    return out, effects.changes(objects, before, out)[0]
 
 
 def replaced(leaves: Sequence[Any], indices: Sequence[int], chosen: Sequence[Any]) -> list[Any]:

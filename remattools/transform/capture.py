@@ -15,16 +15,15 @@ takes arrays only. `capture` walks everything a call can reach and splits it in
 `nnx.split` and `nnx.merge` do not serve here: they write every Variable back,
 also the untouched ones (which destroys a model closed over by a transform), lose
 in-place changes of plain dicts, and give graphdefs that cannot be hashed when a
-static attribute is a list. Only what a call changed leaves it as an `Edit`.
+static attribute is a list.
 """
 
 import dataclasses
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
-from flax import errors as flax_errors
 from flax import nnx
 from flax.nnx import graphlib
 
@@ -33,7 +32,7 @@ from .freeze import Freezer
 # Specs are tuples whose first item is one of these tags.
 _LEAF, _REF, _STATIC, _VARIABLE, _NODE, _LIST, _DICT, _TUPLE, _PYTREE, _STATE = range(10)
 
-_STATE_KEY = "_pytree__state"  # nnx's record of the trace level an object was made at
+STATE_KEY = "_pytree__state"  # nnx's record of the trace level an object was made at
 
 # While operations are being named (`scopes`), modules carry a subclass and an attribute that no trace may depend on.
 SCOPE_KEY = "_pytree__remattools_scope"
@@ -79,35 +78,19 @@ class Capture:
     unshareable: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Edit:
-    """One object that a call changed.
-
-    Attributes:
-        index: Which of the captured objects.
-        content: Spec of its new content: the raw value and the metadata of a
-            Variable, the changed attributes of a module, all items of a container.
-        deleted: Attributes that are gone; modules only.
-    """
-
-    index: int
-    content: Any
-    deleted: tuple[Any, ...] = ()
-
-
 def capture(value: Any) -> Capture:
     """Split `value` (any nest of nnx objects, pytrees and statics) into arrays and a spec."""
-    walk = _Walk()
+    walk = Walk()
     spec = walk.visit(value)
     return Capture(walk.leaves, walk.objects, spec, walk.freezer.unshareable)
 
 
 def rebuild(spec: Any, leaves: Iterable[Any], objects: list[Any]) -> Any:
     """Build a value from its spec; objects already in `objects` are used, new ones appended."""
-    return _Build(iter(leaves), objects).build(spec)
+    return Build(iter(leaves), objects).build(spec)
 
 
-class _Walk:
+class Walk:
     """Depth-first walk; `known` maps the id of an object to its index."""
 
     def __init__(self, objects: Iterable[Any] = ()) -> None:
@@ -117,6 +100,7 @@ class _Walk:
         self.freezer = Freezer()
 
     def visit(self, value: Any) -> Any:
+        """Spec of a value and of all it reaches."""
         index = self.known.get(id(value))
         if index is not None:
             return (_REF, index)
@@ -150,12 +134,14 @@ class _Walk:
         return self.static(value)
 
     def register(self, value: Any) -> int:
+        """Give an object the next index."""
         index = len(self.objects)
         self.objects.append(value)
         self.known[id(value)] = index
         return index
 
     def static(self, value: Any) -> Any:
+        """Spec of a value that is not traced."""
         key = self.freezer.freeze(value)
         if not isinstance(value, (*_UNIQUE, type)):
             # By index, so that a returned argument is the caller's own object.
@@ -163,6 +149,7 @@ class _Walk:
         return (_STATIC, _Static(key, value))
 
     def variable_content(self, variable: Any) -> tuple[Any, Any]:
+        """Spec of a Variable's raw value, and its metadata."""
         raw = variable.get_raw_value()
         if isinstance(raw, np.ndarray | np.generic) and not raw.dtype.hasobject:
             # Weights loaded as numpy arrays are data; numpy arrays elsewhere are constants.
@@ -174,15 +161,18 @@ class _Walk:
         return spec, _Static(self.freezer.freeze(metadata), metadata)
 
     def attributes(self, content: dict[Any, Any]) -> Any:
+        """Specs of an nnx object's attributes."""
         return tuple(
-            (key, (_STATE, _static_treedef(value)) if key == _STATE_KEY else self.visit(value))
+            (key, (_STATE, _static_treedef(value)) if key == STATE_KEY else self.visit(value))
             for key, value in content.items()
         )
 
     def items(self, value: Any) -> Any:
+        """Specs of a dict's items, in its order."""
         return tuple((_Static(self.freezer.freeze(key), key), self.visit(item)) for key, item in value.items())
 
     def pytree_content(self, value: Any) -> tuple[Any, Any]:
+        """Treedef and specs of the children of any other pytree."""
         children, treedef = one_level(value)
         try:
             hash(treedef)
@@ -228,14 +218,15 @@ def _static_treedef(state: Any) -> _Static:
     return _Static(treedef, treedef)
 
 
-class _Build:
-    """Inverse of `_Walk`."""
+class Build:
+    """Inverse of `Walk`."""
 
     def __init__(self, leaves: Any, objects: list[Any]) -> None:
         self.leaves = leaves
         self.objects = objects
 
     def build(self, spec: Any) -> Any:
+        """The value a spec stands for."""
         tag = spec[0]
         if tag == _LEAF:
             return next(self.leaves)
@@ -254,6 +245,7 @@ class _Build:
         return self.build_object(spec)
 
     def build_object(self, spec: Any) -> Any:
+        """A value with an identity; takes its index before its children take theirs."""
         tag = spec[0]
         index = len(self.objects)
         self.objects.append(None)  # children may come first, the index may not move
@@ -277,9 +269,11 @@ class _Build:
         return result
 
     def items(self, content: Any) -> dict[Any, Any]:
+        """A dict from `Walk.items`."""
         return {key.value: self.build(item) for key, item in content}
 
     def pytree(self, content: Any) -> Any:
+        """A pytree from `Walk.pytree_content`."""
         treedef, children = content
         return jax.tree.unflatten(treedef.value, [self.build(child) for child in children])
 
@@ -288,108 +282,3 @@ def init_node(node: Any, attributes: dict[Any, Any]) -> None:
     """Set attributes past `__setattr__`, which would classify them anew."""
     for key, value in attributes.items():
         object.__setattr__(node, str(key), value)
-
-
-def snapshot(objects: Iterable[Any]) -> list[Any]:
-    """Shallow content of every object, to tell later which ones a call changed."""
-    return [_shallow(item) for item in objects]
-
-
-def _shallow(item: Any) -> Any:
-    if isinstance(item, nnx.Variable):
-        return (item.get_raw_value(), item.get_metadata())
-    if isinstance(graphlib.get_node_impl(item), graphlib.GraphNodeImpl):
-        return node_content(item)
-    if type(item) is list:
-        return list(item)
-    if type(item) is dict:
-        return dict(item)
-    if graphlib.is_node(item):
-        return one_level(item)
-    return None
-
-
-def changes(objects: list[Any], before: list[Any], out: Any) -> tuple[list[Any], tuple[Edit, ...], Any]:
-    """What a call did: `(leaves, edits, spec of the output)`.
-
-    Args:
-        objects: The captured objects as the call saw them.
-        before: Their `snapshot` from before the call.
-        out: What the call returned; may be or hold any of the objects.
-    """
-    walk = _Walk(objects)
-    edits = []
-    for index, (item, old) in enumerate(zip(objects, before, strict=True)):
-        new = _shallow(item)
-        if old is None or _same(old, new):
-            continue
-        if isinstance(old, dict) and type(item) is not dict:
-            changed = {key: value for key, value in new.items() if key not in old or value is not old[key]}
-            changed.pop(_STATE_KEY, None)
-            deleted = tuple(key for key in old if key not in new)
-            edits.append(Edit(index, walk.attributes(changed), deleted))
-        else:
-            edits.append(Edit(index, walk.content(item)))
-    return walk.leaves, tuple(edits), walk.visit(out)
-
-
-def _same(old: Any, new: Any) -> bool:
-    """Identity of every child; an array that was not replaced is the same object."""
-    if isinstance(old, dict):
-        return list(old) == list(new) and all(old[key] is new[key] for key in old)
-    if isinstance(old, list):
-        return len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True))
-    value, extra = old  # a Variable's raw value and metadata, or a pytree's children and treedef
-    if isinstance(value, list):
-        return _same(value, new[0]) and bool(extra == new[1])
-    return value is new[0] and _same(extra, new[1])
-
-
-def replay(edits: Iterable[Edit], out: Any, leaves: Iterable[Any], objects: list[Any]) -> Any:
-    """Do to the caller's `objects` what the call did to its copies; returns the output."""
-    build = _Build(iter(leaves), objects)
-    for edit in edits:
-        _apply(edit, objects[edit.index], build)
-    return build.build(out)
-
-
-def _apply(edit: Edit, target: Any, build: _Build) -> None:
-    if isinstance(target, nnx.Variable):
-        raw, metadata = edit.content
-        value = build.build(raw)
-        if value is not target.get_raw_value():
-            target.set_raw_value(value)
-        if metadata.value != target.get_metadata():
-            target.set_metadata(dict(metadata.value))
-    elif isinstance(graphlib.get_node_impl(target), graphlib.GraphNodeImpl):
-        _check_mutable(target)
-        init_node(target, {key: build.build(item) for key, item in edit.content})
-        for key in edit.deleted:
-            object.__delattr__(target, str(key))
-    elif type(target) is list:
-        target[:] = [build.build(item) for item in edit.content]
-    elif type(target) is dict:
-        _refill(target, build.items(edit.content))
-    else:
-        _become(target, build.pytree(edit.content))
-
-
-def _check_mutable(node: Any) -> None:
-    """nnx's own error where plain code would have met it: a change across trace levels."""
-    state = vars(node).get(_STATE_KEY)
-    if state is not None and not state.trace_state.is_valid():
-        raise flax_errors.TraceContextError(f"Cannot mutate '{type(node).__name__}' from different trace level")
-
-
-def _refill(target: MutableMapping[Any, Any], content: dict[Any, Any]) -> None:
-    target.clear()
-    target.update(content)
-
-
-def _become(target: Any, new: Any) -> None:
-    """Give a mutable pytree (an OrderedDict, a dataclass) the content of another."""
-    if isinstance(target, MutableMapping):
-        _refill(target, dict(new))
-    else:
-        for key, value in vars(new).items():
-            object.__setattr__(target, key, value)

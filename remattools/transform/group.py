@@ -23,7 +23,7 @@ from ..errors import RuleError
 from ..rules.paths import Path, format_path
 from ..rules.rule import Remat
 from . import capture as cap
-from . import names, programs, region, scopes
+from . import effects, names, programs, region, scopes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +71,22 @@ def call(target: Callable[..., Any], groups: Sequence[Group], module: Any, args:
     captured = cap.capture(((module, *args), kwargs))
     if region.is_disabled() or not any(isinstance(leaf, jax.core.Tracer) for leaf in captured.leaves):
         return target(module, *args, **kwargs)
-    effects: list[Any] = []
+    found: list[Any] = []
 
     def traced(leaves: list[Any]) -> list[Any]:
         objects: list[Any] = []
         inner_args, inner_kwargs = cap.rebuild(captured.spec, leaves, objects)
-        before = cap.snapshot(objects)
+        before = effects.snapshot(objects)
         with scopes.recorded([((), inner_args[0])]):
             out = target(*inner_args, **inner_kwargs)
-        results, edits, spec = cap.changes(objects, before, out)
-        effects.append((edits, spec))
+        results, edits, spec = effects.changes(objects, before, out)
+        found.append((edits, spec))
         return results
 
     program = jax.make_jaxpr(traced)(captured.leaves)
     results = _run(program, groups, captured.leaves)
-    edits, spec = effects[0]
-    return cap.replay(edits, spec, results, captured.objects)
+    edits, spec = found[0]
+    return effects.replay(edits, spec, results, captured.objects)
 
 
 def _run(program: Any, groups: Sequence[Group], leaves: list[Any]) -> list[Any]:

@@ -26,7 +26,7 @@ import jax
 from ..rules.paths import Path
 from ..rules.rule import Remat
 from . import capture as cap
-from . import names, scopes
+from . import effects, names, scopes
 
 # A target is how a region finds the code to run: `target(*args, **kwargs)`, where the first of `args` may be the
 # rebuilt module. It must be hashable and compare by value.
@@ -71,7 +71,7 @@ class _Inputs:
 class _Effects:
     """What the call did and returned but for the arrays; hashes by identity, JAX never compares it."""
 
-    edits: tuple[cap.Edit, ...]
+    edits: tuple[effects.Edit, ...]
     out: Any
 
 
@@ -144,8 +144,8 @@ def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str,
         run, token = functools.partial(run), object()
     static = _Static(target, action, captured.spec, token)
     outputs = _checkpointed(run, action)(_Inputs(captured.leaves, static))
-    effects = outputs.effects
-    return cap.replay(effects.edits, effects.out, outputs.leaves, captured.objects)
+    done = outputs.effects
+    return effects.replay(done.edits, done.out, outputs.leaves, captured.objects)
 
 
 def _checkpointed(run: Callable[[_Inputs], _Outputs], action: Remat) -> Callable[[_Inputs], _Outputs]:
@@ -169,27 +169,27 @@ def _traced(inputs: _Inputs, *, named: bool) -> _Outputs:
     if not named:
         return _body(inputs.leaves, static, named=False)
     # The names are put onto the traced operations, where a pattern can see them all.
-    effects: list[_Effects] = []
+    found: list[_Effects] = []
 
     def traced(leaves: list[Any]) -> list[Any]:
         outputs = _body(leaves, static, named=True)
-        effects.append(outputs.effects)
+        found.append(outputs.effects)
         return outputs.leaves
 
     leaves = names.evaluate(traced, inputs.leaves, static.action)
-    return _Outputs(leaves, effects[0])
+    return _Outputs(leaves, found[0])
 
 
 def _body(leaves: list[Any], static: _Static, *, named: bool) -> _Outputs:
     objects: list[Any] = []
     args, kwargs = cap.rebuild(static.spec, leaves, objects)
-    before = cap.snapshot(objects)
+    before = effects.snapshot(objects)
     if named:
         with scopes.recorded(_roots(args, kwargs)):
             out = static.target(*args, **kwargs)
     else:
         out = static.target(*args, **kwargs)
-    out_leaves, edits, out_spec = cap.changes(objects, before, out)
+    out_leaves, edits, out_spec = effects.changes(objects, before, out)
     return _Outputs(out_leaves, _Effects(edits, out_spec))
 
 
