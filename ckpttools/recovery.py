@@ -19,9 +19,10 @@ from .spec.retention import ranked
 from .state import tree
 from .state.match import absent_item, pair, require_legal_skeletons, require_match
 from .state.place import HostItem
-from .store import commit, integrity
+from .store import integrity
 from .store.catalogue import Catalogue, Entry
 from .store.manifest import Manifest
+from .store.run import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ type Check = Callable[[Loaded], None]
 
 
 def load_first_intact(
-    candidates: Sequence[Entry], state: Mapping[str, Any], *, check: Check, quarantine_in: pathlib.Path | None
+    candidates: Sequence[Entry], state: Mapping[str, Any], *, check: Check, run: RunFolder
 ) -> tuple[Loaded | None, list[Candidate]]:
     """The first candidate whose bytes are proved, and the record of all that were tried.
 
@@ -93,7 +94,7 @@ def load_first_intact(
         candidates: Steps in the order in which they are tried.
         state: The template.
         check: A further check.
-        quarantine_in: The run's folder, if damaged steps may be moved out of the way.
+        run: The run; its damaged steps are moved out of the way unless another process writes to it.
 
     Raises:
         StructureError: If an intact step does not fit the template.
@@ -107,7 +108,7 @@ def load_first_intact(
             tried.append((entry, _rejected(entry, error)))
             continue
         # Only now: with nothing intact all stays where it is, or the next start would find an empty directory.
-        return loaded, [*(_quarantined(damaged, candidate, quarantine_in) for damaged, candidate in tried), used]
+        return loaded, [*_quarantined(run, tried), used]
     return None, [candidate for _, candidate in tried]
 
 
@@ -161,11 +162,14 @@ def _rejected(entry: Entry, error: StepDamagedError) -> Candidate:
     )
 
 
-def _quarantined(entry: Entry, candidate: Candidate, quarantine_in: pathlib.Path | None) -> Candidate:
-    damaged = candidate.verdict in ("incomplete", "corrupt")
-    if quarantine_in is None or not damaged or not entry.path.exists():
-        return candidate
-    return dataclasses.replace(candidate, moved_to=commit.quarantine(quarantine_in, entry.path))
+def _quarantined(run: RunFolder, tried: Sequence[tuple[Entry, Candidate]]) -> list[Candidate]:
+    """The rejected candidates, with the damaged ones moved out of the way if that is possible."""
+    candidates = []
+    for entry, candidate in tried:
+        if candidate.verdict in ("incomplete", "corrupt"):
+            candidate = dataclasses.replace(candidate, moved_to=run.quarantine(entry.path))
+        candidates.append(candidate)
+    return candidates
 
 
 def no_intact_step(report: RestoreReport, directory: pathlib.Path) -> NoIntactStepError:

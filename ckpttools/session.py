@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import jax
+
 from . import advice, recovery, saving, validation
 from .errors import (
     CheckpointError,
     CheckpointWarning,
     NotRestoredError,
-    RunInUseError,
     SpecError,
     StepNotFoundError,
     StepOrderError,
@@ -53,16 +54,19 @@ class Session:
     def __init__(self, spec: CheckpointSpec, validate: validation.Validate | None = None) -> None:
         self.spec = spec
         self.directory = pathlib.Path(os.path.abspath(spec.directory))
-        commit.require_writable(self.directory)
+        _require_single_process()
         self._run = RunFolder(self.directory)
+        if not self._run.is_used():
+            # A run that has steps may be restored from a disk that cannot be written; a new run needs one that can.
+            commit.require_writable(self.directory)
         self._validate = validate
         self._stop = StopRequest()
         self._stalls = advice.StallMeter()
         self._worker: Worker | None = None
         self._buffers: snapshot.Buffers = {}
         self._memory: Any = None
+        self._origin: tuple[int, manifest.Lineage] | None = None
         self._lineage: manifest.Lineage = ()
-        self._restored = False
         self._position = 0
         self._final_step: int | None = None
         self._run_s_before = 0.0
@@ -163,7 +167,6 @@ class Session:
         self.wait()
         if isinstance(step, BestStep):
             step = self._with_mode(step)
-        quarantine_in = self._try_lock()
         candidates = recovery.order(self._run.steps(), step)
 
         def check(loaded: Loaded) -> None:
@@ -176,10 +179,8 @@ class Session:
             # This step and no other was asked for, so its damage is raised rather than passed over.
             loaded, tried = recovery.load_one(candidates[0], state, check=check)
         else:
-            loaded, tried = recovery.load_first_intact(candidates, state, check=check, quarantine_in=quarantine_in)
+            loaded, tried = recovery.load_first_intact(candidates, state, check=check, run=self._run)
         report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried))
-        if report.damaged:
-            self._run.forget()
         if loaded is None:
             if any(candidate.verdict != "empty" for candidate in tried):
                 raise recovery.no_intact_step(report, self.directory)
@@ -193,31 +194,27 @@ class Session:
             report, step=summary.step, state=filled, metrics=dict(summary.metrics), seconds=time.monotonic() - began
         )
 
-    def _try_lock(self) -> pathlib.Path | None:
-        """The run's folder if nobody else writes to it: a reader must not move a writer's steps."""
-        try:
-            self._run.lock_for_writing()
-        except RunInUseError:
-            return None
-        return self.directory
-
     def _begin(self, step: int, lineage: manifest.Lineage, memory: Any, run_s: float) -> None:
         """Go on from a restored step, or from nothing."""
+        self._origin = step, lineage
         self._lineage = self._run.lineage_from(step, lineage)
-        self._restored, self._position, self._memory = True, step, memory
+        self._position, self._memory = step, memory
         self._run_s_before, self._started_at = run_s, time.monotonic()
 
-    def _require_restored(self) -> None:
-        if self._restored:
-            return
-        if not self._run.steps().entries:
+    def _begin_training(self) -> None:
+        """Make sure that this process may go on with the run, and is the only one that does."""
+        if self._origin is None:
+            if self._run.is_used():
+                raise NotRestoredError(
+                    what=f"{self.directory} holds steps and none was restored.",
+                    why="training from the start would supersede the run that is there.",
+                    fix="report = ckpt.restore(state) before the loop, or another directory for a new run.",
+                )
             self._begin(0, (), None, 0.0)
-            return
-        raise NotRestoredError(
-            what=f"{self.directory} holds steps and none was restored.",
-            why="training from the start would supersede the run that is there.",
-            fix="report = ckpt.restore(state) before the loop, or another directory for a new run.",
-        )
+        if not self._run.lock.held and self._origin:
+            self._run.lock_for_writing()
+            # Another process may have gone on with the run since the restore; then this one is a branch.
+            self._lineage = self._run.lineage_from(*self._origin)
 
     # Train
 
@@ -229,7 +226,7 @@ class Session:
         Raises:
             NotRestoredError: If the directory is in use and `restore` was not called.
         """
-        self._require_restored()
+        self._begin_training()
         if type(total) is not int or total < 0:
             raise StepOrderError(what=f"steps({total!r}) is no number of steps.", fix="steps(10_000)")
         return self._count(total)
@@ -277,7 +274,7 @@ class Session:
         """Save now, whatever the triggers say."""
 
         def run() -> Outcome:
-            self._require_restored()
+            self._begin_training()
             finished = self._collect()
             return self._save(self._moment(step, metrics or {}), state, metrics or {}, reason, finished)
 
@@ -312,7 +309,7 @@ class Session:
             raise
 
     def _step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> Outcome:
-        self._require_restored()
+        self._begin_training()
         self._stop.listen()
         finished = self._collect()
         moment = self._moment(step, metrics)
@@ -353,7 +350,6 @@ class Session:
     ) -> Outcome:
         began = time.monotonic()
         require_items(state)
-        self._run.lock_for_writing()
         finished = self.wait() or finished
         if self._run.holds(moment.step, self._lineage):
             return Skipped(step=moment.step, reason="this step is saved already", finished=finished)
@@ -420,3 +416,12 @@ class Session:
     def _warn(self, text: str | None) -> None:
         if text:
             warnings.warn(text, CheckpointWarning, stacklevel=4)
+
+
+def _require_single_process() -> None:
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        raise StorageError(
+            what=f"this run has {jax.process_count()} processes.",
+            why="this version commits from one process; several would each commit a part as the whole.",
+            fix="save from a single process for now.",
+        )

@@ -42,8 +42,11 @@ class StopRequest:
         In a distributed run the processes have to stop at the same step, and a scheduler's notice may reach only one
         of them: JAX's preemption service makes them agree.
         """
-        distributed = jax.distributed.is_initialized() and jax.process_count() > 1
-        if self.reason is None and distributed and multihost_utils.reached_preemption_sync_point(step):
+        if (
+            self.reason is None
+            and jax.distributed.is_initialized()
+            and multihost_utils.reached_preemption_sync_point(step)
+        ):
             self.reason = "a preemption notice asked to stop"
         return self.reason
 

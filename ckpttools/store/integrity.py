@@ -11,16 +11,20 @@ from ..errors import CheckpointError, CorruptStepError, IncompleteStepError, Sto
 from ..state.leaves import Record, dotted
 from . import digest, orbax
 from .catalogue import Entry
+from .manifest import refuse_links
 
 
 def read_proved(entry: Entry, records: Mapping[str, tuple[Record, ...]]) -> orbax.HostArrays:
     """Read leaves of a committed step to the host and compare their digests.
 
     Raises:
+        UntrustedStepError: If the step leads out of the run by a link.
         CorruptStepError: If a leaf differs, naming all such leaves and the damaged files.
         IncompleteStepError: If the step was removed meanwhile.
         StorageError: If the files are intact and cannot be read all the same.
     """
+    if entry.manifest:
+        refuse_links(entry.path, entry.manifest.summary)
     try:
         arrays = orbax.read(entry.path, records)
     except orbax.ReadError as error:

@@ -178,7 +178,6 @@ def _open(data: bytes) -> Manifest:
 
 def _check_files(folder: pathlib.Path, summary: Summary) -> None:
     missing, sizes = [], []
-    _refuse_links(folder, summary)
     for name, (size, _) in summary.files.items():
         # Strings rather than Path objects: a run of a thousand steps has tens of thousands of files.
         try:
@@ -198,7 +197,11 @@ def _check_files(folder: pathlib.Path, summary: Summary) -> None:
         raise error
 
 
-def _refuse_links(folder: pathlib.Path, summary: Summary) -> None:
+def refuse_links(folder: pathlib.Path, summary: Summary) -> None:
+    """Raise `UntrustedStepError` if a folder of the step is a link; asked before a step is read, not for each listing.
+
+    Files are asked at every listing, along with their sizes.
+    """
     parents: set[str] = set()
     for name in summary.files:
         parent = name.rpartition("/")[0]

@@ -2,6 +2,7 @@
 """A run's folder as one object: its steps, its pins, its lock, and what retention deletes from it."""
 
 import dataclasses
+import os
 import pathlib
 import secrets
 import shutil
@@ -25,6 +26,13 @@ class RunFolder:
         self.lock = WriterLock(directory)
         self._known: Catalogue | None = None
 
+    def is_used(self) -> bool:
+        """Whether there is any numbered folder, whole or not; cheaper than `steps`."""
+        if not self.directory.is_dir():
+            return False
+        with os.scandir(self.directory) as entries:
+            return any(layout.step_number(entry.name) is not None for entry in entries)
+
     def steps(self) -> Catalogue:
         """The steps at this moment."""
         if self._known is None or not self.lock.held:
@@ -40,11 +48,29 @@ class RunFolder:
 
         Raises:
             RunInUseError: If another process holds the lock.
+            StorageError: If the folder cannot be written.
         """
         if not self.lock.held:
+            commit.require_writable(self.directory)
             self.lock.acquire()
             commit.sweep(self.directory)
             self.forget()
+
+    def quarantine(self, path: pathlib.Path) -> pathlib.Path | None:
+        """Move a damaged step out of the way; None if another process writes to the run or the disk cannot be written.
+
+        A reader must not move a writer's steps: one that is being deleted looks damaged, too.
+        """
+        held = self.lock.held
+        try:
+            self.lock.acquire()
+            self.forget()
+            return commit.quarantine(self.directory, path) if path.exists() else None
+        except OSError:
+            return None
+        finally:
+            if not held:
+                self.lock.release()
 
     def add(self, path: pathlib.Path) -> None:
         """Take note of a step that was just committed."""

@@ -2,6 +2,7 @@
 """A run from open to close: resume bit for bit, outcomes, what is refused."""
 
 import os
+import pathlib
 import signal
 
 import jax
@@ -204,6 +205,54 @@ def test_a_directory_that_cannot_be_written_fails_at_open(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ct.StorageError, match="cannot be written"):
         ct.open(spec_for(tmp_path / "file" / "run"))
+
+
+def test_a_run_on_a_disk_that_cannot_be_written_is_restored_and_not_trained(tmp_path, monkeypatch):
+    params = {"params": jnp.ones(2)}
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, params)
+
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", refuse)
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        assert ckpt.restore(params).step == 1
+        with pytest.raises(ct.StorageError, match="cannot be written"):
+            ckpt.steps(4)
+
+
+def test_a_long_reader_does_not_keep_a_writer_out_and_sees_its_steps(tmp_path):
+    params = {"params": jnp.ones(2)}
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, params)
+    with ct.open(spec_for(tmp_path)) as reader:
+        reader.restore(params)
+        with ct.open(spec_for(tmp_path)) as writer:
+            writer.restore(params)
+            writer.save(2, params)
+            writer.wait()
+            assert reader.latest_step() == 2
+        # Another went on with the run since this one's restore, so what it saves is a branch.
+        reader.save(3, params)
+        reader.wait()
+        assert reader.all_steps() == (1, 3)
+
+
+def test_several_processes_are_refused_by_this_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ct.StorageError, match="2 processes"):
+        ct.open(spec_for(tmp_path))
+
+
+def test_a_preemption_notice_saves_and_ends_the_loop(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", lambda step: step == 3)
+    with ct.open(spec_for(tmp_path, save=ct.EverySteps(100))) as ckpt:
+        outcomes = [ckpt.step(step, {"params": jnp.ones(2)}) for step in ckpt.steps(50)]
+    assert outcomes[-1].reason == "a preemption notice asked to stop"
+    assert len(outcomes) == 3
 
 
 def test_two_writers_are_refused_and_a_reader_is_not(tmp_path):

@@ -106,6 +106,7 @@ def test_repair_of_no_folder_and_of_a_run_in_use(run, tmp_path):  # noqa: F811
         ct.repair(tmp_path / "nothing")
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(STATE)
+        ckpt.steps(99)
         with pytest.raises(ct.RunInUseError):
             ct.repair(run)
         assert str(ct.repair(run, dry_run=True)) == "nothing to repair"

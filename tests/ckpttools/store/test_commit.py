@@ -73,6 +73,7 @@ def test_what_a_killed_process_left_is_swept_by_the_next_writer(tmp_path):
         (folder / "left").write_text("x")
     with ct.open(spec) as ckpt:
         ckpt.restore({"w": jnp.ones(2)})
+        ckpt.steps(5)
     assert not list(layout.control(tmp_path, "staging").iterdir())
     assert not list(layout.control(tmp_path, "trash").iterdir())
 
