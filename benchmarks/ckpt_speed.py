@@ -18,6 +18,8 @@ import pathlib
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -172,6 +174,7 @@ def measure(args: argparse.Namespace) -> tuple[Timings, dict[str, str]]:
     finally:
         session.close(raise_errors=False)
         shutil.rmtree(root, ignore_errors=True)
+    facts |= peaks(args)
     facts["opening a run of 1,000 steps and finding the newest"] = f"{open_thousand(args.folder):.2f} s"
     return timings, facts
 
@@ -182,6 +185,52 @@ def _kept_bytes(session: ct.Session) -> int:
 
 def _bytes(state) -> int:
     return sum(np.asarray(x).nbytes for x in jax.tree.leaves(state))
+
+
+def peak(way: str, megabytes: int, folder: pathlib.Path) -> float:
+    """Host memory that one operation takes at most beyond what the process has before it, in states."""
+    state = make_state(megabytes)
+    total = _bytes(state)
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    spec = spec_for(folder / "ours", asynchronous=True)
+    if way.startswith("restore"):
+        if way == "restore: ckpttools":
+            save_ours(folder / "ours", state)
+        else:
+            save_orbax(folder / "plain", state, compression=False)
+        del state
+    # The highest mark so far is taken back, so that the next one is of the operation alone.
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    if way == "save: ckpttools":
+        with ct.open(spec) as ckpt:
+            ckpt.save(1, {"model": state})
+    elif way == "save: Orbax":
+        save_orbax(folder / "plain", state, compression=False)
+    elif way == "restore: ckpttools":
+        with ct.open(spec) as ckpt:
+            jax.block_until_ready(ckpt.restore({"model": template}).state)
+    else:
+        jax.block_until_ready(v1.load_checkpointables(folder / "plain", {"model": template}))
+    return (_status_bytes("VmHWM") - before) / total
+
+
+def _status_bytes(field: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def peaks(args: argparse.Namespace) -> dict[str, str]:
+    """The peaks, each in a process of its own."""
+    found = {}
+    for way in ("save: ckpttools", "save: Orbax", "restore: ckpttools", "restore: Orbax"):
+        with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+            command = [sys.executable, "-W", "ignore", __file__, "--peak", way, "--folder", scratch]
+            done = subprocess.run(
+                [*command, "--megabytes", str(args.megabytes)], capture_output=True, text=True, check=True
+            )
+        found[f"peak memory, {way}"] = f"{float(done.stdout.split()[-1]):.2f} states beyond what was there before"
+    return found
 
 
 def open_thousand(folder: str | None) -> float:
@@ -250,7 +299,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", help="where to write; a disk, not a memory file system")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks/ckpt_speed.md")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.peak:
+        print(peak(args.peak, args.megabytes, pathlib.Path(args.folder)))
+        return
     text = table(*measure(args), args)
     print(text)
     if args.write:

@@ -61,7 +61,7 @@ def unpack(skeleton: Any, values: Sequence[Any]) -> Any:
             raise CorruptStepError(what=f"a stored state is nested deeper than {_DEEPEST} levels.")
         if type(part) is int and 0 <= part < len(values):
             return values[part]
-        match part:
+        match part if isinstance(part, dict) and len(part) == 1 else None:
             case {"dict": [*entries]} if all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
                 return {key: visit(entry, depth + 1) for key, entry in entries}
             case {"list": [*entries]}:

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States to leaves and back: what is refused, and what a difference in structure looks like."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import ckpttools as ct
+from ckpttools.state import leaves as leaf_forms
+from ckpttools.state import tree
+from ckpttools.state.packing import pack, unpack
+from ckpttools.store import digest
+from tests.ckpttools.examples import Net, leaves
+
+
+def round_trip(folder, value, template):
+    spec = ct.CheckpointSpec(directory=folder)
+    with ct.open(spec) as ckpt:
+        ckpt.save(1, {"item": value})
+        return ckpt.restore({"item": template}).state["item"]
+
+
+def test_paths_of_a_module_and_of_its_split_state_are_equal():
+    model = Net(nnx.Rngs(0))
+    split = nnx.split(model)[1]
+    assert [leaf.path for leaf in tree.flatten(model).leaves] == [leaf.path for leaf in tree.flatten(split).leaves]
+
+
+@flax.struct.dataclass
+class TrainState:
+    params: dict
+    step: int
+
+
+def test_dataclasses_optax_states_and_modules_inside_a_pytree(tmp_path):
+    params = {"w": jnp.arange(3.0), "b": jnp.zeros(1)}
+    transform = optax.chain(optax.clip(1.0), optax.masked(optax.adam(1e-3), {"w": True, "b": False}))
+
+    def build(scale):
+        scaled = jax.tree.map(lambda x: x + scale, params)
+        return (
+            TrainState(params=scaled, step=int(scale)),
+            transform.init(scaled),
+            {"model": Net(nnx.Rngs(int(scale)))},
+        )
+
+    value, template = build(3.0), build(5.0)
+    restored = round_trip(tmp_path, value, template)
+    assert leaves({"item": restored}) == leaves({"item": value})
+    assert restored[0].step == 3
+    assert restored[2]["model"] is template[2]["model"], "a live object is filled in place wherever it stands"
+
+
+def test_a_variable_on_its_own_is_filled_in_place(tmp_path):
+    variable = nnx.Param(jnp.zeros(3))
+    restored = round_trip(tmp_path, {"p": nnx.Param(jnp.arange(3.0))}, {"p": variable})
+    assert restored["p"] is variable
+    np.testing.assert_array_equal(variable[...], [0, 1, 2])
+
+
+def test_numbers_that_jit_turned_into_arrays_fit_a_fresh_state(tmp_path):
+    restored = round_trip(tmp_path, {"step": jnp.asarray(7)}, {"step": 0})
+    assert int(restored["step"]) == 7
+
+
+def test_a_variable_shared_by_two_items_is_restored_in_both(tmp_path):
+    model = Net(nnx.Rngs(0))
+    state = {"model": model, "layer": model.layers[0]}
+    with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt:
+        ckpt.save(1, state)
+        before = leaves(state)
+        model.layers[0].kernel[...] = jnp.zeros((8, 8))
+        ckpt.restore(state)
+    assert leaves(state) == before
+
+
+class Iterator:
+    def __init__(self, state):
+        self.state = state
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+
+def test_the_state_of_an_iterator_is_rebuilt_from_what_was_stored(tmp_path):
+    state = {"epoch": 3, "buffer": [np.arange(3), (b"x", None)], 7: {"deep": {}}, "key": jax.random.key(2)}
+    fresh = Iterator({"epoch": 0})
+    round_trip(tmp_path, Iterator(state), fresh)
+    assert leaves({"x": fresh}) == leaves({"x": Iterator(state)})
+    assert fresh.state["buffer"][1] == (b"x", None)
+    assert 7 in fresh.state
+
+
+def test_an_iterator_inside_a_dict_is_found(tmp_path):
+    fresh = {"train": Iterator({}), "epoch": 0}
+    restored = round_trip(tmp_path, {"train": Iterator({"at": 5}), "epoch": 2}, fresh)
+    assert restored["epoch"] == 2
+    assert fresh["train"].state == {"at": 5}
+
+
+def test_an_iterator_that_refuses_its_state_leaves_the_model_as_it_was(tmp_path):
+    class Picky(Iterator):
+        def set_state(self, state):
+            raise ValueError("no")
+
+    spec = ct.CheckpointSpec(directory=tmp_path)
+    with ct.open(spec) as ckpt:
+        ckpt.save(1, {"model": Net(nnx.Rngs(0)), "data": Iterator({"at": 5})})
+        state = {"model": Net(nnx.Rngs(1)), "data": Picky({})}
+        before = leaves({"model": state["model"]})
+        with pytest.raises(ValueError, match="no"):
+            ckpt.restore(state)
+    assert leaves({"model": state["model"]}) == before
+
+
+def mismatches(folder, value, template):
+    with pytest.raises(ct.StructureError) as caught:
+        round_trip(folder, value, template)
+    return caught.value.mismatches
+
+
+def test_a_missing_leaf_names_the_closest_one(tmp_path):
+    lines = mismatches(tmp_path, {"kernel": jnp.ones(2)}, {"kernle": jnp.ones(2)})
+    assert lines[0] == "item.kernle: not on disk; did you mean 'item.kernel'?"
+    assert lines[1] == "item.kernel: on disk, not in the state passed in"
+
+
+@pytest.mark.parametrize(
+    ("value", "template", "line"),
+    [
+        pytest.param(jnp.ones(2), "text", "item.x: float32[2] on disk, a plain value here", id="array and text"),
+        pytest.param("text", jnp.ones(2), "item.x: a plain value on disk, float32[2] here", id="text and array"),
+        pytest.param(jnp.ones(2), jax.random.key(0), "item.x: float32[2] on disk, key threefry2x32[] here", id="key"),
+        pytest.param(
+            jax.random.key(0),
+            jax.random.key(0, impl="rbg"),
+            "item.x: key threefry2x32[] on disk, key rbg[] here",
+            id="another key",
+        ),
+        pytest.param(
+            {"a": 1}, Iterator({}), "item.x: holds a state (get_state/set_state) here and none on disk", id="iterator"
+        ),
+    ],
+)
+def test_differences_are_told_in_the_words_of_the_user(tmp_path, value, template, line):
+    assert line in mismatches(tmp_path, {"x": value}, {"x": template})
+
+
+def test_many_differences_are_cut_in_the_message_and_whole_in_the_attribute(tmp_path):
+    with pytest.raises(ct.StructureError, match="and 10 more") as caught:
+        round_trip(tmp_path, {f"w{n}": jnp.ones(2) for n in range(30)}, {f"w{n}": jnp.ones(3) for n in range(30)})
+    assert len(caught.value.mismatches) == 30
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param({"deep": None}, id="a state that holds itself"),
+        pytest.param({1.5: "x"}, id="a float as a key"),
+        pytest.param({"x": object()}, id="an object"),
+    ],
+)
+def test_states_of_iterators_that_cannot_be_written_are_refused(tmp_path, state):
+    if "deep" in state:
+        state["deep"] = state
+    with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt, pytest.raises(ct.LeafError) as caught:
+        ckpt.save(1, {"data": Iterator(state)})
+    assert caught.value.fix
+
+
+def test_a_key_of_a_pytree_that_is_no_name_is_refused(tmp_path):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt, pytest.raises(ct.LeafError, match="key True of type"):
+        ckpt.save(1, {"x": {True: jnp.ones(1)}})
+
+
+@pytest.mark.parametrize("skeleton", [5, {"set": []}, {"dict": [["a"]]}, "x", None, {"dict": [], "list": []}])
+def test_skeletons_that_make_no_sense_are_refused(skeleton):
+    with pytest.raises(ct.CorruptStepError):
+        unpack(skeleton, [1])
+
+
+def test_skeletons_that_are_too_deep_are_refused():
+    skeleton = 0
+    for _ in range(200):
+        skeleton = {"list": [skeleton]}
+    with pytest.raises(ct.CorruptStepError, match="deeper"):
+        unpack(skeleton, [1])
+
+
+def test_packing_goes_both_ways():
+    value = {"a": [1, (2, {"b": None})], 3: {}, "c": []}
+    skeleton, found = pack(value, ())
+    assert unpack(skeleton, [leaf.value for leaf in found]) == value
+
+
+def test_digests_of_unknown_kind_and_strange_values_are_refused():
+    with pytest.raises(ct.CorruptStepError, match="unknown kind"):
+        digest.of_bytes("md5", b"")
+    with pytest.raises(ct.CorruptStepError):
+        leaf_forms.decode_value({"float": 3})
+    with pytest.raises(ct.LeafError, match="unknown dtype"):
+        leaf_forms._implementation(jax.ShapeDtypeStruct((), jnp.float32))
