@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command is about: `module:factory`, or `file.py:factory`.
+
+The factory is a function without arguments that returns `(fn, args)`, such as a loss
+with an abstract model and batch, or `(model, inputs)`.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from ..errors import MeasureError, did_you_mean
+from . import staging
+
+_EXAMPLE = "def factory(): return loss, (nnx.eval_shape(build), jax.ShapeDtypeStruct((8, 512), jnp.int32))"
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A call to look at.
+
+    Attributes:
+        fn: The function; of a lone model, the sum of what it returns.
+        args: Its arguments.
+        inputs: Arguments of the model's own call, where the factory gave a model.
+    """
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    inputs: tuple[Any, ...] | None = None
+
+
+def load_subject(text: str) -> Subject:
+    """Import the module and call the factory.
+
+    Raises:
+        MeasureError: If there is no such factory, it raises, or returns something else.
+    """
+    module_name, _, name = text.partition(":")
+    if not module_name or not name:
+        raise MeasureError(
+            what=f"{text!r} does not name a factory.",
+            why="it takes a module and a function in it that builds what to look at.",
+            fix="my_package.my_module:factory, or train.py:factory.",
+        )
+    module = _import(module_name)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise MeasureError(
+            what=f"{module_name} has no function {name!r}.",
+            why="a factory is called to build the function and its arguments.",
+            fix=did_you_mean(name, names) or _EXAMPLE,
+        )
+    try:
+        made = factory()
+    except Exception as error:
+        raise MeasureError(
+            what=f"the factory {text} raised {type(error).__name__}: {error}",
+            why="it has to run here, before anything can be looked at.",
+            fix=f'run it alone: python -c "import {module_name}; {module_name}.{name}()".',
+        ) from error
+    return _subject(text, made)
+
+
+def _import(name: str) -> ModuleType:
+    """A module by name, seen from the working directory, or a file."""
+    try:
+        if name.endswith(".py"):
+            return _import_file(pathlib.Path(name))
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        return importlib.import_module(name)
+    except Exception as error:
+        raise MeasureError(
+            what=f"{name} cannot be imported: {type(error).__name__}: {error}",
+            why="the factory lies in it.",
+            fix="run the command where `import` finds the module, with the packages that it needs.",
+        ) from error
+
+
+def _import_file(path: pathlib.Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _subject(text: str, made: Any) -> Subject:
+    if isinstance(made, tuple) and len(made) == 2 and callable(made[0]):
+        first, second = made
+        args = second if isinstance(second, tuple) else (second,)
+        if isinstance(first, nnx.Module):
+            return Subject(_summed, (first, *args), args)
+        return Subject(first, args)
+    raise MeasureError(
+        what=f"the factory {text} returned {type(made).__name__}, not a pair.",
+        why="a function with its arguments, or a model with its inputs, is looked at.",
+        fix=_EXAMPLE,
+    )
+
+
+def _summed(model: Any, *inputs: Any) -> Any:
+    floats = [leaf for leaf in staging.arrays_of(model(*inputs)) if staging.is_float(leaf)]
+    return sum((jnp.sum(leaf, dtype=jnp.float32) for leaf in floats), start=jnp.zeros(()))

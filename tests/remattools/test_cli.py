@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: every command on a factory, its JSON, and its exit codes."""
+
+import json
+import runpy
+import sys
+
+import pytest
+
+from remattools import cli
+
+FACTORIES = """
+import jax, jax.numpy as jnp
+from flax import nnx
+from tests.remattools.models import Tower, inputs, loss
+
+def training():
+    return loss, (nnx.eval_shape(lambda: Tower(depth=4)), inputs(16, 16))
+
+def lone_model():
+    return nnx.eval_shape(Tower), (inputs(),)
+
+def huge():
+    def deep(weights, x):
+        for _ in range(4):
+            x = jnp.sin(jnp.cos(x @ weights) @ weights)
+        return jnp.mean(x**2)
+
+    return deep, (jax.ShapeDtypeStruct((512, 512), jnp.float32), jax.ShapeDtypeStruct((2**21, 512), jnp.float32))
+
+def broken():
+    raise RuntimeError("no weights here")
+
+def wrong():
+    return 3
+
+number = 5
+"""
+RULES = """
+[[remat.rule]]
+pattern = "layers.*"
+policy = "nothing_saveable"
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    (tmp_path / "factories.py").write_text(FACTORIES)
+    (tmp_path / "full.toml").write_text(RULES)
+    (tmp_path / "typo.toml").write_text(RULES.replace("layers", "layer"))
+    monkeypatch.setenv("REMATTOOLS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("factories", None)
+
+
+@pytest.fixture
+def run(place, capsys):
+    def call(command, *options, factory="training"):
+        code = cli.main([command, f"{place / 'factories.py'}:{factory}", *map(str, options)])
+        return code, capsys.readouterr()
+
+    return call
+
+
+def test_explain(run, place):
+    code, out = run("explain", "--rules", place / "full.toml", "--json")
+    actions = {row["path"]: row["action"] for row in json.loads(out.out)}
+    assert code == cli.OK
+    assert actions["layers.0"] == "nothing_saveable"
+    assert actions["head"] is None
+    code, out = run("explain", "--rules", "nothing_saveable", "--names", factory="lone_model")
+    assert "attention.qkv" in out.out
+
+
+def test_residuals(run, place):
+    _, plain = run("residuals", "--json")
+    code, ruled = run("residuals", "--json", "--rules", place / "full.toml")
+    assert code == cli.OK
+    assert json.loads(ruled.out)["computed_bytes"] < json.loads(plain.out)["computed_bytes"] / 2
+    assert "layers.[0:4]" in run("residuals")[1].out
+    assert "layers.[0:3]" in run("residuals", factory="lone_model")[1].out
+
+
+def test_measure(run, place):
+    _, plain = run("measure", "--target", "cpu", "--json")
+    code, ruled = run("measure", "--target", "cpu", "--json", "--rules", place / "full.toml")
+    _, forward = run("measure", "--target", "cpu", "--json", "--as-is")
+    temp = [json.loads(out.out)["temp_bytes"] for out in (plain, ruled, forward)]
+    assert code == cli.OK
+    assert temp[1] < temp[0]
+    assert temp[2] < temp[0]
+    assert "temp" in run("measure", "--target", "cpu", "--no-cache")[1].out
+
+
+def test_compare(run, place):
+    code, out = run(
+        "compare", "--target", "cpu", "--rules", place / "full.toml", "--rules", "dots=dots_saveable",
+        "--csv", place / "out.csv", "--json",
+    )  # fmt: skip
+    rows = json.loads(out.out)["rows"]
+    assert code == cli.OK
+    assert [row["name"] for row in rows] == ["none", "full", "dots"]
+    assert rows[1]["memory_ratio"] < 1
+    assert (place / "out.csv").read_text().count("\n") == 4
+
+
+def test_check(run, place):
+    code, out = run("check", "--target", "cpu", "--rules", place / "full.toml")
+    assert code == cli.OK, out.out
+    code, out = run("check", "--target", "cpu", "--rules", "everything_saveable", "--json")
+    assert code == cli.NO
+    assert json.loads(out.out)["findings"]
+
+
+def test_timeline(run, place):
+    pytest.importorskip("matplotlib")
+    code, out = run("timeline", "--plot", place / "t.svg")
+    assert code == cli.OK
+    assert "peak" in out.out
+    assert (place / "t.svg").exists()
+    assert json.loads(run("timeline", "--json")[1].out)["peak_bytes"] > 0
+
+
+def test_what_does_not_fit_exits_with_no(run):
+    pytest.importorskip("libtpu")
+    code, out = run("measure", "--target", "tpu:v5e", factory="huge")
+    assert code == cli.NO
+    assert "OUT OF MEMORY" in out.out
+
+
+@pytest.mark.parametrize(
+    ("command", "factory", "options", "said"),
+    [
+        pytest.param("measure", "broken", (), "no weights here", id="factory raises"),
+        pytest.param("measure", "wrong", (), "not a pair", id="factory returns nonsense"),
+        pytest.param("measure", "trainin", (), "did you mean 'training'", id="no such factory"),
+        pytest.param("measure", "number", (), "has no function", id="not a function"),
+        pytest.param("measure", "training", ("--target", "abacus"), "there is no target", id="no such target"),
+        pytest.param("measure", "training", ("--run",), "abstract", id="nothing to run"),
+        pytest.param("residuals", "training", ("--rules", "nope.toml"), "nope.toml", id="no such rule file"),
+        pytest.param("check", "huge", ("--rules", "nothing_saveable"), "pass the model", id="no model"),
+        pytest.param("explain", "training", ("--names",), "args", id="names without inputs"),
+    ],
+)
+def test_what_cannot_be_done_is_said_on_stderr(run, command, factory, options, said):
+    code, out = run(command, *options, factory=factory)
+    assert code == cli.CANNOT
+    assert said in out.err
+    assert out.out == ""
+
+
+def test_rules_that_match_nothing_are_an_error(run, place):
+    code, out = run("compare", "--target", "cpu", "--rules", place / "typo.toml")
+    assert code == cli.CANNOT
+    assert "layers" in out.err
+
+
+@pytest.mark.parametrize("factory", ["factories", "no.such.module:f", "missing.py:f", ":f"])
+def test_modules_that_are_not_there_are_explained(factory, place, capsys):
+    assert cli.main(["measure", factory]) == cli.CANNOT
+    assert "fix:" in capsys.readouterr().err
+
+
+def test_bad_usage_exits_with_two():
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["measure"])
+    assert caught.value.code == 2
+
+
+def test_modules_are_found_from_the_working_directory(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert cli.main(["residuals", "factories:lone_model"]) == cli.OK
+    assert "layers" in capsys.readouterr().out
+
+
+def test_it_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["remattools", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("remattools", run_name="__main__")
+    assert caught.value.code == 0
+    assert "residuals" in capsys.readouterr().out
