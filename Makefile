@@ -30,6 +30,15 @@ test-floor:
 	.venv-floor/bin/uv pip install --quiet --python .venv-floor/bin/python --resolution lowest-direct -e ".[$(EXTRAS)]" --group test
 	.venv-floor/bin/python -m pytest -m "not long"
 
+# Models that others wrote, unedited. Their own dependencies would be 7 GB; what their models import is named here.
+test-wild:
+	test -x .venv-wild/bin/uv || ($(PYTHON) -m venv .venv-wild && .venv-wild/bin/python -m pip install --quiet uv)
+	.venv-wild/bin/uv pip install --quiet --python .venv-wild/bin/python -c constraints.txt -e . --group test \
+		wrapt tensorboardX jaxtyping tqdm huggingface_hub sentencepiece pillow perfetto pandas einops safetensors
+	.venv-wild/bin/uv pip install --quiet --python .venv-wild/bin/python --no-deps \
+		google-tunix qwix google-metrax clu mamba2-jax mamba3-jax jraphx canvit-nnx canvit-core
+	.venv-wild/bin/python -m pytest -m wild tests/wild
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +52,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor build dist site .mypy_cache .ruff_cache .demo
+	rm -rf .venv .venv-floor .venv-wild build dist site .mypy_cache .ruff_cache .demo

@@ -110,6 +110,8 @@ def base_class(cls: type) -> type:
     return cls.__dict__[_BASE] if is_swapped(cls) else cls
 
 
+# A model has thousands of modules and a handful of classes. What raises is not kept.
+@functools.lru_cache(maxsize=4096)
 def _check_method(cls: type, name: str) -> None:
     method = inspect.getattr_static(cls, name, None)
     if method is not None and callable(getattr(cls, name, None)):
