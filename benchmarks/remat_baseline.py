@@ -61,7 +61,8 @@ def saving(values: list[NamedValue]) -> dict[str, rt.Remat]:
 
 def candidates(model: llama.Llama3) -> dict[str, object]:
     values = names_of_a_layer(model)
-    scores = [v for v in values if any(aval.shape[-2:] == (TOKENS, TOKENS) for aval in v.avals)]
+    # Query against key, in whatever order the operation has its dimensions.
+    scores = [v for v in values if any(sum(n == TOKENS for n in aval.shape) > 1 for aval in v.avals)]
     dots = [v for v in values if v.primitive == "dot_general" and v not in scores]
     width = model.config.embed_dim * TOKENS
     return {

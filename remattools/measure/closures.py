@@ -88,12 +88,17 @@ class _Rebinding:
         if hasattr(value, "lower") and hasattr(value, "__wrapped__"):  # jitted: inside another trace it is inlined
             inner = self.visit("fn", value.__wrapped__, depth)
             return value if inner is value.__wrapped__ else inner
+        users = isinstance(getattr(type(value), "__call__", None), types.FunctionType)  # noqa: B004
+        if users and type(value).__module__.partition(".")[0] not in _LIBRARIES:
+            return self.owner(value, depth)
         return value
 
     def owner(self, value: Any, depth: int) -> Any:
         """The object of a bound method: a model, or something like a trainer that has one."""
-        if holds_models(value) or not hasattr(value, "__dict__") or isinstance(value, type | types.ModuleType):
+        if holds_models(value):
             return self.visit("self", value, depth)
+        if not hasattr(value, "__dict__") or isinstance(value, type | types.ModuleType):
+            return value
         attributes = self.items(vars(value).items(), depth)
         if attributes is None:
             return value

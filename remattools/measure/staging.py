@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..errors import CallError, MeasureError
+from ..errors import MeasureError
 from ..rules.paths import Path, format_path
 from ..transform import capture as cap
 from ..transform import effects, region, scopes
@@ -251,10 +251,7 @@ def _has_modules(value: Any) -> bool:
 
 def _leaf_infos(captured: cap.Capture, prefixes: Sequence[Path]) -> tuple[Leaf, ...]:
     """Where each leaf lies, seen on a rebuilt copy whose leaves are recognised by identity."""
-    try:
-        marks = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in captured.leaves]
-    except (TypeError, AttributeError) as error:
-        raise CallError(what=f"an argument holds something that is no array: {error}") from error
+    marks = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in captured.leaves]
     indices = {id(mark): index for index, mark in enumerate(marks)}
     infos: list[Leaf] = [Leaf(path=("?",), position=-1, parameter=False)] * len(marks)
     seen: set[int] = set()

@@ -241,3 +241,22 @@ def test_partials_and_methods_are_looked_into():
     model, x = Tower(), inputs()
     whole = rt.residuals(loss, model, x).total_bytes
     assert rt.residuals(functools.partial(loss, model), x).total_bytes == whole
+
+
+def test_models_with_random_keys_and_stacked_layers():
+    class Dropped(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.stack = nnx.vmap(lambda keys: nnx.Linear(8, 8, rngs=keys))(rngs.split(4))
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            x = nnx.scan(lambda x, layer: jnp.sin(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.stack)
+            return self.dropout(x)
+
+    model, x = Dropped(), inputs()
+    before = jax.tree.map(str, nnx.to_pure_dict(nnx.state(model, nnx.RngState)))
+    rows = rt.residuals(loss, model, x).rows
+    assert any(row.shape == (4, *x.shape) and "each of 4 turns" in row.reason for row in rows)
+    assert jax.tree.map(str, nnx.to_pure_dict(nnx.state(model, nnx.RngState))) == before
+    assert rt.measure(loss, model, x, differentiate=True, run=True, repeats=1, target="cpu").step_s > 0

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cycles in a compiled text: loops count as often as they turn."""
+
+import pytest
+
+from remattools.measure.hlo import estimated_cycles
+
+TEXT = """HloModule jit_f, is_scheduled=true
+
+%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %step = s32[]{:T(128)} constant(STEP)
+  %arg = (s32[], f32[8]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %next = s32[]{:T(128)} add(%i, %step)
+  %x = f32[8] get-tuple-element(%arg), index=1
+  %y = f32[8] fusion(%x), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"100"}}
+  ROOT %out = (s32[], f32[8]) tuple(%next, %y)
+}
+
+%condition (arg: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %arg = (s32[], f32[8]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=DIRECTION
+}
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8] parameter(0)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8] parameter(0)
+  %zero = s32[]{:T(128)} constant(1)
+  %start = s32[]{:T(128)} copy(%zero)
+  %init = (s32[], f32[8]) tuple(%start, %x)
+  %loop = (s32[], f32[8]) while(%init), condition=%condition, body=%bodyTRIPS
+  %branch = f32[8] conditional(%x), branch_computations={%cheap, %dear}
+  ROOT %r = f32[8] negate(%x), backend_config={"window_config":{"estimated_cycles":"5"}}
+}
+
+%cheap (p: f32[8]) -> f32[8] {
+  ROOT %n = f32[8] negate(%p), backend_config={"window_config":{"estimated_cycles":"20"}}
+}
+
+%dear (p: f32[8]) -> f32[8] {
+  ROOT %n = f32[8] negate(%p), backend_config={"window_config":{"estimated_cycles":"30"}}
+}
+"""
+
+
+def _text(step="1", direction="LT", trips=""):
+    return TEXT.replace("STEP", step).replace("DIRECTION", direction).replace("TRIPS", trips)
+
+
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        pytest.param(_text(), 6, id="from 1 below 7"),
+        pytest.param(_text(step="2"), 3, id="in steps of 2"),
+        pytest.param(_text(trips=', backend_config={"known_trip_count":{"n":"9"}}'), 9, id="written down"),
+    ],
+)
+def test_bodies_count_as_often_as_the_loop_turns_and_branches_by_the_dearest(text, turns):
+    found = estimated_cycles(text)
+    assert (found.total, found.unknown_loops) == (turns * 100 + 30 + 5, ())
+
+
+def test_a_loop_that_cannot_be_read_counts_once_and_is_named():
+    found = estimated_cycles(_text(direction="NE"))
+    assert (found.total, found.unknown_loops) == (135, ("loop",))
+
+
+def test_a_text_without_estimates_has_none():
+    assert estimated_cycles("HloModule m\nENTRY %main (x: f32[8]) -> f32[8] {\n}\n") is None
