@@ -243,9 +243,9 @@ def page(rows: list[Row], seconds: dict[str, float], repeats: int) -> str:
         "gradient of a mean-square loss with respect to all parameters. JAX's caches are cleared before every trace,",
         f"the variants take turns in one process, and the fastest of {repeats} rounds counts. `rule` is the unedited",
         'model under `{"layers.*": "nothing_saveable"}`; `nnx.remat` and `jax.checkpoint` are the same model with the',
-        "call of each block written by hand. The compiled programs are compared at 6 blocks of width 128; a step's time",
-        "is the fastest of the run, and its tolerance is the spread of the hand-written program's own steps. `apply` is",
-        f"timed on 2,000 blocks of five modules each, with two rules, the fastest of {repeats} fresh models.",
+        "call of each block written by hand. The compiled programs are compared at 6 blocks of width 128; the",
+        "time of a step is the fastest of the run, its tolerance the spread of the hand-written program's own steps.",
+        f"`apply` is timed on 2,000 blocks of five modules each, with two rules, the fastest of {repeats} fresh models.",
         "",
     ]
     return "\n".join(lines)
@@ -260,10 +260,10 @@ def main() -> int:
     rows, seconds = trace_rows(options.repeats)
     rows += program_rows(options.steps) + apply_rows(options.repeats)
     text = page(rows, seconds, options.repeats)
-    print(text)
     if options.write:
         options.write.parent.mkdir(parents=True, exist_ok=True)
         options.write.write_text(text)
+    print(text)
     return 0 if all(row.holds for row in rows) else 1
 
 
