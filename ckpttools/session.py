@@ -65,6 +65,7 @@ class Session:
         self._worker: Worker | None = None
         self._buffers: snapshot.Buffers = {}
         self._memory: Any = None
+        self._memory_before_save: Any = None
         self._origin: tuple[int, manifest.Lineage] | None = None
         self._lineage: manifest.Lineage = ()
         self._position = 0
@@ -357,6 +358,7 @@ class Session:
         job = self._job(moment, state, metrics, reason, self._buffers if asynchronous else None)
         saving.make_room(self._run, self.spec, job)
         self._worker = Worker(moment.step, lambda worker: saving.run(self._run, self.spec, job, worker, began))
+        self._memory_before_save = self._memory
         self._position, self._memory = moment.step, job.triggers
         if asynchronous:
             stall_s = self._worker.stall_s = time.monotonic() - began
@@ -411,7 +413,12 @@ class Session:
         if worker is None or not worker.ended:
             return None
         self._worker = None
-        return worker.result()
+        try:
+            return worker.result()
+        except CheckpointError:
+            # The triggers were told of a save that did not happen.
+            self._memory = self._memory_before_save
+            raise
 
     def _warn(self, text: str | None) -> None:
         if text:

@@ -21,11 +21,11 @@ import numpy as np
 import ckpttools as ct
 from ckpttools.store import catalogue
 
-TOTAL = 90
+TOTAL = 45
 
 
 def spec_for(folder: pathlib.Path) -> ct.CheckpointSpec:
-    return ct.CheckpointSpec(directory=folder, save=ct.EverySteps(3), keep=ct.Latest(2) | ct.EveryNSteps(30))
+    return ct.CheckpointSpec(directory=folder, save=ct.EverySteps(3), keep=ct.Latest(2) | ct.EveryNSteps(15))
 
 
 class Noise:
@@ -74,31 +74,30 @@ class Tally:
     finished_runs: int = 0
     problems: list[str] = dataclasses.field(default_factory=list)
 
+    def compare(self, root: pathlib.Path, expected: bytes) -> None:
+        """Let a run finish, if it has not, and compare its end with that of an unbroken one."""
+        self.finished_runs += 1
+        if _in_child(lambda: train(root)) != expected:
+            self.problems.append(f"{root.name}: the final state differs from that of an uninterrupted run")
+
 
 def kill_often(folder: pathlib.Path, *, kills: int, seed: int) -> Tally:
     """Kill children at random moments until `kills` have died; runs that finish are compared and begun anew."""
-    rng, tally, run = random.Random(seed), Tally(), 0
+    rng, tally = random.Random(seed), Tally()
     expected = _in_child(lambda: train(folder / "whole"))
+    root = folder / "run0"
     while tally.kills < kills:
-        root = folder / f"run{run}"
         killed, told = _one_life(root, rng)
-        durable = max(told, default=0)
         if killed:
             tally.kills += 1
             tally.in_a_save += any((root / ".ckpttools" / "staging").glob("*"))
-            tally.problems += _check(root, durable)
+            tally.problems += _check(root, max(told, default=0))
         else:
-            run += 1
-            tally.finished_runs += 1
-            if _in_child(lambda root=root: _final(root)) != expected:
-                tally.problems.append(f"{root.name}: the final state differs from that of an uninterrupted run")
+            tally.compare(root, expected)
+            root = folder / f"run{tally.finished_runs}"
+    # The run that was killed last is left to finish, so that there is always one to compare.
+    tally.compare(root, expected)
     return tally
-
-
-def _final(root: pathlib.Path) -> bytes:
-    with ct.open(spec_for(root)) as ckpt:
-        model = ckpt.restore({"model": {"w": jnp.zeros(512), "step": 0}}).state["model"]
-    return np.asarray(model["w"]).tobytes() + str(model["step"]).encode()
 
 
 def _check(root: pathlib.Path, durable: int) -> list[str]:
@@ -182,5 +181,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         done = kill_often(pathlib.Path(scratch), kills=int(sys.argv[1]), seed=int(sys.argv[2]))
     print("\n".join(lines(done)))
-    enough = done.finished_runs > 0 and done.in_a_save > 0
-    sys.exit(bool(done.problems) or not enough)
+    sys.exit(bool(done.problems) or not done.in_a_save)

@@ -79,6 +79,21 @@ def test_no_room_in_the_middle_leaves_the_old_steps_and_no_debris(tmp_path, monk
         assert ckpt.restore(STATE).step == 1
 
 
+def test_a_failed_save_does_not_count_as_saved(tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise OSError(5, "Input/output error")
+
+    spec = ct.CheckpointSpec(directory=tmp_path, save=ct.OnImprovement("loss", mode="min"))
+    with ct.open(spec) as ckpt:
+        monkeypatch.setattr(orbax, "write", fail)
+        ckpt.step(1, STATE, metrics={"loss": 0.1})
+        with pytest.raises(ct.StorageError, match="Input/output error"):
+            ckpt.wait()
+        monkeypatch.undo()
+        # Worse than the one that was lost, and still the best there is.
+        assert isinstance(ckpt.step(2, STATE, metrics={"loss": 0.2}), ct.Started)
+
+
 def test_a_wait_has_an_end_and_what_was_waited_for_is_not_committed(tmp_path, monkeypatch):
     real = orbax.write
 

@@ -42,11 +42,8 @@ def test_dataclasses_optax_states_and_modules_inside_a_pytree(tmp_path):
 
     def build(scale):
         scaled = jax.tree.map(lambda x: x + scale, params)
-        return (
-            TrainState(params=scaled, step=int(scale)),
-            transform.init(scaled),
-            {"model": Net(nnx.Rngs(int(scale)))},
-        )
+        model = Net(nnx.Rngs(int(scale)))
+        return (TrainState(params=scaled, step=int(scale)), transform.init(scaled), {"model": model})
 
     value, template = build(3.0), build(5.0)
     restored = round_trip(tmp_path, value, template)
