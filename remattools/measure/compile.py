@@ -198,17 +198,24 @@ def _costs(compiled: Any) -> dict[str, float]:
 
 
 def _refused(message: str, program: _Program, target: Target, compile_s: float) -> Measurement:
-    needed, limit = _amount(_NEEDED, message), _amount(_LIMIT, message)
+    reason = refusal_of(message)
     arguments = _total_bytes(program.lowered.in_avals) if hasattr(program.lowered, "in_avals") else 0
     return Measurement(
         target=target.name,
         argument_bytes=arguments,
         output_bytes=_total_bytes(program.lowered.out_info),
         alias_bytes=0,
-        temp_bytes=needed or 0,
-        peak_bytes=needed or 0,
+        temp_bytes=reason.needed_bytes or 0,
+        peak_bytes=reason.needed_bytes or 0,
         compile_s=compile_s,
-        out_of_memory=OutOfMemory(needed_bytes=needed, limit_bytes=limit, message=message.strip()),
+        out_of_memory=reason,
+    )
+
+
+def refusal_of(message: str) -> OutOfMemory:
+    """What the words of a compiler or an allocator say of a program that does not fit."""
+    return OutOfMemory(
+        needed_bytes=_amount(_NEEDED, message), limit_bytes=_amount(_LIMIT, message), message=message.strip()
     )
 
 
@@ -288,5 +295,5 @@ def _run(
 
 
 def _allocator_peak(device: Any) -> int | None:
-    statistics_ = device.memory_stats()
-    return None if not statistics_ else statistics_.get("peak_bytes_in_use")
+    counted = device.memory_stats()  # None where the allocator does not count
+    return counted.get("peak_bytes_in_use") if counted else None

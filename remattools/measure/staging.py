@@ -122,22 +122,21 @@ def unjitted(fn: Any) -> Any:
     return getattr(fn, "__wrapped__", fn) if callable(getattr(fn, "lower", None)) else fn
 
 
-def pure(call: Call, *, differentiate: bool = False, named: bool = False) -> Callable[[list[Any]], Any]:
+def pure(call: Call, *, differentiate: bool = False) -> Callable[[list[Any]], Any]:
     """A function of the call's leaves that computes what the call computes.
 
     Args:
         call: From `stage`.
         differentiate: Compute the gradients of the (first) result instead, and the rest as it is.
-        named: Put module paths on the operations, inside regions too.
     """
     indices = call.differentiated
 
     def plain(leaves: list[Any]) -> Any:
-        return evaluate(call, leaves, named=named)[1]
+        return evaluate(call, leaves)[1]
 
     def gradients(leaves: list[Any]) -> Any:
         def loss(chosen: list[Any]) -> Any:
-            return loss_of(evaluate(call, replaced(leaves, indices, chosen), named=named))
+            return loss_of(evaluate(call, replaced(leaves, indices, chosen)))
 
         return jax.grad(loss, has_aux=True)([leaves[i] for i in indices])
 
@@ -145,7 +144,13 @@ def pure(call: Call, *, differentiate: bool = False, named: bool = False) -> Cal
 
 
 def evaluate(call: Call, leaves: list[Any], *, named: bool = False) -> tuple[Any, list[Any]]:
-    """Run the call on other leaves: what it returned, and all arrays that it returned or changed."""
+    """Run the call on other leaves: what it returned, and all arrays that it returned or changed.
+
+    Args:
+        call: From `stage`.
+        leaves: In the place of the call's own.
+        named: Put module paths on the operations, inside regions too.
+    """
     objects: list[Any] = []
     rebuilt = cap.rebuild(call.spec, leaves, objects)
     before = effects.snapshot(objects)

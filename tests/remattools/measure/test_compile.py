@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import remattools as rt
+from remattools.measure import compile as compiling
 from tests.remattools.models import Tower, inputs, loss
 
 
@@ -237,3 +238,26 @@ def test_running_without_a_device_is_explained(tpu):
 def test_errors_of_the_users_code_stay_what_they_are():
     with pytest.raises(ZeroDivisionError):
         rt.measure(lambda x: 1 / 0, jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("message", "needed", "limit"),
+    [
+        pytest.param(
+            "the total memory required for HLO temporaries (20.5G) exceeds available HBM (15.75G)",
+            20.5 * 2**30,
+            15.75 * 2**30,
+            id="tpu",
+        ),
+        pytest.param(
+            "Ran out of memory in hbm. Used 24.5G of 15.75G hbm.", 24.5 * 2**30, 15.75 * 2**30, id="older tpu"
+        ),
+        pytest.param("Out of memory while trying to allocate 16.00GiB.", 16 * 2**30, None, id="gpu"),
+        pytest.param("Out of memory allocating 17179869184 bytes.", 16 * 2**30, None, id="gpu in bytes"),
+        pytest.param("RESOURCE_EXHAUSTED: something else", None, None, id="unknown"),
+    ],
+)
+def test_amounts_in_the_compilers_words_are_read(message, needed, limit):
+    refused = compiling.refusal_of(message)
+    assert (refused.needed_bytes, refused.limit_bytes) == (needed, limit)
+    assert refused.message == message
