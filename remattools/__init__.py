@@ -6,6 +6,7 @@ actions. Start with `apply(model, {"layers.*": "nothing_saveable"})` and
 `explain(model)`.
 """
 
+from .errors import BudgetError as BudgetError
 from .errors import CallError as CallError
 from .errors import MeasureError as MeasureError
 from .errors import PatternError as PatternError
@@ -29,6 +30,8 @@ from .measure.targets import Target as Target
 from .measure.targets import find_target as find_target
 from .measure.timeline import Timeline as Timeline
 from .measure.timeline import timeline as timeline
+from .plan.planner import plan as plan
+from .plan.result import Plan as Plan
 from .rules import policies as policies
 from .rules.rule import Remat as Remat
 from .rules.ruleset import Rules as Rules

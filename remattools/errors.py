@@ -68,6 +68,10 @@ class TargetError(RematError, ValueError):
     """A target to compile for that does not exist or is not installed."""
 
 
+class BudgetError(RematError, ValueError):
+    """A budget that cannot be read, or that no plan reaches."""
+
+
 def did_you_mean(name: str, choices: Iterable[str], *, most: int = 3) -> str:
     """The closest of `choices` as a half sentence, or all of a few, or ""."""
     known = sorted(set(choices))

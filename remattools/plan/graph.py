@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A differentiated program as steps over numbered values, for a planner to count on.
+
+Sits on `cost`. Values that a compiler would fuse into their readers are known as such:
+they take no memory and move no bytes. Everything is numbered, so that nothing of JAX
+is needed once a graph is built.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from ..transform import names, programs
+from .cost import Rates, Work, work_of
+
+_INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+_CANDIDATE = "plan:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One operation.
+
+    Attributes:
+        reads: Numbers of the values it takes.
+        writes: Of those it makes.
+        work: What it does.
+        tag: What a `plan_block` stands for, else None.
+        label: For people.
+    """
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    work: Work
+    tag: Any = None
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A value that a rule can name.
+
+    Attributes:
+        name: As a rule says it, with its index.
+        value: Its number.
+        bytes: If it is kept.
+    """
+
+    name: str
+    value: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Graph:
+    """Forward and backward pass of a function.
+
+    Attributes:
+        forward: Steps in the program's order.
+        backward: Likewise.
+        bytes: Size of each value.
+        inputs: Numbers of the arguments.
+        outputs: Of the results of both passes.
+        needed: Values that the backward pass takes from the forward pass, arguments apart.
+        candidates: Values with names.
+    """
+
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    bytes: tuple[int, ...]
+    inputs: frozenset[int]
+    outputs: frozenset[int]
+    needed: frozenset[int]
+    candidates: tuple[Candidate, ...] = ()
+
+    @functools.cached_property
+    def makers(self) -> dict[int, int]:
+        """Forward step that makes each value."""
+        return {value: number for number, step in enumerate(self.forward) for value in step.writes}
+
+    @functools.cached_property
+    def _readers(self) -> dict[int, list[Step]]:
+        readers: dict[int, list[Step]] = {}
+        for step in (*self.forward, *self.backward):
+            for value in step.reads:
+                readers.setdefault(value, []).append(step)
+        return readers
+
+    @functools.cached_property
+    def fused(self) -> frozenset[int]:
+        """Values that exist only inside of fused operations."""
+        found = set()
+        for step in (*self.forward, *self.backward):
+            if step.work.kind not in ("elementwise", "free"):
+                continue
+            for value in step.writes:
+                kinds = {reader.work.kind for reader in self._readers.get(value, ())}
+                if value not in self.outputs and (step.work.kind == "free" or not kinds & {"matrix", "other"}):
+                    found.add(value)
+        return frozenset(found)
+
+    def size(self, values: Iterable[int]) -> int:
+        """Bytes of all values."""
+        return sum(self.bytes[value] for value in values)
+
+    def cycles(self, step: Step, rates: Rates) -> float:
+        """The time that a step takes."""
+        if step.work.kind == "free":
+            return 0.0
+        rate = rates.matrix_flops if step.work.kind in ("matrix", "other") else rates.vector_flops
+        arithmetic = step.work.flops / rate
+        if step.work.kind == "elementwise" and all(value in self.fused for value in step.writes):
+            return arithmetic
+        sources = frozenset[int]().union(*(self._sources.get(value, frozenset((value,))) for value in step.reads))
+        moved = self.size(sources) + self.size(value for value in step.writes if value not in self.fused)
+        overhead = 0.0 if step.work.kind == "elementwise" else rates.overhead
+        return max(arithmetic, moved / rates.traffic_bytes) + overhead
+
+    @functools.cached_property
+    def _sources(self) -> dict[int, frozenset[int]]:
+        """For each value what has to be read from memory to have it: itself, unless it is fused."""
+        found: dict[int, frozenset[int]] = {}
+        for value in self.inputs:
+            found[value] = frozenset((value,))
+        for step in (*self.forward, *self.backward):
+            below = frozenset[int]().union(*(found.get(value, frozenset((value,))) for value in step.reads))
+            found.update((value, below if value in self.fused else frozenset((value,))) for value in step.writes)
+        return found
+
+    def total_cycles(self, rates: Rates) -> float:
+        """Both passes, nothing recomputed."""
+        return sum(self.cycles(step, rates) for step in (*self.forward, *self.backward))
+
+
+def alive(graph: Graph, order: Sequence[Step], held: Iterable[int] = (), keep: Iterable[int] = ()) -> list[int]:
+    """Bytes of materialised values alive at each step.
+
+    Args:
+        graph: Where the sizes are.
+        order: Steps as they run.
+        held: Values that are there from the start; they count until they are last read.
+        keep: Values that stay until the end.
+    """
+    last = {value: number for number, step in enumerate(order) for value in (*step.writes, *step.reads)}
+    last.update(dict.fromkeys(keep, len(order)))
+    uncounted = graph.fused | graph.inputs | graph.outputs
+    living = {value for value in held if value in last}
+    total = graph.size(living)
+    points = []
+    for number, step in enumerate(order):
+        for value in step.writes:
+            if value not in living and value not in uncounted:
+                living.add(value)
+                total += graph.bytes[value]
+        points.append(total)
+        for value in {*step.reads, *step.writes}:
+            if value in living and last[value] <= number:
+                living.remove(value)
+                total -= graph.bytes[value]
+    return points
+
+
+def inlined(program: Any, leaves: Sequence[Any], special: Callable[[Any, list[Any]], Any] | None = None) -> list[Any]:
+    """Evaluate a program with its jits dissolved, so that one flat list of operations is traced.
+
+    Args:
+        program: Open or closed.
+        leaves: Its arguments.
+        special: Asked for each equation first; None goes on as usual.
+    """
+    inner = programs.open_program(program)
+    values: dict[Any, Any] = dict(zip(inner.constvars, getattr(program, "consts", ()), strict=False))
+    values.update(zip(inner.invars, leaves, strict=True))
+    for equation in inner.eqns:
+        args = [programs.value_of(atom, values) for atom in equation.invars]
+        out = special(equation, args) if special is not None else None
+        nested = [below for _, below in programs.nested(equation)]
+        if out is None and equation.primitive.name in _INLINED and len(nested) == 1:
+            out = inlined(nested[0], args, special)
+        if out is None:
+            closed = core.Jaxpr(
+                constvars=[],
+                invars=list(dict.fromkeys(v for v in equation.invars if isinstance(v, core.Var))),
+                outvars=list(equation.outvars),
+                eqns=[equation],
+                effects=equation.effects,
+                debug_info=inner.debug_info._replace(arg_names=None, result_paths=None),
+            )
+            out = programs.run(core.ClosedJaxpr(closed, []), [values[v] for v in closed.invars])  # type: ignore[attr-defined]  # public, but not in its stub
+        values.update(zip(equation.outvars, out, strict=True))
+    return [programs.value_of(atom, values) for atom in inner.outvars]
+
+
+def graph_of(run: Callable[[list[Any]], list[Any]], avals: Sequence[Any], labels: Mapping[str, str]) -> Graph:
+    """The graph of a function of arrays and its gradient in all of its floats.
+
+    Args:
+        run: From arrays to arrays; candidates are marked in it by `checkpoint_name`s.
+        avals: Shapes of its arguments.
+        labels: From the marks to the names that rules use.
+    """
+    floats = [i for i, aval in enumerate(avals) if jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)]
+    counts: list[int] = []
+
+    def both(leaves: list[Any]) -> Any:
+        def forward(chosen: list[Any]) -> list[Any]:
+            new = list(leaves)
+            for index, value in zip(floats, chosen, strict=True):
+                new[index] = value
+            out = run(new)
+            return [leaf for leaf in out if jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)]
+
+        out, backward = jax.vjp(forward, [leaves[i] for i in floats])
+        kept = jax.tree.leaves(backward)
+        counts.append(len(kept))
+        return kept, out, backward([jax.numpy.ones_like(value) for value in out])
+
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    return _numbered(programs.open_program(jax.make_jaxpr(both)(shapes)), counts[0], labels)
+
+
+def block_graph(program: Any) -> Graph:
+    """The graph of a region's program, with all values that a rule can name."""
+    values = [value for value in names.named_values(program) if value.reachable and value.kind != "module"]
+    marks = {position: f"{_CANDIDATE}{n}" for n, value in enumerate(values) for position in value.where}
+    labels = {f"{_CANDIDATE}{n}": f"{value.label}[{value.index}]" for n, value in enumerate(values)}
+    marked = names.marked(program, marks)
+    avals = [var.aval for var in programs.open_program(program).invars]
+    return graph_of(lambda leaves: inlined(marked, leaves), avals, labels)
+
+
+def _tag_of(equation: Any) -> Any:
+    """What an opaque block stands for; its forward pass can still be wrapped in its custom derivative."""
+    if equation.primitive.name == "plan_block":
+        return equation.params["tag"]
+    if equation.primitive.name.startswith("custom_vjp_call"):
+        inside = [e for _, program in programs.nested(equation) for e in programs.open_program(program).eqns]
+        return next((e.params["tag"] for e in inside if e.primitive.name == "plan_block"), None)
+    return None
+
+
+def _numbered(top: Any, kept: int, labels: Mapping[str, str]) -> Graph:
+    numbers: dict[Any, int] = {}
+    sizes: list[int] = []
+
+    def number(var: Any) -> int:
+        if var not in numbers:
+            numbers[var] = len(sizes)
+            sizes.append(programs.aval_bytes(var.aval))
+        return numbers[var]
+
+    inputs = frozenset(number(var) for var in top.invars)
+    forward: list[Step] = []
+    backward: list[Step] = []
+    candidates = []
+    residuals = {var for var in top.outvars[:kept] if isinstance(var, core.Var)}
+    for equation in top.eqns:
+        name = programs.name_of(equation)
+        if name is not None:
+            # A mark is another word for the value it marks.
+            (source,), (target,) = equation.invars, equation.outvars
+            if isinstance(source, core.Var):
+                numbers[target] = number(source)
+                if name in labels:
+                    candidates.append(Candidate(labels[name], numbers[target], programs.aval_bytes(target.aval)))
+            continue
+        step = Step(
+            reads=tuple(dict.fromkeys(number(atom) for atom in equation.invars if isinstance(atom, core.Var))),
+            writes=tuple(number(var) for var in equation.outvars),
+            work=work_of(equation),
+            tag=_tag_of(equation),
+            label=equation.primitive.name,
+        )
+        late = "transpose(" in str(equation.source_info.name_stack) or (step.tag or ("",))[0] == "backward"
+        (backward if late else forward).append(step)
+    made = {value for step in forward for value in step.writes}
+    read_back = {value for step in backward for value in step.reads}
+    needed = ({numbers[var] for var in residuals if var in numbers} | (read_back & made)) & made
+    outputs = {numbers[var] for var in top.outvars[kept:] if isinstance(var, core.Var) and var in numbers}
+    return Graph(
+        forward=tuple(forward),
+        backward=tuple(backward),
+        bytes=tuple(sizes),
+        inputs=inputs,
+        outputs=frozenset(outputs),
+        needed=frozenset(needed & (read_back | outputs)) if backward else frozenset(),
+        candidates=tuple(candidates),
+    )

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan: rules with the figures that the compiler gave for them."""
+
+import dataclasses
+import os
+from typing import Any
+
+from ..measure import plotting
+from ..measure.measurement import Measurement, format_bytes, format_count
+from ..rules.ruleset import Rules
+from .budget import Of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the planner's model said before it was compiled.
+
+    Attributes:
+        bytes: Of the budget's kind.
+        cycles: Of a whole step.
+    """
+
+    bytes: int
+    cycles: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One compiled set of rules.
+
+    Attributes:
+        rules: Empty for the plain model.
+        predicted: What was expected of them.
+        measured: What the compiler said.
+        bytes: The figure that the budget is about.
+        cycles: The compiler's estimate; where it has none, the planner's model.
+    """
+
+    rules: Rules
+    predicted: Prediction
+    measured: Measurement
+    bytes: int
+    cycles: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Rules that keep a budget, verified by the compiler; `str()` is a table.
+
+    Attributes:
+        rules: To be applied, or written by `to_toml`.
+        predicted: What the planner expected of them.
+        measured: What the compiler said of them.
+        points: Every set of rules that was compiled, in the order of compiling.
+        budget_bytes: The budget, None if only a time was asked for.
+        of: What the budget is about.
+        time_by: "estimated_cycles" (the compiler's) or "model" (the planner's own).
+        subject: What it was made for, for people.
+    """
+
+    rules: Rules
+    predicted: Prediction
+    measured: Measurement
+    points: tuple[Point, ...]
+    budget_bytes: int | None
+    of: Of
+    time_by: str
+    subject: str
+
+    @property
+    def frontier(self) -> tuple[Point, ...]:
+        """The compiled points that no other beats in both, by rising memory."""
+        best: list[Point] = []
+        for point in sorted(self.points, key=lambda p: (p.bytes, p.cycles)):
+            if point.measured.fits and (not best or point.cycles < best[-1].cycles):
+                best.append(point)
+        return tuple(best)
+
+    def to_toml(self) -> str:
+        """The rules as a rule file that says where it comes from."""
+        lines = [
+            f"made by remattools.plan for {self.subject}",
+            f"target {self.measured.target}, budget {format_bytes(self.budget_bytes)} of {self.of}"
+            if self.budget_bytes is not None
+            else f"target {self.measured.target}, the least {self.of} within a time",
+            f"measured: temp {self.measured.temp_bytes} B, total {self.measured.total_bytes} B"
+            + (
+                "" if self.measured.estimated_cycles is None else f", {self.measured.estimated_cycles} estimated cycles"
+            ),
+        ]
+        if not len(self.rules):
+            lines.append("the plain model keeps the budget: no rule is needed")
+        return "\n".join([*(f"# {line}" for line in lines), "", self.rules.to_toml()])
+
+    def table(self) -> str:
+        """All compiled points by memory; the plan's own is marked."""
+        lines = [f"{'':2}{self.of:>12}{'cycles':>10}{'predicted':>14}{'':>10}  rules"]
+        frontier = self.frontier
+        for point in sorted(self.points, key=lambda p: p.bytes):
+            mark = "->" if point.rules == self.rules else "* " if point in frontier else "  "
+            rules = "; ".join(_line(pattern.text, action) for pattern, action in point.rules) or "plain"
+            size = format_bytes(point.bytes) if point.measured.fits else "no fit"
+            lines.append(
+                f"{mark}{size:>12}{format_count(point.cycles):>10}{format_bytes(point.predicted.bytes):>14}"
+                f"{format_count(point.predicted.cycles):>10}  {rules}"
+            )
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw cycles against memory of all compiled points; PNG or SVG, by the file's ending.
+
+        Raises:
+            MeasureError: If matplotlib is not installed.
+        """
+        with plotting.figure(path) as axes:
+            drawn = [point for point in self.points if point.measured.fits]
+            axes.plot([p.bytes / 2**20 for p in drawn], [p.cycles / 1e6 for p in drawn], "o", color="tab:orange")
+            line = self.frontier
+            axes.step([p.bytes / 2**20 for p in line], [p.cycles / 1e6 for p in line], where="post", color="gray")
+            if self.budget_bytes is not None:
+                axes.axvline(self.budget_bytes / 2**20, linestyle=":", color="black")
+            axes.set_xlabel(f"{self.of}, MiB")
+            axes.set_ylabel("million cycles" + (" by the planner's model" if self.time_by == "model" else ""))
+
+    def __str__(self) -> str:
+        return f"{self.table()}\ntime by {self.time_by}; target {self.measured.target}"
+
+
+def _line(pattern: str, action: Any) -> str:
+    return f"{pattern}: keep {len(action.save)} names" if action.save else f"{pattern}: nothing"

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All assignments of choices to blocks that a plan can be: predicted, and corrected by what was measured.
+
+Sits on `outline` and `solve`. A level is one choice for each kind of block, made at one
+price of a byte. An assignment gives one level to the first blocks and another to the
+rest, so that its rules stay few. Predictions only order the search.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from .outline import Outline
+from .solve import Choice
+
+# Cycles that a byte may cost; one pass over a value through main memory costs about 1e-3 to 1e-1.
+_PRICES = tuple(float(price) for price in np.geomspace(30.0, 1e-4, 20))
+# How far a prediction can be off before anything was measured, and how far what measurements do not explain.
+_PRIOR, _LOCAL, _NOISE = 0.5, 0.05, 1e-3
+_MOST_SPLITS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """Level `first` for the blocks before `split`, level `rest` for the others."""
+
+    first: int
+    rest: int
+    split: int
+
+
+class Space:
+    """All assignments of one outline.
+
+    Args:
+        shape: The outline.
+    """
+
+    def __init__(self, shape: Outline) -> None:
+        self.outline = shape
+        self.members = list(dict.fromkeys(path for path, _ in shape.visits))
+        self.levels = _levels(shape)
+        self.assignments = self._assignments()
+        self.bytes, self.cycles, self.features = self._predictions()
+
+    @property
+    def nothing(self) -> Assignment:
+        """Nothing kept anywhere."""
+        return Assignment(0, 0, 0)
+
+    @property
+    def plain(self) -> Assignment:
+        """No regions at all."""
+        last = len(self.levels) - 1
+        return Assignment(last, last, 0)
+
+    def level_of(self, assignment: Assignment, member: int) -> int:
+        """The level that a block has."""
+        return assignment.first if member < assignment.split else assignment.rest
+
+    def _assignments(self) -> list[Assignment]:
+        count, depth = len(self.levels), len(self.members)
+        uniform = [Assignment(level, level, 0) for level in range(count)]
+        splits = (
+            sorted({round(x) for x in np.linspace(1, depth - 1, min(depth - 1, _MOST_SPLITS))}) if depth > 1 else []
+        )
+        # The first blocks wait the longest for their backward pass, so they keep no more than the last.
+        mixed = [Assignment(a, b, k) for a in range(count) for b in range(a + 1, count) for k in splits]
+        return uniform + mixed
+
+    def _predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        base, kept, runs = self.outline.timetable()
+        place = {path: number for number, path in enumerate(self.members)}
+        table = [[level[kind] for level in self.levels] for _, kind in self.outline.visits]
+        figures = np.array([[_figures(choice) for choice in row] for row in table])  # (visits, levels, figures)
+        numbers = np.array([place[path] for path, _ in self.outline.visits])
+        total_bytes, cycles, features = [], [], []
+        for assignment in self.assignments:
+            picked = np.where(numbers < assignment.split, assignment.first, assignment.rest)
+            mine = figures[np.arange(len(numbers)), picked]
+            moments = base + kept @ mine[:, 0] + (runs == 1) @ mine[:, 1] + (runs == 2) @ mine[:, 2]
+            total_bytes.append(float(moments.max()))
+            cycles.append(float(mine[:, 3:7].sum()))
+            # What the predictions may be wrong in: kept bytes, kept by blocks without a region, kinds of recomputation.
+            features.append(
+                [mine[:, 0].sum(), mine[:, 7].sum(), mine[:, 2].max(), *mine[:, 3:7].sum(axis=0), mine[:, 8].sum()]
+            )
+        scale = np.abs(np.array(features)).max(axis=0)
+        return np.array(total_bytes), np.array(cycles), np.array(features) / np.where(scale > 0, scale, 1.0)
+
+    def corrected(self, kind: str, measured: dict[int, float]) -> np.ndarray:
+        """Predictions of all assignments, given the measured figures of some.
+
+        Args:
+            kind: "bytes" or "cycles".
+            measured: Figures by the assignments' numbers; at least one.
+        """
+        raw = self.bytes if kind == "bytes" else self.cycles
+        seen = np.array(list(measured))
+        values = np.array([measured[number] for number in seen])
+        scale = max(np.abs(values).max(), 1.0)
+        # A Gaussian process on what the model got wrong: a constant, a wrong rate for each feature, and the rest.
+        cross = self._kernel(np.arange(len(raw)), seen)
+        among = self._kernel(seen, seen) + _NOISE**2 * np.eye(len(seen))
+        wrong = (values - raw[seen]) / scale
+        found = raw + scale * (cross @ np.linalg.solve(among, wrong))
+        found[seen] = values
+        return np.asarray(found)
+
+    def _kernel(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        a, b = self.features[left], self.features[right]
+        distance = ((a[:, None] - b[None]) ** 2).sum(axis=-1)
+        return np.asarray(100.0 + _PRIOR**2 * (a @ b.T) + _LOCAL**2 * np.exp(-distance / 0.05))
+
+
+def _levels(shape: Outline) -> list[tuple[Choice, ...]]:
+    levels: list[tuple[Choice, ...]] = [tuple(problem.choice(()) for problem in shape.problems)]
+    for price in _PRICES:
+        # A byte that all blocks keep costs as much per block as it costs once in memory.
+        level = tuple(problem.cheapest(price) for problem in shape.problems)
+        if _key(level) not in map(_key, levels):
+            levels.append(level)
+    plain = tuple(problem.plain for problem in shape.problems)
+    # A region that keeps more than no region at all would only cost time.
+    most = sum(choice.kept_bytes for choice in plain)
+    return [*(level for level in levels if sum(choice.kept_bytes for choice in level) < most), plain]
+
+
+def _key(level: Sequence[Choice]) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(choice.names or ()) for choice in level)
+
+
+def _figures(choice: Choice) -> list[float]:
+    plain = choice.names is None
+    return [
+        float(choice.kept_bytes),
+        float(choice.forward_bytes),
+        float(choice.backward_bytes),
+        *choice.cycles,
+        float(choice.kept_bytes) if plain else 0.0,
+        float(plain),
+    ]

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one block should keep: the cheapest recomputation for a number of bytes.
+
+Sits on `graph`. An integer program, solved exactly by HiGHS. Recomputing a value takes
+everything it depends on, up to what is kept: chains are priced as chains.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from .cost import Rates
+from .graph import Graph, alive
+
+_KINDS = ("matrix", "reduction", "elementwise", "other")
+_SOLVER_S = 2.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a block keeps, and what follows from it.
+
+    Attributes:
+        names: Values kept, as rules name them; None for a block without a region.
+        kept_bytes: From forward to backward, the block's inputs apart.
+        forward_bytes: The most that its forward pass needs besides.
+        backward_bytes: The most that its backward pass needs, recomputation included, what is kept included.
+        cycles: Of recomputation, by kind of operation: matrix, reduction, elementwise, other.
+    """
+
+    names: tuple[str, ...] | None
+    kept_bytes: int
+    forward_bytes: int
+    backward_bytes: int
+    cycles: tuple[float, ...]
+
+    @property
+    def total_cycles(self) -> float:
+        """Of all recomputation."""
+        return sum(self.cycles)
+
+
+class BlockProblem:
+    """The choices of one block.
+
+    Args:
+        graph: The block's graph, from `block_graph`.
+        rates: Of the target.
+    """
+
+    def __init__(self, graph: Graph, rates: Rates) -> None:
+        self.graph = graph
+        self.costs = [graph.cycles(step, rates) for step in graph.forward]
+        self.steps = self._closure(())  # what a backward pass could have to recompute
+        used = {v for number in self.steps for v in (*graph.forward[number].reads, *graph.forward[number].writes)}
+        self.names: dict[str, list[int]] = {}
+        self.bytes: dict[str, int] = {}
+        for candidate in graph.candidates:
+            if candidate.value in used:
+                self.names.setdefault(candidate.name, []).append(candidate.value)
+                self.bytes[candidate.name] = self.bytes.get(candidate.name, 0) + candidate.bytes
+
+    @functools.cached_property
+    def plain(self) -> Choice:
+        """No region: everything that the backward pass reads is kept."""
+        graph = self.graph
+        # A compiler makes fused values again from others rather than keep them, but repeats no matrix product.
+        fusible = [graph.forward[number].work.kind in ("elementwise", "free") for number in range(len(self.costs))]
+        costs = [1e-3 * cost if fuses else cost for cost, fuses in zip(self.costs, fusible, strict=True)]
+        kept = {value for name in self._cheapest(costs, 1e-4, np.inf) for value in self.names[name]}
+        return Choice(
+            names=None,
+            kept_bytes=graph.size(kept),
+            forward_bytes=self._forward_bytes(kept),
+            backward_bytes=max(alive(graph, graph.backward, held=kept), default=0),
+            cycles=(0.0,) * len(_KINDS),
+        )
+
+    def choice(self, names: Iterable[str]) -> Choice:
+        """What follows from keeping these."""
+        graph, kept_names = self.graph, tuple(dict.fromkeys(names))
+        kept = {value for name in kept_names for value in self.names[name]}
+        again = self._closure(kept)
+        cycles = dict.fromkeys(_KINDS, 0.0)
+        for number in again:
+            kind = graph.forward[number].work.kind
+            cycles[kind if kind in cycles else "other"] += self.costs[number]
+        order = [*(graph.forward[number] for number in again), *graph.backward]
+        order = [dataclasses.replace(step, writes=tuple(v for v in step.writes if v not in kept)) for step in order]
+        return Choice(
+            names=kept_names,
+            kept_bytes=sum(self.bytes[name] for name in kept_names),
+            forward_bytes=self._forward_bytes(kept),
+            backward_bytes=max(alive(graph, order, held=kept), default=0),
+            cycles=tuple(cycles.values()),
+        )
+
+    def cheapest(self, price: float, limit_bytes: float = np.inf) -> Choice:
+        """The choice with the least of recomputation cycles plus `price` times the kept bytes.
+
+        Args:
+            price: Cycles that a kept byte is worth.
+            limit_bytes: The most that may be kept.
+        """
+        return self.choice(self._cheapest(self.costs, price, limit_bytes))
+
+    def _cheapest(self, costs: Sequence[float], price: float, limit_bytes: float) -> list[str]:
+        names, steps = list(self.names), list(self.steps)
+        if not names or not steps:
+            return []
+        rows = self._rows(names, steps)
+        sizes = np.array([self.bytes[name] for name in names], float)
+        # Cycles and bytes differ by orders of magnitude between models; the solver's tolerances do not.
+        scale = max(max(costs[number] for number in steps), 1.0)
+        weights = np.concatenate([price * sizes + 1e-6 * scale, [costs[number] for number in steps]]) / scale
+        constraints = [LinearConstraint(rows[0], lb=rows[1])]
+        if np.isfinite(limit_bytes):
+            total = max(sizes.sum(), 1.0)
+            budget = np.concatenate([sizes / total, np.zeros(len(steps))])[None]
+            constraints.append(LinearConstraint(csr_array(budget), ub=[limit_bytes / total]))
+        found = milp(
+            weights,
+            constraints=constraints,
+            integrality=np.concatenate([np.ones(len(names)), np.zeros(len(steps))]),
+            bounds=Bounds(0, 1),
+            options={"time_limit": _SOLVER_S, "mip_rel_gap": 1e-4},
+        )
+        if found.x is None:  # out of time without any solution: nothing kept is one
+            return []
+        return [name for name, taken in zip(names, found.x, strict=False) if taken > 0.5]
+
+    def _rows(self, names: Sequence[str], steps: Sequence[int]) -> tuple[csr_array, list[float]]:
+        """For each value that is read: kept, or made again, if its reader runs."""
+        by_value: dict[int, list[int]] = {}
+        for column, name in enumerate(names):
+            for value in self.names[name]:
+                by_value.setdefault(value, []).append(column)
+        column_of = {number: len(names) + place for place, number in enumerate(steps)}
+        entries: list[tuple[int, int, float]] = []
+        lower: list[float] = []
+
+        def require(value: int, reader: int | None) -> None:
+            row = len(lower)
+            entries.extend((row, column, 1.0) for column in by_value.get(value, ()))
+            entries.append((row, column_of[self.graph.makers[value]], 1.0))
+            if reader is not None:
+                entries.append((row, column_of[reader], -1.0))
+            lower.append(1.0 if reader is None else 0.0)
+
+        for value in self.graph.needed:
+            require(value, None)
+        for number in steps:
+            for value in self.graph.forward[number].reads:
+                if value in self.graph.makers:
+                    require(value, number)
+        row_numbers, columns, data = zip(*entries, strict=True)
+        matrix = csr_array((data, (row_numbers, columns)), shape=(len(lower), len(names) + len(steps)))
+        return matrix, lower
+
+    def _closure(self, kept: Iterable[int]) -> tuple[int, ...]:
+        """Forward steps that have to run again if only `kept` is there, in order."""
+        graph, kept = self.graph, set(kept)
+        wanted = [value for value in graph.needed if value not in kept]
+        found: set[int] = set()
+        while wanted:
+            number = graph.makers[wanted.pop()]
+            if number not in found:
+                found.add(number)
+                wanted += [v for v in graph.forward[number].reads if v in graph.makers and v not in kept]
+        return tuple(sorted(found))
+
+    def _forward_bytes(self, kept: Iterable[int]) -> int:
+        return max(alive(self.graph, self.graph.forward, keep=kept), default=0)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans keep their budgets by the compiler's own count, and change nothing but memory."""
+
+import itertools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import remattools as rt
+
+from ..exactness import assert_exact
+from ..models import MLP, Tower, inputs, loss
+
+# The smallest model with something to choose: its compiles decide how long this file takes.
+DEPTH, WIDTH, BATCH = 4, 32, (4, 64, 32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """One cache for all plans of this file: equal programs are compiled once."""
+    return tmp_path_factory.mktemp("measured")
+
+
+def _abstract() -> tuple[Any, Any]:
+    return nnx.eval_shape(lambda: Tower(DEPTH, WIDTH, block=MLP)), jax.ShapeDtypeStruct(BATCH, jnp.float32)
+
+
+def _bounds(folder: pathlib.Path) -> tuple[int, int]:
+    model, x = _abstract()
+    nothing = {"layers.*": "nothing_saveable"}
+    found = rt.compare(
+        loss, model, x, candidates={"plain": None, "full": nothing}, target="cpu", differentiate=True, cache=folder
+    )
+    return found["full"].temp_bytes, found["plain"].temp_bytes
+
+
+def test_budgets_are_kept_and_no_compiled_point_is_better(folder: pathlib.Path) -> None:
+    least, most = _bounds(folder)
+    assert least < 0.6 * most  # control: there is something to plan
+    model, x = _abstract()
+    cycles = []
+    for budget in np.linspace(least, most, 10):
+        found = rt.plan(loss, model, x, budget=int(budget), of="temp", target="cpu", cache=folder, max_compiles=4)
+        assert found.measured.temp_bytes <= budget
+        own = next(point for point in found.points if point.rules == found.rules)
+        assert not any(p.bytes <= budget and p.cycles < own.cycles for p in found.points)
+        cycles.append(own.cycles)
+    assert cycles[-1] < cycles[0]
+    assert all(later <= 1.05 * earlier for earlier, later in itertools.pairwise(cycles))
+
+
+def test_the_rule_file_reproduces_the_figures(folder: pathlib.Path) -> None:
+    model, x = _abstract()
+    found = rt.plan(loss, model, x, budget=0.6, of="temp", target="cpu", cache=folder)
+    text = found.to_toml()
+    assert "# target cpu" in text
+    rules = rt.Rules.from_toml(text)
+    assert rules == found.rules
+    again = rt.apply(nnx.eval_shape(lambda: Tower(DEPTH, WIDTH, block=MLP)), rules)
+    measured = rt.measure(loss, again, x, target="cpu", differentiate=True)
+    assert measured.temp_bytes == found.measured.temp_bytes
+
+
+def test_gradients_under_a_plan_are_exact(folder: pathlib.Path) -> None:
+    abstract, shape = _abstract()
+    found = rt.plan(loss, abstract, shape, budget=0.6, of="temp", target="cpu", cache=folder)
+    assert len(found.rules)  # control: the plan does something
+    plain = Tower(DEPTH, WIDTH, block=MLP)
+    assert_exact(loss, plain, rt.apply(nnx.clone(plain), found.rules), inputs(*BATCH))
+
+
+def test_the_model_is_left_as_it_was(folder: pathlib.Path) -> None:
+    model, x = _abstract()
+    rt.apply(model, {"layers.*": "dots_saveable"})
+    before = [row.action for row in rt.explain(model).rows]
+    rt.plan(loss, model, x, budget=1.0, of="temp", target="cpu", cache=folder)
+    assert [row.action for row in rt.explain(model).rows] == before
+
+
+def test_an_impossible_budget_says_what_is_possible(folder: pathlib.Path) -> None:
+    model, x = _abstract()
+    with pytest.raises(rt.BudgetError) as caught:
+        rt.plan(loss, model, x, budget=1000, of="temp", target="cpu", cache=folder)
+    least, _ = _bounds(folder)
+    assert str(least) in str(caught.value) or "the least is" in str(caught.value)
+    fix = int(caught.value.fix.split("=")[1].split(",")[0])
+    found = rt.plan(loss, model, x, budget=fix, of="temp", target="cpu", cache=folder)
+    assert found.measured.temp_bytes <= fix
+
+
+def test_the_least_memory_within_a_time(folder: pathlib.Path) -> None:
+    model, x = _abstract()
+    free = rt.plan(loss, model, x, budget=1.0, of="temp", target="cpu", cache=folder)
+    fastest = min(point.cycles for point in free.points)
+    found = rt.plan(loss, model, x, max_cycles=1.15 * fastest, of="temp", target="cpu", cache=folder)
+    assert found.measured.temp_bytes < free.measured.temp_bytes
+    with pytest.raises(rt.BudgetError, match="the fastest takes"):
+        rt.plan(loss, model, x, max_cycles=1.0, of="temp", target="cpu", cache=folder, max_compiles=2)
+
+
+def test_an_interrupt_returns_the_best_so_far(folder: pathlib.Path) -> None:
+    model, x = _abstract()
+    lines: list[str] = []
+
+    def interrupt(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 3:
+            raise KeyboardInterrupt
+
+    _, most = _bounds(folder)
+    found = rt.plan(loss, model, x, budget=most // 2, of="temp", target="cpu", cache=folder, progress=interrupt)
+    assert len(found.points) == 2
+    assert found.measured.temp_bytes <= most // 2
+
+
+def test_a_time_limit_ends_the_search(folder: pathlib.Path) -> None:
+    model, x = _abstract()
+    found = rt.plan(loss, model, x, budget=1.0, of="temp", target="cpu", cache=folder, time_limit_s=0.0)
+    assert len(found.points) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "fix"),
+    [
+        pytest.param({}, rt.BudgetError, "budget=", id="none"),
+        pytest.param({"budget": "12 parsecs"}, rt.BudgetError, "fit", id="unit"),
+        pytest.param({"budget": -1}, rt.BudgetError, "12GiB", id="negative"),
+        pytest.param({"budget": True}, rt.BudgetError, "12GiB", id="bool"),
+        pytest.param({"budget": "fit"}, rt.BudgetError, "12GiB", id="fit"),
+        pytest.param({"budget": 0.5, "of": "both"}, rt.BudgetError, "temp", id="of"),
+        pytest.param({"budget": 0.5, "max_compiles": 1}, rt.BudgetError, "8", id="compiles"),
+        pytest.param({"budget": 0.5, "differentiate": False}, rt.MeasureError, "loss", id="step"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    options: dict[str, Any], error: type[rt.RematError], fix: str, folder: pathlib.Path
+) -> None:
+    model, x = _abstract()
+    with pytest.raises(error) as caught:
+        rt.plan(loss, model, x, target="cpu", cache=folder, **options)
+    assert fix in caught.value.fix
+
+
+def test_a_model_without_blocks_in_the_loss_is_refused() -> None:
+    model, x = _abstract()
+    with pytest.raises(rt.MeasureError, match="no block"):
+        rt.plan(lambda m, x: jnp.sum(m.head(x) ** 2), model, x, budget=0.5, target="cpu")
