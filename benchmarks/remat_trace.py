@@ -245,7 +245,7 @@ def page(rows: list[Row], seconds: dict[str, float], repeats: int) -> str:
         'model under `{"layers.*": "nothing_saveable"}`; `nnx.remat` and `jax.checkpoint` are the same model with the',
         "call of each block written by hand. The compiled programs are compared at 6 blocks of width 128; the",
         "time of a step is the fastest of the run, its tolerance the spread of the hand-written program's own steps.",
-        "On a busy machine that spread is wide and the row says little; equal flops and bytes are the stronger evidence.",
+        "On a busy machine that spread is wide and the row says little; equal flops and bytes say more.",
         "`apply` is timed on 2,000 blocks of five modules each, with two rules, on fresh models; the fastest counts.",
         "",
     ]
