@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`remattools explain|residuals|measure|compare|check|timeline module:factory`.
+"""`remattools explain|residuals|measure|compare|check|timeline|plan module:factory`.
 
 Entry point. Parses, calls one library function, prints, returns an exit code; so a
 notebook can do whatever a shell can. Nothing is executed from a rule file.
@@ -24,6 +24,7 @@ from .measure.compile import measure
 from .measure.factory import Subject, load_subject
 from .measure.residuals import residuals
 from .measure.timeline import timeline
+from .plan.planner import plan
 from .transform.explain import ExplanationRow, describe, explain
 
 # argparse also exits with 2 on bad usage.
@@ -70,6 +71,15 @@ def build_parser() -> argparse.ArgumentParser:
     compared.add_argument("--run", action="store_true", help="also run each and take the time")
     compared.add_argument("--csv", type=pathlib.Path, help="write the figures into this file")
     compared.add_argument("--plot", type=pathlib.Path, help="draw time against memory into a PNG or SVG file")
+    planned = command("plan", _plan, "find rules that keep a memory budget with the least recomputation")
+    planned.add_argument("--budget", help="12GiB, a fraction of the plain model (0.5), or fit")
+    planned.add_argument("--of", choices=("peak", "temp"), default="peak", help="what the budget is about")
+    planned.add_argument("--max-cycles", type=float, help="find the least memory within this time instead")
+    planned.add_argument("--max-compiles", type=int, default=8, help="the most programs to compile")
+    planned.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no compile after this time")
+    planned.add_argument("-o", "--out", type=pathlib.Path, help="write the rules into this file")
+    planned.add_argument("--plot", type=pathlib.Path, help="draw time against memory into a PNG or SVG file")
+    _target_options(planned)
     checked = command("check", _check, "say whether rules do what they were to do")
     _rules_option(checked)
     _target_options(checked)
@@ -167,6 +177,38 @@ def _check(args: argparse.Namespace, subject: Subject) -> int:
         report = check(subject.fn, *subject.args, rules=args.rules, target=args.target, cache=_cache(args))
     _show(args, report.as_dict(), str(report))
     return OK if report.ok else NO
+
+
+def _plan(args: argparse.Namespace, subject: Subject) -> int:
+    with _working("tracing") as status:
+        found = plan(
+            subject.fn,
+            *subject.args,
+            budget=_budget(args.budget),
+            of=args.of,
+            max_cycles=args.max_cycles,
+            target=args.target,
+            max_compiles=args.max_compiles,
+            time_limit_s=args.time_limit,
+            cache=_cache(args),
+            progress=status.update,
+        )
+    if args.out is not None:
+        args.out.write_text(found.to_toml())
+    if args.plot is not None:
+        found.plot(args.plot)
+    _show(args, found.as_dict(), f"{found}\n\n{found.to_toml()}" if args.out is None else str(found))
+    return OK
+
+
+def _budget(text: str | None) -> float | int | str | None:
+    """Numbers as numbers: a fraction has a point, as in Python."""
+    if text is None:
+        return None
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        return text
 
 
 @contextlib.contextmanager

@@ -92,6 +92,21 @@ class Plan:
             lines.append("the plain model keeps the budget: no rule is needed")
         return "\n".join([*(f"# {line}" for line in lines), "", self.rules.to_toml()])
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        points = [
+            {
+                "rules": point.rules.to_toml(),
+                "bytes": point.bytes,
+                "cycles": point.cycles,
+                "predicted": dataclasses.asdict(point.predicted),
+                "measured": point.measured.as_dict(),
+                "chosen": point.rules == self.rules,
+            }
+            for point in self.points
+        ]
+        return {"budget_bytes": self.budget_bytes, "of": self.of, "time_by": self.time_by, "points": points}
+
     def table(self) -> str:
         """All compiled points by memory; the plan's own is marked."""
         lines = [f"{'':2}{self.of:>12}{'cycles':>10}{'predicted':>14}{'':>10}  rules"]
