@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from tunix.models.gemma import model as gemma
 from tunix.models.gemma3 import model as gemma3
+from tunix.models.gemma3 import vision
 from tunix.models.gemma4 import model as gemma4
 from tunix.models.llama3 import model as llama3
 from tunix.models.qwen2 import model as qwen2
@@ -166,3 +167,39 @@ def test_same_as_the_librarys_own_setting(name: str, level: str, rule: str) -> N
     own = subject(name, remat=level)
     ruled = rt.apply(subject(name).model(), RULES[rule][0])
     assert_same_values(train(own, own.model()), train(subject(name), ruled))
+
+
+def with_images(model: Any, tokens: Any, mask: Any, images: Any) -> Any:
+    positions = jnp.broadcast_to(jnp.arange(SEQ), (BATCH, SEQ))
+    # The language model stops the gradient at the encoder; the encoder's own output is trained here too.
+    return model(tokens, positions, None, mask, images=images[:, None]), model.vision_encoder.siglip_encoder(images)
+
+
+def test_vision_encoder_inside_a_language_model() -> None:
+    cls, config = MODELS["gemma3"]
+    encoder = vision.SigLIPConfig(
+        num_mm_tokens_per_image_prepool=4,
+        num_mm_tokens_per_image=1,
+        image_height=8,
+        image_width=8,
+        soft_token_placeholder=5,
+        patch_size=(4, 4),
+        width=8,
+        depth=2,
+        mlp_dim=16,
+        num_heads=2,
+    )
+    seeing = dataclasses.replace(
+        subject("gemma3"),
+        make=functools.partial(build, cls, dataclasses.replace(config, vision_config=encoder)),
+        inputs={
+            "tokens": jnp.array([[1, 5, 2, 3, 4, 6], [5, 1, 2, 3, 4, 6]]),
+            "mask": subject("gemma3").inputs["mask"],
+            "images": jax.random.normal(jax.random.key(2), (BATCH, 8, 8, 3)),
+        },
+        use=with_images,
+        infer=None,
+    )
+    rules = {"layers.*": "nothing_saveable", "vision_encoder.**.blocks.*": "dots_saveable"}
+    # The encoder runs twice, inside the language model and alone.
+    check(seeing, rules, LAYERS + 2 * encoder.depth)
