@@ -113,7 +113,8 @@ def outline(fn: Callable[..., Any], model: Any, args: Sequence[Any], rates: Rate
     def special(equation: Any, leaves: list[Any]) -> Any:
         if not programs.is_region(equation):
             return None
-        inner = next(below for _, below in programs.nested(equation))
+        # Under jax_remat3 what is nested is the traced region, which holds its program.
+        inner = programs.open_program(next(below for _, below in programs.nested(equation)))
         if id(inner) not in by_id:
             key = _signature(inner)
             by_id[id(inner)] = kinds.setdefault(key, len(distinct))
