@@ -87,7 +87,11 @@ def _name_equation(source: Any, target: Any, name: str, like: Any) -> Any:
     # JAX builds the equation (its form differs under jax_remat3); only the variables are replaced.
     template = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
     made = open_program(template).eqns[0]
-    return made.replace(invars=[source], outvars=[target], source_info=like.source_info, ctx=like.ctx)
+    params = made.params
+    if "_prim" in params:
+        # There the primitive knows the full type, which under shard_map is more than shape and dtype.
+        params = {**params, "_prim": type(params["_prim"])(name, aval)}
+    return made.replace(invars=[source], outvars=[target], params=params, source_info=like.source_info, ctx=like.ctx)
 
 
 def is_array(aval: Any) -> bool:
