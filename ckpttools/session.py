@@ -105,7 +105,7 @@ class Session:
 
     def all_steps(self) -> tuple[int, ...]:
         """Steps of the run's own branch that are committed, in increasing order."""
-        return tuple(sorted(entry.step for entry in self._run.steps().live))
+        return tuple(sorted(entry.step for entry in self._run.steps_now().live))
 
     def latest_step(self) -> int | None:
         """The newest committed step of the run's own branch."""
@@ -115,7 +115,7 @@ class Session:
         """The committed step with the best value of a metric, by default the one that the spec names."""
         selector = self._with_mode(BestStep(metric, mode) if metric else self._best_of_spec())
         try:
-            return recovery.order(self._run.steps(), selector)[0].step
+            return recovery.order(self._run.steps_now(), selector)[0].step
         except StepNotFoundError:
             return None
 
@@ -168,7 +168,7 @@ class Session:
         self.wait()
         if isinstance(step, BestStep):
             step = self._with_mode(step)
-        candidates = recovery.order(self._run.steps(), step)
+        candidates = recovery.order(self._run.steps_now(), step)
 
         def check(loaded: Loaded) -> None:
             if self._validate is not None:

@@ -6,6 +6,7 @@ list of branches that led to a step, each with the step after which it began. Th
 run's own; a step of an earlier branch is superseded if it lies after the point where the next branch began.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -14,7 +15,7 @@ from typing import Literal
 from ..errors import CheckpointError, IncompleteStepError, StepDamagedError, UntrustedStepError
 from ..spec.retention import StepInfo
 from . import commit, layout
-from .manifest import Lineage, Manifest, Summary
+from .manifest import Lineage, Manifest, Summary, read_sealed
 from .manifest import read as read_manifest
 
 type State = Literal["committed", "unverified", "incomplete", "corrupt"]
@@ -122,10 +123,21 @@ def _examine(path: pathlib.Path, step: int) -> Entry:
     try:
         return Entry(step=step, path=path, state="committed", manifest=read_manifest(path))
     except IncompleteStepError as error:
-        foreign = not (path / layout.MANIFEST).exists() and looks_like_orbax(path)
+        lacks_manifest = not (path / layout.MANIFEST).exists()
+        foreign = lacks_manifest and looks_like_orbax(path) and not _was_ours(path.parent, step)
         return Entry(step=step, path=path, state="unverified" if foreign else "incomplete", error=error)
     except StepDamagedError as error:
         return Entry(step=step, path=path, state="corrupt", error=error)
+
+
+def _was_ours(root: pathlib.Path, step: int) -> bool:
+    """Whether a step without a manifest once had one: its second copy tells it from a step of plain Orbax."""
+    spares = layout.control(root, "spare")
+    for spare in spares.iterdir() if spares.is_dir() else ():
+        with contextlib.suppress(StepDamagedError, OSError):
+            if read_sealed(spare).summary.step == step:
+                return True
+    return False
 
 
 def looks_like_orbax(folder: pathlib.Path) -> bool:

@@ -33,9 +33,15 @@ class RunFolder:
         with os.scandir(self.directory) as entries:
             return any(layout.step_number(entry.name) is not None for entry in entries)
 
+    def steps_now(self) -> Catalogue:
+        """The steps at this moment, read again unless this process makes all changes."""
+        if not self.lock.held:
+            self.forget()
+        return self.steps()
+
     def steps(self) -> Catalogue:
-        """The steps at this moment."""
-        if self._known is None or not self.lock.held:
+        """The steps as they were last read."""
+        if self._known is None:
             self._known = catalogue.scan(self.directory)
         return self._known
 
@@ -84,7 +90,7 @@ class RunFolder:
 
     def pin(self, step: int, *, pinned: bool) -> None:
         """Protect a committed step from retention, or no longer."""
-        committed = {entry.step for entry in self.steps().committed}
+        committed = {entry.step for entry in self.steps_now().committed}
         if pinned and step not in committed:
             raise StepNotFoundError(
                 what=f"there is no committed step {step} to pin.",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any damage to any file is detected and named, or harmless; plain Orbax restores a flipped bit without a word."""
 
+import random
 import warnings
 
 import jax
@@ -33,6 +34,12 @@ def test_damage_of_every_kind(pristine, tmp_path):
 @pytest.mark.long
 def test_two_thousand_damages(pristine, tmp_path):
     check(pristine, tmp_path / "work", count=2000)
+
+
+def test_a_step_whose_manifest_is_gone_is_damaged_and_not_foreign(tmp_path):
+    faults.write_run(tmp_path / "run")
+    trial = faults.try_damage(tmp_path / "run", tmp_path / "work", "ckpttools.manifest", "deleted", random.Random(0))
+    assert trial.outcome == "detected"
 
 
 def test_plain_orbax_restores_a_flipped_bit_without_a_word(tmp_path):

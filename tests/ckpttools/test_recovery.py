@@ -70,7 +70,6 @@ def test_a_truncated_file_makes_a_step_incomplete(run):
 
 def test_a_missing_manifest_makes_a_step_incomplete(run):
     (run / "30" / "ckpttools.manifest").unlink()
-    (run / "30" / "_CHECKPOINT_METADATA").unlink()
     report = restore(run)
     assert (report.step, report.rejected[0].verdict) == (20, "incomplete")
 

@@ -40,7 +40,8 @@ def test_verify_names_the_damaged_file_and_leaf(run):  # noqa: F811
     assert thirty.files[0].startswith("model/ocdbt.process_0/d/")
     assert twenty.files == ("commit_success.txt",)
     assert "all leaves are still readable" in twenty.reason
-    assert ten.state == "unverified"
+    assert ten.state == "incomplete"
+    assert "10 has no ckpttools.manifest" in ten.reason
     assert not ct.verify(run).ok
 
 

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Digests: every byte of a file or array counts."""
+
+import numpy as np
+import pytest
+
+from ckpttools.store import digest
+
+
+@pytest.mark.parametrize("algorithm", ["xxh3", "sha256"])
+@pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 350])
+def test_every_byte_counts_whatever_the_size(tmp_path, monkeypatch, algorithm, size):
+    monkeypatch.setattr(digest, "_BUFFER_BYTES", 30)
+    path, data = tmp_path / "file", bytearray(range(200)) + bytearray(150)
+    path.write_bytes(data[:size])
+    seen = {digest.of_file(algorithm, path)}
+    for position in range(size):
+        changed = data[:size]
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        seen.add(digest.of_file(algorithm, path))
+    assert len(seen) == size + 1
+    path.write_bytes(data[:size] + b"\0")
+    assert digest.of_file(algorithm, path) not in seen
+
+
+def test_a_small_file_and_an_array_have_the_digest_of_their_bytes(tmp_path):
+    array = np.arange(10.0)
+    (tmp_path / "file").write_bytes(array.tobytes())
+    expected = digest.of_bytes("xxh3", array.tobytes())
+    assert digest.of_file("xxh3", tmp_path / "file") == digest.of_array("xxh3", array) == expected
+    assert digest.algorithm_of(expected) == "xxh3"
