@@ -101,8 +101,6 @@ class Session:
         """Whether this process was asked to stop; `steps` ends after the step that sees it."""
         return self._stop.reason is not None
 
-    # What is there
-
     def all_steps(self) -> tuple[int, ...]:
         """Steps of the run's own branch that are committed, in increasing order."""
         return tuple(sorted(entry.step for entry in self._run.steps_now().live))
@@ -143,8 +141,6 @@ class Session:
                 fix=f'ct.best({selector.metric!r}, mode="min")',
             )
         return BestStep(selector.metric, mode)
-
-    # Restore
 
     def restore(self, state: Mapping[str, Any], step: Selector = "latest") -> RestoreReport:
         """Restore a step into `state`, passing over damaged ones.
@@ -216,8 +212,6 @@ class Session:
             self._run.lock_for_writing()
             # Another process may have gone on with the run since the restore; then this one is a branch.
             self._lineage = self._run.lineage_from(*self._origin)
-
-    # Train
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left: from the one after the restored step to `total`.

@@ -48,7 +48,7 @@ def is_stateful(value: Any) -> bool:
 
 
 def _is_unit(value: Any) -> bool:
-    """Whether a pytree is not opened further by jax but by `_flatten_unit`."""
+    """Whether a pytree is not opened further by jax but by `_flatten`."""
     return value is None or isinstance(value, nnx.Pytree | nnx.State | nnx.Variable) or is_stateful(value)
 
 
