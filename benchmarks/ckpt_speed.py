@@ -4,8 +4,8 @@
     python benchmarks/ckpt_speed.py [--megabytes 524] [--rounds 7] [--folder DIR] [--write]
 
 Every way is timed once in each round, in turn, so that a slow moment of the machine meets all of them; the figures are
-medians. The stall of a background save is what the training loop sees: the call, and how much longer than usual the
-next updates take, of which the first donates the very buffers that are being saved, until the save has ended.
+medians. The stall of a background save is what the training loop sees: the call, and how much longer than usual
+the next update takes, which donates the very buffers that are being saved.
 `--write` puts the table into docs/benchmarks/ckpt_speed.md.
 """
 
@@ -100,7 +100,7 @@ def save_ours(folder: pathlib.Path, state) -> float:
 
 
 def stall(state, begin, ended) -> tuple[dict, float]:
-    """Start a background save and train on until it has ended; the state, and the time lost against plain training."""
+    """Start a background save and do one more update; the state, and the time lost against an update alone."""
     state = jax.block_until_ready(update(state))
     usual = []
     for _ in range(5):
