@@ -121,7 +121,7 @@ def _load(context: ocp.Context, folder: pathlib.Path, items: dict[str, Any] | No
             return dict(ocp.load_checkpointables(folder, items))
         except Exception as error:
             failure = ReadError(error)
-        gc.collect(1)
+        gc.collect()
     raise failure
 
 
