@@ -47,6 +47,9 @@ from .repairing import repair as repair
 from .report import Candidate as Candidate
 from .report import RestoreReport as RestoreReport
 from .session import Session as Session
+from .showing import ShownLeaf as ShownLeaf
+from .showing import ShownStep as ShownStep
+from .showing import show as show
 from .spec.retention import All as All
 from .spec.retention import Best as Best
 from .spec.retention import EveryNSeconds as EveryNSeconds

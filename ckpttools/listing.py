@@ -44,7 +44,8 @@ def ls(directory: str | os.PathLike[str]) -> tuple[ListedStep, ...]:
         (*known.entries, *known.set_aside),
         key=lambda entry: (entry.info is None, entry.info.sequence if entry.info else entry.step),
     )
-    return tuple(map(_listed, entries))
+    # A step that the run's own process deletes at this moment looks damaged; it is gone.
+    return tuple(_listed(entry) for entry in entries if entry.state == "committed" or entry.path.exists())
 
 
 def _listed(entry: catalogue.Entry) -> ListedStep:

@@ -4,9 +4,10 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
-from .errors import StepDamagedError
+from .errors import StepDamagedError, StepNotFoundError
 from .store import catalogue, integrity
 
 
@@ -54,25 +55,56 @@ class VerifyReport:
         return "\n".join(map(str, self.steps)) or "there are no steps"
 
 
-def verify(directory: str | os.PathLike[str], step: int | None = None) -> VerifyReport:
+def verify(
+    directory: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
     """Compare every file and leaf of a run, or of one step, with what was written.
+
+    Steps that the run's own process deletes meanwhile are left out.
 
     Args:
         directory: The run's folder.
         step: Only this step.
+        progress: Called with the bytes that were read and those there are.
+
+    Raises:
+        StepNotFoundError: If `step` is not there.
     """
     root = pathlib.Path(directory).absolute()
     known = catalogue.scan(root)
     entries = [entry for entry in (*known.entries, *known.set_aside) if step is None or entry.step == step]
-    return VerifyReport(tuple(map(_examine, entries)))
+    if step is not None and not entries:
+        raise StepNotFoundError(
+            what=f"there is no step {step} in {root}.",
+            why="it was never saved, or retention has deleted it.",
+            fix=f"there are {', '.join(str(entry.step) for entry in known.entries) or 'no steps'}.",
+        )
+    total = sum(_bytes(entry) for entry in entries)
+    done = 0
+
+    def seen(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    examined = [(entry, _examine(entry, seen)) for entry in entries]
+    return VerifyReport(tuple(health for entry, health in examined if entry.path.is_dir()))
 
 
-def _examine(entry: catalogue.Entry) -> StepHealth:
+def _bytes(entry: catalogue.Entry) -> int:
+    return entry.manifest.summary.total_bytes if entry.manifest else 0
+
+
+def _examine(entry: catalogue.Entry, seen: Callable[[int], None]) -> StepHealth:
     if entry.manifest is None:
         error = entry.error
         files = error.files if isinstance(error, StepDamagedError) else ()
         return StepHealth(step=entry.step, state=entry.state, reason=error.what if error else "", files=files)
-    files = integrity.damaged_files(entry)
+    files = integrity.damaged_files(entry, seen)
     try:
         items = entry.manifest.contents.items
         integrity.read_proved(entry, {item: stored.records for item, stored in items.items()})

@@ -5,7 +5,7 @@ Orbax restored 149 of 150 single flipped bits without a word, and what it raises
 ValueError to a bare Exception. So its errors are not interpreted here: the files' digests tell what happened.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ..errors import CheckpointError, CorruptStepError, IncompleteStepError, StorageError
 from ..state.leaves import Record, dotted
@@ -46,10 +46,16 @@ def damaged_leaves(records: Mapping[str, Sequence[Record]], arrays: orbax.HostAr
                     yield dotted(item, record.path)
 
 
-def damaged_files(entry: Entry) -> tuple[str, ...]:
-    """Files of a committed step whose bytes are not those that were written; reads all of them."""
+def damaged_files(entry: Entry, seen: Callable[[int], None] = lambda size: None) -> tuple[str, ...]:
+    """Files of a committed step whose bytes are not those that were written; reads all of them.
+
+    Args:
+        entry: The step.
+        seen: Called with the size of each file before it is read.
+    """
     damaged = []
-    for name, (_, expected) in entry.manifest.summary.files.items() if entry.manifest else ():
+    for name, (size, expected) in entry.manifest.summary.files.items() if entry.manifest else ():
+        seen(size)
         try:
             if digest.of_file(digest.algorithm_of(expected), entry.path / name) != expected:
                 damaged.append(name)

@@ -101,6 +101,31 @@ def read_foreign(folder: pathlib.Path) -> dict[str, Any]:
         return {name: item for name, item in _load(ocp.Context(), folder, None).items() if name != "metrics"}
 
 
+def describe_foreign(folder: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of each leaf of a step that plain Orbax wrote; reads metadata only.
+
+    What is no array has the dtype "": Orbax's metadata does not hold its value.
+
+    Raises:
+        ReadError: If Orbax cannot read it.
+    """
+    failure = None
+    with ocp.Context():
+        try:
+            items = ocp.checkpointables_metadata(folder).metadata
+        except Exception as error:
+            failure = ReadError(error)
+    if failure is not None:
+        raise failure
+    found = []
+    for item, tree in items.items():
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))[0]:
+            name = ".".join([item, *(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)])
+            is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+            found.append((name, tuple(leaf.shape), np.dtype(leaf.dtype).name) if is_array else (name, (), ""))
+    return found
+
+
 class ReadError(Exception):
     """Whatever Orbax or TensorStore raised while reading, as text.
 

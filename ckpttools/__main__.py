@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m ckpttools` is the command `ckpttools`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ckpttools ls|show|verify|diff|prune|pin|unpin|repair|adopt|export|import|mirror`.
+
+Entry point. Parses, calls one library function, prints, returns an exit code; so a notebook can do whatever a shell
+can. What only reads takes no lock and may look at a run that is being written.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import tables
+from .adopting import adopt
+from .errors import CheckpointError, SpecError
+from .listing import ls, prune
+from .repairing import repair
+from .showing import show
+from .spec.retention import Best, EveryNSteps, Latest, Retention, Union
+from .spec.spec import CheckpointSpec
+from .store import layout
+from .store.run import RunFolder
+from .verifying import verify
+
+# argparse also exits with 2 on bad usage.
+OK, NO, CANNOT, INTERRUPTED = 0, 1, 2, 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    parser = argparse.ArgumentParser(
+        prog="ckpttools",
+        description="What a run's checkpoints are, whether they are intact, and what can be done about it.",
+        epilog="Exit codes: 0 done, 1 the answer is no (damaged, different, beyond repair), 2 cannot be done.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run: Any, text: str, place: str = "the run's folder") -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.set_defaults(execute=run)
+        added.add_argument("run", type=pathlib.Path, help=place)
+        added.add_argument("--json", action="store_true", help="machine-readable output")
+        return added
+
+    of_step = "the run's folder, or one step's (runs/exp1/500)"
+    listed = command("ls", _ls, "list the steps with metrics, sizes and branches")
+    listed.add_argument("--verify", action="store_true", help="read every byte and say which steps are intact")
+    command("show", _show, "show the tree of a step, by default the newest, with shapes, dtypes and bytes", of_step)
+    command("verify", _verify, "read every byte and name what is damaged; changes nothing", of_step)
+    pruned = command("prune", _prune, "delete what a retention does not keep")
+    pruned.add_argument("--dry-run", action="store_true", help="only say what would be deleted, and why")
+    pruned.add_argument(
+        "--spec", type=pathlib.Path, metavar="TOML", help="take keep from the [checkpoint] of this file"
+    )
+    pruned.add_argument("--latest", type=int, metavar="N", help="keep the N latest")
+    pruned.add_argument(
+        "--best", action="append", default=[], metavar="METRIC:MODE[:N]", help="keep the N best, as in val_loss:min:2"
+    )
+    pruned.add_argument("--every-steps", type=int, metavar="N", help="keep the multiples of N")
+    for name, text in (("pin", "protect steps from retention"), ("unpin", "give steps back to retention")):
+        command(name, _pin, text).add_argument("steps", type=int, nargs="+")
+    repaired = command("repair", _repair, "put damaged manifests and metadata back from their second copies")
+    repaired.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    adopted = command("adopt", _adopt, "take over steps that plain Orbax wrote")
+    adopted.add_argument("--dry-run", action="store_true", help="only say which")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; `argv` excludes the program's name, so that tests call it directly."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.execute(args)
+        sys.stdout.flush()
+        return code
+    except CheckpointError as error:
+        tables.print_error(str(error))
+        return CANNOT
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # `ckpttools show run | head`: the reader has seen enough. What is still buffered must not raise at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return OK
+        tables.print_error(f"{error.filename or args.run} cannot be read or written: {error.strerror or error}.")
+        return CANNOT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def place_of(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """A run's folder and a step's number from either of their paths.
+
+    Raises:
+        CheckpointError: If there is no such folder.
+    """
+    path = path.absolute()
+    step = layout.step_number(path.name)
+    looks_like_step = (path / layout.MANIFEST).exists() or (path / "_CHECKPOINT_METADATA").exists()
+    if step is not None and (looks_like_step or not path.is_dir()) and path.parent.is_dir():
+        return path.parent, step
+    return _folder(path), None
+
+
+def _folder(path: pathlib.Path) -> pathlib.Path:
+    if not path.is_dir():
+        raise CheckpointError(
+            what=f"{path} is no folder.",
+            why="a run is a folder with a numbered folder for each step.",
+            fix="check the path.",
+        )
+    return path
+
+
+def _ls(args: argparse.Namespace) -> int:
+    rows = list(ls(_folder(args.run)))
+    if args.verify:
+        with tables.progress("verifying") as progress:
+            report = verify(args.run, progress=progress)
+        health = {step.step: step for step in report.steps}
+        rows = [
+            dataclasses.replace(row, state=f"{row.state}, {health[row.step].state}")
+            if row.state in ("committed", "superseded") and row.step in health
+            else row
+            for row in rows
+        ]
+    if args.json:
+        tables.print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        tables.print_steps(rows)
+    return OK if not args.verify or report.ok else NO
+
+
+def _show(args: argparse.Namespace) -> int:
+    shown = show(*place_of(args.run))
+    if args.json:
+        tables.print_json(shown.as_dict())
+    else:
+        tables.print_tree(shown)
+    return OK
+
+
+def _verify(args: argparse.Namespace) -> int:
+    with tables.progress("verifying") as progress:
+        report = verify(*place_of(args.run), progress=progress)
+    _print(args, report.as_dict(), str(report))
+    return OK if report.ok else NO
+
+
+def _prune(args: argparse.Namespace) -> int:
+    verdicts = prune(_folder(args.run), _keep(args), dry_run=args.dry_run)
+    if args.json:
+        plain = [{"step": each.step.step, "keep": each.keep, "reason": each.reason} for each in verdicts]
+        tables.print_json({"dry_run": args.dry_run, "steps": plain})
+    else:
+        tables.print_verdicts(verdicts, dry_run=args.dry_run)
+    return OK
+
+
+def _keep(args: argparse.Namespace) -> Retention:
+    parts: list[Retention] = [] if args.spec is None else [CheckpointSpec.load(args.spec).keep]
+    parts += [] if args.latest is None else [Latest(args.latest)]
+    parts += [] if args.every_steps is None else [EveryNSteps(args.every_steps)]
+    for text in args.best:
+        metric, _, rest = text.partition(":")
+        mode, _, count = rest.partition(":")
+        parts.append(Best(metric, mode=mode, n=int(count) if count.isdecimal() else 1))  # type: ignore[arg-type]
+    if not parts:
+        raise SpecError(
+            what="nothing says which steps to keep.",
+            why="the retention of a run stands in its spec, and the steps do not hold it.",
+            fix="--spec train.toml, or --latest 3 --best val_loss:min:2 --every-steps 10000; the parts add up.",
+        )
+    return Union(*parts)
+
+
+def _pin(args: argparse.Namespace) -> int:
+    run, pinned = RunFolder(_folder(args.run).absolute()), args.command == "pin"
+    for step in args.steps:
+        run.pin(step, pinned=pinned)
+    _print(args, {"steps": args.steps, "pinned": pinned}, f"{args.command}ned {', '.join(map(str, args.steps))}")
+    return OK
+
+
+def _repair(args: argparse.Namespace) -> int:
+    report = repair(args.run, dry_run=args.dry_run)
+    repairs = [{**dataclasses.asdict(each), "possible": bool(each.done)} for each in report.repairs]
+    _print(args, {"dry_run": report.dry_run, "repairs": repairs}, str(report))
+    return OK if all(each.done for each in report.repairs) else NO
+
+
+def _adopt(args: argparse.Namespace) -> int:
+    steps = adopt(_folder(args.run), dry_run=args.dry_run)
+    done = "would take over" if args.dry_run else "took over"
+    _print(args, {"dry_run": args.dry_run, "steps": steps}, f"{done} {', '.join(map(str, steps)) or 'nothing'}")
+    return OK
+
+
+def _print(args: argparse.Namespace, data: Any, text: str) -> None:
+    if args.json:
+        tables.print_json(data)
+    else:
+        tables.print_text(text)

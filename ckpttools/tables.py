@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line prints: tables for people, JSON for programs, progress where somebody looks.
+
+Names and reasons come from files that anybody may have written, so nothing of them reaches a terminal as a control
+code, or rich as markup.
+"""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.table import Table
+
+from .listing import ListedStep
+from .showing import ShownStep, form_of
+from .spec.retention import Verdict
+
+_WIDTH_OF_A_FILE = 160
+"""Columns where the output is no terminal, so that nothing is cut."""
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """Print rows under a head; the columns named in `right` are numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_printable, row))
+    console = Console(markup=False, highlight=False, emoji=False)
+    console.print(table, width=None if console.is_terminal else _WIDTH_OF_A_FILE)
+
+
+def print_text(text: str) -> None:
+    """Print text whose parts may come from a file."""
+    print("\n".join(map(_printable, text.splitlines())))
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def print_json(data: Any) -> None:
+    """Print plain data; NaN and infinities, which JSON lacks, as words."""
+    print(json.dumps(_finite(data), indent=2, default=str))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float) and not math.isfinite(data):
+        return str(data)
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def readable_bytes(count: int) -> str:
+    """A size in the unit that leaves it below 1024."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+@contextlib.contextmanager
+def progress(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on the error stream; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_steps(steps: Sequence[ListedStep]) -> None:
+    """The table of `ls`."""
+    if not steps:
+        print("there are no steps")
+        return
+    names = sorted({name for step in steps for name in step.metrics})
+    columns = ["step", "state", "saved", "size", *names, "branch", "reason"]
+    rows = [
+        [
+            str(step.step),
+            step.state + (", pinned" if step.pinned else ""),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(step.saved_at)) if step.saved_at else "",
+            readable_bytes(step.total_bytes) if step.total_bytes else "",
+            *(f"{step.metrics[name]:.6g}" if name in step.metrics else "" for name in names),
+            f"{step.branch} after {step.began_after}" if step.began_after else step.branch,
+            step.reason,
+        ]
+        for step in steps
+    ]
+    print_table(columns, rows, right=["step", "size", *names])
+
+
+def print_tree(shown: ShownStep) -> None:
+    """The table of `show`, with the sum of each item."""
+    metrics = ", ".join(f"{name}={value:.6g}" for name, value in shown.metrics.items())
+    print_text(
+        f"step {shown.step}: {shown.state}; {shown.reason or 'no reason given'}{'; ' + metrics if metrics else ''}"
+    )
+    rows = [[leaf.name, form_of(leaf), readable_bytes(leaf.bytes) if leaf.bytes else ""] for leaf in shown.leaves]
+    print_table(["leaf", "form", "bytes"], rows, right=["bytes"])
+    sums: dict[str, int] = {}
+    for leaf in shown.leaves:
+        item = leaf.name.partition(".")[0]
+        sums[item] = sums.get(item, 0) + leaf.bytes
+    each = ", ".join(f"{item} {readable_bytes(count)}" for item, count in sums.items())
+    print_text(f"{each or 'no items'}; on the disk {readable_bytes(shown.total_bytes)}")
+
+
+def print_verdicts(verdicts: Sequence[Verdict], *, dry_run: bool) -> None:
+    """The table of `prune`."""
+    gone = "would be deleted" if dry_run else "deleted"
+    rows = [
+        [str(verdict.step.step), "kept" if verdict.keep else gone, verdict.reason]
+        for verdict in sorted(verdicts, key=lambda verdict: verdict.step.step)
+    ]
+    print_table(["step", "", "why"], rows, right=["step"]) if rows else print("there are no steps")
+
+
+def print_error(text: str) -> None:
+    """Say on the error stream why nothing was done."""
+    lines = "\n".join(map(_printable, text.splitlines()))
+    print(f"ckpttools: {lines}", file=sys.stderr)

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each command as a new user would try it: on a healthy, a damaged, an empty, a foreign and a live run."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import jax.numpy as jnp
+import pytest
+from orbax.checkpoint import v1
+
+import ckpttools as ct
+from ckpttools import cli, tables
+from ckpttools.store import layout
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def state_at(step):
+    return {
+        "model": {"large": jnp.arange(4096.0) + step, "half": jnp.ones((2, 3), jnp.bfloat16)},
+        "data": {"epoch": step},
+    }
+
+
+def spec_for(folder):
+    return ct.CheckpointSpec(directory=folder, keep=ct.All())
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    with ct.open(spec_for(folder)) as ckpt:
+        for step in (10, 20, 30):
+            ckpt.save(step, state_at(step), metrics={"val_loss": 1 / step if step < 30 else float("nan")})
+    return folder
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        v1.save_checkpointables(
+            tmp_path / "plain" / "3", {"model": {"a": jnp.ones((2, 3), jnp.bfloat16)}, "x": {"e": 4}}
+        )
+    return tmp_path / "plain"
+
+
+def damage(run, step):
+    path = max((p for p in (run / str(step)).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def call(capsys, *argv):
+    code = cli.main([str(each) for each in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def as_json(capsys, *argv):
+    code, out, _ = call(capsys, *argv, "--json")
+    return code, json.loads(out)
+
+
+def test_ls_shows_steps_metrics_sizes_and_branches(run, capsys):
+    code, out, _ = call(capsys, "ls", run)
+    assert code == cli.OK
+    lines = out.splitlines()
+    assert lines[0].split() == ["step", "state", "saved", "size", "val_loss", "branch", "reason"]
+    assert [line.split()[0] for line in lines[1:]] == ["10", "20", "30"]
+    assert "committed" in lines[1]
+    assert "KiB" in lines[1]
+    assert "0.1" in lines[1]
+    code, rows = as_json(capsys, "ls", run)
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert rows[2]["metrics"] == {"val_loss": "nan"}, "JSON has no NaN"
+
+
+def test_ls_can_verify(run, capsys):
+    assert as_json(capsys, "ls", run, "--verify")[0] == cli.OK
+    damage(run, 20)
+    code, rows = as_json(capsys, "ls", run, "--verify")
+    assert code == cli.NO
+    assert [row["state"] for row in rows] == ["committed, intact", "committed, corrupt", "committed, intact"]
+    assert [row["state"] for row in as_json(capsys, "ls", run)[1]] == ["committed"] * 3, "without it no byte is read"
+
+
+def test_show_lists_every_leaf(run, capsys):
+    code, out, _ = call(capsys, "show", run)
+    assert code == cli.OK
+    assert out.startswith("step 30: committed; asked for; val_loss=nan")
+    assert "model.large  float32[4096]  16.0 KiB" in out
+    assert "model.half   bfloat16[2,3]      12 B" in out
+    assert "data.epoch   30" in out
+    code, shown = as_json(capsys, "show", run / "10")
+    assert shown["step"] == 10
+    assert {leaf["name"]: leaf["bytes"] for leaf in shown["leaves"]}["model.large"] == 4096 * 4
+    assert str(ct.show(run, 10)).startswith("step 10: committed, 3 leaves")
+
+
+def test_show_of_a_step_that_is_not_there_or_damaged(run, capsys):
+    code, out, err = call(capsys, "show", run / "99")
+    assert (code, out) == (cli.CANNOT, "")
+    assert "has no step 99" in err
+    assert "there are 10, 20, 30" in err
+    (run / "20" / layout.MANIFEST).write_text("{}")
+    code, _, err = call(capsys, "show", run / "20")
+    assert code == cli.CANNOT
+    assert "damaged" in err
+    assert call(capsys, "show", run)[1].startswith("step 30"), "the newest that can be read"
+
+
+def test_verify_names_the_damage(run, capsys):
+    assert call(capsys, "verify", run)[:2] == (cli.OK, "step 10: intact\nstep 20: intact\nstep 30: intact\n")
+    damage(run, 20)
+    code, out, _ = call(capsys, "verify", run)
+    assert code == cli.NO
+    assert "damaged leaf: model.large" in out
+    assert call(capsys, "verify", run / "10")[0] == cli.OK
+    assert as_json(capsys, "verify", run)[1]["ok"] is False
+    code, _, err = call(capsys, "verify", run / "99")
+    assert code == cli.CANNOT
+    assert "there is no step 99" in err
+
+
+def test_verify_tells_how_far_it_is(run):
+    seen = []
+    ct.verify(run, progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1] == sum(row.total_bytes for row in ct.ls(run))
+
+
+def test_prune_says_what_it_would_delete_then_does(run, capsys, tmp_path):
+    code, out, _ = call(capsys, "prune", run, "--latest", 2, "--dry-run")
+    assert code == cli.OK
+    assert "10  would be deleted" in out
+    assert (run / "10").exists()
+    assert as_json(capsys, "prune", run, "--best", "val_loss:max", "--dry-run")[1]["steps"][0]["keep"] is True
+    (tmp_path / "train.toml").write_text('[checkpoint]\ndirectory = "run"\nkeep = [{ every_n_steps = 10 }]\n')
+    assert "deleted" not in call(capsys, "prune", run, "--spec", tmp_path / "train.toml")[1]
+    assert "10  deleted" in call(capsys, "prune", run, "--latest", 2)[1]
+    assert not (run / "10").exists()
+
+
+def test_prune_without_a_retention_or_with_a_wrong_one(run, capsys):
+    code, _, err = call(capsys, "prune", run)
+    assert code == cli.CANNOT
+    assert "nothing says which steps to keep" in err
+    code, _, err = call(capsys, "prune", run, "--best", "val_loss")
+    assert code == cli.CANNOT
+    assert "has no direction" in err
+
+
+def test_pin_protects_and_unpin_gives_back(run, capsys):
+    assert call(capsys, "pin", run, 10)[:2] == (cli.OK, "pinned 10\n")
+    assert "pinned" in call(capsys, "ls", run)[1]
+    assert "would be deleted" not in call(capsys, "prune", run, "--latest", 2, "--dry-run")[1]
+    assert call(capsys, "unpin", run, 10)[:2] == (cli.OK, "unpinned 10\n")
+    assert "would be deleted" in call(capsys, "prune", run, "--latest", 2, "--dry-run")[1]
+    code, _, err = call(capsys, "pin", run, 99)
+    assert code == cli.CANNOT
+    assert "no committed step 99" in err
+
+
+def test_repair_puts_back_what_has_a_second_copy(run, capsys):
+    assert call(capsys, "repair", run)[:2] == (cli.OK, "nothing to repair\n")
+    (run / "30" / layout.MANIFEST).write_text("{}")
+    assert "dry run" in call(capsys, "repair", run, "--dry-run")[1]
+    assert as_json(capsys, "repair", run)[1]["repairs"][0]["possible"] is True
+    assert call(capsys, "verify", run)[0] == cli.OK
+    for path in (run / ".ckpttools" / "spare" / "3").rglob("*"):
+        path.unlink() if path.is_file() and path.name != layout.MANIFEST else None
+    damage(run, 30)
+    assert call(capsys, "repair", run)[0] == cli.NO
+
+
+def test_an_empty_and_a_missing_folder(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert call(capsys, "ls", tmp_path / "run")[:2] == (cli.OK, "there are no steps\n")
+    assert call(capsys, "verify", tmp_path / "run")[:2] == (cli.OK, "there are no steps\n")
+    assert call(capsys, "prune", tmp_path / "run", "--latest", 2, "--dry-run")[:2] == (cli.OK, "there are no steps\n")
+    code, _, err = call(capsys, "show", tmp_path / "run")
+    assert code == cli.CANNOT
+    assert "no step that can be read" in err
+    assert not list((tmp_path / "run").iterdir()), "a look leaves nothing behind"
+    for command in ("ls", "show", "verify", "repair"):
+        code, _, err = call(capsys, command, tmp_path / "nothing")
+        assert code == cli.CANNOT
+        assert "is no folder" in err
+
+
+def test_a_run_of_plain_orbax(foreign, capsys):
+    assert "unverified" in call(capsys, "ls", foreign)[1]
+    code, out, _ = call(capsys, "show", foreign)
+    assert code == cli.OK
+    assert "model.a  bfloat16[2,3]   12 B" in out
+    assert "(not read)" in out
+    assert call(capsys, "verify", foreign)[:1] == (cli.OK,)
+    assert call(capsys, "adopt", foreign, "--dry-run")[1] == "would take over 3\n"
+    assert call(capsys, "adopt", foreign)[1] == "took over 3\n"
+    assert "committed" in call(capsys, "ls", foreign)[1]
+    assert "x.e      4 " in call(capsys, "show", foreign)[1]
+
+
+def test_metadata_of_plain_orbax_that_cannot_be_read(tmp_path, capsys):
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("[")
+    code, _, err = call(capsys, "show", tmp_path)
+    assert code == cli.CANNOT
+    assert "the metadata of step 3 cannot be read" in err
+
+
+def test_a_live_run_can_be_looked_at_and_not_changed(run, capsys):
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state_at(0))
+        ckpt.steps(99)
+        for argv in (["ls"], ["show"], ["verify"], ["prune", "--latest", "1", "--dry-run"], ["repair", "--dry-run"]):
+            assert call(capsys, argv[0], run, *argv[1:])[0] == cli.OK, argv
+        for argv in (["prune", "--latest", "1"], ["repair"]):
+            code, _, err = call(capsys, argv[0], run, *argv[1:])
+            assert code == cli.CANNOT
+            assert "is being written by process" in err
+        assert call(capsys, "pin", run, 10)[0] == cli.OK
+        ckpt.save(40, state_at(40))
+    assert "pinned" in call(capsys, "ls", run)[1]
+
+
+def test_a_step_that_vanishes_under_a_look_is_not_called_damaged(run, monkeypatch):
+    from ckpttools.store import commit, integrity
+
+    original = integrity.damaged_files
+
+    def and_then_gone(entry, *args):
+        if entry.step == 10 and entry.path.exists():
+            commit.discard(run, entry.path)
+        return original(entry, *args)
+
+    monkeypatch.setattr(integrity, "damaged_files", and_then_gone)
+    report = ct.verify(run)
+    assert [step.step for step in report.steps] == [20, 30]
+    assert report.ok
+
+
+def test_control_codes_of_a_hostile_run_do_not_reach_the_terminal(capsys):
+    tables.print_table(["a"], [["\x1b[2J[bold]x[/bold]"]])
+    tables.print_text("\x1b[31mred")
+    tables.print_error("\x07bell")
+    captured = capsys.readouterr()
+    assert captured.out == "a\n?[2J[bold]x[/bold]\n?[31mred\n".replace("a\n", captured.out.splitlines()[0] + "\n")
+    assert captured.err == "ckpttools: ?bell\n"
+
+
+def test_the_installed_command_and_the_module(run):
+    command = pathlib.Path(sys.executable).parent / "ckpttools"
+    listed = subprocess.run([command, "ls", run, "--json"], capture_output=True, text=True, check=True)
+    assert len(json.loads(listed.stdout)) == 3
+    wrong = subprocess.run([sys.executable, "-m", "ckpttools", "nonsense"], capture_output=True, text=True, cwd=ROOT)
+    assert wrong.returncode == cli.CANNOT
+    assert "invalid choice" in wrong.stderr
+
+
+def test_the_reader_of_a_pipe_may_leave(run):
+    command = f"{pathlib.Path(sys.executable).parent / 'ckpttools'} show {run} | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.returncode == cli.OK
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 40, "3.0 TiB")])
+def test_sizes_read_well(count, text):
+    assert tables.readable_bytes(count) == text
