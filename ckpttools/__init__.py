@@ -20,6 +20,7 @@ from .errors import CorruptStepError as CorruptStepError
 from .errors import DiskSpaceError as DiskSpaceError
 from .errors import IncompleteStepError as IncompleteStepError
 from .errors import LeafError as LeafError
+from .errors import MirrorError as MirrorError
 from .errors import NoIntactStepError as NoIntactStepError
 from .errors import NotRestoredError as NotRestoredError
 from .errors import RunInUseError as RunInUseError
@@ -50,6 +51,7 @@ from .session import Session as Session
 from .showing import ShownLeaf as ShownLeaf
 from .showing import ShownStep as ShownStep
 from .showing import show as show
+from .spec.mirror import Mirror as Mirror
 from .spec.retention import All as All
 from .spec.retention import Best as Best
 from .spec.retention import EveryNSeconds as EveryNSeconds

@@ -98,6 +98,10 @@ class RunInUseError(StorageError):
     """Another process writes to this directory."""
 
 
+class MirrorError(StorageError):
+    """The store of a mirror does not answer, or does not keep what it is given; local steps are as they were."""
+
+
 class SaveTimeoutError(CheckpointError, TimeoutError):
     """A wait for the disk took longer than the spec allows."""
 

@@ -6,6 +6,7 @@ import types
 import typing
 from typing import Any
 
+from .mirror import Mirror
 from .storage import Integrity, Storage
 from .toml import RETENTIONS, TABLE, TRIGGERS
 
@@ -24,6 +25,7 @@ def json_schema() -> dict[str, Any]:
             "keep": _one_or_many("retention"),
             "storage": _object(Storage),
             "integrity": _object(Integrity),
+            "mirror": {"anyOf": [{"type": "string"}, _mirror()]},
         },
     }
     definitions = {
@@ -50,6 +52,16 @@ def _object(kind: type[Any]) -> dict[str, Any]:
         field.name: {**_type(hints[field.name]), "default": field.default} for field in dataclasses.fields(kind)
     }
     return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def _mirror() -> dict[str, Any]:
+    """The table of a mirror: what is not plain in it is spelled out here."""
+    hints = typing.get_type_hints(Mirror)
+    plain = ("url", "verify", "must_answer", "wait_s")
+    properties = {name: _type(hints[name]) for name in plain}
+    options = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
+    properties |= {"keep": _one_or_many("retention"), "options": options}
+    return {"type": "object", "additionalProperties": False, "properties": properties, "required": ["url"]}
 
 
 def _value(name: str, kind: type[Any], definition: str) -> dict[str, Any]:

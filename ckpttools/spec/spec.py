@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from ..errors import SpecError
 from . import toml
+from .mirror import Mirror, as_mirror
 from .retention import Best, Latest, Retention
 from .storage import Integrity, Storage
 from .triggers import EverySteps, OnImprovement, Trigger
@@ -31,6 +32,7 @@ class CheckpointSpec:
         keep: What to keep.
         storage: How bytes reach the disk.
         integrity: How a step is proved intact.
+        mirror: Where each step is copied to: an address such as "s3://bucket/run", or a `Mirror`.
 
     Examples:
         >>> spec = CheckpointSpec(directory="runs/exp1", save=EverySteps(500), keep=Latest(3))
@@ -43,6 +45,7 @@ class CheckpointSpec:
     keep: Retention = dataclasses.field(default_factory=lambda: Latest(3))
     storage: Storage = dataclasses.field(default_factory=Storage)
     integrity: Integrity = dataclasses.field(default_factory=Integrity)
+    mirror: Mirror | str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.directory, str | os.PathLike) or not str(self.directory).strip():
@@ -55,9 +58,10 @@ class CheckpointSpec:
             raise SpecError(
                 what=f"CheckpointSpec(directory={str(self.directory)!r}) is an address, not a folder.",
                 why="a commit needs rename and fsync, which object stores do not have.",
-                fix='a local folder, such as "runs/exp1".',
+                fix='directory="runs/exp1", mirror="s3://bucket/run" copies every step there.',
             )
         object.__setattr__(self, "directory", pathlib.Path(self.directory))
+        object.__setattr__(self, "mirror", as_mirror(self.mirror))
         kinds = {"save": Trigger, "keep": Retention, "storage": Storage, "integrity": Integrity}
         examples = {
             "save": "save=EverySteps(500)",

@@ -26,6 +26,7 @@ from typing import Any
 
 from ..errors import SpecError, SpecFileError, did_you_mean
 from . import retention, triggers
+from .mirror import Mirror
 from .storage import Integrity, Storage
 
 TRIGGERS: dict[str, type[Any]] = {
@@ -52,13 +53,21 @@ _UNIONS: dict[str, type[Any]] = {"save": triggers.AnyOf, "keep": retention.Union
 
 def encode(spec: Any) -> dict[str, Any]:
     """The fields of a `CheckpointSpec` as plain data."""
-    return {
+    plain = {
         "directory": spec.directory.as_posix(),
         "save": _encode_value(spec.save, "save"),
         "keep": _encode_value(spec.keep, "keep"),
         "storage": dataclasses.asdict(spec.storage),
         "integrity": dataclasses.asdict(spec.integrity),
     }
+    return plain if spec.mirror is None else {**plain, "mirror": _encode_mirror(spec.mirror)}
+
+
+def _encode_mirror(mirror: Mirror) -> dict[str, Any]:
+    plain = {field.name: getattr(mirror, field.name) for field in dataclasses.fields(mirror)}
+    plain["options"] = mirror.store_options
+    plain["keep"] = None if mirror.keep is None else _encode_value(mirror.keep, "keep")
+    return {name: value for name, value in plain.items() if value is not None}
 
 
 def _encode_value(value: Any, group: str) -> Any:
@@ -87,7 +96,7 @@ def _encode_fields(name: str, value: Any, group: str) -> dict[str, Any]:
 
 def decode(table: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `CheckpointSpec` from plain data; errors name the key they stumbled on."""
-    known = ("directory", "save", "keep", "storage", "integrity")
+    known = ("directory", "save", "keep", "storage", "integrity", "mirror")
     _refuse_unknown(table, known, "the table of a spec")
     if "directory" not in table:
         raise _At("directory", "the spec has no directory.", "every step is a folder below it.", 'directory = "run"')
@@ -98,7 +107,18 @@ def decode(table: Mapping[str, Any]) -> dict[str, Any]:
     for name, kind in (("storage", Storage), ("integrity", Integrity)):
         if name in table:
             fields[name] = _build(kind, table[name], key=name)
+    if "mirror" in table:
+        fields["mirror"] = _decode_mirror(table["mirror"])
     return fields
+
+
+def _decode_mirror(data: Any) -> Mirror:
+    """An address, or a table whose `keep` is written as that of the run."""
+    if isinstance(data, str):
+        return _construct(Mirror, [data], {}, "mirror")
+    if isinstance(data, Mapping) and "keep" in data:
+        data = {**data, "keep": _decode_value(data["keep"], "keep", key="keep")}
+    return _build(Mirror, data, key="mirror")
 
 
 def _decode_value(data: Any, group: str, *, key: str) -> Any:
@@ -233,6 +253,8 @@ def write(spec: Any) -> str:
         lines += [f"{group} = ["] + [f"    {_literal(entry)}," for entry in entries] + ["]"]
     for table in ("storage", "integrity"):
         lines += ["", f"[{TABLE}.{table}]"] + [f"{key} = {_literal(value)}" for key, value in data[table].items()]
+    if "mirror" in data:
+        lines += ["", f"[{TABLE}.mirror]"] + [f"{key} = {_literal(value)}" for key, value in data["mirror"].items()]
     return "\n".join(lines) + "\n"
 
 

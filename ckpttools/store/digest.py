@@ -7,6 +7,7 @@ manifest says by itself how it is to be checked.
 
 import hashlib
 import pathlib
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,6 +59,14 @@ def of_file(algorithm: str, path: pathlib.Path) -> str:
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             hasher.update(buffer[:size])
+    return f"{algorithm}:{hasher.hexdigest()}"
+
+
+def of_pieces(algorithm: str, pieces: Iterable[bytes]) -> str:
+    """Digest of bytes that come piece by piece."""
+    hasher = _hasher(algorithm)
+    for piece in pieces:
+        hasher.update(piece)
     return f"{algorithm}:{hasher.hexdigest()}"
 
 

@@ -23,7 +23,7 @@ from ..state.leaves import Path, Record
 from . import digest, layout
 
 FORMAT = 1
-_LARGEST_BYTES = 1 << 30
+LARGEST_BYTES = 1 << 30
 """A manifest above this size is refused unread; one of a million leaves takes about 200 MB."""
 
 type Lineage = tuple[tuple[str, int], ...]
@@ -132,7 +132,7 @@ def read(folder: pathlib.Path) -> Manifest:
 
 def read_sealed(folder: pathlib.Path) -> Manifest:
     """Read a manifest and check its seal only, wherever it lies and whatever lies beside it."""
-    return _open(_manifest_bytes(folder))
+    return from_bytes(_manifest_bytes(folder))
 
 
 def _manifest_bytes(folder: pathlib.Path) -> bytes:
@@ -147,15 +147,15 @@ def _manifest_bytes(folder: pathlib.Path) -> bytes:
         ) from error
     if not stat.S_ISREG(status.st_mode):
         raise UntrustedStepError(what=f"{folder.name}/{layout.MANIFEST} is not a regular file.")
-    if status.st_size > _LARGEST_BYTES:
+    if status.st_size > LARGEST_BYTES:
         raise UntrustedStepError(
             what=f"{folder.name}/{layout.MANIFEST} has {status.st_size} bytes.",
-            why=f"more than {_LARGEST_BYTES} bytes are not read.",
+            why=f"more than {LARGEST_BYTES} bytes are not read.",
         )
     return path.read_bytes()
 
 
-def _open(data: bytes) -> Manifest:
+def from_bytes(data: bytes) -> Manifest:
     """Check the seal and parse the summary."""
     damaged = {"what": f"the {layout.MANIFEST} is damaged.", "why": "its bytes do not fit its own checksum."}
     lines = data.split(b"\n")

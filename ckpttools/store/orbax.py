@@ -123,6 +123,8 @@ def describe_foreign(folder: pathlib.Path) -> list[tuple[str, tuple[int, ...], s
             name = ".".join([item, *(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)])
             is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
             found.append((name, tuple(leaf.shape), np.dtype(leaf.dtype).name) if is_array else (name, (), ""))
+    if not found:
+        raise ReadError(ValueError("it names no items"))
     return found
 
 
