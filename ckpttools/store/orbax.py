@@ -13,6 +13,7 @@ import contextlib
 import gc
 import logging
 import pathlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -142,8 +143,7 @@ class ReadError(Exception):
 
 def _load(context: ocp.Context, folder: pathlib.Path, items: dict[str, Any] | None) -> dict[str, Any]:
     failure = None
-    with context, _asyncio_muted(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+    with context, _leftovers_muted():
         try:
             return dict(ocp.load_checkpointables(folder, items))
         except Exception as error:
@@ -153,14 +153,27 @@ def _load(context: ocp.Context, folder: pathlib.Path, items: dict[str, Any] | No
 
 
 @contextlib.contextmanager
-def _asyncio_muted() -> Iterator[None]:
-    """Without asyncio's error log: the failure is being reported by us, with what it means."""
-    logger = logging.getLogger("asyncio")
-    before, logger.disabled = logger.disabled, True
+def _leftovers_muted() -> Iterator[None]:
+    """Without complaints about what a failed load leaves: coroutines that nobody awaits and a loop that is closed.
+
+    The failure itself is reported by us, with what it means. A coroutine may also raise while it is collected, because
+    its loop is gone, and nobody can catch that: it reaches `sys.unraisablehook`. Everything else is handed on.
+    """
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+
+    def unraisable(event: Any) -> None:
+        if not (isinstance(event.exc_value, RuntimeError) and "loop is closed" in str(event.exc_value)):
+            hook(event)
+
+    disabled, logger.disabled = logger.disabled, True
+    sys.unraisablehook = unraisable
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+            warnings.filterwarnings("ignore", message="unclosed event loop", category=ResourceWarning)
+            yield
     finally:
-        logger.disabled = before
+        logger.disabled, sys.unraisablehook = disabled, hook
 
 
 def _native(record: Record, array: np.ndarray[Any, Any]) -> Any:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A committed step is an ordinary Orbax checkpoint: v0 and v1 read it without us."""
 
+import sys
 import warnings
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from orbax.checkpoint import v1
 
 import ckpttools as ct
+from ckpttools.store import orbax
 
 PARAMS = {"layers": {"0": jnp.arange(6.0).reshape(2, 3)}, "half": jnp.ones(4, jnp.bfloat16), "key": jax.random.key(5)}
 OTHER = {"count": jnp.int32(7)}
@@ -60,3 +62,30 @@ def test_the_v0_manager_lists_and_loads_the_steps(run):
 def test_the_v0_checkpointer_loads_an_item_without_a_manager(run):
     with v0.StandardCheckpointer() as checkpointer:
         assert_equal(checkpointer.restore(run / "3" / "optimizer", template(OTHER)), OTHER)
+
+
+@pytest.mark.parametrize(("error", "seen"), [(RuntimeError("Event loop is closed"), 0), (ValueError("another"), 1)])
+def test_leftovers_of_a_failed_load_do_not_complain_later(tmp_path, monkeypatch, error, seen):
+    events = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda event: events.append(event.exc_type))
+
+    class Suspended:
+        def __await__(self):
+            yield
+
+    async def stays_open():
+        try:
+            await Suspended()
+        finally:
+            raise error
+
+    def failing(folder, items):
+        cycle = [stays_open()]
+        cycle.append(cycle)  # so that only the garbage collector finds it
+        cycle[0].send(None)
+        raise OSError("half way")
+
+    monkeypatch.setattr(orbax.ocp, "load_checkpointables", failing)
+    with pytest.raises(orbax.ReadError, match="half way"):
+        orbax.read_foreign(tmp_path)
+    assert len(events) == seen
