@@ -37,6 +37,7 @@ from .errors import ValidationError as ValidationError
 from .listing import ListedStep as ListedStep
 from .listing import ls as ls
 from .listing import prune as prune
+from .mirroring import MirrorStatus as MirrorStatus
 from .outcomes import Failed as Failed
 from .outcomes import Outcome as Outcome
 from .outcomes import Saved as Saved

@@ -166,7 +166,7 @@ def _keep(args: argparse.Namespace) -> Retention:
     for text in args.best:
         metric, _, rest = text.partition(":")
         mode, _, count = rest.partition(":")
-        parts.append(Best(metric, mode=mode, n=int(count) if count.isdecimal() else 1))  # type: ignore[arg-type]
+        parts.append(Best(metric, mode=mode, n=int(count) if count.isdecimal() else 1))
     if not parts:
         raise SpecError(
             what="nothing says which steps to keep.",

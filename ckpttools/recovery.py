@@ -86,7 +86,7 @@ type Check = Callable[[Loaded], None]
 
 
 def load_first_intact(
-    candidates: Sequence[Entry], state: Mapping[str, Any], *, check: Check, run: RunFolder
+    candidates: Sequence[Entry], state: Mapping[str, Any], *, check: Check, run: RunFolder, asked: bool = False
 ) -> tuple[Loaded | None, list[Candidate]]:
     """The first candidate whose bytes are proved, and the record of all that were tried.
 
@@ -95,28 +95,36 @@ def load_first_intact(
         state: The template.
         check: A further check.
         run: The run; its damaged steps are moved out of the way unless another process writes to it.
+        asked: Whether the candidates are copies of one step that was asked for.
 
     Raises:
+        StepDamagedError: If a step was asked for and no copy of it is intact.
         StructureError: If an intact step does not fit the template.
         StorageError: If the disk does not answer.
     """
     tried: list[tuple[Entry, Candidate]] = []
+    first: StepDamagedError | None = None
     for entry in candidates:
         try:
             loaded, (used,) = load_one(entry, state, check=check)
         except StepDamagedError as error:
             tried.append((entry, _rejected(entry, error)))
+            first = first or error
             continue
         # Only now: with nothing intact all stays where it is, or the next start would find an empty directory.
         return loaded, [*_quarantined(run, tried), used]
+    if asked and first is not None:
+        raise first
     return None, [candidate for _, candidate in tried]
 
 
 def load_one(entry: Entry, state: Mapping[str, Any], *, check: Check) -> tuple[Loaded, list[Candidate]]:
     """One step and no other; its damage is raised."""
+    if entry.fetch is not None:
+        entry.fetch()
     loaded = load(entry, {item: tree.flatten(value, template=True) for item, value in state.items()})
     check(loaded)
-    return loaded, [Candidate(step=entry.step, verdict="used")]
+    return loaded, [Candidate(step=entry.step, verdict="used", source=_source(entry))]
 
 
 def load(entry: Entry, templates: Mapping[str, tree.Flat]) -> Loaded:
@@ -159,14 +167,19 @@ def _rejected(entry: Entry, error: StepDamagedError) -> Candidate:
         reason=error.what,
         leaves=error.leaves,
         files=error.files,
+        source=_source(entry),
     )
+
+
+def _source(entry: Entry) -> Literal["local", "mirror"]:
+    return "local" if entry.fetch is None else "mirror"
 
 
 def _quarantined(run: RunFolder, tried: Sequence[tuple[Entry, Candidate]]) -> list[Candidate]:
     """The rejected candidates, with the damaged ones moved out of the way if that is possible."""
     candidates = []
     for entry, candidate in tried:
-        if candidate.verdict in ("incomplete", "corrupt"):
+        if candidate.verdict in ("incomplete", "corrupt") and candidate.source == "local":
             candidate = dataclasses.replace(candidate, moved_to=run.quarantine(entry.path))
         candidates.append(candidate)
     return candidates

@@ -19,6 +19,7 @@ class Candidate:
         leaves: Damaged leaves, such as `model.layers.0.kernel`.
         files: Damaged files, relative to the step's folder.
         moved_to: Where the damaged step was put; None if it was left in place.
+        source: "local", or "mirror" for a copy that was fetched.
     """
 
     step: int
@@ -27,13 +28,15 @@ class Candidate:
     leaves: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     moved_to: pathlib.Path | None = None
+    source: Literal["local", "mirror"] = "local"
 
     def as_dict(self) -> dict[str, Any]:
         """The candidate as plain data."""
         return {**dataclasses.asdict(self), "moved_to": str(self.moved_to) if self.moved_to else None}
 
     def __str__(self) -> str:
-        lines = [f"step {self.step}: {self.verdict}" + (f", {self.reason}" if self.reason else "")]
+        where = " from the mirror" if self.source == "mirror" else ""
+        lines = [f"step {self.step}{where}: {self.verdict}" + (f", {self.reason}" if self.reason else "")]
         lines += [f"    damaged leaf: {leaf}" for leaf in self.leaves]
         lines += [f"    damaged file: {file}" for file in self.files]
         lines += [f"    moved to: {self.moved_to}"] if self.moved_to else []
@@ -51,6 +54,7 @@ class RestoreReport:
         candidates: Every step that was looked at, in that order.
         metrics: Metrics that were recorded with the restored step.
         seconds: How long it took.
+        mirror_error: Why the mirror could not be asked; "" if it answered or there is none.
     """
 
     step: int | None
@@ -58,6 +62,7 @@ class RestoreReport:
     candidates: tuple[Candidate, ...] = ()
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    mirror_error: str = ""
 
     @property
     def rejected(self) -> tuple[Candidate, ...]:
@@ -75,6 +80,7 @@ class RestoreReport:
             "step": self.step,
             "metrics": self.metrics,
             "seconds": self.seconds,
+            "mirror_error": self.mirror_error,
             "candidates": [candidate.as_dict() for candidate in self.candidates],
         }
 

@@ -27,10 +27,13 @@ from .errors import (
     StepOrderError,
     StorageError,
 )
+from .fetching import Fetcher
+from .mirroring import Copier, MirrorStatus
 from .outcomes import Failed, Outcome, Saved, Skipped, Started
 from .recovery import BestStep, Loaded, Selector
-from .report import RestoreReport
+from .report import Candidate, RestoreReport
 from .signals import StopRequest
+from .spec.mirror import as_mirror
 from .spec.spec import CheckpointSpec
 from .spec.triggers import Moment
 from .state import snapshot
@@ -60,6 +63,8 @@ class Session:
             # A run that has steps may be restored from a disk that cannot be written; a new run needs one that can.
             commit.require_writable(self.directory)
         self._validate = validate
+        mirror = as_mirror(spec.mirror)
+        self._copier = None if mirror is None else Copier(self.directory, mirror, spec.keep)
         self._stop = StopRequest()
         self._stalls = advice.StallMeter()
         self._worker: Worker | None = None
@@ -83,9 +88,14 @@ class Session:
         self.close(raise_errors=kind is None)
 
     def close(self, *, raise_errors: bool = True) -> None:
-        """Wait for the save in progress, raise its error, and give back the signals and the lock."""
+        """Wait for the save in progress and its copy, raise its error, and give back the signals and the lock."""
         try:
-            self.wait()
+            try:
+                self.wait()
+            finally:
+                if self._copier is not None:
+                    self._copier.close()
+                    self._tell_of_mirror()
         except CheckpointError as failure:
             if raise_errors:
                 raise
@@ -100,6 +110,11 @@ class Session:
     def preempted(self) -> bool:
         """Whether this process was asked to stop; `steps` ends after the step that sees it."""
         return self._stop.reason is not None
+
+    @property
+    def mirror_status(self) -> MirrorStatus | None:
+        """How far the mirror is; None if the spec has none."""
+        return None if self._copier is None else self._copier.status
 
     def all_steps(self) -> tuple[int, ...]:
         """Steps of the run's own branch that are committed, in increasing order."""
@@ -164,20 +179,14 @@ class Session:
         self.wait()
         if isinstance(step, BestStep):
             step = self._with_mode(step)
-        candidates = recovery.order(self._run.steps_now(), step)
 
         def check(loaded: Loaded) -> None:
             if self._validate is not None:
                 outputs = loaded.manifest.contents.outputs
                 validation.check(self._validate, state, loaded.items, outputs, step=loaded.entry.step)
 
-        loaded: Loaded | None
-        if isinstance(step, int):
-            # This step and no other was asked for, so its damage is raised rather than passed over.
-            loaded, tried = recovery.load_one(candidates[0], state, check=check)
-        else:
-            loaded, tried = recovery.load_first_intact(candidates, state, check=check, run=self._run)
-        report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried))
+        loaded, tried, mirror_error = self._load(step, state, check)
+        report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried), mirror_error=mirror_error)
         if loaded is None:
             if any(candidate.verdict != "empty" for candidate in tried):
                 raise recovery.no_intact_step(report, self.directory)
@@ -190,6 +199,32 @@ class Session:
         return dataclasses.replace(
             report, step=summary.step, state=filled, metrics=dict(summary.metrics), seconds=time.monotonic() - began
         )
+
+    def _load(
+        self, step: Selector, state: Mapping[str, Any], check: recovery.Check
+    ) -> tuple[Loaded | None, list[Candidate], str]:
+        """The nearest intact step, what was tried, and why the mirror could not be asked."""
+        # A step that was asked for by number is the only one; its damage is raised rather than passed over.
+        asked = isinstance(step, int)
+        if self._copier is None:
+            candidates = recovery.order(self._run.steps_now(), step)
+            return *recovery.load_first_intact(candidates, state, check=check, run=self._run, asked=asked), ""
+        fetcher = Fetcher(self._run, self._copier.mirror, self._copier.store)
+        try:
+            candidates = fetcher.candidates(step)
+            loaded, tried = recovery.load_first_intact(candidates, state, check=check, run=self._run, asked=asked)
+            if loaded is not None:
+                fetcher.settle(loaded.entry)
+        finally:
+            fetcher.clean()
+        if fetcher.error is None:
+            return loaded, tried, ""
+        self._warn(f"only local steps were looked at: {fetcher.error.what}")
+        return loaded, tried, fetcher.error.what
+
+    def _tell_of_mirror(self) -> None:
+        for note in self._copier.notes() if self._copier else ():
+            self._warn(note)
 
     def _begin(self, step: int, lineage: manifest.Lineage, memory: Any, run_s: float) -> None:
         """Go on from a restored step, or from nothing."""
@@ -212,6 +247,9 @@ class Session:
             self._run.lock_for_writing()
             # Another process may have gone on with the run since the restore; then this one is a branch.
             self._lineage = self._run.lineage_from(*self._origin)
+            if self._copier is not None:
+                # What an earlier session could not copy.
+                self._copier.update(self._run.steps())
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left: from the one after the restored step to `total`.
@@ -296,6 +334,7 @@ class Session:
         return self._collect()
 
     def _guarded(self, step: int, on_error: OnError, call: Callable[[], Outcome]) -> Outcome:
+        self._tell_of_mirror()
         try:
             return call()
         except CheckpointError as error:
@@ -351,7 +390,7 @@ class Session:
         asynchronous = self.spec.storage.asynchronous and not blocking
         job = self._job(moment, state, metrics, reason, self._buffers if asynchronous else None)
         saving.make_room(self._run, self.spec, job)
-        self._worker = Worker(moment.step, lambda worker: saving.run(self._run, self.spec, job, worker, began))
+        self._worker = Worker(moment.step, lambda worker: self._write(job, worker, began))
         self._memory_before_save = self._memory
         self._position, self._memory = moment.step, job.triggers
         if asynchronous:
@@ -359,6 +398,12 @@ class Session:
             self._warn(self._stalls.add(now_s=time.monotonic(), step=moment.step, stall_s=stall_s))
             return Started(step=moment.step, reason=reason, stall_s=stall_s, finished=finished)
         return self._wait_blocking(self._worker, began, counts=not blocking)
+
+    def _write(self, job: saving.Job, worker: Worker, began: float) -> Saved:
+        saved = saving.run(self._run, self.spec, job, worker, began)
+        if self._copier is not None:
+            self._copier.update(self._run.steps())
+        return saved
 
     def _wait_blocking(self, worker: Worker, began: float, *, counts: bool) -> Saved:
         try:

@@ -112,10 +112,10 @@ def decode(table: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _decode_mirror(data: Any) -> Mirror:
+def _decode_mirror(data: Any) -> Any:
     """An address, or a table whose `keep` is written as that of the run."""
     if isinstance(data, str):
-        return _construct(Mirror, [data], {}, "mirror")
+        data = {"url": data}
     if isinstance(data, Mapping) and "keep" in data:
         data = {**data, "keep": _decode_value(data["keep"], "keep", key="keep")}
     return _build(Mirror, data, key="mirror")

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Literal
 
 from ..errors import CheckpointError, IncompleteStepError, StepDamagedError, UntrustedStepError
@@ -33,6 +34,7 @@ class Entry:
         info: What retention may know; None unless committed.
         manifest: The manifest; None unless committed.
         error: What is wrong with it; None if committed.
+        fetch: Brings a copy at the mirror to `path`; None for what is there already.
     """
 
     step: int
@@ -41,6 +43,7 @@ class Entry:
     info: StepInfo | None = None
     manifest: Manifest | None = None
     error: CheckpointError | None = None
+    fetch: Callable[[], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,8 +83,8 @@ def quarantine(root: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
 
 
 def sweep(root: pathlib.Path) -> None:
-    """Remove what a killed process left in staging and trash; only for the process that holds the lock."""
-    for part in ("staging", "trash"):
+    """Remove what a killed process left half done; only for the process that holds the lock."""
+    for part in ("staging", "trash", "outbox"):
         folder = layout.control(root, part)
         if folder.is_dir():
             for entry in folder.iterdir():

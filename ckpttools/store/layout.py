@@ -9,6 +9,7 @@
             pins.json          steps that retention must keep
             staging/           a save in progress, moved up by one rename when it is complete
             trash/             steps being deleted, moved here by one rename first
+            outbox/            links to the files of a step that is being copied to the mirror
             quarantine/        damaged steps, kept for `repair` and for curiosity
             superseded/        steps of a given-up branch whose number was needed again
 

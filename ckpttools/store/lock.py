@@ -10,7 +10,7 @@ import os
 import pathlib
 
 from ..errors import RunInUseError
-from . import commit, layout
+from . import commit, confine, layout
 
 
 class WriterLock:
@@ -33,6 +33,7 @@ class WriterLock:
         """
         if self.held:
             return
+        confine.require_confined(self._root)
         commit.make_folder(layout.control(self._root))
         path = layout.control(self._root, "lock")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

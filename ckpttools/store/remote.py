@@ -88,6 +88,11 @@ class RemoteStore:
     def _path(self, name: str, file: str = "") -> str:
         return "/".join(part for part in (self._opened[1], name, file) if part)
 
+    @property
+    def seen(self) -> dict[str, Copy]:
+        """The finished copies whose manifests were read so far."""
+        return dict(self._known)
+
     def names(self) -> tuple[str, ...]:
         """The names of all copies, finished or not.
 
