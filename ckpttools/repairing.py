@@ -83,13 +83,13 @@ def repair(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Repai
 
 
 def _pins(root: pathlib.Path, dry_run: bool) -> list[Repair]:
-    path = layout.control(root, "pins.json")
-    if not path.exists() or catalogue.pins_are_readable(root):
+    if catalogue.pins_are_whole(root):
         return []
+    pins = catalogue.read_pins(root)
     if not dry_run:
-        os.replace(path, layout.free_name(path.parent, "pins.json.damaged"))
-        catalogue.write_pins(root, frozenset())
-    return [Repair("pins.json", "the list of pinned steps is damaged", "set aside, and an empty list begun")]
+        catalogue.write_pins(root, pins)
+    done = f"put back from its second copy: {sorted(pins)}" if pins else "an empty list begun"
+    return [Repair("pins.json", "the list of pinned steps is damaged", done)]
 
 
 def _step(root: pathlib.Path, folder: pathlib.Path, step: int, dry_run: bool) -> list[Repair]:

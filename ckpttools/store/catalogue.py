@@ -15,9 +15,12 @@ from typing import Literal
 
 from ..errors import CheckpointError, IncompleteStepError, StepDamagedError, UntrustedStepError
 from ..spec.retention import StepInfo
-from . import commit, layout
+from . import commit, confine, digest, layout
 from .manifest import Lineage, Manifest, Summary, read_sealed
 from .manifest import read as read_manifest
+
+_PINS = ("pins.json", "pins.second.json")
+"""Kept twice: with the only list damaged, retention would delete what somebody asked to keep for good."""
 
 type State = Literal["committed", "unverified", "incomplete", "corrupt"]
 
@@ -92,7 +95,7 @@ def scan(root: pathlib.Path) -> Catalogue:
     aside = _scan_folder(layout.control(root, "superseded"), aside=True)
     aside = [
         dataclasses.replace(entry, info=dataclasses.replace(entry.info, superseded=True))
-        for entry in _with_branches(aside, frozenset())
+        for entry in _with_branches(aside, pins)
         if entry.info
     ]
     return Catalogue(tuple(entries), tuple(aside))
@@ -183,23 +186,33 @@ def _sequence(entry: Entry) -> int:
 
 
 def read_pins(root: pathlib.Path) -> frozenset[int]:
-    """Steps that were pinned; a damaged list counts as empty and is reported by `repair`."""
-    try:
-        return frozenset(int(step) for step in json.loads(layout.control(root, "pins.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return frozenset()
+    """Steps that were pinned, from whichever of the two lists is whole; none if neither is."""
+    found = (_pins_in(layout.control(root, name)) for name in _PINS)
+    return next((pins for pins in found if pins is not None), frozenset())
 
 
-def pins_are_readable(root: pathlib.Path) -> bool:
-    """Whether the list of pinned steps, if there is one, is whole."""
+def _pins_in(path: pathlib.Path) -> frozenset[int] | None:
+    """The steps of one list of pins; None if it is missing or its bytes are not those that were written."""
     try:
-        return all(isinstance(step, int) for step in json.loads(layout.control(root, "pins.json").read_bytes()))
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError, TypeError):
-        return False
+        data = json.loads(path.read_bytes())
+        steps = data["steps"]
+        whole = digest.of_bytes("xxh3", json.dumps(steps).encode()) == data["digest"]
+        return frozenset(steps) if whole and all(type(step) is int for step in steps) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def pins_are_whole(root: pathlib.Path) -> bool:
+    """Whether both lists of pins are whole and equal, or there are none."""
+    paths = [layout.control(root, name) for name in _PINS]
+    first, second = map(_pins_in, paths)
+    return first == second and (first is not None or not any(path.exists() for path in paths))
 
 
 def write_pins(root: pathlib.Path, pins: frozenset[int]) -> None:
-    """Replace the list of pinned steps, durably."""
-    commit.write_file(layout.control(root, "pins.json"), json.dumps(sorted(pins)).encode())
+    """Replace the list of pinned steps, durably, and then its second copy."""
+    confine.require_confined(root)
+    steps = sorted(pins)
+    mark = digest.of_bytes("xxh3", json.dumps(steps).encode())
+    for name in _PINS:
+        commit.write_file(layout.control(root, name), json.dumps({"steps": steps, "digest": mark}).encode())

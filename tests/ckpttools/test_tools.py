@@ -12,7 +12,7 @@ from flax import nnx
 from orbax.checkpoint import v1
 
 import ckpttools as ct
-from ckpttools.store import layout
+from ckpttools.store import catalogue, layout
 from tests.ckpttools.test_recovery import STATE, flip_bit, largest_file, restore, run, spec_for  # noqa: F401
 
 
@@ -96,10 +96,15 @@ def test_repair_says_what_it_cannot_rebuild(run):  # noqa: F811
     assert f"damaged: {name}; cannot be rebuilt" in str(report)
 
 
-def test_repair_begins_a_new_list_of_pins(run):  # noqa: F811
+def test_repair_puts_the_list_of_pins_back_or_begins_a_new_one(run):  # noqa: F811
+    catalogue.write_pins(run, frozenset({20}))
     layout.control(run, "pins.json").write_text("{")
-    assert "pins.json" in str(ct.repair(run))
-    assert layout.control(run, "pins.json").read_text() == "[]"
+    assert "put back from its second copy: [20]" in str(ct.repair(run))
+    assert catalogue.pins_are_whole(run)
+    for name in ("pins.json", "pins.second.json"):
+        layout.control(run, name).write_text("{")
+    assert "an empty list begun" in str(ct.repair(run))
+    assert catalogue.pins_are_whole(run)
 
 
 def test_repair_of_no_folder_and_of_a_run_in_use(run, tmp_path):  # noqa: F811

@@ -99,7 +99,16 @@ def _seconds_to_open(folder):
         return time.perf_counter() - began
 
 
-def test_a_damaged_list_of_pins_counts_as_empty(run):
+@pytest.mark.parametrize("damage", ["{", "[" * 100_000, '{"steps": [30], "digest": "xxh3:0"}', "[1e400]"])
+def test_a_damaged_list_of_pins_is_read_from_its_second_copy(run, damage):
+    assert catalogue.pins_are_whole(run)
+    catalogue.write_pins(run, frozenset({20}))
+    layout.control(run, "pins.json").write_text(damage)
+    assert catalogue.read_pins(run) == frozenset({20})
+    assert not catalogue.pins_are_whole(run)
+
+
+def test_without_a_whole_list_of_pins_the_run_still_opens(run):
     layout.control(run, "pins.json").write_text("{")
     assert catalogue.read_pins(run) == frozenset()
     with ct.open(spec_for(run)) as ckpt:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Links in a run's control folder: nothing outside the run is deleted or overwritten."""
+
+import numpy as np
+import pytest
+
+import ckpttools as ct
+from ckpttools.store import confine, layout
+from ckpttools.store.lock import WriterLock
+
+STATE = {"x": np.arange(3.0)}
+
+
+def save(folder, step):
+    spec = ct.CheckpointSpec(directory=folder, save=ct.EverySteps(1), storage=ct.Storage(asynchronous=False))
+    with ct.open(spec) as ckpt:
+        ckpt.restore(dict(STATE))
+        ckpt.save(step, STATE)
+
+
+@pytest.mark.parametrize("name", ["staging", "trash", "spare", "lock", "pins.json.new", ""])
+def test_a_link_in_the_control_folder_is_refused_and_its_target_untouched(tmp_path, name):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    save(run, 1)
+    (outside / "staging" / "gold").mkdir(parents=True)
+    (outside / "file").write_text("gold")
+    place = layout.control(run, name)
+    if place.exists():
+        place.rename(tmp_path / "before")
+    place.symlink_to(outside / "file" if name in ("lock", "pins.json.new") else outside)
+    before = sorted(outside.rglob("*"))
+    with pytest.raises(ct.StorageError, match="is a link"):
+        save(run, 2)
+    if name == "pins.json.new":
+        with ct.open(ct.CheckpointSpec(directory=run)) as ckpt, pytest.raises(ct.StorageError, match="is a link"):
+            ckpt.pin(1)
+    with pytest.raises(ct.StorageError, match="is a link"):
+        WriterLock(run).acquire()
+    assert sorted(outside.rglob("*")) == before
+    assert (outside / "file").read_text() == "gold"
+
+
+def test_a_run_without_links_or_without_a_control_folder_is_confined(tmp_path):
+    """The control: an ordinary run, also behind a link of the user's own, is written as ever."""
+    confine.require_confined(tmp_path)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    save(tmp_path / "run", 1)
+    assert (tmp_path / "disk" / "1").is_dir()
