@@ -99,7 +99,7 @@ def read_foreign(folder: pathlib.Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         # Without a template Orbax warns that it takes the sharding from the file, which is what is wanted here.
         warnings.filterwarnings("ignore", message="Sharding info not provided")
-        return {name: item for name, item in _load(ocp.Context(), folder, None).items() if name != "metrics"}
+        return _load(ocp.Context(), folder, {name: None for name in _describe(folder) if name != "metrics"})
 
 
 def describe_foreign(folder: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
@@ -110,16 +110,8 @@ def describe_foreign(folder: pathlib.Path) -> list[tuple[str, tuple[int, ...], s
     Raises:
         ReadError: If Orbax cannot read it.
     """
-    failure = None
-    with ocp.Context():
-        try:
-            items = ocp.checkpointables_metadata(folder).metadata
-        except Exception as error:
-            failure = ReadError(error)
-    if failure is not None:
-        raise failure
     found = []
-    for item, tree in items.items():
+    for item, tree in _describe(folder).items():
         for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))[0]:
             name = ".".join([item, *(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)])
             is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
@@ -141,15 +133,32 @@ class ReadError(Exception):
         self.errno: int | None = getattr(error, "errno", None)
 
 
-def _load(context: ocp.Context, folder: pathlib.Path, items: dict[str, Any] | None) -> dict[str, Any]:
+def _describe(folder: pathlib.Path) -> Mapping[str, Any]:
+    """Orbax's own metadata of each item."""
+    failure = None
+    with ocp.Context():
+        try:
+            return dict(ocp.checkpointables_metadata(folder).metadata)
+        except Exception as error:
+            failure = ReadError(error)
+    raise failure
+
+
+def _load(context: ocp.Context, folder: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
+    """Load item by item: of several in one call, the failure of one drops the coroutines of the others unawaited."""
+    loaded: dict[str, Any] = {}
     failure = None
     with context, _leftovers_muted():
         try:
-            return dict(ocp.load_checkpointables(folder, items))
+            for name, tree in items.items():
+                loaded.update(ocp.load_checkpointables(folder, {name: tree}))
         except Exception as error:
             failure = ReadError(error)
-        gc.collect()
-    raise failure
+        if failure is not None:
+            gc.collect()
+    if failure is not None:
+        raise failure
+    return loaded
 
 
 @contextlib.contextmanager

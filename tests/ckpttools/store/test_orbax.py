@@ -65,7 +65,7 @@ def test_the_v0_checkpointer_loads_an_item_without_a_manager(run):
 
 
 @pytest.mark.parametrize(("error", "seen"), [(RuntimeError("Event loop is closed"), 0), (ValueError("another"), 1)])
-def test_leftovers_of_a_failed_load_do_not_complain_later(tmp_path, monkeypatch, error, seen):
+def test_leftovers_of_a_failed_load_do_not_complain_later(run, monkeypatch, error, seen):
     events = []
     monkeypatch.setattr(sys, "unraisablehook", lambda event: events.append(event.exc_type))
 
@@ -87,5 +87,5 @@ def test_leftovers_of_a_failed_load_do_not_complain_later(tmp_path, monkeypatch,
 
     monkeypatch.setattr(orbax.ocp, "load_checkpointables", failing)
     with pytest.raises(orbax.ReadError, match="half way"):
-        orbax.read_foreign(tmp_path)
+        orbax.read_foreign(run / "3")
     assert len(events) == seen
