@@ -189,6 +189,7 @@ class Copier:
         self._copies: dict[str, Summary] = {}
         self._damaged: dict[str, int] = {}
         self._missed: set[str] = set()
+        self._current = ""
         self._told_of_others = False
         self._status = MirrorStatus(url=mirror.url)
         self._notes: list[str] = []
@@ -270,18 +271,22 @@ class Copier:
             if name is None:
                 for name in todo.delete:
                     self.store.delete(name)
+                with self._changed:
+                    self._copies = {name: copy for name, copy in found.items() if name not in todo.delete}
+                    self._describe(todo, answered=True)
                 return
             self._copy(name, local[name])
 
     def _plan(self, copies: Named, names: Iterable[str] = ()) -> Plan:
         local = summaries_of(self._names.of(self._known))
-        gone = {name: summary for name, summary in self._ever.items() if name not in local}
+        gone = {name: summary for name, summary in self._ever.items() if name not in {*local, self._current}}
         pins = catalogue.read_pins(self._root)
         return plan(local, copies, names, self._keep, lineage=self._known.lineage, gone=gone, pins=pins)
 
     def _copy(self, name: str, entry: Entry) -> None:
         """Copy one step from links to its files, so that retention cannot take them away half way."""
         links = layout.control(self._root, f"outbox/{name}")
+        self._current = name
         try:
             source = _linked(entry, links)
             if source is not None:
@@ -291,6 +296,7 @@ class Copier:
                 self._damaged[name] = entry.step
                 self._notes.append(f"step {entry.step} is not copied to the mirror: {error.what}")
         finally:
+            self._current = ""
             shutil.rmtree(links, ignore_errors=True)
 
     def _describe(self, todo: Plan, *, answered: bool = False) -> None:

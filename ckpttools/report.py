@@ -71,8 +71,8 @@ class RestoreReport:
 
     @property
     def damaged(self) -> int:
-        """How many of them were damaged."""
-        return sum(candidate.verdict in ("incomplete", "corrupt") for candidate in self.candidates)
+        """How many steps were damaged, here or at the mirror."""
+        return len({each.step for each in self.candidates if each.verdict in ("incomplete", "corrupt")})
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, without the state."""
