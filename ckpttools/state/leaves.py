@@ -61,12 +61,14 @@ class Record:
     @property
     def in_orbax(self) -> bool:
         """Whether Orbax stores this leaf."""
-        return self.kind in ("array", "key")
+        return self.kind == "array" or (self.kind == "key" and 0 not in self.shape)
 
     def to_json(self) -> dict[str, Any]:
         """The record without its defaults, paths as lists."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         plain["path"], plain["shape"] = list(self.path), list(self.shape)
+        if self.kind == "value" and self.value == "":
+            return {"path": plain["path"], "kind": "value", "value": ""}
         return {key: value for key, value in plain.items() if value not in ("", [], None) or key == "path"}
 
     @classmethod
@@ -81,6 +83,8 @@ class Record:
                 and all(type(size) is int and 0 <= size < 2**48 for size in record.shape)
                 and math.prod(record.shape) < 2**56
                 and isinstance(record.dtype, str)
+                and isinstance(record.digest, str)
+                and (record.kind != "empty" or 0 in record.shape)
             )
             # Values and dtypes are read once here, so that nothing can fail when the live state is being replaced.
             decode_value(record.value)
@@ -123,6 +127,12 @@ def describe(item: str, leaf: Leaf) -> Record:
             why="only numbers and booleans have one form on every machine; an object array would need pickle.",
             fix="store numbers, or turn the array into a list of strings.",
         )
+    if math.prod(shape) and dtype.name not in _WRITABLE:
+        raise LeafError(
+            what=f"{dotted(item, leaf.path)} is an array of dtype {dtype}.",
+            why="TensorStore, which writes the arrays, has no such type.",
+            fix="keep it in a wider type, such as uint8 for uint4 or float64 for longdouble.",
+        )
     scalar: Literal["", "numpy", "weak"] = ""
     if isinstance(value, np.generic):
         scalar = "numpy"
@@ -136,13 +146,23 @@ _ML_DTYPES = frozenset(
     name for name in dir(jnp) if name.startswith(("bfloat", "float", "int", "uint")) and hasattr(jnp, name)
 )
 
+_WRITABLE = frozenset(
+    "bool int2 int4 int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128 "
+    "bfloat16 float4_e2m1fn float8_e3m4 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz "
+    "float8_e8m0fnu".split()
+)
+"""Dtypes that TensorStore writes; for any other it fails in a thread of its own, with no leaf named."""
+
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The dtype of a record; only names of numbers are known, so nothing can be imported by a manifest."""
     try:
-        return np.dtype(getattr(jnp, name)) if name in _ML_DTYPES else np.dtype(name)
+        dtype = np.dtype(getattr(jnp, name)) if name in _ML_DTYPES else np.dtype(name)
     except TypeError as error:
         raise CorruptStepError(what=f"the manifest names an unknown dtype {name!r}.") from error
+    if name not in _ML_DTYPES and dtype.kind not in "biufc":
+        raise CorruptStepError(what=f"the manifest names the dtype {name!r}, which is no number.")
+    return dtype
 
 
 def host_shape(record: Record) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -191,7 +211,7 @@ def encode_value(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | str):
         return value if not isinstance(value, str) or value.isascii() else {"str": value}
     if type(value) is int:
-        return value if abs(value) < 2**53 else {"int": str(value)}
+        return value if abs(value) < 2**53 else {"int": hex(value)}
     if type(value) is float:
         return {"float": value.hex()}
     if isinstance(value, complex) and not isinstance(value, np.generic):
@@ -215,7 +235,7 @@ def decode_value(encoded: Any) -> Any:
             case "str":
                 return str(data)
             case "int":
-                return int(data)
+                return int(data, 0)
             case "float":
                 return float.fromhex(data)
             case "complex":

@@ -62,7 +62,7 @@ def unpack(skeleton: Any, values: Sequence[Any]) -> Any:
         if type(part) is int and 0 <= part < len(values):
             return values[part]
         match part if isinstance(part, dict) and len(part) == 1 else None:
-            case {"dict": [*entries]} if all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
+            case {"dict": [*entries]} if all(map(_is_entry, entries)):
                 return {key: visit(entry, depth + 1) for key, entry in entries}
             case {"list": [*entries]}:
                 return [visit(entry, depth + 1) for entry in entries]
@@ -71,3 +71,7 @@ def unpack(skeleton: Any, values: Sequence[Any]) -> Any:
         raise CorruptStepError(what=f"the skeleton of a stored state makes no sense: {part!r:.100}.")
 
     return visit(skeleton, 0)
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and type(entry[0]) in (str, int)

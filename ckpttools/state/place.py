@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import tree
-from .leaves import Path, Record, decode_value, is_array, numpy_dtype
+from .leaves import Path, Record, decode_value, host_shape, is_array
 from .match import Names, below, names
 
 
@@ -68,9 +68,7 @@ def _take(source: HostItem, record: Record) -> Any:
     """The value of a record, on the host; its array leaves the item, so that it can be freed."""
     if record.kind == "value":
         return decode_value(record.value)
-    if not record.in_orbax:
-        return np.zeros(record.shape, numpy_dtype(record.dtype))
-    array = source.arrays.pop(record.path)
+    array = source.arrays.pop(record.path) if record.in_orbax else np.zeros(*host_shape(record))
     if record.kind == "key":
         return jax.random.wrap_key_data(jnp.asarray(array), impl=record.dtype)
     return array[()] if record.scalar == "numpy" else array

@@ -85,7 +85,8 @@ def _to_host(item: str, leaf: Leaf, *, copy: bool, kept: np.ndarray[Any, Any] | 
             fix="save from a single process, or gather the array first.",
         )
     if not isinstance(value, jax.Array) or _is_host_memory(value):
-        source = np.asarray(value)
+        # In the byte order of this machine: Orbax hands out no other, and the digest has to fit what comes back.
+        source = np.asarray(value, dtype=np.dtype(value.dtype).newbyteorder("="))
         if not copy:
             return source
         target = _buffer(kept, source.shape, source.dtype)

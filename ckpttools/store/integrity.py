@@ -29,6 +29,12 @@ def read_proved(entry: Entry, records: Mapping[str, tuple[Record, ...]]) -> orba
         arrays = orbax.read(entry.path, records)
     except orbax.ReadError as error:
         raise _classified(entry, error) from error
+    except MemoryError as error:
+        raise StorageError(
+            what=f"step {entry.step} needs more host memory than there is: {error}.",
+            why="all leaves that are asked for are read to the host and proved before anything is replaced.",
+            fix="restore single items, or on a larger machine; a step from somebody else may claim absurd sizes.",
+        ) from error
     damaged = tuple(damaged_leaves(records, arrays))
     if damaged:
         count = "1 leaf differs" if len(damaged) == 1 else f"{len(damaged)} leaves differ"

@@ -232,9 +232,11 @@ def _read_summary(data: Any) -> Summary:
         )
     except StepDamagedError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise CorruptStepError(what=f"the summary of the {layout.MANIFEST} cannot be read: {error}.") from error
-    if type(summary.step) is not int or type(summary.sequence) is not int or not summary.lineage:
+    counts = all(type(value) is int for value in (summary.step, summary.sequence))
+    clocks = all(isinstance(value, int | float) for value in (summary.saved_at, summary.run_s))
+    if not (counts and clocks and summary.lineage and isinstance(summary.reason, str)):
         raise CorruptStepError(what=f"the summary of the {layout.MANIFEST} makes no sense.")
     return summary
 

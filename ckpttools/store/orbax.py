@@ -73,7 +73,7 @@ def read(folder: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> Hos
     for item, leaves in records.items():
         tree: dict[str, Any] = {}
         for record in leaves:
-            if record.kind == "key":
+            if record.kind == "key" and record.in_orbax:
                 _put(tree, record.path, jax.ShapeDtypeStruct(record.shape, key_dtype(record.dtype), sharding=sharding))
             elif record.in_orbax:
                 _put(tree, record.path, np.empty(*host_shape(record)))

@@ -204,3 +204,51 @@ def test_digests_of_unknown_kind_and_strange_values_are_refused():
         leaf_forms.decode_value({"float": 3})
     with pytest.raises(ct.LeafError, match="unknown dtype"):
         leaf_forms._implementation(jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def test_an_empty_string_comes_back_as_one(tmp_path):
+    value = {"empty": "", "none": None, "zero": 0, "no": False, "text": "x"}
+    template = dict.fromkeys(value, "before")
+    assert round_trip(tmp_path, value, template) == value
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">i8", "<f4", ">c8"])
+def test_an_array_of_any_byte_order_is_restored(tmp_path, dtype):
+    value = np.arange(5).astype(dtype)
+    restored = round_trip(tmp_path, {"a": value}, {"a": np.zeros_like(value)})["a"]
+    np.testing.assert_array_equal(restored, value)
+
+
+def test_keys_without_elements_are_restored(tmp_path):
+    for name in ("threefry2x32", "rbg"):
+        keys = jax.random.split(jax.random.key(0, impl=name), 3)[:0]
+        one = jax.random.key(7, impl=name)
+        restored = round_trip(tmp_path / name, {"none": keys, "one": one}, {"none": keys, "one": one})
+        assert restored["none"].shape == (0,)
+        assert restored["none"].dtype == keys.dtype
+        assert jax.random.key_data(restored["one"]).tolist() == jax.random.key_data(one).tolist()
+
+
+def test_a_dtype_that_cannot_be_written_is_refused_by_name_before_the_save(tmp_path):
+    for value in (jnp.ones(2, jnp.uint4), np.ones(2, np.longdouble)):
+        with pytest.raises(ct.LeafError, match=r"item\.a is an array of dtype"):
+            round_trip(tmp_path, {"a": value}, {"a": value})
+    empty = np.ones((0, 2), jnp.uint4)
+    assert round_trip(tmp_path, {"a": empty}, {"a": empty})["a"].shape == (0, 2)
+
+
+def test_an_int_of_any_length_is_restored(tmp_path):
+    value = {"large": 10**5000, "negative": -(2**60)}
+    assert round_trip(tmp_path, value, {"large": 0, "negative": 0}) == value
+
+
+def test_a_hostile_skeleton_or_record_is_refused():
+    with pytest.raises(ct.CorruptStepError, match="makes no sense"):
+        unpack({"dict": [[[1], 0]]}, [5])
+    for data in (
+        {"path": [], "kind": "array", "shape": [2], "dtype": "float32", "digest": 5},
+        {"path": [], "kind": "empty", "shape": [2**40], "dtype": "float32"},
+        {"path": [], "kind": "array", "shape": [2], "dtype": "object", "digest": "xxh3:0"},
+    ):
+        with pytest.raises(ct.CorruptStepError):
+            leaf_forms.Record.from_json(data)

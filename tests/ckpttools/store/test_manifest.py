@@ -11,7 +11,7 @@ import pytest
 
 import ckpttools as ct
 from ckpttools.state.leaves import Record
-from ckpttools.store import digest, layout, manifest
+from ckpttools.store import digest, layout, manifest, orbax
 
 STATE = {"model": {"w": jnp.arange(8.0)}, "data": {"epoch": 3}}
 
@@ -70,7 +70,7 @@ def test_a_manifest_that_is_a_link_is_refused(step, tmp_path_factory):
 
 
 def test_an_absurdly_large_manifest_is_not_read(step, monkeypatch):
-    monkeypatch.setattr(manifest, "_LARGEST_BYTES", 100)
+    monkeypatch.setattr(manifest, "LARGEST_BYTES", 100)
     with pytest.raises(ct.UntrustedStepError, match="are not read"):
         restore(step)
 
@@ -175,3 +175,31 @@ def test_sha256_finds_a_changed_manifest_and_is_named_in_it(tmp_path):
     assert "sha256:" in text
     assert "xxh3:" not in text
     assert restore(tmp_path / "5").step == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"metrics": {"v": 10**400}}, id="a metric beyond floats"),
+        pytest.param({"lineage": [["a", float("inf")]]}, id="an infinite branch point"),
+        pytest.param({"files": {"x": [float("inf"), "xxh3:0"]}}, id="an infinite size"),
+        pytest.param({"run_s": "long"}, id="a clock of words"),
+    ],
+)
+def test_absurd_numbers_in_one_summary_do_not_stop_the_run(step, change):
+    with ct.open(ct.CheckpointSpec(directory=step.parent)) as ckpt:
+        ckpt.restore(STATE)
+        ckpt.save(6, STATE)
+    reseal(step, lambda entry: {**entry, **change}, line=1)
+    assert {listed.step: listed.state for listed in ct.ls(step.parent)} == {5: "corrupt", 6: "committed"}
+    with ct.open(ct.CheckpointSpec(directory=step.parent)) as ckpt:
+        assert ckpt.restore(STATE).step == 6
+
+
+def test_more_memory_than_there_is_is_an_error_of_this_machine(step, monkeypatch):
+    def read(folder, records):
+        raise MemoryError("Unable to allocate 8.00 TiB")
+
+    monkeypatch.setattr(orbax, "read", read)
+    with pytest.raises(ct.StorageError, match="needs more host memory"):
+        restore(step)
