@@ -156,7 +156,8 @@ def _counted(action: Remat, text: str, path: Path, paths: Sequence[Path]) -> boo
         raise RuleError(
             what=f"the rule {text!r} has every_n={action.every_n}, but {format_path(path)} stands in no sequence.",
             why="every_n counts along a list of modules, or along siblings with numbers such as layer1, layer2.",
-            fix="drop every_n, or match modules inside a list.",
+            fix="drop every_n, or match modules inside a list; layers stacked for a scan are one module that group= "
+            "divides.",
         )
     return index % action.every_n == action.offset
 

@@ -210,7 +210,31 @@ def _with_contents(
     rows = list(rows)
     for i, view in zip(regions, views, strict=True):
         values = view.values if names else ()
-        rows[i] = dataclasses.replace(rows[i], values=values, warnings=rows[i].warnings + view.warnings)
+        notes = rows[i].warnings + view.warnings + _stacked(rows[i].action, view)
+        rows[i] = dataclasses.replace(rows[i], values=values, warnings=notes)
+    return _without_activations(rows, dict(zip(regions, views, strict=True)))
+
+
+def _stacked(action: Remat | None, view: tracing.RegionView) -> tuple[str, ...]:
+    """`every_n` over stacked layers: it counts along a list further out, never along the scan."""
+    if action is None or action.every_n == 1 or not view.stacked:
+        return ()
+    return (
+        f"is run by a scan over stacked layers, which are one module: every_n={action.every_n} takes all of them or "
+        "none; group= puts several layers of a scan into one region.",
+    )
+
+
+def _without_activations(rows: list[ExplanationRow], views: dict[int, tracing.RegionView]) -> list[ExplanationRow]:
+    """Warn of rules whose every module computes nothing that could be freed, or is not called at all."""
+    useful = {rows[i].rule for i, view in views.items() if view.activations}
+    rows = list(rows)
+    for i, view in views.items():
+        if rows[i].rule in useful:
+            continue
+        reason = "computes nothing but what it returns" if view.values else "is not called with these arguments"
+        note = f"{reason}: no activation of it could be freed, and the rule has no effect on the memory."
+        rows[i] = dataclasses.replace(rows[i], warnings=(*rows[i].warnings, note))
     return rows
 
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..rules.paths import Path
 from ..rules.rule import Remat
 from . import capture as cap
-from . import names, region, scopes
+from . import names, programs, region, scopes
 
 _CALLBACKS = ("callback", "print", "outfeed", "infeed")
 _RANDOM = ("random_bits", "threefry", "rng_bit_generator", "rng_uniform")
@@ -28,10 +29,14 @@ class RegionView:
     Attributes:
         values: Its named values, paths relative to the region.
         warnings: Side effects and random operations inside.
+        stacked: Whether it is called by a scan, so that one module stands for many layers.
+        activations: Whether it computes any floating value besides what it returns.
     """
 
     values: tuple[names.NamedValue, ...]
     warnings: tuple[str, ...]
+    stacked: bool
+    activations: bool
 
 
 def trace(fn: Callable[..., Any], args: Sequence[Any], *, roots: Sequence[tuple[Path, int]] = (((), 0),)) -> Any:
@@ -56,21 +61,41 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], *, roots: Sequence[tuple[
 def regions_of(program: Any, paths: Sequence[Path]) -> list[RegionView]:
     """What regions at `paths` would hold, from a trace of the whole model."""
     values = list(names.named_values(program))
-    return [_view(values, path) for path in paths]
+    return [_view(program, values, path) for path in paths]
 
 
-def _view(values: Sequence[names.NamedValue], path: Path) -> RegionView:
+def _view(program: Any, values: Sequence[names.NamedValue], path: Path) -> RegionView:
     inside = [value for value in values if value.path[: len(path)] == path]
     counts: dict[Any, int] = {}
     relative = []
+    stacked = False
     for value in inside:
         if value.kind == "module" and value.path == path:
+            stacked = any(_in_scan(program, position) for position in value.where)
             continue  # what the region itself returns is outside of it
         key = (value.kind, value.path, value.primitive)
         index = counts.get(key, 0)
         counts[key] = index + 1
         relative.append(dataclasses.replace(value, path=value.path[len(path) :], index=index))
-    return RegionView(tuple(relative), tuple(_effects(relative)))
+    floating = [v for v in relative if v.kind == "op" and any(_is_floating(aval) for aval in v.avals)]
+    # The last operation computes what the region returns, and that is kept outside of it.
+    return RegionView(tuple(relative), tuple(_effects(relative)), stacked=stacked, activations=len(floating) > 1)
+
+
+def _in_scan(program: Any, position: names.Position) -> bool:
+    for step in position:
+        if isinstance(step, int):
+            return False
+        number, place = step
+        equation = programs.open_program(program).eqns[number]
+        if equation.primitive.name == "scan":
+            return True
+        program = dict(programs.nested(equation))[place]
+    return False
+
+
+def _is_floating(aval: Any) -> bool:
+    return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
 def _effects(values: Sequence[names.NamedValue]) -> list[str]:

@@ -71,6 +71,58 @@ def test_callbacks_and_random_operations_are_warned_of():
     assert any("random" in warning for warning in rows[0].warnings)
 
 
+class Stacked(nnx.Module):
+    """Layers stacked for a scan, as large models keep them."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def stack(rngs):
+            return nnx.Linear(8, 8, rngs=rngs)
+
+        self.blocks = stack(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def run(block, x):
+            return jnp.sin(block(x))
+
+        return run(self.blocks, x)
+
+
+class Stages(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.stages = nnx.List([Stacked(rngs), Stacked(rngs)])
+        self.position = nnx.Embed(6, 8, rngs=rngs)
+        self.unused = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.position(jnp.arange(6))
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+def warnings_of(pattern, action, path):
+    rows = rt.explain(Stages(), {pattern: action}, args=(inputs(),)).rows
+    return " ".join(next(row for row in rows if row.path == path).warnings)
+
+
+def test_every_n_over_stacked_layers_is_warned_of():
+    assert "every_n=2 takes all" in warnings_of("stages.*.blocks", rt.Remat(every_n=2), "stages.0.blocks")
+    assert "every_n" not in warnings_of("stages.*", rt.Remat(every_n=2), "stages.0")
+    assert "every_n" not in warnings_of("stages.*.blocks", rt.Remat(), "stages.0.blocks")
+
+
+def test_rules_without_an_activation_to_free_are_warned_of():
+    assert "nothing but what it returns" in warnings_of("position", rt.Remat(), "position")
+    assert "not called" in warnings_of("unused", rt.Remat(), "unused")
+    assert "no activation" not in warnings_of("stages.*", rt.Remat(), "stages.0")
+    # A rule that frees something somewhere is not bothered about its other modules.
+    assert "no activation" not in warnings_of("{stages.*,position}", rt.Remat(), "position")
+
+
 def test_names_need_arguments():
     with pytest.raises(rt.RuleError) as caught:
         rt.explain(Tower(), {"layers.*": "nothing_saveable"}, names=True)
