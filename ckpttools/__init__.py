@@ -32,8 +32,11 @@ from .errors import StepNotFoundError as StepNotFoundError
 from .errors import StepOrderError as StepOrderError
 from .errors import StorageError as StorageError
 from .errors import StructureError as StructureError
+from .errors import TensorFileError as TensorFileError
 from .errors import UntrustedStepError as UntrustedStepError
 from .errors import ValidationError as ValidationError
+from .exchange import export_safetensors as export_safetensors
+from .exchange import import_safetensors as import_safetensors
 from .listing import ListedStep as ListedStep
 from .listing import ls as ls
 from .listing import prune as prune

@@ -102,6 +102,10 @@ class MirrorError(StorageError):
     """The store of a mirror does not answer, or does not keep what it is given; local steps are as they were."""
 
 
+class TensorFileError(CheckpointError, ValueError):
+    """A file that was to be imported and is no whole safetensors file."""
+
+
 class SaveTimeoutError(CheckpointError, TimeoutError):
     """A wait for the disk took longer than the spec allows."""
 
