@@ -90,12 +90,21 @@ def make_room(folder: RunFolder, spec: CheckpointSpec, job: Job) -> None:
 
 def require_space(root: pathlib.Path, spec: CheckpointSpec, save_bytes: int) -> None:
     """Raise `DiskSpaceError` unless the spec's free space is there; nothing is written."""
-    needed, free = spec.storage.needed_bytes(save_bytes), shutil.disk_usage(root).free
+    try:
+        free = shutil.disk_usage(root).free
+    except OSError as error:
+        raise StorageError(
+            what=f"{root} is gone: {error}.",
+            why="the folder of the run was there when it was opened.",
+            fix="look at the disk and at who deletes there; the next save tries anew.",
+        ) from error
+    needed = spec.storage.needed_bytes(save_bytes)
     if free < needed:
         raise DiskSpaceError(
             what=f"{root} has {free:,} bytes free; this save takes {save_bytes:,} and the spec asks for {needed:,}.",
             why="a save that runs out of room costs its time and leaves nothing.",
-            fix='free some space, lower min_free, keep fewer steps, or set Storage(when_full="prune").',
+            fix="free some space, lower min_free, keep fewer steps"
+            + ("." if spec.storage.when_full == "prune" else ', or set Storage(when_full="prune").'),
         )
 
 

@@ -33,9 +33,10 @@ from .outcomes import Failed, Outcome, Saved, Skipped, Started
 from .recovery import BestStep, Loaded, Selector
 from .report import Candidate, RestoreReport
 from .signals import StopRequest
+from .spec.memory import recalled, written
 from .spec.mirror import as_mirror
 from .spec.spec import CheckpointSpec
-from .spec.triggers import Moment
+from .spec.triggers import Memory, Moment
 from .state import snapshot
 from .state.items import as_metric, require_items
 from .state.place import fill_state
@@ -78,6 +79,7 @@ class Session:
         self._run_s_before = 0.0
         self._started_at = time.monotonic()
         self._left = False
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -102,6 +104,7 @@ class Session:
             # Another error is on its way out; this one must not hide it, nor be lost.
             warnings.warn(f"the save in progress failed: {failure}", CheckpointWarning, stacklevel=2)
         finally:
+            self._closed = True
             self._stop.forget()
             self._run.lock.release()
             self._buffers.clear()
@@ -133,7 +136,11 @@ class Session:
             return None
 
     def pin(self, step: int, *, pinned: bool = True) -> None:
-        """Protect a committed step from retention, or with `pinned=False` no longer."""
+        """Protect a committed step from retention, or with `pinned=False` no longer.
+
+        Waits for a save in progress: it may be the step in question, and it deletes what nobody keeps.
+        """
+        self.wait()
         self._run.pin(step, pinned=pinned)
 
     def _best_of_spec(self) -> BestStep:
@@ -194,7 +201,8 @@ class Session:
             return report
         filled = fill_state(state, loaded.items)
         summary = loaded.manifest.summary
-        self._begin(summary.step, summary.lineage, loaded.manifest.contents.triggers, summary.run_s)
+        memory = recalled(self.spec.save, loaded.manifest.contents.triggers)
+        self._begin(summary.step, summary.lineage, memory, summary.run_s)
         self._warn(advice.sparse_retention(rejected=report.damaged, intact=len(self._run.steps().live)))
         return dataclasses.replace(
             report, step=summary.step, state=filled, metrics=dict(summary.metrics), seconds=time.monotonic() - began
@@ -235,6 +243,12 @@ class Session:
 
     def _begin_training(self) -> None:
         """Make sure that this process may go on with the run, and is the only one that does."""
+        if self._closed:
+            raise StepOrderError(
+                what=f"the run in {self.directory} is closed.",
+                why="after the with block nobody waits for a save in the background, nor learns of its error.",
+                fix="call step() and save() inside `with ct.open(spec) as ckpt:`.",
+            )
         if self._origin is None:
             if self._run.is_used():
                 raise NotRestoredError(
@@ -271,6 +285,8 @@ class Session:
             yield step
             if self._left:
                 return
+        # There is no later step that could honour the wish to stop, so a signal ends the process as it always did.
+        self._stop.forget()
         if self._position < total:
             self._warn(
                 f"the final step {total} was not passed to step(), so it is not saved. Call ckpt.step(step, state) "
@@ -360,7 +376,13 @@ class Session:
         return outcome
 
     def _moment(self, step: int, metrics: Mapping[str, Any]) -> Moment:
-        if type(step) is not int or step < 1 or step < self._position:
+        if type(step) is not int or step < 1:
+            raise StepOrderError(
+                what=f"step {step!r} is no count of completed updates.",
+                why="a step is an int, and the first one that is complete is 1.",
+                fix="for step in ckpt.steps(total): ..., or ckpt.step(int(index) + 1, state) in a loop of your own.",
+            )
+        if step < self._position:
             raise StepOrderError(
                 what=f"step {step!r} cannot come after step {self._position}.",
                 why="a step counts completed updates, so it only grows.",
@@ -388,11 +410,12 @@ class Session:
         if self._run.holds(moment.step, self._lineage):
             return Skipped(step=moment.step, reason="this step is saved already", finished=finished)
         asynchronous = self.spec.storage.asynchronous and not blocking
-        job = self._job(moment, state, metrics, reason, self._buffers if asynchronous else None)
+        memory = self.spec.save.saved(moment, self._memory)
+        job = self._job(moment, state, metrics, reason, self._buffers if asynchronous else None, memory)
         saving.make_room(self._run, self.spec, job)
         self._worker = Worker(moment.step, lambda worker: self._write(job, worker, began))
         self._memory_before_save = self._memory
-        self._position, self._memory = moment.step, job.triggers
+        self._position, self._memory = moment.step, memory
         if asynchronous:
             stall_s = self._worker.stall_s = time.monotonic() - began
             self._warn(self._stalls.add(now_s=time.monotonic(), step=moment.step, stall_s=stall_s))
@@ -426,6 +449,7 @@ class Session:
         metrics: Mapping[str, Any],
         reason: str,
         buffers: snapshot.Buffers | None,
+        memory: Memory,
     ) -> saving.Job:
         summary = manifest.Summary(
             step=moment.step,
@@ -442,7 +466,7 @@ class Session:
         return saving.Job(
             snapshot=snapshot.take(state, buffers),
             summary=summary,
-            triggers=self.spec.save.saved(moment, self._memory),
+            triggers=written(self.spec.save, memory),
             outputs=outputs,
         )
 

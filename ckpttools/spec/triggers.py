@@ -61,6 +61,10 @@ class Trigger:
         """The memory after a save at this step."""
         return memory
 
+    def fits(self, memory: Memory) -> bool:
+        """Whether a memory that was read from a disk is of the form that this trigger writes."""
+        return True
+
     def metrics(self) -> frozenset[str]:
         """Names of the metrics that the trigger looks at."""
         return frozenset()
@@ -94,6 +98,10 @@ class EverySeconds(Trigger):
 
     def __post_init__(self) -> None:
         require_positive("EverySeconds", "seconds", self.seconds)
+
+    @override
+    def fits(self, memory: Memory) -> bool:
+        return isinstance(memory, int | float)
 
     @override
     def decide(self, moment: Moment, memory: Memory) -> Decision:
@@ -144,6 +152,10 @@ class OnImprovement(Trigger):
     @override
     def metrics(self) -> frozenset[str]:
         return frozenset({self.metric})
+
+    @override
+    def fits(self, memory: Memory) -> bool:
+        return isinstance(memory, int | float)
 
     @override
     def decide(self, moment: Moment, memory: Memory) -> Decision:
@@ -211,6 +223,14 @@ class Adaptive(Trigger):
         return frozenset({self.metric})
 
     @override
+    def fits(self, memory: Memory) -> bool:
+        if not isinstance(memory, dict) or memory.keys() != {"history", "interval", "last"}:
+            return False
+        history = memory["history"]
+        counts = all(type(memory[name]) is int for name in ("interval", "last"))
+        return counts and isinstance(history, list) and all(isinstance(value, int | float) for value in history)
+
+    @override
     def observe(self, moment: Moment, memory: Memory) -> Memory:
         value = moment.metric(self.metric)
         if value is None:
@@ -263,9 +283,7 @@ class _Combined(Trigger):
         return [part.decide(moment, own) for part, own in self._with_memory(memory)]
 
     def _with_memory(self, memory: Memory) -> list[tuple[Trigger, Memory]]:
-        # A spec may change between two runs; memory that does not fit it any more is forgotten.
-        fits = isinstance(memory, list) and len(memory) == len(self.parts)
-        return list(zip(self.parts, memory if fits else [None] * len(self.parts), strict=True))
+        return list(zip(self.parts, memory or [None] * len(self.parts), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, init=False)

@@ -147,9 +147,11 @@ _ML_DTYPES = frozenset(
 )
 
 _WRITABLE = frozenset(
-    "bool int2 int4 int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128 "
-    "bfloat16 float4_e2m1fn float8_e3m4 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz "
-    "float8_e8m0fnu".split()
+    {"bool", "bfloat16", "float4_e2m1fn", "complex64", "complex128"}
+    | {f"int{bits}" for bits in (2, 4, 8, 16, 32, 64)}
+    | {f"uint{bits}" for bits in (8, 16, 32, 64)}
+    | {f"float{bits}" for bits in (16, 32, 64)}
+    | {f"float8_{form}" for form in ("e3m4", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")}
 )
 """Dtypes that TensorStore writes; for any other it fails in a thread of its own, with no leaf named."""
 

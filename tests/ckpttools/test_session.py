@@ -329,3 +329,69 @@ def test_pins_and_best(tmp_path):
             ckpt.restore(params, step=ct.best("acc", mode="max"))
         with pytest.raises(ct.SpecError, match="small or a large 'acc'"):
             ckpt.best_step("acc")
+
+
+def test_another_spec_goes_on_with_a_run(tmp_path):
+    train(spec_for(tmp_path, save=ct.EverySeconds(1000) | ct.EverySteps(2)), 2)
+    _, outcomes = train(spec_for(tmp_path, save=ct.OnImprovement("loss", mode="max")), 4)
+    assert isinstance(outcomes[0], ct.Started), "the seconds of the one are not the best loss of the other"
+
+
+def test_a_step_is_pinned_while_it_is_being_saved(tmp_path):
+    with ct.open(spec_for(tmp_path, save=ct.EverySteps(1), keep=ct.Latest(2))) as ckpt:
+        for step in ckpt.steps(4):
+            ckpt.step(step, {"x": jnp.ones(3)})
+            if step == 1:
+                ckpt.pin(1)
+        assert ckpt.all_steps() == (1, 3, 4)
+
+
+def test_a_pinned_step_outlives_the_branch_that_needs_its_number(tmp_path):
+    state = {"x": jnp.ones(3)}
+    spec = spec_for(tmp_path, save=ct.EverySteps(1), keep=ct.Latest(2))
+    with ct.open(spec) as ckpt:
+        for step in ckpt.steps(3):
+            ckpt.step(step, state)
+        ckpt.pin(3)
+    old = next(listed.branch for listed in ct.ls(tmp_path) if listed.step == 3)
+    with ct.open(spec) as ckpt:
+        ckpt.restore(state, step=2)
+        for step in ckpt.steps(8):
+            ckpt.step(step, state)
+    assert (3, old, True) in [(listed.step, listed.branch, listed.pinned) for listed in ct.ls(tmp_path)]
+
+
+def test_a_closed_run_saves_no_more(tmp_path):
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, {"x": jnp.ones(3)})
+    with pytest.raises(ct.StepOrderError, match="is closed"):
+        ckpt.save(2, {"x": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("step", [0, -4, 2.0, np.int64(3), True])
+def test_a_step_that_is_no_count_says_how_to_count(tmp_path, step):
+    with ct.open(spec_for(tmp_path)) as ckpt, pytest.raises(ct.StepOrderError, match=r"ckpt\.steps\(total\)"):
+        ckpt.step(step, {"x": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("on_error", ["raise", "return"])
+def test_a_folder_that_vanishes_is_an_error_of_the_disk(tmp_path, on_error):
+    with ct.open(spec_for(tmp_path / "run", storage=ct.Storage(asynchronous=False))) as ckpt:
+        ckpt.save(1, {"x": jnp.ones(3)})
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        if on_error == "raise":
+            with pytest.raises(ct.StorageError, match="is gone"):
+                ckpt.save(2, {"x": jnp.ones(3)})
+        else:
+            outcome = ckpt.save(2, {"x": jnp.ones(3)}, on_error="return")
+            assert isinstance(outcome.error, ct.StorageError)
+    assert ct.verify(tmp_path / "elsewhere").ok
+
+
+def test_after_the_last_step_signals_are_what_they_were(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        for step in ckpt.steps(2):
+            ckpt.step(step, {"x": jnp.ones(3)})
+            assert signal.getsignal(signal.SIGTERM) is not before
+        assert signal.getsignal(signal.SIGTERM) is before

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpttools as ct
-from ckpttools.spec.triggers import AllOf, AnyOf, Moment
+from ckpttools.spec.memory import recalled, written
+from ckpttools.spec.triggers import AllOf, AnyOf, Decision, Moment
 
 
 def moments(losses, seconds_per_step=1.0):
@@ -99,11 +100,60 @@ def test_a_resumed_run_decides_as_an_uninterrupted_one(trigger, losses, pick):
     assert only_steps(resumed) == [later for later in only_steps(whole) if later > step]
 
 
-def test_memory_of_another_spec_is_forgotten():
-    trigger = ct.EverySteps(2) | ct.EverySteps(3)
-    moment = Moment(step=6)
-    assert trigger.decide(moment, [None]).save
-    assert trigger.decide(moment, {"a": 1}).save
+EACH = [
+    ct.EverySteps(2),
+    ct.EverySeconds(1.0),
+    ct.OnImprovement("loss", mode="min"),
+    ct.Adaptive("loss"),
+    ct.EverySteps(3) | ct.OnImprovement("loss", mode="max"),
+    ct.EverySeconds(1.0) & ct.Adaptive("loss"),
+    (ct.EverySteps(3) | ct.EverySeconds(2.0)) & ct.OnImprovement("loss", mode="min"),
+]
+
+
+def memory_after(trigger, losses):
+    memory = None
+    for moment in moments(losses):
+        memory = trigger.saved(moment, trigger.observe(moment, memory))
+    return memory
+
+
+@pytest.mark.parametrize("before", EACH, ids=str)
+def test_a_memory_survives_being_written_and_no_other_trigger_takes_it_for_its_own(before):
+    memory = memory_after(before, [3.0, 2.0, 1.0])
+    stored = json.loads(json.dumps(written(before, memory)))
+    moment = next(moments([0.5]))
+    again = recalled(before, stored)
+    assert before.decide(moment, again) == before.decide(moment, memory)
+    for after in EACH:
+        own = recalled(after, stored)
+        after.decide(moment, after.saved(moment, after.observe(moment, own)))
+        if before in (ct.EverySeconds(1.0), ct.Adaptive("loss")) and after == EACH[2]:
+            assert own is None
+
+
+def test_a_trigger_goes_on_with_its_memory_wherever_it_stands():
+    best = ct.OnImprovement("loss", mode="min")
+    stored = written(ct.EverySteps(2) | best, memory_after(ct.EverySteps(2) | best, [3.0, 1.0]))
+    assert recalled(best, stored) == 1.0
+    assert recalled(ct.AtSteps((5,)) | (ct.EverySteps(9) & best), stored) == [None, [None, 1.0]]
+    assert recalled(ct.OnImprovement("loss", mode="max"), stored) is None
+
+
+@pytest.mark.parametrize("hostile", [5, "x", [], {"a": 1}, None, [[[]]]])
+def test_a_memory_of_a_strange_form_is_forgotten(hostile):
+    moment = next(moments([0.5]))
+    for trigger in EACH:
+        for stored in (hostile, dict.fromkeys(written(trigger, memory_after(trigger, [1.0])), hostile)):
+            trigger.decide(moment, trigger.observe(moment, recalled(trigger, stored)))
+
+
+def test_a_trigger_of_ones_own_needs_no_dataclass():
+    class Always(ct.Trigger):
+        def decide(self, moment, memory):
+            return Decision(True, "always")
+
+    assert recalled(Always(), written(Always(), [1, 2])) == [1, 2]
 
 
 def test_combinations_are_flat_and_compare_equal():

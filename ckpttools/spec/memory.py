@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What triggers remember, as it is written down: each trigger's own, under the trigger's own description.
+
+A spec may change between two runs. Memory that was stored by position was handed to whatever stood there next, and
+the seconds of an `EverySeconds` became the best loss of an `OnImprovement`, which then never saved again. By
+description, a trigger that is still in the spec goes on with what it knew wherever it stands, and a new or changed one
+starts afresh.
+"""
+
+import dataclasses
+from typing import Any
+
+from .triggers import AllOf, AnyOf, Memory, Trigger
+
+
+def written(trigger: Trigger, memory: Memory) -> dict[str, Any]:
+    """The memories of a trigger and its parts by their descriptions, for the manifest."""
+    if not isinstance(trigger, AnyOf | AllOf):
+        return {} if memory is None else {_description(trigger): memory}
+    parts: dict[str, Any] = {}
+    for part, own in zip(trigger.parts, memory or [None] * len(trigger.parts), strict=True):
+        # Equal parts have seen the same moments, so they have the same memory.
+        parts |= written(part, own)
+    return parts
+
+
+def recalled(trigger: Trigger, stored: Any) -> Memory:
+    """The memory of a trigger out of what `written` gave; what does not fit is forgotten."""
+    if isinstance(trigger, AnyOf | AllOf):
+        return [recalled(part, stored) for part in trigger.parts]
+    memory = stored.get(_description(trigger)) if isinstance(stored, dict) else None
+    return memory if trigger.fits(memory) else None
+
+
+def _description(trigger: Trigger) -> str:
+    # The plain `repr` of an object holds its address, which no other process has.
+    return repr(trigger) if dataclasses.is_dataclass(trigger) else type(trigger).__qualname__
