@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+import stat
 
 from .errors import StepDamagedError, StorageError
 from .store import catalogue, commit, digest, integrity, layout, manifest
@@ -104,11 +105,18 @@ def _step(root: pathlib.Path, folder: pathlib.Path, step: int, dry_run: bool) ->
     if spare is None or lost:
         what = ", ".join(lost or damaged) or "everything"
         return [Repair(where, f"damaged: {what}")]
+    link = _link_in(folder, damaged)
+    if link is not None:
+        return [Repair(where, f"{link} is a link, which could lead out of the run")]
     repairs = [Repair(f"{where}/{name}", "damaged or missing", "put back from its second copy") for name in damaged]
     if not dry_run:
         for name in damaged:
             target = folder / name
             commit.make_folder(target.parent)
+            if os.path.lexists(target) and not _is_regular(target):
+                # Whatever stands there is nobody's file of this step; nothing is written through it or deleted.
+                aside = layout.free_name(layout.control(root, "quarantine"), f"stray-{step}-{target.name}")
+                commit.move(target, aside)
             shutil.copyfile(spare / name, target)
         commit.sync_tree(folder)
     if in_quarantine:
@@ -135,9 +143,29 @@ def _spare_of(root: pathlib.Path, folder: pathlib.Path, step: int) -> pathlib.Pa
     return max(candidates)[2] if candidates else None
 
 
+def _link_in(folder: pathlib.Path, names: list[str]) -> str | None:
+    """The first link among a step's folder and the folders of the files that are to be put back."""
+    for name in names:
+        for place in (folder, *(folder / parent for parent in reversed(pathlib.PurePath(name).parents))):
+            if place.is_symlink():
+                return place.name
+    return None
+
+
+def _is_regular(path: pathlib.Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
 def _is_intact(path: pathlib.Path, size: int, mark: str) -> bool:
     try:
-        return path.stat().st_size == size and digest.of_file(digest.algorithm_of(mark), path) == mark
+        return (
+            _is_regular(path)
+            and path.stat().st_size == size
+            and digest.of_file(digest.algorithm_of(mark), path) == mark
+        )
     except OSError:
         return False
 
@@ -153,7 +181,7 @@ def _damaged(folder: pathlib.Path, spare: pathlib.Path | None) -> list[str]:
     files = manifest.read_sealed(spare).summary.files
     seal = (spare / layout.MANIFEST).read_bytes()
     own = folder / layout.MANIFEST
-    damaged = [] if own.is_file() and own.read_bytes() == seal else [layout.MANIFEST]
+    damaged = [] if _is_regular(own) and own.read_bytes() == seal else [layout.MANIFEST]
     return damaged + [name for name, (size, mark) in files.items() if not _is_intact(folder / name, size, mark)]
 
 

@@ -9,7 +9,7 @@ import fcntl
 import os
 import pathlib
 
-from ..errors import RunInUseError
+from ..errors import RunInUseError, StorageError
 from . import commit, confine, layout
 
 
@@ -30,13 +30,21 @@ class WriterLock:
 
         Raises:
             RunInUseError: If another process holds it.
+            StorageError: If it cannot be opened.
         """
         if self.held:
             return
         confine.require_confined(self._root)
-        commit.make_folder(layout.control(self._root))
         path = layout.control(self._root, "lock")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            commit.make_folder(layout.control(self._root))
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise StorageError(
+                what=f"{path} cannot be opened: {error}.",
+                why="whoever changes a run holds its lock, so that two do not do it at once; nothing was changed.",
+                fix="mend the permissions; reading (ls, verify, a dry run, restore) needs no lock.",
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

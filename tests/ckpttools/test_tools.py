@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """verify, repair, adopt, prune: what can be done to a run from outside."""
 
+import os
 import warnings
 
 import jax
@@ -184,3 +185,35 @@ def test_a_step_that_orbax_cannot_read_is_not_taken_over(tmp_path):
     with pytest.raises(ct.StorageError, match="step 3 cannot be taken over"):
         ct.adopt(tmp_path)
     assert ct.adopt(tmp_path / "nothing") == ()
+
+
+@pytest.mark.parametrize("thing", ["folder", "pipe", "link"])
+def test_repair_puts_a_file_back_where_something_else_stands(run, tmp_path_factory, thing):  # noqa: F811
+    victim = tmp_path_factory.mktemp("outside") / "victim"
+    victim.write_text("gold")
+    for name in ("commit_success.txt", layout.MANIFEST):
+        place = run / "20" / name
+        place.unlink()
+        {"folder": place.mkdir, "pipe": lambda at=place: os.mkfifo(at), "link": lambda at=place: at.symlink_to(victim)}[
+            thing
+        ]()
+    assert "20/commit_success.txt: damaged or missing; put back" in str(ct.repair(run))
+    assert ct.verify(run).ok
+    assert victim.read_text() == "gold"
+    assert str(ct.repair(run)) == "nothing to repair", "what stood there is kept and is no step"
+
+
+def test_repair_writes_nothing_through_a_linked_folder(run, tmp_path_factory):  # noqa: F811
+    outside = tmp_path_factory.mktemp("outside") / "20"
+    (run / "20").rename(outside)
+    (run / "20").symlink_to(outside)
+    (outside / "commit_success.txt").write_text("gold")
+    assert "20 is a link" in str(ct.repair(run))
+    assert (outside / "commit_success.txt").read_text() == "gold"
+
+
+def test_a_lock_that_cannot_be_opened_is_an_error_of_the_disk(run):  # noqa: F811
+    layout.control(run, "lock").unlink()
+    layout.control(run, "lock").mkdir()
+    with pytest.raises(ct.StorageError, match="cannot be opened"):
+        ct.repair(run)
