@@ -3,7 +3,7 @@ PYTHON ?= python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
 GROUPS ?= --group test --group lint
-EXTRAS ?= plot
+EXTRAS ?= plot,mirror
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 # The accelerators of a development machine are no part of the tests.
 export JAX_PLATFORMS ?= cpu

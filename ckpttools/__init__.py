@@ -37,6 +37,7 @@ from .errors import UntrustedStepError as UntrustedStepError
 from .errors import ValidationError as ValidationError
 from .exchange import export_safetensors as export_safetensors
 from .exchange import import_safetensors as import_safetensors
+from .importing import import_run as import_run
 from .listing import ListedStep as ListedStep
 from .listing import ls as ls
 from .listing import prune as prune
@@ -73,6 +74,10 @@ from .spec.triggers import EverySeconds as EverySeconds
 from .spec.triggers import EverySteps as EverySteps
 from .spec.triggers import OnImprovement as OnImprovement
 from .spec.triggers import Trigger as Trigger
+from .syncing import MirroredStep as MirroredStep
+from .syncing import MirrorReport as MirrorReport
+from .syncing import fetch_step as fetch_step
+from .syncing import sync_mirror as sync_mirror
 from .verifying import StepHealth as StepHealth
 from .verifying import VerifyReport as VerifyReport
 from .verifying import verify as verify

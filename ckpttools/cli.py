@@ -16,13 +16,17 @@ from typing import Any
 from . import tables
 from .adopting import adopt
 from .errors import CheckpointError, SpecError
+from .exchange import export_safetensors
+from .importing import import_run
 from .listing import ls, prune
 from .repairing import repair
 from .showing import show
+from .spec.mirror import Mirror, as_mirror
 from .spec.retention import Best, EveryNSteps, Latest, Retention, Union
 from .spec.spec import CheckpointSpec
 from .store import layout
 from .store.run import RunFolder
+from .syncing import fetch_step, sync_mirror
 from .verifying import verify
 
 # argparse also exits with 2 on bad usage.
@@ -64,9 +68,34 @@ def build_parser() -> argparse.ArgumentParser:
         command(name, _pin, text).add_argument("steps", type=int, nargs="+")
     repaired = command("repair", _repair, "put damaged manifests and metadata back from their second copies")
     repaired.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    exported = command("export", _export, "write a step's weights into a safetensors file", of_step)
+    exported.add_argument("file", type=pathlib.Path, help="the safetensors file")
+    _exchange_options(exported, "which item of the step")
+    exported.add_argument("--meta", action="append", default=[], metavar="NAME=TEXT", help="a text for the header")
+    imported = command("import", _import, "make a run whose first step are the weights of a safetensors file")
+    imported.add_argument("file", type=pathlib.Path, help="the safetensors file")
+    imported.add_argument("--step", type=int, default=1, help="the number of the step")
+    _exchange_options(imported, "the name of the item")
+    mirrored = command("mirror", _mirror, "copy what a mirror lacks; --dry-run only compares")
+    mirrored.add_argument("url", nargs="?", help="the mirror's address, unless --spec names one")
+    mirrored.add_argument("--spec", type=pathlib.Path, metavar="TOML", help="take mirror from the [checkpoint] of it")
+    mirrored.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the store; no secrets"
+    )
+    mirrored.add_argument("--check", action="store_true", help="read every byte there, and mend what is damaged")
+    mirrored.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    mirrored.add_argument("--fetch", nargs="?", const="latest", metavar="STEP", help="bring a step from there instead")
     adopted = command("adopt", _adopt, "take over steps that plain Orbax wrote")
     adopted.add_argument("--dry-run", action="store_true", help="only say which")
     return parser
+
+
+def _exchange_options(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--item", default="model", help=text)
+    parser.add_argument(
+        "--name", action="append", default=[], metavar="LEAF=TENSOR", help="as in 'layers.*.kernel=h.*.weight'"
+    )
+    parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these leaves out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,6 +218,70 @@ def _repair(args: argparse.Namespace) -> int:
     repairs = [{**dataclasses.asdict(each), "possible": bool(each.done)} for each in report.repairs]
     _print(args, {"dry_run": report.dry_run, "repairs": repairs}, str(report))
     return OK if all(each.done for each in report.repairs) else NO
+
+
+def _export(args: argparse.Namespace) -> int:
+    names = export_safetensors(
+        args.run,
+        args.file,
+        item=args.item,
+        names=dict(map(_pair, args.name)) or None,
+        skip=args.skip,
+        metadata=dict(map(_pair, args.meta)) or None,
+    )
+    _print(args, {"file": str(args.file), "tensors": names}, f"{len(names)} tensors in {args.file}")
+    return OK
+
+
+def _import(args: argparse.Namespace) -> int:
+    count = import_run(
+        args.file, args.run, step=args.step, item=args.item, names=dict(map(_pair, args.name)), skip=args.skip
+    )
+    _print(args, {"step": args.step, "leaves": count}, f"{count} leaves in step {args.step} of {args.run}")
+    return OK
+
+
+def _mirror(args: argparse.Namespace) -> int:
+    mirror = _mirror_of(args)
+    if args.fetch is not None:
+        step = None if args.fetch == "latest" else int(args.fetch)
+        with tables.progress("fetching") as progress:
+            fetched = fetch_step(args.run, mirror, step, progress=progress)
+        _print(args, {"fetched": fetched}, f"fetched step {fetched}")
+        return OK
+    with tables.progress("comparing" if args.dry_run else "copying") as progress:
+        report = sync_mirror(_folder(args.run), mirror, check=args.check, dry_run=args.dry_run, progress=progress)
+    if args.json:
+        tables.print_json(report.as_dict())
+    else:
+        tables.print_mirror(report)
+    return OK if report.ok else NO
+
+
+def _mirror_of(args: argparse.Namespace) -> Mirror:
+    named = None if args.spec is None else as_mirror(CheckpointSpec.load(args.spec).mirror)
+    options = {name: _plain(value) for name, value in map(_pair, args.option)}
+    if args.url is not None:
+        return Mirror(args.url, options=options)
+    if named is None:
+        raise SpecError(
+            what="nothing says where the mirror is.",
+            why="its address stands in the spec of the run, and the steps do not hold it.",
+            fix="ckpttools mirror runs/exp1 s3://bucket/run, or --spec train.toml.",
+        )
+    return dataclasses.replace(named, options={**named.store_options, **options})
+
+
+def _plain(text: str) -> str | int | bool:
+    """An option's value as TOML would read it, without the quotes."""
+    return {"true": True, "false": False}.get(text, int(text) if text.isdecimal() else text)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise SpecError(what=f"{text!r} has no '='.", why="it gives something a name or a value.", fix=f"{text}=...")
+    return name, value
 
 
 def _adopt(args: argparse.Namespace) -> int:

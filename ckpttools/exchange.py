@@ -30,7 +30,7 @@ type NameMap = Mapping[str, str]
 """From a leaf's path to a tensor's name; a `*` stands for one segment and `**` for any number, on both sides."""
 
 _BATCH_BYTES = 256 << 20
-_KEY, _VALUE = "ckpttools.key.", "ckpttools.value."
+KEY, VALUE = "ckpttools.key.", "ckpttools.value."
 
 
 def export_safetensors(
@@ -67,8 +67,8 @@ def export_safetensors(
         records, load, note = _of_step(pathlib.Path(source), item)
     else:
         records, load, note = _of_state(source, item)
-    records = _without(records, skip)
-    named = _named(records, names)
+    records = left_in(records, skip)
+    named = named_leaves(records, names)
     tensors = {name: _tensor(item, record) for name, record in named.items() if record.kind != "value"}
 
     def arrays(batch: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
@@ -76,8 +76,8 @@ def export_safetensors(
         return {name: loaded.get(named[name].path, np.empty(*host_shape(named[name]))) for name in batch}
 
     texts = {"format": "pt"} if metadata is None else dict(metadata)
-    texts |= {_KEY + name: record.dtype for name, record in named.items() if record.kind == "key"}
-    texts |= {_VALUE + name: json.dumps(record.value) for name, record in named.items() if record.kind == "value"}
+    texts |= {KEY + name: record.dtype for name, record in named.items() if record.kind == "key"}
+    texts |= {VALUE + name: json.dumps(record.value) for name, record in named.items() if record.kind == "value"}
     tensorfile.write(pathlib.Path(file), tensors, arrays, {**note, **texts}, batch_bytes=_BATCH_BYTES)
     return tuple(tensors)
 
@@ -164,7 +164,7 @@ def import_safetensors(
             fix="pass the model without its data iterator.",
         )
     records = tuple(describe("", leaf) for leaf in flat.leaves)
-    wanted = _named(_without(records, skip), names)
+    wanted = named_leaves(left_in(records, skip), names)
     lines, placed = [], {}
     for name, record in wanted.items():
         placed[record.path], line = _match(name, record, tensors, texts)
@@ -206,7 +206,7 @@ def _match(
 ) -> tuple[Record, str | None]:
     """The record of what the file holds for a leaf, or a line that says why it does not fit."""
     if record.kind == "value":
-        return _value(name, record, texts)
+        return read_value(name, record, texts)
     if name not in tensors:
         near = did_you_mean(name, tensors)
         return record, f"{name}: not in the file{'; ' + near if near.startswith('did') else ''}"
@@ -218,9 +218,9 @@ def _match(
     return record, None
 
 
-def _value(name: str, record: Record, texts: Mapping[str, str]) -> tuple[Record, str | None]:
+def read_value(name: str, record: Record, texts: Mapping[str, str]) -> tuple[Record, str | None]:
     """A plain value from the file's notes; a file from elsewhere has none, and the state keeps its own."""
-    text = texts.get(_VALUE + name)
+    text = texts.get(VALUE + name)
     if text is None:
         return record, None
     try:
@@ -242,12 +242,13 @@ def _mismatch(path: pathlib.Path, lines: Sequence[str], extra: Sequence[str]) ->
     return error
 
 
-def _without(records: Iterable[Record], skip: Sequence[str]) -> tuple[Record, ...]:
+def left_in(records: Iterable[Record], skip: Sequence[str]) -> tuple[Record, ...]:
+    """The leaves that no pattern of `skip` matches."""
     patterns = [Pattern.parse(text) for text in ((skip,) if isinstance(skip, str) else skip)]
     return tuple(record for record in records if not any(pattern.matches(record.path) for pattern in patterns))
 
 
-def _named(records: Iterable[Record], names: NameMap | None) -> dict[str, Record]:
+def named_leaves(records: Iterable[Record], names: NameMap | None) -> dict[str, Record]:
     """Leaves by the names of their tensors."""
     rules = [(_regex(pattern), pattern, target) for pattern, target in (names or {}).items()]
     unused = {pattern for _, pattern, _ in rules}

@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .errors import CheckpointError, DiskSpaceError, MirrorError, StepNotFoundError, StorageError
 from .recovery import Selector, order
@@ -33,8 +33,14 @@ class Fetcher:
         error: Why the store could not be asked; None if it answered.
     """
 
-    def __init__(self, run: RunFolder, mirror: Mirror, store: RemoteStore) -> None:
-        self._run, self._mirror, self._store = run, mirror, store
+    def __init__(
+        self,
+        run: RunFolder,
+        mirror: Mirror,
+        store: RemoteStore,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._run, self._mirror, self._store, self._progress = run, mirror, store, progress
         self._holders: list[pathlib.Path] = []
         self.error: MirrorError | None = None
 
@@ -66,6 +72,27 @@ class Fetcher:
             )
         return found
 
+    def copy_of(self, selector: Selector) -> Entry:
+        """The copy to fetch for a selector, whatever there is in the run's folder.
+
+        Raises:
+            StepNotFoundError: If the mirror has none.
+            MirrorError: If the store does not answer.
+        """
+        copies = self._store.copies()
+        both = joined(self._run.steps_now(), [(copy, self._entry(copy)) for copy in copies])
+        chosen = both.entries if isinstance(selector, int) else tuple(order(both, selector))
+        wanted = (entry for entry in chosen if entry.fetch and selector in (entry.step, "latest"))
+        found = next(wanted, None)
+        if found is None:
+            steps = sorted({copy.manifest.summary.step for copy in copies})
+            raise StepNotFoundError(
+                what=f"{self._store.url} has no {'step of this run' if selector == 'latest' else f'step {selector}'}.",
+                why="it was never copied, or the mirror's retention has deleted it.",
+                fix=f"there are {', '.join(map(str, steps)) or 'no steps'}.",
+            )
+        return found
+
     def _entry(self, copy: Copy) -> Entry:
         holder = layout.control(self._run.directory, f"staging/{copy.name}-{secrets.token_hex(4)}")
         folder = holder / str(copy.manifest.summary.step)
@@ -89,7 +116,15 @@ class Fetcher:
                     why="a step is fetched to the run's folder before it is restored.",
                     fix="free some space and restore again.",
                 )
-            self._store.fetch(copy, folder)
+            done = 0
+
+            def seen(size: int) -> None:
+                nonlocal done
+                done += size
+                if self._progress is not None:
+                    self._progress(done, needed)
+
+            self._store.fetch(copy, folder, seen)
         except CheckpointError:
             raise
         except OSError as error:

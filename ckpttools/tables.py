@@ -20,6 +20,7 @@ from rich.table import Table
 from .listing import ListedStep
 from .showing import ShownStep, form_of
 from .spec.retention import Verdict
+from .syncing import MirrorReport
 
 _WIDTH_OF_A_FILE = 160
 """Columns where the output is no terminal, so that nothing is cut."""
@@ -124,6 +125,22 @@ def print_verdicts(verdicts: Sequence[Verdict], *, dry_run: bool) -> None:
         for verdict in sorted(verdicts, key=lambda verdict: verdict.step.step)
     ]
     print_table(["step", "", "why"], rows, right=["step"]) if rows else print("there are no steps")
+
+
+def print_mirror(report: MirrorReport) -> None:
+    """The table of `mirror`."""
+    print_text(str(report).partition("\n")[0])
+    rows = [
+        [
+            str(step.step),
+            readable_bytes(step.total_bytes),
+            "yes" if step.here else "",
+            step.there,
+            "; ".join([*([step.done] if step.done else []), *step.files]),
+        ]
+        for step in report.steps
+    ]
+    print_table(["step", "size", "here", "there", ""], rows, right=["step", "size"]) if rows else print("no steps")
 
 
 def print_error(text: str) -> None:

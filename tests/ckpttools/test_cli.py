@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 import warnings
@@ -14,8 +15,6 @@ from orbax.checkpoint import v1
 import ckpttools as ct
 from ckpttools import cli, tables
 from ckpttools.store import layout
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def state_at(step):
@@ -254,22 +253,148 @@ def test_control_codes_of_a_hostile_run_do_not_reach_the_terminal(capsys):
     assert captured.err == "ckpttools: ?bell\n"
 
 
-def test_the_installed_command_and_the_module(run):
-    command = pathlib.Path(sys.executable).parent / "ckpttools"
-    listed = subprocess.run([command, "ls", run, "--json"], capture_output=True, text=True, check=True)
-    assert len(json.loads(listed.stdout)) == 3
-    wrong = subprocess.run([sys.executable, "-m", "ckpttools", "nonsense"], capture_output=True, text=True, cwd=ROOT)
-    assert wrong.returncode == cli.CANNOT
-    assert "invalid choice" in wrong.stderr
-
-
-def test_the_reader_of_a_pipe_may_leave(run):
-    command = f"{pathlib.Path(sys.executable).parent / 'ckpttools'} show {run} | true; exit ${{PIPESTATUS[0]}}"
+def test_the_installed_command_and_a_reader_who_leaves_early(run):
+    command = f"{pathlib.Path(sys.executable).parent / 'ckpttools'} show {run} | head -1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout.startswith("step 30: committed")
     assert result.returncode == cli.OK
     assert result.stderr == ""
+
+
+def test_the_module_is_the_command(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ckpttools", "verify", str(run)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("ckpttools", run_name="__main__")
+    assert ended.value.code == cli.OK
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["nonsense"])
+    assert ended.value.code == cli.CANNOT
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_an_interrupt_and_a_disk_that_does_not_answer_have_exit_codes(run, capsys, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied", "the disk")
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "ls", refuse)
+    assert call(capsys, "ls", run)[::2] == (
+        cli.CANNOT,
+        "ckpttools: the disk cannot be read or written: Permission denied.\n",
+    )
+    monkeypatch.setattr(cli, "ls", interrupt)
+    assert call(capsys, "ls", run)[0] == cli.INTERRUPTED
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 40, "3.0 TiB")])
 def test_sizes_read_well(count, text):
     assert tables.readable_bytes(count) == text
+
+
+def test_weights_go_out_and_come_in(run, tmp_path, capsys):
+    file = tmp_path / "m.safetensors"
+    code, out, _ = call(capsys, "export", run / "20", file, "--name", "large=wte", "--meta", "who=me")
+    assert (code, out) == (cli.OK, f"2 tensors in {file}\n")
+    code, out, _ = call(capsys, "import", tmp_path / "new", file, "--name", "large=wte", "--step", 5)
+    assert (code, out) == (cli.OK, f"2 leaves in step 5 of {tmp_path / 'new'}\n")
+    with ct.open(spec_for(tmp_path / "new")) as ckpt:
+        model = ckpt.restore({"model": {"large": jnp.zeros(4096), "half": jnp.zeros((2, 3), jnp.bfloat16)}}).state
+    assert model["model"]["large"].tolist() == state_at(20)["model"]["large"].tolist()
+    assert as_json(capsys, "export", run, file, "--item", "data")[1]["tensors"] == []
+    code, _, err = call(capsys, "import", run, file)
+    assert code == cli.CANNOT
+    assert "holds steps and none was restored" in err
+    code, _, err = call(capsys, "export", run, file, "--name", "large")
+    assert code == cli.CANNOT
+    assert "has no '='" in err
+    code, _, err = call(capsys, "import", tmp_path / "other", run / "30" / layout.MANIFEST)
+    assert code == cli.CANNOT
+    assert "no whole safetensors file" in err
+
+
+def test_a_mirror_by_hand(run, tmp_path, capsys):
+    url = f"file://{tmp_path / 'nas'}"
+    code, out, _ = call(capsys, "mirror", run, url, "--dry-run")
+    assert code == cli.OK
+    assert "would be copied" in out
+    assert not (tmp_path / "nas").exists()
+    assert call(capsys, "mirror", run, url, "--option", "auto_mkdir=true")[1].count("copied") == 3
+    code, report = as_json(capsys, "mirror", run, url, "--check")
+    assert code == cli.OK
+    assert [(step["here"], step["there"], step["done"]) for step in report["steps"]] == [(True, "complete", "")] * 3
+    (copy,) = (tmp_path / "nas").glob("20-*")
+    damage(tmp_path / "nas", copy.name)
+    code, out, _ = call(capsys, "mirror", run, url, "--check", "--dry-run")
+    assert code == cli.NO
+    assert "would be mended" in out
+    assert "mended" in call(capsys, "mirror", run, url, "--check")[1]
+    damage(run, 30)
+    assert call(capsys, "mirror", run, url, "--fetch", "30")[:2] == (cli.OK, "fetched step 30\n")
+    assert call(capsys, "verify", run)[0] == cli.OK
+    (tmp_path / "empty").mkdir()
+    assert call(capsys, "mirror", tmp_path / "empty", url, "--fetch")[1] == "fetched step 30\n"
+    damage(tmp_path / "nas", copy.name)
+    code, out, _ = call(capsys, "mirror", tmp_path / "empty", url, "--check")
+    assert code == cli.NO
+    assert "there is no copy here to mend it" in out
+
+
+def test_a_mirror_takes_its_address_and_retention_from_a_spec(run, tmp_path, capsys):
+    spec = ct.CheckpointSpec(directory=run, mirror=ct.Mirror(f"file://{tmp_path / 'nas'}", keep=ct.Latest(2)))
+    (tmp_path / "train.toml").write_text(spec.to_toml())
+    assert call(capsys, "mirror", run, "--spec", tmp_path / "train.toml")[0] == cli.OK
+    assert sorted(path.name.partition("-")[0] for path in (tmp_path / "nas").iterdir()) == ["20", "30"]
+    call(capsys, "mirror", run, spec.mirror.url)
+    out = call(capsys, "mirror", run, "--spec", tmp_path / "train.toml")[1]
+    assert "deleted" in out
+    code, _, err = call(capsys, "mirror", run)
+    assert code == cli.CANNOT
+    assert "nothing says where the mirror is" in err
+
+
+def test_a_mirror_by_hand_that_cannot_be(run, tmp_path, capsys):
+    url = f"file://{tmp_path / 'nas'}"
+    damage(run, 20)
+    code, out, _ = call(capsys, "mirror", run, url)
+    assert code == cli.NO
+    assert "not copied: " in out
+    code, _, err = call(capsys, "mirror", run, url, "--fetch", "99")
+    assert code == cli.CANNOT
+    assert "has no step 99" in err
+    assert call(capsys, "mirror", run, "nonsense://x")[0] == cli.CANNOT
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state_at(0))
+        ckpt.steps(99)
+        assert call(capsys, "mirror", run, url, "--dry-run")[0] == cli.OK
+        code, _, err = call(capsys, "mirror", run, url)
+        assert code == cli.CANNOT
+        assert "is being written by process" in err
+    (tmp_path / "other").mkdir()
+    with ct.open(spec_for(tmp_path / "other")) as ckpt:
+        ckpt.save(1, state_at(1))
+    assert "another run's" in str(ct.sync_mirror(tmp_path / "other", url))
+
+
+def test_an_import_of_names_that_clash(tmp_path, capsys):
+    ct.export_safetensors({"a.b": jnp.ones(1), "a": jnp.ones(2)}, tmp_path / "m")
+    code, _, err = call(capsys, "import", tmp_path / "run", tmp_path / "m")
+    assert code == cli.CANNOT
+    assert "others below that name" in err
+
+
+def test_an_import_with_keys_and_values(tmp_path):
+    import jax
+
+    state = {"key": jax.random.key(3), "count": 7, "w": jnp.ones(2)}
+    ct.export_safetensors(state, tmp_path / "m")
+    assert ct.import_run(tmp_path / "m", tmp_path / "run") == 3
+    with ct.open(spec_for(tmp_path / "run")) as ckpt:
+        blank = {"key": jax.random.key(0), "count": 0, "w": jnp.zeros(2)}
+        back = ckpt.restore({"model": blank}).state["model"]
+    assert back["count"] == 7
+    assert jax.random.key_data(back["key"]).tolist() == jax.random.key_data(state["key"]).tolist()
+    (tmp_path / "m").write_bytes(b"\x2e" + b"\0" * 7 + b'{"__metadata__":{"ckpttools.value.count":"["}}')
+    with pytest.raises(ct.TensorFileError, match="a note of the file makes no sense"):
+        ct.import_run(tmp_path / "m", tmp_path / "bad")
