@@ -16,6 +16,7 @@ from .saving import describe_files
 from .state import snapshot
 from .store import catalogue, commit, digest, manifest, orbax
 from .store.lock import WriterLock
+from .store.run import existing_folder
 
 
 def adopt(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[int, ...]:
@@ -32,7 +33,7 @@ def adopt(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[
         StorageError: If a step cannot be read; those before it are taken over.
         RunInUseError: If a process writes to the run.
     """
-    root = pathlib.Path(directory).absolute()
+    root = existing_folder(directory)
     foreign = [entry for entry in catalogue.scan(root).entries if entry.state == "unverified"]
     if not foreign or dry_run:
         return tuple(entry.step for entry in foreign)

@@ -6,6 +6,7 @@ Pure: times come in, a sentence comes out.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 TOO_MUCH = 0.05
 """Share of the training time above which saving is called expensive."""
@@ -14,6 +15,10 @@ GOAL = 0.01
 _FEWEST_SAVES = 3
 _SHORTEST_S = 5.0
 """Stalls that sum up to less are nobody's business, whatever their share."""
+_UNSEEN_STEPS = 1000
+"""After as many steps without it, a metric that the spec names is asked about."""
+_FEWEST_STEPS = 10
+"""A run of fewer steps may well end before its first evaluation."""
 
 
 @dataclasses.dataclass
@@ -51,6 +56,44 @@ class StallMeter:
         return (
             f"saving took {self.stall_s / elapsed_s:.0%} of the training time ({each_s:.2g} s for each save). "
             f"EverySteps({steps}) or EverySeconds({interval_s:.0f}) would cost {GOAL:.0%}."
+        )
+
+
+@dataclasses.dataclass
+class MetricWatch:
+    """Notices that a metric which the spec names never comes: with a misspelt one a run would save nothing.
+
+    Attributes:
+        missing: Names that no step has had so far.
+        others: Names that came instead.
+        steps: How many steps were seen.
+    """
+
+    missing: set[str]
+    others: set[str] = dataclasses.field(default_factory=set)
+    steps: int = 0
+
+    def add(self, names: Iterable[str], *, last: bool) -> str | None:
+        """Take note of one step's metrics; returns advice, once, if it is time for it.
+
+        Args:
+            names: Names of the metrics of the step.
+            last: Whether it is the run's last step.
+        """
+        if not self.missing:
+            return None
+        self.steps += 1
+        self.missing.difference_update(names)
+        self.others.update(names)
+        due = self.steps == _UNSEEN_STEPS or (last and _FEWEST_STEPS <= self.steps < _UNSEEN_STEPS)
+        if not (due and self.missing):
+            return None
+        wanted = " and ".join(map(repr, sorted(self.missing)))
+        example = f"ckpt.step(step, state, metrics={{{sorted(self.missing)[0]!r}: value}})"
+        found = ", ".join(map(repr, sorted(self.others))) or "no metrics"
+        return (
+            f"the spec looks at {wanted}, which none of {self.steps} steps had; they had {found}. If the name is "
+            f"wrong, nothing is saved or kept for it: {example}."
         )
 
 

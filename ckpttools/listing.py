@@ -7,7 +7,7 @@ import pathlib
 
 from .spec.retention import Retention, Verdict
 from .store import catalogue
-from .store.run import RunFolder
+from .store.run import RunFolder, existing_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def prune(directory: str | os.PathLike[str], keep: Retention, *, dry_run: bool =
     Raises:
         RunInUseError: If a process writes to the run.
     """
-    run = RunFolder(pathlib.Path(directory).absolute())
+    run = RunFolder(existing_folder(directory))
     if not dry_run:
         run.lock_for_writing()
     try:

@@ -13,9 +13,10 @@ import pathlib
 import shutil
 import stat
 
-from .errors import StepDamagedError, StorageError
+from .errors import StepDamagedError
 from .store import catalogue, commit, digest, integrity, layout, manifest
 from .store.lock import WriterLock
+from .store.run import existing_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +64,7 @@ def repair(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Repai
     Raises:
         RunInUseError: If a process writes to the run.
     """
-    root = pathlib.Path(directory).absolute()
-    if not root.is_dir():
-        raise StorageError(what=f"{root} is no folder.", fix="check the path.")
+    root = existing_folder(directory)
     lock = WriterLock(root)
     if not dry_run:
         lock.acquire()

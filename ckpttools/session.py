@@ -68,6 +68,7 @@ class Session:
         self._copier = None if mirror is None else Copier(self.directory, mirror, spec.keep)
         self._stop = StopRequest()
         self._stalls = advice.StallMeter()
+        self._watch = advice.MetricWatch({*spec.save.metrics(), *spec.directed_metrics()})
         self._worker: Worker | None = None
         self._buffers: snapshot.Buffers = {}
         self._memory: Any = None
@@ -363,6 +364,7 @@ class Session:
         self._stop.listen()
         finished = self._collect()
         moment = self._moment(step, metrics)
+        self._warn(self._watch.add(metrics, last=step == self._final_step))
         self._memory = self.spec.save.observe(moment, self._memory)
         decision = self.spec.save.decide(moment, self._memory)
         stop = self._stop.asked(step)

@@ -3,12 +3,12 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from .errors import StepDamagedError, StepNotFoundError
 from .store import catalogue, integrity
+from .store.run import existing_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,9 @@ def verify(
 
     Raises:
         StepNotFoundError: If `step` is not there.
+        StorageError: If there is no such folder.
     """
-    root = pathlib.Path(directory).absolute()
+    root = existing_folder(directory)
     known = catalogue.scan(root)
     entries = [entry for entry in (*known.entries, *known.set_aside) if step is None or entry.step == step]
     if step is not None and not entries:

@@ -7,12 +7,28 @@ import pathlib
 import secrets
 import shutil
 
-from ..errors import StepNotFoundError
+from ..errors import StepNotFoundError, StorageError
 from ..spec import retention
 from . import catalogue, commit, layout
 from .catalogue import Catalogue
 from .lock import WriterLock
 from .manifest import Lineage
+
+
+def existing_folder(directory: str | os.PathLike[str]) -> pathlib.Path:
+    """The absolute path of a run's folder.
+
+    Raises:
+        StorageError: If there is none: a misspelt run must not pass for an intact or an empty one.
+    """
+    root = pathlib.Path(directory).absolute()
+    if not root.is_dir():
+        raise StorageError(
+            what=f"{root} is no folder.",
+            why="a run is a folder with a numbered folder for each step.",
+            fix="check the path.",
+        )
+    return root
 
 
 class RunFolder:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import ckpttools as ct
-from ckpttools.advice import StallMeter, sparse_retention
+from ckpttools.advice import MetricWatch, StallMeter, sparse_retention
 from tests.ckpttools.test_recovery import STATE, flip_bit, largest_file
 
 
@@ -60,3 +60,33 @@ def test_save_now_saves_the_step_that_was_last_passed(tmp_path):
         ckpt.save_now({"w": jnp.ones(2)}, reason="before evaluation")
         assert ckpt.wait().reason == "before evaluation"
         assert ckpt.latest_step() == 7
+
+
+def watched(steps, *, last=False):
+    watch = MetricWatch({"val_loss"})
+    texts = [watch.add(names, last=last and number == len(steps)) for number, names in enumerate(steps, start=1)]
+    return [text for text in texts if text]
+
+
+def test_a_metric_that_never_comes_is_noticed_once():
+    (text,) = watched([["loss"]] * 2500, last=True)
+    assert "'val_loss', which none of 1000 steps had; they had 'loss'" in text
+    (text,) = watched([[]] * 20, last=True)
+    assert "they had no metrics" in text
+
+
+def test_a_metric_that_comes_late_or_in_a_short_run_is_not_missed():
+    assert watched([["loss"]] * 999 + [["loss", "val_loss"]] * 2, last=True) == []
+    assert watched([["loss"]] * 9, last=True) == []
+    assert watched([["loss"]] * 20) == []
+
+
+def test_a_run_that_waits_for_a_misspelt_metric_says_so(tmp_path):
+    spec = ct.CheckpointSpec(directory=tmp_path, save=ct.OnImprovement("val_loss", mode="min"))
+    with ct.open(spec) as ckpt:
+        steps = ckpt.steps(12)
+        for step in range(1, 12):
+            assert next(steps) == step
+            ckpt.step(step, STATE, metrics={"loss": 1.0 / step})
+        with pytest.warns(ct.CheckpointWarning, match="'val_loss', which none of 12 steps had"):
+            ckpt.step(next(steps), STATE, metrics={"loss": 0.0})

@@ -184,7 +184,8 @@ def test_a_step_that_orbax_cannot_read_is_not_taken_over(tmp_path):
     (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("{}")
     with pytest.raises(ct.StorageError, match="step 3 cannot be taken over"):
         ct.adopt(tmp_path)
-    assert ct.adopt(tmp_path / "nothing") == ()
+    (tmp_path / "empty").mkdir()
+    assert ct.adopt(tmp_path / "empty") == ()
 
 
 @pytest.mark.parametrize("thing", ["folder", "pipe", "link"])
@@ -217,3 +218,11 @@ def test_a_lock_that_cannot_be_opened_is_an_error_of_the_disk(run):  # noqa: F81
     layout.control(run, "lock").mkdir()
     with pytest.raises(ct.StorageError, match="cannot be opened"):
         ct.repair(run)
+
+
+@pytest.mark.parametrize("tool", ["verify", "repair", "adopt", "prune"])
+def test_a_misspelt_run_is_neither_intact_nor_created(tmp_path, tool):
+    more = [ct.Latest(1)] if tool == "prune" else []
+    with pytest.raises(ct.StorageError, match="is no folder"):
+        getattr(ct, tool)(tmp_path / "typo", *more)
+    assert not (tmp_path / "typo").exists()
