@@ -6,8 +6,10 @@ from typing import Any
 
 from ..errors import LeafError
 
-_RESERVED = frozenset({"metrics", "descriptor"})
+_RESERVED = frozenset({"metrics", "descriptor", "_CHECKPOINT_METADATA"})
 """Names that Orbax gives a meaning of its own."""
+_LONGEST = 200
+"""File systems stop at 255 bytes for a name, and Orbax appends to it while it writes."""
 
 
 def require_items(state: Mapping[str, Any]) -> None:
@@ -20,6 +22,7 @@ def require_items(state: Mapping[str, Any]) -> None:
         )
     for name in state:
         legal = isinstance(name, str) and name.isidentifier() and name.isascii() and name not in _RESERVED
+        legal = legal and len(name) <= _LONGEST
         if not legal:
             raise LeafError(
                 what=f"an item of the state is named {name!r}.",

@@ -94,6 +94,10 @@ def sweep(root: pathlib.Path) -> None:
 def copy_small_files(folder: pathlib.Path, spare: pathlib.Path) -> None:
     """Second copies of a committed step's manifest and metadata, for `repair`; without them all still works."""
     with contextlib.suppress(OSError):
+        if spare.is_symlink():
+            spare.unlink()
+        # Nothing that stands there already is written into, or followed out of the run.
+        shutil.rmtree(spare, ignore_errors=True)
         for parent, _, names in os.walk(folder):
             for name in names:
                 path = pathlib.Path(parent, name)

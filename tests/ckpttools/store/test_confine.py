@@ -47,3 +47,24 @@ def test_a_run_without_links_or_without_a_control_folder_is_confined(tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "disk")
     save(tmp_path / "run", 1)
     assert (tmp_path / "disk" / "1").is_dir()
+
+
+def test_second_copies_are_not_written_through_a_link(tmp_path):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    save(run, 1)
+    outside.mkdir()
+    layout.spare(run, 2).symlink_to(outside)
+    layout.spare(run, 3).mkdir()
+    (outside / "file").write_text("gold")
+    (layout.spare(run, 3) / layout.MANIFEST).symlink_to(outside / "file")
+    for step in (2, 3):
+        save(run, step)
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == "gold"
+    assert (layout.spare(run, 3) / layout.MANIFEST).is_file()
+
+
+@pytest.mark.parametrize("name", ["x" * 201, "_CHECKPOINT_METADATA", "metrics"])
+def test_an_item_whose_name_cannot_be_a_folder_is_refused_before_the_save(tmp_path, name):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt, pytest.raises(ct.LeafError, match="is named"):
+        ckpt.save(1, {name: np.ones(1)})
