@@ -26,6 +26,14 @@ _WIDTH_OF_A_FILE = 160
 """Columns where the output is no terminal, so that nothing is cut."""
 
 
+class _Console(Console):
+    """Leaves it to `main` what it means that nobody reads on; rich would end the process with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called when the reader of the output has left."""
+        raise BrokenPipeError
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
     """Print rows under a head; the columns named in `right` are numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -33,7 +41,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(_printable, row))
-    console = Console(markup=False, highlight=False, emoji=False)
+    console = _Console(markup=False, highlight=False, emoji=False)
     console.print(table, width=None if console.is_terminal else _WIDTH_OF_A_FILE)
 
 
