@@ -104,9 +104,9 @@ def trial(fault: str, s3: stores.S3, way: stores.Way, folder: pathlib.Path, rng:
         ckpt.save(3, small_state(3))
     way.bytes_left, way.open = None, True
     if fault != "cut while copying":
-        keys = [
-            key for key in s3.objects(f"{name}/3-") if key.endswith("ckpttools.manifest") == (fault == "no manifest")
-        ]
+        objects = s3.objects(f"{name}/3-").items()
+        wanted = fault == "no manifest"
+        keys = [key for key, size in objects if size and key.endswith("ckpttools.manifest") == wanted]
         key = rng.choice(keys)
         body = bytearray(s3.client.get_object(Bucket="bucket", Key=key)["Body"].read())
         if fault in ("deleted", "no manifest"):
