@@ -30,6 +30,8 @@ from .measure.targets import Target as Target
 from .measure.targets import find_target as find_target
 from .measure.timeline import Timeline as Timeline
 from .measure.timeline import timeline as timeline
+from .plan.frontier import Frontier as Frontier
+from .plan.planner import frontier as frontier
 from .plan.planner import plan as plan
 from .plan.result import Plan as Plan
 from .rules import policies as policies

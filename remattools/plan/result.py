@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from ..measure import plotting
@@ -42,6 +43,16 @@ class Point:
     bytes: int
     cycles: float
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "rules": self.rules.to_toml(),
+            "bytes": self.bytes,
+            "cycles": self.cycles,
+            "predicted": dataclasses.asdict(self.predicted),
+            "measured": self.measured.as_dict(),
+        }
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -70,11 +81,7 @@ class Plan:
     @property
     def frontier(self) -> tuple[Point, ...]:
         """The compiled points that no other beats in both, by rising memory."""
-        best: list[Point] = []
-        for point in sorted(self.points, key=lambda p: (p.bytes, p.cycles)):
-            if point.measured.fits and (not best or point.cycles < best[-1].cycles):
-                best.append(point)
-        return tuple(best)
+        return unbeaten(self.points)
 
     def to_toml(self) -> str:
         """The rules as a rule file that says where it comes from."""
@@ -94,32 +101,12 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        points = [
-            {
-                "rules": point.rules.to_toml(),
-                "bytes": point.bytes,
-                "cycles": point.cycles,
-                "predicted": dataclasses.asdict(point.predicted),
-                "measured": point.measured.as_dict(),
-                "chosen": point.rules == self.rules,
-            }
-            for point in self.points
-        ]
+        points = [point.as_dict() | {"chosen": point.rules == self.rules} for point in self.points]
         return {"budget_bytes": self.budget_bytes, "of": self.of, "time_by": self.time_by, "points": points}
 
     def table(self) -> str:
         """All compiled points by memory; the plan's own is marked."""
-        lines = [f"{'':2}{self.of:>12}{'cycles':>10}{'predicted':>14}{'':>10}  rules"]
-        frontier = self.frontier
-        for point in sorted(self.points, key=lambda p: p.bytes):
-            mark = "->" if point.rules == self.rules else "* " if point in frontier else "  "
-            rules = "; ".join(_line(pattern.text, action) for pattern, action in point.rules) or "plain"
-            size = format_bytes(point.bytes) if point.measured.fits else "no fit"
-            lines.append(
-                f"{mark}{size:>12}{format_count(point.cycles):>10}{format_bytes(point.predicted.bytes):>14}"
-                f"{format_count(point.predicted.cycles):>10}  {rules}"
-            )
-        return "\n".join(lines)
+        return table_of(self.points, self.of, self.rules)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw cycles against memory of all compiled points; PNG or SVG, by the file's ending.
@@ -127,18 +114,51 @@ class Plan:
         Raises:
             MeasureError: If matplotlib is not installed.
         """
-        with plotting.figure(path) as axes:
-            drawn = [point for point in self.points if point.measured.fits]
-            axes.plot([p.bytes / 2**20 for p in drawn], [p.cycles / 1e6 for p in drawn], "o", color="tab:orange")
-            line = self.frontier
-            axes.step([p.bytes / 2**20 for p in line], [p.cycles / 1e6 for p in line], where="post", color="gray")
-            if self.budget_bytes is not None:
-                axes.axvline(self.budget_bytes / 2**20, linestyle=":", color="black")
-            axes.set_xlabel(f"{self.of}, MiB")
-            axes.set_ylabel("million cycles" + (" by the planner's model" if self.time_by == "model" else ""))
+        plot_of(self.points, path, of=self.of, time_by=self.time_by, budget_bytes=self.budget_bytes)
 
     def __str__(self) -> str:
         return f"{self.table()}\ntime by {self.time_by}; target {self.measured.target}"
+
+
+def unbeaten(points: Iterable[Point]) -> tuple[Point, ...]:
+    """The points that no other beats in both, by rising memory."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.bytes, p.cycles)):
+        if point.measured.fits and (not best or point.cycles < best[-1].cycles):
+            best.append(point)
+    return tuple(best)
+
+
+def table_of(points: Iterable[Point], of: Of, chosen: Rules | None) -> str:
+    """Points by memory, those of the frontier and the chosen one marked."""
+    points = tuple(points)
+    lines = [f"{'':2}{of:>12}{'cycles':>10}{'predicted':>14}{'':>10}  rules"]
+    frontier = unbeaten(points)
+    for point in sorted(points, key=lambda p: p.bytes):
+        mark = "->" if point.rules == chosen else "* " if point in frontier else "  "
+        rules = "; ".join(_line(pattern.text, action) for pattern, action in point.rules) or "plain"
+        size = format_bytes(point.bytes) if point.measured.fits else "no fit"
+        lines.append(
+            f"{mark}{size:>12}{format_count(point.cycles):>10}{format_bytes(point.predicted.bytes):>14}"
+            f"{format_count(point.predicted.cycles):>10}  {rules}"
+        )
+    return "\n".join(lines)
+
+
+def plot_of(
+    points: Iterable[Point], path: str | os.PathLike[str], *, of: Of, time_by: str, budget_bytes: int | None
+) -> None:
+    """Draw cycles against memory."""
+    points = tuple(points)
+    with plotting.figure(path) as axes:
+        drawn = [point for point in points if point.measured.fits]
+        axes.plot([p.bytes / 2**20 for p in drawn], [p.cycles / 1e6 for p in drawn], "o", color="tab:orange")
+        line = unbeaten(points)
+        axes.step([p.bytes / 2**20 for p in line], [p.cycles / 1e6 for p in line], where="post", color="gray")
+        if budget_bytes is not None:
+            axes.axvline(budget_bytes / 2**20, linestyle=":", color="black")
+        axes.set_xlabel(f"{of}, MiB")
+        axes.set_ylabel("million cycles" + (" by the planner's model" if time_by == "model" else ""))
 
 
 def _line(pattern: str, action: Any) -> str:

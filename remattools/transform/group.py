@@ -13,7 +13,7 @@ scans of k, and a remainder; only every k-th carry is saved.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -168,7 +168,7 @@ def _checkpointed(group: Group, piece: Any) -> Callable[..., Any]:
     action = group.action
     marks = {}
     if names.needed(action):
-        marks = names.select(list(_relative(group, piece)), action)
+        marks = names.select(functools.partial(_relative, group, piece), action)
     marked = names.marked(piece, marks)
     return jax.checkpoint(
         lambda *leaves: programs.run(marked, list(leaves)),
@@ -177,9 +177,9 @@ def _checkpointed(group: Group, piece: Any) -> Callable[..., Any]:
     )
 
 
-def _relative(group: Group, piece: Any) -> Any:
+def _relative(group: Group, piece: Any, *, deeper: bool = False) -> Iterator[names.NamedValue]:
     depth = len(group.sequence) + (1 if group.members else 0)
-    for value in names.named_values(piece):
+    for value in names.named_values(piece, deeper=deeper):
         if value.path[: len(group.sequence)] == group.sequence and len(value.path) >= depth:
             yield dataclasses.replace(value, path=value.path[depth:])
 
@@ -209,7 +209,7 @@ def _grouped_scan(group: Group, piece: Any) -> Callable[..., Any]:
 def _checkpointed_body(group: Group, scan: programs.Scan) -> Callable[..., Any]:
     marks = {}
     if names.needed(group.action):
-        marks = names.select(list(_relative(group, scan.body)), group.action)
+        marks = names.select(functools.partial(_relative, group, scan.body), group.action)
     marked = names.marked(scan.body, marks)
 
     def body(consts: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:

@@ -16,7 +16,8 @@ of reach of every policy; such values are listed with `reachable=False`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -109,16 +110,24 @@ def evaluate(fn: Callable[[list[Any]], list[Any]], leaves: list[Any], action: Re
         UnmatchedRuleError: If a pattern of `save` or `offload` names nothing here.
     """
     program = jax.make_jaxpr(fn)(leaves)
-    values = list(named_values(program))
-    marks = select(values, action)
+    marks = select(functools.partial(named_values, program), action)
     if action.policy is not None and _by_names_alone(action):
         marks = {**_decided(program, action.policy), **marks}
     results: list[Any] = programs.run(marked(program, marks), leaves)
     return results
 
 
-def select(values: Sequence[NamedValue], action: Remat) -> dict[Position, str]:
-    """Which equations' results are saved or offloaded; later patterns do not override, `save` comes first."""
+def select(named: Callable[..., Iterable[NamedValue]], action: Remat) -> dict[Position, str]:
+    """Which equations' results are saved or offloaded; later patterns do not override, `save` comes first.
+
+    Args:
+        named: The values by name; `named(deeper=True)` looks into inner regions, too.
+        action: What is saved and offloaded.
+
+    Raises:
+        UnmatchedRuleError: If a pattern names nothing that can be kept.
+    """
+    values = list(named())
     marks: dict[Position, str] = {}
     for patterns, mark in ((action.offload, OFFLOADED), (action.save, SAVED)):
         for text in patterns:
@@ -126,12 +135,22 @@ def select(values: Sequence[NamedValue], action: Remat) -> dict[Position, str]:
             found = [v for v in values if pattern.matches(v.kind, v.path, v.primitive, v.index)]
             reachable = [v for v in found if v.reachable]
             if not reachable:
-                raise _unmatched(text, found, values)
+                raise _unmatched(pattern, found, values, list(named(deeper=True)))
             marks.update({position: mark for value in reachable for position in value.where})
     return marks
 
 
-def _unmatched(text: str, found: Sequence[NamedValue], values: Sequence[NamedValue]) -> UnmatchedRuleError:
+def _unmatched(
+    pattern: NamePattern, found: Sequence[NamedValue], values: Sequence[NamedValue], deeper: Sequence[NamedValue]
+) -> UnmatchedRuleError:
+    text = pattern.text
+    inner = [v for v in deeper if pattern.matches(v.kind, v.path, v.primitive, v.index)]
+    if inner and not found:
+        return UnmatchedRuleError(
+            what=f"the name {text!r} matches only values inside another region ({inner[0].label}).",
+            why="a region decides over its inside alone: what is saved there cannot be named from outside.",
+            fix="name it in the inner module's own rule, relative to that module, or take that region out.",
+        )
     if found:
         return UnmatchedRuleError(
             what=f"the name {text!r} matches only values inside a custom derivative or a kernel ({found[0].label}).",
@@ -146,11 +165,11 @@ def _unmatched(text: str, found: Sequence[NamedValue], values: Sequence[NamedVal
     )
 
 
-def named_values(program: Any) -> Iterator[NamedValue]:
-    """All values of a traced program by name, in trace order."""
+def named_values(program: Any, *, deeper: bool = False) -> Iterator[NamedValue]:
+    """All values of a traced program by name, in trace order; `deeper` looks into regions inside it, too."""
     counts: dict[tuple[str, Path, str], int] = {}
     outputs: dict[tuple[Path, int], NamedValue] = {}
-    for position, equation, path, reachable in _equations(program, (), (), True):
+    for position, equation, path, reachable in _equations(program, (), (), True, deeper=deeper):
         name = programs.name_of(equation)
         avals = tuple(var.aval for var in equation.outvars)
         output = scopes.output_of(name) if name is not None else None
@@ -183,7 +202,7 @@ def named_values(program: Any) -> Iterator[NamedValue]:
 
 
 def _equations(
-    program: Any, prefix: Position, outer: Path, reachable: bool
+    program: Any, prefix: Position, outer: Path, reachable: bool, *, deeper: bool = False
 ) -> Iterator[tuple[Position, Any, Path, bool]]:
     """Equations that compute something, depth first; the wrappers around nested programs are passed over."""
     for number, equation in enumerate(programs.open_program(program).eqns):
@@ -193,10 +212,10 @@ def _equations(
         opaque = programs.is_opaque(equation)
         if not nested or opaque or programs.is_region(equation):
             yield (*prefix, number), equation, path, reachable
-        if programs.is_region(equation):
+        if programs.is_region(equation) and not deeper:
             continue  # a region of its own, with names of its own
         for place, inner in nested:
-            yield from _equations(inner, (*prefix, (number, place)), path, reachable and not opaque)
+            yield from _equations(inner, (*prefix, (number, place)), path, reachable and not opaque, deeper=deeper)
 
 
 def marked(program: Any, marks: dict[Position, str], prefix: Position = ()) -> Any:

@@ -164,3 +164,25 @@ def test_blocks_with_names_share_one_trace_too():
     model = rt.apply(Tower(depth=5, block=Counting), {"layers.*": rt.Remat(save=("proj",))})
     jax.make_jaxpr(jax.grad(lambda x: loss(model, x)))(inputs())
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("holder", [rt.Remat(save=("fc1:sin",)), rt.Remat(save=("**:sin",), group=2)])
+def test_a_name_inside_an_inner_region_says_where_it_belongs(holder):
+    class Inner(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(8, 8, rngs=rngs)
+
+        def __call__(self, x):
+            return jnp.sin(jnp.sin(self.linear(x)))
+
+    class Outer(nnx.Module):
+        def __init__(self, width, rngs):
+            self.fc1 = Inner(rngs)
+
+        def __call__(self, x):
+            return self.fc1(x)
+
+    model = rt.apply(Tower(block=Outer), {"layers.*": holder, "fc1": "nothing_saveable"})
+    with pytest.raises(rt.UnmatchedRuleError) as caught:
+        nnx.grad(loss)(model, inputs())
+    assert "inside another region (fc1:sin)" in caught.value.what
