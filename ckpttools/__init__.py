@@ -11,6 +11,7 @@ with ct.open(spec) as ckpt:
         ckpt.step(step, state, metrics={"val_loss": loss})
 """
 
+from . import functional as functional
 from .adopting import adopt as adopt
 from .api import best as best
 from .api import open as open
@@ -41,12 +42,16 @@ from .importing import import_run as import_run
 from .listing import ListedStep as ListedStep
 from .listing import ls as ls
 from .listing import prune as prune
+from .managing import CheckpointManager as CheckpointManager
 from .mirroring import MirrorStatus as MirrorStatus
+from .options import orbax_options as orbax_options
 from .outcomes import Failed as Failed
 from .outcomes import Outcome as Outcome
 from .outcomes import Saved as Saved
 from .outcomes import Skipped as Skipped
 from .outcomes import Started as Started
+from .peft import PeftCheckpoints as PeftCheckpoints
+from .peft import peft_trainer as peft_trainer
 from .repairing import Repair as Repair
 from .repairing import RepairReport as RepairReport
 from .repairing import repair as repair
@@ -78,6 +83,10 @@ from .syncing import MirroredStep as MirroredStep
 from .syncing import MirrorReport as MirrorReport
 from .syncing import fetch_step as fetch_step
 from .syncing import sync_mirror as sync_mirror
+from .trainers import FlaxLoop as FlaxLoop
+from .trainers import Trainer as Trainer
+from .trainers import TrainReport as TrainReport
+from .trainers import train as train
 from .verifying import StepHealth as StepHealth
 from .verifying import VerifyReport as VerifyReport
 from .verifying import verify as verify

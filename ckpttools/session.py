@@ -144,6 +144,32 @@ class Session:
         self.wait()
         self._run.pin(step, pinned=pinned)
 
+    def delete(self, step: int) -> None:
+        """Delete a committed step, whatever the spec keeps; the newest cannot be deleted.
+
+        Raises:
+            StepNotFoundError: If there is no such step.
+            StepOrderError: If it is the newest.
+        """
+        self.wait()
+        held = self._run.lock.held
+        self._run.lock_for_writing()
+        try:
+            self._run.delete(step)
+        finally:
+            if not held:
+                self._run.lock.release()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The error of a background save that has ended, which the next call raises; None if there is none."""
+        return self._worker.error if self._worker is not None and self._worker.ended else None
+
+    def leave(self) -> None:
+        """Close, and let the signal that asked to stop end the process: for a loop that cannot be ended from here."""
+        self.close()
+        self._stop.redeliver()
+
     def _best_of_spec(self) -> BestStep:
         named = self.spec.directed_metrics()
         if not named:
@@ -321,12 +347,12 @@ class Session:
         reason: str = "asked for",
         on_error: OnError = "raise",
     ) -> Outcome:
-        """Save now, whatever the triggers say."""
+        """Save now, whatever the triggers say; step 0 is the state before the first update."""
 
         def run() -> Outcome:
             self._begin_training()
             finished = self._collect()
-            return self._save(self._moment(step, metrics or {}), state, metrics or {}, reason, finished)
+            return self._save(self._moment(step, metrics or {}, first=0), state, metrics or {}, reason, finished)
 
         return self._guarded(step, on_error, run)
 
@@ -377,8 +403,8 @@ class Session:
         self._left = stop is not None
         return outcome
 
-    def _moment(self, step: int, metrics: Mapping[str, Any]) -> Moment:
-        if type(step) is not int or step < 1:
+    def _moment(self, step: int, metrics: Mapping[str, Any], first: int = 1) -> Moment:
+        if type(step) is not int or step < first:
             raise StepOrderError(
                 what=f"step {step!r} is no count of completed updates.",
                 why="a step is an int, and the first one that is complete is 1.",

@@ -23,10 +23,12 @@ class StopRequest:
 
     Attributes:
         reason: Who asked, as half a sentence; None as long as nobody did.
+        number: The signal that asked; None if it was none.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.number: signal.Signals | None = None
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def listen(self) -> None:
@@ -56,9 +58,15 @@ class StopRequest:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
+    def redeliver(self) -> None:
+        """Give the signals back and let the one that asked, or SIGTERM, do what it would have done without us."""
+        self.forget()
+        signal.raise_signal(self.number or signal.SIGTERM)
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.reason is None:
-            self.reason = f"{signal.Signals(number).name} asked to stop"
+            self.number = signal.Signals(number)
+            self.reason = f"{self.number.name} asked to stop"
             return
         self.forget()
         os.kill(os.getpid(), number)

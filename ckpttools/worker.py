@@ -38,6 +38,11 @@ class Worker:
         """Whether the save has come to its end, good or bad."""
         return not self._thread.is_alive()
 
+    @property
+    def error(self) -> BaseException | None:
+        """What the save failed with, without raising it."""
+        return self._error
+
     def wait(self, timeout_s: float) -> None:
         """Wait for the end.
 

@@ -10,6 +10,7 @@ Orbax v1's free functions write host arrays into a staging folder and read them 
 """
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import pathlib
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from orbax import checkpoint as v0
 from orbax.checkpoint import v1 as ocp
 
 from ..state.leaves import Path, Record, host_shape, key_dtype
@@ -205,3 +207,42 @@ def _get(tree: Any, path: Path) -> Any:
     for name in map(str, path or ("value",)):
         tree = tree[name]
     return tree
+
+
+policies = v0.checkpoint_managers
+"""Orbax's policies of when to save and what to keep."""
+
+
+def manager_options(**fields: Any) -> Any:
+    """Orbax's `CheckpointManagerOptions`; `timeout_s` stands for its options of background saves."""
+    timeout_s = fields.pop("timeout_s")
+    return v0.CheckpointManagerOptions(async_options=v0.AsyncOptions(timeout_secs=timeout_s), **fields)
+
+
+def changed_options(options: Any) -> dict[str, Any]:
+    """The fields of `CheckpointManagerOptions` that differ from their defaults.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(options, v0.CheckpointManagerOptions):
+        raise TypeError(f"{type(options).__name__} is not CheckpointManagerOptions")
+    default = v0.CheckpointManagerOptions()
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return {name: value for name, value in fields.items() if value != getattr(default, name)}
+
+
+def items_of(args: Any) -> tuple[dict[str, Any], bool]:
+    """Items by name out of what Orbax's managers are given to save or to restore, and whether they had names.
+
+    A single argument without a name is the item "default", as it is for Orbax.
+    """
+    named = isinstance(args, Mapping)
+    given = args if named else {"default": args}
+    items = {name: value.item if isinstance(value, v0.args.CheckpointArgs) else value for name, value in given.items()}
+    return items, named
+
+
+def composite(items: Mapping[str, Any]) -> Any:
+    """Items as Orbax's managers return them: by key and by attribute."""
+    return v0.args.Composite(**items)

@@ -6,11 +6,12 @@ import os
 import pathlib
 import secrets
 import shutil
+from collections.abc import Sequence
 
-from ..errors import StepNotFoundError, StorageError
+from ..errors import StepNotFoundError, StepOrderError, StorageError
 from ..spec import retention
 from . import catalogue, commit, layout
-from .catalogue import Catalogue
+from .catalogue import Catalogue, Entry
 from .lock import WriterLock
 from .manifest import Lineage
 
@@ -124,9 +125,13 @@ class RunFolder:
 
     def prune(self, keep: retention.Retention) -> tuple[int, ...]:
         """Delete what `keep` does not keep; returns the steps."""
-        known = self.steps()
-        by_sequence = {entry.info.sequence: entry for entry in known.committed if entry.info}
+        by_sequence = {entry.info.sequence: entry for entry in self.steps().committed if entry.info}
         gone = [by_sequence[verdict.step.sequence] for verdict in self.verdicts(keep) if not verdict.keep]
+        self._remove(gone)
+        return tuple(entry.step for entry in gone)
+
+    def _remove(self, gone: Sequence[Entry]) -> None:
+        known = self.steps()
         for entry in gone:
             commit.discard(self.directory, entry.path)
             spare = layout.spare(self.directory, entry.info.sequence if entry.info else 0)
@@ -137,7 +142,28 @@ class RunFolder:
             entries=tuple(entry for entry in known.entries if entry.path not in paths),
             set_aside=tuple(entry for entry in known.set_aside if entry.path not in paths),
         )
-        return tuple(entry.step for entry in gone)
+
+    def delete(self, step: int) -> None:
+        """Delete one committed step of the run's own branch, whatever the retention says; never the newest.
+
+        Raises:
+            StepNotFoundError: If there is no such step.
+            StepOrderError: If it is the newest.
+        """
+        known = self.steps()
+        entry = next((entry for entry in known.live if entry.step == step), None)
+        if entry is None:
+            raise StepNotFoundError(
+                what=f"there is no committed step {step} to delete.",
+                fix=f"there are {', '.join(str(entry.step) for entry in known.live) or 'no steps'}.",
+            )
+        if entry is known.newest:
+            raise StepOrderError(
+                what=f"step {step} is the newest and was not deleted.",
+                why="it is what a restart goes on from.",
+                fix="save the next step first.",
+            )
+        self._remove([entry])
 
     def lineage_from(self, step: int, lineage: Lineage) -> Lineage:
         """The lineage of what follows a restored step: its own branch, or a new one if the run went on from there.
