@@ -125,6 +125,9 @@ class Fetcher:
                     self._progress(done, needed)
 
             self._store.fetch(copy, folder, seen)
+        except MirrorError as error:
+            self.error = error
+            raise
         except CheckpointError:
             raise
         except OSError as error:

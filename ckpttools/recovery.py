@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from .errors import IncompleteStepError, NoIntactStepError, StepDamagedError, StepNotFoundError
+from .errors import IncompleteStepError, MirrorError, NoIntactStepError, StepDamagedError, StepNotFoundError
 from .report import Candidate, RestoreReport
 from .spec.retention import ranked
 from .state import tree
@@ -100,10 +100,11 @@ def load_first_intact(
     Raises:
         StepDamagedError: If a step was asked for and no copy of it is intact.
         StructureError: If an intact step does not fit the template.
-        StorageError: If the disk does not answer.
+        StorageError: If the disk does not answer, or the mirror, and there is nothing intact here.
     """
     tried: list[tuple[Entry, Candidate]] = []
     first: StepDamagedError | None = None
+    silent: MirrorError | None = None
     for entry in candidates:
         try:
             loaded, (used,) = load_one(entry, state, check=check)
@@ -111,8 +112,15 @@ def load_first_intact(
             tried.append((entry, _rejected(entry, error)))
             first = first or error
             continue
+        except MirrorError as error:
+            # A store that falls silent half way is as one that did not answer: there may be steps here.
+            tried.append((entry, Candidate(step=entry.step, verdict="unreachable", reason=error.what, source="mirror")))
+            silent = silent or error
+            continue
         # Only now: with nothing intact all stays where it is, or the next start would find an empty directory.
         return loaded, [*_quarantined(run, tried), used]
+    if silent is not None:
+        raise silent
     if asked and first is not None:
         raise first
     return None, [candidate for _, candidate in tried]

@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 from typing import Any, Literal
 
-type Verdict = Literal["used", "incomplete", "corrupt", "unverified", "empty"]
+type Verdict = Literal["used", "incomplete", "corrupt", "unverified", "empty", "unreachable"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -169,6 +169,19 @@ def test_on_s3_wrong_credentials_are_reported_and_do_not_stop_the_training(on_s3
     assert ct.verify(on_s3.directory).ok
 
 
+def test_on_s3_a_connection_that_is_cut_while_a_step_is_fetched(on_s3, way):
+    save(on_s3, 1, 2)
+    shutil.rmtree(on_s3.directory / "2")
+    way.bytes_left = 4_000
+    assert restore_offline(on_s3) == 1
+    shutil.rmtree(on_s3.directory / "1")
+    way.bytes_left, way.open = 4_000, True
+    with pytest.raises(ct.MirrorError, match="could not be"):
+        restore(on_s3)
+    way.bytes_left, way.open = None, True
+    assert restore(on_s3).step == 2
+
+
 def test_an_empty_folder_and_a_store_that_does_not_answer_is_no_fresh_start(on_s3, way):
     way.open = False
     with ct.open(on_s3) as ckpt, pytest.raises(ct.MirrorError, match="holds no steps, and the mirror does not answer"):
