@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ckpttools ls|show|verify|diff|prune|pin|unpin|repair|adopt|export|import|mirror`.
+"""`ckpttools ls|show|verify|prune|pin|unpin|repair|adopt|export|import|mirror`.
 
 Entry point. Parses, calls one library function, prints, returns an exit code; so a notebook can do whatever a shell
 can. What only reads takes no lock and may look at a run that is being written.

@@ -19,7 +19,7 @@ from .errors import CheckpointError, DiskSpaceError, MirrorError, StepNotFoundEr
 from .recovery import Selector, order
 from .spec.mirror import Mirror
 from .spec.retention import StepInfo
-from .store import catalogue, commit, layout
+from .store import catalogue, commit, confine, layout
 from .store.catalogue import Catalogue, Entry
 from .store.manifest import Lineage, Summary
 from .store.remote import Copy, RemoteStore
@@ -108,6 +108,7 @@ class Fetcher:
         needed = copy.manifest.summary.total_bytes
         self._holders.append(folder.parent)
         try:
+            confine.require_confined(self._run.directory)
             commit.make_folder(folder.parent)
             free = shutil.disk_usage(folder.parent).free
             if free < needed:

@@ -424,6 +424,17 @@ def test_names_from_a_store_never_leave_the_run(on_disk, tmp_path, monkeypatch):
             store.delete(name)
 
 
+def test_nothing_is_fetched_through_a_link_out_of_the_run(on_disk, tmp_path):
+    save(on_disk, 1)
+    shutil.rmtree(on_disk.directory / "1")
+    shutil.rmtree(layout.control(on_disk.directory, "staging"))
+    (tmp_path / "outside").mkdir()
+    layout.control(on_disk.directory, "staging").symlink_to(tmp_path / "outside")
+    with pytest.raises(ct.StorageError, match="is a link"):
+        restore(on_disk)
+    assert not list((tmp_path / "outside").iterdir())
+
+
 def test_a_store_may_not_send_more_than_the_manifest_says(on_disk):
     save(on_disk, 1)
     with largest_file(nas(on_disk, 1)).open("ab") as file:
