@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 GROUPS ?= --group test --group lint
 EXTRAS ?= plot,mirror
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
+# tunix's own dependencies are 7 GB because of torch; this is what its models import.
+WILD := wrapt tensorboardX jaxtyping tqdm huggingface_hub sentencepiece pillow perfetto pandas einops safetensors
+WILD_ALONE := google-tunix qwix google-metrax clu
 # The accelerators of a development machine are no part of the tests.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-remat3 test-long test-floor lint bench clean
+.PHONY: demo test test-remat3 test-long test-floor test-wild docs bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -30,14 +33,31 @@ test-floor:
 	.venv-floor/bin/uv pip install --quiet --python .venv-floor/bin/python --resolution lowest-direct -e ".[$(EXTRAS)]" --group test
 	.venv-floor/bin/python -m pytest -m "not long"
 
-# Models that others wrote, unedited. Their own dependencies would be 7 GB; what their models import is named here.
+# Models that others wrote, unedited.
 test-wild:
 	test -x .venv-wild/bin/uv || ($(PYTHON) -m venv .venv-wild && .venv-wild/bin/python -m pip install --quiet uv)
-	.venv-wild/bin/uv pip install --quiet --python .venv-wild/bin/python -c constraints.txt -e . --group test \
-		wrapt tensorboardX jaxtyping tqdm huggingface_hub sentencepiece pillow perfetto pandas einops safetensors
-	.venv-wild/bin/uv pip install --quiet --python .venv-wild/bin/python --no-deps \
-		google-tunix qwix google-metrax clu mamba2-jax mamba3-jax jraphx canvit-nnx canvit-core
+	.venv-wild/bin/uv pip install --quiet --python .venv-wild/bin/python -c constraints.txt -e . --group test $(WILD)
+	.venv-wild/bin/uv pip install --quiet --python .venv-wild/bin/python --no-deps $(WILD_ALONE) \
+		mamba2-jax mamba3-jax jraphx canvit-nnx canvit-core
 	.venv-wild/bin/python -m pytest -m wild tests/wild
+
+# The site in site/; any warning is an error.
+docs: $(VENV)/.installed
+	$(INSTALL) -e ".[$(EXTRAS)]" --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Every figure of docs/benchmarks, anew: some hours. The power cuts need root, the policies tunix and libtpu.
+bench:
+	test -x .venv-bench/bin/uv || ($(PYTHON) -m venv .venv-bench && .venv-bench/bin/python -m pip install --quiet uv)
+	.venv-bench/bin/uv pip install --quiet --python .venv-bench/bin/python -c constraints.txt \
+		-e ".[tpu,plot,mirror,safetensors]" --group test --group bench $(WILD)
+	.venv-bench/bin/uv pip install --quiet --python .venv-bench/bin/python --no-deps $(WILD_ALONE)
+	.venv-bench/bin/python benchmarks/remat_trace.py --write docs/benchmarks/remat_trace.md
+	.venv-bench/bin/python benchmarks/ckpt_speed.py --write
+	.venv-bench/bin/python benchmarks/ckpt_mirror.py --write
+	.venv-bench/bin/python benchmarks/ckpt_faults.py --write
+	.venv-bench/bin/python benchmarks/remat_baseline.py --out docs/benchmarks --cache .bench
+	.venv-bench/bin/python benchmarks/remat_frontier.py --out docs/benchmarks --cache .bench
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -52,4 +72,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-wild build dist site .mypy_cache .ruff_cache .demo
+	rm -rf .venv .venv-floor .venv-wild .venv-bench .bench build dist site .mypy_cache .ruff_cache .demo
