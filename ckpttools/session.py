@@ -107,8 +107,15 @@ class Session:
         finally:
             self._closed = True
             self._stop.forget()
-            self._run.lock.release()
-            self._buffers.clear()
+            if self._worker is None:
+                self._let_go()
+            else:
+                # A save that did not end in time still writes: until it has ended, no other process may.
+                self._worker.at_end(self._let_go)
+
+    def _let_go(self) -> None:
+        self._run.lock.release()
+        self._buffers.clear()
 
     @property
     def preempted(self) -> bool:

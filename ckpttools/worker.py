@@ -23,6 +23,9 @@ class Worker:
         self.abandoned = threading.Event()
         self._result: Saved | None = None
         self._error: BaseException | None = None
+        self._at_end: list[Callable[[], None]] = []
+        self._done = False
+        self._turn = threading.Lock()
         # A daemon: with a disk that does not answer, the process must still be able to end.
         self._thread = threading.Thread(target=self._work, args=(run,), name=f"ckpttools-save-{step}", daemon=True)
         self._thread.start()
@@ -32,6 +35,19 @@ class Worker:
             self._result = run(self)
         except BaseException as error:
             self._error = error
+        with self._turn:
+            self._done = True
+            calls = self._at_end
+        for call in calls:
+            call()
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Call when the save has come to its end; at once if it has."""
+        with self._turn:
+            if not self._done:
+                self._at_end.append(call)
+                return
+        call()
 
     @property
     def ended(self) -> bool:

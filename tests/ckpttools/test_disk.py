@@ -2,6 +2,7 @@
 """A full, slow or failing disk: known beforehand where possible, reported at once where not, nothing old is lost."""
 
 import collections
+import threading
 import time
 
 import jax.numpy as jnp
@@ -109,6 +110,34 @@ def test_a_wait_has_an_end_and_what_was_waited_for_is_not_committed(tmp_path, mo
         with pytest.raises(ct.StorageError, match="was not committed"):
             ckpt.wait()
         assert ckpt.latest_step() is None
+
+
+def test_a_save_that_outlives_its_session_keeps_the_run_to_itself(tmp_path, monkeypatch):
+    real, go_on, ended = orbax.write, threading.Event(), threading.Event()
+
+    def held_up(*args, **kwargs):
+        go_on.wait(20)
+        real(*args, **kwargs)
+        ended.set()
+
+    monkeypatch.setattr(orbax, "write", held_up)
+    ckpt = ct.open(spec_for(tmp_path, timeout_s=0.05))
+    ckpt.save(1, STATE)
+    with pytest.raises(ct.SaveTimeoutError):
+        ckpt.close()
+    with ct.open(spec_for(tmp_path)) as other, pytest.raises(ct.RunInUseError):
+        other.save(2, STATE)
+    go_on.set()
+    assert ended.wait(20)
+    monkeypatch.undo()
+    for _ in range(200):  # the lock goes back a moment after the last byte
+        with ct.open(spec_for(tmp_path)) as other:
+            try:
+                other.save(2, STATE)
+                break
+            except ct.RunInUseError:
+                time.sleep(0.05)
+    assert [step.step for step in ct.ls(tmp_path)][-1] == 2
 
 
 def test_a_readback_finds_what_the_disk_made_of_it(tmp_path, monkeypatch):
