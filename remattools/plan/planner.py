@@ -83,6 +83,7 @@ def plan(
     found = _explored(
         (loss_fn, model, batch),
         choose,
+        known_count=False,
         of=of,
         differentiate=differentiate,
         target=where,
@@ -120,7 +121,7 @@ def frontier(
         of: Likewise.
         differentiate: Likewise.
         target: Likewise.
-        max_compiles: Likewise.
+        max_compiles: The most points; those that an earlier call left in the cache count.
         time_limit_s: Likewise.
         cache: Likewise.
         progress: Likewise.
@@ -134,6 +135,7 @@ def frontier(
     return _explored(
         (loss_fn, model, batch),
         Exploration.propose_anywhere,
+        known_count=True,
         of=of,
         differentiate=differentiate,
         target=find_target(target),
@@ -148,6 +150,7 @@ def _explored(
     subject: tuple[Callable[..., Any], Any, tuple[Any, ...]],
     choose: _Next,
     *,
+    known_count: bool,
     of: Of,
     differentiate: bool,
     target: Target,
@@ -180,7 +183,7 @@ def _explored(
 
     def may_go_on() -> bool:
         late = time_limit_s is not None and time.monotonic() - start > time_limit_s
-        return compiled < max_compiles and not late
+        return (len(search.points) if known_count else compiled) < max_compiles and not late
 
     def compile(number: int) -> None:
         nonlocal compiled

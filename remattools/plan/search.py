@@ -19,6 +19,8 @@ _PRICES = tuple(float(price) for price in np.geomspace(30.0, 1e-4, 20))
 # How far a prediction can be off before anything was measured, and how far what measurements do not explain.
 _PRIOR, _LOCAL, _NOISE = 0.5, 0.05, 1e-3
 _MOST_SPLITS = 12
+# Parts of all that a block could keep.
+_SHARES = tuple(float(share) for share in np.geomspace(0.01, 0.9, 14))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +120,21 @@ def _levels(shape: Outline) -> list[tuple[Choice, ...]]:
     levels: list[tuple[Choice, ...]] = [tuple(problem.choice(()) for problem in shape.problems)]
     for price in _PRICES:
         # A byte that all blocks keep costs as much per block as it costs once in memory.
-        level = tuple(problem.cheapest(price) for problem in shape.problems)
-        if _key(level) not in map(_key, levels):
-            levels.append(level)
+        levels.append(tuple(problem.cheapest(price) for problem in shape.problems))
+    # A price finds only what no mixture of two others beats; between those a limit finds more.
+    for share in _SHARES:
+        limits = [share * max(sum(problem.bytes.values()), 1) for problem in shape.problems]
+        levels.append(
+            tuple(problem.cheapest(0.0, limit) for problem, limit in zip(shape.problems, limits, strict=True))
+        )
+    levels = sorted({_key(level): level for level in reversed(levels)}.values(), key=_kept)
     plain = tuple(problem.plain for problem in shape.problems)
     # A region that keeps more than no region at all would only cost time.
-    most = sum(choice.kept_bytes for choice in plain)
-    return [*(level for level in levels if sum(choice.kept_bytes for choice in level) < most), plain]
+    return [*(level for level in levels if _kept(level) < _kept(plain)), plain]
+
+
+def _kept(level: Sequence[Choice]) -> int:
+    return sum(choice.kept_bytes for choice in level)
 
 
 def _key(level: Sequence[Choice]) -> tuple[frozenset[str], ...]:

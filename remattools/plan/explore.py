@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which assignment to compile next, and what the compiled ones say of the others.
+
+Sits on `search` and `writing`. The planner's model proposes, the compiler disposes:
+each measurement corrects the predictions of all that is not compiled yet.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from ..measure.measurement import Measurement, format_bytes, format_count
+from ..rules.ruleset import Rules
+from .budget import Of, bytes_of
+from .result import Point, Prediction
+from .search import Space
+from .writing import rules_of
+
+# Below this gain a further compile is not worth its time.
+_GAIN = 0.002
+# Budgets at which a frontier is asked whether it could be better.
+_BUDGETS = 24
+
+
+class Exploration:
+    """Compiled points, and what they say of the others.
+
+    Args:
+        space: What can be compiled.
+        measured_by: Compiles a set of rules.
+        of: The figure that budgets are about.
+        plain_cycles: The planner's own count for the plain model.
+        progress: Told of each compile before it begins.
+    """
+
+    def __init__(
+        self,
+        *,
+        space: Space,
+        measured_by: Callable[[Rules], Measurement],
+        of: Of,
+        plain_cycles: float,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.space, self.measured_by, self.of = space, measured_by, of
+        self.plain_cycles, self.progress = plain_cycles, progress
+        self.points: dict[int, Point] = {}
+        self.by_rules: dict[Rules, Measurement] = {}
+
+    def compile(self, number: int) -> None:
+        """Measure an assignment."""
+        rules = rules_of(self.space, self.space.assignments[number])
+        predicted = self._predicted(number)
+        self.progress(
+            f"compile {len(self.points) + 1}: expecting {format_bytes(predicted.bytes)}, "
+            f"{format_count(predicted.cycles)} cycles"
+        )
+        if rules not in self.by_rules:
+            self.by_rules[rules] = self.measured_by(rules)
+        self._add(number, rules, predicted)
+
+    def recall(self, remembered: Iterable[tuple[Rules, Measurement]]) -> None:
+        """Take up what was compiled before, as far as it is one of this space's assignments."""
+        known = dict(remembered)
+        if not known:
+            return
+        numbers = {rules_of(self.space, a): number for number, a in reversed(list(enumerate(self.space.assignments)))}
+        for rules, measured in known.items():
+            if rules in numbers and numbers[rules] not in self.points:
+                predicted = self._predicted(numbers[rules])
+                self.by_rules[rules] = measured
+                self._add(numbers[rules], rules, predicted)
+
+    def _predicted(self, number: int) -> Prediction:
+        sizes, cycles = self.predictions()
+        return Prediction(bytes=int(sizes[number]), cycles=float(cycles[number]))
+
+    def _add(self, number: int, rules: Rules, predicted: Prediction) -> None:
+        measured = self.by_rules[rules]
+        time_taken = self.plain_cycles + self.space.cycles[number]
+        if measured.estimated_cycles is not None:
+            time_taken = float(measured.estimated_cycles)
+        elif not measured.fits:
+            time_taken = float("inf")
+        self.points[number] = Point(
+            rules=rules,
+            predicted=predicted,
+            measured=measured,
+            bytes=bytes_of(measured, self.of),
+            cycles=time_taken,
+        )
+
+    def predictions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes and cycles of all assignments, by the model and all that was measured."""
+        fitting = {number: point for number, point in self.points.items() if point.measured.fits}
+        cycles = self.plain_cycles + self.space.cycles
+        if not fitting:
+            return self.space.bytes, cycles
+        sizes = self.space.corrected("bytes", {n: float(p.bytes) for n, p in fitting.items()})
+        if all(point.measured.estimated_cycles is not None for point in fitting.values()):
+            cycles = self.space.corrected("cycles", {n: p.cycles for n, p in fitting.items()})
+        return sizes, cycles
+
+    def propose(self, limit: int | None, max_cycles: float | None) -> int | None:
+        """The assignment to compile next for these limits, or None if none promises more."""
+        sizes, cycles = self.predictions()
+        open_ = np.array([number not in self.points for number in range(len(sizes))])
+        best = best_point(self.points.values(), limit, max_cycles)
+        within = open_.copy()
+        if limit is not None:
+            within &= sizes <= limit
+        if max_cycles is not None:
+            within &= cycles <= max_cycles
+        goal = cycles if max_cycles is None else sizes
+        if best is not None:
+            within &= goal < (1 - _GAIN) * (best.cycles if max_cycles is None else best.bytes)
+        if within.any():
+            return int(min(np.flatnonzero(within), key=lambda n: _order(float(sizes[n]), float(cycles[n]), max_cycles)))
+        if best is not None or not open_.any():
+            return None
+        # Nothing is expected to do: the least there is will tell.
+        least = sizes if max_cycles is None else cycles
+        nearest = int(min(np.flatnonzero(open_), key=lambda n: least[n]))
+        tried = [point.bytes if max_cycles is None else point.cycles for point in self.points.values()]
+        return nearest if least[nearest] < min(tried) else None
+
+    def propose_anywhere(self) -> int | None:
+        """The assignment that promises most at whatever budget, or None if none promises more."""
+        sizes, cycles = self.predictions()
+        open_ = np.array([number for number in range(len(sizes)) if number not in self.points])
+        fitting = [point for point in self.points.values() if point.measured.fits]
+        if not len(open_):
+            return None
+        if not fitting:  # not even the plain model fits: what takes least
+            return int(open_[sizes[open_].argmin()])
+        least, most = min(point.bytes for point in fitting), max(point.bytes for point in fitting)
+        smallest = int(open_[sizes[open_].argmin()])
+        chosen, gain = smallest, 1.0 - sizes[smallest] / max(least, 1)
+        for limit in np.linspace(least, most, _BUDGETS):
+            within = open_[sizes[open_] <= limit]
+            best = best_point(fitting, limit, None)
+            if best is None or not len(within):
+                continue
+            fastest = int(within[cycles[within].argmin()])
+            promised = 1.0 - cycles[fastest] / best.cycles
+            if promised > gain:
+                chosen, gain = fastest, promised
+        return chosen if gain > _GAIN else None
+
+
+def best_point(points: Iterable[Point], limit: float | None, max_cycles: float | None) -> Point | None:
+    """The best compiled point that keeps the limits: the fastest, or the smallest if a time is the limit."""
+    kept: Sequence[Point] = [
+        point
+        for point in points
+        if point.measured.fits
+        and (limit is None or point.bytes <= limit)
+        and (max_cycles is None or point.cycles <= max_cycles)
+    ]
+    return min(kept, key=lambda point: _order(point.bytes, point.cycles, max_cycles), default=None)
+
+
+def _order(size: float, cycles: float, max_cycles: float | None) -> tuple[float, float]:
+    return (cycles, size) if max_cycles is None else (size, cycles)

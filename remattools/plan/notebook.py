@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that were compiled before, so that a later plan of the same model begins with them.
+
+Sits on the measurements' cache. Only rules are remembered: their figures are looked up
+by the program that they make now, so that a stale note can cost time but not be wrong.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+
+from ..errors import RematError
+from ..measure.cache import Cache
+from ..measure.measurement import Measurement
+from ..rules.ruleset import Rules
+from .outline import Outline
+
+
+class Notebook:
+    """The rules compiled for one outline and target.
+
+    Args:
+        cache: Where the measurements are; None remembers nothing.
+        shape: The outline.
+        target: Its name.
+    """
+
+    def __init__(self, cache: Cache | None, shape: Outline, target: str) -> None:
+        self.cache = cache
+        digest = hashlib.sha256(repr((target, shape.visits, shape.rules, shape.around.bytes)).encode()).hexdigest()
+        self.path = None if cache is None else cache.directory / f"plan-{digest[:32]}.json"
+
+    def measurements(self, measured_by: Callable[[Rules, Cache], Measurement]) -> list[tuple[Rules, Measurement]]:
+        """What is remembered and still measured.
+
+        Args:
+            measured_by: Measures rules with a cache.
+        """
+        if self.path is None or self.cache is None:
+            return []
+        try:
+            texts = list(json.loads(self.path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return []
+        found = []
+        for text in texts:
+            try:
+                rules = Rules.from_toml(text)
+                found.append((rules, measured_by(rules, _Known(self.cache.directory))))
+            except (LookupError, RematError):  # of another program, or of another version's rules
+                continue
+        return found
+
+    def remember(self, rules: Iterable[Rules]) -> None:
+        """Store these rules."""
+        if self.path is None:
+            return
+        texts = [one.to_toml() for one in rules]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(texts, file)
+        os.replace(file.name, self.path)
+
+
+class _Known(Cache):
+    """Only what is stored: nothing is compiled."""
+
+    def get(self, key: str) -> Measurement | None:
+        found = super().get(key)
+        if found is None:
+            raise LookupError(key)
+        return found
