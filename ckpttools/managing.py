@@ -6,7 +6,8 @@ the disk, and a damaged step never comes back. Facts that shaped it:
 
 -   such code looks at an old step and then goes on with the training. A look back is no rollback: only a save with a
     number that the run has passed begins a branch, from the step that was restored last;
--   such code closes nothing, so the run is closed with the object;
+-   such code closes nothing, so the run is closed with the object. At the end of the program that is too late for a
+    save in progress: Python makes no thread any more by then. It is warned of, and the run is as it was;
 -   Orbax's `check_for_errors` raises, while such code asks it as a question; here it answers, and the error is
     raised by the next `save` or `wait_until_finished`.
 """

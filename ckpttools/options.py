@@ -103,7 +103,7 @@ def _keep_policy(keep: retention.Retention) -> Any:
         case retention.Pinned(steps):
             return orbax.policies.CustomSteps(steps)
         case retention.All():
-            return orbax.policies.PreserveAll()
+            return orbax.policies.LatestN(None)
         case retention.Union():
             return orbax.policies.AnyPreservationPolicy([_keep_policy(part) for part in keep.parts])
         case _:

@@ -64,6 +64,17 @@ def damage(run: pathlib.Path, name: str, kind: str, rng: random.Random) -> bool:
     return new != data
 
 
+def flip_bit_of(step: pathlib.Path | str, content: bytes) -> None:
+    """Flip one bit of an array, given by its bytes, in the file of a step that holds it."""
+    for path in pathlib.Path(step).rglob("*"):
+        data = path.read_bytes() if path.is_file() else b""
+        if content in data:
+            middle = data.index(content) + len(content) // 2
+            path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+            return
+    raise AssertionError(f"no file of {step} holds these bytes")
+
+
 def _twin(run: pathlib.Path, name: str) -> pathlib.Path:
     """The file of the older step that stands where `name` stands in the newer; Orbax's data files have random names."""
     twin = run / str(GOOD) / name
