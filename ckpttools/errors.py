@@ -33,9 +33,15 @@ class StructureError(CheckpointError, ValueError):
 
     Attributes:
         mismatches: One line for each leaf that is missing, unexpected, of another shape or of another dtype.
+        surgery: Operations that would make the step fit; a guess, to be passed to `restore` if it is what is meant.
     """
 
     mismatches: tuple[str, ...] = ()
+    surgery: tuple[Any, ...] = ()
+
+
+class VersionError(StructureError):
+    """A step of a version of the format, or of the user's state, that is not known here; nothing is wrong with it."""
 
 
 class StepDamagedError(CheckpointError, ValueError):

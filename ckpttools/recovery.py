@@ -16,9 +16,10 @@ from typing import Any, Literal
 from .errors import IncompleteStepError, MirrorError, NoIntactStepError, StepDamagedError, StepNotFoundError
 from .report import Candidate, RestoreReport
 from .spec.retention import ranked
-from .state import tree
-from .state.match import absent_item, pair, require_legal_skeletons, require_match
+from .state import surgery, tree
+from .state.match import names, require_legal_skeletons
 from .state.place import HostItem
+from .state.suggest import require_match
 from .store import integrity
 from .store.catalogue import Catalogue, Entry
 from .store.manifest import Manifest
@@ -43,6 +44,7 @@ class Loaded:
     entry: Entry
     manifest: Manifest
     items: dict[str, HostItem]
+    plan: surgery.Plan
 
 
 def order(catalogue: Catalogue, selector: Selector) -> list[Entry]:
@@ -81,12 +83,27 @@ def _best(catalogue: Catalogue, selector: BestStep) -> list[Entry]:
     return [entries[info.sequence] for info in best]
 
 
+type Alter = Callable[[Entry], surgery.Changes]
+"""What may be done to the leaves of a step; raises `VersionError` if the step's version is not known."""
+
+
+def unaltered(entry: Entry) -> surgery.Changes:
+    """For steps that have to fit as they are."""
+    return surgery.Changes()
+
+
 type Check = Callable[[Loaded], None]
 """A further check on a loaded step; raises `StepDamagedError` to reject it."""
 
 
 def load_first_intact(
-    candidates: Sequence[Entry], state: Mapping[str, Any], *, check: Check, run: RunFolder, asked: bool = False
+    candidates: Sequence[Entry],
+    state: Mapping[str, Any],
+    *,
+    check: Check,
+    run: RunFolder,
+    asked: bool = False,
+    alter: Alter = unaltered,
 ) -> tuple[Loaded | None, list[Candidate]]:
     """The first candidate whose bytes are proved, and the record of all that were tried.
 
@@ -96,6 +113,7 @@ def load_first_intact(
         check: A further check.
         run: The run; its damaged steps are moved out of the way unless another process writes to it.
         asked: Whether the candidates are copies of one step that was asked for.
+        alter: What may be done to the leaves of a step so that they fit.
 
     Raises:
         StepDamagedError: If a step was asked for and no copy of it is intact.
@@ -107,7 +125,7 @@ def load_first_intact(
     silent: MirrorError | None = None
     for entry in candidates:
         try:
-            loaded, (used,) = load_one(entry, state, check=check)
+            loaded, (used,) = load_one(entry, state, check=check, alter=alter)
         except StepDamagedError as error:
             tried.append((entry, _rejected(entry, error)))
             first = first or error
@@ -126,41 +144,42 @@ def load_first_intact(
     return None, [candidate for _, candidate in tried]
 
 
-def load_one(entry: Entry, state: Mapping[str, Any], *, check: Check) -> tuple[Loaded, list[Candidate]]:
+def load_one(
+    entry: Entry, state: Mapping[str, Any], *, check: Check, alter: Alter = unaltered
+) -> tuple[Loaded, list[Candidate]]:
     """One step and no other; its damage is raised."""
     if entry.fetch is not None:
         entry.fetch()
-    loaded = load(entry, {item: tree.flatten(value, template=True) for item, value in state.items()})
+    loaded = load(entry, {item: tree.flatten(value, template=True) for item, value in state.items()}, alter)
     check(loaded)
     return loaded, [Candidate(step=entry.step, verdict="used", source=_source(entry))]
 
 
-def load(entry: Entry, templates: Mapping[str, tree.Flat]) -> Loaded:
-    """Read the items of one step that the templates ask for, and prove every byte of them."""
+def load(entry: Entry, templates: Mapping[str, tree.Flat], alter: Alter) -> Loaded:
+    """Read the leaves of one step that the templates ask for, prove every byte of them, and change what has to be."""
     if entry.manifest is None:
         raise entry.error or IncompleteStepError(what=f"step {entry.step} has no manifest.")
-    stored = entry.manifest.contents.items
-    pairs, lines = {}, []
+    plan = planned(entry, templates, alter(entry))
     for item, template in templates.items():
-        if item in stored:
-            pairs[item] = pair(item, template, stored[item].records, stored[item].skeletons)
-            lines += pairs[item].differences
-        else:
-            lines.append(absent_item(item, stored))
-    require_match(entry.step, lines)
-    for item, template in templates.items():
-        require_legal_skeletons(template, stored[item].records, stored[item].skeletons)
-    arrays = integrity.read_proved(entry, {item: stored[item].records for item in templates})
-    items = {
-        item: HostItem(
-            records=pairs[item].records,
-            stored=stored[item].records,
-            skeletons=stored[item].skeletons,
-            arrays=arrays[item],
-        )
-        for item in templates
-    }
-    return Loaded(entry, entry.manifest, items)
+        leaves = [leaf.target for leaf in plan.placed if leaf.path[0] == item and leaf.target is not None]
+        require_legal_skeletons(template, leaves, plan.skeletons.get(item, {}))
+    arrays = integrity.read_proved(entry, plan.needed())
+    return Loaded(entry, entry.manifest, plan.host_items(templates, arrays), plan)
+
+
+def planned(entry: Entry, templates: Mapping[str, tree.Flat], changes: surgery.Changes) -> surgery.Plan:
+    """What a restore of one step will do.
+
+    Raises:
+        StructureError: If it does not fit.
+    """
+    stored = entry.manifest.contents.items if entry.manifest else {}
+    plan = surgery.plan(stored, templates, changes)
+    if plan.differences:
+        here = [names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
+        there = [names((item, *record.path)) for item, part in stored.items() for record in part.records]
+        require_match(entry.step, plan.differences, here, there)
+    return plan
 
 
 def _rejected(entry: Entry, error: StepDamagedError) -> Candidate:

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does what is on disk fit the state that was passed in? Exactly, or a list of every difference.
+"""Does a stored leaf fit a leaf of the state that was passed in? Exactly, or the difference is told.
 
 No dtype is cast and no shape is bent here: an int32 template for float32 weights is a mistake, and Orbax's silent
-truncation of it is one of the defects this package exists for.
+truncation of it is one of the defects this package exists for. What may be changed is declared (`state.surgery`).
 """
 
 import dataclasses
+import difflib
+import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from ..errors import StructureError, did_you_mean
 from .leaves import Leaf, Path, Record, describe, dotted, encode_value, is_array
 from .packing import unpack
 from .tree import Flat
@@ -23,51 +25,99 @@ def names(path: Path) -> Names:
     return tuple(map(str, path))
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairing:
-    """Which leaf on disk belongs to which leaf of the state passed in.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One leaf that does not fit.
 
     Attributes:
-        records: The record for each leaf of the template.
-        differences: One line for each leaf that does not fit; empty if all do.
+        kind: What is wrong with it: "missing" on disk; "unexpected", on disk and not in the state; "reshaped";
+            "recast"; "other" for a thing of another kind.
+        path: Its names, the item first; the names on disk if it is unexpected.
+        here: The leaf of the state as a record; None if it is unexpected.
+        stored: The leaf on disk as a record, after surgery; None if it is missing.
+        text: What is wrong, in words, after the leaf's name.
     """
 
-    records: dict[Names, Record]
-    differences: list[str]
+    kind: Literal["missing", "unexpected", "reshaped", "recast", "other"]
+    path: Names
+    here: Record | None = None
+    stored: Record | None = None
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"{'.'.join(self.path)}: {self.text}"
 
 
-def pair(item: str, template: Flat, records: Sequence[Record], skeletons: Iterable[Path]) -> Pairing:
-    """Find the stored leaf for every leaf of one item.
+def compare(item: str, leaf: Leaf, stored: Record) -> Difference | None:
+    """How a stored leaf differs from a leaf of the state; None if it fits.
 
-    Args:
-        item: Name of the item.
-        template: The state passed in, flattened as a template.
-        records: The item's leaves on disk.
-        skeletons: Paths of the stateful objects on disk.
+    Raises:
+        LeafError: If the leaf of the state is nothing that could be stored.
     """
-    stateful = {names(root) for root in skeletons}
-    lines = [
-        f"{dotted(item, root)}: holds a state (get_state/set_state) here and none on disk"
-        for root in template.skeletons
-        if names(root) not in stateful
-    ]
-    stored = {names(record.path): record for record in records if not below(record.path, template.skeletons)}
-    found: dict[Names, Record] = {}
-    missing = []
-    for leaf in template.leaves:
-        # A state of nnx that plain Orbax wrote has the attribute `value` of each variable as a key of its own.
-        known = next((key for key in (names(leaf.path), (*names(leaf.path), "value")) if key in stored), None)
-        if known is None:
-            missing.append(leaf.path)
-        else:
-            found[names(leaf.path)] = record = stored.pop(known)
-            lines += _leaf_difference(item, leaf, record)
-    unexpected = [dotted(item, record.path) for record in stored.values()]
-    for path in missing:
-        near = did_you_mean(dotted(item, path), unexpected) if unexpected else ""
-        lines.append(f"{dotted(item, path)}: not on disk{'; ' + near if near.startswith('did') else ''}")
-    lines += [f"{name}: on disk, not in the state passed in" for name in unexpected]
-    return Pairing(found, lines)
+    path = names((item, *leaf.path))
+    if not is_array(leaf.value):
+        encode_value(dotted(item, leaf.path), leaf.value)  # A template with an object in it is refused like a state.
+        # jit turns the numbers of a state into arrays: a fresh state has 0 where a trained one has int32[].
+        number = isinstance(leaf.value, int | float | complex) and stored.kind == "array" and stored.shape == ()
+        if stored.kind == "value" or number:
+            return None
+        return Difference(kind="other", path=path, stored=stored, text=f"{form(stored)} on disk, a plain value here")
+    here = describe(item, leaf)
+    if stored.kind == "value":
+        return Difference(kind="other", path=path, here=here, text=f"a plain value on disk, {form(here)} here")
+    keys = here.kind == "key", stored.kind == "key"
+    if keys[0] == keys[1] and (here.shape, here.dtype) == (stored.shape, stored.dtype):
+        return None
+    text = f"{form(stored)} on disk, {form(here)} here"
+    if any(keys):
+        return Difference(kind="other", path=path, here=here, stored=stored, text=text)
+    kind: Literal["recast", "reshaped"] = "recast" if here.shape == stored.shape else "reshaped"
+    return Difference(kind=kind, path=path, here=here, stored=stored, text=text)
+
+
+def folded(path: Names) -> Names:
+    """The kind of a name: equal blocks differ in their numbers only."""
+    return tuple(_DIGITS.sub("#", part) for part in path)
+
+
+def with_closest(differences: Sequence[Difference]) -> list[Difference]:
+    """Missing leaves with the closest names that are on disk and not in the state."""
+    unexpected = {each.path for each in differences if each.kind == "unexpected"}
+    if not unexpected:
+        return list(differences)
+    kinds = {".".join(folded(path)): ".".join(path) for path in unexpected}
+    known = {".".join(path) for path in unexpected}
+
+    @functools.cache
+    def nearest(kind: str) -> tuple[str, ...]:
+        return tuple(difflib.get_close_matches(kind, kinds, n=3, cutoff=0.5))
+
+    told = []
+    for each in differences:
+        if each.kind == "missing" and (near := nearest(".".join(folded(each.path)))):
+            numbers = _DIGITS.findall(".".join(each.path))
+            same = [_numbered(kind, numbers) for kind in near]
+            shown = dict.fromkeys(name if name in known else kinds[kind] for kind, name in zip(near, same))
+            each = dataclasses.replace(each, text=f"{each.text}; did you mean {', '.join(map(repr, shown))}?")
+        told.append(each)
+    return told
+
+
+def _numbered(kind: str, numbers: Sequence[str]) -> str:
+    """A kind of name with the numbers of another."""
+    rest = iter(numbers)
+    return re.sub("#", lambda _: next(rest, "#"), kind)
+
+
+_DIGITS = re.compile(r"\d+")
+
+
+def form(record: Record) -> str:
+    """A leaf's dtype and shape as one reads them; for a plain value the word."""
+    if record.kind == "value":
+        return "a plain value"
+    prefix = "key " if record.kind == "key" else ""
+    return f"{prefix}{record.dtype}[{','.join(map(str, record.shape))}]"
 
 
 def require_legal_skeletons(template: Flat, records: Sequence[Record], skeletons: Mapping[Path, Any]) -> None:
@@ -85,43 +135,3 @@ def require_legal_skeletons(template: Flat, records: Sequence[Record], skeletons
 def below(path: Path, roots: Iterable[Path]) -> bool:
     """Whether a leaf belongs to one of the objects at `roots`."""
     return any(names(path)[: len(root)] == names(root) for root in roots)
-
-
-def _leaf_difference(item: str, leaf: Leaf, record: Record) -> list[str]:
-    name = dotted(item, leaf.path)
-    if not is_array(leaf.value):
-        encode_value(name, leaf.value)  # A template with an object in it is refused like a state would be.
-        # jit turns the numbers of a state into arrays: a fresh state has 0 where a trained one has int32[].
-        number = isinstance(leaf.value, int | float | complex) and record.kind == "array" and record.shape == ()
-        return [] if record.kind == "value" or number else [f"{name}: {_show(record)} on disk, a plain value here"]
-    here = describe(item, leaf)
-    if record.kind == "value":
-        return [f"{name}: a plain value on disk, {_show(here)} here"]
-    if (here.kind == "key", here.shape, here.dtype) == (record.kind == "key", record.shape, record.dtype):
-        return []
-    return [f"{name}: {_show(record)} on disk, {_show(here)} here"]
-
-
-def _show(record: Record) -> str:
-    prefix = "key " if record.kind == "key" else ""
-    return f"{prefix}{record.dtype}[{','.join(map(str, record.shape))}]"
-
-
-def require_match(step: int, lines: Sequence[str], *, most: int = 20) -> None:
-    """Raise `StructureError` if there are differences; the message shows the first of them."""
-    if not lines:
-        return
-    shown = [f"\n    {line}" for line in lines[:most]]
-    rest = f"\n    ... and {len(lines) - most} more" if len(lines) > most else ""
-    error = StructureError(
-        what=f"step {step} does not fit the state passed in, in {len(lines)} place(s):{''.join(shown)}{rest}",
-        why="restoring part of it, or casting, would change the model without a word. Nothing was restored or lost.",
-        fix="build the state as it was when the step was saved, or leave the item out of the state.",
-    )
-    error.mismatches = tuple(lines)
-    raise error
-
-
-def absent_item(item: str, stored: Iterable[Any]) -> str:
-    """The line for an item of the template that the step does not have at all."""
-    return f"{item}: not on disk; the step has {', '.join(map(str, stored)) or 'no items'}"

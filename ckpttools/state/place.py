@@ -2,7 +2,7 @@
 """Proved leaves from the host into a state: leaf by leaf, so that a device never holds more than state and one leaf."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,14 +19,14 @@ class HostItem:
     """One item as it was read.
 
     Attributes:
-        records: The record for each leaf of the template.
-        stored: All records of the item, in their order.
+        records: The record for each leaf of the template; leaves without one keep their value.
+        stored: The records of all leaves that are restored, in their order.
         skeletons: Containers of the stateful objects on disk.
         arrays: Arrays on the host by the path of their record; taken out as they are placed.
     """
 
-    records: Mapping[Names, Record]
-    stored: Sequence[Record]
+    records: dict[Names, Record]
+    stored: list[Record]
     skeletons: Mapping[Path, Any]
     arrays: dict[Path, np.ndarray[Any, Any]]
 
@@ -40,9 +40,11 @@ def fill_state(state: Mapping[str, Any], items: Mapping[str, HostItem]) -> dict[
     return {item: filled[item] for item in state}
 
 
-def _fill_item(value: Any, source: HostItem, roots: list[Path]) -> Any:
+def _fill_item(value: Any, source: HostItem, roots: list[Path], *, copy: bool = False) -> Any:
     def place(path: Path, template: Any) -> Any:
-        record = source.records[names(path)]
+        record = source.records.get(names(path))
+        if record is None:
+            return template.copy() if copy and isinstance(template, jax.Array) else template
         host = _take(source, record)
         if record.kind == "value" or isinstance(template, np.ndarray | np.generic):
             return host
@@ -60,6 +62,7 @@ def _fill_item(value: Any, source: HostItem, roots: list[Path]) -> Any:
             [_take(source, record) for record in source.stored if below(record.path, [root])],
         )
         for root in roots
+        if names(root) in skeletons
     }
     return tree.fill(value, place, packed)
 
@@ -90,5 +93,5 @@ def fresh_copy(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = 
             )
         else:
             source = dataclasses.replace(items[item], arrays=dict(items[item].arrays))
-            copies[item] = back(_fill_item(functional, source, []))
+            copies[item] = back(_fill_item(functional, source, [], copy=True))
     return copies

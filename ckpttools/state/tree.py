@@ -159,6 +159,8 @@ def _fill(value: Any, prefix: Path, place: Place, stored: Stored) -> Any:
         value.set_raw_value(_restored_entry(value, prefix, place, stored))
         return value
     if is_stateful(value):
+        if prefix not in stored:
+            return value  # Surgery leaves it as it is.
         skeleton, leaves = stored[prefix]
         value.set_state(unpack(skeleton, leaves))
         return value

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differences as an error that a person can act on: every leaf by path, and the surgery that would fix it.
+
+The suggestion is a guess about what the person meant and is never applied unasked. Renames are found by kinds of
+names (`layers.0` and `layers.7` are one kind): of a missing and an unexpected kind of equal form, what differs
+between the two names is a rule, and the rule that mends most leaves is taken first.
+"""
+
+import collections
+import difflib
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..errors import StructureError
+from ..spec.surgery import Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, wildcards
+from .match import Difference, Names, folded, form
+from .renaming import Parts, outermost, renamed
+
+_MOST_LINES = 100
+"""More leaves than this are shown by kind."""
+_MOST_KINDS = 300
+"""Of more kinds of names than this on either side, no renames are guessed."""
+
+
+def require_match(step: int, differences: Sequence[Difference], here: Iterable[Names], there: Iterable[Names]) -> None:
+    """Raise `StructureError` if there are differences.
+
+    Args:
+        step: The step's number.
+        differences: What does not fit.
+        here: Names of all leaves of the state.
+        there: Names of all leaves on disk.
+    """
+    if not differences:
+        return
+    operations = suggested(differences, here, there)
+    shown = "".join(f"\n    {line}" for line in lines(differences))
+    surgery = "".join(f"\n    {as_code(each)}," for each in operations)
+    offer = f"surgery=[{surgery}\n  ] fits it, if that is what is meant; or " if operations else ""
+    error = StructureError(
+        what=f"step {step} does not fit the state passed in, in {len(differences)} place(s):{shown}",
+        why="restoring part of it, or casting, would change the model without a word. Nothing was restored or lost.",
+        fix=f"{offer}build the state as it was when the step was saved, or leave the item out of the state.",
+    )
+    error.mismatches = tuple(map(str, differences))
+    error.surgery = operations
+    raise error
+
+
+def lines(differences: Sequence[Difference]) -> list[str]:
+    """One line for each difference, or for each kind where they are hundreds."""
+    if len(differences) <= _MOST_LINES:
+        return list(map(str, differences))
+    kinds: dict[tuple[Names, str], list[Difference]] = {}
+    for each in differences:
+        kinds.setdefault((folded(each.path), each.text.partition(";")[0]), []).append(each)
+    shown = []
+    for (_, text), same in kinds.items():
+        first = ".".join(same[0].path)
+        more = f" (and {len(same) - 1} more of its kind, to {'.'.join(same[-1].path)})" if len(same) > 1 else ""
+        shown.append(f"{first}: {text}{more}")
+    rest = len(shown) - _MOST_LINES
+    tail = [f"... and {rest} more kinds; all are in the error's mismatches"] if rest > 0 else []
+    return [*shown[:_MOST_LINES], *tail]
+
+
+def suggested(
+    differences: Sequence[Difference], here: Iterable[Names], there: Iterable[Names]
+) -> tuple[Operation, ...]:
+    """Operations after which the differences would be gone.
+
+    Args:
+        differences: What does not fit.
+        here: Names of all leaves of the state.
+        there: Names of all leaves on disk.
+    """
+    missing = {each.path: each for each in differences if each.kind == "missing"}
+    extra = {each.path: each for each in differences if each.kind == "unexpected"}
+    taken = set(there)
+    items = _renamed_items(differences, set(here), taken)
+    found: list[Operation] = list(items)
+    for item in items:
+        missing.pop((item.new.removesuffix(".**"),), None)
+    resizing: list[tuple[Names, str, Operation]] = []
+    for rule in _renames(missing, extra, Parts(taken)):
+        found.append(rule)
+        matched = Parts(extra).matched(rule.pattern)
+        for path in [path for path in extra if outermost(path, matched)]:
+            depth = outermost(path, matched)
+            new = (*renamed(rule, path[:depth]), *path[depth:])
+            taken.discard(path)
+            taken.add(new)
+            missing.pop(new, None)
+            extra.pop(path)
+    for each in differences:
+        if each.kind in ("reshaped", "recast", "other"):
+            resizing += [(each.path, type(operation).__name__, operation) for operation in _mended(each)]
+    found += [Drop(pattern) for pattern in _covering(extra, taken, keep=set(here))]
+    grouped: dict[tuple[str, ...], list[Names]] = {}
+    for path, kind, operation in resizing:
+        dtypes = (operation.from_dtype, operation.to_dtype) if isinstance(operation, Cast) else ()
+        grouped.setdefault((kind, *dtypes), []).append(path)
+    kinds = {"Cast": Cast, "Pad": Pad, "Slice": Slice, "Reinit": Reinit}
+    for (kind, *dtypes), paths in grouped.items():
+        found += [kinds[kind](pattern, *dtypes) for pattern in _kinds_of(paths, set(here))]
+    found += [Reinit(pattern) for pattern in _covering(missing, set(here), keep=taken - set(extra))]
+    return tuple(found)
+
+
+def _mended(difference: Difference) -> list[Operation]:
+    here, stored = difference.here, difference.stored
+    if here is None or stored is None or difference.kind == "other":
+        return [Reinit("**")]
+    mended: list[Operation] = []
+    if here.dtype != stored.dtype:
+        mended.append(Cast("**", stored.dtype, here.dtype))
+    if here.shape != stored.shape:
+        if len(here.shape) != len(stored.shape):
+            return [Reinit("**")]
+        pairs = list(zip(stored.shape, here.shape))
+        mended += [Pad("**")] if any(old < new for old, new in pairs) else []
+        mended += [Slice("**")] if any(old > new for old, new in pairs) else []
+    return mended
+
+
+def _renamed_items(differences: Sequence[Difference], here: set[Names], there: set[Names]) -> list[Rename]:
+    """Items that are on disk under another name: those that hold mostly the same leaves."""
+    found, used = [], {path[0] for path in here}
+    for each in differences:
+        if each.kind != "missing" or len(each.path) > 1:
+            continue
+        wanted = {path[1:] for path in here if path[0] == each.path[0]}
+        shared: collections.Counter[str] = collections.Counter(path[0] for path in there if path[1:] in wanted)
+        best = next(
+            (item for item, count in shared.most_common() if item not in used and 2 * count > len(wanted)), None
+        )
+        if best is not None:
+            used.add(best)
+            found.append(Rename(f"{best}.**", f"{each.path[0]}.**"))
+    return found
+
+
+def _renames(missing: dict[Names, Difference], extra: dict[Names, Difference], there: Parts) -> list[Rename]:
+    """Rules that give unexpected leaves the names of missing ones, best first."""
+    wanted, unused = _by_kind(missing), _by_kind(extra)
+    if not wanted or not unused or max(len(wanted), len(unused)) > _MOST_KINDS:
+        return []
+    votes: dict[tuple[str, str], dict[Names, Names]] = collections.defaultdict(dict)
+    likeness: dict[tuple[str, str], float] = {}
+
+    @functools.cache
+    def safe(pattern: str) -> bool:
+        """Whether a pattern means unexpected leaves only."""
+        matched = there.matched(pattern)
+        return all(leaf in extra for leaf in there.leaves if outermost(leaf, matched))
+
+    for (new_kind, new_form), new_paths in wanted.items():
+        for (old_kind, old_form), old_paths in unused.items():
+            if old_form != new_form:
+                continue
+            ratio = difflib.SequenceMatcher(None, ".".join(old_kind), ".".join(new_kind)).ratio()
+            if ratio < 0.4 and new_kind[-1] != old_kind[-1]:
+                continue
+            rule = next((rule for rule in _rules(old_kind, new_kind) if safe(rule[0])), None)
+            if rule is None:
+                continue
+            likeness[rule] = max(ratio, likeness.get(rule, 0.0))
+            votes[rule] |= _pairs(old_paths, new_paths)
+    rules, done = [], set[Names]()
+    while votes:
+        open_pairs = {
+            rule: sum(old not in done and new not in done for old, new in pairs.items())
+            for rule, pairs in votes.items()
+        }
+        best = max(votes, key=lambda rule: (open_pairs[rule], likeness[rule]))
+        pairs = votes.pop(best)
+        new_names = set(pairs.values())
+        if not open_pairs[best] or new_names & done or set(pairs) & done or len(new_names) < len(pairs):
+            continue
+        rules.append(Rename(*best))
+        done |= new_names | set(pairs)
+    return rules
+
+
+def _by_kind(differences: dict[Names, Difference]) -> dict[tuple[Names, str], list[Names]]:
+    kinds: dict[tuple[Names, str], list[Names]] = {}
+    for path, each in differences.items():
+        record = each.here or each.stored
+        if record is not None:
+            kinds.setdefault((folded(path), form(record)), []).append(path)
+    return kinds
+
+
+def _pairs(old: list[Names], new: list[Names]) -> dict[Names, Names]:
+    """Names of two kinds that have the same numbers."""
+    by_numbers = {_numbers(path): path for path in new}
+    return {path: by_numbers[_numbers(path)] for path in old if _numbers(path) in by_numbers}
+
+
+def _numbers(path: Names) -> tuple[str, ...]:
+    return tuple("".join(c if c.isdecimal() else " " for c in ".".join(path)).split())
+
+
+def _rules(old: Names, new: Names) -> Iterator[tuple[str, str]]:
+    """What differs between two kinds of names, as the two sides of a rename, those without the common end first."""
+    end = 0
+    while end < min(len(old), len(new)) - 1 and old[-1 - end] == new[-1 - end]:
+        end += 1
+    for left in range(end, -1, -1):
+        sides = _text(old[: len(old) - left]), _text(new[: len(new) - left])
+        if wildcards(sides[0]) == wildcards(sides[1]):
+            yield sides
+
+
+def _text(path: Names) -> str:
+    """A name as a pattern; what the pattern language gives a meaning becomes a star, and numbers do too."""
+    parts = ["*" if part == "#" or set(part) & set("[]{}:. \t\n") else part.replace("#", "*") for part in path]
+    # One word alone would mean that name at any depth.
+    return ".".join(parts) if len(parts) > 1 else f"{parts[0]}.**"
+
+
+def _covering(wanted: Iterable[Names], everything: set[Names], *, keep: set[Names]) -> list[str]:
+    """Patterns that cover the wanted names and nothing else: parts that are wanted as a whole are named as such."""
+    wanted = list(wanted)
+    lost = set(wanted)
+    others = (everything | keep) - lost
+    blocked = {other[:depth] for other in others for depth in range(1, len(other) + 1)}
+    parts: dict[Names, list[Names]] = {}
+    for path in wanted:
+        depth = next((depth for depth in range(1, len(path)) if path[:depth] not in blocked), len(path))
+        parts.setdefault(path[:depth], []).append(path)
+    return _kinds_of(list(parts), others)
+
+
+def _kinds_of(paths: list[Names], everything: set[Names]) -> list[str]:
+    """Patterns for names: one for each kind if it means nothing else, else one for each name."""
+    kinds: dict[Names, list[Names]] = {}
+    for path in paths:
+        kinds.setdefault(folded(path), []).append(path)
+    patterns: list[str] = []
+    parts = Parts([*everything, *paths]) if any(len(same) > 1 for same in kinds.values()) else None
+    for kind, same in kinds.items():
+        if parts is not None and len(same) > 1 and parts.matched(_text(kind)) == set(same):
+            patterns.append(_text(kind))
+        else:
+            patterns += [_text(path) for path in same]
+    return patterns
