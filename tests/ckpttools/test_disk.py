@@ -133,6 +133,7 @@ def test_a_save_that_outlives_its_session_keeps_the_run_to_itself(tmp_path, monk
     for _ in range(200):  # the lock goes back a moment after the last byte
         with ct.open(spec_for(tmp_path)) as other:
             try:
+                other.restore(STATE)
                 other.save(2, STATE)
                 break
             except ct.RunInUseError:
