@@ -134,6 +134,15 @@ def test_a_failed_save_is_told_and_raised(manager, monkeypatch):
     assert manager.latest_step() is None
 
 
+def test_step_zero_is_the_state_before_the_first_update(manager):
+    save(manager, 0, 1)
+    assert manager.restore(0, args={"model": state(9)}).model["w"][0] == 0
+    with pytest.raises(ct.StepOrderError):
+        manager.save(-1, {"model": state(0)})
+    with pytest.raises(ct.StepOrderError):
+        manager.session.step(0, {"model": state(0)})
+
+
 def test_metrics_are_kept(manager):
     manager.save(1, {"model": state(1)}, metrics={"loss": 0.5})
     manager.wait_until_finished()
