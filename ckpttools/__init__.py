@@ -36,6 +36,7 @@ from .errors import StructureError as StructureError
 from .errors import TensorFileError as TensorFileError
 from .errors import UntrustedStepError as UntrustedStepError
 from .errors import ValidationError as ValidationError
+from .errors import VersionError as VersionError
 from .exchange import export_safetensors as export_safetensors
 from .exchange import import_safetensors as import_safetensors
 from .importing import import_run as import_run

@@ -5,6 +5,8 @@ import dataclasses
 import pathlib
 from typing import Any, Literal
 
+from .altering import AlteredLeaf
+
 type Verdict = Literal["used", "incomplete", "corrupt", "unverified", "empty", "unreachable"]
 
 
@@ -55,6 +57,7 @@ class RestoreReport:
         metrics: Metrics that were recorded with the restored step.
         seconds: How long it took.
         mirror_error: Why the mirror could not be asked; "" if it answered or there is none.
+        altered: The leaves that surgery or a migration has changed or kept; empty if the step fitted as it was.
     """
 
     step: int | None
@@ -63,6 +66,7 @@ class RestoreReport:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     mirror_error: str = ""
+    altered: tuple[AlteredLeaf, ...] = ()
 
     @property
     def rejected(self) -> tuple[Candidate, ...]:
@@ -82,8 +86,10 @@ class RestoreReport:
             "seconds": self.seconds,
             "mirror_error": self.mirror_error,
             "candidates": [candidate.as_dict() for candidate in self.candidates],
+            "altered": [leaf.as_dict() for leaf in self.altered],
         }
 
     def __str__(self) -> str:
         head = "nothing to restore" if self.step is None else f"restored step {self.step} in {self.seconds:.2f} s"
-        return "\n".join([head, *(f"  {line}" for each in self.candidates for line in str(each).splitlines())])
+        tried = [f"  {line}" for each in self.candidates for line in str(each).splitlines()]
+        return "\n".join([head, *tried, *(f"  {leaf}" for leaf in self.altered)])

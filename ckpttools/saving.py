@@ -20,6 +20,7 @@ from typing import Any
 from .errors import CheckpointError, CorruptStepError, DiskSpaceError, StorageError
 from .outcomes import Saved
 from .spec.spec import CheckpointSpec
+from .spec.versions import as_state_version
 from .state.leaves import Record, host_bytes
 from .state.snapshot import Snapshot
 from .store import commit, digest, integrity, layout, manifest, orbax
@@ -39,12 +40,14 @@ class Job:
         summary: The summary without its files.
         triggers: Memory of the triggers after this save.
         outputs: Outputs of the validation function.
+        surgery: Operations that were applied in this run before, as code.
     """
 
     snapshot: Snapshot
     summary: manifest.Summary
     triggers: Any
     outputs: Any
+    surgery: tuple[str, ...] = ()
 
 
 def estimate_bytes(snapshot: Snapshot) -> int:
@@ -152,7 +155,13 @@ def _write_tree(staged: pathlib.Path, spec: CheckpointSpec, job: Job) -> None:
         _read_back(staged, job.summary.step, records)
     items = {item: manifest.Item(records=records[item], skeletons=job.snapshot.skeletons[item]) for item in records}
     summary = dataclasses.replace(job.summary, files=describe_files(staged, algorithm))
-    contents = manifest.Contents(items=items, triggers=job.triggers, outputs=job.outputs)
+    contents = manifest.Contents(
+        items=items,
+        triggers=job.triggers,
+        outputs=job.outputs,
+        state_version=as_state_version(spec.state_version).number,
+        surgery=job.surgery,
+    )
     manifest.write(staged, summary, contents, algorithm=algorithm)
 
 

@@ -7,17 +7,19 @@ the background is raised by the very next call.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import jax
 
-from . import advice, recovery, saving, validation
+from . import advice, recovery, saving, validation, versions
+from .altering import altered
 from .errors import (
     CheckpointError,
     CheckpointWarning,
@@ -35,12 +37,15 @@ from .report import Candidate, RestoreReport
 from .signals import StopRequest
 from .spec.memory import recalled, written
 from .spec.mirror import as_mirror
+from .spec.operations import Operation, as_code
 from .spec.spec import CheckpointSpec
+from .spec.surgery import Surgery
 from .spec.triggers import Memory, Moment
 from .state import snapshot
 from .state.items import as_metric, require_items
 from .state.place import fill_state
 from .store import commit, manifest
+from .store.catalogue import Entry
 from .store.run import RunFolder
 from .worker import Worker
 
@@ -75,6 +80,7 @@ class Session:
         self._memory_before_save: Any = None
         self._origin: tuple[int, manifest.Lineage] | None = None
         self._lineage: manifest.Lineage = ()
+        self._surgery: tuple[str, ...] = ()
         self._position = 0
         self._final_step: int | None = None
         self._run_s_before = 0.0
@@ -198,13 +204,17 @@ class Session:
             )
         return BestStep(selector.metric, mode)
 
-    def restore(self, state: Mapping[str, Any], step: Selector = "latest") -> RestoreReport:
+    def restore(
+        self, state: Mapping[str, Any], step: Selector = "latest", *, surgery: Iterable[Operation] = ()
+    ) -> RestoreReport:
         """Restore a step into `state`, passing over damaged ones.
 
         Args:
             state: Items by name. Live objects are filled in place; the rest is in the report's `state`. Items may be
                 left out, and abstract ones (`nnx.eval_shape`) are accepted.
             step: "latest", a number, or `ct.best(metric)`.
+            surgery: What to do to a step that does not fit. An operation is applied once in a run: steps that are
+                saved afterwards remember it, so that a restart of the same program does not do it again.
 
         Returns:
             What was restored and what was passed over; `.step` is None in an empty directory.
@@ -212,6 +222,7 @@ class Session:
         Raises:
             NoIntactStepError: If there are steps and none is intact.
             StructureError: If the step does not fit `state`; nothing was changed.
+            VersionError: If the step is of a version that is not known here.
             StepNotFoundError: If `step` is not there.
             StorageError: If the disk does not answer.
         """
@@ -226,11 +237,23 @@ class Session:
                 outputs = loaded.manifest.contents.outputs
                 validation.check(self._validate, state, loaded.items, outputs, step=loaded.entry.step)
 
-        loaded, tried, mirror_error = self._load(step, state, check)
+        wanted = Surgery(surgery)
+        load = functools.partial(
+            recovery.load_first_intact,
+            state=state,
+            check=check,
+            run=self._run,
+            # A step that was asked for by number is the only one; its damage is raised rather than passed over.
+            asked=isinstance(step, int),
+            alter=functools.partial(versions.changes, self.spec, surgery=wanted),
+        )
+        loaded, tried, mirror_error = self._load(step, load)
         report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried), mirror_error=mirror_error)
         if loaded is None:
             if any(candidate.verdict != "empty" for candidate in tried):
                 raise recovery.no_intact_step(report, self.directory)
+            # A state that begins here has the new form already.
+            self._surgery = tuple(map(as_code, wanted))
             self._begin(0, (), None, 0.0)
             return report
         filled = fill_state(state, loaded.items)
@@ -238,23 +261,25 @@ class Session:
         memory = recalled(self.spec.save, loaded.manifest.contents.triggers)
         self._begin(summary.step, summary.lineage, memory, summary.run_s)
         self._warn(advice.sparse_retention(rejected=report.damaged, intact=len(self._run.steps().live)))
+        self._surgery = tuple(dict.fromkeys([*loaded.manifest.contents.surgery, *map(as_code, wanted)]))
         return dataclasses.replace(
-            report, step=summary.step, state=filled, metrics=dict(summary.metrics), seconds=time.monotonic() - began
+            report,
+            step=summary.step,
+            state=filled,
+            metrics=dict(summary.metrics),
+            seconds=time.monotonic() - began,
+            altered=altered(loaded.plan),
         )
 
     def _load(
-        self, step: Selector, state: Mapping[str, Any], check: recovery.Check
+        self, step: Selector, load: Callable[[list[Entry]], tuple[Loaded | None, list[Candidate]]]
     ) -> tuple[Loaded | None, list[Candidate], str]:
         """The nearest intact step, what was tried, and why the mirror could not be asked."""
-        # A step that was asked for by number is the only one; its damage is raised rather than passed over.
-        asked = isinstance(step, int)
         if self._copier is None:
-            candidates = recovery.order(self._run.steps_now(), step)
-            return *recovery.load_first_intact(candidates, state, check=check, run=self._run, asked=asked), ""
+            return *load(recovery.order(self._run.steps_now(), step)), ""
         fetcher = Fetcher(self._run, self._copier.mirror, self._copier.store)
         try:
-            candidates = fetcher.candidates(step)
-            loaded, tried = recovery.load_first_intact(candidates, state, check=check, run=self._run, asked=asked)
+            loaded, tried = load(fetcher.candidates(step))
             if loaded is not None:
                 fetcher.settle(loaded.entry)
         finally:
@@ -503,6 +528,7 @@ class Session:
             summary=summary,
             triggers=written(self.spec.save, memory),
             outputs=outputs,
+            surgery=self._surgery,
         )
 
     def _collect(self) -> Saved | None:

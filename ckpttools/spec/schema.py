@@ -7,6 +7,7 @@ import typing
 from typing import Any
 
 from .mirror import Mirror
+from .operations import OPERATIONS
 from .storage import Integrity, Storage
 from .toml import RETENTIONS, TABLE, TRIGGERS
 
@@ -26,17 +27,19 @@ def json_schema() -> dict[str, Any]:
             "storage": _object(Storage),
             "integrity": _object(Integrity),
             "mirror": {"anyOf": [{"type": "string"}, _mirror()]},
+            "state_version": {"anyOf": [{"type": "integer", "minimum": 1}, _state_version()]},
         },
     }
     definitions = {
         "trigger": {"oneOf": [_value(name, kind, "trigger") for name, kind in TRIGGERS.items()]},
         "retention": {"oneOf": [_value(name, kind, "retention") for name, kind in RETENTIONS.items()]},
+        "operation": {"oneOf": [_value(name, kind, "operation") for name, kind in OPERATIONS.items()]},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "ckpttools run file",
         "type": "object",
-        "properties": {TABLE: spec},
+        "properties": {TABLE: spec, "surgery": _operations()},
         "$defs": definitions,
     }
 
@@ -62,6 +65,23 @@ def _mirror() -> dict[str, Any]:
     options = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
     properties |= {"keep": _one_or_many("retention"), "options": options}
     return {"type": "object", "additionalProperties": False, "properties": properties, "required": ["url"]}
+
+
+def _operations() -> dict[str, Any]:
+    return {"type": "array", "items": {"$ref": "#/$defs/operation"}}
+
+
+def _state_version() -> dict[str, Any]:
+    """The table of a version with the migrations that lead to it."""
+    version = {"type": "integer", "minimum": 1}
+    migration = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {"from_version": version, "surgery": _operations()},
+        "required": ["from_version"],
+    }
+    properties = {"number": version, "migrations": {"type": "array", "items": migration}}
+    return {"type": "object", "additionalProperties": False, "properties": properties, "required": ["number"]}
 
 
 def _value(name: str, kind: type[Any], definition: str) -> dict[str, Any]:
@@ -91,6 +111,6 @@ def _type(hint: Any) -> dict[str, Any]:
         return {"enum": list(typing.get_args(hint))}
     if origin is tuple:
         return {"type": "array", "items": _type(typing.get_args(hint)[0])}
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return {"anyOf": [_type(part) for part in typing.get_args(hint)]}
     return {"type": _PLAIN[hint]}

@@ -19,6 +19,7 @@ from .mirror import Mirror, as_mirror
 from .retention import Best, Latest, Retention
 from .storage import Integrity, Storage
 from .triggers import EverySteps, OnImprovement, Trigger
+from .versions import StateVersion, as_state_version
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class CheckpointSpec:
         storage: How bytes reach the disk.
         integrity: How a step is proved intact.
         mirror: Where each step is copied to: an address such as "s3://bucket/run", or a `Mirror`.
+        state_version: The version of the state's structure: a number, or a `StateVersion` with the migrations that
+            bring steps of older versions up to it.
 
     Examples:
         >>> spec = CheckpointSpec(directory="runs/exp1", save=EverySteps(500), keep=Latest(3))
@@ -46,6 +49,7 @@ class CheckpointSpec:
     storage: Storage = dataclasses.field(default_factory=Storage)
     integrity: Integrity = dataclasses.field(default_factory=Integrity)
     mirror: Mirror | str | None = None
+    state_version: StateVersion | int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.directory, str | os.PathLike) or not str(self.directory).strip():
@@ -62,6 +66,7 @@ class CheckpointSpec:
             )
         object.__setattr__(self, "directory", pathlib.Path(self.directory))
         object.__setattr__(self, "mirror", as_mirror(self.mirror))
+        object.__setattr__(self, "state_version", as_state_version(self.state_version))
         kinds = {"save": Trigger, "keep": Retention, "storage": Storage, "integrity": Integrity}
         examples = {
             "save": "save=EverySteps(500)",

@@ -1,191 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Surgery: what has to happen to stored leaves so that they fit another model, as frozen values over path patterns.
-
-Pure: values and text. Names begin with the item, as errors and reports show them: `model.layers.0.kernel`. A pattern
-(the language of remattools' rules) means a leaf or any part of the state above it, and then everything below. The
-operations are applied in order, each to the names that the one before it left. `state.surgery` applies them.
-"""
+"""A list of operations as one value, in Python and as `[[surgery]]` tables of a file."""
 
 import dataclasses
-import re
+import os
+import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Self
 
-from remattools.errors import PatternError
-from remattools.rules.paths import Pattern
-
-from ..errors import SpecError, did_you_mean
-
-WILDCARD = re.compile(r"\*\*|\*|\{[^{}]*\}|^\[[^\]]*\]$")
-"""What stands for more than itself in one segment of a pattern."""
-
-DTYPES = (
-    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
-    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """Base of all operations; `pattern` says on what."""
-
-    pattern: str
-
-    def __post_init__(self) -> None:
-        kind = type(self).__name__
-        try:
-            Pattern.parse(self.pattern)
-        except PatternError as error:
-            raise SpecError(what=f"ct.{kind}({self.pattern!r}): {error.what}", why=error.why, fix=error.fix) from error
-        if ":" in re.sub(r"\[[^\]]*\]", "", self.pattern):
-            raise SpecError(
-                what=f"ct.{kind}({self.pattern!r}) asks for a class.",
-                why="what is on disk are arrays with names; no class is stored with them.",
-                fix=f"ct.{kind}({self.pattern.partition(':')[0] or '**'!r})",
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Rename(Operation):
-    """Stored leaves under another name.
-
-    Each wildcard of `new` (`*`, `**`) stands for what the wildcard in its place in `pattern` has matched; there,
-    braces and slices count as `*`. A pattern without a dot means the name at any depth, and only that name changes.
-
-    Attributes:
-        pattern: The names on disk, such as "model.blocks.*.attn".
-        new: What they are called in the state, such as "model.layers.*.attention".
-
-    Examples:
-        >>> Rename("encoder", "backbone")      # in the model and in the optimizer's copies of it
-        Rename(pattern='encoder', new='backbone')
-    """
-
-    new: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        pieces = self.new.split(".") if isinstance(self.new, str) else [""]
-        if not all(pieces) or any(set(piece.replace("**", "")) & set("[]{}: \t\n") for piece in pieces):
-            raise SpecError(
-                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has no name to give.",
-                why="the new name consists of segments between dots, in which only * and ** stand for something.",
-                fix=f'ct.Rename({self.pattern!r}, "model.new_name")',
-            )
-        old, new = wildcards(self.pattern), wildcards(self.new)
-        if ["**" if each == "**" else "*" for each in old] != new:
-            raise SpecError(
-                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has {_counted(old)} and {_counted(new)}.",
-                why="each * and ** on the right stands for what the wildcard in its place on the left has matched.",
-                fix="write the same wildcards on both sides, in the same order.",
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Drop(Operation):
-    """Stored leaves that the state does not have; they are not read.
-
-    Examples:
-        >>> Drop("model.decoder")
-        Drop(pattern='model.decoder')
-    """
-
-
-@dataclasses.dataclass(frozen=True)
-class Reinit(Operation):
-    """Leaves of the state that keep the values they have; what is stored under their names is not read.
-
-    Examples:
-        >>> Reinit("{lora_a,lora_b}")          # additions that no checkpoint has
-        Reinit(pattern='{lora_a,lora_b}')
-    """
-
-
-@dataclasses.dataclass(frozen=True)
-class Cast(Operation):
-    """Allows one cast: leaves of `from_dtype` become `to_dtype`; leaves of any other dtype stay as they are.
-
-    A value that the new dtype cannot hold (a fraction as an int, a finite number as infinity) is an error.
-
-    Attributes:
-        from_dtype: The dtype on disk.
-        to_dtype: The dtype in the state.
-
-    Examples:
-        >>> Cast("model", "float32", "bfloat16")
-        Cast(pattern='model', from_dtype='float32', to_dtype='bfloat16')
-    """
-
-    from_dtype: str
-    to_dtype: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for dtype in (self.from_dtype, self.to_dtype):
-            if dtype not in DTYPES:
-                raise SpecError(
-                    what=f"ct.Cast({self.pattern!r}, {self.from_dtype!r}, {self.to_dtype!r}) names no dtype {dtype!r}.",
-                    why="a cast is allowed from one dtype to one other, each by its name.",
-                    fix=did_you_mean(str(dtype), DTYPES) or f'ct.Cast({self.pattern!r}, "float32", "bfloat16")',
-                )
-
-
-@dataclasses.dataclass(frozen=True)
-class Pad(Operation):
-    """Stored arrays that are smaller than those of the state along some axes, such as an embedding of fewer words.
-
-    Attributes:
-        fill: What the rest is: a number, or "template" for the values that the state has there.
-        start: Where the stored block begins, axis by axis; 0 where nothing is said.
-
-    Examples:
-        >>> Pad("embedding")
-        Pad(pattern='embedding', fill='template', start=())
-    """
-
-    fill: float | Literal["template"] = "template"
-    start: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.fill != "template" and (isinstance(self.fill, bool) or not isinstance(self.fill, int | float)):
-            raise SpecError(
-                what=f"ct.Pad({self.pattern!r}, fill={self.fill!r}) cannot be honoured.",
-                why='fill is a number, or "template" for the values that the state has.',
-                fix=f"ct.Pad({self.pattern!r}, fill=0.0)",
-            )
-        _require_start(self, self.start)
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice(Operation):
-    """Stored arrays that are larger than those of the state along some axes: a block of them is taken.
-
-    Attributes:
-        start: Where the block begins in the stored array, axis by axis; 0 where nothing is said.
-
-    Examples:
-        >>> Slice("embedding", start=(100,))
-        Slice(pattern='embedding', start=(100,))
-    """
-
-    start: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_start(self, self.start)
-
-
-OPERATIONS: dict[str, type[Operation]] = {
-    "rename": Rename,
-    "drop": Drop,
-    "reinit": Reinit,
-    "cast": Cast,
-    "pad": Pad,
-    "slice": Slice,
-}
-"""By their names in files."""
+from ..errors import SpecError
+from . import surgery_toml
+from .operations import OPERATIONS, Operation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,13 +20,15 @@ class Surgery:
         operations: The operations.
 
     Examples:
-        >>> len(Surgery([Rename("encoder", "backbone"), Drop("decoder")]))
-        2
+        >>> from ckpttools.spec.operations import Drop, Rename
+        >>> surgery = Surgery([Rename("encoder", "backbone"), Drop("decoder")])
+        >>> Surgery.from_toml(surgery.to_toml()) == surgery
+        True
     """
 
     operations: tuple[Operation, ...] = ()
 
-    def __init__(self, operations: "Iterable[Operation] | Operation | Surgery" = ()) -> None:
+    def __init__(self, operations: Iterable[Operation] | Operation = ()) -> None:
         given = (operations,) if isinstance(operations, Operation) else tuple(operations)
         for each in given:
             if type(each) not in OPERATIONS.values():
@@ -219,46 +45,23 @@ class Surgery:
     def __len__(self) -> int:
         return len(self.operations)
 
-    def __add__(self, other: "Surgery | Iterable[Operation]") -> "Surgery":
+    def __add__(self, other: Iterable[Operation]) -> "Surgery":
         return Surgery((*self.operations, *Surgery(other).operations))
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the `[[surgery]]` tables of a file.
 
-def as_code(operation: Operation) -> str:
-    """An operation as one writes it: `ct.Rename("a", "b")`."""
-    shown = []
-    for field in dataclasses.fields(operation):
-        value: Any = getattr(operation, field.name)
-        if field.default is dataclasses.MISSING:
-            shown.append(_quoted(value))
-        elif value != field.default:
-            shown.append(f"{field.name}={_quoted(value)}")
-    return f"ct.{type(operation).__name__}({', '.join(shown)})"
+        Raises:
+            SpecFileError: If the file cannot be read or a value in it is wrong; the message names file and line.
+        """
+        return cls(surgery_toml.read_file(pathlib.Path(path)))
 
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """Read the `[[surgery]]` tables of `text`."""
+        return cls(surgery_toml.read(text, source="<text>"))
 
-def wildcards(pattern: str) -> list[str]:
-    """The parts of a pattern that stand for more than themselves, in order."""
-    return [found for segment in split_segments(pattern) for found in WILDCARD.findall(segment)]
-
-
-def split_segments(pattern: str) -> list[str]:
-    """The segments of a pattern; a dot inside braces divides nothing."""
-    return re.findall(r"(?:[^.{}]|\{[^{}]*\})+", pattern)
-
-
-def _quoted(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) and '"' not in value else repr(value)
-
-
-def _counted(found: list[str]) -> str:
-    return " ".join(found) or "no wildcard"
-
-
-def _require_start(operation: Operation, start: object) -> None:
-    legal = isinstance(start, tuple) and all(type(size) is int and size >= 0 for size in start)
-    if not legal:
-        kind = type(operation).__name__
-        raise SpecError(
-            what=f"ct.{kind}({operation.pattern!r}, start={start!r}) cannot be honoured.",
-            why="start is a tuple of ints of 0 or more, one for each axis from the first on.",
-            fix=f"ct.{kind}({operation.pattern!r}, start=(0, 0))",
-        )
+    def to_toml(self) -> str:
+        """The tables that `from_toml` reads back to an equal value."""
+        return surgery_toml.write(self.operations)

@@ -25,9 +25,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SpecError, SpecFileError, did_you_mean
-from . import retention, triggers
+from . import retention, surgery_toml, triggers
 from .mirror import Mirror
 from .storage import Integrity, Storage
+from .versions import Migration, StateVersion
 
 TRIGGERS: dict[str, type[Any]] = {
     "every_steps": triggers.EverySteps,
@@ -60,7 +61,20 @@ def encode(spec: Any) -> dict[str, Any]:
         "storage": dataclasses.asdict(spec.storage),
         "integrity": dataclasses.asdict(spec.integrity),
     }
-    return plain if spec.mirror is None else {**plain, "mirror": _encode_mirror(spec.mirror)}
+    if spec.mirror is not None:
+        plain["mirror"] = _encode_mirror(spec.mirror)
+    if spec.state_version != StateVersion():
+        plain["state_version"] = _encode_version(spec.state_version)
+    return plain
+
+
+def _encode_version(version: StateVersion) -> Any:
+    if not version.migrations:
+        return version.number
+    migrations = [
+        {"from_version": each.from_version, "surgery": surgery_toml.encode(each.surgery)} for each in version.migrations
+    ]
+    return {"number": version.number, "migrations": migrations}
 
 
 def _encode_mirror(mirror: Mirror) -> dict[str, Any]:
@@ -96,7 +110,7 @@ def _encode_fields(name: str, value: Any, group: str) -> dict[str, Any]:
 
 def decode(table: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `CheckpointSpec` from plain data; errors name the key they stumbled on."""
-    known = ("directory", "save", "keep", "storage", "integrity", "mirror")
+    known = ("directory", "save", "keep", "storage", "integrity", "mirror", "state_version")
     _refuse_unknown(table, known, "the table of a spec")
     if "directory" not in table:
         raise _At("directory", "the spec has no directory.", "every step is a folder below it.", 'directory = "run"')
@@ -109,7 +123,26 @@ def decode(table: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = _build(kind, table[name], key=name)
     if "mirror" in table:
         fields["mirror"] = _decode_mirror(table["mirror"])
+    if "state_version" in table:
+        fields["state_version"] = _decode_version(table["state_version"])
     return fields
+
+
+def _decode_version(data: Any) -> Any:
+    """A number, or a table with the migrations that lead to it."""
+    key = "state_version"
+    if not isinstance(data, Mapping):
+        return _construct(StateVersion, [data], {}, key)
+    migrations = data.get("migrations", [])
+    if not isinstance(migrations, list) or not all(isinstance(each, Mapping) for each in migrations):
+        raise _At("migrations", "migrations is no list of tables.", "each is a table.", "{ from_version = 1 }")
+    made = []
+    for each in migrations:
+        _refuse_unknown(each, ("from_version", "surgery"), "a migration")
+        surgery = _construct(surgery_toml.decode, [each.get("surgery", [])], {}, "surgery")
+        made.append(_construct(Migration, [each.get("from_version"), surgery], {}, "from_version"))
+    _refuse_unknown(data, ("number", "migrations"), key)
+    return _construct(StateVersion, [data.get("number", 1), made], {}, key)
 
 
 def _decode_mirror(data: Any) -> Any:
@@ -155,7 +188,7 @@ def _build(kind: type[Any], data: Any, *, key: str) -> Any:
     return _construct(kind, [], data, key)
 
 
-def _construct(kind: type[Any], args: list[Any], kwargs: Mapping[str, Any], key: str) -> Any:
+def _construct(kind: typing.Callable[..., Any], args: list[Any], kwargs: Mapping[str, Any], key: str) -> Any:
     try:
         return kind(*args, **kwargs)
     except SpecError as error:
@@ -253,6 +286,8 @@ def write(spec: Any) -> str:
         lines += [f"{group} = ["] + [f"    {_literal(entry)}," for entry in entries] + ["]"]
     for table in ("storage", "integrity"):
         lines += ["", f"[{TABLE}.{table}]"] + [f"{key} = {_literal(value)}" for key, value in data[table].items()]
+    if "state_version" in data:
+        lines.insert(2, f"state_version = {_literal(data['state_version'])}")
     if "mirror" in data:
         lines += ["", f"[{TABLE}.mirror]"] + [f"{key} = {_literal(value)}" for key, value in data["mirror"].items()]
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from remattools.rules.paths import Pattern, Universe
 
-from ..spec.surgery import WILDCARD, Rename, split_segments
+from ..spec.operations import WILDCARD, Rename, split_segments
 from .match import Names
 
 _MARK = "\x1f"

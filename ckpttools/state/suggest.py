@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..errors import StructureError
-from ..spec.surgery import Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, wildcards
+from ..spec.operations import Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, wildcards
 from .match import Difference, Names, folded, form
 from .renaming import Parts, outermost, renamed
 

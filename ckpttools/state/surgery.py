@@ -16,7 +16,8 @@ import numpy as np
 from remattools.rules.paths import closest
 
 from ..errors import StructureError
-from ..spec.surgery import Cast, Drop, Operation, Reinit, Rename, Surgery, as_code, split_segments, wildcards
+from ..spec.operations import Cast, Drop, Operation, Reinit, Rename, as_code, split_segments, wildcards
+from ..spec.surgery import Surgery
 from . import transform
 from .leaves import Leaf, Path, Record, describe, is_array
 from .match import Difference, Names, below, compare, names, with_closest

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ..errors import StructureError
-from ..spec.surgery import Cast, Operation, Pad, Slice, as_code
+from ..spec.operations import Cast, Operation, Pad, Slice, as_code
 from .leaves import Record, host_shape, numpy_dtype
 
 type Array = np.ndarray[Any, Any]

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal
 
-from ..errors import CheckpointError, IncompleteStepError, StepDamagedError, UntrustedStepError
+from ..errors import CheckpointError, IncompleteStepError, StepDamagedError, UntrustedStepError, VersionError
 from ..spec.retention import StepInfo
 from . import commit, confine, digest, layout
 from .manifest import Lineage, Manifest, Summary, read_sealed
@@ -22,7 +22,7 @@ from .manifest import read as read_manifest
 _PINS = ("pins.json", "pins.second.json")
 """Kept twice: with the only list damaged, retention would delete what somebody asked to keep for good."""
 
-type State = Literal["committed", "unverified", "incomplete", "corrupt"]
+type State = Literal["committed", "unverified", "incomplete", "corrupt", "newer"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Entry:
         step: The number.
         path: The folder.
         state: "committed" if its manifest and the sizes of its files are right; "unverified" if it has no manifest
-            but looks like an Orbax checkpoint; else the kind of its damage.
+            but looks like an Orbax checkpoint; "newer" if a newer version wrote it; else the kind of its damage.
         info: What retention may know; None unless committed.
         manifest: The manifest; None unless committed.
         error: What is wrong with it; None if committed.
@@ -132,6 +132,8 @@ def _examine(path: pathlib.Path, step: int) -> Entry:
         lacks_manifest = not (path / layout.MANIFEST).exists()
         foreign = lacks_manifest and looks_like_orbax(path) and not _was_ours(path.parent, step)
         return Entry(step=step, path=path, state="unverified" if foreign else "incomplete", error=error)
+    except VersionError as error:
+        return Entry(step=step, path=path, state="newer", error=error)
     except StepDamagedError as error:
         return Entry(step=step, path=path, state="corrupt", error=error)
 
@@ -140,7 +142,7 @@ def _was_ours(root: pathlib.Path, step: int) -> bool:
     """Whether a step without a manifest once had one: its second copy tells it from a step of plain Orbax."""
     spares = layout.control(root, "spare")
     for spare in spares.iterdir() if spares.is_dir() else ():
-        with contextlib.suppress(StepDamagedError, OSError):
+        with contextlib.suppress(StepDamagedError, VersionError, OSError):
             if read_sealed(spare).summary.step == step:
                 return True
     return False

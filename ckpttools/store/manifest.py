@@ -18,7 +18,7 @@ import stat
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CorruptStepError, IncompleteStepError, StepDamagedError, UntrustedStepError
+from ..errors import CorruptStepError, IncompleteStepError, StepDamagedError, UntrustedStepError, VersionError
 from ..state.leaves import Path, Record
 from . import digest, layout
 
@@ -78,11 +78,15 @@ class Contents:
         items: The state, item by item.
         triggers: Memory of the triggers after this save.
         outputs: What the validation function returned, if the run has one.
+        state_version: The version that the user gave the structure of the state.
+        surgery: Operations that were applied in this run before, as code: they are done once.
     """
 
     items: dict[str, Item]
     triggers: Any = None
     outputs: Any = None
+    state_version: int = 1
+    surgery: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,8 @@ def write(folder: pathlib.Path, summary: Summary, contents: Contents, *, algorit
     """Write the manifest of a step into its (staged) folder; it is synced with the rest of the tree."""
     plain = {**dataclasses.asdict(summary), "metrics": {k: _plain_float(v) for k, v in summary.metrics.items()}}
     body = b"\n".join(map(_dump, (plain, _contents_json(contents))))
-    seal = {"ckpttools": FORMAT, "digest": digest.of_bytes(algorithm, body)}
+    # The format stands there twice: the digest does not cover the seal, and damage must not look like a newer format.
+    seal = {"ckpttools": FORMAT, "format": FORMAT, "digest": digest.of_bytes(algorithm, body)}
     (folder / layout.MANIFEST).write_bytes(_dump(seal) + b"\n" + body)
 
 
@@ -156,24 +161,30 @@ def _manifest_bytes(folder: pathlib.Path) -> bytes:
 
 
 def from_bytes(data: bytes) -> Manifest:
-    """Check the seal and parse the summary."""
+    """Check the seal and parse the summary.
+
+    Raises:
+        VersionError: If a newer version wrote it.
+        CorruptStepError: If its bytes are not those that were written.
+    """
     damaged = {"what": f"the {layout.MANIFEST} is damaged.", "why": "its bytes do not fit its own checksum."}
-    lines = data.split(b"\n")
-    if len(lines) != 3:
-        raise CorruptStepError(**damaged)
-    seal = _parse(lines[0])
+    first, _, body = data.partition(b"\n")
+    seal = _parse(first)
     if not isinstance(seal, dict) or not isinstance(seal.get("digest"), str):
         raise CorruptStepError(**damaged)
-    algorithm = digest.algorithm_of(seal["digest"])
-    if digest.of_bytes(algorithm, data[len(lines[0]) + 1 :]) != seal["digest"]:
-        raise CorruptStepError(**damaged)
-    if seal.get("ckpttools") != FORMAT:
-        raise CorruptStepError(
-            what=f"the {layout.MANIFEST} has format {seal.get('ckpttools')!r}.",
-            why=f"this version reads format {FORMAT}.",
-            fix="restore with the version that wrote it.",
+    number = seal.get("ckpttools")
+    if type(number) is int and number > FORMAT and seal.get("format") == number:
+        raise VersionError(
+            what=f"the {layout.MANIFEST} has format {number}.",
+            why=f"a newer version of ckpttools wrote it; this one reads formats up to {FORMAT}. Nothing was changed.",
+            fix="install the version that wrote it, or restore(step=...) an older step by its number.",
         )
-    return Manifest(_read_summary(_parse(lines[1])), lines[2])
+    if digest.of_bytes(digest.algorithm_of(seal["digest"]), body) != seal["digest"]:
+        raise CorruptStepError(**damaged)
+    lines = body.split(b"\n")
+    if number != FORMAT or len(lines) != 2:
+        raise CorruptStepError(**damaged)
+    return Manifest(_read_summary(_parse(lines[0])), lines[1])
 
 
 def _check_files(folder: pathlib.Path, summary: Summary) -> None:
@@ -260,7 +271,10 @@ def _contents_json(contents: Contents) -> Any:
         }
         for name, item in contents.items.items()
     }
-    return {"items": items, "triggers": contents.triggers, "outputs": contents.outputs}
+    plain = {"items": items, "triggers": contents.triggers, "outputs": contents.outputs}
+    if contents.surgery:
+        plain["surgery"] = list(contents.surgery)
+    return plain if contents.state_version == 1 else {**plain, "state_version": contents.state_version}
 
 
 def _read_contents(data: Any) -> Contents:
@@ -272,7 +286,13 @@ def _read_contents(data: Any) -> Contents:
             )
             for name, item in data["items"].items()
         }
-        return Contents(items=items, triggers=data["triggers"], outputs=data["outputs"])
+        return Contents(
+            items=items,
+            triggers=data["triggers"],
+            outputs=data["outputs"],
+            state_version=int(data.get("state_version", 1)),
+            surgery=tuple(map(str, data.get("surgery", ()))),
+        )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         if isinstance(error, StepDamagedError):
             raise

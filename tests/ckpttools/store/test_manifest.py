@@ -159,11 +159,38 @@ def test_summaries_of_unknown_form_are_corrupt_and_do_not_stop_the_run(step, cha
             ckpt.restore(STATE)
 
 
-def test_another_format_is_refused_by_name(step):
+def set_seal(step, **fields):
     path = step / layout.MANIFEST
-    lines = path.read_bytes().split(b"\n")
-    path.write_bytes(b"\n".join([json.dumps({**json.loads(lines[0]), "ckpttools": 99}).encode(), *lines[1:]]))
-    with pytest.raises(ct.CorruptStepError, match="format 99"):
+    first, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(json.dumps({**json.loads(first), **fields}).encode() + b"\n" + rest)
+
+
+def test_a_newer_format_is_an_error_and_no_damage(step):
+    set_seal(step, ckpttools=99, format=99)
+    before = sorted(step.rglob("*"))
+    with pytest.raises(ct.VersionError, match=r"format 99[^*]*newer version of ckpttools") as caught:
+        restore(step)
+    assert "install the version that wrote it" in caught.value.fix
+    assert sorted(step.rglob("*")) == before
+    (listed,) = ct.ls(step.parent)
+    assert listed.state == "newer"
+    assert not ct.verify(step.parent).ok
+
+
+def test_a_newer_format_beside_steps_of_this_one_is_not_passed_over(step):
+    with ct.open(ct.CheckpointSpec(directory=step.parent)) as ckpt:
+        ckpt.restore(STATE)
+        ckpt.save(6, STATE)
+    set_seal(step.parent / "6", ckpttools=2, format=2)
+    with ct.open(ct.CheckpointSpec(directory=step.parent)) as ckpt:
+        with pytest.raises(ct.VersionError):
+            ckpt.restore(STATE)
+        assert ckpt.restore(STATE, step=5).step == 5
+
+
+def test_a_flipped_bit_in_the_format_is_damage(step):
+    set_seal(step, ckpttools=3)
+    with pytest.raises(ct.CorruptStepError, match="damaged"):
         restore(step)
 
 

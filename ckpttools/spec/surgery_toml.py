@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Surgery as TOML: one `[[surgery]]` table for each operation, in order.
+
+    [[surgery]]
+    rename = "model.encoder"           # the operation and its pattern; then its other fields
+    new = "model.backbone"
+
+Nothing is imported or evaluated: a name that is not in the table of operations is an error.
+"""
+
+import dataclasses
+import json
+import pathlib
+import tomllib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import SpecError, SpecFileError, did_you_mean
+from .operations import OPERATIONS, Operation
+
+TABLE = "surgery"
+
+
+def encode(operations: Iterable[Operation]) -> list[dict[str, Any]]:
+    """Operations as plain data."""
+    tables = []
+    for operation in operations:
+        name = next(name for name, kind in OPERATIONS.items() if type(operation) is kind)
+        table: dict[str, Any] = {name: operation.pattern}
+        for field in dataclasses.fields(operation)[1:]:
+            value = getattr(operation, field.name)
+            if value != field.default:
+                table[field.name] = list(value) if isinstance(value, tuple) else value
+        tables.append(table)
+    return tables
+
+
+def decode(tables: Any) -> tuple[Operation, ...]:
+    """Operations from plain data.
+
+    Raises:
+        SpecError: If a table is no operation.
+    """
+    if not isinstance(tables, list):
+        raise _error(tables, "surgery is a list of tables.", '[[surgery]]\nrename = "a"\nnew = "b"')
+    return tuple(map(_decoded, tables))
+
+
+def _decoded(table: Any) -> Operation:
+    if not isinstance(table, Mapping) or not table:
+        raise _error(table, "each operation is a table that begins with its name.", '{ drop = "model.decoder" }')
+    found = [name for name in table if name in OPERATIONS]
+    if len(found) != 1:
+        why = "a table holds one operation." if found else "each table begins with the name of its operation."
+        raise _error(table, why, did_you_mean(next(iter(table)), OPERATIONS))
+    kind = OPERATIONS[found[0]]
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+    pattern = fields.pop(found[0])
+    known = {field.name: field.default for field in dataclasses.fields(kind)[1:]}
+    wrong = [name for name in fields if name not in known]
+    if wrong:
+        raise _error(table, f"{found[0]} has no field {wrong[0]!r}.", did_you_mean(wrong[0], known))
+    lacking = [name for name, value in known.items() if value is dataclasses.MISSING and name not in fields]
+    if lacking:
+        raise _error(table, f"{found[0]} needs {' and '.join(lacking)}.", f'{lacking[0]} = "..."')
+    return kind(pattern, **fields)
+
+
+def _error(table: Any, why: str, fix: str) -> SpecError:
+    return SpecError(what=f"{_literal(table)} is no operation of surgery.", why=why, fix=fix)
+
+
+def read_file(path: pathlib.Path) -> tuple[Operation, ...]:
+    """The operations of a file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecFileError(
+            what=f"{path} cannot be read: {error}.",
+            why="the surgery stands in it.",
+            fix="check the path; the file is UTF-8 text.",
+        ) from error
+    return read(text, source=str(path))
+
+
+def read(text: str, *, source: str) -> tuple[Operation, ...]:
+    """The operations of TOML text with `[[surgery]]` tables."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecFileError(what=f"{source} is not TOML: {error}.", why="nothing of it was used.") from error
+    tables = document.get(TABLE)
+    if not isinstance(tables, list):
+        raise SpecFileError(
+            what=f"{source} has no [[{TABLE}]] tables.",
+            why="each operation stands in one.",
+            fix=did_you_mean(TABLE, document) or '[[surgery]]\nrename = "model.encoder"\nnew = "model.backbone"',
+        )
+    operations = []
+    lines = [number for number, line in enumerate(text.splitlines(), 1) if line.strip().startswith(f"[[{TABLE}]]")]
+    for index, table in enumerate(tables):
+        try:
+            operations.append(_decoded(table))
+        except SpecError as error:
+            # `surgery = [{...}]` in one line is legal too; then the file has to be enough.
+            where = f"{source}, line {lines[index]}" if len(lines) == len(tables) else source
+            raise SpecFileError(what=f"{where}: {error.what}", why=error.why, fix=error.fix) from error
+    return tuple(operations)
+
+
+def write(operations: Iterable[Operation]) -> str:
+    """The `[[surgery]]` tables of some operations."""
+    blocks = [
+        "\n".join([f"[[{TABLE}]]", *(f"{key} = {_literal(value)}" for key, value in table.items())])
+        for table in encode(operations)
+    ]
+    return "\n\n".join(blocks) + "\n" if blocks else f"{TABLE} = []\n"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_literal(entry)}" for key, entry in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
