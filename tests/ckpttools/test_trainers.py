@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainers that are handed a spec: a plain flax loop, a functional one, and tunix's manager without tunix."""
 
+import functools
 import os
 import signal
-import subprocess
-import sys
 import types
 
 import jax
@@ -77,6 +76,15 @@ def test_a_functional_loop(tmp_path):
     assert leaves(resumed.state) == leaves(unbroken.state)
 
 
+@functools.partial(nnx.jit, static_argnums=2)
+def imitated_step(model, optimizer, kind):
+    loss, grads = nnx.value_and_grad(
+        lambda model: jnp.mean((model(jnp.ones((1, 4))) - 1) ** 2), argnums=nnx.DiffState(0, kind)
+    )(model)
+    optimizer.update(model, grads)
+    return loss
+
+
 class ImitatedTrainer:
     """The part of tunix's trainer that deals with checkpoints, in the order of its calls."""
 
@@ -98,11 +106,7 @@ class ImitatedTrainer:
         manager.close()
 
     def one_step(self):
-        kind = nnx.LoRAParam if self._lora else nnx.Param
-        self.loss, grads = nnx.value_and_grad(
-            lambda model: jnp.mean((model(jnp.ones((1, 4))) - 1) ** 2), argnums=nnx.DiffState(0, kind)
-        )(self.model)
-        self.optimizer.update(self.model, grads)
+        self.loss = imitated_step(self.model, self.optimizer, nnx.LoRAParam if self._lora else nnx.Param)
         self.train_steps += 1
         self.saved = self.checkpoint_manager.save(
             self.train_steps,
@@ -175,18 +179,15 @@ def test_peft_trainer_of_another_model(tmp_path):
 
 
 def test_a_signal_is_let_through_once_the_step_is_saved(tmp_path):
-    code = f"""
-import os, signal
-from tests.ckpttools.test_trainers import make_trainer, spec_of
-trainer = make_trainer(spec_of({str(tmp_path)!r}))
-trainer.one_step()
-os.kill(os.getpid(), signal.SIGTERM)
-trainer.one_step()
-print("still here")
-"""
-    root = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
-    assert ended.returncode == -signal.SIGTERM
-    assert "still here" not in ended.stdout
-    assert [step.step for step in ct.ls(tmp_path)] == [2]
-    assert "SIGTERM" in ct.ls(tmp_path)[0].reason
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append([step.step for step in ct.ls(tmp_path)]))
+    try:
+        trainer = make_trainer(spec_of(tmp_path))
+        trainer.one_step()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [], "control: it is held back until the step is complete"
+        trainer.one_step()
+        assert seen == [[2]]
+        assert "SIGTERM" in ct.ls(tmp_path)[0].reason
+    finally:
+        signal.signal(signal.SIGTERM, before)
