@@ -52,6 +52,7 @@ bench:
 	.venv-bench/bin/uv pip install --quiet --python .venv-bench/bin/python -c constraints.txt \
 		-e ".[tpu,plot,mirror,safetensors]" --group test --group bench $(WILD)
 	.venv-bench/bin/uv pip install --quiet --python .venv-bench/bin/python --no-deps $(WILD_ALONE)
+	.venv-bench/bin/python benchmarks/import_time.py --write
 	.venv-bench/bin/python benchmarks/remat_trace.py --write docs/benchmarks/remat_trace.md
 	.venv-bench/bin/python benchmarks/ckpt_speed.py --write
 	.venv-bench/bin/python benchmarks/ckpt_mirror.py --write

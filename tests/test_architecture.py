@@ -65,7 +65,8 @@ def test_private_jax_and_orbax_have_one_door_each(path):
 
 @pytest.mark.parametrize("package", ROOMS)
 def test_importing_a_package_imports_no_extra(package):
-    extras = ["matplotlib", "libtpu", "fsspec", "safetensors", "boto3"]
+    # The solver is no extra, but takes a second.
+    extras = ["matplotlib", "libtpu", "fsspec", "safetensors", "boto3", "scipy.optimize"]
     # What JAX, flax and Orbax bring in by themselves is not ours.
     code = f"""
 import sys, jax, flax.nnx, optax, orbax.checkpoint

@@ -10,8 +10,7 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+import scipy  # its submodules come when they are first used: importing the solver takes a second
 
 from .cost import Rates
 from .graph import Graph, alive
@@ -117,23 +116,24 @@ class BlockProblem:
         # Cycles and bytes differ by orders of magnitude between models; the solver's tolerances do not.
         scale = max(max(costs[number] for number in steps), 1.0)
         weights = np.concatenate([price * sizes + 1e-6 * scale, [costs[number] for number in steps]]) / scale
-        constraints = [LinearConstraint(rows[0], lb=rows[1])]
+        constraints = [scipy.optimize.LinearConstraint(rows[0], lb=rows[1])]
         if np.isfinite(limit_bytes):
             total = max(sizes.sum(), 1.0)
             budget = np.concatenate([sizes / total, np.zeros(len(steps))])[None]
-            constraints.append(LinearConstraint(csr_array(budget), ub=[limit_bytes / total]))
-        found = milp(
+            budget_row = scipy.sparse.csr_array(budget)
+            constraints.append(scipy.optimize.LinearConstraint(budget_row, ub=[limit_bytes / total]))
+        found = scipy.optimize.milp(
             weights,
             constraints=constraints,
             integrality=np.concatenate([np.ones(len(names)), np.zeros(len(steps))]),
-            bounds=Bounds(0, 1),
+            bounds=scipy.optimize.Bounds(0, 1),
             options={"time_limit": _SOLVER_S, "mip_rel_gap": 1e-4},
         )
         if found.x is None:  # out of time without any solution: nothing kept is one
             return []
         return [name for name, taken in zip(names, found.x, strict=False) if taken > 0.5]
 
-    def _rows(self, names: Sequence[str], steps: Sequence[int]) -> tuple[csr_array, list[float]]:
+    def _rows(self, names: Sequence[str], steps: Sequence[int]) -> "tuple[scipy.sparse.csr_array, list[float]]":
         """For each value that is read: kept, or made again, if its reader runs."""
         by_value: dict[int, list[int]] = {}
         for column, name in enumerate(names):
@@ -158,7 +158,7 @@ class BlockProblem:
                 if value in self.graph.makers:
                     require(value, number)
         row_numbers, columns, data = zip(*entries, strict=True)
-        matrix = csr_array((data, (row_numbers, columns)), shape=(len(lower), len(names) + len(steps)))
+        matrix = scipy.sparse.csr_array((data, (row_numbers, columns)), shape=(len(lower), len(names) + len(steps)))
         return matrix, lower
 
     def _closure(self, kept: Iterable[int]) -> tuple[int, ...]:
