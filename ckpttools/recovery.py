@@ -17,7 +17,7 @@ from .errors import IncompleteStepError, MirrorError, NoIntactStepError, StepDam
 from .report import Candidate, RestoreReport
 from .spec.retention import ranked
 from .state import surgery, tree
-from .state.match import names, require_legal_skeletons
+from .state.match import Names, names, require_legal_skeletons
 from .state.place import HostItem
 from .state.suggest import require_match
 from .store import integrity
@@ -101,7 +101,7 @@ def load_first_intact(
     state: Mapping[str, Any],
     *,
     check: Check,
-    run: RunFolder,
+    run: RunFolder | None,
     asked: bool = False,
     alter: Alter = unaltered,
 ) -> tuple[Loaded | None, list[Candidate]]:
@@ -111,7 +111,8 @@ def load_first_intact(
         candidates: Steps in the order in which they are tried.
         state: The template.
         check: A further check.
-        run: The run; its damaged steps are moved out of the way unless another process writes to it.
+        run: The run; its damaged steps are moved out of the way unless another process writes to it. None to move
+            nothing.
         asked: Whether the candidates are copies of one step that was asked for.
         alter: What may be done to the leaves of a step so that they fit.
 
@@ -164,7 +165,7 @@ def load(entry: Entry, templates: Mapping[str, tree.Flat], alter: Alter) -> Load
         leaves = [leaf.target for leaf in plan.placed if leaf.path[0] == item and leaf.target is not None]
         require_legal_skeletons(template, leaves, plan.skeletons.get(item, {}))
     arrays = integrity.read_proved(entry, plan.needed())
-    return Loaded(entry, entry.manifest, plan.host_items(templates, arrays), plan)
+    return Loaded(entry, entry.manifest, plan.host_items(templates, arrays), plan.without_templates())
 
 
 def planned(entry: Entry, templates: Mapping[str, tree.Flat], changes: surgery.Changes) -> surgery.Plan:
@@ -173,13 +174,19 @@ def planned(entry: Entry, templates: Mapping[str, tree.Flat], changes: surgery.C
     Raises:
         StructureError: If it does not fit.
     """
-    stored = entry.manifest.contents.items if entry.manifest else {}
-    plan = surgery.plan(stored, templates, changes)
-    if plan.differences:
-        here = [names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
-        there = [names((item, *record.path)) for item, part in stored.items() for record in part.records]
-        require_match(entry.step, plan.differences, here, there)
+    plan, here, there = paired(entry, templates, changes)
+    require_match(entry.step, plan.differences, here, there)
     return plan
+
+
+def paired(
+    entry: Entry, templates: Mapping[str, tree.Flat], changes: surgery.Changes
+) -> tuple[surgery.Plan, list[Names], list[Names]]:
+    """What a restore of one step would do, the names of all leaves of the state, and of all leaves on disk."""
+    stored = entry.manifest.contents.items if entry.manifest else {}
+    here = [names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
+    there = [names((item, *record.path)) for item, part in stored.items() for record in part.records]
+    return surgery.plan(stored, templates, changes), here, there
 
 
 def _rejected(entry: Entry, error: StepDamagedError) -> Candidate:
@@ -202,11 +209,11 @@ def _source(entry: Entry) -> Literal["local", "mirror"]:
     return "local" if entry.fetch is None else "mirror"
 
 
-def _quarantined(run: RunFolder, tried: Sequence[tuple[Entry, Candidate]]) -> list[Candidate]:
+def _quarantined(run: RunFolder | None, tried: Sequence[tuple[Entry, Candidate]]) -> list[Candidate]:
     """The rejected candidates, with the damaged ones moved out of the way if that is possible."""
     candidates = []
     for entry, candidate in tried:
-        if candidate.verdict in ("incomplete", "corrupt") and candidate.source == "local":
+        if run is not None and candidate.verdict in ("incomplete", "corrupt") and candidate.source == "local":
             candidate = dataclasses.replace(candidate, moved_to=run.quarantine(entry.path))
         candidates.append(candidate)
     return candidates

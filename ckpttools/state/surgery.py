@@ -120,6 +120,10 @@ class Plan:
                 wanted.setdefault(leaf.source.item, []).append(leaf.source.record)
         return {item: tuple(records) for item, records in wanted.items()}
 
+    def without_templates(self) -> "Plan":
+        """The plan as a record of what was done: holding on to the old values would double the memory of a restore."""
+        return dataclasses.replace(self, placed=tuple(dataclasses.replace(leaf, template=None) for leaf in self.placed))
+
     def host_items(
         self, templates: Iterable[str], arrays: Mapping[str, dict[Path, np.ndarray[Any, Any]]]
     ) -> dict[str, HostItem]:
