@@ -13,8 +13,12 @@ with ct.open(spec) as ckpt:
 
 from . import functional as functional
 from .adopting import adopt as adopt
+from .altering import AlteredLeaf as AlteredLeaf
 from .api import best as best
 from .api import open as open
+from .diffing import ChangedLeaf as ChangedLeaf
+from .diffing import DiffReport as DiffReport
+from .diffing import diff as diff
 from .errors import CheckpointError as CheckpointError
 from .errors import CheckpointWarning as CheckpointWarning
 from .errors import CorruptStepError as CorruptStepError
@@ -43,6 +47,9 @@ from .importing import import_run as import_run
 from .listing import ListedStep as ListedStep
 from .listing import ls as ls
 from .listing import prune as prune
+from .loading import Preview as Preview
+from .loading import load as load
+from .loading import preview as preview
 from .managing import CheckpointManager as CheckpointManager
 from .mirroring import MirrorStatus as MirrorStatus
 from .options import orbax_options as orbax_options
@@ -63,6 +70,12 @@ from .showing import ShownLeaf as ShownLeaf
 from .showing import ShownStep as ShownStep
 from .showing import show as show
 from .spec.mirror import Mirror as Mirror
+from .spec.operations import Cast as Cast
+from .spec.operations import Drop as Drop
+from .spec.operations import Pad as Pad
+from .spec.operations import Reinit as Reinit
+from .spec.operations import Rename as Rename
+from .spec.operations import Slice as Slice
 from .spec.retention import All as All
 from .spec.retention import Best as Best
 from .spec.retention import EveryNSeconds as EveryNSeconds
@@ -74,12 +87,15 @@ from .spec.schema import json_schema as json_schema
 from .spec.spec import CheckpointSpec as CheckpointSpec
 from .spec.storage import Integrity as Integrity
 from .spec.storage import Storage as Storage
+from .spec.surgery import Surgery as Surgery
 from .spec.triggers import Adaptive as Adaptive
 from .spec.triggers import AtSteps as AtSteps
 from .spec.triggers import EverySeconds as EverySeconds
 from .spec.triggers import EverySteps as EverySteps
 from .spec.triggers import OnImprovement as OnImprovement
 from .spec.triggers import Trigger as Trigger
+from .spec.versions import Migration as Migration
+from .spec.versions import StateVersion as StateVersion
 from .syncing import MirroredStep as MirroredStep
 from .syncing import MirrorReport as MirrorReport
 from .syncing import fetch_step as fetch_step

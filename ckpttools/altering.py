@@ -2,7 +2,6 @@
 """What surgery does to each leaf, in words: the rows of a dry run and of a restore's report."""
 
 import dataclasses
-from typing import Any
 
 from .spec.operations import Cast
 from .state.match import form
@@ -71,8 +70,3 @@ def _placed(leaf: Placed) -> AlteredLeaf:
 
 def _dropped(source: Source) -> AlteredLeaf:
     return AlteredLeaf(name="", action="dropped", source=".".join(source.stored_path), before=form(source.record))
-
-
-def rows(leaves: tuple[AlteredLeaf, ...]) -> list[list[Any]]:
-    """Cells of a table: name, action, on disk, before, after."""
-    return [[leaf.name, leaf.action or "restored", leaf.source, leaf.before, leaf.after] for leaf in leaves]

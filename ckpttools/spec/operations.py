@@ -72,6 +72,12 @@ class Rename(Operation):
                 why="the new name consists of segments between dots, in which only * and ** stand for something.",
                 fix=f'ct.Rename({self.pattern!r}, "model.new_name")',
             )
+        if re.search(r"\{[^{}]*\{", self.pattern):
+            raise SpecError(
+                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has braces inside braces.",
+                why="each pair of braces is one wildcard on the right, so they cannot be nested.",
+                fix="several ct.Rename, one for each.",
+            )
         old, new = wildcards(self.pattern), wildcards(self.new)
         if ["**" if each == "**" else "*" for each in old] != new:
             raise SpecError(

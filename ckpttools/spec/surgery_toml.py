@@ -53,7 +53,7 @@ def _decoded(table: Any) -> Operation:
     if len(found) != 1:
         why = "a table holds one operation." if found else "each table begins with the name of its operation."
         raise _error(table, why, did_you_mean(next(iter(table)), OPERATIONS))
-    kind = OPERATIONS[found[0]]
+    kind: type[Any] = OPERATIONS[found[0]]
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
     pattern = fields.pop(found[0])
     known = {field.name: field.default for field in dataclasses.fields(kind)[1:]}
@@ -63,7 +63,8 @@ def _decoded(table: Any) -> Operation:
     lacking = [name for name, value in known.items() if value is dataclasses.MISSING and name not in fields]
     if lacking:
         raise _error(table, f"{found[0]} needs {' and '.join(lacking)}.", f'{lacking[0]} = "..."')
-    return kind(pattern, **fields)
+    operation: Operation = kind(pattern, **fields)
+    return operation
 
 
 def _error(table: Any, why: str, fix: str) -> SpecError:

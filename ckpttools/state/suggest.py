@@ -10,6 +10,7 @@ import collections
 import difflib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from ..errors import StructureError
 from ..spec.operations import Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, wildcards
@@ -100,9 +101,11 @@ def suggested(
     for path, kind, operation in resizing:
         dtypes = (operation.from_dtype, operation.to_dtype) if isinstance(operation, Cast) else ()
         grouped.setdefault((kind, *dtypes), []).append(path)
-    kinds = {"Cast": Cast, "Pad": Pad, "Slice": Slice, "Reinit": Reinit}
-    for (kind, *dtypes), paths in grouped.items():
-        found += [kinds[kind](pattern, *dtypes) for pattern in _kinds_of(paths, set(here))]
+    kinds: dict[str, type[Any]] = {"Cast": Cast, "Pad": Pad, "Slice": Slice, "Reinit": Reinit}
+    for (kind, *rest), paths in grouped.items():
+        # A cast means leaves of its own dtype only, so a part that is cast as a whole may be named as such.
+        patterns = _covering(paths, set(here), keep=set()) if kind == "Cast" else _kinds_of(paths, set(here))
+        found += [kinds[kind](pattern, *rest) for pattern in patterns]
     found += [Reinit(pattern) for pattern in _covering(missing, set(here), keep=taken - set(extra))]
     return tuple(found)
 

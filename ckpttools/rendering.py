@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports as text: tables that look the same on a terminal, in a notebook and in a file.
+
+Names come from files that anybody may have written, so nothing of them reaches a terminal as a control code, or rich
+as markup.
+"""
+
+import io
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH = 160
+
+
+def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> str:
+    """Rows under a head; the columns named in `right` are numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    stream = io.StringIO()
+    Console(file=stream, width=_WIDTH, markup=False, highlight=False, emoji=False, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def printable(text: str) -> str:
+    """A text without control codes."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
