@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the run of the present format: `python -m tests.golden.make tests/golden/format-1`.
+"""Writes the run of the present format: `python -m tests.golden.make /tmp/run`, then moved to `tests/golden/format-1`.
 
-Run it once when a format is new, and never again for that format: what is there stands for what users have.
+Run it once when a format is new, and never again for that format: what is there stands for what users have. Orbax
+writes down the folder that it writes to, so let that be a plain one.
 """
 
 import pathlib
