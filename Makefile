@@ -56,6 +56,7 @@ bench:
 	.venv-bench/bin/python benchmarks/remat_trace.py --write docs/benchmarks/remat_trace.md
 	.venv-bench/bin/python benchmarks/ckpt_speed.py --write
 	.venv-bench/bin/python benchmarks/ckpt_mirror.py --write
+	.venv-bench/bin/python benchmarks/ckpt_partial.py --write
 	.venv-bench/bin/python benchmarks/ckpt_faults.py --write
 	.venv-bench/bin/python benchmarks/remat_baseline.py --out docs/benchmarks --cache .bench
 	.venv-bench/bin/python benchmarks/remat_frontier.py --out docs/benchmarks --cache .bench
