@@ -41,7 +41,7 @@ class Notebook:
         if self.path is None or self.cache is None:
             return []
         try:
-            texts = list(json.loads(self.path.read_text()))
+            texts = [text for text in json.loads(self.path.read_text()) if isinstance(text, str)]
         except (OSError, ValueError, TypeError):
             return []
         found = []

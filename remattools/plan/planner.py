@@ -185,20 +185,18 @@ def _explored(
         late = time_limit_s is not None and time.monotonic() - start > time_limit_s
         return (len(search.points) if known_count else compiled) < max_compiles and not late
 
-    def compile(number: int) -> None:
-        nonlocal compiled
-        search.compile(number)
-        compiled += 1
-        notes.remember(point.rules for point in search.points.values())
-
     try:
-        compile(search.space.assignments.index(search.space.plain))
+        search.compile(search.space.assignments.index(search.space.plain))
+        compiled = 1
         search.recall(before)
+        notes.remember(point.rules for point in search.points.values())
         while may_go_on():
             number = choose(search)
             if number is None:
                 break
-            compile(number)
+            search.compile(number)
+            compiled += 1
+            notes.remember(point.rules for point in search.points.values())
     except KeyboardInterrupt:
         if not search.points:
             raise

@@ -7,18 +7,21 @@ rest, so that its rules stay few. Predictions only order the search.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from .outline import Outline
-from .solve import Choice
+from .solve import BlockProblem, Choice
 
 # Cycles that a byte may cost; one pass over a value through main memory costs about 1e-3 to 1e-1.
 _PRICES = tuple(float(price) for price in np.geomspace(30.0, 1e-4, 20))
 # How far a prediction can be off before anything was measured, and how far what measurements do not explain.
 _PRIOR, _LOCAL, _NOISE = 0.5, 0.05, 1e-3
 _MOST_SPLITS = 12
+# With so few values in a block every subset of them is a level.
+_FEW = 4
 # Parts of all that a block could keep.
 _SHARES = tuple(float(share) for share in np.geomspace(0.01, 0.9, 14))
 
@@ -127,10 +130,17 @@ def _levels(shape: Outline) -> list[tuple[Choice, ...]]:
         levels.append(
             tuple(problem.cheapest(0.0, limit) for problem, limit in zip(shape.problems, limits, strict=True))
         )
+    if max(len(problem.names) for problem in shape.problems) <= _FEW:  # all there is, alike for each kind of block
+        for positions in itertools.product((False, True), repeat=_FEW):
+            levels.append(tuple(problem.choice(_taken(problem, positions)) for problem in shape.problems))
     levels = sorted({_key(level): level for level in reversed(levels)}.values(), key=_kept)
     plain = tuple(problem.plain for problem in shape.problems)
     # A region that keeps more than no region at all would only cost time.
     return [*(level for level in levels if _kept(level) < _kept(plain)), plain]
+
+
+def _taken(problem: BlockProblem, positions: Sequence[bool]) -> list[str]:
+    return [name for name, taken in zip(problem.names, positions, strict=False) if taken]
 
 
 def _kept(level: Sequence[Choice]) -> int:
