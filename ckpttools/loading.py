@@ -125,7 +125,7 @@ class Preview:
         verdict = "fits" if self.fits else f"does not fit in {len(self.differences)} place(s)"
         head = f"step {self.step} {verdict}; {self.read_bytes:,} bytes would be read"
         rows = [[leaf.name, leaf.action or "restored", leaf.source, leaf.before, leaf.after] for leaf in self.leaves]
-        parts = [head, table_text(["leaf", "action", "on disk", "stored as", "placed as"], rows)]
+        parts = [head, *([table_text(["leaf", "action", "on disk", "stored as", "placed as"], rows)] if rows else [])]
         parts += [f"does not fit: {line}" for line in self.differences]
         parts += [f"would fit it: {as_code(each)}" for each in self.surgery]
         return "\n".join(parts)

@@ -7,6 +7,7 @@ between the two names is a rule, and the rule that mends most leaves is taken fi
 """
 
 import collections
+import dataclasses
 import difflib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,7 +38,7 @@ def require_match(step: int, differences: Sequence[Difference], here: Iterable[N
     operations = suggested(differences, here, there)
     shown = "".join(f"\n    {line}" for line in lines(differences))
     surgery = "".join(f"\n    {as_code(each)}," for each in operations)
-    offer = f"surgery=[{surgery}\n  ] fits it, if that is what is meant; or " if operations else ""
+    offer = f"surgery=[{surgery}\n  ] mends it, if that is what is meant; or " if operations else ""
     error = StructureError(
         what=f"step {step} does not fit the state passed in, in {len(differences)} place(s):{shown}",
         why="restoring part of it, or casting, would change the model without a word. Nothing was restored or lost.",
@@ -91,8 +92,12 @@ def suggested(
             new = (*renamed(rule, path[:depth]), *path[depth:])
             taken.discard(path)
             taken.add(new)
-            missing.pop(new, None)
-            extra.pop(path)
+            old, wanted = extra.pop(path), missing.pop(new, None)
+            if wanted is None:
+                extra[new] = dataclasses.replace(old, path=new)  # Another leaf of the part, and nobody misses it.
+            elif old.stored is not None and wanted.here is not None:
+                both = Difference(kind="reshaped", path=new, here=wanted.here, stored=old.stored)
+                resizing += [(new, type(each).__name__, each) for each in _mended(both)]
     for each in differences:
         if each.kind in ("reshaped", "recast", "other"):
             resizing += [(each.path, type(operation).__name__, operation) for operation in _mended(each)]
@@ -112,8 +117,9 @@ def suggested(
 
 def _mended(difference: Difference) -> list[Operation]:
     here, stored = difference.here, difference.stored
-    if here is None or stored is None or difference.kind == "other":
-        return [Reinit("**")]
+    kinds = {record.kind for record in (here, stored) if record is not None}
+    if here is None or stored is None or not kinds <= {"array", "empty"}:
+        return [] if here is not None and stored is not None and form(here) == form(stored) else [Reinit("**")]
     mended: list[Operation] = []
     if here.dtype != stored.dtype:
         mended.append(Cast("**", stored.dtype, here.dtype))

@@ -232,6 +232,12 @@ LAYERS = [name.replace("blocks", "layers") for name in BLOCKS]
             id="additions",
         ),
         pytest.param(
+            {"m": {"enc": {"emb": leaf(10, 4), "k": leaf(3)}}},
+            {"m": {"net": {"emb": leaf(12, 4), "k": leaf(3)}}},
+            ['ct.Pad("m.net.emb")', 'ct.Rename("m.enc", "m.net")'],
+            id="another name and longer",
+        ),
+        pytest.param(
             nested("m.emb", form=leaf(10, 4)), nested("m.emb", form=leaf(12, 4)), ['ct.Pad("m.emb")'], id="longer"
         ),
         pytest.param(
@@ -245,6 +251,13 @@ LAYERS = [name.replace("blocks", "layers") for name in BLOCKS]
             nested(*BLOCKS, form=leaf(2, dtype=jnp.bfloat16)),
             ['ct.Cast("m.**", "float32", "bfloat16")'],
             id="another dtype",
+        ),
+        pytest.param(
+            nested("m.0.norm_a", "m.1.norm_a", "m.2.norm_a"),
+            nested("m.0.norm_b", "m.1.norm_b", "m.2.other", "m.2.more"),
+            ['ct.Drop("m.2.norm_b")', 'ct.Reinit("m.2.more")', 'ct.Reinit("m.2.other")']
+            + ['ct.Rename("m.*.norm_a", "m.*.norm_b")'],
+            id="more is renamed than is missing",
         ),
         pytest.param(nested("m.w", form=leaf(4)), nested("m.w", form=leaf(2, 2)), ['ct.Reinit("m.w")'], id="rank"),
         pytest.param(
