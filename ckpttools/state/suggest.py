@@ -85,13 +85,15 @@ def suggested(
         missing.pop((item.new.removesuffix(".**"),), None)
     resizing: list[tuple[Names, str, Operation]] = []
     for rule in _renames(missing, extra, Parts(taken)):
-        found.append(rule)
         matched = Parts(extra).matched(rule.pattern)
-        for path in [path for path in extra if outermost(path, matched)]:
-            depth = outermost(path, matched)
-            new = (*renamed(rule, path[:depth]), *path[depth:])
-            taken.discard(path)
-            taken.add(new)
+        depths = {path: outermost(path, matched) for path in extra}
+        moved = {path: (*renamed(rule, path[:depth]), *path[depth:]) for path, depth in depths.items() if depth}
+        collide = set(moved.values()) & (taken - moved.keys()) or len(set(moved.values())) < len(moved)
+        if collide or not missing.keys() & set(moved.values()):
+            continue
+        found.append(rule)
+        taken = (taken - moved.keys()) | set(moved.values())
+        for path, new in moved.items():
             old, wanted = extra.pop(path), missing.pop(new, None)
             if wanted is None:
                 extra[new] = dataclasses.replace(old, path=new)  # Another leaf of the part, and nobody misses it.
@@ -150,45 +152,37 @@ def _renamed_items(differences: Sequence[Difference], here: set[Names], there: s
 
 
 def _renames(missing: dict[Names, Difference], extra: dict[Names, Difference], there: Parts) -> list[Rename]:
-    """Rules that give unexpected leaves the names of missing ones, best first."""
+    """Rules that give unexpected leaves the names of missing ones, in the order in which they are applied."""
     wanted, unused = _by_kind(missing), _by_kind(extra)
     if not wanted or not unused or max(len(wanted), len(unused)) > _MOST_KINDS:
         return []
-    votes: dict[tuple[str, str], dict[Names, Names]] = collections.defaultdict(dict)
-    likeness: dict[tuple[str, str], float] = {}
 
     @functools.cache
-    def safe(pattern: str) -> bool:
-        """Whether a pattern means unexpected leaves only."""
+    def meant(pattern: str) -> frozenset[Names]:
+        """The leaves on disk that a pattern means."""
         matched = there.matched(pattern)
-        return all(leaf in extra for leaf in there.leaves if outermost(leaf, matched))
+        return frozenset(leaf for leaf in there.leaves if outermost(leaf, matched))
 
-    for (new_kind, new_form), new_paths in wanted.items():
-        for (old_kind, old_form), old_paths in unused.items():
-            if old_form != new_form:
-                continue
-            ratio = difflib.SequenceMatcher(None, ".".join(old_kind), ".".join(new_kind)).ratio()
-            if ratio < 0.4 and new_kind[-1] != old_kind[-1]:
-                continue
-            rule = next((rule for rule in _rules(old_kind, new_kind) if safe(rule[0])), None)
-            if rule is None:
-                continue
-            likeness[rule] = max(ratio, likeness.get(rule, 0.0))
-            votes[rule] |= _pairs(old_paths, new_paths)
-    rules, done = [], set[Names]()
-    while votes:
-        open_pairs = {
-            rule: sum(old not in done and new not in done for old, new in pairs.items())
-            for rule, pairs in votes.items()
-        }
-        best = max(votes, key=lambda rule: (open_pairs[rule], likeness[rule]))
-        pairs = votes.pop(best)
-        new_names = set(pairs.values())
-        if not open_pairs[best] or new_names & done or set(pairs) & done or len(new_names) < len(pairs):
+    likeness = []
+    for new in wanted:
+        for old in unused:
+            if new[1] == old[1]:
+                ratio = difflib.SequenceMatcher(None, ".".join(old[0]), ".".join(new[0])).ratio()
+                if ratio >= 0.4 or new[0][-1] == old[0][-1]:
+                    likeness.append((ratio, old, new))
+    rules: collections.Counter[tuple[str, str]] = collections.Counter()
+    done = set[tuple[str, Names, str]]()
+    # Each kind goes to the kind that is most like it.
+    for _, old, new in sorted(likeness, key=lambda each: each[0], reverse=True):
+        if ("old", *old) in done or ("new", *new) in done:
             continue
-        rules.append(Rename(*best))
-        done |= new_names | set(pairs)
-    return rules
+        done |= {("old", *old), ("new", *new)}
+        rule = next((rule for rule in _rules(old[0], new[0]) if meant(rule[0]) <= extra.keys()), None)
+        if rule is not None:
+            rules[rule] += len(wanted[new])
+    # What lies deeper first: after that, a part above it can be renamed as a whole.
+    ordered = sorted(rules, key=lambda rule: (-rule[0].count("."), -rules[rule], rule))
+    return [Rename(*rule) for rule in ordered]
 
 
 def _by_kind(differences: dict[Names, Difference]) -> dict[tuple[Names, str], list[Names]]:
@@ -198,16 +192,6 @@ def _by_kind(differences: dict[Names, Difference]) -> dict[tuple[Names, str], li
         if record is not None:
             kinds.setdefault((folded(path), form(record)), []).append(path)
     return kinds
-
-
-def _pairs(old: list[Names], new: list[Names]) -> dict[Names, Names]:
-    """Names of two kinds that have the same numbers."""
-    by_numbers = {_numbers(path): path for path in new}
-    return {path: by_numbers[_numbers(path)] for path in old if _numbers(path) in by_numbers}
-
-
-def _numbers(path: Names) -> tuple[str, ...]:
-    return tuple("".join(c if c.isdecimal() else " " for c in ".".join(path)).split())
 
 
 def _rules(old: Names, new: Names) -> Iterator[tuple[str, str]]:

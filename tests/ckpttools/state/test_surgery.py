@@ -223,6 +223,12 @@ LAYERS = [name.replace("blocks", "layers") for name in BLOCKS]
             id="in every block",
         ),
         pytest.param(
+            nested(*BLOCKS),
+            nested(*[name.replace("attn", "attention") for name in LAYERS]),
+            ['ct.Rename("m.blocks", "m.layers")', 'ct.Rename("m.blocks.*.attn", "m.layers.*.attention")'],
+            id="a part and what is below it",
+        ),
+        pytest.param(
             nested("m.enc.w", "m.dec.w", "m.dec.b"), nested("m.enc.w"), ['ct.Drop("m.dec")'], id="a part too much"
         ),
         pytest.param(
