@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ckpttools ls|show|verify|prune|pin|unpin|repair|adopt|export|import|mirror`.
+"""`ckpttools ls|show|verify|diff|prune|pin|unpin|repair|adopt|export|import|mirror`.
 
 Entry point. Parses, calls one library function, prints, returns an exit code; so a notebook can do whatever a shell
 can. What only reads takes no lock and may look at a run that is being written.
@@ -10,11 +10,12 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import tables
 from .adopting import adopt
+from .diffing import diff
 from .errors import CheckpointError, SpecError
 from .exchange import export_safetensors
 from .importing import import_run
@@ -27,82 +28,18 @@ from .spec.spec import CheckpointSpec
 from .store import layout
 from .store.run import RunFolder
 from .syncing import fetch_step, sync_mirror
+from .usage import build_parser
 from .verifying import verify
 
 # argparse also exits with 2 on bad usage.
 OK, NO, CANNOT, INTERRUPTED = 0, 1, 2, 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands with their options."""
-    parser = argparse.ArgumentParser(
-        prog="ckpttools",
-        description="What a run's checkpoints are, whether they are intact, and what can be done about it.",
-        epilog="Exit codes: 0 done, 1 the answer is no (damaged, different, beyond repair), 2 cannot be done.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    def command(name: str, run: Any, text: str, place: str = "the run's folder") -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        added.set_defaults(execute=run)
-        added.add_argument("run", type=pathlib.Path, help=place)
-        added.add_argument("--json", action="store_true", help="machine-readable output")
-        return added
-
-    of_step = "the run's folder, or one step's (runs/exp1/500)"
-    listed = command("ls", _ls, "list the steps with metrics, sizes and branches")
-    listed.add_argument("--verify", action="store_true", help="read every byte and say which steps are intact")
-    command("show", _show, "show the tree of a step, by default the newest, with shapes, dtypes and bytes", of_step)
-    command("verify", _verify, "read every byte and name what is damaged; changes nothing", of_step)
-    pruned = command("prune", _prune, "delete what a retention does not keep")
-    pruned.add_argument("--dry-run", action="store_true", help="only say what would be deleted, and why")
-    pruned.add_argument(
-        "--spec", type=pathlib.Path, metavar="TOML", help="take keep from the [checkpoint] of this file"
-    )
-    pruned.add_argument("--latest", type=int, metavar="N", help="keep the N latest")
-    pruned.add_argument(
-        "--best", action="append", default=[], metavar="METRIC:MODE[:N]", help="keep the N best, as in val_loss:min:2"
-    )
-    pruned.add_argument("--every-steps", type=int, metavar="N", help="keep the multiples of N")
-    for name, text in (("pin", "protect steps from retention"), ("unpin", "give steps back to retention")):
-        command(name, _pin, text).add_argument("steps", type=int, nargs="+")
-    repaired = command("repair", _repair, "put damaged manifests and metadata back from their second copies")
-    repaired.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    exported = command("export", _export, "write a step's weights into a safetensors file", of_step)
-    exported.add_argument("file", type=pathlib.Path, help="the safetensors file")
-    _exchange_options(exported, "which item of the step")
-    exported.add_argument("--meta", action="append", default=[], metavar="NAME=TEXT", help="a text for the header")
-    imported = command("import", _import, "make a run whose first step are the weights of a safetensors file")
-    imported.add_argument("file", type=pathlib.Path, help="the safetensors file")
-    imported.add_argument("--step", type=int, default=1, help="the number of the step")
-    _exchange_options(imported, "the name of the item")
-    mirrored = command("mirror", _mirror, "copy what a mirror lacks; --dry-run only compares")
-    mirrored.add_argument("url", nargs="?", help="the mirror's address, unless --spec names one")
-    mirrored.add_argument("--spec", type=pathlib.Path, metavar="TOML", help="take mirror from the [checkpoint] of it")
-    mirrored.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the store; no secrets"
-    )
-    mirrored.add_argument("--check", action="store_true", help="read every byte there, and mend what is damaged")
-    mirrored.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    mirrored.add_argument("--fetch", nargs="?", const="latest", metavar="STEP", help="bring a step from there instead")
-    adopted = command("adopt", _adopt, "take over steps that plain Orbax wrote")
-    adopted.add_argument("--dry-run", action="store_true", help="only say which")
-    return parser
-
-
-def _exchange_options(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--item", default="model", help=text)
-    parser.add_argument(
-        "--name", action="append", default=[], metavar="LEAF=TENSOR", help="as in 'layers.*.kernel=h.*.weight'"
-    )
-    parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these leaves out")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; `argv` excludes the program's name, so that tests call it directly."""
     args = build_parser().parse_args(argv)
     try:
-        code: int = args.execute(args)
+        code = COMMANDS[args.command](args)
         sys.stdout.flush()
         return code
     except CheckpointError as error:
@@ -176,6 +113,15 @@ def _verify(args: argparse.Namespace) -> int:
         report = verify(*place_of(args.run), progress=progress)
     _print(args, report.as_dict(), str(report))
     return OK if report.ok else NO
+
+
+def _diff(args: argparse.Namespace) -> int:
+    run, step = place_of(args.run)
+    bare_number = str(args.other).isdecimal() and not args.other.is_dir()
+    other, number = (run, int(str(args.other))) if bare_number else place_of(args.other)
+    report = diff(run, other, steps=(step, number))
+    _print(args, report.as_dict(), str(report))
+    return OK if report.same else NO
 
 
 def _prune(args: argparse.Namespace) -> int:
@@ -296,3 +242,19 @@ def _print(args: argparse.Namespace, data: Any, text: str) -> None:
         tables.print_json(data)
     else:
         tables.print_text(text)
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "ls": _ls,
+    "show": _show,
+    "verify": _verify,
+    "diff": _diff,
+    "prune": _prune,
+    "pin": _pin,
+    "unpin": _pin,
+    "repair": _repair,
+    "export": _export,
+    "import": _import,
+    "mirror": _mirror,
+    "adopt": _adopt,
+}

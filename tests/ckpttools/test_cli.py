@@ -133,6 +133,26 @@ def test_verify_tells_how_far_it_is(run):
     assert seen[-1][0] == seen[-1][1] == sum(row.total_bytes for row in ct.ls(run))
 
 
+def test_diff_names_what_changed_and_says_so_by_its_exit_code(run, capsys):
+    code, out, _ = call(capsys, "diff", run / "10", "20")
+    assert code == cli.NO
+    assert "model.large" in out
+    assert "model.half" not in out
+    code, found = as_json(capsys, "diff", run / "10", run / "20")
+    assert (code, found["same"]) == (cli.NO, False)
+    assert {leaf["name"]: leaf["max_abs"] for leaf in found["changed"]}["model.large"] == 10.0
+    assert as_json(capsys, "diff", run / "20", run / "20") == (cli.OK, {**found, **same_of(run / "20")})
+    code, _, err = call(capsys, "diff", run / "10", "77")
+    assert code == cli.CANNOT
+    assert "77" in err
+
+
+def same_of(step):
+    report = ct.diff(step, step)
+    assert report.same
+    return json.loads(json.dumps(report.as_dict()))
+
+
 def test_prune_says_what_it_would_delete_then_does(run, capsys, tmp_path):
     code, out, _ = call(capsys, "prune", run, "--latest", 2, "--dry-run")
     assert code == cli.OK

