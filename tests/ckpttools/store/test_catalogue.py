@@ -3,7 +3,6 @@
 
 import json
 import shutil
-import time
 
 import jax.numpy as jnp
 import pytest
@@ -77,7 +76,8 @@ def test_a_branch_of_a_branch(run):
         assert ckpt.all_steps() == (60, 70, 80, 85, 88)
 
 
-def test_a_run_of_a_thousand_steps_opens_in_half_a_second(tmp_path):
+def test_opening_a_run_of_a_thousand_steps_reads_their_summaries_and_no_leaf(tmp_path, monkeypatch):
+    """Its seconds are in benchmarks/ckpt_speed.py; what they come from is counted here."""
     with ct.open(spec_for(tmp_path)) as ckpt:
         ckpt.save(1, {"model": {f"layer{n}": jnp.ones(2) for n in range(20)}})
     lines = (tmp_path / "1" / layout.MANIFEST).read_bytes().split(b"\n")
@@ -88,15 +88,14 @@ def test_a_run_of_a_thousand_steps_opens_in_half_a_second(tmp_path):
         body = json.dumps({**summary, "step": step, "sequence": step}).encode() + b"\n" + lines[2]
         seal = json.dumps({"ckpttools": 1, "digest": digest.of_bytes("xxh3", body)}).encode()
         (folder / layout.MANIFEST).write_bytes(seal + b"\n" + body)
-    best = min(_seconds_to_open(tmp_path) for _ in range(3))
-    assert best < 0.5, f"{best:.2f} s"
-
-
-def _seconds_to_open(folder):
-    began = time.perf_counter()
-    with ct.open(spec_for(folder)) as ckpt:
+    parsed = []
+    monkeypatch.setattr(
+        json, "loads", lambda text, real=json.loads, **how: parsed.append(len(text)) or real(text, **how)
+    )
+    with ct.open(spec_for(tmp_path)) as ckpt:
         assert ckpt.latest_step() == 1000
-        return time.perf_counter() - began
+    assert 1000 <= len(parsed) <= 4010  # seal and summary of each step, at the opening and at the question
+    assert max(parsed) < len(lines[2])  # the leaves are in the third line
 
 
 @pytest.mark.parametrize("damage", ["{", "[" * 100_000, '{"steps": [30], "digest": "xxh3:0"}', "[1e400]"])
