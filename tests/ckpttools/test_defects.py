@@ -4,8 +4,10 @@
 Lettered as in docs/ckpttools.md. Where a control stops showing its defect, Orbax has mended it: update the page.
 """
 
+import gc
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +50,18 @@ def plain_save(mngr, step, metrics=None, state=STATE):
 def our(folder, **changes):
     fields = {"save": ct.EverySteps(1), "keep": ct.All(), **changes}
     return ct.open(ct.CheckpointSpec(directory=folder, **fields))
+
+
+def failure_of_orbax(folder, template):
+    """Type and text of the error of a plain load; the error itself holds coroutines that complain when collected."""
+    text = ""
+    with array_io._leftovers_muted():
+        try:
+            v1.load_checkpointables(folder, {"model": template})
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+        gc.collect()
+    return text
 
 
 def save_all(ckpt, losses, start=1):
@@ -238,9 +252,7 @@ def test_j_another_shape_is_called_another_shape(tmp_path):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)}
     v1.save_checkpointables(tmp_path / "plain", {"model": STATE})
-    with pytest.raises(Exception, match="incompatible handler") as caught:
-        v1.load_checkpointables(tmp_path / "plain", {"model": template})
-    assert type(caught.value).__name__ == "NoEntryError", "control"
+    assert re.match("NoEntryError.*incompatible handler", failure_of_orbax(tmp_path / "plain", template)), "control"
     with our(tmp_path / "ours") as ckpt:
         ckpt.save(1, {"model": STATE})
         with pytest.raises(ct.StructureError, match=r"model\.w: float32\[16\] on disk, float32\[8\] here"):
