@@ -71,13 +71,19 @@ def take(state: Mapping[str, Any], buffers: Buffers | None) -> Snapshot:
 
 
 def _to_host(item: str, leaf: Leaf, *, copy: bool, kept: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
-    value = jax.random.key_data(leaf.value) if is_key(leaf.value) else leaf.value
-    if isinstance(value, jax.ShapeDtypeStruct):
+    if isinstance(leaf.value, jax.ShapeDtypeStruct):
         raise LeafError(
             what=f"{dotted(item, leaf.path)} is abstract.",
             why="it has a shape and no values, so there is nothing to save.",
             fix="pass the trained state, not the result of nnx.eval_shape.",
         )
+    if isinstance(leaf.value, jax.Array) and leaf.value.is_deleted():
+        raise LeafError(
+            what=f"{dotted(item, leaf.path)} was deleted.",
+            why="its memory was given away, most often by donating the state to a jitted function.",
+            fix="pass the state that the function returned, not the one that it was given.",
+        )
+    value = jax.random.key_data(leaf.value) if is_key(leaf.value) else leaf.value
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         raise LeafError(
             what=f"{dotted(item, leaf.path)} is spread over several processes.",

@@ -185,6 +185,16 @@ def test_a_state_that_cannot_be_stored_is_refused_before_anything_is_written(tmp
     assert not list(tmp_path.glob("[0-9]*"))
 
 
+@pytest.mark.parametrize("make", [lambda: jnp.ones(3), lambda: jax.random.key(0)])
+def test_an_array_that_was_donated_is_named(tmp_path, make):
+    donated = make()
+    donated.delete()
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        with pytest.raises(ct.LeafError, match=r"params\.w was deleted"):
+            ckpt.save(1, {"params": {"w": donated}})
+        assert ckpt.all_steps() == ()
+
+
 def test_a_metric_that_is_no_number_is_refused(tmp_path):
     with ct.open(spec_for(tmp_path)) as ckpt, pytest.raises(ct.LeafError, match="metric 'loss'"):
         ckpt.save(1, {"params": jnp.ones(1)}, metrics={"loss": "low"})
