@@ -11,7 +11,7 @@ WILD_ALONE := google-tunix qwix google-metrax clu
 # The accelerators of a development machine are no part of the tests.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-remat3 test-long test-floor test-wild docs bench lint clean
+.PHONY: demo test test-remat3 test-long test-floor test-py313 test-wild package docs bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -33,6 +33,10 @@ test-floor:
 	.venv-floor/bin/uv pip install --quiet --python .venv-floor/bin/python --resolution lowest-direct -e ".[$(EXTRAS)]" --group test
 	.venv-floor/bin/python -m pytest -m "not long"
 
+# The same suite on the next Python.
+test-py313:
+	$(MAKE) test PYTHON=python3.13 VENV=.venv-py313
+
 # Models that others wrote, unedited.
 test-wild:
 	test -x .venv-wild/bin/uv || ($(PYTHON) -m venv .venv-wild && .venv-wild/bin/python -m pip install --quiet uv)
@@ -46,11 +50,17 @@ docs: $(VENV)/.installed
 	$(INSTALL) -e ".[$(EXTRAS)]" --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# The built wheel and sdist, each installed and used outside the checkout.
+package: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/uv build --quiet --python $(BIN)/python --out-dir dist
+	$(BIN)/python tests/packaging/check.py dist/*.whl dist/*.tar.gz
+
 # Every figure of docs/benchmarks, anew: some hours. The power cuts need root, the policies tunix and libtpu.
 bench:
 	test -x .venv-bench/bin/uv || ($(PYTHON) -m venv .venv-bench && .venv-bench/bin/python -m pip install --quiet uv)
 	.venv-bench/bin/uv pip install --quiet --python .venv-bench/bin/python -c constraints.txt \
-		-e ".[tpu,plot,mirror,safetensors]" --group test --group bench $(WILD)
+		-e ".[tpu,plot,mirror]" --group test --group bench $(WILD)
 	.venv-bench/bin/uv pip install --quiet --python .venv-bench/bin/python --no-deps $(WILD_ALONE)
 	.venv-bench/bin/python benchmarks/import_time.py --write
 	.venv-bench/bin/python benchmarks/remat_trace.py --write docs/benchmarks/remat_trace.md
@@ -74,4 +84,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-wild .venv-bench .bench build dist site .mypy_cache .ruff_cache .demo
+	rm -rf .venv .venv-floor .venv-py313 .venv-wild .venv-bench .bench build dist site .mypy_cache .ruff_cache .demo
