@@ -4,7 +4,10 @@
 import dataclasses
 import os
 import pathlib
+import time
+from collections.abc import Sequence
 
+from .rendering import readable_bytes, table_text
 from .spec.retention import Retention, Verdict
 from .store import catalogue
 from .store.run import RunFolder, existing_folder
@@ -37,15 +40,52 @@ class ListedStep:
     pinned: bool = False
 
 
-def ls(directory: str | os.PathLike[str]) -> tuple[ListedStep, ...]:
-    """Every step of a run in the order of the commits, damaged and foreign ones last; reads manifests only."""
+class Listing(tuple[ListedStep, ...]):
+    """A tuple of `ListedStep` that prints as the table of `ckpttools ls`."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        columns, rows = rows_of(self)
+        return table_text(columns, rows, right=right_of(columns)) if self else "there are no steps"
+
+
+def rows_of(steps: Sequence[ListedStep]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the table of steps; each metric has a column."""
+    names = sorted({name for step in steps for name in step.metrics})
+    rows = [
+        [
+            str(step.step),
+            step.state + (", pinned" if step.pinned else ""),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(step.saved_at)) if step.saved_at else "",
+            readable_bytes(step.total_bytes) if step.total_bytes else "",
+            *(f"{step.metrics[name]:.6g}" if name in step.metrics else "" for name in names),
+            f"{step.branch} after {step.began_after}" if step.began_after else step.branch,
+            step.reason,
+        ]
+        for step in steps
+    ]
+    return ["step", "state", "saved", "size", *names, "branch", "reason"], rows
+
+
+def right_of(columns: Sequence[str]) -> list[str]:
+    """The columns of `rows_of` that hold numbers."""
+    return [columns[0], *columns[3:-2]]
+
+
+def ls(directory: str | os.PathLike[str]) -> Listing:
+    """Every step of a run in the order of the commits, damaged and foreign ones last; reads manifests only.
+
+    Returns:
+        A tuple of `ListedStep`, which prints as a table.
+    """
     known = catalogue.scan(pathlib.Path(directory).absolute())
     entries = sorted(
         (*known.entries, *known.set_aside),
         key=lambda entry: (entry.info is None, entry.info.sequence if entry.info else entry.step),
     )
     # A step that the run's own process deletes at this moment looks damaged; it is gone.
-    return tuple(_listed(entry) for entry in entries if entry.state == "committed" or entry.path.exists())
+    return Listing(_listed(entry) for entry in entries if entry.state == "committed" or entry.path.exists())
 
 
 def _listed(entry: catalogue.Entry) -> ListedStep:

@@ -29,3 +29,11 @@ def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: 
 def printable(text: str) -> str:
     """A text without control codes."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def readable_bytes(count: int) -> str:
+    """A size in the unit that leaves it below 1024."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"

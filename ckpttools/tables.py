@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.table import Table
 
-from .listing import ListedStep
+from .listing import ListedStep, right_of, rows_of
+from .rendering import printable, readable_bytes
 from .showing import ShownStep, form_of
 from .spec.retention import Verdict
 from .syncing import MirrorReport
@@ -40,18 +40,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(_printable, row))
+        table.add_row(*map(printable, row))
     console = _Console(markup=False, highlight=False, emoji=False)
     console.print(table, width=None if console.is_terminal else _WIDTH_OF_A_FILE)
 
 
 def print_text(text: str) -> None:
     """Print text whose parts may come from a file."""
-    print("\n".join(map(_printable, text.splitlines())))
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    print("\n".join(map(printable, text.splitlines())))
 
 
 def print_json(data: Any) -> None:
@@ -65,14 +61,6 @@ def _finite(data: Any) -> Any:
     if isinstance(data, dict):
         return {str(key): _finite(value) for key, value in data.items()}
     return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
-
-
-def readable_bytes(count: int) -> str:
-    """A size in the unit that leaves it below 1024."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
 @contextlib.contextmanager
@@ -92,21 +80,8 @@ def print_steps(steps: Sequence[ListedStep]) -> None:
     if not steps:
         print("there are no steps")
         return
-    names = sorted({name for step in steps for name in step.metrics})
-    columns = ["step", "state", "saved", "size", *names, "branch", "reason"]
-    rows = [
-        [
-            str(step.step),
-            step.state + (", pinned" if step.pinned else ""),
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(step.saved_at)) if step.saved_at else "",
-            readable_bytes(step.total_bytes) if step.total_bytes else "",
-            *(f"{step.metrics[name]:.6g}" if name in step.metrics else "" for name in names),
-            f"{step.branch} after {step.began_after}" if step.began_after else step.branch,
-            step.reason,
-        ]
-        for step in steps
-    ]
-    print_table(columns, rows, right=["step", "size", *names])
+    columns, rows = rows_of(steps)
+    print_table(columns, rows, right=right_of(columns))
 
 
 def print_tree(shown: ShownStep) -> None:
@@ -153,5 +128,5 @@ def print_mirror(report: MirrorReport) -> None:
 
 def print_error(text: str) -> None:
     """Say on the error stream why nothing was done."""
-    lines = "\n".join(map(_printable, text.splitlines()))
+    lines = "\n".join(map(printable, text.splitlines()))
     print(f"ckpttools: {lines}", file=sys.stderr)

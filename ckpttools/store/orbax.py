@@ -15,6 +15,7 @@ import gc
 import logging
 import pathlib
 import sys
+import types
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,6 +27,8 @@ from orbax import checkpoint as v0
 from orbax.checkpoint import v1 as ocp
 
 from ..state.leaves import Path, Record, host_shape, key_dtype
+
+_PACKAGE = str(pathlib.Path(str(v0.__file__)).parent)
 
 _DATA_FILE_BYTES = 128 << 20
 """Orbax's default is 2 GB. Smaller files are written side by side (524 MB on 2 cores: 0.26 s instead of 0.42), and a
@@ -172,13 +175,16 @@ def _load(context: ocp.Context, folder: pathlib.Path, items: Mapping[str, Any]) 
 def _leftovers_muted() -> Iterator[None]:
     """Without complaints about what a failed load leaves: coroutines that nobody awaits and a loop that is closed.
 
-    The failure itself is reported by us, with what it means. A coroutine may also raise while it is collected, because
-    its loop is gone, and nobody can catch that: it reaches `sys.unraisablehook`. Everything else is handed on.
+    The failure itself is reported by us, with what it means. A coroutine of Orbax's may also raise while it is
+    collected, because its loop is gone or because it takes that for a failed read, and nobody can catch that: it
+    reaches `sys.unraisablehook`. Everything else is handed on.
     """
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
 
     def unraisable(event: Any) -> None:
-        if not (isinstance(event.exc_value, RuntimeError) and "loop is closed" in str(event.exc_value)):
+        lost_loop = isinstance(event.exc_value, RuntimeError) and "loop is closed" in str(event.exc_value)
+        of_orbax = isinstance(event.object, types.CoroutineType) and _PACKAGE in event.object.cr_code.co_filename
+        if not (lost_loop or of_orbax):
             hook(event)
 
     disabled, logger.disabled = logger.disabled, True

@@ -142,6 +142,17 @@ def write_v0(folder, state):
         manager.wait_until_finished()
 
 
+def test_a_listing_prints_as_a_table(tmp_path):
+    assert str(ct.ls(tmp_path)) == "there are no steps"
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(3, {"model": {"w": np.ones(2)}}, metrics={"loss": 0.25})
+    head, row = str(ct.ls(tmp_path)).splitlines()
+    assert head.split() == ["step", "state", "saved", "size", "loss", "branch", "reason"]
+    assert row.split()[:2] == ["3", "committed"]
+    assert "0.25" in row
+    assert "asked for" in row
+
+
 def write_v1(folder, state):
     v1.save_checkpointables(folder / "3", {"model": state, "extra": {"epoch": 4}})
 

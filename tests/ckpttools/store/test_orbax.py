@@ -64,8 +64,15 @@ def test_the_v0_checkpointer_loads_an_item_without_a_manager(run):
         assert_equal(checkpointer.restore(run / "3" / "optimizer", template(OTHER)), OTHER)
 
 
-@pytest.mark.parametrize(("error", "seen"), [(RuntimeError("Event loop is closed"), 0), (ValueError("another"), 1)])
-def test_leftovers_of_a_failed_load_do_not_complain_later(run, monkeypatch, error, seen):
+@pytest.mark.parametrize(
+    ("error", "place", "seen"),
+    [
+        pytest.param(RuntimeError("Event loop is closed"), __file__, 0, id="its loop is gone"),
+        pytest.param(OSError("while reading"), v1.__file__, 0, id="Orbax takes its end for a failed read"),
+        pytest.param(ValueError("another"), __file__, 1, id="another's"),
+    ],
+)
+def test_leftovers_of_a_failed_load_do_not_complain_later(run, monkeypatch, error, place, seen):
     events = []
     monkeypatch.setattr(sys, "unraisablehook", lambda event: events.append(event.exc_type))
 
@@ -78,6 +85,8 @@ def test_leftovers_of_a_failed_load_do_not_complain_later(run, monkeypatch, erro
             await Suspended()
         finally:
             raise error
+
+    stays_open.__code__ = stays_open.__code__.replace(co_filename=place)
 
     def failing(folder, items):
         cycle = [stays_open()]
