@@ -37,8 +37,8 @@ def update(model: Model, optimizer: nnx.Optimizer, x: jax.Array) -> jax.Array:
     return loss
 
 
-def train(folder: pathlib.Path) -> dict:
-    """Train to the last step from wherever the folder's run is; the state at the end."""
+def train(folder: pathlib.Path, *, tell: bool = False) -> dict:
+    """Train to the last step from wherever the folder's run is, and tell of each step; the state at the end."""
     model = Model(nnx.Rngs(0))
     state = {"model": model, "optimizer": nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)}
     with ct.open(ct.CheckpointSpec(directory=folder, save=ct.EverySteps(3), keep=ct.Latest(2))) as ckpt:
@@ -47,7 +47,8 @@ def train(folder: pathlib.Path) -> dict:
             # The batch is a function of the step, so a resumed run sees the ones that it would have seen.
             update(model, state["optimizer"], jax.random.normal(jax.random.key(step), (32, 16)))
             ckpt.step(step, state)
-            print(f"step {step}", flush=True)
+            if tell:
+                print(f"step {step}", flush=True)
     return state
 
 
@@ -82,6 +83,6 @@ def _bits(leaf: jax.Array) -> np.ndarray:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
-        train(pathlib.Path(sys.argv[2]))
+        train(pathlib.Path(sys.argv[2]), tell=True)
     else:
         main()

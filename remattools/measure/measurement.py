@@ -104,6 +104,11 @@ class Measurement:
         """Arguments, results and temporaries together: an upper bound of the peak on every target."""
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
+    @property
+    def temporaries_in_peak(self) -> bool:
+        """Whether `peak_bytes` counts the temporaries; the CPU compiler's does not."""
+        return self.peak_bytes >= self.temp_bytes
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` gives an equal value back."""
         return dataclasses.asdict(self)
@@ -123,7 +128,11 @@ class Measurement:
         for field in ("argument", "output", "alias", "temp", "peak", "host_temp", "allocator_peak"):
             value = getattr(self, f"{field}_bytes")
             if value or field in ("argument", "output", "temp", "peak"):
-                lines.append(f"{field:<18}{format_bytes(value)}")
+                note = (
+                    "" if field != "peak" or self.temporaries_in_peak else ", temporaries not counted by this compiler"
+                )
+                lines.append(f"{field:<18}{format_bytes(value)}{note}")
+        lines.append(f"{'total':<18}{format_bytes(self.total_bytes)}")
         if self.flops is not None:
             lines.append(f"{'flops':<18}{format_count(self.flops)}")
         if self.bytes_accessed is not None:
