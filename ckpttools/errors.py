@@ -116,6 +116,10 @@ class SaveTimeoutError(CheckpointError, TimeoutError):
     """A wait for the disk took longer than the spec allows."""
 
 
+class ProcessError(CheckpointError, RuntimeError):
+    """Another process of the same run failed, died, left, or is doing something else."""
+
+
 class ValidationError(CheckpointError, ValueError):
     """The model's outputs do not survive saving, or are not finite."""
 

@@ -6,7 +6,9 @@ Orbax v1's free functions write host arrays into a staging folder and read them 
 -   a v1 `Context` is per thread, so it is entered right around each call;
 -   `deepcopy_host_arrays` is switched off: the arrays handed over are ours and do not change until the call returns;
 -   Orbax refuses empty trees and numpy scalars, and of two names that are equal after joining keys with dots silently
-    keeps one (`state.tree.check_names` guards against that).
+    keeps one (`state.tree.check_names` guards against that);
+-   with several processes v1's functions run a collective that has no time limit and must not run beside the training;
+    v0's handler of pytrees, which they call, has no barrier of its own, so that is what the parts are written with.
 """
 
 import contextlib
@@ -17,13 +19,14 @@ import pathlib
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax import checkpoint as v0
+from orbax.checkpoint._src.multihost import multihost
 from orbax.checkpoint import v1 as ocp
 
 from ..state.leaves import Path, Record, host_shape, key_dtype
@@ -53,14 +56,7 @@ def write(
         arrays: The array of each leaf that Orbax stores.
         compression: Whether to compress with zstd.
     """
-    items: dict[str, Any] = {}
-    for item, leaves in records.items():
-        tree: dict[str, Any] = {}
-        for record in leaves:
-            if record.in_orbax:
-                _put(tree, record.path, _native(record, arrays[item][record.path]))
-        if tree:
-            items[item] = tree
+    items = _trees(records, arrays)
     if not items:
         folder.mkdir(parents=True)
         return
@@ -70,6 +66,62 @@ def write(
     context.memory.deepcopy_host_arrays = False
     with context:
         ocp.save_checkpointables(folder, items)
+
+
+def _trees(records: Mapping[str, tuple[Record, ...]], arrays: Mapping[str, Mapping[Path, Any]]) -> dict[str, Any]:
+    """The leaves that Orbax stores as nested dicts, for each item that has any."""
+    items: dict[str, Any] = {}
+    for item, leaves in records.items():
+        tree: dict[str, Any] = {}
+        for record in leaves:
+            if record.in_orbax and record.path in arrays[item]:
+                _put(tree, record.path, _native(record, arrays[item][record.path]))
+        if tree:
+            items[item] = tree
+    return items
+
+
+def write_part(
+    folder: pathlib.Path,
+    records: Mapping[str, tuple[Record, ...]],
+    arrays: Mapping[str, Mapping[Path, Any]],
+    *,
+    compression: bool,
+) -> None:
+    """Write what this process holds of arrays that are spread over several processes; waits for nobody.
+
+    Args:
+        folder: Absolute path; it has a folder for each item.
+        records: All leaves, by item.
+        arrays: The array of each leaf that is to be written. Host arrays are written by process 0 only.
+        compression: Whether to compress with zstd.
+    """
+    for item, tree in _trees(records, arrays).items():
+        args = v0.args.PyTreeSave(tree, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
+        _part_handler(compression).save(_orbax_path(folder / item), args=args)
+
+
+def finish_parts(folder: pathlib.Path, items: Sequence[str]) -> None:
+    """Make one checkpoint of the parts that all processes have written; called by process 0."""
+    for item in items:
+        _part_handler(compression=False).finalize(_orbax_path(folder / item))
+    kind = ocp.handlers.PyTreeHandler
+    handlers = dict.fromkeys(items, f"{kind.__module__}.{kind.__qualname__}")
+    store = v0.metadata.metadata_store(enable_write=True, blocking_write=True)
+    store.write(_orbax_path(folder / "_CHECKPOINT_METADATA"), {"item_handlers": handlers})
+
+
+def _part_handler(compression: bool) -> Any:
+    return v0.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=compression)
+
+
+def _orbax_path(path: pathlib.Path) -> Any:
+    return ocp.Context().file_options.path_class(path)
+
+
+def coordination_store() -> Any:
+    """The key-value store of `jax.distributed`; JAX itself has no public name for it."""
+    return multihost.get_jax_distributed_client()
 
 
 def read(folder: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> HostArrays:
@@ -91,7 +143,7 @@ def read(folder: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> Hos
             items[item] = tree
     if not items:
         return {item: {} for item in records}
-    context = ocp.Context()
+    context = _reading()
     context.pytree.loading.partial_load = True
     loaded = _load(context, folder, items)
     return {
@@ -109,7 +161,7 @@ def read_foreign(folder: pathlib.Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         # Without a template Orbax warns that it takes the sharding from the file, which is what is wanted here.
         warnings.filterwarnings("ignore", message="Sharding info not provided")
-        return _load(ocp.Context(), folder, {name: None for name in _describe(folder) if name != "metrics"})
+        return _load(_reading(), folder, {name: None for name in _describe(folder) if name != "metrics"})
 
 
 def describe_foreign(folder: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
@@ -146,12 +198,21 @@ class ReadError(Exception):
 def _describe(folder: pathlib.Path) -> Mapping[str, Any]:
     """Orbax's own metadata of each item."""
     failure = None
-    with ocp.Context():
+    with _reading():
         try:
             return dict(ocp.checkpointables_metadata(folder).metadata)
         except Exception as error:
             failure = ReadError(error)
     raise failure
+
+
+def _reading() -> ocp.Context:
+    """A context in which this process reads on its own, without waiting for others."""
+    context = ocp.Context()
+    if jax.process_count() > 1:
+        here = ocp.multihost.process_index()
+        context.multiprocessing.primary_host, context.multiprocessing.active_processes = here, {here}
+    return context
 
 
 def _load(context: ocp.Context, folder: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,9 +259,11 @@ def _leftovers_muted() -> Iterator[None]:
         logger.disabled, sys.unraisablehook = disabled, hook
 
 
-def _native(record: Record, array: np.ndarray[Any, Any]) -> Any:
+def _native(record: Record, array: Any) -> Any:
     """The array in the form that Orbax stores natively, so that plain Orbax reads typed keys as such."""
-    return jax.random.wrap_key_data(jnp.asarray(array), impl=record.dtype) if record.kind == "key" else array
+    if record.kind != "key":
+        return array
+    return jax.random.wrap_key_data(array if isinstance(array, jax.Array) else jnp.asarray(array), impl=record.dtype)
 
 
 def _on_host(record: Record, loaded: Any) -> np.ndarray[Any, Any]:
