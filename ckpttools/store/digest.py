@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from ..errors import CorruptStepError
+from . import layout
 
 _BUFFER_BYTES = 1 << 20
 
@@ -29,7 +30,8 @@ def _hasher(algorithm: str) -> _Hasher:
     if algorithm == "sha256":
         return hashlib.sha256()
     raise CorruptStepError(
-        what=f"a digest of unknown kind {algorithm!r}.", why="the bytes it stands for cannot be proved intact."
+        what=f"the {layout.MANIFEST} names a digest of the unknown kind {algorithm!r}.",
+        why="the bytes it stands for cannot be proved intact.",
     )
 
 

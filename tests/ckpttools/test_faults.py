@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1
 
+import ckpttools as ct
+from ckpttools.store import manifest
 from tests.ckpttools import faults
 
 
@@ -40,6 +42,23 @@ def test_a_step_whose_manifest_is_gone_is_damaged_and_not_foreign(tmp_path):
     faults.write_run(tmp_path / "run")
     trial = faults.try_damage(tmp_path / "run", tmp_path / "work", "ckpttools.manifest", "deleted", random.Random(0))
     assert trial.outcome == "detected"
+
+
+def test_every_bit_of_the_seal_is_named_or_means_nothing(tmp_path):
+    """A flip at random meets these few bytes once in some hundred trials."""
+    faults.write_run(tmp_path)
+    path = tmp_path / str(faults.NEWER) / "ckpttools.manifest"
+    data, before, passed = path.read_bytes(), manifest.read(path.parent), 0
+    for position in range(8 * (data.index(b"\n") + 1)):
+        changed = bytearray(data)
+        changed[position // 8] ^= 1 << (position % 8)
+        path.write_bytes(changed)
+        try:
+            assert manifest.read(path.parent) == before
+            passed += 1
+        except ct.CheckpointError as error:
+            assert "ckpttools.manifest" in error.what
+    assert passed < 100, "only the key of the format's second mention may be damaged unseen"
 
 
 def test_plain_orbax_restores_a_flipped_bit_without_a_word(tmp_path):
