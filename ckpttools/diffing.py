@@ -162,7 +162,7 @@ def _same_bits(old: Record, new: Record) -> bool:
     """Whether two leaves are known to be equal without reading them; digests of two algorithms say nothing."""
     if not old.in_orbax:
         return bool(old.value == new.value)
-    return old.digest == new.digest
+    return (old.digest, old.slices) == (new.digest, new.slices)
 
 
 def _compared(first: Entry, second: Entry, pairs: Sequence[Pair]) -> Iterator[ChangedLeaf | None]:

@@ -68,6 +68,20 @@ class Group:
         if error is not None:
             raise error
 
+    def together[T](self, topic: str, make: Callable[[], T]) -> T:
+        """What `make` returns here, if it succeeds everywhere.
+
+        Raises:
+            ProcessError: If it fails in another process; an own error is raised as it is.
+        """
+        try:
+            value = make()
+        except CheckpointError as error:
+            self.agree(topic, error)
+            raise
+        self.agree(topic, None)
+        return value
+
     def wish(self, text: str | None) -> None:
         """Tell the leader that this process was asked to stop."""
 
@@ -239,7 +253,7 @@ class Processes(Group):
 
     def _gone(self, topic: str, failure: Exception) -> ProcessError:
         return ProcessError(
-            what=f"{topic}: the coordination service of jax.distributed does not answer: {str(failure).splitlines()[0]}",
+            what=f"{topic}: jax.distributed's coordination service does not answer: {str(failure).splitlines()[0]}",
             why="process 0 holds it, and has most likely ended. All committed steps are as they were.",
             fix="look at the output of process 0 and start the run again.",
         )
@@ -259,8 +273,12 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {getattr(error, 'what', error)}"
 
 
+def place() -> tuple[int, int]:
+    """The number of this process and how many there are; asks for no device unless there are several."""
+    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+
+
 def of_this_program(timeout_s: float) -> Group:
     """The processes that jax.distributed has brought together; one that is alone without it."""
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
-        return Group()
-    return Processes(jax.process_index(), jax.process_count(), timeout_s)
+    index, count = place()
+    return Group() if count == 1 else Processes(index, count, timeout_s)

@@ -9,11 +9,20 @@ All leaves are read to the host and their digests compared before the first live
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from .errors import IncompleteStepError, MirrorError, NoIntactStepError, StepDamagedError, StepNotFoundError
+from . import group
+from .errors import (
+    IncompleteStepError,
+    MirrorError,
+    NoIntactStepError,
+    StepDamagedError,
+    StepNotFoundError,
+    StructureError,
+)
 from .report import Candidate, RestoreReport
 from .spec.retention import ranked
 from .state import surgery, tree
@@ -96,6 +105,15 @@ type Check = Callable[[Loaded], None]
 """A further check on a loaded step; raises `StepDamagedError` to reject it."""
 
 
+type Attempt = Callable[[], tuple[Loaded, list[Candidate]]]
+type Together = Callable[[Entry, Attempt], tuple[Loaded, list[Candidate]]]
+
+
+def alone(entry: Entry, attempt: Attempt) -> tuple[Loaded, list[Candidate]]:
+    """For a process that asks no other."""
+    return attempt()
+
+
 def load_first_intact(
     candidates: Sequence[Entry],
     state: Mapping[str, Any],
@@ -104,6 +122,7 @@ def load_first_intact(
     run: RunFolder | None,
     asked: bool = False,
     alter: Alter = unaltered,
+    together: Together = alone,
 ) -> tuple[Loaded | None, list[Candidate]]:
     """The first candidate whose bytes are proved, and the record of all that were tried.
 
@@ -115,6 +134,7 @@ def load_first_intact(
             nothing.
         asked: Whether the candidates are copies of one step that was asked for.
         alter: What may be done to the leaves of a step so that they fit.
+        together: Makes one outcome of those of all processes.
 
     Raises:
         StepDamagedError: If a step was asked for and no copy of it is intact.
@@ -126,7 +146,7 @@ def load_first_intact(
     silent: MirrorError | None = None
     for entry in candidates:
         try:
-            loaded, (used,) = load_one(entry, state, check=check, alter=alter)
+            loaded, (used,) = together(entry, functools.partial(load_one, entry, state, check=check, alter=alter))
         except StepDamagedError as error:
             tried.append((entry, _rejected(entry, error)))
             first = first or error
@@ -164,8 +184,24 @@ def load(entry: Entry, templates: Mapping[str, tree.Flat], alter: Alter) -> Load
     for item, template in templates.items():
         leaves = [leaf.target for leaf in plan.placed if leaf.path[0] == item and leaf.target is not None]
         require_legal_skeletons(template, leaves, plan.skeletons.get(item, {}))
+    _require_same_processes(entry, plan)
     arrays = integrity.read_proved(entry, plan.needed())
     return Loaded(entry, entry.manifest, plan.host_items(templates, arrays), plan.without_templates())
+
+
+def _require_same_processes(entry: Entry, plan: surgery.Plan) -> None:
+    """Raise `StructureError` if a leaf is asked for that each process had of its own, and their number has changed."""
+    contents, count = entry.manifest and entry.manifest.contents, group.place()[1]
+    own = {(item, *names(path)) for item, path in contents.own_to_each(count)} if contents else set()
+    for leaf in plan.placed:
+        stored = leaf.source.stored_path if leaf.source else ()
+        if contents and any(stored[: len(path)] == path for path in own):
+            raise StructureError(
+                what=f"{'.'.join(stored)} of step {entry.step} was saved by {contents.processes} processes, each with "
+                f"a value of its own; now there are {count}.",
+                why="which of the values belongs where is not for a guess. Nothing was changed.",
+                fix=f"leave {stored[0]!r} out of the state and set it yourself, or restore with as many processes.",
+            )
 
 
 def planned(entry: Entry, templates: Mapping[str, tree.Flat], changes: surgery.Changes) -> surgery.Plan:
@@ -183,7 +219,7 @@ def paired(
     entry: Entry, templates: Mapping[str, tree.Flat], changes: surgery.Changes
 ) -> tuple[surgery.Plan, list[Names], list[Names]]:
     """What a restore of one step would do, the names of all leaves of the state, and of all leaves on disk."""
-    stored = entry.manifest.contents.items if entry.manifest else {}
+    stored = entry.manifest.contents.of_process(*group.place()) if entry.manifest else {}
     here = [names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
     there = [names((item, *record.path)) for item, part in stored.items() for record in part.records]
     return surgery.plan(stored, templates, changes), here, there

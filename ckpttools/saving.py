@@ -11,10 +11,9 @@ import dataclasses
 import errno
 import os
 import pathlib
-import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .errors import CheckpointError, CorruptStepError, DiskSpaceError, StorageError
@@ -41,6 +40,7 @@ class Job:
         triggers: Memory of the triggers after this save.
         outputs: Outputs of the validation function.
         surgery: Operations that were applied in this run before, as code.
+        staging: Name of the staging folder; its random part is alike in all processes.
     """
 
     snapshot: Snapshot
@@ -48,6 +48,7 @@ class Job:
     triggers: Any
     outputs: Any
     surgery: tuple[str, ...] = ()
+    staging: str = ""
 
 
 def estimate_bytes(snapshot: Snapshot) -> int:
@@ -66,18 +67,24 @@ def run(folder: RunFolder, spec: CheckpointSpec, job: Job, worker: Worker, began
         began: `time.monotonic()` when the save was asked for.
     """
     path = write_step(folder.directory, spec, job, abandoned=worker.abandoned.is_set)
-    folder.add(path)
-    commit.copy_small_files(path, layout.spare(folder.directory, job.summary.sequence))
-    deleted = folder.prune(spec.keep)
+    total_bytes, deleted = settle(folder, spec, job, path)
     return Saved(
         step=job.summary.step,
         path=path,
-        total_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        total_bytes=total_bytes,
         seconds=time.monotonic() - began,
         stall_s=worker.stall_s,
         reason=job.summary.reason,
         deleted=deleted,
     )
+
+
+def settle(folder: RunFolder, spec: CheckpointSpec, job: Job, path: pathlib.Path) -> tuple[int, tuple[int, ...]]:
+    """What follows a commit: second copies, and retention; the step's bytes and the steps that were deleted."""
+    folder.add(path)
+    commit.copy_small_files(path, layout.spare(folder.directory, job.summary.sequence))
+    deleted = folder.prune(spec.keep)
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()), deleted
 
 
 def make_room(folder: RunFolder, spec: CheckpointSpec, job: Job) -> None:
@@ -129,7 +136,7 @@ def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, abandoned:
         CorruptStepError: If the readback found other bytes than were handed over; the run is as it was.
     """
     step = job.summary.step
-    holder = layout.control(root, f"staging/{step}-{secrets.token_hex(4)}")
+    holder = layout.control(root, f"staging/{job.staging}")
     try:
         staged = holder / str(step)
         commit.make_folder(holder)
@@ -140,7 +147,7 @@ def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, abandoned:
     except CheckpointError:
         raise
     except Exception as error:
-        raise _explained(root, step, error) from error
+        raise explained(root, step, error) from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 
@@ -148,28 +155,52 @@ def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, abandoned:
 def _write_tree(staged: pathlib.Path, spec: CheckpointSpec, job: Job) -> None:
     algorithm = spec.integrity.digest
     with concurrent.futures.ThreadPoolExecutor(1, "ckpttools-digest") as pool:
-        hashing = pool.submit(_with_digests, algorithm, job.snapshot)
+        hashing = pool.submit(with_digests, algorithm, job.snapshot)
         orbax.write(staged, job.snapshot.records, job.snapshot.arrays, compression=spec.storage.compression)
         records = hashing.result()
+    prove(staged, spec, job, records)
+
+
+def prove(
+    staged: pathlib.Path,
+    spec: CheckpointSpec,
+    job: Job,
+    records: dict[str, tuple[Record, ...]],
+    files: Mapping[str, tuple[int, str]] | None = None,
+    **parts: Any,
+) -> None:
+    """Read back what was written, if the spec says so, and write the manifest.
+
+    Args:
+        staged: The folder of the step.
+        spec: The run's spec.
+        job: What was saved.
+        records: The leaves with their digests.
+        files: Sizes and digests of files that are known already.
+        parts: What several processes add to the contents.
+    """
+    algorithm = spec.integrity.digest
     if spec.integrity.verify == "readback":
         _read_back(staged, job.summary.step, records)
     items = {item: manifest.Item(records=records[item], skeletons=job.snapshot.skeletons[item]) for item in records}
-    summary = dataclasses.replace(job.summary, files=describe_files(staged, algorithm))
+    summary = dataclasses.replace(job.summary, files=describe_files(staged, algorithm, files or {}))
     contents = manifest.Contents(
         items=items,
         triggers=job.triggers,
         outputs=job.outputs,
         state_version=as_state_version(spec.state_version).number,
         surgery=job.surgery,
+        **parts,
     )
     manifest.write(staged, summary, contents, algorithm=algorithm)
 
 
-def _with_digests(algorithm: str, snapshot: Snapshot) -> dict[str, tuple[Record, ...]]:
+def with_digests(algorithm: str, snapshot: Snapshot) -> dict[str, tuple[Record, ...]]:
+    """The records with the digests of the arrays that this process holds all of."""
     return {
         item: tuple(
             dataclasses.replace(record, digest=digest.of_array(algorithm, snapshot.arrays[item][record.path]))
-            if record.in_orbax
+            if record.path in snapshot.arrays[item]
             else record
             for record in records
         )
@@ -177,15 +208,20 @@ def _with_digests(algorithm: str, snapshot: Snapshot) -> dict[str, tuple[Record,
     }
 
 
-def describe_files(folder: pathlib.Path, algorithm: str) -> dict[str, tuple[int, str]]:
-    """Size and digest of each file of a step except its manifest."""
+def describe_files(
+    folder: pathlib.Path, algorithm: str, known: Mapping[str, tuple[int, str]] | None = None
+) -> dict[str, tuple[int, str]]:
+    """Size and digest of each file of a step except its manifest; what is known of a file of that size is taken."""
+    known = known or {}
     files = {}
     for parent, _, names in os.walk(folder):
         for name in names:
             path = pathlib.Path(parent, name)
             relative = path.relative_to(folder).as_posix()
             if relative != layout.MANIFEST:
-                files[relative] = (path.stat().st_size, digest.of_file(algorithm, path))
+                size = path.stat().st_size
+                is_known = relative in known and known[relative][0] == size
+                files[relative] = known[relative] if is_known else (size, digest.of_file(algorithm, path))
     return dict(sorted(files.items()))
 
 
@@ -209,7 +245,7 @@ def _read_back(staged: pathlib.Path, step: int, records: dict[str, tuple[Record,
         raise failure
 
 
-def _explained(root: pathlib.Path, step: int, error: Exception) -> StorageError:
+def explained(root: pathlib.Path, step: int, error: Exception) -> StorageError:
     """An error of the disk, or of Orbax and TensorStore, which wrap those of the disk in types of their own."""
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     kind = DiskSpaceError if full else StorageError

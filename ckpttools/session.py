@@ -10,15 +10,14 @@ import dataclasses
 import functools
 import os
 import pathlib
+import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import jax
-
-from . import advice, recovery, saving, validation, versions
+from . import advice, group, joint, meeting, recovery, saving, validation, versions
 from .altering import altered
 from .errors import (
     CheckpointError,
@@ -44,7 +43,7 @@ from .spec.triggers import Memory, Moment
 from .state import snapshot
 from .state.items import as_metric, require_items
 from .state.place import fill_state
-from .store import commit, manifest
+from .store import manifest
 from .store.catalogue import Entry
 from .store.run import RunFolder
 from .worker import Worker
@@ -63,11 +62,13 @@ class Session:
     def __init__(self, spec: CheckpointSpec, validate: validation.Validate | None = None) -> None:
         self.spec = spec
         self.directory = pathlib.Path(os.path.abspath(spec.directory))
-        _require_single_process()
         self._run = RunFolder(self.directory)
-        if not self._run.is_used():
-            # A run that has steps may be restored from a disk that cannot be written; a new run needs one that can.
-            commit.require_writable(self.directory)
+        self._group = group.of_this_program(spec.storage.timeout_s)
+        try:
+            meeting.open_run(self._group, self._run, spec, validates=validate is not None)
+        except CheckpointError:
+            self._group.leave()
+            raise
         self._validate = validate
         mirror = as_mirror(spec.mirror)
         self._copier = None if mirror is None else Copier(self.directory, mirror, spec.keep)
@@ -85,6 +86,7 @@ class Session:
         self._final_step: int | None = None
         self._run_s_before = 0.0
         self._started_at = time.monotonic()
+        self._writes = False
         self._left = False
         self._closed = False
 
@@ -113,6 +115,7 @@ class Session:
         finally:
             self._closed = True
             self._stop.forget()
+            self._group.leave()
             if self._worker is None:
                 self._let_go()
             else:
@@ -155,7 +158,7 @@ class Session:
         Waits for a save in progress: it may be the step in question, and it deletes what nobody keeps.
         """
         self.wait()
-        self._run.pin(step, pinned=pinned)
+        self._group.decide(f"the pin of step {step}", lambda: self._run.pin(step, pinned=pinned))
 
     def delete(self, step: int) -> None:
         """Delete a committed step, whatever the spec keeps; the newest cannot be deleted.
@@ -165,6 +168,9 @@ class Session:
             StepOrderError: If it is the newest.
         """
         self.wait()
+        self._group.decide(f"the deletion of step {step}", lambda: self._delete(step))
+
+    def _delete(self, step: int) -> None:
         held = self._run.lock.held
         self._run.lock_for_writing()
         try:
@@ -242,10 +248,11 @@ class Session:
             recovery.load_first_intact,
             state=state,
             check=check,
-            run=self._run,
+            run=self._run if self._group.leads else None,
             # A step that was asked for by number is the only one; its damage is raised rather than passed over.
             asked=isinstance(step, int),
             alter=functools.partial(versions.changes, self.spec, surgery=wanted),
+            together=recovery.alone if self._group.count == 1 else joint.restoring(self._group),
         )
         loaded, tried, mirror_error = self._load(step, load)
         report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried), mirror_error=mirror_error)
@@ -276,7 +283,7 @@ class Session:
     ) -> tuple[Loaded | None, list[Candidate], str]:
         """The nearest intact step, what was tried, and why the mirror could not be asked."""
         if self._copier is None:
-            return *load(recovery.order(self._run.steps_now(), step)), ""
+            return *load(meeting.candidates(self._group, self._run, step)), ""
         fetcher = Fetcher(self._run, self._copier.mirror, self._copier.store)
         try:
             loaded, tried = load(fetcher.candidates(step))
@@ -316,13 +323,18 @@ class Session:
                     fix="report = ckpt.restore(state) before the loop, or another directory for a new run.",
                 )
             self._begin(0, (), None, 0.0)
-        if not self._run.lock.held and self._origin:
-            self._run.lock_for_writing()
+        if not self._writes:
+            self._group.decide("the beginning", self._begin_writing)
+            self._writes = True
+
+    def _begin_writing(self) -> None:
+        self._run.lock_for_writing()
+        if self._origin:
             # Another process may have gone on with the run since the restore; then this one is a branch.
             self._lineage = self._run.lineage_from(*self._origin)
-            if self._copier is not None:
-                # What an earlier session could not copy.
-                self._copier.update(self._run.steps())
+        if self._copier is not None:
+            # What an earlier session could not copy.
+            self._copier.update(self._run.steps())
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left: from the one after the restored step to `total`.
@@ -383,7 +395,7 @@ class Session:
 
         def run() -> Outcome:
             self._begin_training()
-            finished = self._collect()
+            finished = self.wait()
             return self._save(self._moment(step, metrics or {}, first=0), state, metrics or {}, reason, finished)
 
         return self._guarded(step, on_error, run)
@@ -420,20 +432,32 @@ class Session:
     def _step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> Outcome:
         self._begin_training()
         self._stop.listen()
-        finished = self._collect()
         moment = self._moment(step, metrics)
+        self._group.wish(self._stop.asked(step))
+        verdict = self._group.decide(f"step {step}", lambda: self._verdict(moment))
+        finished = self.wait() if verdict["ended"] else None
         self._warn(self._watch.add(metrics, last=step == self._final_step))
-        self._memory = self.spec.save.observe(moment, self._memory)
-        decision = self.spec.save.decide(moment, self._memory)
-        stop = self._stop.asked(step)
-        if not (stop or step == self._final_step or decision.save):
+        if stop := verdict["stop"]:
+            self._stop.reason = stop
+        if not (stop or step == self._final_step or verdict["due"]):
             self._position = step
-            return Skipped(step=step, reason=f"not due: {decision.reason}", finished=finished)
-        reason = stop or ("the final step" if step == self._final_step else decision.reason)
+            return Skipped(step=step, reason=f"not due: {verdict['reason']}", finished=finished)
+        reason = stop or ("the final step" if step == self._final_step else verdict["reason"])
         must_last = stop is not None or step == self._final_step
         outcome = self._save(moment, state, metrics, reason, finished, blocking=must_last)
         self._left = stop is not None
         return outcome
+
+    def _verdict(self, moment: Moment) -> dict[str, Any]:
+        """What is to be done at a step, as plain data: the leader decides for all."""
+        ended = self._worker is not None and self._worker.ended
+        stop = self._stop.reason or self._group.wishes()
+        if self.failure is not None:
+            # It is raised next, in all processes.
+            return {"ended": ended, "stop": stop, "due": False, "reason": ""}
+        self._memory = self.spec.save.observe(moment, self._memory)
+        decision = self.spec.save.decide(moment, self._memory)
+        return {"ended": ended, "stop": stop, "due": decision.save, "reason": decision.reason}
 
     def _moment(self, step: int, metrics: Mapping[str, Any], first: int = 1) -> Moment:
         if type(step) is not int or step < first:
@@ -467,12 +491,15 @@ class Session:
         began = time.monotonic()
         require_items(state)
         finished = self.wait() or finished
-        if self._run.holds(moment.step, self._lineage):
+        topic = f"the save of step {moment.step}"
+        staging = self._group.decide(topic, lambda: self._staging(moment.step))
+        if staging is None:
             return Skipped(step=moment.step, reason="this step is saved already", finished=finished)
         asynchronous = self.spec.storage.asynchronous and not blocking
         memory = self.spec.save.saved(moment, self._memory)
-        job = self._job(moment, state, metrics, reason, self._buffers if asynchronous else None, memory)
-        saving.make_room(self._run, self.spec, job)
+        buffers = self._buffers if asynchronous else None
+        job = self._group.together(topic, lambda: self._job(moment, state, metrics, reason, buffers, memory, staging))
+        self._group.decide(topic, lambda: saving.make_room(self._run, self.spec, job))
         self._worker = Worker(moment.step, lambda worker: self._write(job, worker, began))
         self._memory_before_save = self._memory
         self._position, self._memory = moment.step, memory
@@ -482,7 +509,13 @@ class Session:
             return Started(step=moment.step, reason=reason, stall_s=stall_s, finished=finished)
         return self._wait_blocking(self._worker, began, counts=not blocking)
 
+    def _staging(self, step: int) -> str | None:
+        """The name of a new staging folder; None if the step is saved already."""
+        return None if self._run.holds(step, self._lineage) else f"{step}-{secrets.token_hex(4)}"
+
     def _write(self, job: saving.Job, worker: Worker, began: float) -> Saved:
+        if self._group.count > 1:
+            return joint.run(self._run, self.spec, job, worker, began, self._group)
         saved = saving.run(self._run, self.spec, job, worker, began)
         if self._copier is not None:
             self._copier.update(self._run.steps())
@@ -510,6 +543,7 @@ class Session:
         reason: str,
         buffers: snapshot.Buffers | None,
         memory: Memory,
+        staging: str,
     ) -> saving.Job:
         summary = manifest.Summary(
             step=moment.step,
@@ -529,6 +563,7 @@ class Session:
             triggers=written(self.spec.save, memory),
             outputs=outputs,
             surgery=self._surgery,
+            staging=staging,
         )
 
     def _collect(self) -> Saved | None:
@@ -547,12 +582,3 @@ class Session:
     def _warn(self, text: str | None) -> None:
         if text:
             warnings.warn(text, CheckpointWarning, stacklevel=4)
-
-
-def _require_single_process() -> None:
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        raise StorageError(
-            what=f"this run has {jax.process_count()} processes.",
-            why="this version commits from one process; several would each commit a part as the whole.",
-            fix="save from a single process for now.",
-        )

@@ -21,6 +21,8 @@ from ..errors import CorruptStepError, LeafError
 
 type Path = tuple[str | int, ...]
 type Kind = Literal["array", "key", "empty", "value"]
+type Slice = tuple[tuple[int, int], ...]
+"""A part of an array: where it begins and ends in each dimension."""
 
 
 def dotted(item: str, path: Path) -> str:
@@ -47,7 +49,8 @@ class Record:
         dtype: Name of the dtype; for a key, the name of its implementation.
         scalar: Whether the array was a numpy scalar or a weakly typed JAX scalar, which come back as such.
         digest: Digest of the bytes of an `array` or `key`.
-        value: The encoded value of a `value`.
+        value: The encoded value of a `value`, or the bytes of an array that stands in the manifest.
+        slices: For an array that several processes held, a digest for each part instead of one for the whole.
     """
 
     path: Path
@@ -57,11 +60,12 @@ class Record:
     scalar: Literal["", "numpy", "weak"] = ""
     digest: str = ""
     value: Any = None
+    slices: tuple[tuple[Slice, str], ...] = ()
 
     @property
     def in_orbax(self) -> bool:
         """Whether Orbax stores this leaf."""
-        return self.kind == "array" or (self.kind == "key" and 0 not in self.shape)
+        return self.value is None and (self.kind == "array" or (self.kind == "key" and 0 not in self.shape))
 
     def to_json(self) -> dict[str, Any]:
         """The record without its defaults, paths as lists."""
@@ -69,13 +73,14 @@ class Record:
         plain["path"], plain["shape"] = list(self.path), list(self.shape)
         if self.kind == "value" and self.value == "":
             return {"path": plain["path"], "kind": "value", "value": ""}
-        return {key: value for key, value in plain.items() if value not in ("", [], None) or key == "path"}
+        return {key: value for key, value in plain.items() if value not in ("", [], (), None) or key == "path"}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Record":
         """Read what `to_json` wrote; a wrong form raises `CorruptStepError`."""
         try:
             plain = {**data, "path": tuple(data["path"]), "shape": tuple(data.get("shape", ()))}
+            plain["slices"] = tuple(_slice(entry, plain["shape"]) for entry in data.get("slices", ()))
             record = cls(**plain)
             legal = (
                 record.kind in ("array", "key", "empty", "value")
@@ -90,6 +95,7 @@ class Record:
             decode_value(record.value)
             if record.kind != "value":
                 host_shape(record)
+                inline_array(record)
         except (TypeError, KeyError, ValueError) as error:
             raise CorruptStepError(what=f"a leaf of the manifest cannot be read: {error}.") from error
         if not legal:
@@ -206,6 +212,30 @@ def host_bytes(records: Iterable[Record]) -> int:
             shape, dtype = host_shape(record)
             total += math.prod(shape) * dtype.itemsize
     return total
+
+
+def _slice(entry: Any, shape: tuple[int, ...]) -> tuple[Slice, str]:
+    ranges, mark = entry
+    part = tuple((int(start), int(stop)) for start, stop in ranges)
+    # A key's data has a dimension more than the key.
+    if not isinstance(mark, str) or not all(0 <= start < stop for start, stop in part) or len(part) < len(shape):
+        raise ValueError(f"a part {entry!r:.100} of an array makes no sense")
+    return part, mark
+
+
+def inline_array(record: Record) -> np.ndarray[Any, Any] | None:
+    """The host array of a record that stands in the manifest; None if it is stored elsewhere or a plain value.
+
+    Raises:
+        CorruptStepError: If its bytes are not those of such an array.
+    """
+    if record.value is None or record.kind not in ("array", "key"):
+        return None
+    shape, dtype = host_shape(record)
+    data = decode_value(record.value)
+    if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
+        raise CorruptStepError(what=f"an array of the manifest has not the bytes of {record.dtype}{list(shape)}.")
+    return np.frombuffer(data, dtype).reshape(shape).copy()
 
 
 def encode_value(name: str, value: Any) -> Any:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import StructureError
 from . import tree
-from .leaves import Path, Record, decode_value, host_shape, is_array
+from .leaves import Path, Record, decode_value, host_shape, inline_array, is_array, is_key
 from .match import Names, below, names
 
 
@@ -52,6 +53,9 @@ def _fill_item(value: Any, source: HostItem, roots: list[Path], *, copy: bool = 
             host = host.item()
         if not is_array(template):
             return jnp.asarray(host)
+        sharding = getattr(template, "sharding", None)
+        if sharding is not None and not sharding.is_fully_addressable:
+            return _spread(host, sharding)
         # An array that was free to follow others must not come back tied to a device.
         return jax.device_put(host, template.sharding if getattr(template, "committed", True) else None)
 
@@ -67,11 +71,33 @@ def _fill_item(value: Any, source: HostItem, roots: list[Path], *, copy: bool = 
     return tree.fill(value, place, packed)
 
 
+def _spread(host: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A global array of which each process puts its own part in place; all of them hold the same host array."""
+    if is_key(host):
+        implementation = str(jax.random.key_impl(host))
+        data = np.asarray(jax.random.key_data(host))
+        return jax.random.wrap_key_data(_spread(data, _of_key_data(sharding)), impl=implementation)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _of_key_data(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The sharding of keys for their data, which has a dimension more; a spec leaves that one whole."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    raise StructureError(
+        what=f"keys are sharded over several processes by a {type(sharding).__name__}.",
+        why="it cannot be told how their data, which has a dimension more, is to be sharded.",
+        fix="shard them by a NamedSharding.",
+    )
+
+
 def _take(source: HostItem, record: Record) -> Any:
     """The value of a record, on the host; its array leaves the item, so that it can be freed."""
     if record.kind == "value":
         return decode_value(record.value)
-    array = source.arrays.pop(record.path) if record.in_orbax else np.zeros(*host_shape(record))
+    array = source.arrays.pop(record.path) if record.in_orbax else inline_array(record)
+    if array is None:
+        array = np.zeros(*host_shape(record))
     if record.kind == "key":
         return jax.random.wrap_key_data(jnp.asarray(array), impl=record.dtype)
     return array[()] if record.scalar == "numpy" else array

@@ -29,12 +29,14 @@ class Snapshot:
     Attributes:
         records: Leaves by item, without digests.
         skeletons: Containers of stateful objects, by item and path.
-        arrays: The host array of each leaf that Orbax stores.
+        arrays: The host array of each leaf that Orbax stores and this process holds all of.
+        spread: The arrays that are spread over several processes, by item and path; their data, for typed keys.
     """
 
     records: dict[str, tuple[Record, ...]]
     skeletons: dict[str, dict[Path, Any]]
     arrays: dict[str, dict[Path, np.ndarray[Any, Any]]]
+    spread: dict[str, dict[Path, jax.Array]]
 
 
 def take(state: Mapping[str, Any], buffers: Buffers | None) -> Snapshot:
@@ -52,25 +54,41 @@ def take(state: Mapping[str, Any], buffers: Buffers | None) -> Snapshot:
     records: dict[str, tuple[Record, ...]] = {}
     skeletons: dict[str, dict[Path, Any]] = {}
     arrays: dict[str, dict[Path, np.ndarray[Any, Any]]] = {}
+    spread: dict[str, dict[Path, jax.Array]] = {}
     used: Buffers = {}
     for item, value in state.items():
         flat = tree.flatten(value)
         skeletons[item] = flat.skeletons
         records[item] = tuple(describe(item, leaf) for leaf in flat.leaves)
         tree.check_names(item, [record.path for record in records[item]])
-        arrays[item] = {}
+        arrays[item], spread[item] = {}, {}
         for leaf, record in zip(flat.leaves, records[item], strict=True):
-            if record.in_orbax:
+            if record.in_orbax and not getattr(leaf.value, "is_fully_addressable", True):
+                spread[item][leaf.path] = _shares(item, leaf, copy=buffers is not None)
+            elif record.in_orbax:
                 kept = None if buffers is None else buffers.get((item, leaf.path))
                 array = _to_host(item, leaf, copy=buffers is not None, kept=kept)
                 arrays[item][leaf.path] = used[item, leaf.path] = array
     if buffers is not None:
         buffers.clear()
         buffers.update(used)
-    return Snapshot(records=records, skeletons=skeletons, arrays=arrays)
+    return Snapshot(records=records, skeletons=skeletons, arrays=arrays, spread=spread)
 
 
-def _to_host(item: str, leaf: Leaf, *, copy: bool, kept: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
+def _shares(item: str, leaf: Leaf, *, copy: bool) -> jax.Array:
+    """An array that several processes hold, for a save in the background as a copy in the memory of the host."""
+    _require_values(item, leaf)
+    value: jax.Array = jax.random.key_data(leaf.value) if is_key(leaf.value) else leaf.value
+    if not copy:
+        return value
+    sharding = value.sharding
+    if next(iter(value.addressable_shards)).device.platform != "cpu":
+        sharding = sharding.with_memory_kind("pinned_host")
+    copied: jax.Array = jax.device_put(value, sharding, may_alias=False)
+    return copied.block_until_ready()
+
+
+def _require_values(item: str, leaf: Leaf) -> None:
     if isinstance(leaf.value, jax.ShapeDtypeStruct):
         raise LeafError(
             what=f"{dotted(item, leaf.path)} is abstract.",
@@ -83,13 +101,11 @@ def _to_host(item: str, leaf: Leaf, *, copy: bool, kept: np.ndarray[Any, Any] | 
             why="its memory was given away, most often by donating the state to a jitted function.",
             fix="pass the state that the function returned, not the one that it was given.",
         )
+
+
+def _to_host(item: str, leaf: Leaf, *, copy: bool, kept: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
+    _require_values(item, leaf)
     value = jax.random.key_data(leaf.value) if is_key(leaf.value) else leaf.value
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        raise LeafError(
-            what=f"{dotted(item, leaf.path)} is spread over several processes.",
-            why="this process cannot see all of it.",
-            fix="save from a single process, or gather the array first.",
-        )
     if not isinstance(value, jax.Array) or _is_host_memory(value):
         # In the byte order of this machine: Orbax hands out no other, and the digest has to fit what comes back.
         source = np.asarray(value, dtype=np.dtype(value.dtype).newbyteorder("="))

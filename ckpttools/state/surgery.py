@@ -19,7 +19,7 @@ from ..errors import StructureError
 from ..spec.operations import Cast, Drop, Operation, Reinit, Rename, as_code, split_segments, wildcards
 from ..spec.surgery import Surgery
 from . import transform
-from .leaves import Leaf, Path, Record, describe, is_array
+from .leaves import Leaf, Path, Record, describe, inline_array, is_array
 from .match import Difference, Names, below, compare, names, with_closest
 from .place import HostItem
 from .renaming import Parts, outermost, renamed
@@ -136,7 +136,7 @@ class Plan:
             if leaf.source is None or leaf.target is None:
                 continue
             record, target, item = leaf.source.record, leaf.target, items[leaf.path[0]]
-            array = arrays[leaf.source.item].pop(record.path) if record.in_orbax else None
+            array = arrays[leaf.source.item].pop(record.path) if record.in_orbax else inline_array(record)
             if leaf.source.operations and record.kind in ("array", "empty"):
                 name = ".".join(leaf.path)
                 array = transform.apply(name, leaf.source.operations, record, array, target, leaf.template)
@@ -370,5 +370,5 @@ def _target(source: Source, leaf: Leaf) -> Record:
         return record
     shape = transform.shape_after(".".join(source.path), source.operations, record.shape, tuple(leaf.value.shape))
     return dataclasses.replace(
-        record, shape=shape, dtype=source.dtype, kind="empty" if 0 in shape else "array", digest=""
+        record, shape=shape, dtype=source.dtype, kind="empty" if 0 in shape else "array", digest="", value=None
     )

@@ -5,10 +5,14 @@ Orbax restored 149 of 150 single flipped bits without a word, and what it raises
 ValueError to a bare Exception. So its errors are not interpreted here: the files' digests tell what happened.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from ..errors import CheckpointError, CorruptStepError, IncompleteStepError, StorageError
-from ..state.leaves import Record, dotted
+from ..state.leaves import Record, Slice, dotted
 from . import digest, orbax
 from .catalogue import Entry
 from .manifest import refuse_links
@@ -46,10 +50,25 @@ def damaged_leaves(records: Mapping[str, Sequence[Record]], arrays: orbax.HostAr
     """Names of the leaves whose bytes are not those that were handed over."""
     for item, leaves in records.items():
         for record in leaves:
-            if record.in_orbax:
-                found = digest.of_array(digest.algorithm_of(record.digest), arrays[item][record.path])
-                if found != record.digest:
-                    yield dotted(item, record.path)
+            if record.in_orbax and not _is_intact(record, arrays[item][record.path]):
+                yield dotted(item, record.path)
+
+
+def _is_intact(record: Record, array: np.ndarray[Any, Any]) -> bool:
+    if not record.slices:
+        return digest.of_array(digest.algorithm_of(record.digest), array) == record.digest
+    return covers(record.slices, array.shape) and all(
+        digest.of_array(digest.algorithm_of(mark), array[tuple(slice(*part) for part in where)]) == mark
+        for where, mark in record.slices
+    )
+
+
+def covers(slices: Sequence[tuple[Slice, str]], shape: Sequence[int]) -> bool:
+    """Whether parts of an array, which never overlap, are all of it."""
+    places = [where for where, _ in slices]
+    inside = all(len(where) == len(shape) and all(b <= n for (_, b), n in zip(where, shape)) for where in places)
+    sizes = {where: math.prod(stop - start for start, stop in where) for where, _ in slices}
+    return inside and len(sizes) == len(slices) and sum(sizes.values()) == math.prod(shape)
 
 
 def damaged_files(entry: Entry, seen: Callable[[int], None] = lambda size: None) -> tuple[str, ...]:

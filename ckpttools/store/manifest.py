@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import CorruptStepError, IncompleteStepError, StepDamagedError, UntrustedStepError, VersionError
 from ..state.leaves import Path, Record
+from ..state.match import below
 from . import digest, layout
 
 FORMAT = 1
@@ -80,6 +81,9 @@ class Contents:
         outputs: What the validation function returned, if the run has one.
         state_version: The version that the user gave the structure of the state.
         surgery: Operations that were applied in this run before, as code: they are done once.
+        processes: How many processes saved it.
+        local: Leaves and stateful objects of which a process other than the leader had a value of its own: by the
+            number of the process, then by item.
     """
 
     items: dict[str, Item]
@@ -87,6 +91,27 @@ class Contents:
     outputs: Any = None
     state_version: int = 1
     surgery: tuple[str, ...] = ()
+    processes: int = 1
+    local: Mapping[int, Mapping[str, Item]] = dataclasses.field(default_factory=dict)
+
+    def of_process(self, index: int, count: int) -> dict[str, Item]:
+        """The items as one of `count` processes is to restore them."""
+        mine = self.local.get(index, {}) if count == self.processes else {}
+        return {name: item if name not in mine else _overlaid(item, mine[name]) for name, item in self.items.items()}
+
+    def own_to_each(self, count: int) -> set[tuple[str, Path]]:
+        """The leaves and stateful objects, by item and path, whose values do not fit another number of processes."""
+        if count == self.processes:
+            return set()
+        parts = [(name, item) for items in self.local.values() for name, item in items.items()]
+        return {(name, path) for name, item in parts for path in (*item.skeletons, *(r.path for r in item.records))}
+
+
+def _overlaid(item: Item, own: Item) -> Item:
+    """An item with the values of one process in place of the leader's."""
+    replaced = {record.path: record for record in own.records}
+    kept = tuple(replaced.pop(record.path, record) for record in item.records if not below(record.path, own.skeletons))
+    return Item(records=(*kept, *replaced.values()), skeletons={**item.skeletons, **own.skeletons})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,30 +289,43 @@ def _safe_path(name: str) -> str:
 
 
 def _contents_json(contents: Contents) -> Any:
-    items = {
-        name: {
-            "leaves": [record.to_json() for record in item.records],
-            "skeletons": [[list(path), skeleton] for path, skeleton in item.skeletons.items()],
-        }
-        for name, item in contents.items.items()
-    }
-    plain = {"items": items, "triggers": contents.triggers, "outputs": contents.outputs}
+    plain = {"items": items_json(contents.items), "triggers": contents.triggers, "outputs": contents.outputs}
+    if contents.processes > 1:
+        plain["processes"] = contents.processes
+        plain["local"] = {str(index): items_json(items) for index, items in contents.local.items()}
     if contents.surgery:
         plain["surgery"] = list(contents.surgery)
     return plain if contents.state_version == 1 else {**plain, "state_version": contents.state_version}
 
 
+def items_json(items: Mapping[str, Item]) -> dict[str, Any]:
+    """Items as plain data."""
+    return {
+        name: {
+            "leaves": [record.to_json() for record in item.records],
+            "skeletons": [[list(path), skeleton] for path, skeleton in item.skeletons.items()],
+        }
+        for name, item in items.items()
+    }
+
+
+def items_from(data: Any) -> dict[str, Item]:
+    """What `items_json` was given; a wrong form raises."""
+    return {
+        str(name): Item(
+            records=tuple(Record.from_json(leaf) for leaf in item["leaves"]),
+            skeletons={tuple(path): skeleton for path, skeleton in item["skeletons"]},
+        )
+        for name, item in data.items()
+    }
+
+
 def _read_contents(data: Any) -> Contents:
     try:
-        items = {
-            str(name): Item(
-                records=tuple(Record.from_json(leaf) for leaf in item["leaves"]),
-                skeletons={tuple(path): skeleton for path, skeleton in item["skeletons"]},
-            )
-            for name, item in data["items"].items()
-        }
         return Contents(
-            items=items,
+            items=items_from(data["items"]),
+            processes=int(data.get("processes", 1)),
+            local={int(index): items_from(items) for index, items in data.get("local", {}).items()},
             triggers=data["triggers"],
             outputs=data["outputs"],
             state_version=int(data.get("state_version", 1)),

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax import checkpoint as v0
-from orbax.checkpoint._src.multihost import multihost
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.multihost import multihost
 
 from ..state.leaves import Path, Record, host_shape, key_dtype
 

@@ -249,13 +249,6 @@ def test_a_long_reader_does_not_keep_a_writer_out_and_sees_its_steps(tmp_path):
         assert reader.all_steps() == (1, 3)
 
 
-def test_several_processes_are_refused_by_this_version(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ct.StorageError, match="2 processes"):
-        ct.open(spec_for(tmp_path))
-
-
 def test_a_preemption_notice_saves_and_ends_the_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", lambda step: step == 3)
