@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .errors import CheckpointWarning, NotRestoredError, SpecError, StepNotFoundError, StructureError
+from .group import place
 from .outcomes import Skipped
 from .report import RestoreReport
 from .session import Session
@@ -43,10 +44,11 @@ class CheckpointManager:
         session: The session beneath.
 
     Raises:
-        SpecError: If the options say something else.
+        SpecError: If the options say something else, or there are several processes.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | CheckpointSpec, options: Any = None) -> None:
+        _require_one_process()
         self.session = Session(_spec(directory, options))
         self._restored: int | None = None
         self._close = weakref.finalize(self, self.session.close, raise_errors=False)
@@ -165,6 +167,16 @@ class CheckpointManager:
         """Wait for the save in progress, raise its error, and let others write to the run."""
         self._close.detach()
         self.session.close()
+
+
+def _require_one_process() -> None:
+    count = place()[1]
+    if count > 1:
+        raise SpecError(
+            what=f"CheckpointManager was made in one of {count} processes.",
+            why="what it remembers of looks at old steps is not shared between processes in this version.",
+            fix="use `with ct.open(spec) as ckpt`, which saves and restores with several processes.",
+        )
 
 
 def _spec(directory: str | os.PathLike[str] | CheckpointSpec, options: Any) -> CheckpointSpec:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts the processes of a test run and reads what they tell."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+def start(count: int, folder: pathlib.Path, *scenarios: str, devices: int = 2) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    processes = []
+    for index in range(count):
+        arguments = [sys.executable, "-m", f"{__package__}.program", str(index), str(count), str(port), str(folder)]
+        with (folder / f"log-{index}").open("w") as log:
+            process = subprocess.Popen(
+                [*arguments, *scenarios], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        processes.append(process)
+    return processes
+
+
+def finish(processes: list[subprocess.Popen], *, timeout_s: float) -> list[int]:
+    """The exit codes; nothing is left running."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        return [process.wait(max(1.0, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def answers(count: int, folder: pathlib.Path) -> list[dict]:
+    paths = [folder / f"answer-{index}.json" for index in range(count)]
+    return [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+
+
+def run(count: int, folder: pathlib.Path, *scenarios: str, devices: int = 2, timeout_s: float = 120) -> list[dict]:
+    finish(start(count, folder, *scenarios, devices=devices), timeout_s=timeout_s)
+    return answers(count, folder)

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each process of a test run does: scenarios one after the other, and what came of them as JSON.
+
+`python program.py INDEX COUNT PORT FOLDER SCENARIO...`; the processes are real, joined by jax.distributed over gloo.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ckpttools as ct
+from ckpttools import group, joint
+from ckpttools.store import orbax
+
+W = np.arange(64, dtype=np.float32).reshape(8, 8)
+ME, COUNT = int(sys.argv[1]), int(sys.argv[2])
+
+
+class Data:
+    """An iterator of one process."""
+
+    def __init__(self, at: int = 0) -> None:
+        self.at = at
+
+    def get_state(self) -> dict:
+        return {"at": self.at, "buffer": np.full(3, self.at, np.int16)}
+
+    def set_state(self, state: dict) -> None:
+        assert state["buffer"].tolist() == [state["at"]] * 3
+        self.at = state["at"]
+
+
+def spec(folder: pathlib.Path, name: str, **fields: object) -> ct.CheckpointSpec:
+    storage = fields.pop("storage", ct.Storage(timeout_s=30, min_free=0))
+    return ct.CheckpointSpec(directory=folder / name, storage=storage, **{"keep": ct.All(), **fields})
+
+
+def spread(values: np.ndarray, shape: tuple[int, ...], names: tuple[str, ...], *axes: str | None) -> jax.Array:
+    sharding = NamedSharding(Mesh(np.array(jax.devices()).reshape(shape), names), P(*axes))
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def model(factor: float = 1.0, *, turned: bool = False) -> dict:
+    """Sharded, replicated, of one process, and a key; `turned` on another mesh."""
+    shape = (2, jax.device_count() // 2)
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    keys = jax.jit(lambda: jax.random.split(jax.random.key(7), 8), out_shardings=NamedSharding(mesh, P("x")))()
+    return {
+        "w": spread(W * factor, shape, ("a", "b"), *((None, "a") if turned else ("a", "b"))),
+        "b": spread(W[1] * factor, shape, ("a", "b"), *(("b",) if turned else ())),
+        "half": spread((W * factor).astype(jnp.bfloat16), shape, ("a", "b"), "b"),
+        "keys": keys,
+        "local": np.arange(5) * factor,
+        "count": jnp.int32(3),
+        "name": "run",
+    }
+
+
+def whole(value: jax.Array) -> np.ndarray:
+    data = jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
+    return np.asarray(jax.jit(lambda x: x, out_shardings=NamedSharding(data.sharding.mesh, P()))(data))
+
+
+def same(first: dict, second: dict) -> bool:
+    names = ("w", "b", "half", "keys")
+    equal = all(whole(first[name]).tobytes() == whole(second[name]).tobytes() for name in names)
+    return equal and np.array_equal(first["local"], second["local"]) and int(first["count"]) == int(second["count"])
+
+
+def failure(call) -> str:
+    began = time.monotonic()
+    try:
+        call()
+    except ct.CheckpointError as error:
+        text = f"{type(error).__name__}: {error.what}"
+    else:
+        text = "none"
+    return f"{text} [{time.monotonic() - began:.1f} s]"
+
+
+def save_and_restore(folder: pathlib.Path) -> dict:
+    run = spec(folder, "run", save=ct.EverySteps(2), keep=ct.Latest(2))
+    outcomes = []
+    with ct.open(run) as ckpt:
+        ckpt.restore({"model": model(), "data": Data()})
+        for step in ckpt.steps(7):
+            outcomes.append(type(ckpt.step(step, {"model": model(step), "data": Data(10 * ME + step)})).__name__)
+        steps = ckpt.all_steps()
+        data = Data()
+        report = ckpt.restore({"model": model(0, turned=True), "data": data})
+        turned = report.state["model"]["w"].sharding.spec == P(None, "a")
+        older = ckpt.restore({"model": model(0)}, step=6).state["model"]
+    return {
+        "outcomes": outcomes,
+        "steps": steps,
+        "same": same(report.state["model"], model(7)),
+        "older": same(older, model(6)),
+        "turned": turned,
+        "data": data.at,
+    }
+
+
+def latency(folder: pathlib.Path) -> dict:
+    """How long a step without a save takes."""
+    state = {"count": 1}
+    with ct.open(spec(folder, "latency", save=ct.EverySteps(10_000))) as ckpt:
+        began = time.monotonic()
+        for step in range(1, 1101):
+            ckpt.step(step, state)
+        return {"step_ms": (time.monotonic() - began) / 1.1}
+
+
+def a_signal_to_one(folder: pathlib.Path) -> dict:
+    with ct.open(spec(folder, "signal", save=ct.EverySteps(1000))) as ckpt:
+        for step in ckpt.steps(50):
+            if step == 3 and ME == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.005)
+            last = ckpt.step(step, {"model": model(step)})
+        return {"saved": last.step, "reason": last.reason, "steps": ckpt.all_steps(), "preempted": ckpt.preempted}
+
+
+def metrics_that_differ(folder: pathlib.Path) -> dict:
+    """What the leader measures decides."""
+    told = []
+    with ct.open(spec(folder, "metrics", save=ct.OnImprovement("loss", mode="min"))) as ckpt:
+        for step, loss in enumerate((3.0, 2.0, 2.5, 1.0), start=1):
+            outcome = ckpt.step(step, {"count": step}, metrics={"loss": loss if ME == 0 else -loss})
+            told.append(isinstance(outcome, ct.Skipped))
+        ckpt.wait()
+        return {"skipped": told, "steps": ckpt.all_steps()}
+
+
+class Broken(Data):
+    def get_state(self) -> dict:
+        return {"at": object()} if ME == 1 else super().get_state()
+
+
+def one_cannot(folder: pathlib.Path) -> dict:
+    """One process fails while it copies, then while it writes; the next save is good."""
+    with ct.open(spec(folder, "fails")) as ckpt:
+        ckpt.save(1, {"model": model(1)})
+        ckpt.wait()
+        copying = failure(lambda: ckpt.save(2, {"model": model(2), "data": Broken()}))
+        write = orbax.write_part
+        if ME == 1:
+            orbax.write_part = refuse
+        ckpt.save(3, {"model": model(3)})
+        writing = failure(ckpt.wait)
+        orbax.write_part = write
+        other = failure(lambda: ckpt.save(4, {"model": model(4) | ({"extra": 1} if ME else {})}) and ckpt.wait())
+        after = ckpt.all_steps()
+        ckpt.save(5, {"model": model(5)})
+        ckpt.wait()
+        return {"copying": copying, "writing": writing, "other": other, "after": after, "then": ckpt.all_steps()}
+
+
+def refuse(*args: object, **kwargs: object) -> None:
+    raise OSError(5, "Input/output error")
+
+
+def without_meetings(folder: pathlib.Path) -> dict:
+    """The control: a slow process is waited for, and is not if nobody meets."""
+    write = orbax.write_part
+
+    def slowly(*args: object, **kwargs: object) -> None:
+        time.sleep(1.0)
+        write(*args, **kwargs)
+
+    def rashly(self: object, name: str, work) -> None:
+        work()
+
+    told = {}
+    meet = joint._Save.meet
+    for name in ("met", "rash"):
+        with ct.open(spec(folder, name)) as ckpt:
+            orbax.write_part = slowly if ME else write
+            joint._Save.meet = rashly if name == "rash" else meet
+            ckpt.save(1, {"model": model(1)})
+            told[name] = failure(ckpt.wait)
+            told[f"{name} steps"] = ckpt.all_steps()
+        joint._Save.meet, orbax.write_part = meet, write
+        time.sleep(1.5)
+    return told
+
+
+def misuse(folder: pathlib.Path) -> dict:
+    """What several processes cannot do, and what they must do alike, is refused in words."""
+    quick = ct.Storage(timeout_s=2, min_free=0)
+    told = {
+        "mirror": failure(lambda: ct.open(spec(folder, "m1", mirror=str(folder / "mirror")))),
+        "validate": failure(lambda: ct.open(spec(folder, "m2"), validate=lambda state: 1)),
+        "manager": failure(lambda: ct.CheckpointManager(folder / "m3")),
+        "specs": failure(lambda: ct.open(spec(folder, "m4", save=ct.EverySteps(1 + ME)))),
+        "folders": failure(lambda: ct.open(spec(folder / f"{ME}", "m5"))),
+    }
+    with ct.open(spec(folder, "m6", storage=quick)) as ckpt:
+        if ME == 0:
+            told["alone"] = failure(lambda: ckpt.save(1, {"model": {"count": 1}}))
+        time.sleep(3 if ME else 0)
+    return told
+
+
+def damaged_for_one(folder: pathlib.Path) -> dict:
+    """A step that one process cannot read is passed over by all."""
+    run = spec(folder, "damaged")
+    with ct.open(run) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, {"model": model(step)})
+            ckpt.wait()
+    read = orbax.read
+
+    def spoiled(path: pathlib.Path, records):
+        arrays = read(path, records)
+        if path.name == "2" and ME == 1:
+            arrays["model"]["w",][7, 7] += 1
+        return arrays
+
+    orbax.read = spoiled
+    with ct.open(run) as ckpt:
+        report = ckpt.restore({"model": model(0)})
+    orbax.read = read
+    return {"step": report.step, "same": same(report.state["model"], model(1))}
+
+
+def restore_from_others(folder: pathlib.Path) -> dict:
+    """Steps that another number of processes saved."""
+    report = ct.load(folder / "run", {"model": model(0)}, step=7)
+    told = {"same": same(report.state["model"], model(7))}
+    told["data"] = failure(lambda: ct.load(folder / "run", {"data": Data()}, step=7))
+    with ct.open(spec(folder, "run")) as ckpt:
+        ckpt.restore({"model": model(0)})
+        ckpt.save(8, {"model": model(8)})
+        ckpt.wait()
+        told["steps"] = ckpt.all_steps()
+    if (folder / "single").exists():
+        single = ct.load(folder / "single", {"params": {"w": model(0)["w"]}})
+        told["single"] = whole(single.state["params"]["w"]).tobytes() == W.tobytes()
+    return told
+
+
+def one_dies(folder: pathlib.Path) -> dict:
+    """Process 1 is killed while it writes; the last scenario of a run, since JAX itself does not go on from there."""
+    group._LOST_AFTER_S = 3.0
+    with ct.open(spec(folder, "dies")) as ckpt:
+        ckpt.save(1, {"model": model(1)})
+        ckpt.wait()
+        if ME == 1:
+            orbax.write_part = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        ckpt.save(2, {"model": model(2)})
+        told = {"error": failure(ckpt.wait), "steps": ckpt.all_steps()}
+        told["staging"] = len(list((folder / "dies" / ".ckpttools" / "staging").iterdir()))
+        return told
+
+
+def killed(folder: pathlib.Path) -> dict:
+    """Save all the time, until somebody kills a process."""
+    group._LOST_AFTER_S = 3.0
+    step = 0
+
+    def forever() -> None:
+        nonlocal step
+        with ct.open(spec(folder, "killed", save=ct.EverySteps(1), keep=ct.Latest(3))) as ckpt:
+            ckpt.restore({"model": model()})
+            for step in ckpt.steps(10_000):
+                ckpt.step(step, {"model": model(step)})
+
+    return {"error": failure(forever), "step": step}
+
+
+def main() -> None:
+    port, folder = sys.argv[3], pathlib.Path(sys.argv[4])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", COUNT, ME)
+    told = {}
+    answer = folder / f"answer-{ME}.json"
+    for name in sys.argv[5:]:
+        try:
+            told[name] = globals()[name](folder)
+        except Exception as error:
+            told[name] = {"raised": f"{type(error).__name__}: {error}"}
+        answer.write_text(json.dumps(told))
+    # Without a farewell: with a dead peer, JAX's own shutdown would wait for it.
+    if sys.argv[-1] not in ("one_dies", "killed"):
+        jax.distributed.shutdown()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
