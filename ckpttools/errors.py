@@ -117,7 +117,13 @@ class SaveTimeoutError(CheckpointError, TimeoutError):
 
 
 class ProcessError(CheckpointError, RuntimeError):
-    """Another process of the same run failed, died, left, or is doing something else."""
+    """Another process of the same run failed, died, left, or is doing something else.
+
+    Attributes:
+        missing: Whether it was not heard of, so that it may still be writing.
+    """
+
+    missing: bool = False
 
 
 class ValidationError(CheckpointError, ValueError):

@@ -212,7 +212,7 @@ class Processes(Group):
                     raise self._gone(topic, failure) from failure
             missing = self._missing(other)
             if missing or time.monotonic() > deadline:
-                raise ProcessError(
+                error = ProcessError(
                     what=f"{topic}: process {other} of {self.count} is missing: "
                     + (missing or f"nothing came from it within {self._timeout_s:g} s."),
                     why="several processes save and restore together: each calls the same methods in the same order. "
@@ -220,6 +220,8 @@ class Processes(Group):
                     fix="look at the output of that process and start the run again; "
                     "Storage(timeout_s=...) sets how long to wait for a slow one.",
                 )
+                error.missing = True
+                raise error
 
     def _missing(self, other: int) -> str:
         """Why nothing more is to be expected of a process; empty while it lives."""

@@ -62,13 +62,17 @@ def run(folder: RunFolder, spec: CheckpointSpec, job: saving.Job, worker: Worker
     root, step = folder.directory, job.summary.step
     holder = layout.control(root, f"staging/{job.staging}")
     staged = holder / str(step)
-    save = _Save(root, staged, spec, job, group)
+    save, may_remove = _Save(root, staged, spec, job, group), True
     try:
         save.meet("begin", lambda: save.begin() if group.leads else None)
         save.meet("write", lambda: save.write(abandoned=worker.abandoned.is_set))
         done = group.decide(f"the commit of step {step}", lambda: save.commit(folder), channel=_CHANNEL)
+    except ProcessError as error:
+        # Who is not heard of may still be writing there; the next session sweeps it up.
+        may_remove = not error.missing
+        raise
     finally:
-        if group.leads:
+        if group.leads and may_remove:
             shutil.rmtree(holder, ignore_errors=True)
     return Saved(
         step=step,

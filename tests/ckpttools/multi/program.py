@@ -177,7 +177,8 @@ def without_meetings(folder: pathlib.Path) -> dict:
         write(*args, **kwargs)
 
     def rashly(self: object, name: str, work) -> None:
-        work()
+        if ME == 0:
+            work()
 
     told = {}
     meet = joint._Save.meet
