@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several real processes, joined by jax.distributed over gloo, save and restore one run together."""
+
+import random
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+import ckpttools as ct
+
+from . import cluster
+from .program import Data, W
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("multi")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """What two processes of two devices each told, the second of which dies in the end."""
+    scenarios = ["save_and_restore", "a_signal_to_one", "metrics_that_differ", "one_cannot", "without_meetings"]
+    return cluster.run(2, folder, *scenarios, "damaged_for_one", "misuse", "one_dies")
+
+
+@pytest.fixture(scope="module")
+def four(two, folder):
+    """What four processes of one device each told of the same folder."""
+    with ct.open(ct.CheckpointSpec(directory=folder / "single")) as ckpt:
+        ckpt.save(1, {"params": {"w": W}})
+    return cluster.run(4, folder, "restore_from_others", devices=1)
+
+
+def seconds(text: str) -> float:
+    return float(re.search(r"\[([\d.]+) s\]$", text)[1])
+
+
+def test_two_processes_save_and_restore_every_bit_on_another_mesh(two):
+    for index, told in enumerate(answer["save_and_restore"] for answer in two):
+        assert told["outcomes"] == ["Skipped", "Started", "Skipped", "Started", "Skipped", "Started", "Saved"]
+        assert told["steps"] == [6, 7]
+        assert told["same"]
+        assert told["older"]
+        assert told["turned"]
+        assert told["data"] == 10 * index + 7, "each process gets its own iterator's state back"
+
+
+def test_four_processes_restore_what_two_and_one_have_saved_and_go_on(four):
+    for answer in four:
+        told = answer["restore_from_others"]
+        assert told["same"]
+        assert told["single"]
+        assert told["steps"][-1] == 8
+        assert "StructureError: data.at of step 7 was saved by 2 processes" in told["data"]
+
+
+def test_one_process_reads_proves_and_finds_damage_in_what_several_have_saved(two, folder):
+    run = folder / "run"
+    template = {"w": np.zeros((8, 8), np.float32), "local": np.zeros(5)}
+    loaded = ct.load(run, {"model": template}, only=("model.w", "model.local"), step=7)
+    np.testing.assert_array_equal(loaded.state["model"]["w"], W * 7)
+    np.testing.assert_array_equal(loaded.state["model"]["local"], np.arange(5) * 7)
+    assert ct.verify(run).ok
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        plain = ocp.load_checkpointables(run / "7", {"model": {"w": np.zeros((8, 8), np.float32)}})
+    np.testing.assert_array_equal(plain["model"]["w"], W * 7)
+    with pytest.raises(ct.StructureError, match="saved by 2 processes"):
+        ct.load(run, {"data": Data()}, step=7)
+
+
+def test_a_flipped_bit_in_the_part_of_one_process_is_found_by_its_digest(two, folder):
+    part = folder / "met" / "1" / "model" / "ocdbt.process_1" / "d"
+    needle = (W * 1)[6, :4].tobytes()
+    # Which process writes which replica is Orbax's affair, so the part is searched in all files.
+    files = [path for path in (*part.iterdir(), *part.parents[1].rglob("d/*")) if needle in path.read_bytes()]
+    if not files:
+        pytest.fail("no file holds the values as they are")
+    data = files[0].read_bytes()
+    at = data.index(needle)
+    files[0].write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(ct.CorruptStepError) as caught:
+        ct.load(folder / "met", {"model": {"w": W}}, only="model.w", step=1)
+    assert "model.w" in caught.value.leaves
+
+
+def test_a_signal_to_one_process_saves_the_same_step_in_all_and_ends_the_loop(two):
+    first, second = (answer["a_signal_to_one"] for answer in two)
+    assert first == second
+    assert first["reason"] == "SIGTERM asked to stop (process 1)"
+    assert first["steps"] == [first["saved"]]
+    assert 3 <= first["saved"] < 10
+    assert first["preempted"]
+
+
+def test_the_leader_decides_where_the_processes_measure_different_things(two):
+    for answer in two:
+        assert answer["metrics_that_differ"] == {"skipped": [False, False, True, False], "steps": [1, 2, 4]}
+
+
+def test_what_one_process_cannot_do_none_does_and_the_next_save_is_good(two):
+    first, second = (answer["one_cannot"] for answer in two)
+    for told in (first, second):
+        assert told["after"] == [1]
+        assert told["then"] == [1, 5]
+        assert all(seconds(told[name]) < 10 for name in ("copying", "writing", "other"))
+    assert "ProcessError: the save of step 2: process 1 of 2 failed: LeafError: data.at" in first["copying"]
+    assert second["copying"].startswith("LeafError: data.at")
+    assert "process 1 of 2 failed: StorageError" in first["writing"]
+    assert "Input/output error" in second["writing"]
+    assert "process 1 of 2 failed: StructureError" in first["other"]
+    assert "extra" in second["other"]
+
+
+def test_a_slow_process_is_waited_for_and_without_meetings_is_not(two):
+    first, second = (answer["without_meetings"] for answer in two)
+    for told in (first, second):
+        assert told["met"].startswith("none")
+        assert told["met steps"] == [1]
+        assert told["rash steps"] == []
+    assert seconds(first["met"]) >= 0.9
+    assert "part-1.json" in first["rash"]
+    assert second["rash"].startswith("ProcessError")
+
+
+def test_a_step_that_one_process_cannot_read_is_passed_over_by_all(two):
+    for answer in two:
+        assert answer["damaged_for_one"] == {"step": 1, "same": True}
+
+
+def test_what_several_processes_cannot_do_is_refused_in_words(two):
+    for told in (answer["misuse"] for answer in two):
+        assert "SpecError: this run has 2 processes and a mirror" in told["mirror"]
+        assert "SpecError: this run has 2 processes and a validation function" in told["validate"]
+        assert "SpecError: CheckpointManager" in told["manager"]
+    first, second = (answer["misuse"] for answer in two)
+    assert "SpecError: process 1 has another spec" in second["specs"]
+    assert "process 1 of 2 failed: SpecError" in first["specs"]
+    assert "does not see" in second["folders"]
+    assert "does not see" in first["folders"]
+    assert (
+        "ProcessError: the save of step 1: process 1 of 2 is missing: nothing came from it within 2 s" in first["alone"]
+    )
+    assert seconds(first["alone"]) < 8
+
+
+def test_the_death_of_a_process_in_a_save_is_an_error_in_bounded_time_and_no_step(two, folder):
+    told = two[0]["one_dies"]
+    assert "one_dies" not in two[1]
+    assert "process 1 of 2 is missing: it has given no sign of life" in told["error"]
+    assert seconds(told["error"]) < 15
+    assert told["steps"] == [1]
+    assert ct.verify(folder / "dies").ok
+    with ct.open(ct.CheckpointSpec(directory=folder / "dies")) as ckpt:
+        assert ckpt.all_steps() == (1,)
+        ckpt.restore({"model": {"w": W, "local": np.zeros(5)}}, surgery=[ct.Drop(f"model.{n}") for n in _REST])
+        ckpt.save(2, {"model": {"w": W}})
+        ckpt.wait()
+    assert not list((folder / "dies" / ".ckpttools" / "staging").iterdir()), "what the dead left is swept up"
+
+
+_REST = ("b", "half", "keys", "count", "name")
+
+
+@pytest.mark.parametrize("trials", [1, pytest.param(12, marks=pytest.mark.long)])
+def test_a_process_killed_at_any_moment_never_leaves_a_damaged_step(trials, tmp_path):
+    chance = random.Random(trials)
+    run = tmp_path / "killed"
+    for trial in range(trials):
+        processes = cluster.start(2, tmp_path, "killed")
+        deadline = time.monotonic() + 60
+        while not (run / str(ct_latest(run) + 1)).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0.0, 1.0))
+        victim = trial % 2 if trials > 1 else 1
+        processes[victim].send_signal(signal.SIGKILL)
+        killed_at = time.monotonic()
+        codes = cluster.finish(processes, timeout_s=60)
+        assert time.monotonic() - killed_at < 40
+        assert codes[victim] == -signal.SIGKILL
+        if victim == 1:
+            told = cluster.answers(2, tmp_path)[0]["killed"]
+            assert "process 1 of 2" in str(told) or "raised" in told, told
+        health = ct.verify(run)
+        assert health.ok, str(health)
+        assert health.steps
+
+
+def ct_latest(run) -> int:
+    return max((int(path.name) for path in run.glob("[0-9]*")), default=0)
