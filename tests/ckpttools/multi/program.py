@@ -22,7 +22,7 @@ from ckpttools import group, joint
 from ckpttools.store import orbax
 
 W = np.arange(64, dtype=np.float32).reshape(8, 8)
-ME, COUNT = int(sys.argv[1]), int(sys.argv[2])
+ME, COUNT = map(int, sys.argv[1:3]) if __name__ == "__main__" else (0, 1)
 
 
 class Data:
