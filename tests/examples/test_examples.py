@@ -57,6 +57,13 @@ def test_change_the_architecture(tmp_path):
     assert "restored 40, trained to 80" in output
 
 
+def test_two_processes(tmp_path):
+    output = run("two_processes.py", tmp_path)
+    assert output.count("of 2: restored None, trained to 12") == 2
+    assert output.count("holds (8, 8) of (16, 8)") == 2
+    assert "process 0 of 1: restored 12, trained to 20" in output
+
+
 def test_every_example_is_run_somewhere():
     here = pathlib.Path(__file__).read_text()
     names = {path.name for path in EXAMPLES.glob("*.py")} - ELSEWHERE

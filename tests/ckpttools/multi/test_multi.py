@@ -61,7 +61,7 @@ def test_four_processes_restore_what_two_and_one_have_saved_and_go_on(four):
 
 def test_one_process_reads_proves_and_finds_damage_in_what_several_have_saved(two, folder):
     run = folder / "run"
-    template = {"w": np.zeros((8, 8), np.float32), "local": np.zeros(5)}
+    template = {"w": np.zeros((8, 8), np.float32), "local": np.zeros(5, np.int64)}
     loaded = ct.load(run, {"model": template}, only=("model.w", "model.local"), step=7)
     np.testing.assert_array_equal(loaded.state["model"]["w"], W * 7)
     np.testing.assert_array_equal(loaded.state["model"]["local"], np.arange(5) * 7)
@@ -75,19 +75,21 @@ def test_one_process_reads_proves_and_finds_damage_in_what_several_have_saved(tw
         ct.load(run, {"data": Data()}, step=7)
 
 
-def test_a_flipped_bit_in_the_part_of_one_process_is_found_by_its_digest(two, folder):
-    part = folder / "met" / "1" / "model" / "ocdbt.process_1" / "d"
-    needle = (W * 1)[6, :4].tobytes()
-    # Which process writes which replica is Orbax's affair, so the part is searched in all files.
-    files = [path for path in (*part.iterdir(), *part.parents[1].rglob("d/*")) if needle in path.read_bytes()]
-    if not files:
-        pytest.fail("no file holds the values as they are")
-    data = files[0].read_bytes()
-    at = data.index(needle)
-    files[0].write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-    with pytest.raises(ct.CorruptStepError) as caught:
-        ct.load(folder / "met", {"model": {"w": W}}, only="model.w", step=1)
-    assert "model.w" in caught.value.leaves
+def test_a_flipped_bit_in_the_part_of_any_process_is_found_or_means_nothing(two, folder):
+    step, found = folder / "met" / "1", 0
+    parts = sorted(path for path in step.rglob("d/*") if path.is_file())
+    assert {path.parents[1].name for path in parts} >= {"ocdbt.process_0", "ocdbt.process_1"}
+    for path in parts:
+        data = path.read_bytes()
+        middle = len(data) // 2
+        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+        try:
+            state = ct.load(folder / "met", {"model": {"w": W * 0}}, only="model.w", step=1).state
+            np.testing.assert_array_equal(state["model"]["w"], W)
+        except ct.StepDamagedError:
+            found += 1
+        path.write_bytes(data)
+    assert found > 0
 
 
 def test_a_signal_to_one_process_saves_the_same_step_in_all_and_ends_the_loop(two):
@@ -159,7 +161,9 @@ def test_the_death_of_a_process_in_a_save_is_an_error_in_bounded_time_and_no_ste
     assert ct.verify(folder / "dies").ok
     with ct.open(ct.CheckpointSpec(directory=folder / "dies")) as ckpt:
         assert ckpt.all_steps() == (1,)
-        ckpt.restore({"model": {"w": W, "local": np.zeros(5)}}, surgery=[ct.Drop(f"model.{n}") for n in _REST])
+        ckpt.restore(
+            {"model": {"w": W, "local": np.zeros(5, np.int64)}}, surgery=[ct.Drop(f"model.{n}") for n in _REST]
+        )
         ckpt.save(2, {"model": {"w": W}})
         ckpt.wait()
     assert not list((folder / "dies" / ".ckpttools" / "staging").iterdir()), "what the dead left is swept up"
@@ -174,8 +178,8 @@ def test_a_process_killed_at_any_moment_never_leaves_a_damaged_step(trials, tmp_
     run = tmp_path / "killed"
     for trial in range(trials):
         processes = cluster.start(2, tmp_path, "killed")
-        deadline = time.monotonic() + 60
-        while not (run / str(ct_latest(run) + 1)).exists() and time.monotonic() < deadline:
+        wanted, deadline = latest(run) + 1, time.monotonic() + 60
+        while latest(run) < wanted and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(chance.uniform(0.0, 1.0))
         victim = trial % 2 if trials > 1 else 1
@@ -192,5 +196,5 @@ def test_a_process_killed_at_any_moment_never_leaves_a_damaged_step(trials, tmp_
         assert health.steps
 
 
-def ct_latest(run) -> int:
+def latest(run) -> int:
     return max((int(path.name) for path in run.glob("[0-9]*")), default=0)
