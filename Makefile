@@ -70,6 +70,7 @@ bench:
 	.venv-bench/bin/python benchmarks/ckpt_faults.py --write
 	.venv-bench/bin/python benchmarks/remat_baseline.py --out docs/benchmarks --cache .bench
 	.venv-bench/bin/python benchmarks/remat_frontier.py --out docs/benchmarks --cache .bench
+	.venv-bench/bin/python benchmarks/remat_presets.py --cache .bench --write
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

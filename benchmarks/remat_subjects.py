@@ -96,7 +96,7 @@ def mean_logsumexp(logits: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1).mean()
 
 
-def _half(model: nnx.Module) -> nnx.Module:
+def half(model: nnx.Module) -> nnx.Module:
     """The same model in bfloat16, its counters apart."""
 
     def cast(leaf: Any) -> Any:
@@ -118,7 +118,8 @@ def _language_loss(tokens: int) -> Callable[..., jax.Array]:
     return loss
 
 
-def _decoder(what: str, build: Callable[[], Any], tokens: int, context: str) -> Subject:
+def decoder(what: str, build: Callable[[], Any], tokens: int, context: str | None = None) -> Subject:
+    """A decoder with the modules' names of tunix's Llama and Qwen."""
     projections = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
     return Subject(
         what=what,
@@ -147,10 +148,10 @@ def llama() -> Subject:
     config = dataclasses.replace(llama3.ModelConfig.llama3p2_1b(), num_layers=4)
 
     def build() -> Any:
-        return _half(nnx.eval_shape(lambda: llama3.Llama3(config, rngs=nnx.Rngs(0))))
+        return half(nnx.eval_shape(lambda: llama3.Llama3(config, rngs=nnx.Rngs(0))))
 
     what = "tunix's Llama-3.2-1B cut to 4 layers, bfloat16, 1 x 4,096 tokens"
-    return _decoder(what, build, 4096, "attn:reshape[3]")
+    return decoder(what, build, 4096, "attn:reshape[3]")
 
 
 def qwen() -> Subject:
@@ -159,10 +160,10 @@ def qwen() -> Subject:
     config = dataclasses.replace(qwen3.ModelConfig.qwen3_0p6b(), num_layers=2, vocab_size=8192)
 
     def build() -> Any:
-        return _half(nnx.eval_shape(lambda: qwen3.Qwen3(config, rngs=nnx.Rngs(0))))
+        return half(nnx.eval_shape(lambda: qwen3.Qwen3(config, rngs=nnx.Rngs(0))))
 
     what = "tunix's Qwen3-0.6B cut to 2 layers and 8,192 words, bfloat16, 1 x 2,048 tokens"
-    return _decoder(what, build, 2048, "attn:reshape[1]")
+    return decoder(what, build, 2048, "attn:reshape[1]")
 
 
 class Attention(nnx.Module):
@@ -222,7 +223,7 @@ def _image_loss(model: Any, images: jax.Array) -> jax.Array:
 def vit() -> Subject:
     return Subject(
         what="a vision transformer (width 384, 6 heads, 4 blocks), bfloat16, 64 images of 224 x 224",
-        build=lambda: _half(nnx.eval_shape(ViT)),
+        build=lambda: half(nnx.eval_shape(ViT)),
         loss=_image_loss,
         batch=(jax.ShapeDtypeStruct((64, 224, 224, 3), jnp.bfloat16),),
         blocks=("layers.*",),
@@ -281,7 +282,7 @@ class ResNet(nnx.Module):
 def resnet() -> Subject:
     return Subject(
         what="a residual network with BatchNorm (two stages of two blocks), bfloat16, 64 images of 64 x 64",
-        build=lambda: _half(nnx.eval_shape(ResNet)),
+        build=lambda: half(nnx.eval_shape(ResNet)),
         loss=_image_loss,
         batch=(jax.ShapeDtypeStruct((64, 64, 64, 3), jnp.bfloat16),),
         blocks=("layers.*",),

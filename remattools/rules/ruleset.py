@@ -4,6 +4,7 @@
 An ordered, hashable value; from mappings, pairs and TOML, and back to TOML.
 """
 
+import difflib
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from ..errors import RuleError
 from . import toml
 from .paths import Pattern
 from .rule import Action, Remat, as_action
+
+_PRESETS = pathlib.Path(__file__).with_name("presets")
 
 
 class Rules:
@@ -57,6 +60,29 @@ class Rules:
             RuleFileError: With the line, if it cannot be read.
         """
         return cls(toml.loads(text, source or "<text>"))
+
+    @classmethod
+    def preset(cls, name: str) -> "Rules":
+        """Rules for a known architecture, such as "llama3"; the file says what they were measured to do.
+
+        Patterns name the modules as the models of google-tunix do; other models with the same names can use them too.
+
+        Raises:
+            RuleError: If there is no preset of that name.
+        """
+        if name not in cls.presets():
+            near = difflib.get_close_matches(str(name), cls.presets(), n=3, cutoff=0.3) or cls.presets()
+            raise RuleError(
+                what=f"there is no preset {name!r}.",
+                why="presets are rule files that come with the package, by the name of an architecture.",
+                fix=f"there are {', '.join(map(repr, near))}; Rules.presets() names all, Rules.load(path) reads yours.",
+            )
+        return cls.load(_PRESETS / f"{name}.toml")
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """The names that `preset` knows, in order."""
+        return tuple(sorted(path.stem for path in _PRESETS.glob("*.toml")))
 
     @classmethod
     def coerce(cls, value: Any) -> "Rules":
