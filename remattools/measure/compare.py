@@ -182,10 +182,10 @@ def compare(
         MeasureError: If there are no candidates, or no model to put them on.
         UnmatchedRuleError: If a rule matches nothing.
     """
-    if not candidates:
+    if not candidates or not isinstance(candidates, Mapping):
         raise MeasureError(
-            what="compare was given no candidates.",
-            why="there is nothing to set side by side.",
+            what="compare was given no candidates." if not candidates else f"candidates={candidates!r} have no names.",
+            why="there is nothing to set side by side." if not candidates else "each row of the table has a name.",
             fix='candidates={"plain": None, "full": "nothing_saveable"}.',
         )
     where = find_target(target)

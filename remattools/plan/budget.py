@@ -7,13 +7,13 @@ Bytes, a text with a unit, a fraction of what the plain model takes, or "fit".
 import re
 from typing import Any, Literal
 
-from ..errors import BudgetError, did_you_mean
+from ..errors import BudgetError
 from ..measure.measurement import Measurement
 from ..measure.targets import Target
 
 Of = Literal["peak", "temp"]
 
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 # Main memory of one device by the vendors' data sheets, in bytes; the compilers reserve a part of it.
 _TPU_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
 _MARGIN = 0.94
@@ -31,6 +31,41 @@ def is_fraction(budget: Any) -> bool:
     return isinstance(budget, float) and 0 < budget <= 1
 
 
+def require_budget(budget: Any) -> None:
+    """Refuse what no model and no target could make a budget of, before anything is compiled.
+
+    Raises:
+        BudgetError: If it is none.
+    """
+    if isinstance(budget, str):
+        if budget == "fit":
+            return
+        number, unit = _in_units(budget)
+        if unit not in _UNITS or ("." in number and not unit) or not _UNITS[unit] * float(number) >= 1:
+            raise BudgetError(
+                what=f"budget={budget!r} is no budget.",
+                why="a text is a number of bytes with a unit: B, kB, MB, GB, KiB, MiB or GiB; or 'fit'.",
+                fix='budget="12GiB", budget="fit"; for a share of the plain model a number, budget=0.5.',
+            )
+    # A float is a share, unless nobody can mean one: 12e9.
+    elif type(budget) not in (int, float) or not (is_fraction(budget) or (budget >= 1 and _is_bytes(budget))):
+        raise BudgetError(
+            what=f"budget={budget!r} is no budget.",
+            why="it is whole bytes, a text with a unit, a share of the plain model (a float up to 1.0), or 'fit'.",
+            fix='budget="12GiB", budget=0.5, or budget="fit".',
+        )
+
+
+def _is_bytes(budget: float) -> bool:
+    return isinstance(budget, int) or (budget >= 1024 and budget.is_integer())
+
+
+def _in_units(text: str) -> tuple[str, str]:
+    """Number and unit of a text; the unit is "?" if it cannot be read."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    return (found[1], found[2]) if found else ("0", "?")
+
+
 def budget_bytes(budget: Any, *, target: Target, plain_bytes: int) -> int:
     """The bytes that a budget means.
 
@@ -42,27 +77,13 @@ def budget_bytes(budget: Any, *, target: Target, plain_bytes: int) -> int:
     Raises:
         BudgetError: If it is none.
     """
-    if is_fraction(budget):
-        return int(budget * plain_bytes)
+    require_budget(budget)
     if budget == "fit":
         return int(_MARGIN * _memory(target))
     if isinstance(budget, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", budget.lower())
-        if found is None or (found[2] or "b") not in _UNITS:
-            known = ["fit", "12GiB", "800MB"]
-            raise BudgetError(
-                what=f"{budget!r} is no budget.",
-                why="a plan is made for a number of bytes.",
-                fix=did_you_mean(budget, known) or f"one of {known}.",
-            )
-        return int(float(found[1]) * _UNITS[found[2] or "b"])
-    if type(budget) not in (int, float) or budget <= 0:
-        raise BudgetError(
-            what=f"budget={budget!r} is no budget.",
-            why="it is bytes, a text with a unit, a fraction of the plain model (up to 1.0), or 'fit'.",
-            fix='budget="12GiB", budget=0.5, or budget="fit".',
-        )
-    return int(budget)
+        number, unit = _in_units(budget)
+        return int(float(number) * _UNITS[unit])
+    return int(budget * plain_bytes) if is_fraction(budget) else int(budget)
 
 
 def _memory(target: Target) -> int:

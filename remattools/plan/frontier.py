@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import BudgetError
 from ..measure.measurement import format_bytes
 from ..measure.targets import Target
-from .budget import Of, budget_bytes
+from .budget import Of, budget_bytes, require_budget
 from .explore import best_point
 from .result import Plan, Point, plot_of, table_of, unbeaten
 
@@ -113,16 +113,19 @@ class Frontier:
             what=f"no compiled rules stay within {format_bytes(limit)} of {self.of}; the least is "
             f"{least.bytes} bytes ({format_bytes(least.bytes)}) with {least.measured.argument_bytes} of arguments.",
             why=f"at the fullest moment these are alive: {self.holding(least)}.",
-            fix=f"budget={least.bytes}, a smaller batch, or a loss that makes its largest values in pieces.",
+            fix=f"budget={least.bytes}, more compiles ({len(self.points)} were made: max_compiles=), a smaller batch, "
+            "or a loss that makes its largest values in pieces.",
         )
 
 
 def check_limits(budget: Any, max_cycles: float | None) -> None:
-    """Refuse a plan without any limit.
+    """Refuse a plan without any limit, or with one that cannot be read.
 
     Raises:
         BudgetError: If there is none.
     """
+    if budget is not None:
+        require_budget(budget)
     if budget is None and max_cycles is None:
         raise BudgetError(
             what="neither a budget nor max_cycles was given.",

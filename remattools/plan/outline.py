@@ -8,7 +8,6 @@ around them with the blocks as opaque operations. The cost hardly grows with dep
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,7 +133,7 @@ def outline(fn: Callable[..., Any], model: Any, args: Sequence[Any], rates: Rate
     if not visits:
         raise MeasureError(
             what="no block of the model runs in this loss.",
-            why="a plan says what the blocks keep: modules in a sequence, or the root's own children.",
+            why="a plan says what the blocks keep: members of lists and dicts, or the root's own children.",
             fix="pass a loss that calls the model; scan-stacked layers are not planned yet.",
         )
     problems = tuple(BlockProblem(block_graph(inner), rates) for inner in distinct)
@@ -142,19 +141,36 @@ def outline(fn: Callable[..., Any], model: Any, args: Sequence[Any], rates: Rate
 
 
 def blocks_of(model: Any) -> list[tuple[str, tuple[str, ...]]]:
-    """Patterns of the blocks: members of sequences, or else the root's children that can be called."""
-    entries = {format_path(entry.path): entry for entry in modules_of(model)}
-    found: list[tuple[str, tuple[str, ...]]] = []
-    for pattern in application.outermost_sequences(model):
-        members = [e for text, e in entries.items() if re.fullmatch(re.escape(pattern[:-1]) + r"\d+", text)]
-        methods = {_method(entry.module) for entry in members}
-        if len(methods) == 1 and None not in methods:
-            found.append((pattern, (str(methods.pop()),)))
+    """Patterns of the blocks: members of lists and dicts that lie in no other block, or else the root's children.
+
+    A list may hold lists or dicts; each of these is a sequence of blocks of its own.
+    """
+    entries = modules_of(model)
+    owners = {entry.path for entry in entries if not entry.container}
+    blocks: set[Path] = set()
+    holders: dict[Path, set[str | None]] = {}
+    for entry in entries:
+        path = entry.path
+        if entry.container or not path or any(path[:n] in blocks for n in range(len(path))):
+            continue
+        # An attribute is a part of its module; what its module holds in a list or a dict is one of several.
+        owner = max((n for n in range(len(path)) if path[:n] in owners), default=-1 if entries[0].path == () else 0)
+        if len(path) - owner < 2:
+            continue
+        method = _method(entry.module)
+        holders.setdefault(path[:-1], set()).add(method)
+        if method is not None:
+            blocks.add(path)
+    found = [
+        (format_path((*holder, "*")), (str(next(iter(methods))),))
+        for holder, methods in holders.items()
+        if len(methods) == 1 and None not in methods
+    ]
     if found:
         return found
     return [
-        (text, (str(_method(entry.module)),))
-        for text, entry in entries.items()
+        (format_path(entry.path), (str(_method(entry.module)),))
+        for entry in entries
         if len(entry.path) == 1 and not entry.container and _method(entry.module) is not None
     ]
 

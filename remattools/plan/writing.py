@@ -46,6 +46,9 @@ def _pattern_for(path: Path, methods: dict[str, tuple[str, ...]]) -> str:
 def _written(pattern: str, paths: Sequence[Path], everyone: Sequence[Path]) -> str:
     if len(paths) == len(everyone) or not pattern.endswith("*"):
         return pattern
+    if not all(isinstance(path[-1], int) for path in everyone):
+        names = [str(path[-1]) for path in paths]
+        return pattern[:-1] + (names[0] if len(names) == 1 else "{" + ",".join(names) + "}")
     indices, last = [int(path[-1]) for path in paths], max(int(path[-1]) for path in everyone)
     return pattern[:-1] + _slice(indices, last + 1)
 

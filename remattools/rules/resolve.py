@@ -129,7 +129,9 @@ def _nothing_to_call(
     below = sorted({p for node in nodes for p in node.paths if p[: len(path)] == path and len(p) == len(path) + 1})
     fixes = []
     if below:
-        prefix = format_path(path) + "." if path else ""
+        # A pattern of paths is best extended as it was written; a bare name or a class means something else with a dot.
+        stem = text if "." in text and ":" not in text else format_path(path)
+        prefix = stem + "." if path else ""
         fixes.append(f'its children: "{prefix}*" ({", ".join(format_path(child) for child in below[:3])}, ...)')
     if methods:
         fixes.append(f"another method: Remat(methods=({methods[0]!r},)), out of {', '.join(methods)}")

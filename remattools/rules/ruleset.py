@@ -97,8 +97,12 @@ class Rules:
                     fix=f'{{"layers.*": {value!r}}}, apply(model, {value!r}, on="layers.*"), or a path in .toml.',
                 )
             return cls.load(value)
-        if isinstance(value, Mapping) or (isinstance(value, Iterable) and not isinstance(value, Remat)):
+        if isinstance(value, Mapping):
             return cls(value)
+        if isinstance(value, Iterable) and not isinstance(value, Remat):
+            pairs = list(value)
+            if all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+                return cls(pairs)
         raise RuleError(
             what=f"{value!r} is no set of rules.",
             why="rules are patterns with actions.",

@@ -155,7 +155,24 @@ def decide(
 ) -> tuple[list[ModuleEntry], list[Decision]]:
     """The modules of `model` and the verdict on each; changes nothing."""
     entries = modules_of(model)
+    if not entries:
+        raise _no_model(model)
     return entries, resolve(as_rules(rules, on), [_node(entry) for entry in entries], strict=strict)
+
+
+def _no_model(value: Any) -> RuleError:
+    if isinstance(value, type):
+        return RuleError(
+            what=f"{value.__name__} is a class, not a model.",
+            why="rules are put on the modules of an instance.",
+            fix=f"an instance, or the decorator: @remat(rules=...) class {value.__name__}.",
+        )
+    called = f"the function {getattr(value, '__name__', '')}" if callable(value) else f"this {type(value).__name__}"
+    return RuleError(
+        what=f"{called} holds no nnx module.",
+        why="rules are put on the modules of a model; a function, a state or an optimizer has none.",
+        fix="pass the model itself, or a dict or list of models.",
+    )
 
 
 def as_rules(rules: Any, on: str | None) -> Rules:

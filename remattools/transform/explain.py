@@ -7,6 +7,7 @@ never computed.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,9 +71,9 @@ class Explanation:
         console = Console(width=120, no_color=True, highlight=False, soft_wrap=False)
         with console.capture() as captured:
             console.print(self.__rich__())
+            for path, warning in _folded_warnings(self.rows):
+                console.print(f"{path}: {warning}")
             for row in self.rows:
-                for warning in row.warnings:
-                    console.print(f"{row.path}: {warning}")
                 if row.values:
                     console.print(_values_table(row))
         return captured.get().rstrip()
@@ -257,22 +258,41 @@ def _folded(rows: Sequence[ExplanationRow]) -> list[tuple[str, ExplanationRow]]:
     return [(slice_text([row.path for row in group]), group[0]) for group in groups.values()]
 
 
-def slice_text(paths: list[str]) -> str:
-    """One text for paths that differ in indices only."""
-    columns = list(zip(*(path.split(".") for path in paths), strict=True)) if paths != ["."] else [(".",)]
-    parts = []
-    for column in columns:
-        distinct = sorted({int(c) for c in column}) if all(c.isdigit() for c in column) else []
-        if len(distinct) < 2:
-            parts.append(column[0])
-            continue
-        step = distinct[1] - distinct[0]
-        regular = distinct == list(range(distinct[0], distinct[-1] + 1, step))
-        tail = "" if step == 1 else f":{step}"
-        parts.append(
-            f"[{distinct[0]}:{distinct[-1] + 1}{tail}]" if regular else "{" + ",".join(map(str, distinct)) + "}"
-        )
-    return ".".join(parts)
+def _folded_warnings(rows: Sequence[ExplanationRow]) -> list[tuple[str, str]]:
+    """Warnings that differ in indices only as one, for all their modules; its text is that of the first."""
+    groups: dict[Any, list[tuple[str, str]]] = {}
+    for row in rows:
+        for warning in row.warnings:
+            stem = (re.sub(r"\b\d+\b", "#", row.path), re.sub(r"\b\d+\b", "#", warning))
+            groups.setdefault(stem, []).append((row.path, warning))
+    return [(slice_text([path for path, _ in group]), group[0][1]) for group in groups.values()]
+
+
+def slice_text(paths: Sequence[str]) -> str:
+    """One text for paths that differ in indices only: it means these paths and no others."""
+    if len(paths) == 1:
+        return paths[0]
+    blocks = [tuple(frozenset({part}) for part in path.split(".")) for path in paths]
+    for column in reversed(range(len(blocks[0]))):
+        merged: dict[tuple[frozenset[str], ...], frozenset[str]] = {}
+        for block in blocks:
+            others = (*block[:column], *block[column + 1 :])
+            merged[others] = merged.get(others, frozenset()) | block[column]
+        blocks = [(*others[:column], values, *others[column:]) for others, values in merged.items()]
+    return ", ".join(".".join(map(_indices_text, block)) for block in blocks)
+
+
+def _indices_text(parts: frozenset[str]) -> str:
+    """One part of a path: a name or an index, a slice of indices, or the indices one by one."""
+    if len(parts) == 1:
+        return next(iter(parts))
+    if not all(part.isdigit() for part in parts):
+        return "{" + ",".join(sorted(parts)) + "}"
+    indices = sorted(map(int, parts))
+    step = indices[1] - indices[0]
+    if indices != list(range(indices[0], indices[-1] + 1, step)):
+        return "{" + ",".join(map(str, indices)) + "}"
+    return f"[{indices[0]}:{indices[-1] + 1}{'' if step == 1 else f':{step}'}]"
 
 
 def _values_table(row: ExplanationRow) -> Table:

@@ -139,6 +139,12 @@ def test_what_cannot_be_compared_is_explained(call, fix):
     assert fix in caught.value.fix
 
 
+def test_candidates_need_names():
+    with pytest.raises(rt.MeasureError, match="have no names") as caught:
+        rt.compare(loss, Tower(), inputs(), candidates=["nothing_saveable"], target="cpu")
+    assert '"plain": None' in caught.value.fix
+
+
 def test_a_candidate_that_matches_nothing_raises_before_anything_is_compiled():
     seen = []
     with pytest.raises(rt.UnmatchedRuleError):

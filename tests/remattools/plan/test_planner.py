@@ -14,7 +14,7 @@ from flax import nnx
 import remattools as rt
 
 from ..exactness import assert_exact
-from ..models import MLP, Tower, inputs, loss
+from ..models import MLP, Block, Tower, inputs, loss
 
 # The smallest model with something to choose: its compiles decide how long this file takes.
 DEPTH, WIDTH, BATCH = 4, 32, (4, 64, 32)
@@ -131,6 +131,9 @@ def test_a_time_limit_ends_the_search(folder: pathlib.Path) -> None:
         pytest.param({"budget": "12 parsecs"}, rt.BudgetError, "fit", id="unit"),
         pytest.param({"budget": -1}, rt.BudgetError, "12GiB", id="negative"),
         pytest.param({"budget": True}, rt.BudgetError, "12GiB", id="bool"),
+        pytest.param({"budget": "0.5"}, rt.BudgetError, "budget=0.5", id="a share as text"),
+        pytest.param({"budget": "50%"}, rt.BudgetError, "budget=0.5", id="percent"),
+        pytest.param({"budget": 1.5}, rt.BudgetError, "budget=0.5", id="more than the plain model"),
         pytest.param({"budget": "fit"}, rt.BudgetError, "12GiB", id="fit"),
         pytest.param({"budget": 0.5, "of": "both"}, rt.BudgetError, "temp", id="of"),
         pytest.param({"budget": 0.5, "max_compiles": 1}, rt.BudgetError, "8", id="compiles"),
@@ -150,3 +153,23 @@ def test_a_model_without_blocks_in_the_loss_is_refused() -> None:
     model, x = _abstract()
     with pytest.raises(rt.MeasureError, match="no block"):
         rt.plan(lambda m, x: jnp.sum(m.head(x) ** 2), model, x, budget=0.5, target="cpu")
+
+
+class _Named(nnx.Module):
+    """Blocks in a dict, and called by name."""
+
+    def __init__(self) -> None:
+        self.blocks = nnx.Dict({f"block_{i}": Block(8, nnx.Rngs(i)) for i in range(3)})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(3):
+            x = self.blocks[f"block_{i}"](x)
+        return x
+
+
+def test_blocks_in_a_dict_are_planned(folder: pathlib.Path) -> None:
+    model, x = nnx.eval_shape(_Named), inputs(32, 16)
+    plan = rt.plan(loss, model, x, budget=0.5, of="temp", target="cpu", max_compiles=6, cache=folder)
+    assert plan.measured.temp_bytes <= 0.5 * rt.measure(loss, model, x, differentiate=True, target="cpu").temp_bytes
+    again = rt.measure(loss, rt.apply(model, plan.rules), x, differentiate=True, target="cpu")
+    assert again.temp_bytes == plan.measured.temp_bytes

@@ -265,3 +265,25 @@ def test_apply_copies_no_array():
     rt.apply(model, {"layers.*": "nothing_saveable"})
     assert [id(leaf) for leaf in jax.tree.leaves(nnx.state(model))] == before
     assert_same_values(nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(Tower())))
+
+
+@pytest.mark.parametrize(
+    ("thing", "what"),
+    [
+        (lambda x: x, "the function <lambda> holds no nnx module"),
+        (Tower, "Tower is a class"),
+        (nnx.state(Tower()), "this State holds no nnx module"),
+        (3, "this int holds no nnx module"),
+    ],
+)
+def test_what_is_no_model_is_said_to_be_none(thing, what):
+    with pytest.raises(rt.RuleError) as caught:
+        rt.apply(thing, {"layers.*": "nothing_saveable"})
+    assert what in caught.value.what
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("rules", [["layers.*"], [("layers.*",)], [3]])
+def test_a_list_that_holds_no_pairs_is_no_set_of_rules(rules):
+    with pytest.raises(rt.RuleError, match="is no set of rules"):
+        rt.apply(Tower(), rules)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
+from remattools.transform.explain import slice_text
 from tests.remattools.models import Tower, inputs
 
 
@@ -32,6 +33,35 @@ def test_equal_layers_are_one_line_of_the_table():
     text = str(rt.explain(Tower(depth=12), {"layers.*": "nothing_saveable", "layers.[::3]": "dots_saveable"}))
     assert "layers.[0:10:3]" in text
     assert text.count("dots_saveable") == 1
+
+
+@pytest.mark.parametrize(
+    ("paths", "text"),
+    [
+        (["."], "."),
+        (["layers.0", "layers.1", "layers.2"], "layers.[0:3]"),
+        (["a.0.b", "a.2.b", "a.4.b"], "a.[0:5:2].b"),
+        (["a.0", "a.1", "a.3"], "a.{0,1,3}"),
+        (["a.0.0", "a.0.1", "a.1.0", "a.1.1"], "a.[0:2].[0:2]"),
+        (["a.0.0", "a.0.1", "a.1.0"], "a.0.[0:2], a.1.0"),
+    ],
+)
+def test_folded_paths_mean_these_and_no_others(paths, text):
+    assert slice_text(paths) == text
+
+
+def test_equal_notes_are_one_line_for_all_their_modules():
+    text = str(rt.explain(Tower(depth=4), {"layers.*": "nothing_saveable", "layers.*.mlp": "nothing_saveable"}))
+    notes = [line for line in text.splitlines() if "inside the region" in line]
+    assert len(notes) == 1, text
+    assert notes[0].startswith("layers.[0:4].mlp: ")
+
+
+def test_a_pattern_of_lists_is_extended_as_it_was_written():
+    model = nnx.Dict(down=nnx.List([nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))]) for _ in range(2)]))
+    with pytest.raises(rt.UnmatchedRuleError) as caught:
+        rt.explain(model, {"down.*": "nothing_saveable"})
+    assert '"down.*.*"' in caught.value.fix
 
 
 def test_shared_traces_are_counted():
