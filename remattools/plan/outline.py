@@ -161,7 +161,7 @@ def blocks_of(model: Any) -> list[tuple[str, tuple[str, ...]]]:
         holders.setdefault(path[:-1], set()).add(method)
         if method is not None:
             blocks.add(path)
-    found = [
+    found: list[tuple[str, tuple[str, ...]]] = [
         (format_path((*holder, "*")), (str(next(iter(methods))),))
         for holder, methods in holders.items()
         if len(methods) == 1 and None not in methods
