@@ -111,6 +111,8 @@ def outline(fn: Callable[..., Any], model: Any, args: Sequence[Any], rates: Rate
 
     def special(equation: Any, leaves: list[Any]) -> Any:
         if not programs.is_region(equation):
+            if equation.primitive.name in _LOOPS:
+                _refuse_blocks_in(equation, {pattern for pattern, _ in patterns})
             return None
         # Under jax_remat3 what is nested is the traced region, which holds its program.
         inner = programs.open_program(next(below for _, below in programs.nested(equation)))
@@ -134,10 +136,30 @@ def outline(fn: Callable[..., Any], model: Any, args: Sequence[Any], rates: Rate
         raise MeasureError(
             what="no block of the model runs in this loss.",
             why="a plan says what the blocks keep: members of lists and dicts, or the root's own children.",
-            fix="pass a loss that calls the model; scan-stacked layers are not planned yet.",
+            fix="pass a loss that calls the model.",
         )
     problems = tuple(BlockProblem(block_graph(inner), rates) for inner in distinct)
     return Outline(rules=tuple(patterns), problems=problems, visits=tuple(visits), around=around, rates=rates)
+
+
+_LOOPS = frozenset({"scan", "while", "cond"})
+
+
+def _refuse_blocks_in(loop: Any, patterns: set[str]) -> None:
+    """Raise if a loop runs blocks: each would have to be planned for all turns at once."""
+    waiting = [below for _, below in programs.nested(loop)]
+    while waiting:
+        for equation in programs.open_program(waiting.pop()).eqns:
+            waiting += [below for _, below in programs.nested(equation)]
+            path = scopes.path_of(str(equation.source_info.name_stack)) if programs.is_region(equation) else None
+            found = patterns & {format_path(path), format_path((*path[:-1], "*"))} if path else set()
+            if found:
+                raise MeasureError(
+                    what=f"{format_path(path or ())} runs inside a {loop.primitive.name}, which is not planned yet.",
+                    why="one choice would stand for all turns of the loop, and the plan would count it once.",
+                    fix=f'rules by hand: compare(..., candidates={{"none": None, "all": {{"{min(found)}": '
+                    '"nothing_saveable"}}), and group=k for stacked layers.',
+                )
 
 
 def blocks_of(model: Any) -> list[tuple[str, tuple[str, ...]]]:
