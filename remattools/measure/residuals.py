@@ -10,7 +10,6 @@ of them (fusing, merging, reordering) is what `measure` tells.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,12 +20,10 @@ from rich.table import Table
 
 from ..errors import MeasureError
 from ..transform import programs
-from ..transform.explain import slice_text
+from ..transform.folding import masked, slice_text, stem
 from . import staging
 from .measurement import format_bytes
 from .program import Origins, in_host_memory, loss_or_floats, named_program
-
-_DIGITS = re.compile(r"(?<![^.:\s])\d+(?![^.:\s])")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +82,7 @@ class ResidualReport:
         """Rows of equal layers as one (`layers.[0:32].mlp`), the largest first."""
         groups: dict[Any, list[Residual]] = {}
         for row in self.rows:
-            stem = tuple("#" if part.isdigit() else part for part in row.path.split("."))
-            key = (stem, row.name, row.shape, row.dtype, row.kind, row.host, _DIGITS.sub("#", row.reason))
+            key = (stem(row.path), row.name, row.shape, row.dtype, row.kind, row.host, masked(row.reason))
             groups.setdefault(key, []).append(row)
         rows = [
             dataclasses.replace(
@@ -255,4 +251,4 @@ def _row(var: Any, origins: Origins, consumer: Any) -> Residual:
 def _folded_reason(reasons: list[str]) -> str:
     """One reason for all, with the indices in which they differ replaced."""
     distinct = list(dict.fromkeys(reasons))
-    return distinct[0] if len(distinct) == 1 else _DIGITS.sub("*", distinct[0])
+    return distinct[0] if len(distinct) == 1 else masked(distinct[0], "*")

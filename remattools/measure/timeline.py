@@ -16,7 +16,7 @@ from jax.extend import core
 
 from ..rules.paths import format_path
 from ..transform import programs
-from ..transform.explain import slice_text
+from ..transform.folding import slice_text, stem
 from . import plotting, staging
 from .measurement import Allocation, format_bytes
 from .program import in_host_memory, located, named_program
@@ -198,8 +198,7 @@ def _allocation(aval: Any, name: str, stacks: list[str]) -> Allocation:
 def _folded(allocations: list[Allocation]) -> tuple[Allocation, ...]:
     groups: dict[Any, list[Allocation]] = {}
     for item in allocations:
-        stem = tuple("#" if part.isdigit() else part for part in item.path.split("."))
-        groups.setdefault((stem, item.name, item.shape), []).append(item)
+        groups.setdefault((stem(item.path), item.name, item.shape), []).append(item)
     rows = [
         dataclasses.replace(
             group[0],

@@ -7,7 +7,6 @@ never computed.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..rules.rule import Remat
 from ..rules.ruleset import Rules
 from . import apply as application
 from . import swap, tracing
+from .folding import masked, slice_text, stem
 from .modules import ModuleEntry, modules_of
 from .names import NamedValue
 
@@ -33,7 +33,7 @@ class ExplanationRow:
         aliases: Other paths that reach it.
         cls: Name of its class.
         action: The action in force, None if the module runs plainly.
-        rule: The winning rule as `pattern`, or "" if no rule speaks of it.
+        rule: Pattern of the winning rule; "" if no rule speaks of it, or what is in force was explained.
         shadowed: Patterns of the rules that took it too and lost.
         shares: How many modules of equal structure share its trace, itself included; 0 if it is no region,
             1 if it is traced on its own.
@@ -80,17 +80,21 @@ class Explanation:
 
     def __rich__(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in ("module", "class", "action", "rule", "shadowed", "shared by"):
+        titles = ["module", "class", "action", "shared by"]
+        if any(row.rule for row in self.rows):  # what is in force has no rules any more
+            titles[3:3] = ["rule", "shadowed"]
+        for title in titles:
             table.add_column(title, overflow="fold")
         for path, row in _folded(self.rows):
-            table.add_row(
-                path,
-                row.cls,
-                "" if row.action is None else describe(row.action),
-                row.rule,
-                ", ".join(row.shadowed),
-                str(row.shares) if row.shares else "",
-            )
+            cells = {
+                "module": path,
+                "class": row.cls,
+                "action": "" if row.action is None else describe(row.action),
+                "rule": row.rule,
+                "shadowed": ", ".join(row.shadowed),
+                "shared by": str(row.shares) if row.shares else "",
+            }
+            table.add_row(*(cells[title] for title in titles))
         return table
 
 
@@ -251,9 +255,7 @@ def _folded(rows: Sequence[ExplanationRow]) -> list[tuple[str, ExplanationRow]]:
     """Consecutive equal rows of a sequence as one: `layers.[0:32].attn`."""
     groups: dict[Any, list[ExplanationRow]] = {}
     for row in rows:
-        path = row.path.split(".")
-        stem = tuple("#" if part.isdigit() else part for part in path)
-        key = (stem, row.cls, row.action, row.rule, row.shadowed, row.shares)
+        key = (stem(row.path), row.cls, row.action, row.rule, row.shadowed, row.shares)
         groups.setdefault(key, []).append(row)
     return [(slice_text([row.path for row in group]), group[0]) for group in groups.values()]
 
@@ -263,36 +265,8 @@ def _folded_warnings(rows: Sequence[ExplanationRow]) -> list[tuple[str, str]]:
     groups: dict[Any, list[tuple[str, str]]] = {}
     for row in rows:
         for warning in row.warnings:
-            stem = (re.sub(r"\b\d+\b", "#", row.path), re.sub(r"\b\d+\b", "#", warning))
-            groups.setdefault(stem, []).append((row.path, warning))
+            groups.setdefault((stem(row.path), masked(warning)), []).append((row.path, warning))
     return [(slice_text([path for path, _ in group]), group[0][1]) for group in groups.values()]
-
-
-def slice_text(paths: Sequence[str]) -> str:
-    """One text for paths that differ in indices only: it means these paths and no others."""
-    if len(paths) == 1:
-        return paths[0]
-    blocks = [tuple(frozenset({part}) for part in path.split(".")) for path in paths]
-    for column in reversed(range(len(blocks[0]))):
-        merged: dict[tuple[frozenset[str], ...], frozenset[str]] = {}
-        for block in blocks:
-            others = (*block[:column], *block[column + 1 :])
-            merged[others] = merged.get(others, frozenset()) | block[column]
-        blocks = [(*others[:column], values, *others[column:]) for others, values in merged.items()]
-    return ", ".join(".".join(map(_indices_text, block)) for block in blocks)
-
-
-def _indices_text(parts: frozenset[str]) -> str:
-    """One part of a path: a name or an index, a slice of indices, or the indices one by one."""
-    if len(parts) == 1:
-        return next(iter(parts))
-    if not all(part.isdigit() for part in parts):
-        return "{" + ",".join(sorted(parts)) + "}"
-    indices = sorted(map(int, parts))
-    step = indices[1] - indices[0]
-    if indices != list(range(indices[0], indices[-1] + 1, step)):
-        return "{" + ",".join(map(str, indices)) + "}"
-    return f"[{indices[0]}:{indices[-1] + 1}{'' if step == 1 else f':{step}'}]"
 
 
 def _values_table(row: ExplanationRow) -> Table:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.transform.explain import slice_text
+from remattools.transform.folding import slice_text
 from tests.remattools.models import Tower, inputs
 
 
@@ -44,10 +44,27 @@ def test_equal_layers_are_one_line_of_the_table():
         (["a.0", "a.1", "a.3"], "a.{0,1,3}"),
         (["a.0.0", "a.0.1", "a.1.0", "a.1.1"], "a.[0:2].[0:2]"),
         (["a.0.0", "a.0.1", "a.1.0"], "a.0.[0:2], a.1.0"),
+        (["dec_0.mlp", "dec_1.mlp", "dec_3.mlp"], "dec_{0,1,3}.mlp"),
+        (["h9", "h10"], "h{9,10}"),
     ],
 )
 def test_folded_paths_mean_these_and_no_others(paths, text):
     assert slice_text(paths) == text
+
+
+def test_numbered_siblings_are_one_line_whose_path_is_a_pattern():
+    model = nnx.Dict({f"dec_{i}": nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for i in range(3)})
+    text = str(rt.explain(model, {"dec_*": "nothing_saveable"}))
+    assert "dec_{0,1,2}" in text
+    assert "dec_1" not in text
+    ruled = [row.path for row in rt.explain(model, {"dec_{0,1,2}": "dots_saveable"}).rows if row.action]
+    assert ruled == ["dec_0", "dec_1", "dec_2"]
+
+
+def test_what_is_in_force_shows_no_empty_columns_of_rules():
+    model = rt.apply(Tower(), {"layers.*": "nothing_saveable"})
+    assert "shadowed" not in str(rt.explain(model))
+    assert "shadowed" in str(rt.explain(model, {"layers.*": "nothing_saveable"}))
 
 
 def test_equal_notes_are_one_line_for_all_their_modules():

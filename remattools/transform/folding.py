@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One line for what differs in indices only: `layers.[0:32].attn`, `dec_{0,1,2}.mlp`.
+
+Knows texts only. What counts as an index is what `every_n` counts along: a number, or
+the number at the end of a name. A folded path is a pattern that means these paths and
+no others, so that it can be pasted into a rule.
+"""
+
+import re
+from collections.abc import Sequence
+
+_INDEX = re.compile(r"\d+$")
+_INDEX_IN_TEXT = re.compile(r"\d+(?=[.:,;\s]|$)")
+
+
+def stem(path: str) -> tuple[str, ...]:
+    """The parts of a path with "#" for each index: equal for paths that one line can stand for."""
+    return tuple(_INDEX.sub("#", part) for part in path.split("."))
+
+
+def masked(text: str, mark: str = "#") -> str:
+    """A sentence with a mark for each index in it."""
+    return _INDEX_IN_TEXT.sub(mark, text)
+
+
+def slice_text(paths: Sequence[str]) -> str:
+    """One text for paths that differ in indices only: it means these paths and no others."""
+    if len(paths) == 1:
+        return paths[0]
+    blocks = [tuple(frozenset({part}) for part in path.split(".")) for path in paths]
+    for column in reversed(range(len(blocks[0]))):
+        merged: dict[tuple[frozenset[str], ...], frozenset[str]] = {}
+        for block in blocks:
+            others = (*block[:column], *block[column + 1 :])
+            merged[others] = merged.get(others, frozenset()) | block[column]
+        blocks = [(*others[:column], values, *others[column:]) for others, values in merged.items()]
+    return ", ".join(".".join(map(_indices_text, block)) for block in blocks)
+
+
+def _indices_text(parts: frozenset[str]) -> str:
+    """One part of a path: a name or an index, a slice of indices, or the indices one by one."""
+    if len(parts) == 1:
+        return next(iter(parts))
+    names = {_INDEX.sub("", part) for part in parts}
+    if names != {""}:
+        name = names.pop()
+        indices = sorted((part[len(name) :] for part in parts), key=int)
+        return f"{name}{{{','.join(indices)}}}"
+    numbers = sorted(map(int, parts))
+    step = numbers[1] - numbers[0]
+    if numbers != list(range(numbers[0], numbers[-1] + 1, step)):
+        return "{" + ",".join(map(str, numbers)) + "}"
+    return f"[{numbers[0]}:{numbers[-1] + 1}{'' if step == 1 else f':{step}'}]"
