@@ -37,3 +37,15 @@ def readable_bytes(count: int) -> str:
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
     return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def health_text(
+    step: int, verdict: str, reason: str, *, leaves: Sequence[str], files: Sequence[str], where: str = ""
+) -> str:
+    """One step and what is wrong with it: a line of its own for each damaged leaf and file."""
+    # The reason is often an error's text, which names the step and the verdict for those who see nothing else.
+    reason = reason.removeprefix(f"step {step} is {verdict}: ")
+    lines = [f"step {step}{where}: {verdict}" + (f", {reason}" if reason else "")]
+    lines += [f"    damaged leaf: {leaf}" for leaf in leaves]
+    lines += [f"    damaged file: {file}" for file in files]
+    return "\n".join(lines)

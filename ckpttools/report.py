@@ -6,6 +6,7 @@ import pathlib
 from typing import Any, Literal
 
 from .altering import AlteredLeaf
+from .rendering import health_text
 
 type Verdict = Literal["used", "incomplete", "corrupt", "unverified", "empty", "unreachable"]
 
@@ -38,11 +39,8 @@ class Candidate:
 
     def __str__(self) -> str:
         where = " from the mirror" if self.source == "mirror" else ""
-        lines = [f"step {self.step}{where}: {self.verdict}" + (f", {self.reason}" if self.reason else "")]
-        lines += [f"    damaged leaf: {leaf}" for leaf in self.leaves]
-        lines += [f"    damaged file: {file}" for file in self.files]
-        lines += [f"    moved to: {self.moved_to}"] if self.moved_to else []
-        return "\n".join(lines)
+        health = health_text(self.step, self.verdict, self.reason, leaves=self.leaves, files=self.files, where=where)
+        return f"{health}\n    moved to: {self.moved_to}" if self.moved_to else health
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     for row in rows:
         table.add_row(*map(printable, row))
     console = _Console(markup=False, highlight=False, emoji=False)
-    console.print(table, width=None if console.is_terminal else _WIDTH_OF_A_FILE)
+    if not console.is_terminal:
+        console.width = _WIDTH_OF_A_FILE  # as an argument of `print` it could only be narrower than the console
+    console.print(table)
 
 
 def print_text(text: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import StepDamagedError, StepNotFoundError
+from .rendering import health_text
 from .store import catalogue, integrity
 from .store.run import existing_folder
 
@@ -30,10 +31,7 @@ class StepHealth:
     leaves: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"step {self.step}: {self.state}" + (f", {self.reason}" if self.reason else "")]
-        lines += [f"    damaged leaf: {leaf}" for leaf in self.leaves]
-        lines += [f"    damaged file: {file}" for file in self.files]
-        return "\n".join(lines)
+        return health_text(self.step, self.state, self.reason, leaves=self.leaves, files=self.files)
 
 
 @dataclasses.dataclass(frozen=True)

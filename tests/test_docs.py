@@ -1,38 +1,110 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Python block of README and docs runs; blocks of one page share their names, as a reader would have them."""
+"""What README, docs and docstrings show is so: every block is run or read, every shown output compared."""
 
+import doctest
+import importlib
+import inspect
 import pathlib
+import pkgutil
 import re
 
 import pytest
 
 import ckpttools
 import remattools
+from tests.pages import PAGES, ROOT, PageError, blocks_of, missing_names, prove
 
-ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]
+WITH_CODE = [page for page in PAGES if blocks_of(page.read_text())]
+MODULES = [
+    name
+    for package in (remattools, ckpttools)
+    for _, name, _ in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if not name.endswith("__main__")
+]
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=[str(page.relative_to(ROOT)) for page in WITH_CODE])
+def identifier(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=identifier)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = page.read_text()
-    names: dict[str, object] = {"__name__": "__main__"}
-    for found in BLOCK.finditer(text):
-        # Blank lines in front, so that a traceback names the line of the page.
-        padding = "\n" * text.count("\n", 0, found.start(1))
-        exec(compile(padding + found[1], str(page), "exec"), names)
+    prove(page)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("```python\nassert 1 == 2\n```\n", id="a block that fails"),
+        pytest.param("1. a list\n\n    ```python\n    assert 1 == 2\n    ```\n", id="an indented block that fails"),
+        pytest.param("```python\nprint('a 1')\n```\n\n```text\na 2\n```\n", id="an output that is not printed"),
+        pytest.param("Said only:\n\n```text\na 2\n```\n", id="an output of nothing"),
+        pytest.param("```python\nprint(1)\n```\nand\n```text\n1\n```\n", id="an output with words before it"),
+        pytest.param("```console\n$ ckpttools ls .\nstep 1\n```\n", id="a command that prints something else"),
+        pytest.param("```\nremattools plan a.py:f\n```\n", id="no language"),
+        pytest.param("```rust\nfn main() {}\n```\n", id="a language that is unknown"),
+        pytest.param("```python title='x'\n1\n```\n", id="a language with options"),
+        pytest.param("~~~python\nassert 1 == 2\n~~~\n", id="another kind of fence"),
+        pytest.param("```toml\n[remats]\n```\n", id="a table that nothing reads"),
+        pytest.param("```sh\nmake tea\n```\n", id="a target that is not there"),
+        pytest.param("```sh\nckpttools ls runs --all\n```\n", id="an option that is not there"),
+        pytest.param("```sh\ncurl example.org\n```\n", id="a command of others"),
+    ],
+)
+def test_a_page_that_is_wrong_fails(text, tmp_path, monkeypatch):
+    """Control: none of these may be passed over."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((PageError, AssertionError)):
+        prove(tmp_path / "page.md", text)
+
+
+def test_a_page_that_is_right_passes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (
+        "```python\nprint('saved 2026-01-01 10:00:00', 1)\n```\n\n```text\nsaved 2025-12-12 00:00:01   1\n```\n"
+        "```console\n$ ckpttools ls .\nthere are no steps\n```\n```sh\nmake test   # the tests\n```\n"
+        '```toml\n[remat.rules]\n"layers.*" = false\n```\n'
+    )
+    prove(tmp_path / "page.md", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=identifier)
+def test_what_a_page_names_is_there(page):
+    assert missing_names(page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "code", ["ct.opens", "rt.compare(fn, runs=True)", "Storage(async_=True)", "tests/test_nothing.py"]
+)
+def test_a_name_that_is_not_there_is_found(code):
+    """Control."""
+    assert missing_names(f"| `{code}` |")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, report=True)
+    assert result.failed == 0
+    # A section without a prompt would never be run.
+    shown = len(re.findall(r"^ *Examples?:\n +>>> ", inspect.getsource(module), re.MULTILINE))
+    assert len(re.findall(r"^ *Examples?:$", inspect.getsource(module), re.MULTILINE)) == shown
 
 
 @pytest.mark.parametrize("package", [remattools, ckpttools], ids=lambda package: package.__name__)
 def test_the_reference_lists_all_that_is_public(package):
     """What `import x as x` in a package's `__init__` exports, which is its public surface."""
     source = pathlib.Path(package.__file__).read_text()
-    public = set(re.findall(r"^from \.\S+ import (\w+) as \1$", source, re.MULTILINE))
-    page = (ROOT / "docs" / "api" / f"{package.__name__}.md").read_text()
-    listed = {entry.rpartition(".")[2] for entry in re.findall(r"^::: (\S+)", page, re.MULTILINE)}
+    public = set(re.findall(r"^from \.\S* import (\w+) as \1$", source, re.MULTILINE))
+    assert len(public) == len(re.findall(r"\bimport\b", re.sub(r'""".*?"""', "", source, flags=re.DOTALL)))
+    pages = [page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")]
+    listed = {
+        entry.rpartition(".")[2]
+        for page in pages
+        for entry in re.findall(rf"^::: ({package.__name__}\.\S+)", page, re.M)
+    }
     assert public
     assert listed == public
 
@@ -43,6 +115,18 @@ def test_every_error_has_its_cause_and_remedy(package):
     kinds = {name for name, value in vars(package).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert kinds
     assert {name for name in kinds if f"| `{name}` |" not in page} == set()
+
+
+@pytest.mark.parametrize("package", [remattools, ckpttools], ids=lambda package: package.__name__)
+def test_every_error_is_public(package):
+    """What a user can meet, a user can catch by name."""
+    errors = importlib.import_module(f"{package.__name__}.errors")
+    kinds = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == errors.__name__
+    }
+    assert kinds - set(vars(package)) <= {"Explained"}
 
 
 def test_every_page_is_in_the_navigation():

@@ -79,6 +79,15 @@ def test_ls_shows_steps_metrics_sizes_and_branches(run, capsys):
     assert rows[2]["metrics"] == {"val_loss": "nan"}, "JSON has no NaN"
 
 
+def test_a_table_is_not_folded_where_there_is_no_terminal(run, capsys, monkeypatch):
+    """A file or a pipe has no width; rich takes it for 80 columns wide."""
+    monkeypatch.setenv("COLUMNS", "60")
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state_at(1), step=20)
+        ckpt.save(40, state_at(40), metrics={"val_loss": 1.0})
+    assert len(call(capsys, "ls", run, "--verify")[1].splitlines()) == 5
+
+
 def test_ls_can_verify(run, capsys):
     assert as_json(capsys, "ls", run, "--verify")[0] == cli.OK
     damage(run, 20)
@@ -118,6 +127,7 @@ def test_verify_names_the_damage(run, capsys):
     damage(run, 20)
     code, out, _ = call(capsys, "verify", run)
     assert code == cli.NO
+    assert "step 20: corrupt, 1 leaf differs from what was saved.\n" in out
     assert "damaged leaf: model.large" in out
     assert call(capsys, "verify", run / "10")[0] == cli.OK
     assert as_json(capsys, "verify", run)[1]["ok"] is False
