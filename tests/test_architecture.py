@@ -2,7 +2,9 @@
 """The direction of the imports, and who may import what."""
 
 import ast
+import dataclasses
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,50 +19,189 @@ ROOMS = {
 }
 BETWEEN_PACKAGES = {"remattools.errors", "remattools.rules.paths"}
 FILES = [path for package in ROOMS for path in sorted((ROOT / package).rglob("*.py"))]
+# The only imports inside functions: extras, which importing the package must not import.
+EXTRAS = {"matplotlib", "fsspec"}
+# Imports by a name that is made at run time: the command line's `module:function` of the user.
+BY_NAME = {"remattools/measure/factory.py"}
 
 
-def room_of(parts: tuple[str, ...]) -> int:
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """One imported name.
+
+    Attributes:
+        module: Absolute name of the module that the statement names.
+        target: Absolute name of what is imported, which may be a module too.
+        delayed: Whether it stands inside a function, a class or a condition.
+        line: Its line.
+    """
+
+    module: str
+    target: str
+    delayed: bool
+    line: int
+
+
+def parts_of(path: pathlib.Path) -> tuple[str, ...]:
+    return path.relative_to(ROOT).with_suffix("").parts
+
+
+def room_of(name: str) -> int:
     """Place of a module in its package's list; files between the rooms share the unnamed one."""
-    rooms = ROOMS[parts[0]]
-    name = parts[1] if len(parts) > 1 else "__init__"
-    return rooms.index(name) if name in rooms else rooms.index("")
+    package, _, rest = name.partition(".")
+    rooms, room = ROOMS[package], rest.partition(".")[0] or "__init__"
+    return rooms.index(room) if room in rooms else rooms.index("")
 
 
-def imports(path: pathlib.Path) -> list[tuple[tuple[str, ...], str]]:
-    """Absolute module names that a file imports, anywhere in it."""
-    here = path.relative_to(ROOT).with_suffix("").parts
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(here: tuple[str, ...], tree: ast.Module) -> list[Import]:
+    """What a file imports, anywhere in it and by any means that can be read off its source."""
+    at_top, found = {id(node) for node in tree.body}, []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(tuple(alias.name.split(".")), alias.name) for alias in node.names]
+            found += [Import(alias.name, alias.name, id(node) not in at_top, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = here[: len(here) - node.level] if node.level else ()
-            module = (*base, *(node.module or "").split(".")) if node.module else base
-            found += [((*module, alias.name), ".".join(module)) for alias in node.names]
+            base = ".".join(here[: len(here) - node.level] if node.level else ())
+            module = ".".join(filter(None, (base, node.module)))
+            found += [
+                Import(module, f"{module}.{alias.name}", id(node) not in at_top, node.lineno) for alias in node.names
+            ]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # `import_module("orbax.checkpoint")`, `sys.modules["jax._src.core"]`
+            if re.fullmatch(r"(jax\._src|orbax\.checkpoint)(\.\w+)*", node.value):
+                found.append(Import(node.value, node.value, True, node.lineno))
+        elif isinstance(node, ast.Attribute) and node.attr == "_src":
+            found.append(Import(f"{ast.unparse(node.value)}._src", f"{ast.unparse(node)}", True, node.lineno))
+    return found
+
+
+def offences(path: pathlib.Path, source: str) -> list[str]:
+    """Everything in a file that the architecture forbids; `source` is its text, or what it might be."""
+    here, tree, name = parts_of(path), ast.parse(source), str(path.relative_to(ROOT))
+    found = []
+    for each in imports(here, tree):
+        package = each.target.partition(".")[0]
+        place = f"{name}:{each.line} {each.target}"
+        if package in ROOMS and package != here[0]:
+            between = any(f"{each.target}.".startswith(f"{door}.") for door in BETWEEN_PACKAGES)
+            if here[0] != "ckpttools" or not between:
+                found.append(f"{place}: another package")
+        elif package in ROOMS and room_of(each.target) > room_of(".".join(here)):
+            found.append(f"{place}: a room below")
+        if each.delayed and package not in EXTRAS and not (package == "jax" and "_src" in each.target):
+            found.append(f"{place}: not at the top of the file")
+        if re.match(r"jax\._src\b|.*\._src$", each.target) and name != "remattools/compat.py":
+            found.append(f"{place}: private JAX")
+        if package == "orbax" and name != "ckpttools/store/orbax.py":
+            found.append(f"{place}: Orbax")
+        if each.target.endswith(".*"):
+            found.append(f"{place}: every name at once")
+    called = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    called |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    called |= {each.target.rpartition(".")[2] for each in imports(here, tree)}
+    if name not in BY_NAME:
+        found += [f"{name}: {word}" for word in ("import_module", "__import__", "TYPE_CHECKING") if word in called]
     return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
-def test_rooms_import_upward_only(path):
-    here = path.relative_to(ROOT).with_suffix("").parts
-    for target, module in imports(path):
-        if target[0] not in ROOMS:
-            continue
-        if target[0] != here[0]:
-            assert here[0] == "ckpttools", f"{here[0]} must not import {module}"
-            assert any(module == name or ".".join(target).startswith(name) for name in BETWEEN_PACKAGES), module
-        else:
-            assert room_of(target) <= room_of(here), f"{'.'.join(here)} imports {'.'.join(target)}"
+def test_the_architecture_holds(path):
+    assert offences(path, path.read_text()) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
-def test_private_jax_and_orbax_have_one_door_each(path):
-    here = str(path.relative_to(ROOT))
-    modules = {module for _, module in imports(path)}
-    if here != "remattools/compat.py":
-        assert not any(module.startswith("jax._src") for module in modules)
-    if here != "ckpttools/store/orbax.py":
-        assert not any(module.split(".")[0] == "orbax" for module in modules)
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        pytest.param("remattools/rules/paths.py", "from ..plan import solve", id="a room below"),
+        pytest.param("remattools/rules/paths.py", "import remattools.plan.solve", id="by its full name"),
+        pytest.param("remattools/rules/paths.py", "import remattools", id="the whole package"),
+        pytest.param("remattools/rules/paths.py", "from .. import plan", id="a room as a name"),
+        pytest.param("remattools/rules/paths.py", "def f():\n    from ..plan import solve", id="inside a function"),
+        pytest.param(
+            "remattools/plan/solve.py", "def f():\n    from . import graph", id="inside a function, allowed room"
+        ),
+        pytest.param(
+            "remattools/plan/solve.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import graph",
+            id="for types only",
+        ),
+        pytest.param(
+            "remattools/plan/solve.py", "import typing\nif typing.TYPE_CHECKING:\n    pass", id="typing's flag"
+        ),
+        pytest.param(
+            "remattools/plan/solve.py", "try:\n    from . import graph\nexcept ImportError:\n    pass", id="tried"
+        ),
+        pytest.param(
+            "remattools/rules/paths.py", "import importlib\nimportlib.import_module('remattools.plan')", id="importlib"
+        ),
+        pytest.param(
+            "remattools/rules/paths.py",
+            "from importlib import import_module as f\nf('.' + 'plan')",
+            id="by another name",
+        ),
+        pytest.param("remattools/rules/paths.py", "__import__('remattools' + '.plan')", id="the built-in"),
+        pytest.param("remattools/cli.py", "import ckpttools", id="remattools imports ckpttools"),
+        pytest.param("ckpttools/session.py", "from remattools.rules import policies", id="another part of remattools"),
+        pytest.param("ckpttools/session.py", "from remattools.rules import paths_of", id="a name that begins alike"),
+        pytest.param("ckpttools/session.py", "import remattools", id="remattools as a whole"),
+        pytest.param("ckpttools/session.py", "from remattools import Rules", id="a public name of remattools"),
+        pytest.param("ckpttools/spec/spec.py", "from .. import session", id="spec imports session"),
+        pytest.param("ckpttools/session.py", "import orbax.checkpoint as ocp", id="Orbax"),
+        pytest.param(
+            "ckpttools/session.py", "import sys\nx = sys.modules['orbax.checkpoint']", id="Orbax in sys.modules"
+        ),
+        pytest.param("remattools/cli.py", "from jax._src import core", id="private JAX"),
+        pytest.param("remattools/cli.py", "from jax import _src", id="private JAX as a name"),
+        pytest.param("remattools/cli.py", "import jax\nx = jax._src.core", id="private JAX as an attribute"),
+        pytest.param("remattools/cli.py", "from .measure.compare import *", id="every name at once"),
+    ],
+)
+def test_a_way_around_it_is_found(file, source):
+    """Control."""
+    assert offences(ROOT / file, source)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("remattools/plan/solve.py", "from ..rules import paths\nfrom . import graph"),
+        ("ckpttools/session.py", "from remattools.rules.paths import Pattern\nfrom remattools.errors import Explained"),
+        ("ckpttools/store/remote.py", "def f():\n    import fsspec"),
+        ("ckpttools/store/orbax.py", "import orbax.checkpoint as ocp"),
+        ("remattools/compat.py", "from jax._src import core"),
+    ],
+)
+def test_what_is_allowed_is_no_offence(file, source):
+    """Control."""
+    assert offences(ROOT / file, source) == []
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a circle, or nothing."""
+    done: set[str] = set()
+
+    def walk(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        circle = next(filter(None, (walk(each, [*trail, name]) for each in sorted(graph[name]))), [])
+        done.add(name)
+        return circle
+
+    return next(filter(None, (walk(name, []) for name in sorted(graph))), [])
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    """Within a room, too: files that need each other are one file, or lack a third one."""
+    graph: dict[str, set[str]] = {".".join(parts_of(path)).removesuffix(".__init__"): set() for path in FILES}
+    for path in FILES:
+        here = parts_of(path)
+        found = imports(here, ast.parse(path.read_text()))
+        wanted = {each.target if each.target in graph else each.module for each in found}
+        graph[".".join(here).removesuffix(".__init__")] = wanted & graph.keys()
+    assert sum(map(len, graph.values())) > len(FILES), "control: imports are found"
+    assert cycle(graph) == []
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"], "control"
 
 
 @pytest.mark.parametrize("package", ROOMS)

@@ -16,6 +16,7 @@ from ..rules.resolve import Decision, Node, resolve
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
 from . import swap
+from .derive import base_class
 from .group import Group
 from .modules import ModuleEntry, modules_of
 
@@ -189,7 +190,7 @@ def as_rules(rules: Any, on: str | None) -> Rules:
 
 
 def _node(entry: ModuleEntry) -> Node:
-    methods = frozenset() if entry.container else _methods(swap.base_class(type(entry.module)))
+    methods = frozenset() if entry.container else _methods(base_class(type(entry.module)))
     return Node(paths=tuple(entry.paths), class_names=entry.class_names, methods=methods)
 
 

@@ -18,7 +18,8 @@ from ..rules.paths import Path, format_path
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
 from . import apply as application
-from . import swap, tracing
+from . import tracing
+from .derive import base_class
 from .folding import masked, slice_text, stem
 from .modules import ModuleEntry, modules_of
 from .names import NamedValue
@@ -169,7 +170,7 @@ def _row(entry: ModuleEntry, *, action: Remat | None, rule: str = "", shadowed: 
     return ExplanationRow(
         path=format_path(entry.path),
         aliases=tuple(format_path(path) for path in entry.paths[1:]),
-        cls=swap.base_class(type(entry.module)).__name__,
+        cls=base_class(type(entry.module)).__name__,
         action=action,
         rule=rule,
         shadowed=shadowed,

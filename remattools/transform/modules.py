@@ -12,7 +12,8 @@ from typing import Any
 from flax import nnx
 
 from ..rules.paths import Path
-from . import capture, swap
+from . import capture
+from .derive import base_class
 
 # A module shared by very many parents is known by its first paths only.
 _MAX_PATHS = 64
@@ -80,7 +81,7 @@ def _add(module: nnx.Module, path: Path, entries: dict[int, ModuleEntry]) -> boo
     """Note a path; False where the module needs no second look."""
     entry = entries.get(id(module))
     if entry is None:
-        entries[id(module)] = ModuleEntry(module, [path], *_of_class(swap.base_class(type(module))))
+        entries[id(module)] = ModuleEntry(module, [path], *_of_class(base_class(type(module))))
         return True
     if len(entry.paths) >= _MAX_PATHS:
         return False

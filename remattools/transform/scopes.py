@@ -24,8 +24,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ..rules.paths import Path, format_path, parse_path
-from . import swap
 from .capture import SCOPE_KEY, SCOPE_OF
+from .derive import derive
 from .modules import modules_of
 
 _MARK = "rt:"
@@ -88,7 +88,7 @@ def output_of(name: str) -> tuple[Path, int] | None:
 @functools.cache
 def _scoped_class(cls: type) -> type:
     methods = {name: _scoped_method(function) for name, function in _all_methods(cls).items()}
-    return swap.derive(cls, {SCOPE_OF: cls, **methods})
+    return derive(cls, {SCOPE_OF: cls, **methods})
 
 
 def _all_methods(cls: type) -> dict[str, Callable[..., Any]]:

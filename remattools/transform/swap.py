@@ -12,34 +12,27 @@ Facts that shaped this file:
     ignored; and the class is part of nnx's graphdef, so a fresh class on every
     call would make every jit trace again. One subclass per class and methods, cached.
 -   The action sits on the instance: a class per action would never be collected.
--   A user's `__init_subclass__`, metaclass or registry must not notice the
-    subclass, so it is created past them; what nnx needs is registered here.
--   `pickle` finds a class by its name, which the subclass shares with its base: it
-    reduces to its recipe instead, instance and class alike.
+-   Instance and class alike reduce to their recipe for `pickle` (see `derive`).
 """
 
-import abc
-import copyreg
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from flax import nnx
-from flax.nnx import graphlib
 
 from ..errors import RuleError, did_you_mean
 from ..rules.rule import Remat
 from . import group, region
+from .derive import BASE, RECIPE, derive, is_swapped
+from .derive import base_class as base_class
 from .group import Group
 
 # nnx's containers skip attributes of this prefix when they iterate over themselves.
 _ACTION = "_pytree__remattools"
 _GROUPS = "_pytree__remattools_groups"
-_BASE = "_remattools_base"
 _METHODS = "_remattools_methods"
-_GENERATED = "_remattools_generated"
 
 
 def swap(module: Any, action: Remat | None, groups: tuple[Group, ...] = ()) -> None:
@@ -100,16 +93,6 @@ def action_of(module: Any) -> Remat | None:
     return vars(module).get(_ACTION) if is_swapped(type(module)) else None
 
 
-def is_swapped(cls: type) -> bool:
-    """Whether `cls` was generated here (rather than derived from such a class by a user)."""
-    return _BASE in cls.__dict__
-
-
-def base_class(cls: type) -> type:
-    """The user's class behind a generated one; any other class itself."""
-    return cls.__dict__[_BASE] if is_swapped(cls) else cls
-
-
 # A model has thousands of modules and a handful of classes. What raises is not kept.
 @functools.lru_cache(maxsize=4096)
 def _check_method(cls: type, name: str) -> None:
@@ -143,33 +126,6 @@ def methods_of(cls: type) -> dict[str, Any]:
     return found
 
 
-class _Shield:
-    """Stands between a generated class and its base in the method resolution order."""
-
-    __slots__ = ()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        if _GENERATED not in cls.__dict__:  # derived by a user, as in `class A(type(model))`
-            super().__init_subclass__(**kwargs)
-
-
-def derive(base: type, namespace: dict[str, Any]) -> type:
-    """A subclass of `base` with its names, whose creation runs no code of the user.
-
-    `type(base)(...)` would call the user's metaclass and `__init_subclass__`, which may
-    register classes or require arguments. So the class is made by ABCMeta, which
-    nnx's metaclass derives from, and a shield in its resolution order ends the chain
-    of `__init_subclass__`. The shield is no base of it: Python swaps the class of an
-    instance only between equal layouts, which a second base would change.
-    """
-    names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
-    cls: type = abc.ABCMeta.__new__(
-        _metaclass(type(base)), base.__name__, (base,), {**names, _GENERATED: True, **namespace}
-    )
-    _register(cls, base)
-    return cls
-
-
 def _reduce_instance(self: Any, protocol: Any) -> Any:
     cls = type(self)
     generated: Any = next(base for base in cls.__mro__ if is_swapped(base))  # a user may have derived from it
@@ -194,50 +150,12 @@ def _subclass(base: type, methods: tuple[str, ...]) -> type:
 # Unbounded, since nnx's and JAX's registries keep every class of a model for ever too.
 @functools.cache
 def _create(base: type, methods: tuple[str, ...]) -> type:
-    namespace = {_BASE: base, _METHODS: methods, "__reduce_ex__": _reduce_instance}
+    recipe = (_subclass, (base, methods))
+    namespace = {BASE: base, RECIPE: recipe, _METHODS: methods, "__reduce_ex__": _reduce_instance}
     cls = derive(base, namespace)
     for name in methods:
         type.__setattr__(cls, name, _region_method(cls, name))
     return cls
-
-
-@functools.cache
-def _metaclass(meta: type) -> type:
-    """A metaclass of ours for each of theirs: places the shield, and tells pickle of the reducer below."""
-
-    def mro(cls: Any) -> list[type]:
-        order = type.mro(cls)
-        return [cls, _Shield, *order[1:]] if _GENERATED in cls.__dict__ else order
-
-    own = type.__new__(type(meta), f"Rematerialised{meta.__name__}", (meta,), {"mro": mro})
-    copyreg.pickle(own, _reduce_class)
-    return own
-
-
-def _reduce_class(cls: type) -> Any:
-    if not is_swapped(cls):
-        return cls.__qualname__
-    return (_subclass, (base_class(cls), cls.__dict__[_METHODS]))
-
-
-def _register(cls: Any, base: Any) -> None:
-    """What nnx's own `__init_subclass__` does for a class of a user."""
-    graphlib.register_graph_node_type(
-        type=cls,
-        flatten=cls._graph_node_flatten,
-        set_key=cls._graph_node_set_key,
-        pop_key=cls._graph_node_pop_key,
-        create_empty=cls._graph_node_create_empty,
-        clear=cls._graph_node_clear,
-        init=cls._graph_node_init,
-    )
-    if base._pytree__is_pytree:
-        jax.tree_util.register_pytree_with_keys(
-            cls,
-            flatten_with_keys=cls._pytree__flatten_with_paths,
-            unflatten_func=cls._pytree__unflatten,
-            flatten_func=cls._pytree__flatten,
-        )
 
 
 class _Original:
