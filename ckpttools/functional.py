@@ -98,7 +98,11 @@ def save_sharded_checkpoint(
         num_shards: Kept for the guide's signature. What is written follows the arrays' own shardings.
     """
     if type(num_shards) is not int or num_shards < 1:
-        raise SpecError(what=f"num_shards={num_shards!r} is no count.", fix="num_shards=4")
+        raise SpecError(
+            what=f"num_shards={num_shards!r} is no count.",
+            why="it is kept for the guide's signature, where it is a number of files.",
+            fix="num_shards=4, or leave it out: the arrays' own shardings decide.",
+        )
     return save_checkpoint(checkpoint_manager, model, step)
 
 

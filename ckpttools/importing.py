@@ -68,7 +68,11 @@ def import_run(
 def _decoded(name: str, text: str) -> Any:
     record, line = read_value(name, Record(path=(), kind="value"), {VALUE + name: text})
     if line is not None:
-        raise TensorFileError(what=f"a note of the file makes no sense: {line}.", fix="export the file again.")
+        raise TensorFileError(
+            what=f"a note of the file makes no sense: {line}.",
+            why="plain values stand in its header as texts, and this one cannot be read back.",
+            fix="export the file again.",
+        )
     return decode_value(record.value)
 
 

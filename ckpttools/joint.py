@@ -134,7 +134,9 @@ class _Save:
         commit.write_file(self._file(f"part-{self._group.index}"), json.dumps(part).encode())
         if abandoned():
             raise StorageError(
-                what=f"step {self._job.summary.step} was not committed.", why="its wait had timed out before."
+                what=f"step {self._job.summary.step} was not committed.",
+                why="its wait had timed out before.",
+                fix="nothing: the next save writes a whole step. Storage(timeout_s=...) waits longer.",
             )
 
     def commit(self, folder: RunFolder) -> dict[str, Any]:

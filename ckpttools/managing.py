@@ -136,7 +136,11 @@ class CheckpointManager:
             )
         report = self.load(items, step)
         if report.step is None:
-            raise StepNotFoundError(what=f"{self.directory} holds no steps.", fix="ask latest_step() first.")
+            raise StepNotFoundError(
+                what=f"{self.directory} holds no steps.",
+                why="nothing was saved there, or it is another folder than the one that was saved to.",
+                fix="ask latest_step() first: it is None then.",
+            )
         return orbax.composite(report.state) if named else report.state["default"]
 
     def delete(self, step: int) -> None:
@@ -202,7 +206,11 @@ def _changed(options: Any) -> dict[str, Any]:
     try:
         changed = orbax.changed_options(options)
     except TypeError as error:
-        raise SpecError(what=f"{options!r:.80} are no options: {error}.", fix="CheckpointManager(spec)") from error
+        raise SpecError(
+            what=f"{options!r:.80} are no options: {error}.",
+            why="only those of Orbax's manager are understood here.",
+            fix="ocp.CheckpointManagerOptions(max_to_keep=3), or CheckpointManager(spec).",
+        ) from error
     unknown = sorted(changed.keys() - {"max_to_keep", "enable_async_checkpointing", "create"})
     if unknown:
         raise SpecError(

@@ -142,7 +142,11 @@ def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, abandoned:
         commit.make_folder(holder)
         _write_tree(staged, spec, job)
         if abandoned():
-            raise StorageError(what=f"step {step} was not committed.", why="its wait had timed out before.")
+            raise StorageError(
+                what=f"step {step} was not committed.",
+                why="its wait had timed out before.",
+                fix="nothing: the next save writes a whole step. Storage(timeout_s=...) waits longer.",
+            )
         return commit.commit_step(root, staged, step)
     except CheckpointError:
         raise

@@ -346,7 +346,11 @@ class Session:
         """
         self._begin_training()
         if type(total) is not int or total < 0:
-            raise StepOrderError(what=f"steps({total!r}) is no number of steps.", fix="steps(10_000)")
+            raise StepOrderError(
+                what=f"steps({total!r}) is no number of steps.",
+                why="it yields the completed updates up to that one.",
+                fix="steps(10_000)",
+            )
         return self._count(total)
 
     def _count(self, total: int) -> Iterator[int]:
@@ -529,7 +533,11 @@ class Session:
             worker.abandoned.set()
             raise
         if saved is None:
-            raise StorageError(what=f"the save of step {worker.step} ended without a result.")
+            raise StorageError(
+                what=f"the save of step {worker.step} ended without a result.",
+                why="the thread that wrote it ended before the commit, so the step is not there.",
+                fix="save again; `ckpt.latest_step()` names the newest step on the disk.",
+            )
         stall_s = time.monotonic() - began
         if counts:
             self._warn(self._stalls.add(now_s=time.monotonic(), step=worker.step, stall_s=stall_s))

@@ -65,7 +65,11 @@ def check(
     """
     outputs = _run(validate, fresh_copy(state, items))
     if not _finite(outputs):
-        raise CorruptStepError(what=f"step {step} fails validation: its outputs are not finite.")
+        raise CorruptStepError(
+            what=f"step {step} fails validation: its outputs are not finite.",
+            why="training would go on from NaN or infinity.",
+            fix="restore an older step: restore(state, step=...); look at what the model does with the batch.",
+        )
     if stored is None:
         return
     before = [_decode(entry) for entry in stored]
@@ -74,6 +78,7 @@ def check(
         raise CorruptStepError(
             what=f"step {step} fails validation: the model computes something else than when it was saved.",
             why="the weights are as they were saved, so the code or the validation batch has changed.",
+            fix="undo that change, or open the run without validate= if it was meant.",
         )
 
 
@@ -96,4 +101,8 @@ def _decode(entry: Any) -> np.ndarray[Any, Any]:
         data = base64.b64decode(entry["data"], validate=True)
         return np.frombuffer(data, numpy_dtype(entry["dtype"])).reshape(entry["shape"])
     except (TypeError, KeyError, ValueError) as error:
-        raise CorruptStepError(what=f"the stored validation outputs cannot be read: {error}.") from error
+        raise CorruptStepError(
+            what=f"the stored validation outputs cannot be read: {error}.",
+            why="without them nothing can be compared.",
+            fix="open the run without validate=, or restore another step.",
+        ) from error

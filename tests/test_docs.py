@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What README, docs and docstrings show is so: every block is run or read, every shown output compared."""
 
+import ast
 import doctest
 import importlib
 import inspect
 import pathlib
+import pickle
 import pkgutil
 import re
 
@@ -12,6 +14,7 @@ import pytest
 
 import ckpttools
 import remattools
+from remattools.errors import Explained
 from tests.pages import PAGES, ROOT, PageError, blocks_of, missing_names, prove
 
 WITH_CODE = [page for page in PAGES if blocks_of(page.read_text())]
@@ -127,6 +130,57 @@ def test_every_error_is_public(package):
         if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == errors.__name__
     }
     assert kinds - set(vars(package)) <= {"Explained"}
+
+
+def errors_without_a_part(source, kinds):
+    """Calls that make an error of `kinds` and leave out what, why or fix."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds:
+            if any(each.arg is None for each in node.keywords):  # `**texts`, which several raises share
+                continue
+            parts = {**dict(zip(("what", "why", "fix"), node.args)), **{each.arg: each.value for each in node.keywords}}
+            given = {name for name, value in parts.items() if not (isinstance(value, ast.Constant) and not value.value)}
+            if lacking := {"what", "why", "fix"} - given - kinds[node.func.id]:
+                found.append((node.lineno, node.func.id, sorted(lacking)))
+    return found
+
+
+def explained(package):
+    """The error classes of a package, each with the parts that it has of itself."""
+    errors = importlib.import_module(f"{package.__name__}.errors")
+    kinds = {
+        name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Explained)
+    }
+    return {
+        name: {part for part in ("why", "fix") if getattr(kind, f"usual_{part}", "")} for name, kind in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("package", [remattools, ckpttools], ids=lambda package: package.__name__)
+def test_every_error_says_what_why_and_how_to_fix_it(package):
+    kinds = explained(package)
+    assert "Explained" in kinds
+    files = sorted(pathlib.Path(package.__file__).parent.rglob("*.py"))
+    lacking = [(path.name, *each) for path in files for each in errors_without_a_part(path.read_text(), kinds)]
+    assert lacking == []
+
+
+def test_an_error_that_says_less_is_found():
+    """Control."""
+    kinds = explained(ckpttools)
+    assert errors_without_a_part('SpecError(what="a", fix="c")', kinds) == [(1, "SpecError", ["why"])]
+    assert errors_without_a_part('SpecError("a", "", "c")', kinds) == [(1, "SpecError", ["why"])]
+    assert errors_without_a_part('SpecError("a", "b", "c"); CorruptStepError(what="a")', kinds) == []
+
+
+def test_a_damaged_step_says_why_and_what_to_do_of_itself():
+    for kind in (ckpttools.IncompleteStepError, ckpttools.CorruptStepError, ckpttools.UntrustedStepError):
+        error = pickle.loads(pickle.dumps(kind(what="step 3 is damaged.")))
+        assert str(error).splitlines()[0] == "step 3 is damaged."
+        assert error.why
+        assert "step" in error.fix or "folder" in error.fix
+        assert kind(what="a", why="b", fix="c").why == "b"
 
 
 def test_every_page_is_in_the_navigation():

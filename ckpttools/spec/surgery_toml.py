@@ -89,7 +89,11 @@ def read(text: str, *, source: str) -> tuple[Operation, ...]:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SpecFileError(what=f"{source} is not TOML: {error}.", why="nothing of it was used.") from error
+        raise SpecFileError(
+            what=f"{source} is not TOML: {error}.",
+            why="nothing of it was used.",
+            fix="the line that is named, as TOML has it: texts in quotes, tables in [brackets].",
+        ) from error
     tables = document.get(TABLE)
     if not isinstance(tables, list):
         raise SpecFileError(

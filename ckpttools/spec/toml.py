@@ -204,7 +204,12 @@ def _refuse_unknown(data: Mapping[str, Any], known: typing.Iterable[str], where:
     known = list(known)
     for name in data:
         if name not in known:
-            raise _At(name, f"{name!r} is not known in {where}.", "", did_you_mean(name, known))
+            raise _At(
+                name,
+                f"{name!r} is not known in {where}.",
+                "an entry that nothing reads would be taken for one that has an effect.",
+                did_you_mean(name, known),
+            )
 
 
 class _At(Exception):
@@ -233,7 +238,11 @@ def read(text: str, *, source: str) -> dict[str, Any]:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SpecFileError(what=f"{source} is not TOML: {error}.", why="nothing of it was used.") from error
+        raise SpecFileError(
+            what=f"{source} is not TOML: {error}.",
+            why="nothing of it was used.",
+            fix="the line that is named, as TOML has it: texts in quotes, tables in [brackets].",
+        ) from error
     if not isinstance(document.get(TABLE), dict):
         raise SpecFileError(
             what=f"{source} has no [{TABLE}] table.",
@@ -248,9 +257,17 @@ def read_json(text: str, *, source: str) -> dict[str, Any]:
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
-        raise SpecFileError(what=f"{source} is not JSON: {error}.", why="nothing of it was used.") from error
+        raise SpecFileError(
+            what=f"{source} is not JSON: {error}.",
+            why="nothing of it was used.",
+            fix="what `spec.to_json()` writes; `ckpttools.json_schema()` lets an editor check it.",
+        ) from error
     if not isinstance(document, dict):
-        raise SpecFileError(what=f"{source} holds no JSON object.", why="a spec is an object with named fields.")
+        raise SpecFileError(
+            what=f"{source} holds no JSON object.",
+            why="a spec is an object with named fields.",
+            fix='{"directory": "runs/exp1"}',
+        )
     return _decoded(document, source, lambda _key: None)
 
 

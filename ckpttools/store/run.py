@@ -111,6 +111,7 @@ class RunFolder:
         if pinned and step not in committed:
             raise StepNotFoundError(
                 what=f"there is no committed step {step} to pin.",
+                why="a pin on nothing would protect nothing.",
                 fix=f"there are {', '.join(map(str, sorted(committed))) or 'no steps'}.",
             )
         pins = catalogue.read_pins(self.directory)
@@ -155,6 +156,7 @@ class RunFolder:
         if entry is None:
             raise StepNotFoundError(
                 what=f"there is no committed step {step} to delete.",
+                why="it was never saved, or retention has deleted it.",
                 fix=f"there are {', '.join(str(entry.step) for entry in known.live) or 'no steps'}.",
             )
         if entry is known.newest:

@@ -150,7 +150,11 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 raise _refused(path, "it does not begin with the length of a header")
             header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
     except OSError as error:
-        raise StorageError(what=f"{path} cannot be read: {error}.", fix="check the path.") from error
+        raise StorageError(
+            what=f"{path} cannot be read: {error}.",
+            why="the weights stand in it.",
+            fix="check the path and who may read it.",
+        ) from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, TensorFileError):
             raise
@@ -211,7 +215,11 @@ def read(path: pathlib.Path, tensor: Tensor) -> np.ndarray[Any, Any]:
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(what=f"{path} cannot be read: {error}.", why="it was there a moment ago.") from error
+        raise StorageError(
+            what=f"{path} cannot be read: {error}.",
+            why="its header could be read a moment ago.",
+            fix="check the disk, and whether something else changes the file.",
+        ) from error
     return array
 
 
