@@ -16,6 +16,7 @@ import pathlib
 import re
 import shlex
 import tomllib
+import warnings
 from collections.abc import Iterator
 
 import ckpttools
@@ -111,7 +112,9 @@ def _run(block: Block, page: pathlib.Path, names: dict[str, object]) -> str:
     stream = io.StringIO()
     # Blank lines in front, so that a traceback names the line of the page.
     program = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-    with contextlib.redirect_stdout(stream):
+    with contextlib.redirect_stdout(stream), warnings.catch_warnings():
+        # Advice that depends on how busy the machine is; every other warning is an error here as elsewhere.
+        warnings.filterwarnings("ignore", "saving took", ckpttools.CheckpointWarning)
         exec(program, names)
     return stream.getvalue()
 
