@@ -35,6 +35,12 @@ def adopt(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[
     """
     root = existing_folder(directory)
     foreign = [entry for entry in catalogue.scan(root).entries if entry.state == "unverified"]
+    if dry_run:
+        for entry in foreign:
+            try:
+                orbax.describe_foreign(entry.path)
+            except orbax.ReadError as error:
+                raise _unreadable(entry, str(error)) from error
     if not foreign or dry_run:
         return tuple(entry.step for entry in foreign)
     lock = WriterLock(root)
@@ -87,7 +93,7 @@ def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage
 
 def _unreadable(entry: catalogue.Entry, text: str) -> StorageError:
     return StorageError(
-        what=f"step {entry.step} cannot be taken over: {text}.",
+        what=f"step {entry.step} cannot be taken over: {text.rstrip('.')}.",
         why="Orbax cannot read it as named items.",
         fix=f"move {entry.path} away, or save it again with named items (args=Composite(model=...)).",
     )

@@ -16,7 +16,7 @@ from typing import Any
 from . import tables
 from .adopting import adopt
 from .diffing import diff
-from .errors import CheckpointError, SpecError
+from .errors import CheckpointError, SpecError, StepDamagedError
 from .exchange import export_safetensors
 from .importing import import_run
 from .listing import ls, prune
@@ -42,6 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = COMMANDS[args.command](args)
         sys.stdout.flush()
         return code
+    except StepDamagedError as error:
+        damaged = [f"\n    damaged leaf: {name}" for name in error.leaves]
+        damaged += [f"\n    damaged file: {name}" for name in error.files]
+        fix = error.fix or f"ckpttools verify {args.run} names all damage; ckpttools repair puts back what it can."
+        why = f"\n  why: {error.why}" if error.why else ""
+        tables.print_error(f"{args.run}: {error.what}{''.join(damaged)}{why}\n  fix: {fix}")
+        return CANNOT
     except CheckpointError as error:
         tables.print_error(str(error))
         return CANNOT
@@ -70,6 +77,21 @@ def place_of(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
     return _folder(path), None
 
 
+def _run(path: pathlib.Path) -> pathlib.Path:
+    """The folder of a run, for what is done to runs only.
+
+    Raises:
+        CheckpointError: If it is no folder, or that of one step.
+    """
+    if path.is_dir() and place_of(path)[1] is not None:
+        raise CheckpointError(
+            what=f"{path} is one step of a run.",
+            why="this command is for whole runs; in the folder of a step it would find no steps.",
+            fix=f"ckpttools ... {os.path.normpath(path / '..')}",
+        )
+    return _folder(path)
+
+
 def _folder(path: pathlib.Path) -> pathlib.Path:
     if not path.is_dir():
         raise CheckpointError(
@@ -81,7 +103,7 @@ def _folder(path: pathlib.Path) -> pathlib.Path:
 
 
 def _ls(args: argparse.Namespace) -> int:
-    rows = list(ls(_folder(args.run)))
+    rows = list(ls(_run(args.run)))
     if args.verify:
         with tables.progress("verifying") as progress:
             report = verify(args.run, progress=progress)
@@ -125,7 +147,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    verdicts = prune(_folder(args.run), _keep(args), dry_run=args.dry_run)
+    verdicts = prune(_run(args.run), _keep(args), dry_run=args.dry_run)
     if args.json:
         plain = [{"step": each.step.step, "keep": each.keep, "reason": each.reason} for each in verdicts]
         tables.print_json({"dry_run": args.dry_run, "steps": plain})
@@ -141,7 +163,13 @@ def _keep(args: argparse.Namespace) -> Retention:
     for text in args.best:
         metric, _, rest = text.partition(":")
         mode, _, count = rest.partition(":")
-        parts.append(Best(metric, mode=mode, n=int(count) if count.isdecimal() else 1))
+        if count and not count.isdecimal():
+            raise SpecError(
+                what=f"--best {text}: {count!r} is no number of steps.",
+                why="it says how many of the best are kept; without it, one is.",
+                fix=f"--best {metric}:{mode}:2",
+            )
+        parts.append(Best(metric, mode=mode, n=int(count or 1)))
     if not parts:
         raise SpecError(
             what="nothing says which steps to keep.",
@@ -152,7 +180,7 @@ def _keep(args: argparse.Namespace) -> Retention:
 
 
 def _pin(args: argparse.Namespace) -> int:
-    run, pinned = RunFolder(_folder(args.run).absolute()), args.command == "pin"
+    run, pinned = RunFolder(_run(args.run).absolute()), args.command == "pin"
     for step in args.steps:
         run.pin(step, pinned=pinned)
     _print(args, {"steps": args.steps, "pinned": pinned}, f"{args.command}ned {', '.join(map(str, args.steps))}")
@@ -160,7 +188,7 @@ def _pin(args: argparse.Namespace) -> int:
 
 
 def _repair(args: argparse.Namespace) -> int:
-    report = repair(args.run, dry_run=args.dry_run)
+    report = repair(_run(args.run), dry_run=args.dry_run)
     repairs = [{**dataclasses.asdict(each), "possible": bool(each.done)} for each in report.repairs]
     _print(args, {"dry_run": report.dry_run, "repairs": repairs}, str(report))
     return OK if all(each.done for each in report.repairs) else NO
@@ -190,13 +218,19 @@ def _import(args: argparse.Namespace) -> int:
 def _mirror(args: argparse.Namespace) -> int:
     mirror = _mirror_of(args)
     if args.fetch is not None:
+        if args.fetch != "latest" and not args.fetch.isdecimal():
+            raise SpecError(
+                what=f"--fetch {args.fetch}: that is no step.",
+                why="a step is a number; without one the newest is fetched.",
+                fix="--fetch 500, after the run and the address",
+            )
         step = None if args.fetch == "latest" else int(args.fetch)
         with tables.progress("fetching") as progress:
             fetched = fetch_step(args.run, mirror, step, progress=progress)
         _print(args, {"fetched": fetched}, f"fetched step {fetched}")
         return OK
     with tables.progress("comparing" if args.dry_run else "copying") as progress:
-        report = sync_mirror(_folder(args.run), mirror, check=args.check, dry_run=args.dry_run, progress=progress)
+        report = sync_mirror(_run(args.run), mirror, check=args.check, dry_run=args.dry_run, progress=progress)
     if args.json:
         tables.print_json(report.as_dict())
     else:
@@ -231,7 +265,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _adopt(args: argparse.Namespace) -> int:
-    steps = adopt(_folder(args.run), dry_run=args.dry_run)
+    steps = adopt(_run(args.run), dry_run=args.dry_run)
     done = "would take over" if args.dry_run else "took over"
     _print(args, {"dry_run": args.dry_run, "steps": steps}, f"{done} {', '.join(map(str, steps)) or 'nothing'}")
     return OK

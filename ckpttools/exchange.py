@@ -87,7 +87,7 @@ type Load = Callable[[Sequence[Record]], Mapping[Path, np.ndarray[Any, Any]]]
 
 def _of_step(folder: pathlib.Path, item: str) -> tuple[tuple[Record, ...], Load, dict[str, str]]:
     step = layout.step_number(folder.absolute().name)
-    is_step = step is not None and (folder / layout.MANIFEST).exists()
+    is_step = step is not None and any((folder / name).exists() for name in (layout.MANIFEST, "_CHECKPOINT_METADATA"))
     entry: Entry = find_step(folder.absolute().parent, step) if is_step else find_step(folder)
     if entry.manifest is None:
         raise CheckpointError(
@@ -243,9 +243,23 @@ def _mismatch(path: pathlib.Path, lines: Sequence[str], extra: Sequence[str]) ->
 
 
 def left_in(records: Iterable[Record], skip: Sequence[str]) -> tuple[Record, ...]:
-    """The leaves that no pattern of `skip` matches."""
-    patterns = [Pattern.parse(text) for text in ((skip,) if isinstance(skip, str) else skip)]
-    return tuple(record for record in records if not any(pattern.matches(record.path) for pattern in patterns))
+    """The leaves that no pattern of `skip` matches.
+
+    Raises:
+        SpecError: If a pattern matches no leaf.
+    """
+    given, left = (skip,) if isinstance(skip, str) else tuple(skip), tuple(records)
+    for text in given:
+        pattern = Pattern.parse(text)
+        skipped = {record.path for record in left if pattern.matches(record.path)}
+        if not skipped:
+            raise SpecError(
+                what=f"skip={text!r} matches no leaf.",
+                why="a mistyped pattern would leave nothing out without a word.",
+                fix=did_you_mean(text, [tree_name("", record) for record in left]),
+            )
+        left = tuple(record for record in left if record.path not in skipped)
+    return left
 
 
 def named_leaves(records: Iterable[Record], names: NameMap | None) -> dict[str, Record]:

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .errors import StructureError, TensorFileError
+from .errors import NotRestoredError, StructureError, TensorFileError
 from .exchange import KEY, VALUE, NameMap, left_in, named_leaves, read_value, tree_name
 from .session import Session
 from .spec.spec import CheckpointSpec
 from .spec.storage import Storage
 from .state.leaves import Path, Record, decode_value
 from .store import tensorfile
+from .store.run import RunFolder
 
 
 def import_run(
@@ -44,7 +45,13 @@ def import_run(
         TensorFileError: If it is no whole safetensors file.
         NotRestoredError: If the folder holds steps.
     """
-    path = pathlib.Path(file)
+    path, run = pathlib.Path(file), RunFolder(pathlib.Path(directory).absolute())
+    if run.is_used():
+        raise NotRestoredError(
+            what=f"{directory} holds steps.",
+            why="weights from elsewhere begin a run; put into one, they would look like a step of its training.",
+            fix="a folder of their own, and ct.load(folder, state) where they are wanted.",
+        )
     tensors, texts = tensorfile.read_header(path)
     values = {name.removeprefix(VALUE): text for name, text in texts.items() if name.startswith(VALUE)}
     records = [Record(path=tuple(name.split(".")), kind="array") for name in (*tensors, *values)]
@@ -60,8 +67,8 @@ def import_run(
         if KEY + name in texts:
             value = jax.random.wrap_key_data(jnp.asarray(value), impl=texts[KEY + name])
         _put(state, leaf, value)
-    with Session(CheckpointSpec(directory=os.fspath(directory), storage=Storage(asynchronous=False))) as run:
-        run.save(step, {item: state}, reason=f"imported from {path.name}")
+    with Session(CheckpointSpec(directory=os.fspath(directory), storage=Storage(asynchronous=False))) as session:
+        session.save(step, {item: state}, reason=f"imported from {path.name}")
     return len(kept)
 
 

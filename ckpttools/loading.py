@@ -95,7 +95,7 @@ class Preview:
         step: The step it would take.
         leaves: Every leaf of the state, and every leaf on disk that is dropped.
         differences: What does not fit, one line for each leaf; empty if the restore would go on.
-        surgery: Operations that would make it fit; a guess.
+        surgery: Operations that would make it fit, those that were asked for included; a guess.
         read_bytes: Bytes of the arrays that would be read.
     """
 
@@ -160,13 +160,15 @@ def preview(
     if entry.manifest is None and entry.error is not None:
         raise entry.error
     templates = {item: tree.flatten(value, template=True) for item, value in state.items()}
-    plan, here, there = recovery.paired(entry, templates, changes(entry))
+    wanted = changes(entry)
+    plan, here, retry = recovery.paired(entry, templates, wanted)
     unfit: Sequence[Difference] = plan.differences
+    mending = suggest.proved(plan, here, retry) if unfit else ()
     return Preview(
         step=entry.step,
         leaves=tuple(leaf for leaf in all_leaves(plan) if leaf.name not in {".".join(each.path) for each in unfit}),
         differences=tuple(map(str, unfit)),
-        surgery=suggest.suggested(unfit, here, there) if unfit else (),
+        surgery=(*wanted.surgery, *mending) if mending else (),
         read_bytes=sum(host_bytes(records) for records in plan.needed().values()),
     )
 
@@ -176,6 +178,12 @@ def _located(source: Source, step: Selector) -> tuple[pathlib.Path, Selector]:
     folder = pathlib.Path(os.path.abspath(source))
     number = layout.step_number(folder.name)
     if number is not None and (folder / layout.MANIFEST).exists():
+        if step not in ("latest", number):
+            raise SpecError(
+                what=f"{folder} is step {number}, and step={step!r} was asked for.",
+                why="one of the two would be passed over.",
+                fix=f"{str(folder.parent)!r} with step={step!r}, or the folder alone.",
+            )
         return folder.parent, number
     if not folder.is_dir():
         raise StepNotFoundError(

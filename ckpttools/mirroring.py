@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .errors import CheckpointError, StepDamagedError
+from .errors import CheckpointError, SpecError, StepDamagedError
 from .spec import retention
 from .spec.mirror import Mirror
 from .spec.retention import Retention, StepInfo
@@ -85,6 +85,22 @@ class Plan:
     delete: tuple[str, ...]
     missed: tuple[str, ...]
     foreign: tuple[str, ...]
+
+
+def require_elsewhere(root: pathlib.Path, mirror: Mirror) -> None:
+    """Raise `SpecError` if a mirror lies in the folder of its run.
+
+    Args:
+        root: The run's folder.
+        mirror: The mirror.
+    """
+    place = mirror.url.removeprefix("file://").removeprefix("local://")
+    if "://" not in place and "::" not in place and pathlib.Path(place).resolve().is_relative_to(root.resolve()):
+        raise SpecError(
+            what=f"the mirror {mirror.url} lies in the folder of its run, {root}.",
+            why="what takes the run away would take its copies along.",
+            fix="an address on another disk or in a store, such as s3://bucket/run.",
+        )
 
 
 type Named = Mapping[str, Summary]
@@ -177,6 +193,7 @@ class Copier:
     """
 
     def __init__(self, root: pathlib.Path, mirror: Mirror, keep: Retention) -> None:
+        require_elsewhere(root, mirror)
         self.mirror, self.store = mirror, RemoteStore(mirror.url, mirror.store_options)
         self._root, self._keep = root, mirror.keep or keep
         self._changed = threading.Condition()

@@ -24,11 +24,12 @@ from .errors import (
     StructureError,
 )
 from .report import Candidate, RestoreReport
+from .spec.operations import Operation
 from .spec.retention import ranked
 from .state import surgery, tree
 from .state.match import Names, names, require_legal_skeletons
 from .state.place import HostItem
-from .state.suggest import require_match
+from .state.suggest import Retry, require_match
 from .store import integrity
 from .store.catalogue import Catalogue, Entry
 from .store.manifest import Manifest
@@ -210,19 +211,22 @@ def planned(entry: Entry, templates: Mapping[str, tree.Flat], changes: surgery.C
     Raises:
         StructureError: If it does not fit.
     """
-    plan, here, there = paired(entry, templates, changes)
-    require_match(entry.step, plan.differences, here, there)
+    plan, here, retry = paired(entry, templates, changes)
+    require_match(entry.step, plan, here, retry, tuple(changes.surgery))
     return plan
 
 
 def paired(
     entry: Entry, templates: Mapping[str, tree.Flat], changes: surgery.Changes
-) -> tuple[surgery.Plan, list[Names], list[Names]]:
-    """What a restore of one step would do, the names of all leaves of the state, and of all leaves on disk."""
+) -> tuple[surgery.Plan, list[Names], Retry]:
+    """What a restore of one step would do, the names of the state's leaves, and a way to ask with more surgery."""
     stored = entry.manifest.contents.of_process(*group.place()) if entry.manifest else {}
     here = [names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
-    there = [names((item, *record.path)) for item, part in stored.items() for record in part.records]
-    return surgery.plan(stored, templates, changes), here, there
+
+    def retry(more: Sequence[Operation]) -> surgery.Plan:
+        return surgery.plan(stored, templates, dataclasses.replace(changes, surgery=changes.surgery + more))
+
+    return retry(()), here, retry
 
 
 def _rejected(entry: Entry, error: StepDamagedError) -> Candidate:

@@ -71,7 +71,8 @@ def repair(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Repai
     try:
         found = [*_pins(root, dry_run)]
         for entry in catalogue.scan(root).entries:
-            found += _step(root, entry.path, entry.step, dry_run)
+            # What plain Orbax wrote has no manifest and no second copy; that is no damage.
+            found += [] if entry.state == "unverified" else _step(root, entry.path, entry.step, dry_run)
         quarantined = layout.control(root, "quarantine")
         for path in sorted(quarantined.iterdir()) if quarantined.is_dir() else ():
             step = layout.step_number(path.name.partition("-")[0])

@@ -143,7 +143,7 @@ def _foreign(entry: catalogue.Entry) -> ShownStep:
         described: Sequence[tuple[str, tuple[int, ...], str]] = orbax.describe_foreign(entry.path)
     except orbax.ReadError as error:
         raise CheckpointError(
-            what=f"the metadata of step {entry.step} cannot be read: {error}.",
+            what=f"the metadata of step {entry.step} cannot be read: {str(error).rstrip('.')}.",
             why="it was written by plain Orbax, and Orbax cannot read it as named items.",
             fix=f"look at {entry.path} with the version of Orbax that wrote it.",
         ) from error

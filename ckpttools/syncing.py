@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from .errors import StepDamagedError
 from .fetching import Fetcher
-from .mirroring import Names, plan, summaries_of
+from .mirroring import Names, plan, require_elsewhere, summaries_of
 from .spec.mirror import Mirror, as_mirror
 from .spec.retention import All
 from .store import catalogue, layout
@@ -100,6 +100,7 @@ def sync_mirror(
     """
     root, place = pathlib.Path(directory).absolute(), as_mirror(mirror)
     assert place is not None
+    require_elsewhere(root, place)
     run = RunFolder(root)
     if not dry_run:
         run.lock_for_writing()

@@ -22,8 +22,8 @@ from .showing import ShownStep, form_of
 from .spec.retention import Verdict
 from .syncing import MirrorReport
 
-_WIDTH_OF_A_FILE = 160
-"""Columns where the output is no terminal, so that nothing is cut."""
+_WIDTH_OF_A_FILE = 10_000
+"""Columns where the output is no terminal, so that a step stays on one line, for `grep`."""
 
 
 class _Console(Console):

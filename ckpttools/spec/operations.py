@@ -20,6 +20,7 @@ WILDCARD = re.compile(r"\*\*|\*|\{[^{}]*\}|^\[[^\]]*\]$")
 
 DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e8m0fnu"),
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
     *("float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz"),
 )
@@ -111,7 +112,8 @@ class Reinit(Operation):
 class Cast(Operation):
     """Allows one cast: leaves of `from_dtype` become `to_dtype`; leaves of any other dtype stay as they are.
 
-    A value that the new dtype cannot hold (a fraction as an int, a finite number as infinity) is an error.
+    A value that the new dtype cannot hold (a fraction as an int, an int that a float would round, a finite number as
+    infinity) is an error. Floats are rounded.
 
     Attributes:
         from_dtype: The dtype on disk.

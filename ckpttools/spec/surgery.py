@@ -4,7 +4,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Self
 
 from ..errors import SpecError
@@ -29,6 +29,12 @@ class Surgery:
     operations: tuple[Operation, ...] = ()
 
     def __init__(self, operations: Iterable[Operation] | Operation = ()) -> None:
+        if isinstance(operations, str | Mapping):
+            raise SpecError(
+                what=f"{operations!r} is no list of operations.",
+                why="surgery in text or in a file is read first.",
+                fix="ct.Surgery.load(path), or ct.Surgery.from_toml(text)",
+            )
         given = (operations,) if isinstance(operations, Operation) else tuple(operations)
         for each in given:
             if type(each) not in OPERATIONS.values():

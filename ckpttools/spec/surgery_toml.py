@@ -11,6 +11,7 @@ Nothing is imported or evaluated: a name that is not in the table of operations 
 import dataclasses
 import json
 import pathlib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -51,7 +52,9 @@ def _decoded(table: Any) -> Operation:
         raise _error(table, "each operation is a table that begins with its name.", '{ drop = "model.decoder" }')
     found = [name for name in table if name in OPERATIONS]
     if len(found) != 1:
-        why = "a table holds one operation." if found else "each table begins with the name of its operation."
+        if found:
+            raise _error(table, "a table holds one operation.", f"a [[{TABLE}]] for each of {' and '.join(found)}.")
+        why = "each table begins with the name of its operation."
         raise _error(table, why, did_you_mean(next(iter(table)), OPERATIONS))
     kind: type[Any] = OPERATIONS[found[0]]
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
@@ -98,11 +101,12 @@ def read(text: str, *, source: str) -> tuple[Operation, ...]:
     if not isinstance(tables, list):
         raise SpecFileError(
             what=f"{source} has no [[{TABLE}]] tables.",
-            why="each operation stands in one.",
-            fix=did_you_mean(TABLE, document) or '[[surgery]]\nrename = "model.encoder"\nnew = "model.backbone"',
+            why=f"each operation stands in one; the file has {', '.join(map(repr, document)) or 'nothing'}.",
+            fix=f'[[{TABLE}]]\nrename = "model.encoder"\nnew = "model.backbone"',
         )
     operations = []
-    lines = [number for number, line in enumerate(text.splitlines(), 1) if line.strip().startswith(f"[[{TABLE}]]")]
+    head = re.compile(rf"\s*\[\[\s*{TABLE}\s*\]\]")
+    lines = [number for number, line in enumerate(text.splitlines(), 1) if head.match(line)]
     for index, table in enumerate(tables):
         try:
             operations.append(_decoded(table))

@@ -71,8 +71,14 @@ def compare(item: str, leaf: Leaf, stored: Record) -> Difference | None:
     text = f"{form(stored)} on disk, {form(here)} here"
     if any(keys):
         return Difference(kind="other", path=path, here=here, stored=stored, text=text)
+    text += "; its axes are in another order" if is_turned(stored.shape, here.shape) else ""
     kind: Literal["recast", "reshaped"] = "recast" if here.shape == stored.shape else "reshaped"
     return Difference(kind=kind, path=path, here=here, stored=stored, text=text)
+
+
+def is_turned(stored: Sequence[int], here: Sequence[int]) -> bool:
+    """Whether two shapes differ in the order of their axes only: a block of a transposed array means nothing."""
+    return tuple(stored) != tuple(here) and sorted(stored) == sorted(here)
 
 
 def folded(path: Names) -> Names:

@@ -4,19 +4,27 @@
 The suggestion is a guess about what the person meant and is never applied unasked. Renames are found by kinds of
 names (`layers.0` and `layers.7` are one kind): of a missing and an unexpected kind of equal form, what differs
 between the two names is a rule, and the rule that mends most leaves is taken first.
+
+Before it is shown, a suggestion is tried on the names: it has to leave no difference, and every leaf that fitted
+without it where it was. Names that hold what patterns give a meaning (`a*`, `b[0]`) cannot always be told apart.
 """
 
 import collections
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from ..errors import StructureError
-from ..spec.operations import Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, wildcards
-from .match import Difference, Names, folded, form
+from ..errors import CheckpointError, StructureError
+from ..spec.operations import DTYPES, Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, wildcards
+from .match import Difference, Names, folded, form, is_turned
 from .renaming import Parts, outermost, renamed
+from .surgery import Plan
+
+type Retry = Callable[[Sequence[Operation]], Plan]
+"""The plan with more operations after those that were asked for."""
 
 _MOST_LINES = 100
 """More leaves than this are shown by kind."""
@@ -24,18 +32,22 @@ _MOST_KINDS = 300
 """Of more kinds of names than this on either side, no renames are guessed."""
 
 
-def require_match(step: int, differences: Sequence[Difference], here: Iterable[Names], there: Iterable[Names]) -> None:
+def require_match(step: int, plan: Plan, here: Sequence[Names], retry: Retry, asked: Sequence[Operation] = ()) -> None:
     """Raise `StructureError` if there are differences.
 
     Args:
         step: The step's number.
-        differences: What does not fit.
+        plan: What the restore would do.
         here: Names of all leaves of the state.
-        there: Names of all leaves on disk.
+        retry: Makes the plan with more operations.
+        asked: The operations that were asked for; what is suggested begins with them.
     """
+    differences = plan.differences
     if not differences:
         return
-    operations = suggested(differences, here, there)
+    operations = proved(plan, here, retry)
+    if operations:
+        operations = (*asked, *operations)
     shown = "".join(f"\n    {line}" for line in lines(differences))
     surgery = "".join(f"\n    {as_code(each)}," for each in operations)
     offer = f"surgery=[{surgery}\n  ] mends it, if that is what is meant; or " if operations else ""
@@ -66,15 +78,45 @@ def lines(differences: Sequence[Difference]) -> list[str]:
     return [*shown[:_MOST_LINES], *tail]
 
 
+def proved(plan: Plan, here: Sequence[Names], retry: Retry) -> tuple[Operation, ...]:
+    """Operations after which the differences are gone and nothing else is changed; none if none are found.
+
+    Args:
+        plan: What the restore would do.
+        here: Names of all leaves of the state.
+        retry: Makes the plan with more operations.
+    """
+    for whole in (True, False):
+        operations = suggested(plan.differences, here, plan.stored, whole=whole)
+        if operations and _mends(operations, plan, retry):
+            return operations
+    return ()
+
+
+def _mends(operations: Sequence[Operation], plan: Plan, retry: Retry) -> bool:
+    try:
+        after = retry(operations)
+    except CheckpointError:
+        return False
+    unfit = {each.path for each in plan.differences}
+    sources = {leaf.path: leaf.source and leaf.source.stored_path for leaf in after.placed}
+    return not after.differences and all(
+        sources.get(leaf.path) == (leaf.source and leaf.source.stored_path)
+        for leaf in plan.placed
+        if leaf.path not in unfit
+    )
+
+
 def suggested(
-    differences: Sequence[Difference], here: Iterable[Names], there: Iterable[Names]
+    differences: Sequence[Difference], here: Iterable[Names], there: Iterable[Names], *, whole: bool = True
 ) -> tuple[Operation, ...]:
-    """Operations after which the differences would be gone.
+    """Operations after which the differences should be gone.
 
     Args:
         differences: What does not fit.
         here: Names of all leaves of the state.
         there: Names of all leaves on disk.
+        whole: Whether parts may be renamed as a whole, and not only leaves.
     """
     missing = {each.path: each for each in differences if each.kind == "missing"}
     extra = {each.path: each for each in differences if each.kind == "unexpected"}
@@ -84,7 +126,7 @@ def suggested(
     for item in items:
         missing.pop((item.new.removesuffix(".**"),), None)
     resizing: list[tuple[Names, str, Operation]] = []
-    for rule in _renames(missing, extra, Parts(taken)):
+    for rule in _renames(missing, extra, Parts(taken), whole=whole):
         matched = Parts(extra).matched(rule.pattern)
         depths = {path: outermost(path, matched) for path in extra}
         moved = {path: (*renamed(rule, path[:depth]), *path[depth:]) for path, depth in depths.items() if depth}
@@ -124,9 +166,11 @@ def _mended(difference: Difference) -> list[Operation]:
         return [] if here is not None and stored is not None and form(here) == form(stored) else [Reinit("**")]
     mended: list[Operation] = []
     if here.dtype != stored.dtype:
+        if not {here.dtype, stored.dtype} <= set(DTYPES):
+            return [Reinit("**")]
         mended.append(Cast("**", stored.dtype, here.dtype))
     if here.shape != stored.shape:
-        if len(here.shape) != len(stored.shape):
+        if len(here.shape) != len(stored.shape) or is_turned(stored.shape, here.shape):
             return [Reinit("**")]
         pairs = list(zip(stored.shape, here.shape))
         mended += [Pad("**")] if any(old < new for old, new in pairs) else []
@@ -151,7 +195,9 @@ def _renamed_items(differences: Sequence[Difference], here: set[Names], there: s
     return found
 
 
-def _renames(missing: dict[Names, Difference], extra: dict[Names, Difference], there: Parts) -> list[Rename]:
+def _renames(
+    missing: dict[Names, Difference], extra: dict[Names, Difference], there: Parts, *, whole: bool
+) -> list[Rename]:
     """Rules that give unexpected leaves the names of missing ones, in the order in which they are applied."""
     wanted, unused = _by_kind(missing), _by_kind(extra)
     if not wanted or not unused or max(len(wanted), len(unused)) > _MOST_KINDS:
@@ -177,7 +223,8 @@ def _renames(missing: dict[Names, Difference], extra: dict[Names, Difference], t
         if ("old", *old) in done or ("new", *new) in done:
             continue
         done |= {("old", *old), ("new", *new)}
-        rule = next((rule for rule in _rules(old[0], new[0]) if meant(rule[0]) <= extra.keys()), None)
+        sides = _rules(old[0], new[0], whole=whole)
+        rule = next((rule for rule in sides if meant(rule[0]) <= extra.keys()), None)
         if rule is not None:
             rules[rule] += len(wanted[new])
     # What lies deeper first: after that, a part above it can be renamed as a whole.
@@ -194,10 +241,10 @@ def _by_kind(differences: dict[Names, Difference]) -> dict[tuple[Names, str], li
     return kinds
 
 
-def _rules(old: Names, new: Names) -> Iterator[tuple[str, str]]:
+def _rules(old: Names, new: Names, *, whole: bool) -> Iterator[tuple[str, str]]:
     """What differs between two kinds of names, as the two sides of a rename, those without the common end first."""
     end = 0
-    while end < min(len(old), len(new)) - 1 and old[-1 - end] == new[-1 - end]:
+    while whole and end < min(len(old), len(new)) - 1 and old[-1 - end] == new[-1 - end]:
         end += 1
     for left in range(end, -1, -1):
         sides = _text(old[: len(old) - left]), _text(new[: len(new) - left])
@@ -207,7 +254,7 @@ def _rules(old: Names, new: Names) -> Iterator[tuple[str, str]]:
 
 def _text(path: Names) -> str:
     """A name as a pattern; what the pattern language gives a meaning becomes a star, and numbers do too."""
-    parts = ["*" if part == "#" or set(part) & set("[]{}:. \t\n") else part.replace("#", "*") for part in path]
+    parts = [re.sub(r"[#\[\]{}:.*\s]+", "*", part) for part in path]
     # One word alone would mean that name at any depth.
     return ".".join(parts) if len(parts) > 1 else f"{parts[0]}.**"
 

@@ -105,12 +105,14 @@ class Plan:
         dropped: Leaves on disk that are not read because somebody said so.
         differences: What does not fit; empty if the restore can go on.
         skeletons: Containers of stateful objects, by item of the state and path.
+        stored: The names that all leaves on disk have after the operations.
     """
 
     placed: tuple[Placed, ...]
     dropped: tuple[Source, ...]
     differences: tuple[Difference, ...]
     skeletons: Mapping[str, Mapping[Path, Any]]
+    stored: tuple[Names, ...] = ()
 
     def needed(self) -> dict[str, tuple[Record, ...]]:
         """The leaves to read, by the item they are stored under."""
@@ -312,6 +314,7 @@ class _Pairing:
             dropped=tuple(dropped),
             differences=tuple(with_closest([*self._differences, *unexpected])),
             skeletons=self._skeletons(),
+            stored=tuple(source.path for source in self._table.sources),
         )
 
     def _skeletons(self) -> dict[str, dict[Path, Any]]:

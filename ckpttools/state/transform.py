@@ -2,10 +2,12 @@
 """What surgery does to one array on the host: casts that lose nothing unsaid, blocks cut out or put in."""
 
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..errors import StructureError
@@ -88,7 +90,7 @@ def _start(operation: Operation, rank: int) -> Shape:
 
 def _filled(name: str, operation: Pad, shape: Shape, dtype: np.dtype[Any], template: Any) -> Array:
     if operation.fill != "template":
-        return np.full(shape, operation.fill, dtype)
+        return np.full(shape, _fill_value(name, operation, dtype), dtype)
     return require_values(name, template, as_code(operation)).astype(dtype)
 
 
@@ -109,11 +111,32 @@ def require_values(name: str, template: Any, code: str) -> Array:
     return np.asarray(template)
 
 
+def _fill_value(name: str, operation: Pad, dtype: np.dtype[Any]) -> Array:
+    """The number to fill with; raises `StructureError` if the array cannot hold it."""
+    given = np.asarray(operation.fill)
+    with np.errstate(all="ignore"):
+        value = given.astype(dtype)
+        whole = _is_whole(dtype) and not np.array_equal(value.astype(given.dtype), given)
+        if whole or (np.isfinite(given) and not np.isfinite(value)):
+            raise StructureError(
+                what=f"{as_code(operation)} on {name}: {dtype} cannot hold {operation.fill!r}.",
+                why=f"the new values would be {value}.",
+                fix='a number of that dtype, or fill="template" for what the state has there.',
+            )
+    return value
+
+
+def _is_whole(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "b" or jnp.issubdtype(dtype, jnp.integer)
+
+
 def _cast(name: str, operation: Cast, array: Array) -> Array:
     dtype = numpy_dtype(operation.to_dtype)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        # Of an imaginary part that is lost more is said below.
+        warnings.simplefilter("ignore", np.exceptions.ComplexWarning)
         new = array.astype(dtype)
-        if dtype.kind in "biu" or (array.dtype.kind == "c" and dtype.kind != "c"):
+        if _is_whole(dtype) or _is_whole(array.dtype) or (array.dtype.kind == "c" and dtype.kind != "c"):
             lost = new.astype(array.dtype) != array
         else:
             lost = np.isfinite(array) & ~np.isfinite(new)

@@ -181,7 +181,7 @@ def _tensors(path: pathlib.Path, header: Mapping[str, Any], base: int, size: int
             code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise _refused(path, f"its entry for {name!r} has another form") from error
-        if code not in DTYPES:
+        if not isinstance(code, str) or code not in DTYPES:
             raise _refused(path, f"the tensor {name!r} is of the dtype {code!r}, which is not known here")
         if not all(type(number) is int and 0 <= number < 2**56 for number in (*shape, begin, end)):
             raise _refused(path, f"its entry for {name!r} makes no sense")

@@ -176,8 +176,11 @@ def test_what_cannot_be_exchanged_is_refused(tmp_path, run):
         ct.export_safetensors({"a": jnp.ones(1)}, tmp_path / "no" / "m.safetensors")
     (tmp_path / "plain" / "3").mkdir(parents=True)
     (tmp_path / "plain" / "3" / "_CHECKPOINT_METADATA").write_text("{}")
-    with pytest.raises(ct.CheckpointError, match=r"never proved"):
-        ct.export_safetensors(tmp_path / "plain", file)
+    for folder in (tmp_path / "plain", tmp_path / "plain" / "3"):
+        with pytest.raises(ct.CheckpointError, match=r"never proved"):
+            ct.export_safetensors(folder, file)
+    with pytest.raises(ct.SpecError, match=r"skip='b' matches no leaf"):
+        ct.export_safetensors({"a": jnp.ones(1)}, file, skip="b")
 
 
 def file_with(header, data=b"", length=None):
@@ -200,6 +203,7 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (file_with({"__metadata__": {"a": 1}}), "are not texts"),
         (file_with({"a": {}}), "another form"),
         (file_with({"a": {**ENTRY, "dtype": "X9"}}, b"1234"), "'X9', which is not known here"),
+        (file_with({"a": {**ENTRY, "dtype": ["F32"]}}, b"1234"), "which is not known here"),
         (file_with({"a": {**ENTRY, "shape": [-1]}}, b"1234"), "makes no sense"),
         (file_with({"a": {**ENTRY, "data_offsets": [0, 8]}}, b"12345678"), "has 8 bytes"),
         (file_with({"a": ENTRY, "b": ENTRY}, b"1234"), "overlap or leave holes"),

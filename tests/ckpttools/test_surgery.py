@@ -244,6 +244,12 @@ def test_loading_says_what_is_missing(saved, tmp_path):
         ct.load(folder, state, step=8)
     with pytest.raises(ct.SpecError, match="small or a large"):
         ct.load(folder, state, step=ct.best("loss"))
+    for step in (8, ct.best("loss", mode="min")):
+        with pytest.raises(ct.SpecError, match="was asked for"):
+            ct.load(folder / "7", state, step=step)
+    with pytest.raises(ct.SpecError, match="no list of operations") as caught:
+        ct.load(folder, state, surgery="surgery.toml")
+    assert "ct.Surgery.load(path)" in caught.value.fix
     (tmp_path / "3").mkdir()
     with pytest.raises(ct.StepNotFoundError, match="whole manifest"):
         ct.preview(tmp_path, state)

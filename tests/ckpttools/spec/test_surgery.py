@@ -84,11 +84,12 @@ def test_what_cannot_be_honoured_is_refused(make, text, fix):
     ("text", "line", "word"),
     [
         pytest.param('[[surgery]]\ndrop = "a"\n\n[[surgery]]\nrenam = "a"\n', "line 4", "rename", id="unknown"),
+        pytest.param('\n[[ surgery ]]\ndrp = "a"\n', "line 2", "drop", id="spaces in the brackets"),
         pytest.param('[[surgery]]\nrename = "a"\n', "line 1", "needs new", id="missing field"),
         pytest.param('[[surgery]]\ndrop = "a"\nfil = 1\n', "line 1", "no field 'fil'", id="unknown field"),
         pytest.param('[[surgery]]\ndrop = "a"\npad = "b"\n', "line 1", "one operation", id="two"),
         pytest.param("surgery = [3]\n", "<text>", "begins with its name", id="no table"),
-        pytest.param("[[sugery]]\nx = 1\n", "no [[surgery]]", "surgery", id="no tables"),
+        pytest.param("[[sugery]]\nx = 1\n", "no [[surgery]]", "the file has 'sugery'", id="no tables"),
         pytest.param("[[surgery]\n", "not TOML", "", id="no TOML"),
     ],
 )

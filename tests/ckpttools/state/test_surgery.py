@@ -173,15 +173,18 @@ def test_a_cast_comes_before_the_fill():
         pytest.param([1.0, 2.5], "int32", r"2.5 at \[1\] would become 2", id="a fraction"),
         pytest.param([1.0, float("nan")], "int32", "nan", id="nan"),
         pytest.param([1e30], "float16", "would become inf", id="too large"),
-        pytest.param([300], "int8", "300", id="too wide"),
+        pytest.param(np.array([300], np.int32), "int8", "300", id="too wide"),
+        pytest.param(np.array([1, 9], np.int32), "int4", r"9 at \[1\] would become -7", id="four bits"),
+        pytest.param(np.array([2**24 + 1], np.int32), "float32", "16777217", id="an int that is rounded"),
+        pytest.param(np.array([1 + 1j], np.complex64), "float32", "1j", id="an imaginary part"),
     ],
 )
 def test_a_cast_that_loses_the_value_is_refused(values, to, text):
-    array = np.array(values, np.int32 if to == "int8" else np.float32)
+    array = values if isinstance(values, np.ndarray) else np.array(values, np.float32)
     with pytest.raises(ct.StructureError, match=text):
-        altered(array, [ct.Cast("w", array.dtype.name, to)], np.zeros(array.shape, to))
+        altered(array, [ct.Cast("w", array.dtype.name, to)], np.zeros(array.shape, jnp.dtype(to)))
     whole = np.array([1, 2], array.dtype)
-    assert altered(whole, [ct.Cast("w", array.dtype.name, to)], np.zeros(2, to)).tolist() == [1, 2]
+    assert altered(whole, [ct.Cast("w", array.dtype.name, to)], np.zeros(2, jnp.dtype(to))).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +210,14 @@ def test_an_abstract_state_has_no_values_to_keep(operation):
 
 
 # Suggestions: what they say is done, and fits.
+
+
+def mismatch(disk, state, asked=()):
+    here = [names((item, *part.path)) for item, value in state.items() for part in tree.flatten(value).leaves]
+    with pytest.raises(ct.StructureError) as caught:
+        suggest.require_match(3, plan(disk, state, asked), here, lambda more: plan(disk, state, [*asked, *more]), asked)
+    return caught.value
+
 
 BLOCKS = [f"m.blocks.{n}.{part}" for n in range(12) for part in ("attn.q", "attn.k", "mlp.up", "mlp.down")]
 LAYERS = [name.replace("blocks", "layers") for name in BLOCKS]
@@ -272,16 +283,61 @@ LAYERS = [name.replace("blocks", "layers") for name in BLOCKS]
         pytest.param(
             nested("m.a.w", "m.a.keep"), nested("m.b.w", "m.a.keep"), ['ct.Rename("m.a.w", "m.b.w")'], id="not the rest"
         ),
+        pytest.param(
+            {"m": {"a": {"x": leaf(2)}, "b": {"y": leaf(3)}}},
+            {"m": {"a": {"y": leaf(3)}, "b": {"x": leaf(2)}}},
+            ['ct.Rename("m.a.x", "m.b.x")', 'ct.Rename("m.b.y", "m.a.y")'],
+            id="names that cross",
+        ),
+        pytest.param(nested("m.w", form=leaf(2, 3)), nested("m.w", form=leaf(3, 2)), ['ct.Reinit("m.w")'], id="turned"),
+        pytest.param(
+            nested("m.w", form=leaf(2, dtype=jnp.int4)),
+            nested("m.w", form=leaf(2, dtype=jnp.int8)),
+            ['ct.Cast("m.**", "int4", "int8")'],
+            id="a rare dtype",
+        ),
+        pytest.param(
+            {"m": {"a.b": leaf(2), "c": leaf(3)}},
+            {"m": {"a.c": leaf(2), "c": leaf(3)}},
+            ['ct.Rename("m.a*b", "m.a*c")'],
+            id="dots in names",
+        ),
+        pytest.param(
+            {"m": {"b[0]": leaf(3), "k": leaf(1)}}, {"m": {"k": leaf(1)}}, ['ct.Drop("m.b*0*")'], id="brackets in names"
+        ),
     ],
 )
 def test_the_suggested_surgery_fits(disk, state, expected):
     state = jax.tree.map(lambda each: jnp.ones(each.shape, each.dtype), state)
-    made = plan(disk, state)
-    here = [names((item, *part.path)) for item, value in state.items() for part in tree.flatten(value).leaves]
-    there = [names((item, *record.path)) for item, part in stored(disk).items() for record in part.records]
-    with pytest.raises(ct.StructureError) as caught:
-        suggest.require_match(3, made.differences, here, there)
-    error = caught.value
+    error = mismatch(disk, state)
     assert sorted(map(as_code, error.surgery)) == sorted(expected)
     assert all(line in error.fix for line in expected)
     assert plan(disk, state, error.surgery).differences == ()
+
+
+def test_no_surgery_is_suggested_that_would_touch_what_fits():
+    """`m.a*` also means `m.ab`, which came back as it should; no pattern means the one alone."""
+    error = mismatch({"m": {"a*": leaf(2), "ab": leaf(2)}}, {"m": {"ab": jnp.ones(2)}})
+    assert error.surgery == ()
+    assert "surgery=" not in error.fix
+    assert error.mismatches == ("m.a*: on disk, not in the state passed in",)
+
+
+def test_a_suggestion_goes_on_from_what_was_asked_for():
+    disk, state = nested("m.enc.w", "m.old.w"), nested("m.net.w")
+    state = jax.tree.map(lambda each: jnp.ones(each.shape, each.dtype), state)
+    error = mismatch(disk, state, [ct.Rename("m.enc", "m.net")])
+    assert list(map(as_code, error.surgery)) == ['ct.Rename("m.enc", "m.net")', 'ct.Drop("m.old")']
+    assert plan(disk, state, error.surgery).differences == ()
+
+
+@pytest.mark.parametrize(
+    ("fill", "dtype"),
+    [(0.5, "int32"), (float("nan"), "int32"), (2**40, "int32"), (1e39, "float32"), (9, "int4"), (2, "bool")],
+)
+def test_a_fill_that_the_array_cannot_hold_is_refused(fill, dtype):
+    record = Record(path=("w",), kind="array", shape=(2,), dtype=dtype)
+    target = Record(path=("w",), kind="array", shape=(3,), dtype=dtype)
+    with pytest.raises(ct.StructureError, match=f"{dtype} cannot hold") as caught:
+        transform.apply("m.w", [ct.Pad("m.w", fill=fill)], record, np.ones(2, jnp.dtype(dtype)), target, None)
+    assert 'fill="template"' in caught.value.fix
