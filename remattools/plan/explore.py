@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from ..errors import RuleError
 from ..measure.measurement import Measurement, format_bytes, format_count
 from ..rules.ruleset import Rules
 from .budget import Of, bytes_of
@@ -18,8 +19,9 @@ from .writing import rules_of
 
 # Below this gain a further compile is not worth its time.
 _GAIN = 0.002
-# Budgets at which a frontier is asked whether it could be better.
-_BUDGETS = 24
+# Budgets at which a frontier is asked whether it could be better, and what a budget that nothing keeps yet is taken
+# for, in times of the slowest point.
+_BUDGETS, _UNREACHED = 24, 1.5
 
 
 class Exploration:
@@ -45,6 +47,7 @@ class Exploration:
         self.space, self.measured_by, self.of = space, measured_by, of
         self.plain_cycles, self.progress = plain_cycles, progress
         self.points: dict[int, Point] = {}
+        self.refused: set[int] = set()
         self.by_rules: dict[Rules, Measurement] = {}
 
     def compile(self, number: int) -> None:
@@ -56,7 +59,14 @@ class Exploration:
             f"{format_count(predicted.cycles)} cycles"
         )
         if rules not in self.by_rules:
-            self.by_rules[rules] = self.measured_by(rules)
+            try:
+                self.by_rules[rules] = self.measured_by(rules)
+            except RuleError:
+                if self.space.assignments[number].group == 1:
+                    raise
+                # What lies between the blocks cannot be cut into groups: no group of this model can.
+                self.refused |= {n for n, other in enumerate(self.space.assignments) if other.group > 1}
+                return
         self._add(number, rules, predicted)
 
     def recall(self, remembered: Iterable[tuple[Rules, Measurement]]) -> None:
@@ -101,10 +111,13 @@ class Exploration:
             cycles = self.space.corrected("cycles", {n: p.cycles for n, p in fitting.items()})
         return sizes, cycles
 
+    def _is_open(self, number: int) -> bool:
+        return number not in self.points and number not in self.refused
+
     def propose(self, limit: int | None, max_cycles: float | None) -> int | None:
         """The assignment to compile next for these limits, or None if none promises more."""
         sizes, cycles = self.predictions()
-        open_ = np.array([number not in self.points for number in range(len(sizes))])
+        open_ = np.array([self._is_open(number) for number in range(len(sizes))])
         best = best_point(self.points.values(), limit, max_cycles)
         within = open_.copy()
         if limit is not None:
@@ -127,25 +140,24 @@ class Exploration:
     def propose_anywhere(self) -> int | None:
         """The assignment that promises most at whatever budget, or None if none promises more."""
         sizes, cycles = self.predictions()
-        open_ = np.array([number for number in range(len(sizes)) if number not in self.points])
+        open_ = np.array([number for number in range(len(sizes)) if self._is_open(number)])
         fitting = [point for point in self.points.values() if point.measured.fits]
         if not len(open_):
             return None
         if not fitting:  # not even the plain model fits: what takes least
             return int(open_[sizes[open_].argmin()])
-        least, most = min(point.bytes for point in fitting), max(point.bytes for point in fitting)
-        smallest = int(open_[sizes[open_].argmin()])
-        chosen, gain = smallest, 1.0 - sizes[smallest] / max(least, 1)
-        for limit in np.linspace(least, most, _BUDGETS):
-            within = open_[sizes[open_] <= limit]
-            best = best_point(fitting, limit, None)
-            if best is None or not len(within):
-                continue
-            fastest = int(within[cycles[within].argmin()])
-            promised = 1.0 - cycles[fastest] / best.cycles
-            if promised > gain:
-                chosen, gain = fastest, promised
-        return chosen if gain > _GAIN else None
+        nothing = self.space.assignments.index(self.space.nothing)
+        if len(self.points) == 1 and nothing in open_:  # both ends are known before anything between them is judged
+            return nothing
+        most = max(point.bytes for point in fitting)
+        slowest = max(point.cycles for point in fitting)
+        limits = np.geomspace(max(min(float(sizes[open_].min()), most), 1.0), most, _BUDGETS)
+        found = [best_point(fitting, limit, None) for limit in limits]
+        best = np.array([_UNREACHED * slowest if point is None else point.cycles for point in found])
+        # The part of the plane under the curve that each would add: a gain at many budgets is worth more than at one.
+        gains = np.maximum(1.0 - cycles[open_][:, None] / best, 0.0) * (sizes[open_][:, None] <= limits)
+        promised = gains.mean(axis=1)
+        return int(open_[promised.argmax()]) if promised.max() > _GAIN / _BUDGETS else None
 
 
 def best_point(points: Iterable[Point], limit: float | None, max_cycles: float | None) -> Point | None:

@@ -7,6 +7,7 @@ around them with the blocks as opaque operations. The cost hardly grows with dep
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,6 +51,23 @@ class Outline:
     visits: tuple[tuple[Path, int], ...]
     around: Graph
     rates: Rates
+
+    @functools.cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """For each visit the bytes of its inputs that nothing else reads: there for its backward pass alone."""
+        readers: dict[int, set[int]] = {}
+        steps = (*self.around.forward, *self.around.backward)
+        for number, step in enumerate(steps):
+            visit = -1 - number if step.tag is None else step.tag[1]
+            for value in step.reads:
+                readers.setdefault(value, set()).add(visit)
+        found = [0] * len(self.visits)
+        for step in self.around.forward:
+            if step.tag is not None:
+                # What is added to the block's own output on the way (a residual stream) is read by the block alone.
+                own = {value for value in step.reads if value in self.around.makers and readers[value] == {step.tag[1]}}
+                found[step.tag[1]] = self.around.size(own)
+        return tuple(found)
 
     def timetable(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Moments that can be the fullest.
@@ -139,7 +157,13 @@ def outline(fn: Callable[..., Any], model: Any, args: Sequence[Any], rates: Rate
             fix="pass a loss that calls the model.",
         )
     problems = tuple(BlockProblem(block_graph(inner), rates) for inner in distinct)
-    return Outline(rules=tuple(patterns), problems=problems, visits=tuple(visits), around=around, rates=rates)
+    return Outline(
+        rules=tuple(patterns),
+        problems=problems,
+        visits=tuple(visits),
+        around=around,
+        rates=rates,
+    )
 
 
 _LOOPS = frozenset({"scan", "while", "cond"})

@@ -162,4 +162,5 @@ def plot_of(
 
 
 def _line(pattern: str, action: Any) -> str:
-    return f"{pattern}: keep {len(action.save)} names" if action.save else f"{pattern}: nothing"
+    kept = f"keep {len(action.save)} names" if action.save else "nothing"
+    return f"{pattern}: {kept}" + (f", {action.group} in a region" if action.group != 1 else "")

@@ -3,15 +3,19 @@
 
 Sits on `outline` and `solve`. A level is one choice for each kind of block, made at one
 price of a byte. An assignment gives one level to the first blocks and another to the
-rest, so that its rules stay few. Predictions only order the search.
+rest, so that its rules stay few; the first blocks can be grouped. Predictions only
+order the search.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
+from ..rules.paths import Path
+from .grouping import Grouping
 from .outline import Outline
 from .solve import BlockProblem, Choice
 
@@ -20,6 +24,8 @@ _PRICES = tuple(float(price) for price in np.geomspace(30.0, 1e-4, 20))
 # How far a prediction can be off before anything was measured, and how far what measurements do not explain.
 _PRIOR, _LOCAL, _NOISE = 0.5, 0.05, 1e-3
 _MOST_SPLITS = 12
+# Groups come on top of what single blocks keep: fewer of both are looked at.
+_GROUPED_LEVELS, _GROUPED_SPLITS = 6, 6
 # With so few values in a block every subset of them is a level.
 _FEW = 4
 # Parts of all that a block could keep.
@@ -28,11 +34,19 @@ _SHARES = tuple(float(share) for share in np.geomspace(0.01, 0.9, 14))
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """Level `first` for the blocks before `split`, level `rest` for the others."""
+    """Level `first` for the blocks before `split`, level `rest` for the others.
+
+    Attributes:
+        first: A level.
+        rest: Likewise.
+        split: How many blocks are the first.
+        group: How many of the first blocks are one region.
+    """
 
     first: int
     rest: int
     split: int
+    group: int = 1
 
 
 class Space:
@@ -46,8 +60,15 @@ class Space:
         self.outline = shape
         self.members = list(dict.fromkeys(path for path, _ in shape.visits))
         self.levels = _levels(shape)
-        self.assignments = self._assignments()
+        self._timetable = shape.timetable()
+        self._grouping = Grouping(shape, self.members, self._timetable[2])
+        self.assignments = [*self._assignments(), *self._groups()]
         self.bytes, self.cycles, self.features = self._predictions()
+
+    @property
+    def groupable(self) -> frozenset[Path]:
+        """Sequences whose blocks can be grouped."""
+        return self._grouping.holders
 
     @property
     def nothing(self) -> Assignment:
@@ -74,22 +95,52 @@ class Space:
         mixed = [Assignment(a, b, k) for a in range(count) for b in range(a + 1, count) for k in splits]
         return uniform + mixed
 
+    def _groups(self) -> list[Assignment]:
+        count, depth = len(self.levels), len(self.members)
+        few = sorted({round(x) for x in np.linspace(0, count - 2, min(count - 1, _GROUPED_LEVELS))})
+        splits = sorted({round(x) for x in np.linspace(depth, 0, _GROUPED_SPLITS, endpoint=False)})
+        found = []
+        ends = {
+            (size, split if split == depth else split // size * size)  # no group is smaller than the others
+            for size, split in itertools.product(self._grouping.sizes, splits)
+        }
+        for (size, split), first in itertools.product(sorted(ends), few):
+            if split == 0:
+                continue
+            # All that one group holds is alive at once, so a region over the plain model's blocks frees nothing.
+            rests = [first] if split == depth else [level for level in (*few, count - 1) if level >= first]
+            found += [Assignment(first, rest, split, size) for rest in rests]
+        return found
+
     def _predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        base, kept, runs = self.outline.timetable()
+        base, kept, runs = self._timetable
         place = {path: number for number, path in enumerate(self.members)}
         table = [[level[kind] for level in self.levels] for _, kind in self.outline.visits]
         figures = np.array([[_figures(choice) for choice in row] for row in table])  # (visits, levels, figures)
         numbers = np.array([place[path] for path, _ in self.outline.visits])
+        kinds = [kind for _, kind in self.outline.visits]
+        plain = np.array([self.outline.problems[kind].plain.kept_bytes for kind in kinds], float)
+        grouped = functools.cache(self._grouping.of)
         total_bytes, cycles, features = [], [], []
         for assignment in self.assignments:
             picked = np.where(numbers < assignment.split, assignment.first, assignment.rest)
             mine = figures[np.arange(len(numbers)), picked]
             moments = base + kept @ mine[:, 0] + (runs == 1) @ mine[:, 1] + (runs == 2) @ mine[:, 2]
+            recomputed, dropped, held = float(mine[:, 3:7].sum()), 0.0, 0.0
+            if assignment.group > 1:
+                change = grouped(assignment.group, assignment.split)
+                waiting = np.maximum(plain - mine[:, 0], 0.0)
+                moments = moments - change.dropped + change.holds @ waiting
+                recomputed += float(change.again @ mine[:, 9])
+                dropped, held = float(change.dropped.max()), float((change.holds @ waiting).max())
             total_bytes.append(float(moments.max()))
-            cycles.append(float(mine[:, 3:7].sum()))
-            # What the predictions may be wrong in: kept bytes, kept by blocks without a region, kinds of recomputation.
+            cycles.append(recomputed)
+            # What the predictions may be wrong in: kept bytes, kept by blocks without a region, kinds of recomputation,
+            # and what groups change.
+            work = mine[:, 3:7].sum(axis=0)
             features.append(
-                [mine[:, 0].sum(), mine[:, 7].sum(), mine[:, 2].max(), *mine[:, 3:7].sum(axis=0), mine[:, 8].sum()]
+                [mine[:, 0].sum(), mine[:, 7].sum(), mine[:, 2].max(), *work, mine[:, 8].sum()]
+                + [dropped, held, recomputed - work.sum()]
             )
         scale = np.abs(np.array(features)).max(axis=0)
         return np.array(total_bytes), np.array(cycles), np.array(features) / np.where(scale > 0, scale, 1.0)
@@ -160,4 +211,5 @@ def _figures(choice: Choice) -> list[float]:
         *choice.cycles,
         float(choice.kept_bytes) if plain else 0.0,
         float(plain),
+        choice.output_cycles,
     ]

@@ -29,6 +29,7 @@ class Choice:
         forward_bytes: The most that its forward pass needs besides.
         backward_bytes: The most that its backward pass needs, recomputation included, what is kept included.
         cycles: Of recomputation, by kind of operation: matrix, reduction, elementwise, other.
+        output_cycles: Of recomputing the block's outputs besides, for a block of the same group that reads them.
     """
 
     names: tuple[str, ...] | None
@@ -36,6 +37,7 @@ class Choice:
     forward_bytes: int
     backward_bytes: int
     cycles: tuple[float, ...]
+    output_cycles: float = 0.0
 
     @property
     def total_cycles(self) -> float:
@@ -96,6 +98,9 @@ class BlockProblem:
             forward_bytes=self._forward_bytes(kept),
             backward_bytes=max(alive(graph, order, held=kept), default=0),
             cycles=tuple(cycles.values()),
+            output_cycles=sum(
+                self.costs[number] for number in self._closure(kept, outputs=True) if number not in again
+            ),
         )
 
     def cheapest(self, price: float, limit_bytes: float = np.inf) -> Choice:
@@ -161,10 +166,11 @@ class BlockProblem:
         matrix = scipy.sparse.csr_array((data, (row_numbers, columns)), shape=(len(lower), len(names) + len(steps)))
         return matrix, lower
 
-    def _closure(self, kept: Iterable[int]) -> tuple[int, ...]:
-        """Forward steps that have to run again if only `kept` is there, in order."""
+    def _closure(self, kept: Iterable[int], *, outputs: bool = False) -> tuple[int, ...]:
+        """Forward steps that have to run again if only `kept` is there, in order; those for the outputs if asked."""
         graph, kept = self.graph, set(kept)
-        wanted = [value for value in graph.needed if value not in kept]
+        made = {value for value in graph.outputs if value in graph.makers} if outputs else set()
+        wanted = [value for value in graph.needed | made if value not in kept]
         found: set[int] = set()
         while wanted:
             number = graph.makers[wanted.pop()]

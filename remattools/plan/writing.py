@@ -27,12 +27,14 @@ def rules_of(space: Space, assignment: Assignment) -> Rules:
         choice = space.levels[space.level_of(assignment, number)][kinds[path]]
         pattern = _pattern_for(path, methods)
         names = None if choice.names is None else _short(space.outline.problems[kinds[path]], choice.names)
-        groups.setdefault((pattern, names), []).append(path)
+        group = assignment.group if number < assignment.split and path[:-1] in space.groupable else 1
+        groups.setdefault((pattern, names, group), []).append(path)
     pairs: list[tuple[str, Any]] = []
-    for (pattern, names), paths in groups.items():
+    for (pattern, names, group), paths in groups.items():
         if names is not None:
             everyone = [path for path in space.members if _pattern_for(path, methods) == pattern]
-            pairs.append((_written(pattern, paths, everyone), Remat(save=names, methods=methods[pattern])))
+            action = Remat(save=names, methods=methods[pattern], group=group)
+            pairs.append((_written(pattern, paths, everyone), action))
     return Rules(pairs)
 
 
