@@ -8,6 +8,7 @@ each measurement corrects the predictions of all that is not compiled yet.
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import scipy
 
 from ..errors import RuleError
 from ..measure.measurement import Measurement, format_bytes, format_count
@@ -82,7 +83,7 @@ class Exploration:
                 self._add(numbers[rules], rules, predicted)
 
     def _predicted(self, number: int) -> Prediction:
-        sizes, cycles = self.predictions()
+        sizes, _, cycles = self.predictions()
         return Prediction(bytes=int(sizes[number]), cycles=float(cycles[number]))
 
     def _add(self, number: int, rules: Rules, predicted: Prediction) -> None:
@@ -100,23 +101,23 @@ class Exploration:
             cycles=time_taken,
         )
 
-    def predictions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes and cycles of all assignments, by the model and all that was measured."""
+    def predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bytes, how far these may be off, and cycles of all assignments, by the model and all that was measured."""
         fitting = {number: point for number, point in self.points.items() if point.measured.fits}
         cycles = self.plain_cycles + self.space.cycles
         if not fitting:
-            return self.space.bytes, cycles
-        sizes = self.space.corrected("bytes", {n: float(p.bytes) for n, p in fitting.items()})
+            return self.space.bytes, np.zeros(len(cycles)), cycles
+        sizes, spread = self.space.corrected("bytes", {n: float(p.bytes) for n, p in fitting.items()})
         if all(point.measured.estimated_cycles is not None for point in fitting.values()):
-            cycles = self.space.corrected("cycles", {n: p.cycles for n, p in fitting.items()})
-        return sizes, cycles
+            cycles, _ = self.space.corrected("cycles", {n: p.cycles for n, p in fitting.items()})
+        return sizes, spread, cycles
 
     def _is_open(self, number: int) -> bool:
         return number not in self.points and number not in self.refused
 
     def propose(self, limit: int | None, max_cycles: float | None) -> int | None:
         """The assignment to compile next for these limits, or None if none promises more."""
-        sizes, cycles = self.predictions()
+        sizes, _, cycles = self.predictions()
         open_ = np.array([self._is_open(number) for number in range(len(sizes))])
         best = best_point(self.points.values(), limit, max_cycles)
         within = open_.copy()
@@ -139,7 +140,7 @@ class Exploration:
 
     def propose_anywhere(self) -> int | None:
         """The assignment that promises most at whatever budget, or None if none promises more."""
-        sizes, cycles = self.predictions()
+        sizes, spread, cycles = self.predictions()
         open_ = np.array([number for number in range(len(sizes)) if self._is_open(number)])
         fitting = [point for point in self.points.values() if point.measured.fits]
         if not len(open_):
@@ -149,14 +150,16 @@ class Exploration:
         nothing = self.space.assignments.index(self.space.nothing)
         if len(self.points) == 1 and nothing in open_:  # both ends are known before anything between them is judged
             return nothing
-        most = max(point.bytes for point in fitting)
+        most = max([1, *(point.bytes for point in fitting)])
         slowest = max(point.cycles for point in fitting)
         limits = np.geomspace(max(min(float(sizes[open_].min()), most), 1.0), most, _BUDGETS)
         found = [best_point(fitting, limit, None) for limit in limits]
         best = np.array([_UNREACHED * slowest if point is None else point.cycles for point in found])
-        # The part of the plane under the curve that each would add: a gain at many budgets is worth more than at one.
-        gains = np.maximum(1.0 - cycles[open_][:, None] / best, 0.0) * (sizes[open_][:, None] <= limits)
-        promised = gains.mean(axis=1)
+        # The part of the plane under the curve that each would add, times the chance that it keeps the budget: a gain
+        # at many budgets is worth more than at one.
+        gains = np.maximum(1.0 - cycles[open_][:, None] / best, 0.0)
+        room = (limits - sizes[open_][:, None]) / np.maximum(spread[open_][:, None], 1e-6 * most)
+        promised = (gains * scipy.special.ndtr(room)).mean(axis=1)
         return int(open_[promised.argmax()]) if promised.max() > _GAIN / _BUDGETS else None
 
 

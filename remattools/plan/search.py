@@ -22,7 +22,7 @@ from .solve import BlockProblem, Choice
 # Cycles that a byte may cost; one pass over a value through main memory costs about 1e-3 to 1e-1.
 _PRICES = tuple(float(price) for price in np.geomspace(30.0, 1e-4, 20))
 # How far a prediction can be off before anything was measured, and how far what measurements do not explain.
-_PRIOR, _LOCAL, _NOISE = 0.5, 0.05, 1e-3
+_CONSTANT, _PRIOR, _LOCAL, _NOISE = 100.0, 0.5, 0.05, 1e-3
 _MOST_SPLITS = 12
 # Groups come on top of what single blocks keep: fewer of both are looked at.
 _GROUPED_LEVELS, _GROUPED_SPLITS = 6, 6
@@ -126,31 +126,34 @@ class Space:
             picked = np.where(numbers < assignment.split, assignment.first, assignment.rest)
             mine = figures[np.arange(len(numbers)), picked]
             moments = base + kept @ mine[:, 0] + (runs == 1) @ mine[:, 1] + (runs == 2) @ mine[:, 2]
-            recomputed, dropped, held = float(mine[:, 3:7].sum()), 0.0, 0.0
+            recomputed, held = float(mine[:, 3:7].sum()), 0.0
             if assignment.group > 1:
                 change = grouped(assignment.group, assignment.split)
                 waiting = np.maximum(plain - mine[:, 0], 0.0)
                 moments = moments - change.dropped + change.holds @ waiting
                 recomputed += float(change.again @ mine[:, 9])
-                dropped, held = float(change.dropped.max()), float((change.holds @ waiting).max())
+                held = float((change.holds @ waiting).max())
             total_bytes.append(float(moments.max()))
             cycles.append(recomputed)
-            # What the predictions may be wrong in: kept bytes, kept by blocks without a region, kinds of recomputation,
-            # and what groups change.
+            # What the predictions may be wrong in: kept bytes, those kept without names (by blocks without a region, or
+            # while a group has its turn), kinds of recomputation.
             work = mine[:, 3:7].sum(axis=0)
             features.append(
-                [mine[:, 0].sum(), mine[:, 7].sum(), mine[:, 2].max(), *work, mine[:, 8].sum()]
-                + [dropped, held, recomputed - work.sum()]
+                [mine[:, 0].sum(), mine[:, 7].sum() + held, mine[:, 2].max(), *work, mine[:, 8].sum()]
+                + [recomputed - work.sum()]
             )
         scale = np.abs(np.array(features)).max(axis=0)
         return np.array(total_bytes), np.array(cycles), np.array(features) / np.where(scale > 0, scale, 1.0)
 
-    def corrected(self, kind: str, measured: dict[int, float]) -> np.ndarray:
-        """Predictions of all assignments, given the measured figures of some.
+    def corrected(self, kind: str, measured: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions of all assignments and how far they may be off, given the measured figures of some.
 
         Args:
             kind: "bytes" or "cycles".
             measured: Figures by the assignments' numbers; at least one.
+
+        Returns:
+            Means and standard deviations, both shape (assignments,), in the figure's unit.
         """
         raw = self.bytes if kind == "bytes" else self.cycles
         seen = np.array(list(measured))
@@ -160,14 +163,17 @@ class Space:
         cross = self._kernel(np.arange(len(raw)), seen)
         among = self._kernel(seen, seen) + _NOISE**2 * np.eye(len(seen))
         wrong = (values - raw[seen]) / scale
-        found = raw + scale * (cross @ np.linalg.solve(among, wrong))
-        found[seen] = values
-        return np.asarray(found)
+        explained = np.linalg.solve(among, np.column_stack([wrong, cross.T]))
+        found = raw + scale * (cross @ explained[:, 0])
+        own = _CONSTANT + _PRIOR**2 * (self.features**2).sum(axis=1) + _LOCAL**2
+        spread = scale * np.sqrt(np.maximum(own - (cross * explained[:, 1:].T).sum(axis=1), 0.0))
+        found[seen], spread[seen] = values, 0.0
+        return np.asarray(found), np.asarray(spread)
 
     def _kernel(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         a, b = self.features[left], self.features[right]
         distance = ((a[:, None] - b[None]) ** 2).sum(axis=-1)
-        return np.asarray(100.0 + _PRIOR**2 * (a @ b.T) + _LOCAL**2 * np.exp(-distance / 0.05))
+        return np.asarray(_CONSTANT + _PRIOR**2 * (a @ b.T) + _LOCAL**2 * np.exp(-distance / 0.05))
 
 
 def _levels(shape: Outline) -> list[tuple[Choice, ...]]:

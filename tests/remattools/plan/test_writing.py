@@ -110,7 +110,7 @@ def test_keeping_more_is_predicted_to_take_more_memory_and_less_time() -> None:
 
 def test_a_measurement_corrects_its_neighbours() -> None:
     _, space = _space(lambda: Tower(4, 16))
-    shifted = space.corrected("bytes", {0: space.bytes[0] + 1e6})
+    shifted, _ = space.corrected("bytes", {0: space.bytes[0] + 1e6})
     assert shifted[0] == space.bytes[0] + 1e6
     assert np.all(shifted > space.bytes)
 
