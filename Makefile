@@ -70,6 +70,8 @@ bench:
 	.venv-bench/bin/python benchmarks/ckpt_faults.py --write
 	.venv-bench/bin/python benchmarks/remat_baseline.py --out docs/benchmarks --cache .bench
 	.venv-bench/bin/python benchmarks/remat_frontier.py --out docs/benchmarks --cache .bench
+	.venv-bench/bin/python benchmarks/remat_optimum.py --cache .bench --write docs/benchmarks/remat_optimum.md
+	.venv-bench/bin/python benchmarks/remat_groups.py --cache .bench --write docs/benchmarks/remat_groups.md
 	.venv-bench/bin/python benchmarks/remat_presets.py --cache .bench --write
 
 lint: $(VENV)/.installed
