@@ -82,6 +82,7 @@ def run(folder: RunFolder, spec: CheckpointSpec, job: saving.Job, worker: Worker
         stall_s=worker.stall_s,
         reason=job.summary.reason,
         deleted=tuple(done["deleted"]),
+        trouble=done["trouble"],
     )
 
 
@@ -164,8 +165,8 @@ class _Save:
             local=local,
         )
         path = commit.commit_step(self._root, self._staged, self._job.summary.step)
-        total_bytes, deleted = saving.settle(folder, self._spec, self._job, path)
-        return {"path": path.name, "total_bytes": total_bytes, "deleted": list(deleted)}
+        total_bytes, deleted, trouble = saving.settle(folder, self._spec, self._job, path)
+        return {"path": path.name, "total_bytes": total_bytes, "deleted": list(deleted), "trouble": trouble}
 
     def _merged(self, parts: list[dict[str, list[Any]]]) -> dict[str, tuple[Record, ...]]:
         """The leader's records with the digests of all parts."""

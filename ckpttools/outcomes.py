@@ -19,6 +19,7 @@ class Saved:
         stall_s: How long the training stood still for it.
         reason: Why it was saved.
         deleted: Steps that retention deleted after it.
+        trouble: What could not be tidied up after the commit, which is given as a warning, too; "" if all could.
     """
 
     step: int
@@ -28,6 +29,7 @@ class Saved:
     stall_s: float
     reason: str
     deleted: tuple[int, ...] = ()
+    trouble: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -66,8 +66,12 @@ def run(folder: RunFolder, spec: CheckpointSpec, job: Job, worker: Worker, began
         worker: The thread that this runs in.
         began: `time.monotonic()` when the save was asked for.
     """
-    path = write_step(folder.directory, spec, job, abandoned=worker.abandoned.is_set)
-    total_bytes, deleted = settle(folder, spec, job, path)
+    try:
+        path = write_step(folder.directory, spec, job, abandoned=worker.abandoned.is_set)
+    except StorageError:
+        folder.forget()  # The step may stand there all the same, unconfirmed.
+        raise
+    total_bytes, deleted, trouble = settle(folder, spec, job, path)
     return Saved(
         step=job.summary.step,
         path=path,
@@ -76,15 +80,27 @@ def run(folder: RunFolder, spec: CheckpointSpec, job: Job, worker: Worker, began
         stall_s=worker.stall_s,
         reason=job.summary.reason,
         deleted=deleted,
+        trouble=trouble,
     )
 
 
-def settle(folder: RunFolder, spec: CheckpointSpec, job: Job, path: pathlib.Path) -> tuple[int, tuple[int, ...]]:
-    """What follows a commit: second copies, and retention; the step's bytes and the steps that were deleted."""
-    folder.add(path)
-    commit.copy_small_files(path, layout.spare(folder.directory, job.summary.sequence))
-    deleted = folder.prune(spec.keep)
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()), deleted
+def settle(folder: RunFolder, spec: CheckpointSpec, job: Job, path: pathlib.Path) -> tuple[int, tuple[int, ...], str]:
+    """What follows a commit: second copies, and retention.
+
+    Returns:
+        The step's bytes, the steps that were deleted, and what went wrong: with the step committed, trouble with an
+        old one is no failure of the save.
+    """
+    total_bytes = 0
+    try:
+        folder.add(path)
+        commit.copy_small_files(path, layout.spare(folder.directory, job.summary.sequence))
+        total_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return total_bytes, folder.prune(spec.keep), ""
+    except OSError as error:
+        folder.forget()
+        text = f"step {job.summary.step} is saved; old steps could not be deleted: "
+        return total_bytes, (), text + (error.what if isinstance(error, StorageError) else str(error))
 
 
 def make_room(folder: RunFolder, spec: CheckpointSpec, job: Job) -> None:
@@ -218,7 +234,7 @@ def describe_files(
     """Size and digest of each file of a step except its manifest; what is known of a file of that size is taken."""
     known = known or {}
     files = {}
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder, onerror=commit.raised):
         for name in names:
             path = pathlib.Path(parent, name)
             relative = path.relative_to(folder).as_posix()

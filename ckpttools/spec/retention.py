@@ -118,7 +118,10 @@ class EveryNSteps(Retention):
 
 @dataclasses.dataclass(frozen=True)
 class EveryNSeconds(Retention):
-    """Keep the first step, and then each that was saved at least `seconds` after the one kept before it."""
+    """Keep the first step, and then each that was saved at least `seconds` after the one kept before it.
+
+    A clock that was set back begins anew: else nothing would be kept until it has caught up.
+    """
 
     seconds: float
 
@@ -130,7 +133,7 @@ class EveryNSeconds(Retention):
         kept: dict[int, str] = {}
         last_s = -math.inf
         for step in steps:
-            if step.saved_at - last_s >= self.seconds:
+            if not 0 <= step.saved_at - last_s < self.seconds:
                 kept[step.sequence] = f"{self.seconds:g} s after the one before"
                 last_s = step.saved_at
         return kept

@@ -3,17 +3,25 @@
 
 There is no catalogue file that could be lost or lie: every manifest says where its step stands. `lineage` is the
 list of branches that led to a step, each with the step after which it began. The newest commit's lineage is the
-run's own; a step of an earlier branch is superseded if it lies after the point where the next branch began.
+run's own; a step of an earlier branch is superseded if it lies after the point where the next branch began. If the
+newest commit is damaged, the second copy of its manifest tells its lineage: damage must not undo a rollback.
 """
 
 import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from ..errors import CheckpointError, IncompleteStepError, StepDamagedError, UntrustedStepError, VersionError
+from ..errors import (
+    CheckpointError,
+    IncompleteStepError,
+    StepDamagedError,
+    StorageError,
+    UntrustedStepError,
+    VersionError,
+)
 from ..spec.retention import StepInfo
 from . import commit, confine, digest, layout
 from .manifest import Lineage, Manifest, Summary, read_sealed
@@ -22,7 +30,7 @@ from .manifest import read as read_manifest
 _PINS = ("pins.json", "pins.second.json")
 """Kept twice: with the only list damaged, retention would delete what somebody asked to keep for good."""
 
-type State = Literal["committed", "unverified", "incomplete", "corrupt", "newer"]
+type State = Literal["committed", "unverified", "incomplete", "corrupt", "newer", "unreadable"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +41,8 @@ class Entry:
         step: The number.
         path: The folder.
         state: "committed" if its manifest and the sizes of its files are right; "unverified" if it has no manifest
-            but looks like an Orbax checkpoint; "newer" if a newer version wrote it; else the kind of its damage.
+            but looks like an Orbax checkpoint; "newer" if a newer version wrote it; "unreadable" if the disk did not
+            answer; else the kind of its damage.
         info: What retention may know; None unless committed.
         manifest: The manifest; None unless committed.
         error: What is wrong with it; None if committed.
@@ -56,10 +65,12 @@ class Catalogue:
     Attributes:
         entries: Every numbered folder, committed or not.
         set_aside: Superseded steps whose number was needed again.
+        last_sequence: The greatest number of a commit that has left a trace, be it of a damaged step.
     """
 
     entries: tuple[Entry, ...]
     set_aside: tuple[Entry, ...] = ()
+    last_sequence: int = 0
 
     @property
     def committed(self) -> tuple[Entry, ...]:
@@ -85,20 +96,34 @@ class Catalogue:
     @property
     def next_sequence(self) -> int:
         """The number of the next commit."""
-        return 1 + max(map(_sequence, self.committed), default=0)
+        return 1 + max(self.last_sequence, *map(_sequence, self.committed), 0)
 
 
 def scan(root: pathlib.Path) -> Catalogue:
-    """List a run's folder; damaged steps are listed as such, never raised."""
+    """List a run's folder; damaged steps are listed as such, never raised.
+
+    Raises:
+        StorageError: If the folder itself cannot be listed.
+    """
+    with commit.explained(f"{root} cannot be listed"):
+        return _scan(root)
+
+
+def _scan(root: pathlib.Path) -> Catalogue:
     pins = read_pins(root)
-    entries = _with_branches(_scan_folder(root), pins)
-    aside = _scan_folder(layout.control(root, "superseded"), aside=True)
-    aside = [
-        dataclasses.replace(entry, info=dataclasses.replace(entry.info, superseded=True))
-        for entry in _with_branches(aside, pins)
-        if entry.info
-    ]
-    return Catalogue(tuple(entries), tuple(aside))
+    entries = _scan_folder(root)
+    aside = [entry for entry in _scan_folder(layout.control(root, "superseded"), aside=True) if entry.manifest]
+    spares = _numbered_spares(root)
+    lineage = _lineage_of_damaged(root, entries, aside, spares) or _newest_lineage([*entries, *aside])
+    placed = _with_branches(entries, pins, lineage)
+    live = {entry.step for entry in placed if entry.info and not entry.info.superseded}
+    return Catalogue(
+        tuple(placed),
+        tuple(
+            entry if entry.step not in live else _superseded(entry) for entry in _with_branches(aside, pins, lineage)
+        ),
+        max(spares, default=0),
+    )
 
 
 def with_step(known: Catalogue, path: pathlib.Path, pins: frozenset[int]) -> Catalogue:
@@ -107,8 +132,14 @@ def with_step(known: Catalogue, path: pathlib.Path, pins: frozenset[int]) -> Cat
     if any(entry.step == step for entry in known.entries):
         # What was in its way has been moved aside: rare, so the folders are read again.
         return scan(path.parent)
-    entries = _with_branches([*known.entries, _examine(path, step)], pins)
-    return Catalogue(tuple(sorted(entries, key=lambda entry: entry.step)), known.set_aside)
+    examined = _examine(path, step)
+    entries = sorted([*known.entries, *([examined] if examined else [])], key=lambda entry: entry.step)
+    lineage = _newest_lineage([*entries, *known.set_aside])
+    return dataclasses.replace(
+        known,
+        entries=tuple(_with_branches(entries, pins, lineage)),
+        set_aside=tuple(_with_branches(known.set_aside, pins, lineage)),
+    )
 
 
 def _scan_folder(folder: pathlib.Path, *, aside: bool = False) -> list[Entry]:
@@ -117,12 +148,26 @@ def _scan_folder(folder: pathlib.Path, *, aside: bool = False) -> list[Entry]:
     entries = []
     for path in folder.iterdir():
         step = layout.step_number(path.name.partition("-")[0] if aside else path.name)
-        if step is not None and path.is_dir():
-            entries.append(_examine(path, step))
+        if step is not None and (entry := _examine(path, step)) is not None:
+            entries.append(entry)
     return sorted(entries, key=lambda entry: entry.step)
 
 
-def _examine(path: pathlib.Path, step: int) -> Entry:
+def _examine(path: pathlib.Path, step: int) -> Entry | None:
+    """What a numbered folder is; None if it is no folder."""
+    try:
+        return _examine_folder(path, step) if path.is_dir() else None
+    except OSError as error:
+        # One bad sector must not hide the other steps; whoever needs this one is told.
+        failure = StorageError(
+            what=f"step {step} cannot be read: {error}.",
+            why="that is the disk or its permissions, not damage: an older step would meet the same trouble.",
+            fix="mend the cause and restore again, or restore(step=...) an older step by its number.",
+        )
+        return Entry(step=step, path=path, state="unreadable", error=failure)
+
+
+def _examine_folder(path: pathlib.Path, step: int) -> Entry:
     if path.is_symlink():
         error = UntrustedStepError(what=f"{path.name} is a link.", why="a step lies in the run's own folder.")
         return Entry(step=step, path=path, state="corrupt", error=error)
@@ -153,9 +198,37 @@ def looks_like_orbax(folder: pathlib.Path) -> bool:
     return (folder / "_CHECKPOINT_METADATA").is_file()
 
 
-def _with_branches(entries: list[Entry], pins: frozenset[int]) -> list[Entry]:
+def _numbered_spares(root: pathlib.Path) -> list[int]:
+    """The numbers of the commits of which there are second copies, the last one first."""
+    spares = layout.control(root, "spare")
+    names = [path.name for path in spares.iterdir()] if spares.is_dir() else []
+    return sorted((number for name in names if (number := layout.step_number(name)) is not None), reverse=True)
+
+
+def _newest_lineage(entries: Iterable[Entry]) -> Lineage:
     summaries = [entry.manifest.summary for entry in entries if entry.manifest]
-    lineage = max(summaries, key=lambda summary: summary.sequence).lineage if summaries else ()
+    return max(summaries, key=lambda summary: summary.sequence).lineage if summaries else ()
+
+
+def _lineage_of_damaged(
+    root: pathlib.Path, entries: Sequence[Entry], aside: Sequence[Entry], spares: Sequence[int]
+) -> Lineage:
+    """The lineage of a damaged step that was committed after all intact ones; empty if there is none."""
+    newest = max((entry.manifest.summary.sequence for entry in (*entries, *aside) if entry.manifest), default=0)
+    quarantined = layout.control(root, "quarantine")
+    names = [path.name.partition("-")[0] for path in quarantined.iterdir()] if quarantined.is_dir() else []
+    damaged = {entry.step for entry in entries if not entry.manifest} | set(map(layout.step_number, names))
+    for number in spares:
+        if number <= newest:
+            break
+        with contextlib.suppress(StepDamagedError, VersionError, OSError):
+            summary = read_sealed(layout.spare(root, number)).summary
+            if summary.step in damaged:
+                return summary.lineage
+    return ()
+
+
+def _with_branches(entries: Iterable[Entry], pins: frozenset[int], lineage: Lineage) -> list[Entry]:
     placed = []
     for entry in entries:
         if entry.manifest:
@@ -171,6 +244,10 @@ def _with_branches(entries: list[Entry], pins: frozenset[int]) -> list[Entry]:
             entry = dataclasses.replace(entry, info=info)
         placed.append(entry)
     return placed
+
+
+def _superseded(entry: Entry) -> Entry:
+    return dataclasses.replace(entry, info=dataclasses.replace(entry.info, superseded=True)) if entry.info else entry
 
 
 def is_live(summary: Summary, lineage: Lineage) -> bool:

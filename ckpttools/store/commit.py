@@ -12,12 +12,31 @@ import contextlib
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 
-from ..errors import StorageError
-from . import layout
+from ..errors import StepDamagedError, StorageError, VersionError
+from . import layout, manifest
 
 SMALL_BYTES = 1 << 16
 """Files up to this size are kept twice: all of Orbax's metadata, and no array data worth mentioning."""
+
+
+@contextlib.contextmanager
+def explained(failed: str, fix: str = "mend the cause and try again; no step was changed.") -> Iterator[None]:
+    """Turn what the disk raises into a `StorageError` that begins with `failed`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            what=f"{failed}: {error}.", why="that is the disk or its permissions; nothing was lost.", fix=fix
+        ) from error
+
+
+def raised(error: OSError) -> None:
+    """For `os.walk`, which takes a folder that cannot be listed for an empty one if nobody objects."""
+    raise error
 
 
 def sync_file(path: pathlib.Path) -> None:
@@ -31,7 +50,7 @@ def sync_file(path: pathlib.Path) -> None:
 
 def sync_tree(folder: pathlib.Path) -> None:
     """Force every file and folder below `folder`, and itself, to the disk; children before parents."""
-    for parent, _, names in os.walk(folder, topdown=False):
+    for parent, _, names in os.walk(folder, topdown=False, onerror=raised):
         for name in names:
             sync_file(pathlib.Path(parent, name))
         sync_file(pathlib.Path(parent))
@@ -62,10 +81,25 @@ def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int) -> pathlib.
     target = layout.step_folder(root, step)
     sync_tree(staged)
     if target.exists():
-        aside = "superseded" if (target / layout.MANIFEST).exists() else "quarantine"
+        aside = "superseded" if _is_step(target) else "quarantine"
         move(target, layout.free_name(layout.control(root, aside), str(step)))
-    move(staged, target)
+    try:
+        move(staged, target)
+    except OSError as error:
+        if staged.exists():
+            raise
+        raise StorageError(
+            what=f"step {step} stands in its place, but the disk did not confirm it: {error}.",
+            why="a power cut could lose it; all earlier steps are as they were.",
+            fix="look at the disk; the next save tries anew.",
+        ) from error
     return target
+
+
+def _is_step(folder: pathlib.Path) -> bool:
+    with contextlib.suppress(StepDamagedError, VersionError):
+        return bool(manifest.read(folder))
+    return False
 
 
 def discard(root: pathlib.Path, folder: pathlib.Path) -> None:

@@ -19,7 +19,7 @@ import pathlib
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from orbax import checkpoint as v0
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.multihost import multihost
 
+from ..errors import StorageError
 from ..state.leaves import Path, Record, host_shape, key_dtype
 
 _PACKAGE = str(pathlib.Path(str(v0.__file__)).parent)
@@ -66,6 +67,22 @@ def write(
     context.memory.deepcopy_host_arrays = False
     with context:
         ocp.save_checkpointables(folder, items)
+    _require_index(folder, items)
+
+
+def _require_index(folder: pathlib.Path, items: Iterable[str]) -> None:
+    """Raise `StorageError` if an item has no index of its arrays.
+
+    Orbax looks for what it has to merge with `Path.glob`, which takes a folder that cannot be listed (a bad disk, too
+    many open files) for an empty one: it merged nothing, said nothing, and nobody could read the step.
+    """
+    lacking = [item for item in items if not (folder / item / "manifest.ocdbt").is_file()]
+    if lacking:
+        raise StorageError(
+            what=f"Orbax has left {', '.join(lacking)} of {folder.name} without the index of its arrays.",
+            why="it could not list what it had just written; without the index the step could not be read.",
+            fix="look at the disk and at the limit of open files (ulimit -n); the next save tries anew.",
+        )
 
 
 def _trees(records: Mapping[str, tuple[Record, ...]], arrays: Mapping[str, Mapping[Path, Any]]) -> dict[str, Any]:
@@ -105,6 +122,7 @@ def finish_parts(folder: pathlib.Path, items: Sequence[str]) -> None:
     """Make one checkpoint of the parts that all processes have written; called by process 0."""
     for item in items:
         _part_handler(compression=False).finalize(_orbax_path(folder / item))
+    _require_index(folder, items)
     kind = ocp.handlers.PyTreeHandler
     handlers = dict.fromkeys(items, f"{kind.__module__}.{kind.__qualname__}")
     store = v0.metadata.metadata_store(enable_write=True, blocking_write=True)

@@ -45,10 +45,11 @@ class RunFolder:
 
     def is_used(self) -> bool:
         """Whether there is any numbered folder, whole or not; cheaper than `steps`."""
-        if not self.directory.is_dir():
-            return False
-        with os.scandir(self.directory) as entries:
-            return any(layout.step_number(entry.name) is not None for entry in entries)
+        with commit.explained(f"{self.directory} cannot be listed"):
+            if not self.directory.is_dir():
+                return False
+            with os.scandir(self.directory) as entries:
+                return any(layout.step_number(entry.name) is not None for entry in entries)
 
     def steps_now(self) -> Catalogue:
         """The steps at this moment, read again unless this process makes all changes."""
@@ -76,7 +77,8 @@ class RunFolder:
         if not self.lock.held:
             commit.require_writable(self.directory)
             self.lock.acquire()
-            commit.sweep(self.directory)
+            with commit.explained(f"what a killed process left in {self.directory} cannot be removed"):
+                commit.sweep(self.directory)
             self.forget()
 
     def quarantine(self, path: pathlib.Path) -> pathlib.Path | None:
@@ -108,14 +110,15 @@ class RunFolder:
     def pin(self, step: int, *, pinned: bool) -> None:
         """Protect a committed step from retention, or no longer."""
         committed = {entry.step for entry in self.steps_now().committed}
-        if pinned and step not in committed:
+        if type(step) is not int or (pinned and step not in committed):
             raise StepNotFoundError(
-                what=f"there is no committed step {step} to pin.",
+                what=f"there is no committed step {step!r} to pin.",
                 why="a pin on nothing would protect nothing.",
                 fix=f"there are {', '.join(map(str, sorted(committed))) or 'no steps'}.",
             )
         pins = catalogue.read_pins(self.directory)
-        catalogue.write_pins(self.directory, pins | {step} if pinned else pins - {step})
+        with commit.explained(f"the pin of step {step} cannot be written"):
+            catalogue.write_pins(self.directory, pins | {step} if pinned else pins - {step})
         self.forget()
 
     def verdicts(self, keep: retention.Retention) -> list[retention.Verdict]:
@@ -126,15 +129,25 @@ class RunFolder:
 
     def prune(self, keep: retention.Retention) -> tuple[int, ...]:
         """Delete what `keep` does not keep; returns the steps."""
-        by_sequence = {entry.info.sequence: entry for entry in self.steps().committed if entry.info}
-        gone = [by_sequence[verdict.step.sequence] for verdict in self.verdicts(keep) if not verdict.keep]
+        self._forget_vanished()
+        # Not by number: two branches may have the same, nor by sequence: a step that was copied in has that of another.
+        unwanted = {id(verdict.step) for verdict in self.verdicts(keep) if not verdict.keep}
+        gone = [entry for entry in self.steps().committed if id(entry.info) in unwanted]
         self._remove(gone)
         return tuple(entry.step for entry in gone)
 
+    def _forget_vanished(self) -> None:
+        """Steps that somebody has deleted by hand must not count as kept."""
+        known = self.steps()
+        if not all(entry.path.exists() for entry in known.committed):
+            self.forget()
+
     def _remove(self, gone: Sequence[Entry]) -> None:
         known = self.steps()
+        self.forget()  # Should the disk refuse half way, the folder has to be read again.
         for entry in gone:
-            commit.discard(self.directory, entry.path)
+            with commit.explained(f"step {entry.step} cannot be deleted"):
+                commit.discard(self.directory, entry.path)
             spare = layout.spare(self.directory, entry.info.sequence if entry.info else 0)
             shutil.rmtree(spare, ignore_errors=True)
         paths = {entry.path for entry in gone}

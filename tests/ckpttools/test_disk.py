@@ -2,6 +2,8 @@
 """A full, slow or failing disk: known beforehand where possible, reported at once where not, nothing old is lost."""
 
 import collections
+import os
+import shutil
 import threading
 import time
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 import ckpttools as ct
-from ckpttools.store import orbax
+from ckpttools.store import commit, orbax
 
 STATE = {"model": {"w": jnp.arange(1000.0)}}
 Usage = collections.namedtuple("Usage", "total used free")
@@ -174,3 +176,121 @@ def test_a_background_save_keeps_what_was_handed_over(tmp_path):
     with ct.open(spec_for(tmp_path)) as ckpt:
         assert ckpt.restore({"model": {"w": array}}, step=1).state["model"]["w"].max() == 0
         assert ckpt.restore({"model": {"w": array}}, step=2).state["model"]["w"].min() == 1
+
+
+def _bad_sector(monkeypatch, place):
+    real = os.lstat
+
+    def lstat(path, *args, **kwargs):
+        if place in str(path):
+            raise OSError(5, "Input/output error", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+
+
+def test_a_bad_sector_in_an_old_step_hides_no_other_and_one_in_the_newest_is_raised(tmp_path, monkeypatch):
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, STATE)
+    _bad_sector(monkeypatch, f"{tmp_path}/1/model/")
+    assert [(row.step, row.state) for row in ct.ls(tmp_path)] == [(2, "committed"), (1, "unreadable")]
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        assert ckpt.restore(STATE).step == 2
+        ckpt.save(3, STATE)
+        ckpt.wait()
+    assert (tmp_path / "1").is_dir(), "what cannot be read is not judged by retention"
+    monkeypatch.undo()
+    _bad_sector(monkeypatch, f"{tmp_path}/3/model/")
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        with pytest.raises(ct.StorageError, match="step 3 cannot be read"):
+            ckpt.restore(STATE)
+        assert ckpt.restore(STATE, step=2).step == 2
+
+
+def test_an_old_step_that_cannot_be_deleted_is_no_failure_of_the_save(tmp_path, monkeypatch):
+    with ct.open(spec_for(tmp_path, asynchronous=False)) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, STATE)
+
+        def refuse(*_args):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr("ckpttools.store.commit.discard", refuse)
+        with pytest.warns(ct.CheckpointWarning, match="step 3 is saved; old steps could not be deleted: step 1"):
+            saved = ckpt.save(3, STATE)
+        assert isinstance(saved, ct.Saved)
+        assert "Input/output error" in saved.trouble
+        monkeypatch.undo()
+        assert ckpt.save(4, STATE).deleted == (1, 2)
+
+
+def test_steps_that_were_deleted_by_hand_do_not_count_as_kept(tmp_path):
+    with ct.open(spec_for(tmp_path, asynchronous=False)) as ckpt:
+        for step in (1, 2, 3):
+            ckpt.save(step, STATE)
+        shutil.rmtree(tmp_path / "3")
+        assert ckpt.save(4, STATE).deleted == ()
+        assert ckpt.all_steps() == (2, 4)
+
+
+def test_a_step_copied_in_from_another_run_is_deleted_as_one_of_its_own(tmp_path):
+    for run, steps in (("one", (1, 2, 3)), ("other", (10, 20, 30))):
+        with ct.open(ct.CheckpointSpec(directory=tmp_path / run, keep=ct.All())) as ckpt:
+            for step in steps:
+                ckpt.save(step, STATE)
+    shutil.copytree(tmp_path / "other" / "10", tmp_path / "one" / "10")
+    with ct.open(spec_for(tmp_path / "one", asynchronous=False)) as ckpt:
+        ckpt.restore(STATE)
+        assert set(ckpt.save(40, STATE).deleted) == {1, 2, 10}
+        assert ckpt.save(50, STATE).deleted == (3,)
+
+
+def _unlisted(monkeypatch, place):
+    real = os.scandir
+
+    def scandir(path="."):
+        if str(path).endswith(place):
+            raise OSError(24, "Too many open files", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+def test_a_folder_that_cannot_be_listed_while_orbax_merges_is_no_saved_step(tmp_path, monkeypatch):
+    with ct.open(spec_for(tmp_path, asynchronous=False)) as ckpt:
+        ckpt.save(1, STATE)
+        _unlisted(monkeypatch, "2.orbax-checkpoint-tmp/model")
+        with pytest.raises(ct.StorageError, match="without the index"):
+            ckpt.save(2, STATE)
+        assert ckpt.all_steps() == (1,)
+        monkeypatch.undo()
+        ckpt.save(2, STATE)
+        assert ct.verify(tmp_path).ok
+
+
+def test_a_folder_that_cannot_be_listed_is_not_described_as_empty(tmp_path, monkeypatch):
+    with ct.open(spec_for(tmp_path, asynchronous=False)) as ckpt:
+        ckpt.save(1, STATE)
+        _unlisted(monkeypatch, "ocdbt.process_0/d")
+        with pytest.raises(ct.StorageError, match="Too many open files"):
+            ckpt.save(2, STATE)
+        assert ckpt.all_steps() == (1,)
+
+
+def test_a_commit_that_the_disk_does_not_confirm_is_told_and_counted_once(tmp_path, monkeypatch):
+    with ct.open(spec_for(tmp_path, asynchronous=False)) as ckpt:
+        ckpt.save(1, STATE)
+        real = commit.sync_file
+
+        def refuse(path):
+            if path == tmp_path:
+                raise OSError(5, "Input/output error")
+            real(path)
+
+        monkeypatch.setattr(commit, "sync_file", refuse)
+        with pytest.raises(ct.StorageError, match="step 2 stands in its place"):
+            ckpt.save(2, STATE)
+        monkeypatch.undo()
+        assert isinstance(ckpt.save(2, STATE), ct.Skipped)
+        assert ckpt.save(3, STATE).deleted == (1,)

@@ -112,3 +112,54 @@ def test_without_a_whole_list_of_pins_the_run_still_opens(run):
     assert catalogue.read_pins(run) == frozenset()
     with ct.open(spec_for(run)) as ckpt:
         assert ckpt.latest_step() == 100
+
+
+@pytest.mark.filterwarnings("ignore:.*damaged step.*were passed over")
+@pytest.mark.parametrize("how", ["manifest", "data"])
+def test_damage_to_the_only_step_of_a_branch_does_not_undo_the_rollback(run, how):
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state(), step=60)
+        ckpt.save(65, state(-65))
+    folder = run / "65"
+    damaged = folder / layout.MANIFEST if how == "manifest" else next((folder / "model").rglob("d/*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for _ in range(2):  # the second time, what is damaged is in quarantine
+        with ct.open(spec_for(run)) as ckpt:
+            assert ckpt.restore(state()).step == 60
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state())
+        ckpt.save(65, state(-66))
+        ckpt.wait()
+        assert ckpt.all_steps() == (60, 65)
+
+
+def test_a_commit_after_a_damaged_one_leaves_its_second_copies_alone(run):
+    (run / "100" / layout.MANIFEST).unlink()
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state())
+        ckpt.save(90, state(90))
+    assert [row.step for row in ct.ls(run)] == [60, 70, 80, 90]
+    ct.repair(run)
+    assert [row.step for row in ct.ls(run)] == [60, 70, 80, 100, 90]
+    assert ct.verify(run).ok
+
+
+def test_what_is_damaged_and_in_the_way_of_a_commit_goes_to_quarantine(run):
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state(), step=60)
+        (run / "70" / layout.MANIFEST).write_bytes(b"{}")
+        ckpt.save(70, state(-70))
+        ckpt.save(80, state(-80))
+    assert (layout.control(run, "quarantine") / "70").is_dir()
+    assert [path.name for path in layout.control(run, "superseded").iterdir()] == ["80"]
+
+
+def test_a_kill_between_the_two_moves_of_a_commit_supersedes_nothing(run):
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state(), step=60)
+        ckpt.save(100, state(-100))
+    shutil.rmtree(run / "100")
+    shutil.rmtree(layout.spare(run, 5))
+    with ct.open(spec_for(run)) as ckpt:
+        assert ckpt.latest_step() == 100
+        assert float(ckpt.restore(state()).state["model"]["w"][0]) == 100
