@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from .errors import CheckpointError, DiskSpaceError, MirrorError, StepNotFoundError, StorageError
-from .recovery import Selector, order
+from .recovery import Selector, order, require_selector
 from .spec.mirror import Mirror
 from .spec.retention import StepInfo
 from .store import catalogue, commit, confine, layout
@@ -51,6 +51,7 @@ class Fetcher:
             MirrorError: If there is no local step and the store does not answer: the run may be there.
             StepNotFoundError: If the step that is asked for is in neither place.
         """
+        require_selector(selector)
         known = self._run.steps_now()
         try:
             copies = self._store.copies()

@@ -14,11 +14,14 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from . import group
 from .errors import (
     IncompleteStepError,
     MirrorError,
     NoIntactStepError,
+    SpecError,
     StepDamagedError,
     StepNotFoundError,
     StructureError,
@@ -57,14 +60,28 @@ class Loaded:
     plan: surgery.Plan
 
 
+def require_selector(selector: Any) -> None:
+    """Raise `SpecError` unless it names a step: what was meant as a number must not pass for the latest."""
+    if type(selector) is int or isinstance(selector, BestStep) or (type(selector) is str and selector == "latest"):
+        return
+    raise SpecError(
+        what=f"step={selector!r:.100} names no step to restore.",
+        why='a step is "latest", an int, or ct.best(metric); anything else would have to be guessed.',
+        fix=f"step={int(selector)}" if isinstance(selector, np.integer) else 'step="latest", step=500, ct.best("loss")',
+    )
+
+
 def order(catalogue: Catalogue, selector: Selector) -> list[Entry]:
     """The candidates for a selector, the one to try first in front."""
+    require_selector(selector)
     if isinstance(selector, int):
         return _numbered(catalogue, selector)
     if isinstance(selector, BestStep):
         return _best(catalogue, selector)
     live = {entry.path for entry in catalogue.live}
     tried = [entry for entry in catalogue.entries if entry.path in live or entry.state != "committed"]
+    # A kill between the two moves of a branch's first commit: what was moved aside is not superseded yet.
+    tried += [entry for entry in catalogue.set_aside if entry.path in live]
     # Damaged steps have no readable sequence, so they stand where their number puts them.
     return sorted(tried, key=lambda entry: entry.step, reverse=True)
 

@@ -6,6 +6,7 @@ Knows when (the spec's triggers), what (the state passed in) and where (the run'
 the background is raised by the very next call.
 """
 
+import atexit
 import dataclasses
 import functools
 import os
@@ -41,12 +42,12 @@ from .spec.spec import CheckpointSpec
 from .spec.surgery import Surgery
 from .spec.triggers import Memory, Moment
 from .state import snapshot
-from .state.items import as_metric, require_items
+from .state.items import as_metric, require_items, require_metrics
 from .state.place import fill_state
-from .store import manifest
+from .store import layout, manifest
 from .store.catalogue import Entry
 from .store.run import RunFolder
-from .worker import Worker
+from .worker import Turn, Worker
 
 type OnError = Literal["raise", "return"]
 
@@ -73,6 +74,7 @@ class Session:
         mirror = as_mirror(spec.mirror)
         self._copier = None if mirror is None else Copier(self.directory, mirror, spec.keep)
         self._stop = StopRequest()
+        self._turn = Turn(spec.storage.timeout_s)
         self._stalls = advice.StallMeter()
         self._watch = advice.MetricWatch({*spec.save.metrics(), *spec.directed_metrics()})
         self._worker: Worker | None = None
@@ -100,11 +102,14 @@ class Session:
 
     def close(self, *, raise_errors: bool = True) -> None:
         """Wait for the save in progress and its copy, raise its error, and give back the signals and the lock."""
+        # Whoever has asked twice to stop does not want to wait: the save in progress is committed wholly or not at all.
+        waits = not self._stop.insisted
         try:
             try:
-                self.wait()
+                if waits:
+                    self.wait()
             finally:
-                if self._copier is not None:
+                if self._copier is not None and waits:
                     self._copier.close()
                     self._tell_of_mirror()
         except CheckpointError as failure:
@@ -113,6 +118,7 @@ class Session:
             # Another error is on its way out; this one must not hide it, nor be lost.
             warnings.warn(f"the save in progress failed: {failure}", CheckpointWarning, stacklevel=2)
         finally:
+            atexit.unregister(self.close)
             self._closed = True
             self._stop.forget()
             self._group.leave()
@@ -157,8 +163,9 @@ class Session:
 
         Waits for a save in progress: it may be the step in question, and it deletes what nobody keeps.
         """
-        self.wait()
-        self._group.decide(f"the pin of step {step}", lambda: self._run.pin(step, pinned=pinned))
+        with self._turn:
+            self.wait()
+            self._group.decide(f"the pin of step {step}", lambda: self._run.pin(step, pinned=pinned))
 
     def delete(self, step: int) -> None:
         """Delete a committed step, whatever the spec keeps; the newest cannot be deleted.
@@ -167,8 +174,9 @@ class Session:
             StepNotFoundError: If there is no such step.
             StepOrderError: If it is the newest.
         """
-        self.wait()
-        self._group.decide(f"the deletion of step {step}", lambda: self._delete(step))
+        with self._turn:
+            self.wait()
+            self._group.decide(f"the deletion of step {step}", lambda: self._delete(step))
 
     def _delete(self, step: int) -> None:
         held = self._run.lock.held
@@ -232,6 +240,10 @@ class Session:
             StepNotFoundError: If `step` is not there.
             StorageError: If the disk does not answer.
         """
+        with self._turn:
+            return self._restore(state, step, Surgery(surgery))
+
+    def _restore(self, state: Mapping[str, Any], step: Selector, wanted: Surgery) -> RestoreReport:
         began = time.monotonic()
         require_items(state)
         self.wait()
@@ -243,7 +255,6 @@ class Session:
                 outputs = loaded.manifest.contents.outputs
                 validation.check(self._validate, state, loaded.items, outputs, step=loaded.entry.step)
 
-        wanted = Surgery(surgery)
         load = functools.partial(
             recovery.load_first_intact,
             state=state,
@@ -427,7 +438,8 @@ class Session:
     def _guarded(self, step: int, on_error: OnError, call: Callable[[], Outcome]) -> Outcome:
         self._tell_of_mirror()
         try:
-            return call()
+            with self._turn:
+                return call()
         except CheckpointError as error:
             if on_error == "return":
                 return Failed(step=step, error=error)
@@ -464,10 +476,11 @@ class Session:
         return {"ended": ended, "stop": stop, "due": decision.save, "reason": decision.reason}
 
     def _moment(self, step: int, metrics: Mapping[str, Any], first: int = 1) -> Moment:
-        if type(step) is not int or step < first:
+        require_metrics(metrics)
+        if type(step) is not int or not first <= step <= layout.LARGEST_STEP:
             raise StepOrderError(
                 what=f"step {step!r} is no count of completed updates.",
-                why="a step is an int, and the first one that is complete is 1.",
+                why="a step is an int of at most 18 digits, and the first one that is complete is 1.",
                 fix="for step in ckpt.steps(total): ..., or ckpt.step(int(index) + 1, state) in a loop of your own.",
             )
         if step < self._position:
@@ -508,6 +521,9 @@ class Session:
         self._memory_before_save = self._memory
         self._position, self._memory = moment.step, memory
         if asynchronous:
+            # A program that ends without `close` would lose this save without a word.
+            atexit.unregister(self.close)
+            atexit.register(self.close)
             stall_s = self._worker.stall_s = time.monotonic() - began
             self._warn(self._stalls.add(now_s=time.monotonic(), step=moment.step, stall_s=stall_s))
             return Started(step=moment.step, reason=reason, stall_s=stall_s, finished=finished)
@@ -528,7 +544,7 @@ class Session:
     def _wait_blocking(self, worker: Worker, began: float, *, counts: bool) -> Saved:
         try:
             saved = self.wait()
-        except CheckpointError:
+        except BaseException:
             # The save looks at the live arrays, not at copies; once the program goes on it must not be committed.
             worker.abandoned.set()
             raise
@@ -581,7 +597,9 @@ class Session:
             return None
         self._worker = None
         try:
-            return worker.result()
+            saved = worker.result()
+            self._warn(saved.trouble if saved else None)
+            return saved
         except CheckpointError:
             # The triggers were told of a save that did not happen.
             self._memory = self._memory_before_save

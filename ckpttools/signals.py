@@ -2,7 +2,8 @@
 """SIGTERM and SIGINT as a wish to save and leave, not as an end.
 
 The handler only sets a flag: the training loop saves at the end of its step, where the state is whole. A second
-signal leaves at once, the way it would have without us.
+signal leaves at once, the way it would have without us. A signal that the program ignores, as a shell's background
+jobs ignore SIGINT, stays ignored; and a process that was forked off meanwhile, such as a data worker, ends by it.
 """
 
 import os
@@ -24,11 +25,14 @@ class StopRequest:
     Attributes:
         reason: Who asked, as half a sentence; None as long as nobody did.
         number: The signal that asked; None if it was none.
+        insisted: Whether a second one came.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.number: signal.Signals | None = None
+        self.insisted = False
+        self._process = os.getpid()
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def listen(self) -> None:
@@ -36,6 +40,8 @@ class StopRequest:
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._handle)
 
     def asked(self, step: int) -> str | None:
@@ -64,9 +70,10 @@ class StopRequest:
         signal.raise_signal(self.number or signal.SIGTERM)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.reason is None:
+        if self.reason is None and os.getpid() == self._process:
             self.number = signal.Signals(number)
             self.reason = f"{self.number.name} asked to stop"
             return
+        self.insisted = True
         self.forget()
         os.kill(os.getpid(), number)

@@ -52,7 +52,8 @@ class CheckpointSpec:
     state_version: StateVersion | int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.directory, str | os.PathLike) or not str(self.directory).strip():
+        named = isinstance(self.directory, str | os.PathLike) and str(self.directory).strip()
+        if not named or "\0" in str(self.directory):
             raise SpecError(
                 what=f"CheckpointSpec(directory={self.directory!r}) names no folder.",
                 why="every step of the run is a folder below it.",

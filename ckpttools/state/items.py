@@ -31,13 +31,25 @@ def require_items(state: Mapping[str, Any]) -> None:
             )
 
 
+def require_metrics(metrics: Any) -> None:
+    """Raise `LeafError` unless the metrics are a mapping by name."""
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+        raise LeafError(
+            what=f"the metrics are {metrics!r:.80}.",
+            why="each has a name, by which the spec and ct.best ask for it.",
+            fix='metrics={"loss": loss}',
+        )
+
+
 def as_metric(name: str, value: Any) -> float:
     """A metric as a float; this is where a device is waited for, if the metric is an array."""
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        # An array that was deleted raises when it is printed, too.
+        shown = "a deleted array" if isinstance(error, RuntimeError) else f"{value!r:.80}"
         raise LeafError(
-            what=f"the metric {name!r} is {value!r:.80}.",
+            what=f"the metric {name!r} is {shown}.",
             why="metrics are compared, so each must be a number.",
             fix=f"{{{name!r}: float(loss)}}",
         ) from error

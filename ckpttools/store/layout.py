@@ -22,7 +22,8 @@ import re
 
 MANIFEST = "ckpttools.manifest"
 CONTROL = ".ckpttools"
-_STEP = re.compile(r"0|[1-9]\d{0,17}")
+LARGEST_STEP = 10**18 - 1
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 def step_folder(root: pathlib.Path, step: int) -> pathlib.Path:

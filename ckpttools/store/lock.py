@@ -2,12 +2,14 @@
 """One writer for each run.
 
 Two processes that save into one folder would prune each other's steps. The lock is advisory and of the kernel
-(`flock`): it vanishes with its process, so a kill leaves nothing to clean up.
+(`flock`): it vanishes with its process, so a kill leaves nothing to clean up. What is forked off
+meanwhile would share it, and keep it after the writer was killed, so it is closed there.
 """
 
 import fcntl
 import os
 import pathlib
+import weakref
 
 from ..errors import RunInUseError, StorageError
 from . import commit, confine, layout
@@ -34,7 +36,8 @@ class WriterLock:
         """
         if self.held:
             return
-        confine.require_confined(self._root)
+        with commit.explained(f"{layout.control(self._root)} cannot be read"):
+            confine.require_confined(self._root)
         path = layout.control(self._root, "lock")
         try:
             commit.make_folder(layout.control(self._root))
@@ -55,6 +58,14 @@ class WriterLock:
                 why="two writers would delete each other's steps.",
                 fix="wait for that process, or give this run a directory of its own; reading needs no lock.",
             ) from error
+        owner_ref = weakref.ref(self)
+
+        def close_in_fork() -> None:
+            lock = owner_ref()
+            if lock is not None and lock._descriptor == descriptor:
+                lock.release()
+
+        os.register_at_fork(after_in_child=close_in_fork)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
         self._descriptor = descriptor

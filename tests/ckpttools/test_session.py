@@ -4,6 +4,10 @@
 import os
 import pathlib
 import signal
+import subprocess
+import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,8 @@ import pytest
 from flax import nnx
 
 import ckpttools as ct
+from ckpttools.state import snapshot
+from ckpttools.store import orbax
 from tests.ckpttools.examples import Net, leaves, make_state, train_step
 
 
@@ -398,3 +404,171 @@ def test_after_the_last_step_signals_are_what_they_were(tmp_path):
             ckpt.step(step, {"x": jnp.ones(3)})
             assert signal.getsignal(signal.SIGTERM) is not before
         assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("step", [np.int64(1), jnp.int32(1), True, "1", "lates", None, 1.0], ids=repr)
+def test_what_names_no_step_does_not_restore_the_latest(tmp_path, step):
+    state = {"w": np.arange(3.0)}
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, state)
+        ckpt.save(2, state)
+        ckpt.wait()
+        with pytest.raises(ct.SpecError, match="names no step to restore"):
+            ckpt.restore(state, step=step)
+
+
+def test_a_step_that_no_folder_could_be_named_after_is_refused(tmp_path):
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        with pytest.raises(ct.StepOrderError, match="18 digits"):
+            ckpt.save(10**18, {"w": np.ones(2)})
+        ckpt.save(10**18 - 1, {"w": np.ones(2)})
+        ckpt.wait()
+        assert ckpt.latest_step() == 10**18 - 1
+
+
+def _deleted():
+    array = jnp.ones(())
+    array.delete()
+    return array
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(lambda: [1], "the metrics are", id="list"),
+        pytest.param(lambda: {1: 2.0}, "the metrics are", id="nameless"),
+        pytest.param(lambda: {"loss": 10**400}, "'loss' is 1000", id="huge"),
+        pytest.param(lambda: {"loss": _deleted()}, "'loss' is a deleted array", id="deleted"),
+    ],
+)
+def test_metrics_that_cannot_be_compared_are_refused_with_their_name(tmp_path, make, message):
+    with ct.open(spec_for(tmp_path)) as ckpt, pytest.raises(ct.LeafError, match=message):
+        ckpt.save(1, {"w": np.ones(2)}, metrics=make())
+
+
+def test_a_pin_of_what_is_no_step_is_refused(tmp_path):
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, {"w": np.ones(2)})
+        with pytest.raises(ct.StepNotFoundError):
+            ckpt.pin(np.int64(1))
+
+
+def test_a_save_in_the_middle_of_another_is_refused_and_threads_take_turns(tmp_path, monkeypatch):
+    real, inner = snapshot.take, []
+    with ct.open(spec_for(tmp_path)) as ckpt:
+
+        def interrupted(state, buffers):
+            if not inner:
+                with pytest.raises(ct.StepOrderError, match="in the middle of another"):
+                    inner.append(ckpt.save(9, state))
+                inner.append("refused")
+                thread = threading.Thread(target=lambda: inner.append(ckpt.save(2, state, on_error="return")))
+                thread.start()
+                time.sleep(0.05)
+                inner.append(thread)
+            return real(state, buffers)
+
+        monkeypatch.setattr(snapshot, "take", interrupted)
+        ckpt.save(1, {"w": np.ones(2)})
+        inner[1].join(20)
+        ckpt.wait()
+        assert ckpt.all_steps() == (1, 2)
+    assert [type(outcome) for outcome in inner[2:]] == [ct.Started]
+
+
+FORKED = """
+import multiprocessing, os, sys, time
+import numpy as np
+import ckpttools as ct
+
+def save(ckpt):
+    try:
+        ckpt.save(3, {"w": np.ones(2)})
+    except ct.RunInUseError:
+        os._exit(7)
+
+if __name__ == "__main__":
+    with ct.open(ct.CheckpointSpec(directory=sys.argv[1])) as ckpt:
+        ckpt.save(1, {"w": np.ones(2)})
+        ckpt.wait()
+        next(ckpt.steps(5))
+        fork = multiprocessing.get_context("fork")
+        child = fork.Process(target=save, args=(ckpt,))
+        child.start()
+        child.join()
+        print(child.exitcode)
+        sleeper = fork.Process(target=time.sleep, args=(60,))
+        sleeper.start()
+        time.sleep(0.2)
+        sleeper.terminate()
+        sleeper.join(10)
+        print(sleeper.exitcode)
+        sleeper = fork.Process(target=time.sleep, args=(60,))
+        sleeper.start()
+        print(sleeper.pid, flush=True)
+        os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_was_forked_off_neither_saves_nor_swallows_signals_nor_keeps_the_lock(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    refused, terminated, orphan = ended.stdout.split()
+    try:
+        assert (refused, terminated) == ("7", "-15"), ended.stderr
+        with ct.open(spec_for(tmp_path / "run")) as ckpt:
+            assert ckpt.restore({"w": np.ones(2)}).step == 1
+            ckpt.save(2, {"w": np.ones(2)})
+    finally:
+        os.kill(int(orphan), signal.SIGKILL)
+
+
+UNCLOSED = """
+import sys
+import numpy as np
+import ckpttools as ct
+
+ckpt = ct.open(ct.CheckpointSpec(directory=sys.argv[1]))
+ckpt.save(1, {"w": np.ones(1000)})
+ckpt.wait()
+ckpt.save(2, {"w": np.ones(1000)})
+"""
+
+
+def test_a_save_that_nobody_waited_for_is_finished_or_reported_at_the_end_of_the_program(tmp_path):
+    command = [sys.executable, "-c", UNCLOSED, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0
+    assert len(ct.ls(tmp_path)) == 2 or "step 2" in ended.stderr
+    assert ct.verify(tmp_path).ok
+
+
+def test_a_signal_that_the_program_ignores_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ct.open(spec_for(tmp_path)) as ckpt:
+            next(ckpt.steps(3))
+            signal.raise_signal(signal.SIGINT)
+            assert not ckpt.preempted
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_whoever_asks_twice_to_stop_does_not_wait_for_a_save(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(orbax, "write", lambda *_args, **_kwargs: go_on.wait(30))
+    began = time.monotonic()
+
+    def asked_twice():
+        with ct.open(spec_for(tmp_path, save=ct.EverySteps(1))) as ckpt:
+            for step in ckpt.steps(3):
+                ckpt.step(step, {"w": np.ones(2)})
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(20)
+
+    with pytest.raises(KeyboardInterrupt):
+        asked_twice()
+    assert time.monotonic() - began < 15
+    go_on.set()
