@@ -7,6 +7,7 @@ actions. Start with `apply(model, {"layers.*": "nothing_saveable"})` and
 """
 
 from .errors import BudgetError as BudgetError
+from .errors import CacheWarning as CacheWarning
 from .errors import CallError as CallError
 from .errors import MeasureError as MeasureError
 from .errors import PatternError as PatternError

@@ -7,16 +7,20 @@ notebook can do whatever a shell can. Nothing is executed from a rule file.
 
 import argparse
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 
-from .errors import RematError
+from .errors import MeasureError, RematError
+from .measure import plotting
 from .measure.cache import user_cache
 from .measure.check import check
 from .measure.compare import compare, model_of, rules_for, under
@@ -29,6 +33,7 @@ from .transform.explain import ExplanationRow, describe, explain
 
 # argparse also exits with 2 on bad usage.
 OK, NO, CANNOT = 0, 1, 2
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,11 +95,84 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; `argv` excludes the program's name, so that tests call it directly."""
     args = build_parser().parse_args(argv)
     try:
-        code: int = args.execute(args, load_subject(args.factory))
+        _check_outputs(args)
+        # What the user's own code prints is no part of the answer, which a script reads.
+        with contextlib.redirect_stdout(sys.stderr):
+            answer: _Answer = args.execute(args, load_subject(args.factory))
+        _say(answer, as_json=args.json)
+        for path, write in answer.files:
+            write(path)
     except RematError as error:
         print(f"remattools: {error}", file=sys.stderr)
         return CANNOT
-    return code
+    except OSError as error:
+        print(f"remattools: {error}", file=sys.stderr)
+        return CANNOT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # the user's own code, traced: with its traceback, and never the code for "no"
+        traceback.print_exception(error)
+        print(f"remattools: {args.factory} raised {type(error).__name__}, see above.", file=sys.stderr)
+        return CANNOT
+    return answer.code
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What a command found.
+
+    Attributes:
+        code: The exit code.
+        data: For `--json`.
+        text: For people, as text, or as a table that follows the terminal's width.
+        more: What follows the text.
+        files: What to write after it was said, so that a full disk does not cost the answer.
+    """
+
+    code: int
+    data: Any
+    text: Any
+    more: str = ""
+    files: tuple[tuple[pathlib.Path, Callable[[pathlib.Path], Any]], ...] = ()
+
+
+def _say(answer: _Answer, *, as_json: bool) -> None:
+    if sys.stdout is None:  # closed by who started this: the exit code is the answer
+        return
+    if as_json:
+        text = json.dumps(_finite(answer.data), indent=2, allow_nan=False)
+    elif sys.stdout.isatty() and hasattr(answer.text, "__rich__"):
+        Console(no_color=True, highlight=False).print(answer.text)
+        text = answer.more
+    else:
+        text = "\n\n".join(filter(None, (str(answer.text), answer.more)))
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except BrokenPipeError:  # as of `| head`: who reads has seen enough, and Python is not to complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _finite(data: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse files that cannot be written before the first long compile."""
+    plot = getattr(args, "plot", None)
+    if plot is not None:
+        plotting.check(plot)
+    for path in (plot, getattr(args, "csv", None), getattr(args, "out", None)):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise MeasureError(
+                what=f"{path} cannot be written: there is no folder {path.parent}.",
+                why="it would be found out after the last compile.",
+                fix=f"mkdir -p {path.parent}",
+            )
 
 
 def _rules_option(parser: argparse.ArgumentParser) -> None:
@@ -110,31 +188,26 @@ def _as_is_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--as-is", action="store_true", help="the function is a whole step: take no gradient of it")
 
 
-def _explain(args: argparse.Namespace, subject: Subject) -> int:
+def _explain(args: argparse.Namespace, subject: Subject) -> _Answer:
     model = model_of(subject.fn, subject.args)
     rules = None if args.rules is None else rules_for(model, args.rules)
     explanation = explain(model, rules, names=args.names, args=subject.inputs)
-    _show(args, [_row(row) for row in explanation.rows], str(explanation))
-    return OK
+    return _Answer(OK, [_row(row) for row in explanation.rows], explanation)
 
 
-def _residuals(args: argparse.Namespace, subject: Subject) -> int:
+def _residuals(args: argparse.Namespace, subject: Subject) -> _Answer:
     with _ruled(args, subject):
         report = residuals(subject.fn, *subject.args)
-    _show(args, report.as_dict(), str(report))
-    return OK
+    return _Answer(OK, report.as_dict(), report)
 
 
-def _timeline(args: argparse.Namespace, subject: Subject) -> int:
+def _timeline(args: argparse.Namespace, subject: Subject) -> _Answer:
     with _ruled(args, subject):
         walked = timeline(subject.fn, *subject.args, differentiate=not args.as_is)
-    if args.plot is not None:
-        walked.plot(args.plot)
-    _show(args, walked.as_dict(), str(walked))
-    return OK
+    return _Answer(OK, walked.as_dict(), walked, files=_files((args.plot, walked.plot)))
 
 
-def _measure(args: argparse.Namespace, subject: Subject) -> int:
+def _measure(args: argparse.Namespace, subject: Subject) -> _Answer:
     with _ruled(args, subject), _working(f"compiling for {args.target or 'the default device'}"):
         measured = measure(
             subject.fn,
@@ -144,15 +217,11 @@ def _measure(args: argparse.Namespace, subject: Subject) -> int:
             run=args.run,
             cache=_cache(args),
         )
-    _show(args, measured.as_dict(), str(measured))
-    return OK if measured.fits else NO
+    return _Answer(OK if measured.fits else NO, measured.as_dict(), measured)
 
 
-def _compare(args: argparse.Namespace, subject: Subject) -> int:
-    candidates: dict[str, Any] = {"none": None}
-    for text in args.rules:
-        name, separator, rules = text.partition("=")
-        candidates[name if separator else pathlib.Path(text).stem] = rules if separator else text
+def _compare(args: argparse.Namespace, subject: Subject) -> _Answer:
+    candidates = _candidates(args.rules)
     with _working("comparing") as status:
         result = compare(
             subject.fn,
@@ -164,22 +233,35 @@ def _compare(args: argparse.Namespace, subject: Subject) -> int:
             cache=_cache(args),
             progress=lambda name, number, count: status.update(f"{name} ({number + 1} of {count})"),
         )
-    if args.csv is not None:
-        args.csv.write_text(result.to_csv())
-    if args.plot is not None:
-        result.plot(args.plot)
-    print(result.to_json() if args.json else result)
-    return OK if all(row.measurement.fits for row in result.rows) else NO
+    code = OK if all(row.measurement.fits for row in result.rows) else NO
+    csv = (args.csv, lambda path: path.write_text(result.to_csv()))
+    return _Answer(code, result.as_dict(), result, files=_files(csv, (args.plot, result.plot)))
 
 
-def _check(args: argparse.Namespace, subject: Subject) -> int:
+def _candidates(texts: Sequence[str]) -> dict[str, Any]:
+    """Names with rules, from `NAME=RULES`, a file or a policy; the model as it is comes first."""
+    candidates: dict[str, Any] = {"none": None}
+    for text in texts:
+        name, separator, rules = text.partition("=")
+        if not separator or os.path.exists(text):
+            name, rules = pathlib.Path(text).stem, text
+        if name in candidates:
+            raise MeasureError(
+                what=f"--rules {text} is a second candidate of the name {name!r}.",
+                why="one of the two would be left out of the table; 'none' is the model without new rules.",
+                fix=f"name it: --rules other={rules}",
+            )
+        candidates[name] = rules
+    return candidates
+
+
+def _check(args: argparse.Namespace, subject: Subject) -> _Answer:
     with _working("compiling with and without the rules"):
         report = check(subject.fn, *subject.args, rules=args.rules, target=args.target, cache=_cache(args))
-    _show(args, report.as_dict(), str(report))
-    return OK if report.ok else NO
+    return _Answer(OK if report.ok else NO, report.as_dict(), report)
 
 
-def _plan(args: argparse.Namespace, subject: Subject) -> int:
+def _plan(args: argparse.Namespace, subject: Subject) -> _Answer:
     with _working("tracing") as status:
         found = plan(
             subject.fn,
@@ -193,12 +275,13 @@ def _plan(args: argparse.Namespace, subject: Subject) -> int:
             cache=_cache(args),
             progress=status.update,
         )
-    if args.out is not None:
-        args.out.write_text(found.to_toml())
-    if args.plot is not None:
-        found.plot(args.plot)
-    _show(args, found.as_dict(), f"{found}\n\n{found.to_toml()}" if args.out is None else str(found))
-    return OK
+    rules = (args.out, lambda path: path.write_text(found.to_toml()))
+    more = found.to_toml() if args.out is None else ""
+    return _Answer(OK, found.as_dict(), found, more, _files(rules, (args.plot, found.plot)))
+
+
+def _files(*pairs: tuple[pathlib.Path | None, Any]) -> Any:
+    return tuple((path, write) for path, write in pairs if path is not None)
 
 
 def _budget(text: str | None) -> float | int | str | None:
@@ -232,10 +315,6 @@ def _cache(args: argparse.Namespace) -> Any:
         os.environ.pop("REMATTOOLS_CACHE", None)
         return None
     return None if os.environ.get("REMATTOOLS_CACHE") else user_cache()
-
-
-def _show(args: argparse.Namespace, data: Any, text: str) -> None:
-    print(json.dumps(data, indent=2) if args.json else text)
 
 
 def _row(row: ExplanationRow) -> dict[str, Any]:

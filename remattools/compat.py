@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that touches private JAX: what a policy answers with.
+"""The only file that touches private JAX: what a policy answers with, and what a jitted function asks its compiler for.
 
 JAX's policies return values of these classes, which have no public name; a policy
 that combines or offloads has to recognise and return them.
@@ -24,3 +24,9 @@ def offloadable(source: str, target: str) -> Any:
 def offload_of(answer: Any) -> tuple[str, str] | None:
     """Source and target memory kind, if a policy's answer is to offload."""
     return (answer.src, answer.dst) if isinstance(answer, partial_eval.Offloadable) else None
+
+
+def compiler_options(lowered: Any) -> tuple[Any, ...]:
+    """The `compiler_options` of the `jax.jit` behind a lowered program, which its text does not show."""
+    inner = getattr(getattr(lowered, "lowered", lowered), "_lowering", None)  # nnx wraps JAX's
+    return tuple(getattr(inner, "_compiler_options_kvs", None) or ())

@@ -64,6 +64,10 @@ class MeasureError(RematError, ValueError):
     """A function or arguments that cannot be measured."""
 
 
+class CacheWarning(UserWarning):
+    """Said instead of an error where a measurement cannot be stored."""
+
+
 class TargetError(RematError, ValueError):
     """A target to compile for that does not exist or is not installed."""
 

@@ -2,10 +2,13 @@
 """Measurements that were made before, found by the program and the compiler.
 
 A key is a digest of everything that decides the figures: the lowered program, the
-target, the compilers' versions and flags. One small JSON file each, written whole or
-not at all; a file that cannot be read is no hit.
+target, the compilers' versions, flags and options. One small JSON file each, written
+whole or not at all, with a digest of its own: a file that cannot be read, or whose
+figures are not those that were written, is no hit. A folder that cannot be written
+costs the cache, never the measurement.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -13,14 +16,27 @@ import json
 import os
 import pathlib
 import tempfile
+import warnings
+from typing import Any
 
 import jax
 
+from ..errors import CacheWarning
 from .measurement import Measurement
 
 # Changes with the meaning of the stored fields.
-_FORMAT = "1"
+_FORMAT = "2"
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+# JAX's settings that change what a compiler makes of one program; the others change the program's text.
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_compiler_enable_remat_pass",
+    "jax_disable_most_optimizations",
+    "jax_memory_fitting_level",
+    "jax_optimization_level",
+    "jax_use_magma",
+    "jax_xla_profile_version",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +52,32 @@ class Cache:
     def get(self, key: str) -> Measurement | None:
         """The measurement of that key, or None."""
         try:
-            return Measurement.from_dict(json.loads((self.directory / f"{key}.json").read_text()))
+            stored = json.loads((self.directory / f"{key}.json").read_text())
+            measured = stored["measurement"]
+            return Measurement.from_dict(measured) if stored["digest"] == _digest(measured) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def put(self, key: str, measurement: Measurement) -> None:
-        """Store it under its key."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.directory, suffix=".tmp", delete=False) as file:
-            json.dump(measurement.as_dict(), file)
-        os.replace(file.name, self.directory / f"{key}.json")
+        """Store it under its key; where that fails, a warning says so."""
+        measured = measurement.as_dict()
+        text = json.dumps({"measurement": measured, "digest": _digest(measured)})
+        name = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.directory, suffix=".tmp", delete=False) as file:
+                name = file.name
+                file.write(text)
+            os.replace(name, self.directory / f"{key}.json")
+        except OSError as error:
+            if name is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+            warnings.warn(f"the measurement is not kept in {self.directory}: {error}", CacheWarning, stacklevel=3)
+
+
+def _digest(measured: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
 def find_cache(cache: "Cache | str | os.PathLike[str] | None") -> Cache | None:
@@ -62,11 +94,22 @@ def user_cache() -> Cache:
     return Cache(pathlib.Path(base) / "remattools")
 
 
-def key_of(program: str, target: str, device_kind: str) -> str:
-    """Digest of a lowered program, where it is compiled for, and by what."""
+def key_of(program: str, target: str, device: Any, options: Any = ()) -> str:
+    """Digest of a lowered program, where it is compiled for, and by what.
+
+    Args:
+        program: Its text.
+        target: Name of the target.
+        device: One of the target's devices.
+        options: What the program asks its compiler for, beside the flags of the process.
+    """
     versions = [f"{name}={_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
+    # Of a GPU this names the driver and the toolkit; a topology has no client.
+    versions.append(str(getattr(getattr(device, "client", None), "platform_version", "")))
     flags = [f"{name}={os.environ.get(name, '')}" for name in _FLAGS]
-    parts = [_FORMAT, target, device_kind, *versions, *flags, str(jax.config.jax_enable_x64), program]
+    settings = [f"{name}={getattr(jax.config, name, '')}" for name in _SETTINGS]
+    kind = str(getattr(device, "device_kind", ""))
+    parts = [_FORMAT, target, kind, *versions, *flags, *settings, repr(options), program]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -4,7 +4,8 @@
 Sits on `residuals`, `timeline`, `compile` and `transform.explain`. A rule can fail to
 help without an error: the compiler merges the recomputation with the first
 computation, an offload stays where it was, the saved values outweigh the freed ones,
-one region lies in another, or a graphdef was split off before the rules came.
+one region lies in another or repeats it, or a graphdef was split off before the rules
+came.
 """
 
 import dataclasses
@@ -13,17 +14,21 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
+from jax.extend import core
 
+from ..rules.paths import format_path
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
+from ..transform import apply as application
 from ..transform import explain as explaining
 from ..transform import programs, scopes
+from ..transform.modules import modules_of
 from . import staging
 from .cache import Cache
 from .compare import model_of, rules_for, under
 from .compile import measure
 from .measurement import Measurement, format_bytes
-from .program import loss_or_floats, named_program
+from .program import located, loss_or_floats, named_program
 from .residuals import linearised, report_of, residuals
 from .targets import Target, find_target
 from .timeline import timeline_of
@@ -34,7 +39,9 @@ _LEAST_SHARE = 0.25
 # Differences below this share of the plain program's temporaries are left to the compiler.
 _NOISE = 0.02
 
-Code = Literal["no_region", "nothing_freed", "undone", "offload_ignored", "useless_rule", "warning"]
+Code = Literal[
+    "no_region", "nothing_freed", "no_lower_peak", "undone", "offload_ignored", "useless_rule", "repeated", "warning"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,14 @@ class Finding:
     message: str
 
 
+_NO_RULES = (
+    Finding(
+        code="no_region",
+        message="no rule is in force on the model, so nothing is rematerialised: check(..., rules=...), or apply some.",
+    ),
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckReport:
     """Planned against compiled; `str()` says it in lines.
@@ -59,6 +74,8 @@ class CheckReport:
         residual_bytes: Computed residuals without and with the rules.
         planned_peak_bytes: Fullest moment of the walk over the program, without and with.
         temp_bytes: The compiler's temporaries, without and with.
+        compiled_peak_bytes: The compiler's peak, without and with; tells of temporaries in a TPU's own memory, which
+            `temp_bytes` leaves out.
         host_bytes: Residuals that the rules send to host memory.
         findings: What does not work; empty if all does.
     """
@@ -67,6 +84,7 @@ class CheckReport:
     residual_bytes: tuple[int, int]
     planned_peak_bytes: tuple[int, int]
     temp_bytes: tuple[int, int]
+    compiled_peak_bytes: tuple[int, int]
     host_bytes: int
     findings: tuple[Finding, ...]
 
@@ -74,6 +92,10 @@ class CheckReport:
     def ok(self) -> bool:
         """Whether nothing was found."""
         return not self.findings
+
+    @property
+    def _counts_temporaries(self) -> bool:
+        return all(peak >= temp for peak, temp in zip(self.compiled_peak_bytes, self.temp_bytes, strict=True))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -85,7 +107,10 @@ class CheckReport:
             ("residuals", self.residual_bytes),
             ("peak of the program", self.planned_peak_bytes),
             (f"temp on {self.target}", self.temp_bytes),
+            (f"peak on {self.target}", self.compiled_peak_bytes),
         ):
+            if label.startswith("peak on") and not self._counts_temporaries:
+                continue
             lines.append(f"{label:<22}{format_bytes(plain):>12}{format_bytes(ruled):>12}")
         if self.host_bytes:
             lines.append(f"{'in host memory':<22}{'':>12}{format_bytes(self.host_bytes):>12}")
@@ -123,9 +148,13 @@ def check(
         plain = _figures(fn, args, where, cache)
     with under(model, planned):
         ruled = _figures(fn, args, where, cache)
-        regions = _count_regions(fn, args)
+        regions = list(_regions_in(_program_of(fn, args)))
+        in_force = any(application.in_force(modules_of(model)))
         warnings = _explained(model)
-    found = [*_findings(plain, ruled, regions, where), *warnings]
+    if in_force:
+        found = [*_findings(plain, ruled, len(regions), where), *_repeated(regions), *warnings]
+    else:
+        found = [*_NO_RULES, *warnings]
     if planned is not None and regions:
         found += _useless_rules(fn, args, model, planned)
     return CheckReport(
@@ -133,6 +162,7 @@ def check(
         residual_bytes=(plain.residual_bytes, ruled.residual_bytes),
         planned_peak_bytes=(plain.peak_bytes, ruled.peak_bytes),
         temp_bytes=(plain.measured.temp_bytes, ruled.measured.temp_bytes),
+        compiled_peak_bytes=(plain.measured.peak_bytes, ruled.measured.peak_bytes),
         host_bytes=ruled.host_bytes,
         findings=tuple(found),
     )
@@ -174,15 +204,27 @@ def _findings(plain: _Figures, ruled: _Figures, regions: int, target: Target) ->
             f"{format_bytes(plain.residual_bytes)}: save less in the regions, or make them larger.",
         )
     intended = plain.peak_bytes - ruled.peak_bytes
-    freed = plain.measured.temp_bytes - ruled.measured.temp_bytes
+    on_chip = plain.measured.temporaries_on_chip or ruled.measured.temporaries_on_chip
+    memory = "peak" if on_chip else "temp"
+    before = getattr(plain.measured, f"{memory}_bytes")
+    freed = before - getattr(ruled.measured, f"{memory}_bytes")
+    less_kept = plain.residual_bytes - ruled.residual_bytes
     compiled = plain.measured.fits and ruled.measured.fits
     if compiled and intended > _NOISE * plain.peak_bytes and freed < _LEAST_SHARE * intended:
+        subject = "the peak" if on_chip else "the size of the temporaries"
+        change = f"{'fell' if freed >= 0 else 'rose'} by {format_bytes(abs(freed))}"
         yield Finding(
             code="undone",
-            message=f"the rules were to free {format_bytes(intended)} at the peak, but the temporaries on "
-            f"{target.name} fell by {format_bytes(freed)}: the compiler undid the recomputation. Check that "
-            "prevent_cse is not False outside of a scan, and that jax is at least 0.11.2 (older CPU compilers remove "
-            "what keeps the two apart).",
+            message=f"the rules were to free {format_bytes(intended)} at the peak, but {subject} on {target.name} "
+            f"{change}: the compiler undid the recomputation. Check that prevent_cse is not False outside of a scan, "
+            "and that jax is at least 0.11.2 (older CPU compilers remove what keeps the two apart).",
+        )
+    elif compiled and less_kept > _NOISE * plain.residual_bytes and freed <= _NOISE * before:
+        yield Finding(
+            code="no_lower_peak",
+            message=f"the rules keep {format_bytes(less_kept)} less from forward to backward, but the memory on "
+            f"{target.name} is not lower: a region is recomputed as a whole and needs what it freed. Put the rules "
+            "on smaller modules, such as the blocks instead of the model.",
         )
     if compiled and ruled.host_bytes and not ruled.measured.host_temp_bytes:
         yield Finding(
@@ -192,22 +234,47 @@ def _findings(plain: _Figures, ruled: _Figures, regions: int, target: Target) ->
         )
 
 
-def _count_regions(fn: Any, args: tuple[Any, ...]) -> int:
-    call = staging.stage(staging.unjitted(fn), args)
-    return _regions_in(named_program(call, loss_or_floats))
+def _program_of(fn: Any, args: tuple[Any, ...]) -> Any:
+    return named_program(staging.stage(staging.unjitted(fn), args), loss_or_floats)
 
 
-def _regions_in(program: Any) -> int:
+@dataclasses.dataclass(frozen=True)
+class _Region:
+    """One region in a program; equal inputs and programs compute equal values."""
+
+    path: str
+    inputs: tuple[Any, ...]
+    program: Any
+
+
+def _regions_in(program: Any, outside: tuple[str, ...] = ()) -> Iterator[_Region]:
     """Regions made by rules: their operations carry the mark, a hand-written `jax.checkpoint` carries none."""
-    count = 0
     for equation in programs.open_program(program).eqns:
+        stacks = (*outside, str(equation.source_info.name_stack))
         for _, nested in programs.nested(equation):
             inner = programs.open_program(nested)
-            ours = programs.is_region(equation) and any(
-                scopes.REGION in str(inside.source_info.name_stack) for inside in inner.eqns
+            inside = [str(e.source_info.name_stack) for e in inner.eqns]
+            marked = next((stack for stack in inside if scopes.REGION in stack), None)
+            if programs.is_region(equation) and marked is not None:
+                path = located([*stacks, marked])[1]
+                inputs = tuple(atom if isinstance(atom, core.Var) else str(atom) for atom in equation.invars)
+                yield _Region(format_path(path or ()), inputs, inner)
+            yield from _regions_in(nested, stacks)
+
+
+def _repeated(regions: list[_Region]) -> Iterator[Finding]:
+    """Regions that recompute what another one recomputes: called again with what they were called with."""
+    groups: dict[tuple[Any, ...], list[_Region]] = {}
+    for region in regions:
+        groups.setdefault(region.inputs, []).append(region)
+    for group in groups.values():
+        same = [region for region in group if str(region.program) == str(group[0].program)]
+        if len(same) > 1:
+            yield Finding(
+                code="repeated",
+                message=f"{same[0].path} is called {len(same)} times on the same values, and each region computes them "
+                "again on the way back: call it once and use the result again.",
             )
-            count += ours + _regions_in(nested)
-    return count
 
 
 def _explained(model: Any) -> list[Finding]:

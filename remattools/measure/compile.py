@@ -16,12 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .. import compat
 from ..errors import MeasureError
 from ..transform import capture as cap
+from ..transform import programs
 from . import staging
 from .cache import Cache, find_cache, key_of
 from .hlo import estimated_cycles
 from .measurement import Measurement, OutOfMemory
+from .program import check_no_step, loss_or_floats, named_program
 from .targets import Target, find_target
 from .timeline import timeline
 
@@ -86,7 +89,7 @@ def measure(
         _check_runnable(where, call, repeats)
     program = _lower(call, where, differentiate=differentiate)
     store = None if run else find_cache(cache)
-    key = key_of(program.lowered.as_text(), where.name, where.devices[0].device_kind) if store is not None else ""
+    key = _key(program, where) if store is not None else ""
     known = store.get(key) if store is not None else None
     if known is not None:
         return known
@@ -109,6 +112,11 @@ class _Program:
     inputs: Callable[[list[Any]], tuple[Any, ...]]
 
 
+def _key(program: _Program, target: Target) -> str:
+    options = compat.compiler_options(program.lowered)
+    return key_of(program.lowered.as_text(), target.name, target.devices[0], options)
+
+
 def _lower(call: staging.Call, target: Target, *, differentiate: bool) -> _Program:
     abstract = call.abstract_leaves()
     leaves = [
@@ -127,8 +135,26 @@ def _lower(call: staging.Call, target: Target, *, differentiate: bool) -> _Progr
         fn, inputs = jax.jit(call.fn), as_given
     else:
         fn, inputs = jax.jit(staging.pure(call, differentiate=differentiate)), lambda leaves: (leaves,)
-    lowered = fn.trace(*inputs(leaves)).lower(lowering_platforms=(_lowering(target),))
+    with staging.explained(call):
+        traced = fn.trace(*inputs(leaves))
+    if differentiate and _differentiates_a_gradient(traced.jaxpr):
+        check_no_step(
+            named_program(call, loss_or_floats),
+            "differentiate=True takes the gradient of a loss; leave it out to measure a whole step (CLI: --as-is).",
+        )
+    lowered = traced.lower(lowering_platforms=(_lowering(target),))
     return _Program(lowered, inputs)
+
+
+def _differentiates_a_gradient(program: Any, outside: str = "") -> bool:
+    """Whether a way back lies inside of what is differentiated; name stacks start afresh in nested programs."""
+    for equation in programs.open_program(program).eqns:
+        stack = f"{outside}/{equation.source_info.name_stack}"
+        if 0 <= stack.find("jvp(") < stack.find("transpose("):
+            return True
+        if any(_differentiates_a_gradient(inner, stack) for _, inner in programs.nested(equation)):
+            return True
+    return False
 
 
 def _lowering(target: Target) -> str:

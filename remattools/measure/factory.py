@@ -8,9 +8,11 @@ with an abstract model and batch, or `(model, inputs)`.
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -55,7 +57,8 @@ def load_subject(text: str) -> Subject:
     module = _import(module_name)
     factory = getattr(module, name, None)
     if not callable(factory):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        functions = {key: value for key, value in vars(module).items() if inspect.isfunction(value)}
+        names = [key for key, value in functions.items() if value.__module__ == module.__name__]
         raise MeasureError(
             what=f"{module_name} has no function {name!r}.",
             why="a factory is called to build the function and its arguments.",
@@ -63,11 +66,11 @@ def load_subject(text: str) -> Subject:
         )
     try:
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an exit would look like an answer
         raise MeasureError(
-            what=f"the factory {text} raised {type(error).__name__}: {error}",
+            what=f"the factory {text} raised {_said(error)}",
             why="it has to run here, before anything can be looked at.",
-            fix=f'run it alone: python -c "import {module_name}; {module_name}.{name}()".',
+            fix=f"run it alone: {_alone(module_name, name)}",
         ) from error
     return _subject(text, made)
 
@@ -80,9 +83,9 @@ def _import(name: str) -> ModuleType:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise MeasureError(
-            what=f"{name} cannot be imported: {type(error).__name__}: {error}",
+            what=f"{name} cannot be imported: {_said(error)}",
             why="the factory lies in it.",
             fix="run the command where `import` finds the module, with the packages that it needs.",
         ) from error
@@ -99,6 +102,19 @@ def _import_file(path: pathlib.Path) -> ModuleType:
     return module
 
 
+def _said(error: BaseException) -> str:
+    """Type, words and place of an error."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _alone(module: str, name: str) -> str:
+    if module.endswith(".py"):
+        return f"python -c \"import runpy; runpy.run_path('{module}')['{name}']()\""
+    return f'python -c "import {module}; {module}.{name}()"'
+
+
 def _subject(text: str, made: Any) -> Subject:
     if isinstance(made, tuple) and len(made) == 2 and callable(made[0]):
         first, second = made
@@ -106,10 +122,11 @@ def _subject(text: str, made: Any) -> Subject:
         if isinstance(first, nnx.Module):
             return Subject(_summed, (first, *args), args)
         return Subject(first, args)
+    items = f"({', '.join(type(item).__name__ for item in made)})" if isinstance(made, tuple) else type(made).__name__
     raise MeasureError(
-        what=f"the factory {text} returned {type(made).__name__}, not a pair.",
-        why="a function with its arguments, or a model with its inputs, is looked at.",
-        fix=_EXAMPLE,
+        what=f"the factory {text} returned {items}, not a function and its arguments.",
+        why="it has to return a pair: a function and the tuple of its arguments, or a model and its inputs.",
+        fix="return fn, (model, batch)" if isinstance(made, tuple) and len(made) > 2 else _EXAMPLE,
     )
 
 

@@ -60,9 +60,10 @@ class Measurement:
         argument_bytes: Arguments.
         output_bytes: Results.
         alias_bytes: Results that reuse an argument's memory (donation).
-        temp_bytes: Everything in between: what remat changes.
+        temp_bytes: Everything in between: what remat changes. The TPU's compiler counts its main memory only:
+            temporaries that fit into the chip's own memory (VMEM) are in `peak_bytes` alone.
         peak_bytes: The most that is in use at once, as the compiler counts it: the CPU's leaves temporaries out,
-            see `total_bytes`.
+            see `total_bytes`; the TPU's counts the chip's own memory too.
         host_temp_bytes: Temporaries in host memory, where offloading puts them.
         flops: Floating-point operations by the compiler's cost model, None where it has none.
         bytes_accessed: Bytes read and written, likewise.
@@ -74,6 +75,8 @@ class Measurement:
             (`run=True`); None where it does not count.
         out_of_memory: Set if it does not fit; then `temp_bytes` and `peak_bytes` are the compiler's rounded need
             (0 if it does not say), and the other costs are None.
+        refusal: The compiler's own words, if it refused the program for another reason than its size (only as a row of
+            `compare`, beside others that it took).
         notes: What to know before relying on the figures.
     """
 
@@ -92,22 +95,30 @@ class Measurement:
     step_spread_s: float | None = None
     allocator_peak_bytes: int | None = None
     out_of_memory: OutOfMemory | None = None
+    refusal: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
         """Whether the program compiled, and ran if it was asked to."""
-        return self.out_of_memory is None
+        return self.out_of_memory is None and self.refusal is None
 
     @property
     def total_bytes(self) -> int:
-        """Arguments, results and temporaries together: an upper bound of the peak on every target."""
+        """Arguments, results and temporaries together: what the device's main memory needs at most."""
+        if self.out_of_memory is not None:
+            return self.peak_bytes  # the compiler's need, arguments included
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
     @property
     def temporaries_in_peak(self) -> bool:
         """Whether `peak_bytes` counts the temporaries; the CPU compiler's does not."""
         return self.peak_bytes >= self.temp_bytes
+
+    @property
+    def temporaries_on_chip(self) -> bool:
+        """Whether temporaries lie in the chip's own memory, which `temp_bytes` leaves out: the peak tells more."""
+        return self.fits and self.target.startswith("tpu") and self.peak_bytes > self.total_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` gives an equal value back."""
@@ -128,9 +139,11 @@ class Measurement:
         for field in ("argument", "output", "alias", "temp", "peak", "host_temp", "allocator_peak"):
             value = getattr(self, f"{field}_bytes")
             if value or field in ("argument", "output", "temp", "peak"):
-                note = (
-                    "" if field != "peak" or self.temporaries_in_peak else ", temporaries not counted by this compiler"
-                )
+                note = ""
+                if field == "peak" and not self.temporaries_in_peak:
+                    note = ", temporaries not counted by this compiler"
+                if field == "temp" and self.temporaries_on_chip:
+                    note = " in main memory; others fit into the chip's own, see peak"
                 lines.append(f"{field:<18}{format_bytes(value)}{note}")
         lines.append(f"{'total':<18}{format_bytes(self.total_bytes)}")
         if self.flops is not None:
@@ -183,3 +196,8 @@ def format_count(count: float | None) -> str:
         size /= 1000
         units.pop(0)
     return f"{size:.4g}{units[0]}"
+
+
+def trimmed(table: str) -> list[str]:
+    """The lines of a table without the blanks that fill them up."""
+    return [line.rstrip() for line in table.rstrip().splitlines()]

@@ -18,6 +18,24 @@ def figure(path: str | os.PathLike[str]) -> Iterator[Any]:
     Raises:
         MeasureError: If matplotlib is not installed, or the ending means no picture.
     """
+    check(path)
+    # Not at the top: importing the package must not import an extra. The object interface opens no window.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(drawing)
+    axes = drawing.add_subplot()
+    yield axes
+    drawing.savefig(path, dpi=150)
+
+
+def check(path: str | os.PathLike[str]) -> None:
+    """See that a figure can be drawn into that file, before what it is to show is measured.
+
+    Raises:
+        MeasureError: If matplotlib is not installed, or the ending means no picture.
+    """
     if pathlib.Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise MeasureError(
             what=f"{os.fspath(path)!r} does not end in .png, .svg or .pdf.",
@@ -30,12 +48,3 @@ def figure(path: str | os.PathLike[str]) -> Iterator[Any]:
             why="it is an extra, since measuring does without.",
             fix='pip install "nnx-checkpointing[plot]"',
         )
-    # Not at the top: importing the package must not import an extra. The object interface opens no window.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(drawing)
-    axes = drawing.add_subplot()
-    yield axes
-    drawing.savefig(path, dpi=150)

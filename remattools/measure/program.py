@@ -9,18 +9,21 @@ known by the same paths.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend import core
 
+from ..errors import MeasureError
 from ..rules.paths import Path, format_path
 from ..transform import names, programs, scopes
 from . import staging
 
 # Looked through: they move, round or mark a value, and are not what computes it.
 _TRANSPARENT = frozenset({"reduce_precision", "optimization_barrier", "copy", "copy_p", "device_put"})
+_BEGINNINGS = re.compile(f"({scopes.REGION}|{scopes.RELATIVE})")
 _MARKS = frozenset({names.SAVED, names.OFFLOADED})
 
 
@@ -69,6 +72,66 @@ def loss_or_floats(evaluated: tuple[Any, list[Any]]) -> list[Any]:
         return [staging.loss_of(evaluated)[0]]
     floats = [leaf for leaf in staging.arrays_of(out) if staging.is_float(leaf)]
     return floats or [staging.loss_of(evaluated)[0]]
+
+
+def takes_gradient(program: Any) -> bool:
+    """Whether a program holds operations of a backward pass."""
+    return any(
+        "transpose(" in str(equation.source_info.name_stack)
+        or any(takes_gradient(inner) for _, inner in programs.nested(equation))
+        for equation in programs.open_program(program).eqns
+    )
+
+
+def check_no_step(program: Any, purpose: str) -> None:
+    """Refuse a train step or a gradient's function in the place of a loss.
+
+    A loss may well use a gradient (a penalty on it, forces from an energy): then its result comes from one.
+
+    Args:
+        program: Of what `loss_or_floats` selects.
+        purpose: Why a loss is wanted.
+
+    Raises:
+        MeasureError: If the function takes a gradient that is not a part of its loss.
+    """
+    top = programs.open_program(program)
+    if takes_gradient(top) and not (_is_loss(top) and _comes_from_gradient(top, set(range(len(top.outvars))))):
+        raise MeasureError(
+            what="the function takes a gradient itself.",
+            why=purpose,
+            fix="pass the loss and its arguments, (loss, model, batch), rather than the train step.",
+        )
+
+
+def is_backward(equation: Any) -> bool:
+    """Whether an operation belongs to the outermost gradient's way back."""
+    stack = str(equation.source_info.name_stack)
+    before, found, _ = stack.partition("transpose(")
+    return bool(found) and "jvp(" not in before  # else a gradient inside of what is differentiated
+
+
+def _is_loss(program: Any) -> bool:
+    return [var.aval.shape for var in program.outvars] == [()]
+
+
+def _comes_from_gradient(program: Any, wanted: set[int]) -> bool:
+    """Whether the wanted results of a program are computed from what a backward pass computes."""
+    inner = programs.open_program(program)
+    live = {inner.outvars[index] for index in wanted if isinstance(inner.outvars[index], core.Var)}
+    for equation in reversed(inner.eqns):
+        used = {index for index, var in enumerate(equation.outvars) if var in live}
+        if not used:
+            continue
+        if "transpose(" in str(equation.source_info.name_stack):
+            return True
+        for _, nested in programs.nested(equation):
+            results = len(programs.open_program(nested).outvars)
+            exact = results == len(equation.outvars) and equation.primitive.name not in ("scan", "while")
+            if _comes_from_gradient(nested, used if exact else set(range(results))):
+                return True
+        live.update(atom for atom in equation.invars if isinstance(atom, core.Var))
+    return False
 
 
 class Origins:
@@ -165,8 +228,10 @@ def _label(equation: Any) -> str:
 
 def located(stacks: list[str]) -> tuple[Path, Path | None]:
     """Module path and innermost region of an operation, from the name stacks around it, outermost first."""
-    *outer, last = "/".join(stacks).split(scopes.REGION)
-    region: Path = ()
-    for part in outer:
-        region = (*region, *(scopes.path_of(part) or ()))
-    return (*region, *(scopes.path_of(last) or ())), region if outer else None
+    path: Path = ()
+    region: Path | None = None
+    *outer, last = _BEGINNINGS.split("/".join(stacks))
+    for part, mark in zip(outer[::2], outer[1::2], strict=True):
+        path = (*path, *(scopes.path_of(part) or ()))
+        region = path if mark == scopes.REGION else region
+    return (*path, *(scopes.path_of(last) or ())), region

@@ -18,12 +18,11 @@ from jax.extend import core
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import MeasureError
 from ..transform import programs
 from ..transform.folding import masked, slice_text, stem
 from . import staging
-from .measurement import format_bytes
-from .program import Origins, in_host_memory, loss_or_floats, named_program
+from .measurement import format_bytes, trimmed
+from .program import Origins, check_no_step, in_host_memory, is_backward, loss_or_floats, named_program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,7 @@ class ResidualReport:
         console = Console(width=140, no_color=True, highlight=False)
         with console.capture() as captured:
             console.print(self.__rich__())
-        return captured.get().rstrip()
+        return "\n".join(trimmed(captured.get()))
 
     def __rich__(self) -> Table:
         shown = [row for row in self.folded() if row.kind == "computed"]
@@ -182,12 +181,7 @@ def linearised(call: staging.Call) -> tuple[Any, int]:
         MeasureError: If the call takes a gradient itself, or returns nothing to differentiate.
     """
     program = named_program(call, loss_or_floats)
-    if _takes_gradient(program):
-        raise MeasureError(
-            what="the function takes a gradient itself.",
-            why="residuals are what its loss hands to the backward pass; its gradient is another program.",
-            fix="pass the loss, residuals(loss, model, batch), rather than the train step.",
-        )
+    check_no_step(program, "residuals are what a loss hands to its backward pass; a train step is another program.")
     indices = call.differentiated
     counts: list[int] = []
 
@@ -203,20 +197,11 @@ def linearised(call: staging.Call) -> tuple[Any, int]:
     return jax.make_jaxpr(gradients)(call.abstract_leaves()), counts[0]
 
 
-def _takes_gradient(program: Any) -> bool:
-    for equation in programs.open_program(program).eqns:
-        if "transpose(" in str(equation.source_info.name_stack):
-            return True
-        if any(_takes_gradient(inner) for _, inner in programs.nested(equation)):
-            return True
-    return False
-
-
 def _consumers(program: Any, kept: Sequence[Any]) -> dict[Any, Any]:
     """For each residual the first equation of the backward pass that reads it."""
     wanted, found = set(kept), dict[Any, Any]()
     for equation in program.eqns:
-        if "transpose(" not in str(equation.source_info.name_stack):
+        if not is_backward(equation):
             continue
         for atom in equation.invars:
             if isinstance(atom, core.Var) and atom in wanted:
@@ -227,7 +212,11 @@ def _consumers(program: Any, kept: Sequence[Any]) -> dict[Any, Any]:
 def _row(var: Any, origins: Origins, consumer: Any) -> Residual:
     origin = origins.of(var)
     if origin.kind == "computed":
-        reason = "for the way back" if consumer is None else f"for the gradient of {origins.where(consumer)}"
+        reason = (
+            "handed to the way back, which does not read it"
+            if consumer is None
+            else f"for the gradient of {origins.where(consumer)}"
+        )
         if origin.region is not None:
             reason = f"saved in the region {origin.region}"
         if in_host_memory(var.aval):

@@ -9,7 +9,8 @@ like arguments. What the call changes in its objects is part of its results.
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..errors import MeasureError
+from ..errors import MeasureError, RematError
 from ..rules.paths import Path, format_path
 from ..transform import capture as cap
 from ..transform import effects, region, scopes
@@ -97,6 +98,7 @@ def stage(fn: Any, args: Sequence[Any]) -> Call:
             why="what is measured is the program that a call computes.",
             fix="measure(loss, model, batch): the function first, then its arguments.",
         )
+    _check_call(fn, args)
     models = closures.captured_models(fn)
     passed = tuple(_as_arrays(value) for value in args)
     values = (*passed, *(value for _, value in models))
@@ -160,8 +162,96 @@ def evaluate(call: Call, leaves: list[Any], *, named: bool = False) -> tuple[Any
         if named:
             stack.enter_context(region.named())
             stack.enter_context(scopes.recorded((path, rebuilt[position]) for path, position in call.roots))
+        stack.enter_context(explained(call))
         out = fn(*rebuilt[: call.arity])
     return out, effects.changes(objects, before, out)[0]
+
+
+@contextlib.contextmanager
+def explained(call: Call) -> Iterator[None]:
+    """What the user's function raises says with what it was called.
+
+    Raises:
+        MeasureError: If a model is not the first argument, and is missed where it was expected.
+    """
+    try:
+        yield
+    except RematError:
+        raise
+    except Exception as error:
+        args = call.values[: call.arity]
+        shown = f"{_name_of(call.fn)}({_shown_arguments(call.fn, args)})"
+        misplaced = _function_last(call.fn, args)
+        if misplaced is not None:
+            raise misplaced from error
+        if _is_swapped(call, error):
+            raise MeasureError(
+                what=f"{shown} raised {type(error).__name__}: {error}",
+                why="an array stands where the function expects the model.",
+                fix=f"give the arguments in the function's own order: {_name_of(call.fn)}{_signature(call.fn) or ''}.",
+            ) from error
+        note = f"remattools traced the call {shown}."
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
+
+
+def _is_swapped(call: Call, error: Exception) -> bool:
+    passed = [position for _, position in call.roots if position < call.arity]
+    if not passed or passed[0] == 0:
+        return False
+    missed = isinstance(error, AttributeError) or (isinstance(error, TypeError) and "not callable" in str(error))
+    return missed and ("Tracer" in str(error) or "JitWrapped" in str(error))
+
+
+def _function_last(fn: Any, args: Sequence[Any]) -> MeasureError | None:
+    """For a model that was given first, and the function after it."""
+    functions = [value for value in args if inspect.isroutine(value) or hasattr(value, "__wrapped__")]
+    if not isinstance(fn, nnx.Module) or not functions:
+        return None
+    return MeasureError(
+        what=f"the model {type(fn).__name__} stands in the place of the function, {_name_of(functions[0])} after it.",
+        why="what is looked at is the call of a function; the function comes first.",
+        fix=f"({_name_of(functions[0])}, model, batch), in this order.",
+    )
+
+
+def _check_call(fn: Any, args: Sequence[Any]) -> None:
+    """Refuse what the function's signature does not take, before anything is traced."""
+    signature = _signature(fn)
+    if signature is None:
+        return
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise _function_last(fn, args) or MeasureError(
+            what=f"{_name_of(fn)}{signature} cannot be called with ({_shown_arguments(fn, args)}): {error}.",
+            why="the function is called with the arguments that follow it, in their order.",
+            fix="give all of its arguments, each by itself; functools.partial(fn, key=value) sets those with a name.",
+        ) from error
+
+
+def _signature(fn: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(fn)
+    except (TypeError, ValueError):  # written in C
+        return None
+
+
+def _name_of(fn: Any) -> str:
+    return str(getattr(fn, "__name__", type(fn).__name__))
+
+
+def _shown_arguments(fn: Any, values: Sequence[Any]) -> str:
+    names = _argument_names(fn, len(values))
+    return ", ".join(f"{name}={_shown(value)}" for name, value in zip(names, values, strict=True))
+
+
+def _shown(value: Any) -> str:
+    """A short text: the type and size of arrays, the class of other objects."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return reprlib.repr(value) if isinstance(value, str | int | float | type(None)) else type(value).__name__
 
 
 def replaced(leaves: Sequence[Any], indices: Sequence[int], chosen: Sequence[Any]) -> list[Any]:
@@ -235,14 +325,12 @@ def _as_arrays(value: Any) -> Any:
 
 
 def _argument_names(fn: Any, count: int) -> list[str]:
-    try:
-        names = [
-            parameter.name
-            for parameter in inspect.signature(fn).parameters.values()
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        ]
-    except (TypeError, ValueError):  # written in C
-        names = []
+    signature = _signature(fn)
+    names = [
+        parameter.name
+        for parameter in (signature.parameters.values() if signature is not None else ())
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
     return [names[i] if i < len(names) else f"arg{i}" for i in range(count)]
 
 

@@ -12,6 +12,7 @@ And JAX on CPU goes on working beside it, since a topology is no backend.
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib.util
 import os
@@ -24,7 +25,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from ..errors import TargetError, did_you_mean
+from ..errors import TargetError
 
 _LIVE = ("cpu", "gpu", "tpu", "cuda", "rocm")
 # Smallest topology of each generation and the accelerator type under which libtpu loads without a machine.
@@ -114,6 +115,12 @@ def find_target(target: "str | Target | jax.Device | None" = None) -> Target:
         return _of_device(jax.devices()[0])
     if isinstance(target, jax.Device):
         return _of_device(target)
+    if not isinstance(target, str):
+        raise TargetError(
+            what=f"target={target!r} is of the type {type(target).__name__}.",
+            why="a target is named by a text, a device, or None for JAX's default device.",
+            fix='"cpu", "gpu", "tpu:v5e:2x2" or jax.devices()[0].',
+        )
     platform, _, topology = target.partition(":")
     if platform == "tpu" and topology:
         return _without_device(topology)
@@ -153,12 +160,25 @@ def _live_fix(platform: str) -> str:
 
 
 def _unknown(target: str) -> TargetError:
-    known = [*_LIVE[:3], *(f"tpu:{name}:{shape}" for name, shape in _TOPOLOGIES.items())]
     return TargetError(
         what=f"there is no target {target!r}.",
         why="a program is compiled for one kind of machine.",
-        fix=did_you_mean(target, known) or f"one of {', '.join(known)}.",
+        fix=_nearest(target),
     )
+
+
+def _nearest(target: str) -> str:
+    """The target that was meant, if one is near; all kinds of them else."""
+    platform = target.lower().partition(":")[0]
+    if platform in _LIVE and platform != "tpu":
+        return f"did you mean {platform!r}?"
+    generation = re.sub(r"^tpu[:_-]*|:.*$", "", target.lower())
+    generation = "v5e" if generation.startswith("v5lite") else generation  # as the cloud calls it
+    near = difflib.get_close_matches(generation, _TOPOLOGIES, n=1, cutoff=0.75)
+    if near:
+        return f"did you mean 'tpu:{near[0]}:{_TOPOLOGIES[near[0]]}'?"
+    topologies = ", ".join(f"tpu:{name}:{shape}" for name, shape in _TOPOLOGIES.items())
+    return f"one of {', '.join(_LIVE[:3])} (live), or without a device {topologies}, and larger ones of each."
 
 
 @functools.cache
@@ -186,8 +206,8 @@ def _without_device(topology: str) -> Target:
             ) from error
         raise TargetError(
             what=f"libtpu knows no topology {name!r}: {str(error).splitlines()[0]}",
-            why="only shapes that are built can be compiled for.",
-            fix=did_you_mean(f"tpu:{name}", [f"tpu:{key}:{value}" for key, value in _TOPOLOGIES.items()]),
+            why="only generations and shapes that are built can be compiled for.",
+            fix=_nearest(f"tpu:{name}"),
         ) from error
     return Target(name=f"tpu:{name}", platform="tpu", devices=tuple(description.devices), live=False)
 

@@ -2,9 +2,10 @@
 """How much is alive at each moment of a program, and what fills the memory at its fullest.
 
 Sits on `program` and `residuals`. A walk over the traced program in its order: a
-value lives from the operation that computes it to the last one that reads it. The
-compiler fuses and reorders, so its own peak (`measure`) is usually lower; what the walk
-adds is the names of what is alive.
+value lives from the operation that computes it to the last one that reads it; a nested
+program is one operation, with what it needs inside on top. The compiler fuses, reorders
+and reuses, so its own figure (`measure`) differs; what the walk adds is the names of what
+is alive.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from ..transform import programs
 from ..transform.folding import slice_text, stem
 from . import plotting, staging
 from .measurement import Allocation, format_bytes
-from .program import in_host_memory, located, named_program
+from .program import in_host_memory, is_backward, located, named_program
 from .residuals import linearised
 
 _SHOWN = 12
@@ -116,7 +117,7 @@ def timeline_of(program: Any, kept: int) -> Timeline:
     top = programs.open_program(program)
     top = top.replace(outvars=top.outvars[kept:], debug_info=top.debug_info._replace(result_paths=None))
     points, peak = _Walk().walk(top)
-    backward = next((i for i, e in enumerate(top.eqns) if "transpose(" in str(e.source_info.name_stack)), None)
+    backward = next((i for i, e in enumerate(top.eqns) if is_backward(e)), None)
     return Timeline(
         bytes=tuple(points),
         backward=backward,

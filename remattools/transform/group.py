@@ -10,6 +10,7 @@ scan of length L becomes an outer scan of floor(L / k) turns over checkpointed i
 scans of k, and a remainder; only every k-th carry is saved.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -154,7 +155,17 @@ def _require_found(groups: Sequence[Group], first: dict[tuple[int, int], int]) -
 
 
 def _plainly(piece: Any) -> Callable[..., Any]:
-    return lambda *leaves: programs.run(names.marked(piece, {}), list(leaves))
+    return lambda *leaves: _run_under(scopes.RELATIVE, names.marked(piece, {}), leaves)
+
+
+def _begun(mark: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, paths start at the holder: where they are asked for, a mark says so."""
+    return jax.named_scope(mark) if region.is_named() else contextlib.nullcontext()
+
+
+def _run_under(mark: str, program: Any, leaves: Sequence[Any]) -> list[Any]:
+    with _begun(mark):
+        return programs.run(program, list(leaves))
 
 
 def _as_region(group: Group, piece: Any) -> Callable[..., Any]:
@@ -171,7 +182,7 @@ def _checkpointed(group: Group, piece: Any) -> Callable[..., Any]:
         marks = names.select(functools.partial(_relative, group, piece), action)
     marked = names.marked(piece, marks)
     return jax.checkpoint(
-        lambda *leaves: programs.run(marked, list(leaves)),
+        lambda *leaves: _run_under(scopes.REGION, marked, leaves),
         policy=names.lowered_policy(action),
         prevent_cse=action.prevent_cse,
     )
@@ -227,7 +238,9 @@ def _nested_scan(
     split = whole * size
 
     def checkpointed(carry: Any, part: Any) -> Any:
-        return jax.lax.scan(body, carry, part, length=None if part else size, reverse=scan.reverse, unroll=scan.unroll)
+        length = None if part else size
+        with _begun(scopes.REGION):
+            return jax.lax.scan(body, carry, part, length=length, reverse=scan.reverse, unroll=scan.unroll)
 
     # Inside a scan the compiler cannot merge the recomputation with the first computation.
     inner = jax.checkpoint(checkpointed, policy=policy, prevent_cse=False)
@@ -245,4 +258,5 @@ def _nested_scan(
 
 
 def _tail(body: Any, scan: programs.Scan, length: int, carry: Any, part: Any) -> Any:
-    return jax.lax.scan(body, carry, part, length=length, reverse=scan.reverse, unroll=scan.unroll)
+    with _begun(scopes.REGION):
+        return jax.lax.scan(body, carry, part, length=length, reverse=scan.reverse, unroll=scan.unroll)

@@ -122,6 +122,11 @@ def is_disabled() -> bool:
     return _mode.disabled
 
 
+def is_named() -> bool:
+    """Whether the operations of regions carry module paths just now."""
+    return _mode.named
+
+
 def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `target(*args, **kwargs)` as one rematerialised region.
 

@@ -33,6 +33,8 @@ _OUTPUT = "rt-out:"
 _MARKED = re.compile(r"rt:([^/()]*)")
 # Stands in the name stack where a region begins; module paths behind it are relative to the region.
 REGION = "rt-region"
+# Likewise where no region begins: a program that was traced on its own, from the module before the mark.
+RELATIVE = "rt-relative"
 _OUTPUT_NAME = re.compile(r"rt-out:(.*)#(\d+)\Z")
 
 

@@ -169,7 +169,8 @@ class _Original:
         self.implementation = inspect.getattr_static(base_class(owner), name)
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        groups = groups_of(module)
+        # From the instance, as the action: while operations are named (`scopes`), its class is one below the generated.
+        groups: tuple[Group, ...] = vars(module).get(_GROUPS, ())
         if groups and self.name in holder_methods(base_class(self.owner)):
             return group.call(self.plain, groups, module, args, kwargs)
         return self.plain(module, *args, **kwargs)

@@ -2,7 +2,9 @@
 """The command line: every command on a factory, its JSON, and its exit codes."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -35,6 +37,35 @@ def wrong():
     return 3
 
 number = 5
+
+def leaves():
+    raise SystemExit(0)
+
+def three():
+    return loss, nnx.eval_shape(Tower), inputs()
+
+def talkative():
+    print("building")
+
+    def said(model, x):
+        print("tracing")
+        return loss(model, x)
+
+    return said, (nnx.eval_shape(Tower), inputs())
+
+def untraceable():
+    def failing(model, x):
+        raise ZeroDivisionError("in the model")
+
+    return failing, (nnx.eval_shape(Tower), inputs())
+
+def step():
+    def train(model, x):
+        value, gradients = nnx.value_and_grad(loss)(model, x)
+        nnx.update(model, jax.tree.map(lambda w, g: w - g, nnx.state(model, nnx.Param), gradients))
+        return value
+
+    return train, (nnx.eval_shape(Tower), inputs())
 """
 RULES = """
 [[remat.rule]]
@@ -133,7 +164,16 @@ def test_what_does_not_fit_exits_with_no(run):
     ("command", "factory", "options", "said"),
     [
         pytest.param("measure", "broken", (), "no weights here", id="factory raises"),
-        pytest.param("measure", "wrong", (), "not a pair", id="factory returns nonsense"),
+        pytest.param("measure", "wrong", (), "returned int", id="factory returns nonsense"),
+        pytest.param("measure", "leaves", (), "SystemExit", id="factory exits"),
+        pytest.param("measure", "three", (), "return fn, (model, batch)", id="no pair"),
+        pytest.param("residuals", "untraceable", (), "ZeroDivisionError: in the model", id="function raises"),
+        pytest.param("measure", "step", ("--target", "cpu"), "--as-is", id="a step is no loss"),
+        pytest.param("timeline", "training", ("--plot", "a.jpg"), ".svg", id="no picture"),
+        pytest.param("compare", "training", ("--csv", "no/such/folder/a.csv"), "mkdir -p", id="no folder"),
+        pytest.param(
+            "compare", "training", ("--rules", "a/x.toml", "--rules", "b/x.toml"), "second candidate", id="same names"
+        ),
         pytest.param("measure", "trainin", (), "did you mean 'training'", id="no such factory"),
         pytest.param("measure", "number", (), "has no function", id="not a function"),
         pytest.param("measure", "training", ("--target", "abacus"), "there is no target", id="no such target"),
@@ -180,3 +220,44 @@ def test_it_runs_as_a_module(monkeypatch, capsys):
         runpy.run_module("remattools", run_name="__main__")
     assert caught.value.code == 0
     assert "residuals" in capsys.readouterr().out
+
+
+def test_what_the_users_code_prints_is_no_part_of_the_answer(run):
+    code, out = run("residuals", "--json", factory="talkative")
+    assert code == cli.OK
+    assert json.loads(out.out)["computed_bytes"] > 0
+    assert "building" in out.err
+    assert "tracing" in out.err
+
+
+def test_a_step_is_measured_as_it_is(run):
+    assert run("measure", "--target", "cpu", "--as-is", factory="step")[0] == cli.OK
+
+
+def test_answers_are_said_before_files_are_written(run, tmp_path):
+    folder = tmp_path / "taken.csv"
+    folder.mkdir()
+    code, out = run("compare", "--target", "cpu", "--rules", "nothing_saveable", "--csv", folder)
+    assert code == cli.CANNOT
+    assert "nothing_saveable" in out.out
+    assert "taken.csv" in out.err
+
+
+def test_json_has_no_nan():
+    assert cli._finite({"a": [float("nan"), 1.5], "b": (float("inf"), "x", None)}) == {
+        "a": [None, 1.5],
+        "b": [None, "x", None],
+    }
+
+
+def test_a_closed_pipe_is_no_error(place):
+    command = f"{sys.executable} -m remattools explain {place / 'factories.py'}:training --json | head -c 1"
+    # PIPESTATUS is bash's; the exit code of the first command is what is asked for.
+    done = subprocess.run(
+        ["bash", "-c", command + '; exit "${PIPESTATUS[0]}"'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (cli.OK, "[", "")

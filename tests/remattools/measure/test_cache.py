@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A repeated measurement is read, another program is compiled."""
 
+import errno
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -32,7 +35,33 @@ def test_the_environment_names_the_folder(tmp_path, monkeypatch):
     assert rt.measure(_square, X) == first
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"target": 3}'])
+def test_an_entry_whose_figures_were_changed_is_no_hit(tmp_path):
+    first = rt.measure(_square, X, target="cpu", cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    data = json.loads(entry.read_text())
+    data["measurement"]["argument_bytes"] = 5
+    entry.write_text(json.dumps(data))
+    again = rt.measure(_square, X, target="cpu", cache=tmp_path)
+    assert again.argument_bytes == first.argument_bytes == 1024
+
+
+def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_measurement(tmp_path, monkeypatch):
+    taken = tmp_path / "file"
+    taken.write_text("")
+    with pytest.warns(rt.CacheWarning, match="not kept"):
+        assert rt.measure(_square, X, target="cpu", cache=taken).argument_bytes == 1024
+    folder = tmp_path / "full"
+
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(caching.os, "replace", no_space)
+    with pytest.warns(rt.CacheWarning, match="No space left"):
+        assert rt.measure(_square, X, target="cpu", cache=folder).argument_bytes == 1024
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "null", '{"target": 3}', '{"measurement": {}, "digest": ""}'])
 def test_a_damaged_entry_is_no_hit(tmp_path, content):
     first = rt.measure(_square, X, cache=tmp_path)
     (entry,) = tmp_path.iterdir()
@@ -43,9 +72,31 @@ def test_a_damaged_entry_is_no_hit(tmp_path, content):
 
 
 def test_flags_of_the_compiler_belong_to_the_key(monkeypatch):
-    before = caching.key_of("program", "cpu", "cpu")
+    device = jax.devices("cpu")[0]
+    before = caching.key_of("program", "cpu", device)
+    assert caching.key_of("program", "cpu", device) == before  # control
     monkeypatch.setenv("XLA_FLAGS", "--xla_something")
-    assert caching.key_of("program", "cpu", "cpu") != before
+    flagged = caching.key_of("program", "cpu", device)
+    monkeypatch.setattr(caching, "_version", lambda name: "9.9")
+    assert len({before, flagged, caching.key_of("program", "cpu", device)}) == 3
+
+
+def test_options_of_a_jitted_function_belong_to_the_key(tmp_path):
+    def compiled(**options):
+        rt.measure(jax.jit(_square, compiler_options=options), X, target="cpu", cache=tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert compiled() == 1
+    assert compiled() == 1  # control
+    assert compiled(xla_cpu_enable_fast_math=True) == 2
+    assert compiled(xla_cpu_enable_fast_math=False) == 3
+
+
+def test_settings_of_jax_belong_to_the_key():
+    device = jax.devices("cpu")[0]
+    before = caching.key_of("program", "cpu", device)
+    with jax.enable_x64(not jax.config.jax_enable_x64):
+        assert caching.key_of("program", "cpu", device) != before
 
 
 def test_a_refusal_survives_storing(tmp_path):

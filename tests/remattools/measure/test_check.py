@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from tests.remattools.models import Tower, inputs, loss
+from tests.remattools.models import Block, Tower, inputs, loss
 
 
 def _model():
@@ -51,6 +51,8 @@ def test_what_is_in_force_is_checked_without_rules():
     ("rules", "code"),
     [
         pytest.param({"layers.*": "everything_saveable"}, "nothing_freed", id="saves everything"),
+        pytest.param({".": "nothing_saveable"}, "no_lower_peak", id="one region around everything"),
+        pytest.param({"layers.*": False}, "no_region", id="no rules"),
         pytest.param({"layers.*": rt.Remat(prevent_cse=False)}, "undone", id="merged by the compiler"),
         pytest.param({"layers.*": rt.Remat(offload=("mlp.up",))}, "offload_ignored", id="no host memory on cpu"),
         pytest.param(
@@ -74,6 +76,46 @@ def test_an_offload_that_works_is_not_blamed(tpu):
     report = rt.check(loss, nnx.eval_shape(lambda: Tower(depth=1)), inputs(), rules=rules, target=tpu)
     assert "offload_ignored" not in _codes(report), str(report)
     assert report.host_bytes > 0
+
+
+@pytest.mark.parametrize("rules", [{"layers.*": rt.Remat(group=2)}, {"layers.*": rt.Remat(group="sqrt")}])
+def test_groups_that_work_are_confirmed(rules):
+    model = nnx.eval_shape(lambda: Tower(depth=4))
+    report = rt.check(loss, model, X, rules=rules, target="cpu")
+    assert report.ok, str(report)
+    assert report.residual_bytes[1] < 0.5 * report.residual_bytes[0]
+
+
+def test_what_a_tpu_keeps_on_the_chip_is_no_sign_of_an_undone_recomputation(tpu):
+    model, x = nnx.eval_shape(lambda: Tower(depth=2, width=128)), inputs(8, 128, 128)
+    report = rt.check(loss, model, x, rules={"layers.*": "nothing_saveable"}, target=tpu)
+    assert report.temp_bytes[0] == 0
+    assert report.ok, str(report)
+    assert report.compiled_peak_bytes[1] < report.compiled_peak_bytes[0]
+    undone = rt.check(loss, model, x, rules={"layers.*": rt.Remat(prevent_cse=False)}, target=tpu)
+    assert "undone" in _codes(undone), str(undone)  # control
+
+
+class _Twice(nnx.Module):
+    """Calls one block twice: on the same values, or on what it returned."""
+
+    def __init__(self, same):
+        rngs = nnx.Rngs(0)
+        self.layers, self.same = nnx.List([Block(8, rngs) for _ in range(2)]), same
+
+    def __call__(self, x):
+        once = self.layers[0](x)
+        return self.layers[1](once + self.layers[0](x if self.same else once))
+
+
+@pytest.mark.parametrize(
+    ("same", "found"), [pytest.param(True, True, id="same values"), pytest.param(False, False, id="control")]
+)
+def test_regions_that_recompute_the_same_values_are_found(same, found):
+    model = nnx.eval_shape(lambda: _Twice(same))
+    report = rt.check(loss, model, X, rules={"layers.*": "nothing_saveable"}, target="cpu")
+    assert ("repeated" in _codes(report)) is found, str(report)
+    assert not found or "layers.0 is called 2 times" in str(report)
 
 
 def test_a_graphdef_split_off_before_the_rules_is_noticed():

@@ -6,11 +6,14 @@ import dataclasses
 import io
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 import remattools as rt
+from remattools.measure import compare as comparing
+from remattools.measure.measurement import OutOfMemory
 from tests.remattools.models import Tower, inputs, loss
 
 
@@ -69,6 +72,8 @@ def test_json_csv_markdown_and_text_hold_all_rows(comparison):
     assert [int(line["temp_bytes"]) for line in lines] == [row.measurement.temp_bytes for row in comparison.rows]
     assert comparison.to_markdown().count("\n") == 7
     assert all(row.name in str(comparison) for row in comparison.rows)
+    assert data["notes"] == ["full, dots, control are put on layers.*."]
+    assert "note: full, dots, control are put on layers.*." in str(comparison)
 
 
 def test_a_peak_without_temporaries_is_not_shown_as_the_peak(comparison):
@@ -156,3 +161,72 @@ def test_a_candidate_that_matches_nothing_raises_before_anything_is_compiled():
             progress=lambda *step: seen.append(step),
         )
     assert seen == []
+
+
+def test_rules_on_a_function_without_a_gradient_are_remarked_on():
+    def notes(fn, **options):
+        candidates = {"plain": None, "full": {"layers.*": "nothing_saveable"}}
+        model = nnx.eval_shape(lambda: Tower(depth=1))
+        return rt.compare(fn, model, inputs(), candidates=candidates, target="cpu", **options).notes
+
+    assert "differentiate=True" in notes(loss)[0]
+    assert notes(loss, differentiate=True) == ()
+    assert notes(nnx.grad(loss)) == ()
+    assert notes(nnx.jit(nnx.grad(loss))) == ()
+
+
+def test_memory_is_the_peak_where_the_tpu_keeps_temporaries_on_the_chip(tpu):
+    model, x = nnx.eval_shape(lambda: Tower(depth=2, width=128)), inputs(8, 128, 128)
+    result = rt.compare(
+        loss, model, x, candidates={"plain": None, "full": "nothing_saveable"}, differentiate=True, target=tpu
+    )
+    assert result["plain"].temp_bytes == 0  # so that a ratio of temporaries says nothing
+    assert result.memory == "peak_bytes"
+    assert result.rows[1].memory_ratio == result["full"].peak_bytes / result["plain"].peak_bytes < 1
+    assert str(result).split()[1] == "peak"
+
+
+def test_a_plot_of_what_does_not_fit_is_empty_and_no_error(comparison, tmp_path):
+    pytest.importorskip("matplotlib")
+    refused = OutOfMemory(needed_bytes=None, limit_bytes=None, message="no")
+    rows = tuple(
+        dataclasses.replace(
+            row, frontier=False, measurement=dataclasses.replace(row.measurement, out_of_memory=refused, flops=None)
+        )
+        for row in comparison.rows
+    )
+    dataclasses.replace(comparison, rows=rows).plot(tmp_path / "none.svg")
+    assert (tmp_path / "none.svg").stat().st_size > 1000
+
+
+def test_names_with_commas_and_quotes_survive_csv(comparison):
+    rows = (dataclasses.replace(comparison.rows[0], name='a,"b"\nc'),)
+    (line,) = csv.DictReader(io.StringIO(dataclasses.replace(comparison, rows=rows).to_csv()))
+    assert line["name"] == 'a,"b"\nc'
+
+
+def test_a_candidate_that_does_not_compile_costs_its_row_only(monkeypatch):
+    def failing(*args, **options):
+        if failing.turn in failing.refused:
+            failing.turn += 1
+            raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such layout\nmore")
+        failing.turn += 1
+        return rt.measure(*args, **options)
+
+    def compared(*refused):
+        failing.turn, failing.refused = 0, refused
+        model = nnx.eval_shape(lambda: Tower(depth=1))
+        candidates = {"plain": None, "full": {"layers.*": "nothing_saveable"}}
+        return rt.compare(loss, model, inputs(), candidates=candidates, differentiate=True, target="cpu")
+
+    monkeypatch.setattr(comparing, "measure", failing)
+    result = compared(1)
+    assert [row.measurement.fits for row in result.rows] == [True, False]
+    assert result.rows[1].memory_ratio is None
+    assert not result.rows[1].frontier
+    assert "full does not compile: UNIMPLEMENTED: no such layout" in str(result)
+    assert "more" in result["full"].refusal
+    json.loads(result.to_json())
+    assert all(row.measurement.fits for row in compared().rows)  # control
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no such layout"):
+        compared(0, 1)

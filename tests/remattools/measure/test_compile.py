@@ -235,9 +235,66 @@ def test_running_without_a_device_is_explained(tpu):
     assert "estimated_cycles" in caught.value.fix
 
 
-def test_errors_of_the_users_code_stay_what_they_are():
-    with pytest.raises(ZeroDivisionError):
+def test_errors_of_the_users_code_stay_what_they_are_and_say_what_was_called():
+    with pytest.raises(ZeroDivisionError) as caught:
         rt.measure(lambda x: 1 / 0, jnp.ones(3))
+    assert "remattools traced the call <lambda>(x=float32[3])." in caught.value.__notes__
+
+
+@pytest.mark.parametrize("look", [rt.residuals, functools.partial(rt.measure, target="cpu"), rt.timeline])
+@pytest.mark.parametrize("fn", [pytest.param(loss, id="plain"), pytest.param(nnx.jit(loss), id="jitted")])
+def test_arguments_in_another_order_are_explained(look, fn):
+    model, x = nnx.eval_shape(Tower), inputs()
+    with pytest.raises(rt.MeasureError, match=r"loss\(model=float32\[4,6,8\], .*Tower") as caught:
+        look(fn, x, model)
+    assert "loss(model" in caught.value.fix
+    with pytest.raises(rt.MeasureError, match="Tower stands in the place of the function, loss after it"):
+        look(model, fn, x)
+    with pytest.raises(rt.MeasureError, match="missing a required argument: 'model'"):
+        look(fn)
+    look(fn, model, x)  # control
+
+
+def test_a_function_among_a_models_inputs_is_no_mistake():
+    class Acting(Tower):
+        def __call__(self, x, function):
+            return function(super().__call__(x))
+
+    assert rt.measure(nnx.eval_shape(Acting), inputs(), jnp.sin, target="cpu").flops > 0
+
+
+def test_a_step_is_not_taken_for_a_loss():
+    def step(model, x):
+        value, gradients = nnx.value_and_grad(loss)(model, x)
+        nnx.update(model, jax.tree.map(lambda w, g: w - g, nnx.state(model, nnx.Param), gradients))
+        return value
+
+    model, x = nnx.eval_shape(Tower), inputs()
+    for fn in (step, nnx.jit(step)):
+        with pytest.raises(rt.MeasureError) as caught:
+            rt.measure(fn, model, x, differentiate=True, target="cpu")
+        assert "--as-is" in str(caught.value)
+        assert rt.measure(fn, model, x, target="cpu").fits
+
+    def penalty(model, x):
+        return jnp.sum(jax.grad(lambda x: loss(model, x))(x) ** 2)
+
+    measured = rt.measure(penalty, model, x, differentiate=True, target="cpu")
+    graphdef, state = nnx.split(Tower())
+    raw = jax.jit(lambda s, x: jax.grad(lambda s: penalty(nnx.merge(graphdef, s), x))(s)).lower(state, x).compile()
+    assert measured.flops == raw.cost_analysis()["flops"]
+
+
+def test_temporaries_in_the_tpus_own_memory_are_told_apart(tpu):
+    small, large = (
+        rt.measure(_stack, _abstract(256, 256), _abstract(n, 256), differentiate=True, target=tpu) for n in (512, 65536)
+    )
+    assert small.temporaries_on_chip
+    assert small.temp_bytes == 0 < small.total_bytes < small.peak_bytes
+    assert "the chip's own" in str(small)
+    assert not large.temporaries_on_chip
+    assert large.temp_bytes > 0
+    assert "the chip's own" not in str(large)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,62 @@ def test_totals_are_those_of_the_linearised_program(fn):
     assert rt.residuals(fn, WEIGHTS, X).total_bytes == _linearised_bytes(lambda w: fn(w, X), WEIGHTS) > 0
 
 
+def _penalty(w, x):
+    return jnp.sum(jax.grad(lambda x: jnp.sum(jnp.sin(x @ w[0]) ** 2))(x) ** 2)
+
+
+def _solved(w, x):
+    def half(_, b):
+        return b / 2
+
+    return jnp.sum(jax.lax.custom_linear_solve(lambda v: v * 2, x @ w[0], half, half) ** 2)
+
+
+def _nested_scans(w, x):
+    def outer(c, wi):
+        c, _ = jax.lax.scan(lambda c, _: (jnp.sin(jnp.cos(c @ wi)), None), c, None, length=3)
+        return c, jnp.tanh(c)
+
+    return jnp.sum(jax.lax.scan(outer, x, w)[1])
+
+
+def _mixed_types(w, x):
+    halves = [jnp.sin(x.astype(kind) @ w[0].astype(kind)) for kind in (jnp.bfloat16, jnp.float16)]
+    spectrum = jnp.abs(jnp.fft.fft(x @ w[1]))
+    order = jnp.argsort(x @ w[2], axis=-1)
+    noise = jax.random.normal(jax.random.key(0), x.shape)
+    picked = jnp.take_along_axis(spectrum, order, -1) * noise
+    return jnp.sum(picked) + sum(jnp.sum(half.astype(jnp.float32)) for half in halves)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        pytest.param(_penalty, id="a penalty on a gradient"),
+        pytest.param(jax.jit(_penalty), id="jitted"),
+        pytest.param(_solved, id="a linear solve"),
+        pytest.param(_nested_scans, id="scan in scan"),
+        pytest.param(lambda w, x: jnp.sum(jax.vmap(lambda w: jnp.sin(jnp.cos(x @ w)))(w)), id="vmap"),
+        pytest.param(_mixed_types, id="bfloat16, float16, complex, integers, keys"),
+    ],
+)
+def test_totals_of_unusual_losses(fn):
+    """JAX keeps scalars that it knows; traced, as always under jit, they are part of the program."""
+    _, linear = jax.linearize(lambda w: fn(w, X), WEIGHTS)
+    kept = sum(value.nbytes for value in jax.make_jaxpr(linear)(WEIGHTS).consts if value.shape)
+    assert rt.residuals(fn, WEIGHTS, X).total_bytes == kept > 0
+
+
+def test_a_step_that_returns_its_loss_has_no_residuals_of_its_own():
+    def step(weights, x):
+        value, gradient = jax.value_and_grad(lambda w: jnp.sum(jnp.sin(x @ w[0])))(weights)
+        return value, weights - gradient
+
+    for fn in (step, jax.jit(step)):
+        with pytest.raises(rt.MeasureError, match="takes a gradient itself"):
+            rt.residuals(fn, WEIGHTS, X)
+
+
 @pytest.mark.parametrize("policy", [None, "nothing_saveable", "dots_saveable", "everything_saveable"])
 def test_totals_of_models_are_those_of_the_linearised_program(policy):
     model, x = Tower(), inputs()
@@ -74,6 +130,58 @@ def test_totals_of_models_are_those_of_the_linearised_program(policy):
     report = rt.residuals(loss, model, x)
     assert report.total_bytes == _model_bytes(model, x)
     assert rt.residuals(lambda x: loss(model, x), x).total_bytes == report.total_bytes
+
+
+class _Wrapped(nnx.Module):
+    """A tower that is not the root, with something before and after its blocks."""
+
+    def __init__(self):
+        self.encoder, self.out = Tower(depth=4), nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return jnp.sin(self.out(self.encoder(x)))
+
+
+@pytest.mark.parametrize("group", [2, 3, "sqrt"])
+@pytest.mark.parametrize(
+    ("make", "pattern"),
+    [
+        pytest.param(lambda: Tower(depth=4), "layers.*", id="root"),
+        pytest.param(_Wrapped, "encoder.layers.*", id="deep"),
+    ],
+)
+def test_totals_of_groups_are_those_of_the_linearised_program(make, pattern, group):
+    model, x = make(), inputs()
+    plain = rt.residuals(loss, model, x)
+    rt.apply(model, {pattern: rt.Remat(group=group)})
+    report = rt.residuals(loss, model, x)
+    assert report.total_bytes == _model_bytes(model, x)
+    assert report.computed_bytes < 0.7 * plain.computed_bytes
+    paths = {row.path for row in plain.rows}
+    assert {row.path for row in report.rows} <= paths
+    assert rt.timeline(loss, model, x, differentiate=True).peak_bytes < 0.95 * (
+        rt.timeline(loss, make(), x, differentiate=True).peak_bytes
+    )
+
+
+class _Stacked(nnx.Module):
+    def __init__(self):
+        self.stack = nnx.vmap(lambda keys: nnx.Linear(8, 8, rngs=keys))(nnx.Rngs(0).split(5))
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: jnp.sin(jnp.cos(layer(x))), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+            x, self.stack
+        )
+
+
+def test_totals_of_grouped_scans_are_those_of_the_linearised_program():
+    model, x = _Stacked(), inputs()
+    plain = rt.residuals(loss, model, x)
+    rt.apply(model, {"stack": rt.Remat(group=2)})
+    report = rt.residuals(loss, model, x)
+    assert report.total_bytes == _model_bytes(model, x)
+    assert report.computed_bytes < plain.computed_bytes
+    assert "no_region" not in {finding.code for finding in rt.check(loss, model, x, target="cpu").findings}
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,24 @@ def test_unknown_platforms_are_explained(name):
     assert "cpu" in caught.value.fix or "gpu" in caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        pytest.param("tpu:v9", "tpu:v5e:2x2", id="a generation that is none"),
+        pytest.param("v5e", "did you mean 'tpu:v5e:2x2'?", id="no platform"),
+        pytest.param("tpuv5e", "did you mean 'tpu:v5e:2x2'?", id="no colon"),
+        pytest.param("tpu:v5litepod-4", "did you mean 'tpu:v5e:2x2'?", id="the cloud's name"),
+        pytest.param("TPU", "or without a device tpu:v2:2x2", id="capitals"),
+        pytest.param("cpu:0", "did you mean 'cpu'?", id="a number"),
+        pytest.param(5, '"cpu"', id="no text"),
+    ],
+)
+def test_what_was_meant_is_found(name, fix):
+    with pytest.raises(rt.TargetError) as caught:
+        rt.find_target(name)
+    assert fix in caught.value.fix
+
+
 @pytest.mark.parametrize(("name", "fix"), [("gpu", "pip install"), ("tpu", "tpu:v5e:2x2")])
 def test_devices_that_are_not_there_say_what_to_do(name, fix, monkeypatch):
     def absent(platform):
