@@ -151,7 +151,7 @@ def check(
         regions = list(_regions_in(_program_of(fn, args)))
         in_force = any(application.in_force(modules_of(model)))
         warnings = _explained(model)
-    if in_force:
+    if in_force or regions:
         found = [*_findings(plain, ruled, len(regions), where), *_repeated(regions), *warnings]
     else:
         found = [*_NO_RULES, *warnings]
@@ -240,33 +240,34 @@ def _program_of(fn: Any, args: tuple[Any, ...]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Region:
-    """One region in a program; equal inputs and programs compute equal values."""
+    """One region in a program; in one place, equal inputs and programs compute equal values."""
 
     path: str
+    place: tuple[int, ...]  # equal blocks share a program, and so the variables in it
     inputs: tuple[Any, ...]
     program: Any
 
 
-def _regions_in(program: Any, outside: tuple[str, ...] = ()) -> Iterator[_Region]:
+def _regions_in(program: Any, outside: tuple[str, ...] = (), place: tuple[int, ...] = ()) -> Iterator[_Region]:
     """Regions made by rules: their operations carry the mark, a hand-written `jax.checkpoint` carries none."""
-    for equation in programs.open_program(program).eqns:
+    for number, equation in enumerate(programs.open_program(program).eqns):
         stacks = (*outside, str(equation.source_info.name_stack))
-        for _, nested in programs.nested(equation):
+        for index, (_, nested) in enumerate(programs.nested(equation)):
             inner = programs.open_program(nested)
             inside = [str(e.source_info.name_stack) for e in inner.eqns]
             marked = next((stack for stack in inside if scopes.REGION in stack), None)
             if programs.is_region(equation) and marked is not None:
                 path = located([*stacks, marked])[1]
                 inputs = tuple(atom if isinstance(atom, core.Var) else str(atom) for atom in equation.invars)
-                yield _Region(format_path(path or ()), inputs, inner)
-            yield from _regions_in(nested, stacks)
+                yield _Region(format_path(path or ()), place, inputs, inner)
+            yield from _regions_in(nested, stacks, (*place, number, index))
 
 
 def _repeated(regions: list[_Region]) -> Iterator[Finding]:
     """Regions that recompute what another one recomputes: called again with what they were called with."""
     groups: dict[tuple[Any, ...], list[_Region]] = {}
     for region in regions:
-        groups.setdefault(region.inputs, []).append(region)
+        groups.setdefault((region.place, region.inputs), []).append(region)
     for group in groups.values():
         same = [region for region in group if str(region.program) == str(group[0].program)]
         if len(same) > 1:

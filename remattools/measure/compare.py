@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import MeasureError
 from ..rules.paths import format_path
@@ -139,7 +140,7 @@ class Comparison:
         return "\n".join([*trimmed(captured.get()), *self._remarks()])
 
     def __rich__(self) -> Group:
-        return Group(self._table(), *self._remarks())
+        return Group(self._table(), *map(Text, self._remarks()))
 
     def _remarks(self) -> list[str]:
         return [f"note: {note}" for note in self.notes]
@@ -150,7 +151,7 @@ class Comparison:
         for index, title in enumerate(titles):
             table.add_column(title, justify="right" if index else "left", overflow="fold")
         for line in lines:
-            table.add_row(*line)
+            table.add_row(*map(Text, line))  # as it is: a name in brackets is no markup
         return table
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
@@ -217,6 +218,7 @@ def compare(
         )
     where = find_target(target)
     model = model_of(fn, args) if any(rules is not None for rules in candidates.values()) else None
+    candidates = {str(name): rules for name, rules in candidates.items()}
     plans = {name: None if rules is None else rules_for(model, rules) for name, rules in candidates.items()}
     for plan in plans.values():  # a rule without effect is to be known before the first long compile
         if plan is not None:

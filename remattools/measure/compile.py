@@ -283,6 +283,17 @@ def _check_runnable(target: Target, call: staging.Call, repeats: int) -> None:
             why="a program runs on values; a jax.ShapeDtypeStruct has none.",
             fix="build the model and the batch, or leave run out.",
         )
+    deleted = [
+        info.text
+        for leaf, info in zip(call.leaves, call.infos, strict=True)
+        if isinstance(leaf, jax.Array) and leaf.is_deleted()
+    ]
+    if deleted:
+        raise MeasureError(
+            what=f"run=True, but {len(deleted)} arrays are deleted, such as {deleted[0]}.",
+            why="a step that donated its arguments has taken their memory.",
+            fix="pass what that step returned, or leave run out: shapes are still known.",
+        )
     if type(repeats) is not int or repeats < 1:
         raise MeasureError(
             what=f"repeats={repeats!r} gives no step time.", why="the median is taken over the runs.", fix="repeats=10."

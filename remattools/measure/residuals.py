@@ -17,6 +17,7 @@ import jax
 from jax.extend import core
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..transform import programs
 from ..transform.folding import masked, slice_text, stem
@@ -130,7 +131,7 @@ class ResidualReport:
         for row in shown[:_SHOWN]:
             times = f" x{row.count}" if row.count > 1 else ""
             shape = f"{row.dtype}[{','.join(map(str, row.shape))}]{times}"
-            table.add_row(format_bytes(row.bytes), row.path, row.name, shape, row.reason)
+            table.add_row(*map(Text, (format_bytes(row.bytes), row.path, row.name, shape, row.reason)))
         if len(shown) > _SHOWN:
             rest = sum(row.bytes for row in shown[_SHOWN:])
             table.add_row(format_bytes(rest), f"{len(shown) - _SHOWN} smaller rows", "", "", "")

@@ -104,15 +104,16 @@ class Target:
 
 
 def find_target(target: "str | Target | jax.Device | None" = None) -> Target:
-    """The target that a text, a device or None (JAX's default device) stands for.
+    """The target that a text, a device or None (JAX's default devices) stands for.
 
     Raises:
         TargetError: If there is none, with what to install.
     """
     if isinstance(target, Target):
         return target
-    if target is None:
-        return _of_device(jax.devices()[0])
+    if target is None:  # all of them, for arguments that are spread over several
+        devices = jax.devices()
+        return Target(name=_name(devices[0].platform), platform=devices[0].platform, devices=tuple(devices), live=True)
     if isinstance(target, jax.Device):
         return _of_device(target)
     if not isinstance(target, str):

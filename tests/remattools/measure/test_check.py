@@ -118,6 +118,11 @@ def test_regions_that_recompute_the_same_values_are_found(same, found):
     assert not found or "layers.0 is called 2 times" in str(report)
 
 
+def test_regions_in_equal_blocks_are_not_taken_for_one():
+    rules = {"layers.*": "dots_saveable", "layers.*.mlp": "nothing_saveable"}
+    assert "repeated" not in _codes(rt.check(loss, _model(), X, rules=rules, target="cpu"))
+
+
 def test_a_graphdef_split_off_before_the_rules_is_noticed():
     model = Tower()
     graphdef, _ = nnx.split(model)

@@ -199,6 +199,13 @@ def test_a_plot_of_what_does_not_fit_is_empty_and_no_error(comparison, tmp_path)
     assert (tmp_path / "none.svg").stat().st_size > 1000
 
 
+def test_names_may_be_numbers_and_stand_in_brackets():
+    model = nnx.eval_shape(lambda: Tower(depth=1))
+    result = rt.compare(loss, model, inputs(), candidates={1: None, "[bold]x[/]": None}, target="cpu")
+    assert [row.name for row in result.rows] == ["1", "[bold]x[/]"]
+    assert "[bold]x[/]" in str(result)
+
+
 def test_names_with_commas_and_quotes_survive_csv(comparison):
     rows = (dataclasses.replace(comparison.rows[0], name='a,"b"\nc'),)
     (line,) = csv.DictReader(io.StringIO(dataclasses.replace(comparison, rows=rows).to_csv()))

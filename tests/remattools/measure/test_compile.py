@@ -26,6 +26,12 @@ def _abstract(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def _deleted(*shape):
+    array = jnp.ones(shape)
+    array.delete()
+    return array
+
+
 def _figures(compiled):
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     return {
@@ -214,6 +220,12 @@ def test_a_program_that_does_not_fit_is_a_result(tpu):
             rt.MeasureError,
             "build",
             id="abstract",
+        ),
+        pytest.param(
+            lambda: rt.measure(_stack, jnp.ones((8, 8)), _deleted(8, 8), run=True),
+            rt.MeasureError,
+            "what that step returned",
+            id="deleted",
         ),
         pytest.param(
             lambda: rt.measure(_stack, jnp.ones((8, 8)), jnp.ones((8, 8)), run=True, repeats=0),

@@ -18,6 +18,20 @@ def test_live_targets():
     assert rt.find_target(rt.find_target("cpu")) is not None
 
 
+def test_without_a_name_all_devices_are_there_for_what_is_spread():
+    code = (
+        "import jax; jax.config.update('jax_num_cpu_devices', 2)\n"
+        "import jax.numpy as jnp, numpy as np, remattools as rt\n"
+        "from jax.sharding import Mesh, NamedSharding, PartitionSpec\n"
+        "mesh = Mesh(np.array(jax.devices()), ('data',))\n"
+        "x = jnp.ones((64, 64))\n"
+        "spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))\n"
+        "whole, half = (rt.measure(lambda x: x @ x.T, a).argument_bytes for a in (x, spread))\n"
+        "assert whole == 64 * 64 * 4 == 2 * half, (whole, half)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
 def test_topologies_without_a_device(tpu):
     before = dict(os.environ)
     targets._without_device.cache_clear()
