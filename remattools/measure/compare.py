@@ -301,7 +301,7 @@ def rules_for(model: Any, rules: Any) -> Rules:
         raise MeasureError(
             what=f"the candidate {rules!r} does not say which modules it is for.",
             why="an action alone is put onto every block, and the model has no sequence of blocks.",
-            fix=f'{{"{_first_child(model)}": {rules!r}}}, with the path or a pattern of a module.',
+            fix=f'{{"{_first_child(model)}": {rules!r}}}, with the path of a module or a pattern.',
         )
     return Rules(dict.fromkeys(sequences, rules))
 
