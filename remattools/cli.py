@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     planned.add_argument("-o", "--out", type=pathlib.Path, help="write the rules into this file")
     planned.add_argument("--plot", type=pathlib.Path, help="draw time against memory into a PNG or SVG file")
     _target_options(planned)
+    _as_is_option(planned)
     checked = command("check", _check, "say whether rules do what they were to do")
     _rules_option(checked)
     _target_options(checked)
@@ -269,6 +270,7 @@ def _plan(args: argparse.Namespace, subject: Subject) -> _Answer:
             budget=_budget(args.budget),
             of=args.of,
             max_cycles=args.max_cycles,
+            differentiate=not args.as_is,
             target=args.target,
             max_compiles=args.max_compiles,
             time_limit_s=args.time_limit,

@@ -17,7 +17,8 @@ from jax.extend import core
 from ..transform import names, programs
 from .cost import Rates, Work, work_of
 
-_INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+# Programs that an equation of these only holds.
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _CANDIDATE = "plan:"
 
 
@@ -29,8 +30,9 @@ class Step:
         reads: Numbers of the values it takes.
         writes: Of those it makes.
         work: What it does.
-        tag: What a `plan_block` stands for, else None.
+        tag: "forward" or "backward" and the number of the visit, if it is a block with a backward pass.
         label: For people.
+        turns: How often it runs: turns of the loops around it.
     """
 
     reads: tuple[int, ...]
@@ -38,6 +40,7 @@ class Step:
     work: Work
     tag: Any = None
     label: str = ""
+    turns: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,17 +111,17 @@ class Graph:
         return sum(self.bytes[value] for value in values)
 
     def cycles(self, step: Step, rates: Rates) -> float:
-        """The time that a step takes."""
+        """The time that a step takes, all its turns together."""
         if step.work.kind == "free":
             return 0.0
         rate = rates.matrix_flops if step.work.kind in ("matrix", "other") else rates.vector_flops
         arithmetic = step.work.flops / rate
         if step.work.kind == "elementwise" and all(value in self.fused for value in step.writes):
-            return arithmetic
+            return step.turns * arithmetic
         sources = frozenset[int]().union(*(self._sources.get(value, frozenset((value,))) for value in step.reads))
         moved = self.size(sources) + self.size(value for value in step.writes if value not in self.fused)
         overhead = 0.0 if step.work.kind == "elementwise" else rates.overhead
-        return max(arithmetic, moved / rates.traffic_bytes) + overhead
+        return step.turns * (max(arithmetic, moved / rates.traffic_bytes) + overhead)
 
     @functools.cached_property
     def _sources(self) -> dict[int, frozenset[int]]:
@@ -164,24 +167,22 @@ def alive(graph: Graph, order: Sequence[Step], held: Iterable[int] = (), keep: I
     return points
 
 
-def inlined(program: Any, leaves: Sequence[Any], special: Callable[[Any, list[Any]], Any] | None = None) -> list[Any]:
+def inlined(program: Any, leaves: Sequence[Any]) -> list[Any]:
     """Evaluate a program with its jits dissolved, so that one flat list of operations is traced.
 
     Args:
         program: Open or closed.
         leaves: Its arguments.
-        special: Asked for each equation first; None goes on as usual.
     """
     inner = programs.open_program(program)
     values: dict[Any, Any] = dict(zip(inner.constvars, getattr(program, "consts", ()), strict=False))
     values.update(zip(inner.invars, leaves, strict=True))
     for equation in inner.eqns:
         args = [programs.value_of(atom, values) for atom in equation.invars]
-        out = special(equation, args) if special is not None else None
         nested = [below for _, below in programs.nested(equation)]
-        if out is None and equation.primitive.name in _INLINED and len(nested) == 1:
-            out = inlined(nested[0], args, special)
-        if out is None:
+        if equation.primitive.name in INLINED and len(nested) == 1:
+            out = inlined(nested[0], args)
+        else:
             closed = core.Jaxpr(
                 constvars=[],
                 invars=list(dict.fromkeys(v for v in equation.invars if isinstance(v, core.Var))),
@@ -233,16 +234,6 @@ def block_graph(program: Any) -> Graph:
     return graph_of(lambda leaves: inlined(marked, leaves), avals, labels)
 
 
-def _tag_of(equation: Any) -> Any:
-    """What an opaque block stands for; its forward pass can still be wrapped in its custom derivative."""
-    if equation.primitive.name == "plan_block":
-        return equation.params["tag"]
-    if equation.primitive.name.startswith("custom_vjp_call"):
-        inside = [e for _, program in programs.nested(equation) for e in programs.open_program(program).eqns]
-        return next((e.params["tag"] for e in inside if e.primitive.name == "plan_block"), None)
-    return None
-
-
 def _numbered(top: Any, kept: int, labels: Mapping[str, str]) -> Graph:
     numbers: dict[Any, int] = {}
     sizes: list[int] = []
@@ -272,10 +263,9 @@ def _numbered(top: Any, kept: int, labels: Mapping[str, str]) -> Graph:
             reads=tuple(dict.fromkeys(number(atom) for atom in equation.invars if isinstance(atom, core.Var))),
             writes=tuple(number(var) for var in equation.outvars),
             work=work_of(equation),
-            tag=_tag_of(equation),
             label=equation.primitive.name,
         )
-        late = "transpose(" in str(equation.source_info.name_stack) or (step.tag or ("",))[0] == "backward"
+        late = "transpose(" in str(equation.source_info.name_stack)
         (backward if late else forward).append(step)
     made = {value for step in forward for value in step.writes}
     read_back = {value for step in backward for value in step.reads}

@@ -92,6 +92,7 @@ def _rows_of(shape: Outline) -> list[list[int]]:
     for numbers in by_holder.values():
         indices = [shape.visits[number][0][-1] for number in numbers]
         together = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        together = together and all(shape.calls[number].copies == 1 for number in numbers)
         if together and all(isinstance(i, int) for i in indices) and indices == list(range(len(indices))):
             rows.append(numbers)
     return rows

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from ..errors import BudgetError, MeasureError
+from ..errors import BudgetError
 from ..measure.cache import Cache, find_cache
 from ..measure.compile import measure
 from ..measure.measurement import Measurement, format_bytes
@@ -51,14 +51,16 @@ def plan(
     """Find rules that keep a memory budget with the least recomputation.
 
     Args:
-        loss_fn: A loss of the model and the batch.
+        loss_fn: A loss of the model and the batch; or with `differentiate=False` a step of the model, the optimizer and
+            the batch, jitted or not.
         model: An nnx model, real or abstract; rules on it are left out of account.
-        *batch: The loss's other arguments, real or abstract.
+        *batch: The function's other arguments, real or abstract.
         budget: Bytes, a text such as `"12GiB"`, a fraction of what the plain model takes (`0.5`), or `"fit"` (the
             device's memory less a margin).
-        of: What the budget is about: "peak", all that a gradient step takes, or "temp", the compiler's temporaries.
+        of: What the budget is about: "peak", all that the gradient or the step takes, or "temp", the compiler's
+            temporaries.
         max_cycles: Ask the other way round: the least memory within this time (and within the budget, if one is given).
-        differentiate: Only True: the planner takes the gradient itself, so as to see both passes.
+        differentiate: False for a whole step, which takes its gradient itself, of the model that comes first.
         target: As in `measure`.
         max_compiles: The most programs to compile; those that an earlier plan left in the cache do not count.
         time_limit_s: After this time no further compile begins.
@@ -70,7 +72,7 @@ def plan(
 
     Raises:
         BudgetError: If the budget cannot be read or reached; with the least that was reached and what holds it there.
-        MeasureError: If the model has no blocks, or there is nothing to differentiate.
+        MeasureError: If no block of the model has a backward pass here, or there is nothing to differentiate.
     """
     check_limits(budget, max_cycles)
     where = find_target(target)
@@ -130,7 +132,7 @@ def frontier(
         All compiled points. Ctrl-C returns those compiled so far.
 
     Raises:
-        MeasureError: If the model has no blocks, or there is nothing to differentiate.
+        MeasureError: If no block of the model has a backward pass here, or there is nothing to differentiate.
     """
     return _explored(
         (loss_fn, model, batch),
@@ -160,15 +162,15 @@ def _explored(
     progress: Progress | None,
 ) -> Frontier:
     """Compile what `choose` says until it says nothing more."""
-    _check(of, differentiate, max_compiles)
+    _check(of, max_compiles)
     loss_fn, model, batch = subject
     store = find_cache(cache)
     start = time.monotonic()
-    shape = outline(loss_fn, model, batch, rates_of(target.name))
+    shape = outline(loss_fn, model, batch, rates_of(target.name), differentiate=differentiate)
 
     def measured_by(rules: Rules, where: Cache | None = store) -> Measurement:
         with application.applied(model, _OFF), application.applied(model, rules):
-            return measure(loss_fn, model, *batch, target=target, differentiate=True, cache=where)
+            return measure(loss_fn, model, *batch, target=target, differentiate=differentiate, cache=where)
 
     search = Exploration(
         space=Space(shape),
@@ -204,7 +206,7 @@ def _explored(
 
     def holding(point: Point) -> str:
         with application.applied(model, _OFF), application.applied(model, point.rules):
-            alive = timeline(loss_fn, model, *batch, differentiate=True).largest[:3]
+            alive = timeline(loss_fn, model, *batch, differentiate=differentiate).largest[:3]
         return "; ".join(f"{a.path} {a.name} {a.shape}: {format_bytes(a.bytes)}" for a in alive)
 
     points = tuple(search.points.values())
@@ -220,7 +222,7 @@ def _explored(
     )
 
 
-def _check(of: str, differentiate: bool, max_compiles: int) -> None:
+def _check(of: str, max_compiles: int) -> None:
     if of not in ("peak", "temp"):
         raise BudgetError(
             what=f"of={of!r} is no figure of a program.",
@@ -232,12 +234,6 @@ def _check(of: str, differentiate: bool, max_compiles: int) -> None:
             what=f"max_compiles={max_compiles!r} compiles too little.",
             why="the plain model is compiled first, and at least one plan has to be verified.",
             fix="max_compiles=8.",
-        )
-    if not differentiate:
-        raise MeasureError(
-            what="differentiate=False: the planner cannot look into a step that takes its gradient itself.",
-            why="it differentiates each block by itself to know what the backward pass needs.",
-            fix="pass the loss; optimizer state can be taken off the budget: it does not change with the rules.",
         )
 
 

@@ -117,6 +117,7 @@ class Space:
         place = {path: number for number, path in enumerate(self.members)}
         table = [[level[kind] for level in self.levels] for _, kind in self.outline.visits]
         figures = np.array([[_figures(choice) for choice in row] for row in table])  # (visits, levels, figures)
+        figures[:, :, [3, 4, 5, 6, 9]] *= self.outline.turns[:, None, None]
         numbers = np.array([place[path] for path, _ in self.outline.visits])
         kinds = [kind for _, kind in self.outline.visits]
         plain = np.array([self.outline.problems[kind].plain.kept_bytes for kind in kinds], float)

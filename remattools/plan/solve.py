@@ -51,10 +51,12 @@ class BlockProblem:
     Args:
         graph: The block's graph, from `block_graph`.
         rates: Of the target.
+        stacked: Whether a loop stacks what it keeps.
     """
 
-    def __init__(self, graph: Graph, rates: Rates) -> None:
+    def __init__(self, graph: Graph, rates: Rates, *, stacked: bool = False) -> None:
         self.graph = graph
+        self.stacked = stacked
         self.costs = [graph.cycles(step, rates) for step in graph.forward]
         self.steps = self._closure(())  # what a backward pass could have to recompute
         used = {v for number in self.steps for v in (*graph.forward[number].reads, *graph.forward[number].writes)}
@@ -69,10 +71,15 @@ class BlockProblem:
     def plain(self) -> Choice:
         """No region: everything that the backward pass reads is kept."""
         graph = self.graph
+        if self.stacked:  # between two loops no compiler makes anything again
+            return self._without_region(graph.needed)
         # A compiler makes fused values again from others rather than keep them, but repeats no matrix product.
         fusible = [graph.forward[number].work.kind in ("elementwise", "free") for number in range(len(self.costs))]
         costs = [1e-3 * cost if fuses else cost for cost, fuses in zip(self.costs, fusible, strict=True)]
-        kept = {value for name in self._cheapest(costs, 1e-4, np.inf) for value in self.names[name]}
+        return self._without_region({v for name in self._cheapest(costs, 1e-4, np.inf) for v in self.names[name]})
+
+    def _without_region(self, kept: Iterable[int]) -> Choice:
+        graph = self.graph
         return Choice(
             names=None,
             kept_bytes=graph.size(kept),

@@ -39,20 +39,25 @@ def rules_of(space: Space, assignment: Assignment) -> Rules:
 
 
 def _pattern_for(path: Path, methods: dict[str, tuple[str, ...]]) -> str:
-    text = format_path(path)
-    if text in methods:
-        return text
-    return f"{format_path(path[:-1])}.*" if len(path) > 1 else "*"
+    texts = (format_path((*path[:n], "*", *path[n + 1 :])) for n in reversed(range(len(path))))
+    return next((text for text in (format_path(path), *texts) if text in methods), format_path(path))
 
 
 def _written(pattern: str, paths: Sequence[Path], everyone: Sequence[Path]) -> str:
-    if len(paths) == len(everyone) or not pattern.endswith("*"):
+    segments = pattern.split(".")
+    if len(paths) == len(everyone) or "*" not in segments:
         return pattern
-    if not all(isinstance(path[-1], int) for path in everyone):
-        names = [str(path[-1]) for path in paths]
-        return pattern[:-1] + (names[0] if len(names) == 1 else "{" + ",".join(names) + "}")
-    indices, last = [int(path[-1]) for path in paths], max(int(path[-1]) for path in everyone)
-    return pattern[:-1] + _slice(indices, last + 1)
+    place = segments.index("*")
+    chosen = _alternatives([path[place] for path in paths], [path[place] for path in everyone])
+    return ".".join([*segments[:place], chosen, *segments[place + 1 :]])
+
+
+def _alternatives(chosen: Sequence[str | int], everyone: Sequence[str | int]) -> str:
+    numbers = [segment for segment in chosen if isinstance(segment, int)]
+    if len(numbers) == len(chosen) and all(isinstance(segment, int) for segment in everyone):
+        return _slice(numbers, max(int(segment) for segment in everyone) + 1)
+    names = [str(segment) for segment in chosen]
+    return names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
 
 
 def _slice(indices: list[int], length: int) -> str:

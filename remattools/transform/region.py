@@ -23,7 +23,8 @@ from typing import Any
 
 import jax
 
-from ..rules.paths import Path
+from ..rules.paths import Path, parse_path
+from ..rules.policy import Policy
 from ..rules.rule import Remat
 from . import capture as cap
 from . import effects, names, scopes
@@ -89,9 +90,14 @@ class _Outputs:
         return cls(list(leaves), effects)
 
 
+# What takes a region's place: `stand_in(run, inputs, path)` returns what `run(inputs)` would, for the module at `path`.
+StandIn = Callable[[Callable[[Any], Any], Any, Path], Any]
+
+
 class _Mode(threading.local):
     disabled = False
     named = False
+    stand_in: tuple[Policy, StandIn] | None = None
 
 
 _mode = _Mode()
@@ -115,6 +121,19 @@ def named() -> Iterator[None]:
         yield
     finally:
         _mode.named = before
+
+
+@contextlib.contextmanager
+def replaced(policy: Policy, stand_in: StandIn) -> Iterator[None]:
+    """Inside, `stand_in` computes each region under `policy`: for looking at the program around them.
+
+    JAX keeps what it traces of inner jits for later calls, so the policy must be nobody else's: a callable of its own.
+    """
+    before, _mode.stand_in = _mode.stand_in, (policy, stand_in)
+    try:
+        yield
+    finally:
+        _mode.stand_in = before
 
 
 def is_disabled() -> bool:
@@ -148,7 +167,11 @@ def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str,
         # Own function object: JAX's cache holds it weakly, so that its entry, which may hold arrays, dies with it.
         run, token = functools.partial(run), object()
     static = _Static(target, action, captured.spec, token)
-    outputs = _checkpointed(run, action)(_Inputs(captured.leaves, static))
+    inputs = _Inputs(captured.leaves, static)
+    if _mode.stand_in is not None and _mode.stand_in[0] == action.policy:
+        outputs = _mode.stand_in[1](run, inputs, _path_of(args))
+    else:
+        outputs = _checkpointed(run, action)(inputs)
     done = outputs.effects
     return effects.replay(done.edits, done.out, outputs.leaves, captured.objects)
 
@@ -156,6 +179,11 @@ def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str,
 def _checkpointed(run: Callable[[_Inputs], _Outputs], action: Remat) -> Callable[[_Inputs], _Outputs]:
     policy = names.lowered_policy(action)
     return jax.checkpoint(run, policy=policy, prevent_cse=action.prevent_cse)
+
+
+def _path_of(args: tuple[Any, ...]) -> Path:
+    """Where the module that is called lies, while paths are recorded."""
+    return parse_path(vars(args[0]).get(cap.SCOPE_KEY, "."))
 
 
 def _run(inputs: _Inputs) -> _Outputs:

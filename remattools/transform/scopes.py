@@ -81,6 +81,11 @@ def path_of(name_stack: str) -> Path | None:
     return parse_path(found[-1]) if found else None
 
 
+def paths_of(name_stack: str) -> list[Path]:
+    """All module paths in an operation's name stack, the outermost first."""
+    return [parse_path(text) for text in _MARKED.findall(name_stack)]
+
+
 def output_of(name: str) -> tuple[Path, int] | None:
     """Module path and call index of a marked output, or None for a name of the user."""
     found = _OUTPUT_NAME.match(name)

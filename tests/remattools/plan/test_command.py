@@ -10,11 +10,22 @@ import remattools as rt
 from remattools import cli
 
 FACTORY = """
+import optax
 from flax import nnx
 from tests.remattools.models import MLP, Tower, inputs, loss
 
 def training():
     return loss, (nnx.eval_shape(lambda: Tower(4, 32, block=MLP)), inputs(4, 64, 32))
+
+def step(model, optimizer, x):
+    value, grads = nnx.value_and_grad(loss)(model, x)
+    optimizer.update(model, grads)
+    return value
+
+def stepping():
+    _, (model, x) = training()
+    optimizer = nnx.eval_shape(lambda: nnx.Optimizer(Tower(4, 32, block=MLP), optax.adamw(1e-3), wrt=nnx.Param))
+    return nnx.jit(step), (model, optimizer, x)
 """
 
 
@@ -34,3 +45,19 @@ def test_a_plan_is_written_and_measured(
     assert json.loads(capsys.readouterr().out)["temp_bytes"] == chosen["bytes"]
     assert cli.main(["plan", subject, "--budget", "1000", "--of", "temp", "--target", "cpu"]) == cli.CANNOT
     assert "the least is" in capsys.readouterr().err
+
+
+def test_a_whole_step_is_planned_as_it_is(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REMATTOOLS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "stepping.py").write_text(FACTORY)
+    subject, out = f"{tmp_path / 'stepping.py'}:stepping", tmp_path / "rules.toml"
+    common = ["--target", "cpu", "--as-is"]
+    limits = ["--budget", "0.7", "--of", "temp", "--max-compiles", "4"]
+    assert cli.main(["plan", subject, *limits, "-o", str(out), "--json", *common]) == cli.OK
+    chosen = next(point for point in json.loads(capsys.readouterr().out)["points"] if point["chosen"])
+    assert cli.main(["measure", subject, "--rules", str(out), "--json", *common]) == cli.OK
+    assert json.loads(capsys.readouterr().out)["temp_bytes"] == chosen["bytes"]
+    assert cli.main(["plan", subject, *limits, "--target", "cpu"]) == cli.CANNOT  # control: a step is no loss
+    assert "differentiate=False" in capsys.readouterr().err

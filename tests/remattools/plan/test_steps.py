@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole train steps: the peak counts optimizer state and gradients, and the step computes what it did."""
+
+import importlib.util
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import remattools as rt
+from remattools.plan.cost import rates_of
+from remattools.plan.graph import alive
+from remattools.plan.outline import Outline, outline
+
+from ..exactness import assert_same_values
+from ..models import MLP, Tower, inputs, loss
+from .test_loops import Scanned
+
+WIDTH, SHAPE = 16, (16, 32, 16)
+
+
+def tower() -> Tower:
+    return Tower(4, WIDTH, block=MLP)
+
+
+def adamw(model: Any) -> nnx.Optimizer[Any]:
+    return nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
+
+
+def abstract(make: Callable[[], Any]) -> tuple[Any, Any, Any]:
+    model = nnx.eval_shape(make)
+    optimizer = nnx.eval_shape(lambda: adamw(make()))
+    return model, optimizer, jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+
+
+def step(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
+    value, grads = nnx.value_and_grad(loss)(model, x)
+    optimizer.update(model, grads)
+    return value
+
+
+jitted = nnx.jit(step)
+
+
+def with_aux(model: Any, optimizer: Any, x: jax.Array) -> Any:
+    def both(model: Any, x: jax.Array) -> Any:
+        out = model(x)
+        return jnp.sum(out**2), out.mean()
+
+    (value, aux), grads = nnx.value_and_grad(both, has_aux=True)(model, x)
+    optimizer.update(model, grads)
+    return value, aux
+
+
+def clipped(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
+    value, grads = nnx.value_and_grad(loss)(model, x)
+    norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(grads)))
+    scale = jnp.minimum(1.0, 1.0 / norm)
+    optimizer.update(model, jax.tree.map(lambda leaf: leaf * scale, grads))
+    return value
+
+
+def averaged(model: Any, optimizer: Any, x: jax.Array) -> Any:
+    before = nnx.state(model, nnx.Param)
+    value = step(model, optimizer, x)
+    return value, jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, before, nnx.state(model, nnx.Param))
+
+
+def two_losses(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
+    first, one = nnx.value_and_grad(loss)(model, x)
+    second, two = nnx.value_and_grad(lambda model, x: jnp.sum(jnp.abs(model(x))))(model, x[:4])
+    optimizer.update(model, jax.tree.map(jnp.add, one, two))
+    return first + second
+
+
+def evaluated(model: Any, optimizer: Any, x: jax.Array) -> Any:
+    """A forward pass that nothing is differentiated through, after the update."""
+    value = jitted(model, optimizer, x)
+    return value, loss(model, x)
+
+
+def functional(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def of_params(params: Any) -> jax.Array:
+        return loss(nnx.merge(graphdef, params, rest, copy=True), x)
+
+    value, grads = jax.value_and_grad(of_params)(params)
+    optimizer.update(model, grads)
+    return value
+
+
+def accumulated(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
+    """Gradients of four parts, one after the other."""
+
+    def body(total: Any, model: Any, part: jax.Array) -> tuple[Any, jax.Array]:
+        value, grads = nnx.value_and_grad(loss)(model, part)
+        return jax.tree.map(jnp.add, total, grads), value
+
+    zeros = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+    parts = x.reshape(4, -1, *x.shape[1:])
+    scan = nnx.scan(body, in_axes=(nnx.Carry, None, 0), out_axes=(nnx.Carry, 0))
+    total, values = scan(zeros, model, parts)
+    optimizer.update(model, total)
+    return values.sum()
+
+
+STEPS = [step, jitted, with_aux, clipped, averaged, evaluated, functional]
+
+
+def outlined(fn: Any, make: Callable[[], Any] = tower) -> Outline:
+    model, optimizer, x = abstract(make)
+    return outline(fn, model, (optimizer, x), rates_of("cpu"), differentiate=False)
+
+
+def figures(shape: Outline) -> list[tuple[int, int]]:
+    return [(call.copies, call.turns) for call in shape.calls]
+
+
+@pytest.mark.parametrize("fn", STEPS, ids=lambda fn: getattr(fn, "__name__", "jitted"))
+def test_each_block_is_seen_once_with_its_backward_pass(fn: Any) -> None:
+    shape = outlined(fn)
+    assert [path for path, _ in shape.visits] == [("layers", index) for index in range(4)]
+    assert figures(shape) == [(1, 1)] * 4
+    assert [call.backward for call in shape.calls] == sorted((c.backward for c in shape.calls), reverse=True)
+
+
+def test_blocks_inside_loops_of_a_step() -> None:
+    assert figures(outlined(accumulated)) == [(1, 4)] * 4
+    assert figures(outlined(accumulated, Scanned)) == [(6, 24)]
+    assert figures(outlined(step, Scanned)) == [(6, 6)]
+    assert len(outlined(two_losses).visits) == 8
+
+
+def test_the_peak_of_a_step_holds_gradients_that_a_loss_only_returns() -> None:
+    def at_the_end(shape: Outline) -> int:
+        return alive(shape.around, shape.around.forward)[shape.calls[0].backward]
+
+    model, _, x = abstract(tower)
+    of_loss = outline(loss, model, (x,), rates_of("cpu"))
+    parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert at_the_end(outlined(step)) >= at_the_end(of_loss) + 0.7 * parameters
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("measured")
+
+
+def assert_same_step(fn: Any, make: Callable[[], Any], rules: rt.Rules) -> None:
+    """Both runs return and leave behind the same."""
+    results = []
+    for chosen in (None, rules):
+        model = make()
+        if chosen is not None:
+            rt.apply(model, chosen)
+        optimizer = adamw(model)
+        out = nnx.jit(lambda *args: fn(*args))(model, optimizer, inputs(*SHAPE))
+        results.append([jax.tree.leaves(out), nnx.to_pure_dict(nnx.state(model)), jax.tree.leaves(optimizer)])
+    assert_same_values(results[1], results[0])
+
+
+@pytest.mark.parametrize(
+    ("fn", "make"),
+    [
+        pytest.param(jitted, tower, id="adamw"),
+        pytest.param(two_losses, tower, id="two losses"),
+        pytest.param(accumulated, Scanned, id="accumulated over a scanned tower"),
+    ],
+)
+def test_a_step_is_planned_at_half_of_its_memory(fn: Any, make: Callable[[], Any], folder: pathlib.Path) -> None:
+    args = abstract(make)
+    options: Any = {"differentiate": False, "target": "cpu", "cache": folder}
+    plain = rt.measure(fn, *args, **options)
+    plan = rt.plan(fn, *args, budget=0.5, of="temp", max_compiles=5, **options)
+    assert plan.measured.temp_bytes <= 0.5 * plain.temp_bytes
+    assert len(plan.rules) <= 2
+    model, *rest = abstract(make)
+    rt.apply(model, rt.Rules.from_toml(plan.to_toml()))
+    measured = rt.measure(fn, model, *rest, target="cpu", differentiate=False)
+    assert measured.temp_bytes == plan.measured.temp_bytes
+    assert measured.total_bytes == plan.measured.total_bytes
+    assert_same_step(fn, make, plan.rules)
+
+
+def test_the_peak_of_a_step_is_more_than_that_of_its_gradient(folder: pathlib.Path) -> None:
+    model, optimizer, x = abstract(tower)
+    whole = rt.frontier(jitted, model, optimizer, x, differentiate=False, target="cpu", cache=folder, max_compiles=3)
+    gradient = rt.measure(loss, model, x, differentiate=True, target="cpu", cache=folder)
+    moments = sum(leaf.size * 4 for leaf in jax.tree.leaves(nnx.state(optimizer)) if leaf.size > 1)
+    assert whole.plain_bytes >= gradient.total_bytes + moments
+    assert whole.least_bytes < whole.plain_bytes
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_step_of_scanned_layers_is_planned_for_a_tpu(folder: pathlib.Path) -> None:
+    model, optimizer, _ = abstract(lambda: Scanned(4))
+    # What is small lies in a TPU's inner memory and is no temporary.
+    args = (model, optimizer, jax.ShapeDtypeStruct((512, 256, WIDTH), jnp.float32))
+    options: Any = {"differentiate": False, "target": "tpu:v5e:2x2", "cache": folder}
+    plan = rt.plan(jitted, *args, budget=0.7, of="temp", max_compiles=2, **options)
+    assert len(plan.rules)  # control
+    assert plan.measured.temp_bytes <= 0.7 * rt.measure(jitted, *args, **options).temp_bytes
+    with rt.applied(model, plan.rules):
+        assert rt.measure(jitted, *args, **(options | {"cache": None})).temp_bytes == plan.measured.temp_bytes
+    assert plan.measured.estimated_cycles is not None
+
+
+@pytest.mark.parametrize(
+    ("fn", "differentiate", "what"),
+    [
+        pytest.param(
+            lambda model, optimizer, x: loss(model, x), False, "no block of the model has a backward", id="loss"
+        ),
+        pytest.param(lambda model, optimizer, x: x.sum(), False, "no block of the model runs", id="no model"),
+        pytest.param(step, True, "differentiated twice", id="step as a loss"),
+    ],
+)
+def test_what_is_no_step_is_refused(fn: Any, differentiate: bool, what: str) -> None:
+    model, optimizer, x = abstract(tower)
+    with pytest.raises(rt.MeasureError, match=what) as caught:
+        rt.plan(fn, model, optimizer, x, budget=0.5, target="cpu", differentiate=differentiate)
+    assert caught.value.fix
