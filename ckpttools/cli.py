@@ -16,7 +16,7 @@ from typing import Any
 from . import tables
 from .adopting import adopt
 from .diffing import diff
-from .errors import CheckpointError, SpecError, StepDamagedError
+from .errors import CheckpointError, SpecError, StepDamagedError, UntrustedStepError
 from .exchange import export_safetensors
 from .importing import import_run
 from .listing import ls, prune
@@ -26,7 +26,7 @@ from .spec.mirror import Mirror, as_mirror
 from .spec.retention import Best, EveryNSteps, Latest, Retention, Union
 from .spec.spec import CheckpointSpec
 from .store import layout
-from .store.run import RunFolder
+from .store.run import RunFolder, existing_folder
 from .syncing import fetch_step, sync_mirror
 from .usage import build_parser
 from .verifying import verify
@@ -45,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StepDamagedError as error:
         damaged = [f"\n    damaged leaf: {name}" for name in error.leaves]
         damaged += [f"\n    damaged file: {name}" for name in error.files]
-        fix = error.fix or f"ckpttools verify {args.run} names all damage; ckpttools repair puts back what it can."
-        why = f"\n  why: {error.why}" if error.why else ""
-        tables.print_error(f"{args.run}: {error.what}{''.join(damaged)}{why}\n  fix: {fix}")
+        # Somebody at a shell is helped by a command for this run, unless the error knows better.
+        usual = error.fix == error.usual_fix and not isinstance(error, UntrustedStepError)
+        commands = f"ckpttools verify {args.run} names all damage; ckpttools repair puts back what it can."
+        fix = commands if usual else error.fix
+        tables.print_error(f"{args.run}: {error.what}{''.join(damaged)}\n  why: {error.why}\n  fix: {fix}")
         return CANNOT
     except CheckpointError as error:
         tables.print_error(str(error))
@@ -74,7 +76,7 @@ def place_of(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
     looks_like_step = (path / layout.MANIFEST).exists() or (path / "_CHECKPOINT_METADATA").exists()
     if step is not None and (looks_like_step or not path.is_dir()) and path.parent.is_dir():
         return path.parent, step
-    return _folder(path), None
+    return existing_folder(path), None
 
 
 def _run(path: pathlib.Path) -> pathlib.Path:
@@ -89,17 +91,7 @@ def _run(path: pathlib.Path) -> pathlib.Path:
             why="this command is for whole runs; in the folder of a step it would find no steps.",
             fix=f"ckpttools ... {os.path.normpath(path / '..')}",
         )
-    return _folder(path)
-
-
-def _folder(path: pathlib.Path) -> pathlib.Path:
-    if not path.is_dir():
-        raise CheckpointError(
-            what=f"{path} is no folder.",
-            why="a run is a folder with a numbered folder for each step.",
-            fix="check the path.",
-        )
-    return path
+    return existing_folder(path)
 
 
 def _ls(args: argparse.Namespace) -> int:

@@ -94,7 +94,6 @@ class _Save:
     ) -> None:
         self._root, self._staged, self._spec, self._job, self._group = root, staged, spec, job, group
         self._algorithm = spec.integrity.digest
-        self._part: dict[str, Any] = {}
 
     def meet(self, name: str, work: Callable[[], None]) -> None:
         """Do something, and go on if all could do it."""

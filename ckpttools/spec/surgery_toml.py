@@ -12,11 +12,11 @@ import dataclasses
 import json
 import pathlib
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import SpecError, SpecFileError, did_you_mean
+from . import documents
 from .operations import OPERATIONS, Operation
 
 TABLE = "surgery"
@@ -76,27 +76,12 @@ def _error(table: Any, why: str, fix: str) -> SpecError:
 
 def read_file(path: pathlib.Path) -> tuple[Operation, ...]:
     """The operations of a file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecFileError(
-            what=f"{path} cannot be read: {error}.",
-            why="the surgery stands in it.",
-            fix="check the path; the file is UTF-8 text.",
-        ) from error
-    return read(text, source=str(path))
+    return read(documents.read_text(path, holds="the surgery"), source=str(path))
 
 
 def read(text: str, *, source: str) -> tuple[Operation, ...]:
     """The operations of TOML text with `[[surgery]]` tables."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SpecFileError(
-            what=f"{source} is not TOML: {error}.",
-            why="nothing of it was used.",
-            fix="the line that is named, as TOML has it: texts in quotes, tables in [brackets].",
-        ) from error
+    document = documents.read_toml(text, source=source)
     tables = document.get(TABLE)
     if not isinstance(tables, list):
         raise SpecFileError(

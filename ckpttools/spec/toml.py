@@ -19,13 +19,12 @@ import dataclasses
 import json
 import pathlib
 import re
-import tomllib
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SpecError, SpecFileError, did_you_mean
-from . import retention, surgery_toml, triggers
+from . import documents, retention, surgery_toml, triggers
 from .mirror import Mirror
 from .storage import Integrity, Storage
 from .versions import Migration, StateVersion
@@ -222,27 +221,12 @@ class _At(Exception):
 
 def read_file(path: pathlib.Path) -> dict[str, Any]:
     """Keyword arguments of `CheckpointSpec` from the `[checkpoint]` table of a file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecFileError(
-            what=f"{path} cannot be read: {error}.",
-            why="the spec of the run stands in it.",
-            fix="check the path; the file is UTF-8 text.",
-        ) from error
-    return read(text, source=str(path))
+    return read(documents.read_text(path, holds="the spec of the run"), source=str(path))
 
 
 def read(text: str, *, source: str) -> dict[str, Any]:
     """Keyword arguments of `CheckpointSpec` from TOML text with a `[checkpoint]` table."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SpecFileError(
-            what=f"{source} is not TOML: {error}.",
-            why="nothing of it was used.",
-            fix="the line that is named, as TOML has it: texts in quotes, tables in [brackets].",
-        ) from error
+    document = documents.read_toml(text, source=source)
     if not isinstance(document.get(TABLE), dict):
         raise SpecFileError(
             what=f"{source} has no [{TABLE}] table.",
