@@ -73,6 +73,7 @@ bench:
 	.venv-bench/bin/python benchmarks/remat_optimum.py --cache .bench --write docs/benchmarks/remat_optimum.md
 	.venv-bench/bin/python benchmarks/remat_groups.py --cache .bench --write docs/benchmarks/remat_groups.md
 	.venv-bench/bin/python benchmarks/remat_presets.py --cache .bench --write
+	.venv-bench/bin/python benchmarks/plan_budgets.py --write
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
