@@ -163,6 +163,15 @@ class Ensemble(Listed):
         return x
 
 
+class Branches(Listed):
+    """A layer may be left out."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = nnx.cond(x.sum() > 0, lambda layer, x: layer(x), lambda _, x: x, layer, x)
+        return x
+
+
 def outlined(make: Any, fn: Any = loss) -> Outline:
     return outline(fn, nnx.eval_shape(make), (jax.ShapeDtypeStruct((4, 6, WIDTH), jnp.float32),), rates_of("cpu"))
 
@@ -179,6 +188,8 @@ def outlined(make: Any, fn: Any = loss) -> Outline:
         pytest.param(Groups, {f"groups.layers.{index}": (2, 2) for index in range(3)}, id="list in a scan"),
         pytest.param(Lists, {f"stages.{index}.layers": (3, 3) for index in range(2)}, id="scans in a list"),
         pytest.param(lambda: Scanned(3, Normed), {"stack": (3, 3)}, id="state and random numbers"),
+        pytest.param(lambda: nnx.RNN(nnx.LSTMCell(WIDTH, 8, rngs=nnx.Rngs(0))), {"cell": (6, 6)}, id="steps in time"),
+        pytest.param(Branches, {f"layers.{index}": (1, 1) for index in range(3)}, id="branches"),
         pytest.param(Ensemble, {f"layers.{index}": (1, 1) for index in range(3)}, id="vmap"),
     ],
 )

@@ -110,7 +110,34 @@ def accumulated(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
     return values.sum()
 
 
-STEPS = [step, jitted, with_aux, clipped, averaged, evaluated, functional]
+def counted(model: Any, optimizer: Any, x: jax.Array) -> None:
+    """Gradients accumulated by a loop whose turns nobody knows."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def body(index: Any, total: Any) -> Any:
+        grads = jax.grad(lambda params: loss(nnx.merge(graphdef, params, rest, copy=True), x[index]))(params)
+        return jax.tree.map(jnp.add, total, grads)
+
+    turns = jnp.argmax(x[:, 0, 0])
+    optimizer.update(model, jax.lax.fori_loop(0, turns, body, jax.tree.map(jnp.zeros_like, params)))
+
+
+def repeated(model: Any, optimizer: Any, x: jax.Array) -> None:
+    """Several steps in a scan."""
+
+    def body(carry: Any, part: jax.Array) -> tuple[Any, jax.Array]:
+        return carry, step(*carry, part)
+
+    parts = x.reshape(4, -1, *x.shape[1:])
+    nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))((model, optimizer), parts)
+
+
+def only_biases(model: Any, optimizer: Any, x: jax.Array) -> Any:
+    """The rest of the model is frozen."""
+    return nnx.grad(loss, argnums=nnx.DiffState(0, nnx.All(nnx.Param, nnx.PathContains("bias"))))(model, x)
+
+
+STEPS = [step, jitted, with_aux, clipped, averaged, evaluated, functional, only_biases]
 
 
 def outlined(fn: Any, make: Callable[[], Any] = tower) -> Outline:
@@ -132,6 +159,8 @@ def test_each_block_is_seen_once_with_its_backward_pass(fn: Any) -> None:
 
 def test_blocks_inside_loops_of_a_step() -> None:
     assert figures(outlined(accumulated)) == [(1, 4)] * 4
+    assert figures(outlined(repeated)) == [(1, 4)] * 4
+    assert figures(outlined(counted)) == [(1, 1)] * 4
     assert figures(outlined(accumulated, Scanned)) == [(6, 24)]
     assert figures(outlined(step, Scanned)) == [(6, 6)]
     assert len(outlined(two_losses).visits) == 8
