@@ -47,6 +47,7 @@ from .exchange import import_safetensors as import_safetensors
 from .importing import import_run as import_run
 from .listing import ListedStep as ListedStep
 from .listing import Listing as Listing
+from .listing import empty_quarantine as empty_quarantine
 from .listing import ls as ls
 from .listing import prune as prune
 from .loading import Preview as Preview

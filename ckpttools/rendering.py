@@ -18,7 +18,7 @@ def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: 
     """Rows under a head; the columns named in `right` are numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        table.add_column(printable(column), justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(printable, row))
     stream = io.StringIO()

@@ -110,6 +110,11 @@ def make_room(folder: RunFolder, spec: CheckpointSpec, job: Job) -> None:
         try:
             return require_space(folder.directory, spec, save_bytes)
         except DiskSpaceError:
+            # What is damaged goes first, and what is intact only if that was not enough.
+            folder.empty_quarantine()
+        try:
+            return require_space(folder.directory, spec, save_bytes)
+        except DiskSpaceError:
             folder.prune(spec.keep)
     return require_space(folder.directory, spec, save_bytes)
 

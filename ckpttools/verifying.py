@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from .errors import StepDamagedError, StepNotFoundError
+from .errors import StepDamagedError, StepNotFoundError, StorageError
 from .rendering import health_text
 from .store import catalogue, integrity
 from .store.run import existing_folder
@@ -18,7 +18,8 @@ class StepHealth:
 
     Attributes:
         step: Its number.
-        state: "intact", "incomplete", "corrupt", or "unverified" for a step of plain Orbax.
+        state: "intact", "incomplete", "corrupt", "unreadable" if the disk or Orbax refused what is undamaged,
+            "newer" if a newer version wrote it, or "unverified" for a step of plain Orbax.
         reason: What is wrong; "" if it is intact.
         files: Damaged files, relative to the step's folder.
         leaves: Damaged leaves, as far as the files could be read.
@@ -101,14 +102,18 @@ def _bytes(entry: catalogue.Entry) -> int:
 def _examine(entry: catalogue.Entry, seen: Callable[[int], None]) -> StepHealth:
     if entry.manifest is None:
         error = entry.error
-        files = error.files if isinstance(error, StepDamagedError) else ()
-        return StepHealth(step=entry.step, state=entry.state, reason=error.what if error else "", files=files)
-    files = integrity.damaged_files(entry, seen)
+        named = error.files if isinstance(error, StepDamagedError) else ()
+        return StepHealth(step=entry.step, state=entry.state, reason=error.what if error else "", files=named)
+    files: tuple[str, ...] = ()
     try:
+        files = integrity.damaged_files(entry, seen)
         items = entry.manifest.contents.items
         integrity.read_proved(entry, {item: stored.records for item, stored in items.items()})
     except StepDamagedError as error:
         return StepHealth(step=entry.step, state="corrupt", reason=error.what, files=files, leaves=error.leaves)
+    except StorageError as error:
+        # The others are judged all the same.
+        return StepHealth(step=entry.step, state="unreadable", reason=error.what)
     if files:
         reason = f"{len(files)} file(s) differ from what was written; all leaves are still readable"
         return StepHealth(step=entry.step, state="corrupt", reason=reason, files=files)

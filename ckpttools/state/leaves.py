@@ -126,6 +126,12 @@ def describe(item: str, leaf: Leaf) -> Record:
     shape = tuple(value.shape)
     if is_key(value):
         return Record(path=leaf.path, kind="key", shape=shape, dtype=_implementation(value))
+    if isinstance(value, np.ma.MaskedArray):
+        raise LeafError(
+            what=f"{dotted(item, leaf.path)} is a masked array.",
+            why="only its data would be stored, and its mask lost.",
+            fix="store both as arrays: {'data': x.data, 'mask': np.ma.getmaskarray(x)}.",
+        )
     dtype = np.dtype(value.dtype)
     if dtype.hasobject or (dtype.kind in "SUVmM" and dtype.name not in _ML_DTYPES):
         raise LeafError(

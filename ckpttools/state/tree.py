@@ -105,7 +105,14 @@ def open_pytree(value: Any) -> tuple[list[tuple[Path, Any]] | None, Any]:
     """The children of a pytree with their paths, and its tree definition; None for the children of a leaf."""
     if is_array(value) or value is None:
         return None, None
-    entries, treedef = jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_unit)
+    try:
+        entries, treedef = jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_unit)
+    except ValueError as error:
+        raise LeafError(
+            what=f"a part of the state cannot be taken apart: {error}",
+            why="JAX sorts the keys of a dict, and keys of different types, such as 0 and '0', have no order.",
+            fix="give all keys of a dict the same type.",
+        ) from error
     if len(entries) == 1 and entries[0][0] == ():
         return None, None
     return [(tuple(map(_segment, keys)), entry) for keys, entry in entries], treedef
@@ -121,6 +128,12 @@ def _segment(key: Any) -> str | int:
 
 def _checked(name: Any) -> str | int:
     if isinstance(name, str | int) and not isinstance(name, bool):
+        if isinstance(name, str) and not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise LeafError(
+                what=f"the state has a key {name!r}.",
+                why="half a character has no form in UTF-8, in which names are stored.",
+                fix="use another key.",
+            )
         return name
     raise LeafError(
         what=f"the state has a key {name!r} of type {type(name).__name__}.",

@@ -113,7 +113,7 @@ def _scan(root: pathlib.Path) -> Catalogue:
     pins = read_pins(root)
     entries = _scan_folder(root)
     aside = [entry for entry in _scan_folder(layout.control(root, "superseded"), aside=True) if entry.manifest]
-    spares = _numbered_spares(root)
+    spares = numbered_spares(root)
     lineage = _lineage_of_damaged(root, entries, aside, spares) or _newest_lineage([*entries, *aside])
     placed = _with_branches(entries, pins, lineage)
     live = {entry.step for entry in placed if entry.info and not entry.info.superseded}
@@ -198,7 +198,7 @@ def looks_like_orbax(folder: pathlib.Path) -> bool:
     return (folder / "_CHECKPOINT_METADATA").is_file()
 
 
-def _numbered_spares(root: pathlib.Path) -> list[int]:
+def numbered_spares(root: pathlib.Path) -> list[int]:
     """The numbers of the commits of which there are second copies, the last one first."""
     spares = layout.control(root, "spare")
     names = [path.name for path in spares.iterdir()] if spares.is_dir() else []

@@ -123,6 +123,10 @@ def sweep(root: pathlib.Path) -> None:
         if folder.is_dir():
             for entry in folder.iterdir():
                 shutil.rmtree(entry, ignore_errors=True)
+    own = layout.control(root)
+    for entry in own.iterdir() if own.is_dir() else ():
+        if entry.suffix == ".new":
+            entry.unlink(missing_ok=True)
 
 
 def copy_small_files(folder: pathlib.Path, spare: pathlib.Path) -> None:

@@ -27,6 +27,9 @@ FORMAT = 1
 LARGEST_BYTES = 1 << 30
 """A manifest above this size is refused unread; one of a million leaves takes about 200 MB."""
 
+_LAST_YEAR_S = 253_402_214_400
+"""The end of the year 9999, in seconds since the epoch."""
+
 type Lineage = tuple[tuple[str, int], ...]
 """Branches from the run's beginning, each with the step after which it began; see `catalogue`."""
 
@@ -272,6 +275,8 @@ def _read_summary(data: Any) -> Summary:
         raise CorruptStepError(what=f"the summary of the {layout.MANIFEST} cannot be read: {error}.") from error
     counts = all(type(value) is int for value in (summary.step, summary.sequence))
     clocks = all(isinstance(value, int | float) for value in (summary.saved_at, summary.run_s))
+    # A moment that no calendar has would end every listing of the run.
+    clocks = clocks and 0 <= summary.saved_at < _LAST_YEAR_S and math.isfinite(summary.run_s)
     if not (counts and clocks and summary.lineage and isinstance(summary.reason, str)):
         raise CorruptStepError(what=f"the summary of the {layout.MANIFEST} makes no sense.")
     return summary

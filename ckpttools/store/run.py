@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's folder as one object: its steps, its pins, its lock, and what retention deletes from it."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -8,12 +9,12 @@ import secrets
 import shutil
 from collections.abc import Sequence
 
-from ..errors import StepNotFoundError, StepOrderError, StorageError
+from ..errors import StepDamagedError, StepNotFoundError, StepOrderError, StorageError, VersionError
 from ..spec import retention
 from . import catalogue, commit, layout
 from .catalogue import Catalogue, Entry
 from .lock import WriterLock
-from .manifest import Lineage
+from .manifest import Lineage, read_sealed
 
 
 def existing_folder(directory: str | os.PathLike[str]) -> pathlib.Path:
@@ -135,6 +136,39 @@ class RunFolder:
         gone = [entry for entry in self.steps().committed if id(entry.info) in unwanted]
         self._remove(gone)
         return tuple(entry.step for entry in gone)
+
+    def quarantined(self) -> list[pathlib.Path]:
+        """What may be deleted from quarantine, by name.
+
+        A step that was committed after all intact ones stays: its second copies tell which branch the run is on.
+        """
+        folder = layout.control(self.directory, "quarantine")
+        with commit.explained(f"{folder} cannot be listed"):
+            found = sorted(folder.iterdir()) if folder.is_dir() else []
+        known = self.steps_now()
+        newest = max((entry.info.sequence for entry in known.committed if entry.info), default=0)
+        return found if known.last_sequence <= newest else []
+
+    def empty_quarantine(self) -> tuple[str, ...]:
+        """Delete what may be deleted from quarantine; returns the names."""
+        gone = self.quarantined()
+        for path in gone:
+            with commit.explained(f"{path} cannot be deleted"):
+                commit.discard(self.directory, path)
+        self._remove_spares({layout.step_number(path.name.partition("-")[0]) for path in gone})
+        return tuple(path.name for path in gone)
+
+    def _remove_spares(self, steps: set[int | None]) -> None:
+        """Delete the second copies of steps that are gone; those of what stands in the run stay."""
+        known = self.steps()
+        committed = {entry.info.sequence for entry in known.committed if entry.info}
+        damaged = {entry.step for entry in known.entries if entry.info is None}
+        for number in catalogue.numbered_spares(self.directory):
+            spare = layout.spare(self.directory, number)
+            with contextlib.suppress(StepDamagedError, VersionError, OSError):
+                step = read_sealed(spare).summary.step
+                if number not in committed and step in steps - damaged:
+                    shutil.rmtree(spare)
 
     def _forget_vanished(self) -> None:
         """Steps that somebody has deleted by hand must not count as kept."""

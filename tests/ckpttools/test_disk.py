@@ -294,3 +294,25 @@ def test_a_commit_that_the_disk_does_not_confirm_is_told_and_counted_once(tmp_pa
         monkeypatch.undo()
         assert isinstance(ckpt.save(2, STATE), ct.Skipped)
         assert ckpt.save(3, STATE).deleted == (1,)
+
+
+@pytest.mark.filterwarnings("ignore:.*damaged step.*were passed over")
+def test_with_prune_what_is_in_quarantine_goes_before_what_is_intact(tmp_path, monkeypatch):
+    keep_all = ct.CheckpointSpec(directory=tmp_path, keep=ct.All(), storage=ct.Storage(asynchronous=False))
+    with ct.open(keep_all) as ckpt:
+        for step in (1, 2, 3, 4):
+            ckpt.save(step, STATE)
+    data = max((tmp_path / "4" / "model").rglob("d/*"), key=lambda path: path.stat().st_size)
+    middle = data.stat().st_size // 2
+    damaged = bytearray(data.read_bytes())
+    damaged[middle] ^= 1
+    data.write_bytes(damaged)
+    with ct.open(spec_for(tmp_path, when_full="prune", asynchronous=False)) as ckpt:
+        assert ckpt.restore(STATE).step == 3
+        with_free(monkeypatch, 10**9)
+        ckpt.save(5, STATE)
+        quarantined = tmp_path / ".ckpttools" / "quarantine" / "4"
+        assert quarantined.is_dir()
+        with_free(monkeypatch, lambda: 0 if quarantined.exists() else 10**9)
+        ckpt.save(6, STATE)
+        assert not quarantined.exists()

@@ -182,6 +182,9 @@ def test_names_that_orbax_would_merge_are_refused(tmp_path):
         pytest.param({"metrics": 1}, "named 'metrics'", id="a reserved name"),
         pytest.param({"misc": {"f": object()}}, "misc.f is a builtins.object", id="an object"),
         pytest.param({"misc": np.array([{}])}, "dtype object", id="an object array"),
+        pytest.param({"misc": np.ma.array([1, 2], mask=[0, 1])}, "misc is a masked array", id="a masked array"),
+        pytest.param({"misc": {"0": 1, 0: 2}}, "cannot be taken apart", id="keys without an order"),
+        pytest.param({"misc": {"\ud800": np.ones(1)}}, "has a key", id="half a character"),
         pytest.param({"misc": {"f": jax.ShapeDtypeStruct((2,), jnp.float32)}}, "misc.f is abstract", id="abstract"),
     ],
 )
@@ -278,6 +281,7 @@ def test_two_writers_are_refused_and_a_reader_is_not(tmp_path):
 def test_a_signal_saves_the_step_and_ends_the_loop(tmp_path, number):
     params, seen = {"params": jnp.ones(2)}, []
     before = signal.getsignal(number)
+    assert before != signal.SIG_IGN, "a signal that is ignored stays so; do not start these tests in the background"
     with ct.open(spec_for(tmp_path, save=ct.EverySteps(100))) as ckpt:
         for step in ckpt.steps(50):
             if step == 3:

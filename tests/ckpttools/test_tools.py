@@ -237,3 +237,18 @@ def test_a_misspelt_run_is_neither_intact_nor_created(tmp_path, tool):
     with pytest.raises(ct.StorageError, match="is no folder"):
         getattr(ct, tool)(tmp_path / "typo", *more)
     assert not (tmp_path / "typo").exists()
+
+
+def test_quarantine_is_emptied_when_asked_and_not_before_the_run_went_on(run):  # noqa: F811
+    flip_bit(largest_file(run / "30" / "model"))
+    assert restore(run).step == 20
+    assert ct.empty_quarantine(run) == (), "it tells which branch the run is on"
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(STATE)
+        ckpt.save(25, STATE)
+    assert ct.empty_quarantine(run, dry_run=True) == ("30",)
+    assert (layout.control(run, "quarantine") / "30").is_dir()
+    assert ct.empty_quarantine(run) == ("30",)
+    assert not list(layout.control(run, "quarantine").iterdir())
+    assert sorted(path.name for path in layout.control(run, "spare").iterdir()) == ["1", "2", "4"]
+    assert [row.step for row in ct.ls(run)] == [10, 20, 25]

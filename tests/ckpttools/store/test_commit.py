@@ -71,9 +71,11 @@ def test_what_a_killed_process_left_is_swept_by_the_next_writer(tmp_path):
         folder = layout.control(tmp_path, part)
         folder.mkdir(parents=True)
         (folder / "left").write_text("x")
+    layout.control(tmp_path, "pins.json.new").write_text("x")
     with ct.open(spec) as ckpt:
         ckpt.restore({"w": jnp.ones(2)})
         ckpt.steps(5)
+    assert not layout.control(tmp_path, "pins.json.new").exists()
     assert not list(layout.control(tmp_path, "staging").iterdir())
     assert not list(layout.control(tmp_path, "trash").iterdir())
 

@@ -230,3 +230,24 @@ def test_more_memory_than_there_is_is_an_error_of_this_machine(step, monkeypatch
     monkeypatch.setattr(orbax, "read", read)
     with pytest.raises(ct.StorageError, match="needs more host memory"):
         restore(step)
+
+
+@pytest.mark.parametrize("moment", [float("nan"), float("inf"), 1e300, -1e18], ids=str)
+def test_a_moment_that_no_calendar_has_ends_no_listing(step, moment):
+    reseal(step, lambda entry: entry.update(saved_at=moment), line=1)
+    assert "corrupt" in str(ct.ls(step.parent))
+
+
+def test_verify_judges_the_other_steps_when_one_cannot_be_read(step):
+    with ct.open(ct.CheckpointSpec(directory=step.parent)) as ckpt:
+        ckpt.restore(STATE)
+        ckpt.save(6, STATE)
+
+    def another_shape(entry):
+        for leaf in entry["items"]["model"]["leaves"]:
+            leaf["shape"] = [2**40]
+
+    reseal(step, another_shape, line=2)
+    report = ct.verify(step.parent)
+    assert [each.state for each in report.steps] == ["unreadable", "intact"]
+    assert not report.ok
