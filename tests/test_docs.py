@@ -191,3 +191,22 @@ def test_every_page_is_in_the_navigation():
 
 def test_the_readme_has_code():
     assert ROOT / "README.md" in WITH_CODE
+
+
+def test_the_architecture_names_every_file():
+    """And no file that is not there. A new file's row is the first sentence of its docstring."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = {
+        f"{room}{file}"
+        for room, rows in re.findall(
+            r"^\| `(\w+/(?:\w+/)?)` \| \|\n\| --- \| --- \|\n((?:\|.*\n)+)", page, re.MULTILINE
+        )
+        for file in re.findall(r"^\| `(\w+\.py)` \| .", rows, re.MULTILINE)
+    }
+    files = {
+        str(path.relative_to(ROOT))
+        for package in ("remattools", "ckpttools")
+        for path in (ROOT / package).rglob("*.py")
+        if not path.name.startswith("__")
+    }
+    assert named == files
