@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that touches private JAX: what a policy answers with, and what a jitted function asks its compiler for.
+"""The only file that touches private JAX: policies' answers, a jitted function's compiler options, the trace that is on.
 
 JAX's policies return values of these classes, which have no public name; a policy
-that combines or offloads has to recognise and return them.
+that combines or offloads has to recognise and return them. Of the trace that is
+on, public JAX tells only whether it is another one, not whether it still lives.
 """
 
+import weakref
 from typing import Any
 
+from jax._src import core
 from jax._src.ad_checkpoint import name_p
 from jax._src.interpreters import partial_eval
 
@@ -30,3 +33,8 @@ def compiler_options(lowered: Any) -> tuple[Any, ...]:
     """The `compiler_options` of the `jax.jit` behind a lowered program, which its text does not show."""
     inner = getattr(getattr(lowered, "lowered", lowered), "_lowering", None)  # nnx wraps JAX's
     return tuple(getattr(inner, "_compiler_options_kvs", None) or ())
+
+
+def current_trace() -> weakref.ref[Any]:
+    """The trace that runs the caller's code: one for each call of `jit`'s, `grad`'s or `vmap`'s function."""
+    return weakref.ref(core.trace_ctx.trace)

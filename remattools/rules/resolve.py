@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from ..errors import RuleError, UnmatchedRuleError, UnmatchedRuleWarning
-from .paths import Path, Universe, closest, format_path, natural_key
+from .paths import Path, Pattern, Universe, closest, format_path, natural_key
 from .rule import Remat
 from .ruleset import Rules
 
@@ -108,7 +108,7 @@ def _unmatched(
     if found:
         error = _nothing_to_call(text, action, found, nodes)
     else:
-        near = closest_text(text, paths)
+        near = _anywhere(text, paths) or closest_text(text, paths)
         error = UnmatchedRuleError(
             what=f"the rule {text!r} matches no module of this model.",
             why="it would silently do nothing, and the memory would be as without it.",
@@ -141,6 +141,15 @@ def _nothing_to_call(
         why="a region is a method call; a module that only holds others has nothing to rematerialise.",
         fix="name " + " or ".join(fixes) + "." if fixes else "",
     )
+
+
+def _anywhere(text: str, paths: Sequence[Path]) -> str:
+    """A pattern with a dot starts at the root: if it would match further down, the sentence that says so, else ""."""
+    deeper = f"**.{text}"
+    if "." not in text or text.startswith((".", "**")):
+        return ""
+    found = next((path for path in paths if Pattern.parse(deeper).matches(path)), None)
+    return "" if found is None else f'a pattern with a dot starts at the root: "{deeper}" matches {format_path(found)}.'
 
 
 def closest_text(text: str, paths: Sequence[Path]) -> str:

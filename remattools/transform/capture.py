@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A call's objects as arrays and a hashable spec, and back, with what changed.
 
-Sits on `freeze`; knows nothing of policies or rules. A region has to hand
+Sits on `freeze` and `plain`; knows nothing of policies or rules. A region has to hand
 modules, caches, arrays, strings and callables through `jax.checkpoint`, which
 takes arrays only. `capture` walks everything a call can reach and splits it in
 
@@ -10,7 +10,9 @@ takes arrays only. `capture` walks everything a call can reach and splits it in
     for calls that may share one trace;
 -   objects: everything with an identity (modules, Variables, lists, dicts), by
     index, so that sharing, tied weights and returned arguments stay what they
-    are.
+    are. A plain Python object that holds arrays is taken apart like a module; one
+    that holds none stays itself, and it and what it refers to are objects, since
+    the call may write arrays into it.
 
 `nnx.split` and `nnx.merge` do not serve here: they write every Variable back,
 also the untouched ones (which destroys a model closed over by a transform), lose
@@ -18,6 +20,7 @@ in-place changes of plain dicts, and give graphdefs that cannot be hashed when a
 static attribute is a list.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
@@ -27,10 +30,11 @@ import numpy as np
 from flax import nnx
 from flax.nnx import graphlib
 
+from . import plain
 from .freeze import Freezer
 
 # Specs are tuples whose first item is one of these tags.
-_LEAF, _REF, _STATIC, _VARIABLE, _NODE, _LIST, _DICT, _TUPLE, _PYTREE, _STATE = range(10)
+_LEAF, _REF, _STATIC, _VARIABLE, _NODE, _LIST, _DICT, _TUPLE, _PYTREE, _STATE, _OBJECT = range(11)
 
 STATE_KEY = "_pytree__state"  # nnx's record of the trace level an object was made at
 
@@ -47,12 +51,15 @@ def own_class(value: Any) -> type:
 
 
 class _Static:
-    """A value that is not traced; compares by its frozen key."""
+    """A value that is not traced; compares by its frozen key.
 
-    __slots__ = ("key", "value")
+    `objects` are the value and what it refers to, so far as a call may change or return them.
+    """
 
-    def __init__(self, key: Any, value: Any) -> None:
-        self.key, self.value = key, value
+    __slots__ = ("key", "objects", "value")
+
+    def __init__(self, key: Any, value: Any, objects: tuple[Any, ...] = ()) -> None:
+        self.key, self.value, self.objects = key, value, objects
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Static) and self.key == other.key
@@ -131,6 +138,11 @@ class Walk:
         if nnx.variablelib.is_array_ref(value):
             self.leaves.append(value)
             return (_LEAF,)
+        if plain.is_plain(value) and plain.holds_arrays(value):
+            content = plain.content_of(value)
+            assert content is not None  # it is plain
+            self.register(value)
+            return (_OBJECT, kind, *self.plain_content(content))
         return self.static(value)
 
     def register(self, value: Any) -> int:
@@ -143,10 +155,36 @@ class Walk:
     def static(self, value: Any) -> Any:
         """Spec of a value that is not traced."""
         key = self.freezer.freeze(value)
-        if not isinstance(value, (*_UNIQUE, type)):
-            # By index, so that a returned argument is the caller's own object.
-            self.register(value)
-        return (_STATIC, _Static(key, value))
+        if isinstance(value, (*_UNIQUE, type)):
+            return (_STATIC, _Static(key, value), ())
+        # By index, so that a returned argument is the caller's own object.
+        first = self.register(value)
+        shape = self.references(value)
+        return (_STATIC, _Static(key, value, tuple(self.objects[first:])), shape)
+
+    def references(self, value: Any, depth: int = 0) -> Any:
+        """Give all that a static value refers to, and that a call may change, an index; returns which are which."""
+        if depth > _MAX_DEPTH or isinstance(value, _UNIQUE):
+            return ()
+        shape: list[Any] = []
+        for child in plain.children_of(value):
+            index = self.known.get(id(child))
+            if index is not None:
+                shape.append(index)
+                continue
+            if plain.is_mutable(child):
+                self.register(child)
+            below = self.references(child, depth + 1)
+            if below:
+                shape.append(below)
+        return tuple(shape)
+
+    def plain_content(self, content: plain.Content) -> tuple[Any, Any]:
+        """Specs of the attributes and the items of a plain object."""
+        items = content.items
+        return self.attributes(content.attributes), (
+            None if items is None else self.items(items) if isinstance(items, dict) else tuple(map(self.visit, items))
+        )
 
     def variable_content(self, variable: Any) -> tuple[Any, Any]:
         """Spec of a Variable's raw value, and its metadata."""
@@ -190,9 +228,12 @@ class Walk:
             return tuple(map(self.visit, value))
         if type(value) is dict:
             return self.items(value)
+        if isinstance(value, set | collections.deque):
+            return tuple(map(self.visit, value))
         return self.pytree_content(value)
 
 
+_MAX_DEPTH = 24
 # Values without an identity of their own that a caller could miss.
 _UNIQUE = (type(None), bool, int, float, complex, str, bytes)
 
@@ -233,10 +274,8 @@ class Build:
         if tag == _REF:
             return self.objects[spec[1]]
         if tag == _STATIC:
-            value = spec[1].value
-            if not isinstance(value, (*_UNIQUE, type)):
-                self.objects.append(value)
-            return value
+            self.objects.extend(spec[1].objects)
+            return spec[1].value
         if tag == _TUPLE:
             items = [self.build(item) for item in spec[2]]
             return tuple(items) if spec[1] is tuple else spec[1](*items)
@@ -263,10 +302,34 @@ class Build:
         elif tag == _DICT:
             self.objects[index] = result = {}
             result.update(self.items(spec[1]))
+        elif tag == _OBJECT:
+            result = self.plain_object(index, *spec[1:])
         else:
             result = self.pytree(spec[1:])
         self.objects[index] = result
         return result
+
+    def plain_object(self, index: int, kind: Any, attributes: Any, items: Any) -> Any:
+        """A plain Python object, past its constructor."""
+        if issubclass(kind, tuple):
+            content = self.attributes(attributes)
+            result = tuple.__new__(kind, self.plain_items(kind, items))
+        else:
+            # Before its content, which may refer to it.
+            self.objects[index] = result = plain.create(kind)
+            content = self.attributes(attributes)
+            if items is not None:
+                plain.set_items(result, self.plain_items(kind, items))
+        plain.set_attributes(result, content)
+        return result
+
+    def attributes(self, content: Any) -> dict[Any, Any]:
+        """Attributes by name, from `Walk.attributes`."""
+        return {key: self.build(item) for key, item in content}
+
+    def plain_items(self, kind: type, content: Any) -> Any:
+        """Items of a plain container, from `Walk.plain_content` or `Walk.content`."""
+        return self.items(content) if issubclass(kind, dict) else [self.build(item) for item in content]
 
     def items(self, content: Any) -> dict[Any, Any]:
         """A dict from `Walk.items`."""

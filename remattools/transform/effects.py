@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call did to the objects it was given, and the same done to the caller's.
 
-Sits on `capture`. A region runs on rebuilt copies; only what a call changed leaves
+Sits on `capture` and `plain`. A region runs on rebuilt copies; only what a call changed leaves
 it, as edits: the value of a Variable, an attribute, the items of a dict. Untouched
 objects are never written to, so that a model closed over by a transform is safe.
 """
 
+import collections
+import contextlib
 import dataclasses
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 from flax import errors as flax_errors
 from flax import nnx
 from flax.nnx import graphlib
 
+from . import plain
 from .capture import STATE_KEY, Build, Walk, init_node, node_content, one_level
 
 
@@ -25,7 +28,7 @@ class Edit:
         index: Which of the captured objects.
         content: Spec of its new content: the raw value and the metadata of a
             Variable, the changed attributes of a module, all items of a container.
-        deleted: Attributes that are gone; modules only.
+        deleted: Attributes that are gone; modules and plain objects only.
     """
 
     index: int
@@ -47,9 +50,11 @@ def _shallow(item: Any) -> Any:
         return list(item)
     if type(item) is dict:
         return dict(item)
+    if type(item) in (set, collections.deque):
+        return list(item)
     if graphlib.is_node(item):
         return one_level(item)
-    return None
+    return plain.content_of(item)
 
 
 def changes(objects: list[Any], before: list[Any], out: Any) -> tuple[list[Any], tuple[Edit, ...], Any]:
@@ -66,7 +71,9 @@ def changes(objects: list[Any], before: list[Any], out: Any) -> tuple[list[Any],
         new = _shallow(item)
         if old is None or _same(old, new):
             continue
-        if isinstance(old, dict) and type(item) is not dict:
+        if isinstance(old, plain.Content):
+            edits.append(_plain_edit(walk, index, old, new))
+        elif isinstance(old, dict) and type(item) is not dict:
             changed = {key: value for key, value in new.items() if key not in old or value is not old[key]}
             changed.pop(STATE_KEY, None)
             deleted = tuple(key for key in old if key not in new)
@@ -76,8 +83,21 @@ def changes(objects: list[Any], before: list[Any], out: Any) -> tuple[list[Any],
     return walk.leaves, tuple(edits), walk.visit(out)
 
 
+def _plain_edit(walk: Walk, index: int, old: plain.Content, new: plain.Content) -> Edit:
+    changed = {
+        key: value
+        for key, value in new.attributes.items()
+        if key not in old.attributes or value is not old.attributes[key]
+    }
+    items = None if new.items is None or _same(old.items, new.items) else new.items
+    deleted = tuple(key for key in old.attributes if key not in new.attributes)
+    return Edit(index, walk.plain_content(plain.Content(changed, items)), deleted)
+
+
 def _same(old: Any, new: Any) -> bool:
     """Identity of every child; an array that was not replaced is the same object."""
+    if isinstance(old, plain.Content):
+        return _same(old.attributes, new.attributes) and (old.items is None or _same(old.items, new.items))
     if isinstance(old, dict):
         return list(old) == list(new) and all(old[key] is new[key] for key in old)
     if isinstance(old, list):
@@ -113,8 +133,39 @@ def _apply(edit: Edit, target: Any, build: Build) -> None:
         target[:] = [build.build(item) for item in edit.content]
     elif type(target) is dict:
         _refill(target, build.items(edit.content))
+    elif type(target) in (set, collections.deque):
+        plain.set_items(target, [build.build(item) for item in edit.content])
+    elif not graphlib.is_node(target):
+        attributes, items = edit.content
+        plain.set_attributes(target, build.attributes(attributes), edit.deleted)
+        if items is not None:
+            plain.set_items(target, build.plain_items(type(target), items))
     else:
         _become(target, build.pytree(edit.content))
+
+
+@contextlib.contextmanager
+def restored(objects: Iterable[Any]) -> Iterator[None]:
+    """Afterwards what a call wrote into lists, dicts and plain objects themselves is undone: for looking at a trace."""
+    kept = list(objects)
+    before = snapshot(kept)
+    try:
+        yield
+    finally:
+        for item, old in zip(kept, before, strict=True):
+            if old is not None and not _same(old, _shallow(item)):
+                _restore(item, old)
+
+
+def _restore(item: Any, old: Any) -> None:
+    if isinstance(old, plain.Content):
+        now = plain.content_of(item)
+        new = now.attributes if now is not None else {}
+        plain.set_attributes(item, old.attributes, [name for name in new if name not in old.attributes])
+        if old.items is not None:
+            plain.set_items(item, old.items)
+    elif isinstance(item, list | dict | set | collections.deque):
+        plain.set_items(item, old)
 
 
 def _check_mutable(node: Any) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Static values as cache keys: when may two calls share one trace?
 
-Lowest file of `transform`. Real models carry lists, dicts, config objects and
+Sits on `plain`. Real models carry lists, dicts, config objects and
 lambdas as static attributes; most of them cannot be hashed, and some change
 between two traces. `Freezer.freeze` turns a value into a hashable key that
 compares by *value*, so that a change is seen and equal blocks share, and notes
@@ -9,6 +9,7 @@ where that is not possible: a value that holds arrays out of reach, or whose
 content cannot be seen at all, makes its block trace on its own.
 """
 
+import collections
 import dataclasses
 import enum
 import functools
@@ -19,13 +20,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from . import plain
+
 # Containers nested deeper than this, or cyclic ones, are not shared.
 _MAX_DEPTH = 24
 # Immutable leaves that compare by value (floats have their own rule).
-_PLAIN = (type(None), bool, int, str, bytes, complex, type(Ellipsis), range)
-# Instances of these packages' classes (dtypes, shardings, meshes, jitted library functions) are treated as
-# immutable when hashable: their own `__eq__` decides.
-_TRUSTED_PACKAGES = frozenset({"jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes"})
+_PLAIN = (type(None), bool, int, str, bytes, type(Ellipsis), range)
 
 
 class Identity:
@@ -59,9 +59,9 @@ class Freezer:
         kind = type(value)
         if kind in _PLAIN:
             return (kind, value)
-        if kind is float:
+        if kind in (float, complex):
             # repr tells -0.0 from 0.0 and makes a NaN equal to itself.
-            return (float, repr(value))
+            return (kind, repr(value))
         if depth > _MAX_DEPTH:
             return self._opaque(value)
         if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType | enum.Enum):
@@ -71,12 +71,13 @@ class Freezer:
         below = depth + 1
         if isinstance(value, np.ndarray | np.generic):
             return self._numpy(value)
-        if kind in (list, tuple):
+        if kind in (list, tuple, set, frozenset):
+            # Equal sets may be run through in different orders: those are two keys.
             return (kind, tuple(self.freeze(item, below) for item in value))
+        if kind is collections.deque:
+            return (kind, value.maxlen, tuple(self.freeze(item, below) for item in value))
         if kind is slice:
             return (kind, self.freeze((value.start, value.stop, value.step), below))
-        if kind in (set, frozenset):
-            return (kind, frozenset(self.freeze(item, below) for item in value))
         if kind in (dict, types.MappingProxyType):
             return (kind, tuple((self.freeze(k, below), self.freeze(v, below)) for k, v in value.items()))
         if isinstance(value, types.FunctionType):
@@ -112,7 +113,8 @@ class Freezer:
     def _object(self, value: Any, depth: int) -> Any:
         kind = type(value)
         package = kind.__module__.partition(".")[0]
-        if package in _TRUSTED_PACKAGES or hasattr(kind, "__jax_array__"):
+        # Trusted instances are treated as immutable when hashable: their own `__eq__` decides.
+        if package in plain.TRUSTED_PACKAGES or hasattr(kind, "__jax_array__"):
             # Identity alone says nothing of an object's content (a random generator), but a library's functions have
             # none that changes.
             own_hash: Any = kind.__hash__
@@ -125,32 +127,11 @@ class Freezer:
             # A jitted function is immutable but for what its Python function captured.
             wrapped = getattr(value, "__wrapped__", None)
             return (kind, value) if wrapped is None else (kind, value, self.freeze(wrapped, depth))
-        content = _content(value)
+        content = plain.content_of(value)
         if content is None:
             return self._opaque(value)
-        return (Identity(kind), self.freeze(content, depth))
+        return (Identity(kind), self.freeze(content.attributes, depth), self.freeze(content.items, depth))
 
     def _opaque(self, value: object) -> Any:
         self.unshareable = value
         return Identity(value)
-
-
-def _content(value: Any) -> dict[str, Any] | None:
-    """All instance state of a plain Python object, or None if some is out of sight."""
-    kind = type(value)
-    if any(base.__module__ == "builtins" and base is not object for base in kind.__mro__):
-        # A subclass of list, dict, str, ...: part of its state lives in the base.
-        if isinstance(value, dict):
-            return {**vars(value), "": dict(value)} if hasattr(value, "__dict__") else {"": dict(value)}
-        if isinstance(value, list | tuple):
-            return {**getattr(value, "__dict__", {}), "": tuple(value)}
-        return None
-    state: dict[str, Any] = dict(getattr(value, "__dict__", {}))
-    for base in kind.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                state[name] = getattr(value, name)
-    if not state and not hasattr(value, "__dict__"):
-        return None  # written in C: nothing to compare
-    return state

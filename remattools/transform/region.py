@@ -6,7 +6,9 @@ Sits on `capture`; `swap` and `decorator` call it. Facts that shaped it:
 -   JAX caches the trace of a checkpointed function by the function object, the
     tree structure and the avals of its arguments. So one function object serves
     all blocks, and everything static (spec of the module, method, strings, bools)
-    rides in the tree structure: 96 equal layers are traced once.
+    rides in the tree structure: 96 equal layers are traced once. It serves within
+    one trace around the blocks only: attributes of classes, globals and replaced
+    methods may change before the next, and no key sees those.
 -   `nnx.remat` writes a model back that it closed over, which destroys it under
     every other transform. Here only edits come back; an untouched model is not
     written to.
@@ -23,6 +25,7 @@ from typing import Any
 
 import jax
 
+from .. import compat
 from ..rules.paths import Path, parse_path
 from ..rules.policy import Policy
 from ..rules.rule import Remat
@@ -103,6 +106,30 @@ class _Mode(threading.local):
 _mode = _Mode()
 
 
+class _Shared(threading.local):
+    """The function objects whose traces equal blocks share, one for each trace around them."""
+
+    def __init__(self) -> None:
+        self.runs: dict[tuple[Any, Any], Callable[[_Inputs], _Outputs]] = {}
+
+    def get(self, body: Callable[[_Inputs], _Outputs]) -> Callable[[_Inputs], _Outputs]:
+        """The object for `body` in the trace that is on."""
+        key = (body, compat.current_trace())
+        run = self.runs.pop(key, None)
+        if run is None:
+            run = functools.partial(body)
+            # What JAX cached for an object may hold values of its trace, which then never ends by itself: keep few.
+            alive = [(known, kept) for known, kept in self.runs.items() if known[1]() is not None]
+            self.runs = dict(alive[-_MAX_SHARED:])
+        self.runs[key] = run  # the last used comes last
+        return run
+
+
+# Traces that stand around each other: a model's, and one for each level of regions in regions.
+_MAX_SHARED = 64
+_shared = _Shared()
+
+
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
     """Inside, regions run plainly: for looking at what a model computes."""
@@ -162,10 +189,13 @@ def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str,
     captured = cap.capture((args, kwargs))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in captured.leaves):
         return target(*args, **kwargs)
-    run, token = (_run_named if _mode.named else _run), None
+    run: Callable[[_Inputs], _Outputs] = _run_named if _mode.named else _run
+    token = None
     if captured.unshareable is not None:
         # Own function object: JAX's cache holds it weakly, so that its entry, which may hold arrays, dies with it.
         run, token = functools.partial(run), object()
+    else:
+        run = _shared.get(run)
     static = _Static(target, action, captured.spec, token)
     inputs = _Inputs(captured.leaves, static)
     if _mode.stand_in is not None and _mode.stand_in[0] == action.policy:

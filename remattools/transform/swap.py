@@ -93,13 +93,16 @@ def action_of(module: Any) -> Remat | None:
     return vars(module).get(_ACTION) if is_swapped(type(module)) else None
 
 
+_HANDS_BACK = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+
+
 # A model has thousands of modules and a handful of classes. What raises is not kept.
 @functools.lru_cache(maxsize=4096)
 def _check_method(cls: type, name: str) -> None:
     method = inspect.getattr_static(cls, name, None)
     if method is not None and callable(getattr(cls, name, None)):
         function = inspect.unwrap(getattr(cls, name))
-        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+        if any(test(function) for test in _HANDS_BACK):
             raise RuleError(
                 what=f"{cls.__qualname__}.{name} is a generator or a coroutine.",
                 why="a region runs a call from start to end; this call hands control back in the middle.",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ..rules.paths import Path
 from ..rules.rule import Remat
 from . import capture as cap
-from . import names, programs, region, scopes
+from . import effects, names, programs, region, scopes
 
 _CALLBACKS = ("callback", "print", "outfeed", "infeed")
 _RANDOM = ("random_bits", "threefry", "rng_bit_generator", "rng_uniform")
@@ -51,7 +51,12 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], *, roots: Sequence[tuple[
 
     def traced(leaves: list[Any]) -> list[Any]:
         rebuilt = cap.rebuild(captured.spec, leaves, [])
-        with region.disabled(), scopes.recorded((path, rebuilt[position]) for path, position in roots):
+        # A plain object that holds no arrays is the caller's own, not a copy.
+        with (
+            effects.restored(captured.objects),
+            region.disabled(),
+            scopes.recorded((path, rebuilt[position]) for path, position in roots),
+        ):
             out = fn(*rebuilt)
         return cap.capture(out).leaves
 

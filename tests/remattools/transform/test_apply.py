@@ -201,6 +201,12 @@ def test_a_rule_that_matches_nothing_names_the_closest_paths():
         rt.apply(model, {"layers.*.atention": "nothing_saveable"}, strict=False)
 
 
+def test_a_pattern_that_would_match_further_down_is_told_how():
+    with pytest.raises(rt.UnmatchedRuleError) as caught:
+        rt.apply(nnx.List([nnx.Dict(tower=Tower())]), {"layers.*": "nothing_saveable"})
+    assert '"**.layers.*" matches 0.tower.layers.0' in caught.value.fix
+
+
 def test_a_container_is_no_region_and_its_children_are_named():
     with pytest.raises(rt.UnmatchedRuleError) as caught:
         rt.apply(Tower(), {"layers": "nothing_saveable"})
@@ -227,6 +233,22 @@ def test_a_missing_method_names_those_there_are():
     assert "encode" in caught.value.fix
     x = inputs(batch=2)
     assert_exact(loss, Model(), rt.apply(Model(), {"coder": rt.Remat(methods=("encode",))}), x)
+
+
+def test_a_method_that_hands_control_back_is_refused():
+    class Streaming(nnx.Module):
+        def words(self, x):
+            yield x
+
+        async def later(self, x):
+            return x
+
+        async def stream(self, x):
+            yield x
+
+    for method in ("words", "later", "stream"):
+        with pytest.raises(rt.RuleError, match="generator or a coroutine"):
+            rt.apply(Streaming(), {".": rt.Remat(methods=(method,))})
 
 
 def test_on_takes_a_single_action():
