@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that touches private JAX: policies' answers, a jitted function's compiler options, the trace that is on.
+"""The only file that touches private JAX: what a policy answers with, a jit's compiler options, which trace is on.
 
 JAX's policies return values of these classes, which have no public name; a policy
 that combines or offloads has to recognise and return them. Of the trace that is
