@@ -161,13 +161,39 @@ def read(folder: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> Hos
             items[item] = tree
     if not items:
         return {item: {} for item in records}
-    context = _reading()
-    context.pytree.loading.partial_load = True
-    loaded = _load(context, folder, items)
+    try:
+        loaded = _load(_reading(partly=True), folder, items)
+    except ReadError:
+        # We write dicts only. An adopted step may hold lists and tuples, which Orbax does not take a dict for.
+        if not (shaped := _as_stored(folder, items)):
+            raise
+        loaded = _load(_reading(partly=True), folder, shaped)
     return {
         item: {record.path: _on_host(record, _get(loaded[item], record.path)) for record in leaves if record.in_orbax}
         for item, leaves in records.items()
     }
+
+
+def _as_stored(folder: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
+    """The same trees with lists and tuples where the file has them; empty if it has none."""
+
+    def shaped(stored: Any, wanted: Any) -> Any:
+        if isinstance(stored, list | tuple):
+            entries = [shaped(each, wanted.get(str(at), {})) for at, each in enumerate(stored)]
+            found.append(True)
+            return entries if isinstance(stored, list) else tuple(entries)
+        if isinstance(stored, Mapping) and isinstance(wanted, dict):
+            return {name: shaped(stored[name], each) for name, each in wanted.items()}
+        # Of a sequence Orbax reads all or nothing, so a neighbour that nobody asked for is read too.
+        return np.empty(stored.shape, stored.dtype) if isinstance(wanted, dict) else wanted
+
+    found: list[bool] = []
+    try:
+        described = _describe(folder)
+        trees = {name: shaped(described[name], tree) for name, tree in items.items()}
+    except (ReadError, KeyError, TypeError, AttributeError):
+        return {}
+    return trees if found else {}
 
 
 def read_foreign(folder: pathlib.Path) -> dict[str, Any]:
@@ -224,9 +250,10 @@ def _describe(folder: pathlib.Path) -> Mapping[str, Any]:
     raise failure
 
 
-def _reading() -> ocp.Context:
-    """A context in which this process reads on its own, without waiting for others."""
+def _reading(*, partly: bool = False) -> ocp.Context:
+    """A context in which this process reads on its own, without waiting for others, and perhaps only some leaves."""
     context = ocp.Context()
+    context.pytree.loading.partial_load = partly
     if jax.process_count() > 1:
         here = ocp.multihost.process_index()
         context.multiprocessing.primary_host, context.multiprocessing.active_processes = here, {here}
@@ -297,7 +324,7 @@ def _put(tree: dict[str, Any], path: Path, value: Any) -> None:
 
 def _get(tree: Any, path: Path) -> Any:
     for name in map(str, path or ("value",)):
-        tree = tree[name]
+        tree = tree[int(name) if isinstance(tree, list | tuple) else name]
     return tree
 
 

@@ -252,3 +252,16 @@ def test_quarantine_is_emptied_when_asked_and_not_before_the_run_went_on(run):  
     assert not list(layout.control(run, "quarantine").iterdir())
     assert sorted(path.name for path in layout.control(run, "spare").iterdir()) == ["1", "2", "4"]
     assert [row.step for row in ct.ls(run)] == [10, 20, 25]
+
+
+def test_an_adopted_step_with_lists_and_tuples_is_proved_and_read(tmp_path):
+    state = {"moments": (jnp.ones(2), [jnp.full(3, 2.0), jnp.full(1, 4.0)]), "w": jnp.zeros(2)}
+    with v0.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=v0.args.Composite(model=v0.args.StandardSave(state)))
+    assert ct.adopt(tmp_path) == (3,)
+    assert ct.verify(tmp_path).ok
+    empty = jax.tree.map(jnp.zeros_like, state)
+    loaded = ct.load(tmp_path, {"model": empty}).state["model"]
+    assert jax.tree.map(lambda leaf: leaf.tolist(), loaded) == jax.tree.map(lambda leaf: leaf.tolist(), state)
+    part = ct.load(tmp_path, {"model": empty}, only="model.moments.1.0").state["model"]
+    assert [leaf.tolist() for leaf in jax.tree.leaves(part["moments"])] == [[0, 0], [2, 2, 2], [0]]
