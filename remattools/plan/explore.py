@@ -159,8 +159,21 @@ class Exploration:
         # at many budgets is worth more than at one.
         gains = np.maximum(1.0 - cycles[open_][:, None] / best, 0.0)
         room = (limits - sizes[open_][:, None]) / np.maximum(spread[open_][:, None], 1e-6 * most)
-        promised = (gains * scipy.special.ndtr(room)).mean(axis=1)
-        return int(open_[promised.argmax()]) if promised.max() > _GAIN / _BUDGETS else None
+        chance = scipy.special.ndtr(room)
+        promised = (gains * chance).mean(axis=1)
+        if promised.max() > _GAIN / _BUDGETS:
+            return int(open_[promised.argmax()])
+        # Nothing is expected to be better. What is least known may be, where the time is the compiler's to say.
+        doubt = self._cycles_spread()[open_][:, None]
+        hoped = (np.maximum(1.0 - (cycles[open_][:, None] - doubt) / best, 0.0) * chance).mean(axis=1)
+        return int(open_[hoped.argmax()]) if hoped.max() > _GAIN / _BUDGETS else None
+
+    def _cycles_spread(self) -> np.ndarray:
+        """How far the predicted cycles may be off; not at all where they are the planner's own model."""
+        fitting = {number: point for number, point in self.points.items() if point.measured.fits}
+        if any(point.measured.estimated_cycles is None for point in fitting.values()):
+            return np.zeros(len(self.space.assignments))
+        return self.space.corrected("cycles", {n: p.cycles for n, p in fitting.items()})[1]
 
 
 def best_point(points: Iterable[Point], limit: float | None, max_cycles: float | None) -> Point | None:

@@ -188,11 +188,14 @@ def _levels(shape: Outline) -> list[tuple[Choice, ...]]:
         levels.append(
             tuple(problem.cheapest(0.0, limit) for problem, limit in zip(shape.problems, limits, strict=True))
         )
-    if max(len(problem.names) for problem in shape.problems) <= _FEW:  # all there is, alike for each kind of block
+    few = max(len(problem.names) for problem in shape.problems) <= _FEW
+    if few:  # all there is, alike for each kind of block
         for positions in itertools.product((False, True), repeat=_FEW):
             levels.append(tuple(problem.choice(_taken(problem, positions)) for problem in shape.problems))
     levels = sorted({_key(level): level for level in reversed(levels)}.values(), key=_kept)
     plain = tuple(problem.plain for problem in shape.problems)
+    if few:  # what the plain model keeps is a guess, and there is little enough to let the compiler judge
+        return [*levels, plain]
     # A region that keeps more than no region at all would only cost time.
     return [*(level for level in levels if _kept(level) < _kept(plain)), plain]
 
