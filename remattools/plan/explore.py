@@ -5,6 +5,7 @@ Sits on `search` and `writing`. The planner's model proposes, the compiler dispo
 each measurement corrects the predictions of all that is not compiled yet.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -23,6 +24,23 @@ _GAIN = 0.002
 # Budgets at which a frontier is asked whether it could be better, and what a budget that nothing keeps yet is taken
 # for, in times of the slowest point.
 _BUDGETS, _UNREACHED = 24, 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What is expected of each assignment, shape (assignments,) each.
+
+    Attributes:
+        bytes: Of the budget's kind.
+        bytes_doubt: One standard deviation of that.
+        cycles: Of a whole step.
+        cycles_doubt: One standard deviation of that; 0 where cycles are the planner's own model.
+    """
+
+    bytes: np.ndarray
+    bytes_doubt: np.ndarray
+    cycles: np.ndarray
+    cycles_doubt: np.ndarray
 
 
 class Exploration:
@@ -83,8 +101,8 @@ class Exploration:
                 self._add(numbers[rules], rules, predicted)
 
     def _predicted(self, number: int) -> Prediction:
-        sizes, _, cycles = self.predictions()
-        return Prediction(bytes=int(sizes[number]), cycles=float(cycles[number]))
+        expected = self.expected()
+        return Prediction(bytes=int(expected.bytes[number]), cycles=float(expected.cycles[number]))
 
     def _add(self, number: int, rules: Rules, predicted: Prediction) -> None:
         measured = self.by_rules[rules]
@@ -101,23 +119,24 @@ class Exploration:
             cycles=time_taken,
         )
 
-    def predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Bytes, how far these may be off, and cycles of all assignments, by the model and all that was measured."""
+    def expected(self) -> Expected:
+        """What the model and all that was measured say of each assignment."""
         fitting = {number: point for number, point in self.points.items() if point.measured.fits}
-        cycles = self.plain_cycles + self.space.cycles
+        cycles, certain = self.plain_cycles + self.space.cycles, np.zeros(len(self.space.assignments))
         if not fitting:
-            return self.space.bytes, np.zeros(len(cycles)), cycles
-        sizes, spread = self.space.corrected("bytes", {n: float(p.bytes) for n, p in fitting.items()})
-        if all(point.measured.estimated_cycles is not None for point in fitting.values()):
-            cycles, _ = self.space.corrected("cycles", {n: p.cycles for n, p in fitting.items()})
-        return sizes, spread, cycles
+            return Expected(self.space.bytes, certain, cycles, certain)
+        by_bytes = self.space.corrected("bytes", {n: float(p.bytes) for n, p in fitting.items()})
+        if any(point.measured.estimated_cycles is None for point in fitting.values()):
+            return Expected(*by_bytes, cycles, certain)
+        return Expected(*by_bytes, *self.space.corrected("cycles", {n: p.cycles for n, p in fitting.items()}))
 
     def _is_open(self, number: int) -> bool:
         return number not in self.points and number not in self.refused
 
     def propose(self, limit: int | None, max_cycles: float | None) -> int | None:
         """The assignment to compile next for these limits, or None if none promises more."""
-        sizes, _, cycles = self.predictions()
+        expected = self.expected()
+        sizes, cycles = expected.bytes, expected.cycles
         open_ = np.array([self._is_open(number) for number in range(len(sizes))])
         best = best_point(self.points.values(), limit, max_cycles)
         within = open_.copy()
@@ -140,40 +159,31 @@ class Exploration:
 
     def propose_anywhere(self) -> int | None:
         """The assignment that promises most at whatever budget, or None if none promises more."""
-        sizes, spread, cycles = self.predictions()
-        open_ = np.array([number for number in range(len(sizes)) if self._is_open(number)])
+        expected = self.expected()
+        open_ = np.array([number for number in range(len(expected.bytes)) if self._is_open(number)])
         fitting = [point for point in self.points.values() if point.measured.fits]
         if not len(open_):
             return None
+        sizes, cycles = expected.bytes[open_], expected.cycles[open_]
         if not fitting:  # not even the plain model fits: what takes least
-            return int(open_[sizes[open_].argmin()])
+            return int(open_[sizes.argmin()])
         nothing = self.space.assignments.index(self.space.nothing)
         if len(self.points) == 1 and nothing in open_:  # both ends are known before anything between them is judged
             return nothing
         most = max([1, *(point.bytes for point in fitting)])
         slowest = max(point.cycles for point in fitting)
-        limits = np.geomspace(max(min(float(sizes[open_].min()), most), 1.0), most, _BUDGETS)
+        limits = np.geomspace(max(min(float(sizes.min()), most), 1.0), most, _BUDGETS)
         found = [best_point(fitting, limit, None) for limit in limits]
         best = np.array([_UNREACHED * slowest if point is None else point.cycles for point in found])
-        # The part of the plane under the curve that each would add, times the chance that it keeps the budget: a gain
-        # at many budgets is worth more than at one.
-        gains = np.maximum(1.0 - cycles[open_][:, None] / best, 0.0)
-        room = (limits - sizes[open_][:, None]) / np.maximum(spread[open_][:, None], 1e-6 * most)
+        room = (limits - sizes[:, None]) / np.maximum(expected.bytes_doubt[open_][:, None], 1e-6 * most)
         chance = scipy.special.ndtr(room)
-        promised = (gains * chance).mean(axis=1)
-        if promised.max() > _GAIN / _BUDGETS:
-            return int(open_[promised.argmax()])
-        # Nothing is expected to be better. What is least known may be, where the time is the compiler's to say.
-        doubt = self._cycles_spread()[open_][:, None]
-        hoped = (np.maximum(1.0 - (cycles[open_][:, None] - doubt) / best, 0.0) * chance).mean(axis=1)
-        return int(open_[hoped.argmax()]) if hoped.max() > _GAIN / _BUDGETS else None
-
-    def _cycles_spread(self) -> np.ndarray:
-        """How far the predicted cycles may be off; not at all where they are the planner's own model."""
-        fitting = {number: point for number, point in self.points.items() if point.measured.fits}
-        if any(point.measured.estimated_cycles is None for point in fitting.values()):
-            return np.zeros(len(self.space.assignments))
-        return self.space.corrected("cycles", {n: p.cycles for n, p in fitting.items()})[1]
+        # The part of the plane under the curve that each would add, times the chance that it keeps the budget: a gain
+        # at many budgets is worth more than at one. If none is expected to add anything, what is least known may.
+        for hoped in (cycles, cycles - expected.cycles_doubt[open_]):
+            promised = (np.maximum(1.0 - hoped[:, None] / best, 0.0) * chance).mean(axis=1)
+            if promised.max() > _GAIN / _BUDGETS:
+                return int(open_[promised.argmax()])
+        return None
 
 
 def best_point(points: Iterable[Point], limit: float | None, max_cycles: float | None) -> Point | None:
