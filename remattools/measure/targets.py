@@ -184,13 +184,14 @@ def _nearest(target: str) -> str:
 
 @functools.cache
 def _without_device(topology: str) -> Target:
+    generation, _, shape = topology.partition(":")
+    known = generation in _TOPOLOGIES
     if importlib.util.find_spec("libtpu") is None:
         raise TargetError(
             what=f"tpu:{topology} needs libtpu, which is not installed.",
             why="it holds the TPU's compiler, which runs on any machine.",
-            fix='pip install "nnx-checkpointing[tpu]"',
+            fix='pip install "nnx-checkpointing[tpu]"' + ("" if known else f"; {_nearest(f'tpu:{topology}')}"),
         )
-    generation, _, shape = topology.partition(":")
     shape = shape or _TOPOLOGIES.get(generation, "")
     if not re.fullmatch(r"\w+", generation) or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise _unknown(f"tpu:{topology}")

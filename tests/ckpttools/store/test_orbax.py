@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A committed step is an ordinary Orbax checkpoint: v0 and v1 read it without us."""
 
+import shutil
 import sys
 import warnings
 
@@ -98,3 +99,23 @@ def test_leftovers_of_a_failed_load_do_not_complain_later(run, monkeypatch, erro
     with pytest.raises(orbax.ReadError, match="half way"):
         orbax.read_foreign(run / "3")
     assert len(events) == seen
+
+
+def test_a_damaged_step_of_ours_is_not_looked_at_by_orbax_again(run, tmp_path, monkeypatch):
+    """Another look fails as well, and leaves behind what complains at any later moment."""
+    step = shutil.copytree(run / "3", tmp_path / "3")
+    looked = []
+    monkeypatch.setattr(orbax, "_describe", lambda folder: looked.append(folder) or {})
+
+    def failing(folder, items):
+        raise OSError("half way")
+
+    monkeypatch.setattr(orbax.ocp, "load_checkpointables", failing)
+    records = {"model": (Record(path=("half",), kind="array", shape=(4,), dtype="bfloat16"),)}
+    with pytest.raises(orbax.ReadError, match="half way"):
+        orbax.read(step, records)
+    assert not looked
+    (step / "model" / "_METADATA").write_text('{"key": "0", "key_type": 1}')  # control: a list
+    with pytest.raises(orbax.ReadError):
+        orbax.read(step, records)
+    assert looked

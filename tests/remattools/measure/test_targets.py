@@ -109,6 +109,9 @@ def test_a_missing_compiler_says_how_to_install_it(monkeypatch):
     with pytest.raises(rt.TargetError) as caught:
         rt.find_target("tpu:v5e:2x2")
     assert caught.value.fix == 'pip install "nnx-checkpointing[tpu]"'
+    with pytest.raises(rt.TargetError) as caught:
+        rt.find_target("tpu:v5litepod-4")
+    assert caught.value.fix.startswith("pip install \"nnx-checkpointing[tpu]\"; did you mean 'tpu:v5e:2x2'?")
 
 
 def test_a_mesh_larger_than_the_target_is_refused():
