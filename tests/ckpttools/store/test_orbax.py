@@ -13,6 +13,7 @@ import pytest
 from orbax.checkpoint import v1
 
 import ckpttools as ct
+from ckpttools.state.leaves import Record
 from ckpttools.store import orbax
 
 PARAMS = {"layers": {"0": jnp.arange(6.0).reshape(2, 3)}, "half": jnp.ones(4, jnp.bfloat16), "key": jax.random.key(5)}
