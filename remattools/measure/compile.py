@@ -20,12 +20,12 @@ from .. import compat
 from ..errors import MeasureError
 from ..transform import capture as cap
 from ..transform import programs
-from . import staging
+from . import placement, staging
 from .cache import Cache, find_cache, key_of
 from .hlo import estimated_cycles
 from .measurement import Measurement, OutOfMemory
 from .program import check_no_step, loss_or_floats, named_program
-from .targets import Target, find_target
+from .targets import Target
 from .timeline import timeline
 
 # As the TPU compiler and the allocators of live devices put it.
@@ -59,7 +59,8 @@ def measure(
         *args: Its arguments: models, pytrees, arrays; arrays may be `jax.ShapeDtypeStruct`, models abstract
             (`nnx.eval_shape`). Python scalars and strings are constants of the program. Shardings over more than one
             device are carried over to the target's devices.
-        target: `"cpu"`, `"gpu"`, `"tpu:v5e:2x2"`, a device, or None for JAX's default device.
+        target: `"cpu"`, `"gpu"`, `"tpu:v5e:2x2"`, a device, or None: where the arguments were put, or JAX's
+            default device.
         differentiate: Measure the gradient of the loss that `fn` returns, with respect to the parameters of the first
             model, or the floats of the first argument.
         run: Also run it, on a live target with real arguments.
@@ -72,7 +73,7 @@ def measure(
 
     Raises:
         TargetError: If there is no such target, with what to install.
-        MeasureError: If the function cannot be measured as asked.
+        MeasureError: If the function cannot be measured as asked, or its arguments were put on different devices.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -81,8 +82,8 @@ def measure(
         >>> rt.measure(lambda x: jnp.sum(x @ x), x, target="cpu").argument_bytes
         262144
     """
-    where = find_target(target)
     call = staging.stage(fn, args)
+    where = placement.choose(call, target)
     if differentiate:
         staging.check_differentiable(call)
     if run:
@@ -274,6 +275,7 @@ def _check_runnable(target: Target, call: staging.Call, repeats: int) -> None:
             why="a step time needs a step.",
             fix="leave run out and compare estimated_cycles, or name a live target.",
         )
+    placement.check_on(call, target)
     abstract = [
         info.text for leaf, info in zip(call.leaves, call.infos, strict=True) if isinstance(leaf, jax.ShapeDtypeStruct)
     ]
