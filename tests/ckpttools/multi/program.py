@@ -49,7 +49,7 @@ def spread(values: np.ndarray, shape: tuple[int, ...], names: tuple[str, ...], *
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-def model(factor: float = 1.0, *, turned: bool = False) -> dict:
+def model(factor: int = 1, *, turned: bool = False) -> dict:
     """Sharded, replicated, of one process, and a key; `turned` on another mesh."""
     shape = (2, jax.device_count() // 2)
     mesh = Mesh(np.array(jax.devices()), ("x",))
