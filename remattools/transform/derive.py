@@ -14,6 +14,8 @@ Facts that shaped this file:
 import abc
 import copyreg
 import functools
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -34,6 +36,28 @@ def is_swapped(cls: type) -> bool:
 def base_class(cls: type) -> type:
     """The user's class behind a generated one; any other class itself."""
     return cls.__dict__[BASE] if is_swapped(cls) else cls
+
+
+def methods_in(bases: Iterable[type]) -> dict[str, Any]:
+    """Methods by name, the first of `bases` that has a name deciding what it is.
+
+    A function is one, and so is what binds to an instance like one: a jitted function,
+    a partial method. Of the call Python asks only that it can be called in the end.
+    """
+    first: dict[str, Any] = {}
+    for base in bases:
+        for name, value in vars(base).items():
+            first.setdefault(name, value)
+    return {
+        name: value for name, value in first.items() if _is_method(value) or (name == "__call__" and value is not None)
+    }
+
+
+def _is_method(value: Any) -> bool:
+    if inspect.isfunction(value) or isinstance(value, functools.partialmethod):
+        return True
+    # A class or a static method binds to no instance.
+    return callable(value) and hasattr(type(value), "__get__") and not isinstance(value, type | staticmethod)
 
 
 class _Shield:

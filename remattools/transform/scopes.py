@@ -13,7 +13,6 @@ length of one trace; either way the classes are put back before anybody looks.
 
 import contextlib
 import functools
-import inspect
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..rules.paths import Path, format_path, parse_path
 from .capture import SCOPE_KEY, SCOPE_OF
-from .derive import derive
+from .derive import derive, methods_in
 from .modules import modules_of
 
 _MARK = "rt:"
@@ -94,35 +93,35 @@ def output_of(name: str) -> tuple[Path, int] | None:
 
 @functools.cache
 def _scoped_class(cls: type) -> type:
-    methods = {name: _scoped_method(function) for name, function in _all_methods(cls).items()}
+    methods = {name: _scoped_method(cls, name, value) for name, value in _all_methods(cls).items()}
     return derive(cls, {SCOPE_OF: cls, **methods})
 
 
-def _all_methods(cls: type) -> dict[str, Callable[..., Any]]:
-    """Every function that may compute: private helpers too, but no special method except the call."""
-    found: dict[str, Callable[..., Any]] = {}
-    for base in cls.__mro__:
-        if base in (nnx.Module, nnx.Pytree, nnx.Object, object) or base.__module__ == "flax.nnx.reprlib":
-            continue
-        for key, value in vars(base).items():
-            special = key.startswith(("__", "_pytree__", "_graph_node", "_remattools"))
-            if inspect.isfunction(value) and (not special or key == "__call__"):
-                found.setdefault(key, value)
-    return found
+def _all_methods(cls: type) -> dict[str, Any]:
+    """Everything that may compute: private helpers too, but no special method except the call."""
+    nothing = (nnx.Module, nnx.Pytree, nnx.Object, object)
+    found = methods_in(b for b in cls.__mro__ if b not in nothing and b.__module__ != "flax.nnx.reprlib")
+    special = ("__", "_pytree__", "_graph_node", "_remattools")
+    return {name: value for name, value in found.items() if name == "__call__" or not name.startswith(special)}
 
 
-def _scoped_method(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
+def _bound(value: Any, instance: Any) -> Any:
+    """A method of a class as Python would give it to a caller."""
+    return value.__get__(instance, type(instance)) if hasattr(type(value), "__get__") else value
+
+
+def _scoped_method(cls: type, name: str, value: Any) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
     def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         path = vars(self).get(SCOPE_KEY)
         if path is None or _active.calls is None or path == _active.path:
-            return function(self, *args, **kwargs)
+            return _bound(value, self)(*args, **kwargs)
         outer, _active.path = _active.path, path
         call = _active.calls.get(path, 0)
         _active.calls[path] = call + 1
         try:
             with jax.named_scope(_MARK + path):
-                return _mark(function(self, *args, **kwargs), f"{_OUTPUT}{path}#{call}")
+                return _mark(_bound(value, self)(*args, **kwargs), f"{_OUTPUT}{path}#{call}")
         finally:
             _active.path = outer
 

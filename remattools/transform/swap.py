@@ -25,7 +25,7 @@ from flax import nnx
 from ..errors import RuleError, did_you_mean
 from ..rules.rule import Remat
 from . import group, region
-from .derive import BASE, RECIPE, derive, is_swapped
+from .derive import BASE, RECIPE, derive, is_swapped, methods_in
 from .derive import base_class as base_class
 from .group import Group
 
@@ -99,8 +99,7 @@ _HANDS_BACK = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect
 # A model has thousands of modules and a handful of classes. What raises is not kept.
 @functools.lru_cache(maxsize=4096)
 def _check_method(cls: type, name: str) -> None:
-    method = inspect.getattr_static(cls, name, None)
-    if method is not None and callable(getattr(cls, name, None)):
+    if callable(getattr(cls, name, None)) or name in methods_of(cls):
         function = inspect.unwrap(getattr(cls, name))
         if any(test(function) for test in _HANDS_BACK):
             raise RuleError(
@@ -109,7 +108,7 @@ def _check_method(cls: type, name: str) -> None:
                 fix="name the method that does the work inside it: Remat(methods=(...,)).",
             )
         return
-    own = [key for key, value in methods_of(cls).items() if callable(value)]
+    own = list(methods_of(cls))
     raise RuleError(
         what=f"{cls.__qualname__} has no method {name!r}.",
         why="a region is a method call; without the method nothing would be rematerialised.",
@@ -119,14 +118,9 @@ def _check_method(cls: type, name: str) -> None:
 
 def methods_of(cls: type) -> dict[str, Any]:
     """Public methods that a user wrote: those of the bases below nnx's own classes."""
-    found: dict[str, Any] = {}
-    for base in cls.__mro__:
-        if base.__module__.startswith("flax.nnx.") and base in (nnx.Module, nnx.Pytree, nnx.Object):
-            continue
-        for key, value in vars(base).items():
-            if inspect.isfunction(value) and (not key.startswith("_") or key == "__call__"):
-                found.setdefault(key, value)
-    return found
+    bases = [base for base in cls.__mro__ if base not in (nnx.Module, nnx.Pytree, nnx.Object, object)]
+    found = methods_in(bases)
+    return {name: value for name, value in found.items() if not name.startswith("_") or name == "__call__"}
 
 
 def _reduce_instance(self: Any, protocol: Any) -> Any:

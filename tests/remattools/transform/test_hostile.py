@@ -173,6 +173,69 @@ def test_odd_blocks_are_exact(block, rules):
     assert_exact(loss, Tower(depth=2, block=block), rt.apply(Tower(depth=2, block=block), rules), inputs())
 
 
+class Jitted(nnx.Module):
+    def __init__(self, width, rngs):
+        self.linear = nnx.Linear(width, width, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    @nnx.jit
+    def __call__(self, x):
+        self.calls[...] += 1
+        return x + jnp.sin(self.linear(x))
+
+
+class JittedOverFunction(Base):
+    __call__ = nnx.jit(lambda self, x: 2 * Base.__call__(self, x))
+
+
+class PartialCall(Base):
+    def scaled(self, x, scale):
+        return scale * jnp.sin(self.linear(x))
+
+    __call__ = functools.partialmethod(scaled, scale=2)
+
+
+class PropertyCall(Base):
+    @property
+    def __call__(self):
+        return lambda x: 2 * jnp.sin(self.linear(x))
+
+
+class PropertyOverMethod(Base):
+    @property
+    def odd(self):
+        return lambda x: 2 * x
+
+
+class Holding(nnx.Module):
+    """The odd module is inside the region, where modules carry paths while operations are named."""
+
+    odd: type
+
+    def __init__(self, width, rngs):
+        self.inner = self.odd(width, rngs)
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+METHODS = [Jitted, JittedOverFunction, PartialCall, PropertyCall, PropertyOverMethod]
+
+
+@pytest.mark.parametrize("block", METHODS, ids=lambda block: block.__name__)
+def test_methods_that_are_no_functions(block):
+    holding = type("Holding", (Holding,), {"odd": block})
+    for kind, action in (
+        (block, "nothing_saveable"),
+        (block, rt.Remat(save=("linear",))),
+        (block, rt.Remat(group=2)),
+        (holding, rt.Remat(save=("inner",))),
+        (holding, rt.Remat(group=2)),
+    ):
+        ruled = rt.apply(Tower(depth=2, block=kind), {"layers.*": action})
+        assert_exact(loss, Tower(depth=2, block=kind), ruled, inputs())
+
+
 def test_second_derivatives_and_forward_mode():
     plain, ruled = (Tower(depth=1, block=Base) for _ in range(2))
     rt.apply(ruled, "nothing_saveable", on="layers.*")
