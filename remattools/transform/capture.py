@@ -22,7 +22,7 @@ static attribute is a list.
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -87,8 +87,8 @@ class Capture:
 
 def capture(value: Any) -> Capture:
     """Split `value` (any nest of nnx objects, pytrees and statics) into arrays and a spec."""
-    walk = Walk()
-    spec = walk.visit(value)
+    # What a hook writes into is the caller's own, arrays included; modules are always the region's.
+    walk, spec = walked(lambda walk: walk.visit(value), keep=lambda item: not plain.holds(item, plain.NNX))
     return Capture(walk.leaves, walk.objects, spec, walk.freezer.unshareable)
 
 
@@ -97,10 +97,35 @@ def rebuild(spec: Any, leaves: Iterable[Any], objects: list[Any]) -> Any:
     return Build(iter(leaves), objects).build(spec)
 
 
-class Walk:
-    """Depth-first walk; `known` maps the id of an object to its index."""
+def walked[R](
+    visit: Callable[["Walk"], R], *, keep: Callable[[Any], bool], objects: Sequence[Any] = ()
+) -> tuple["Walk", R]:
+    """A walk and what `visit` makes of it, once more where a list would be one object here and another there.
 
-    def __init__(self, objects: Iterable[Any] = ()) -> None:
+    A static value stays itself, and so does what it refers to. A list that is also
+    met by itself would be copied; it is kept then, if `keep` says so.
+    """
+    kept: frozenset[int] = frozenset()
+    while True:
+        walk = Walk(objects, kept)
+        result = visit(walk)
+        found = frozenset(id(item) for item in walk.torn if keep(item))
+        if found <= kept:
+            return walk, result
+        kept |= found
+
+
+class Walk:
+    """Depth-first walk; `known` maps the id of an object to its index.
+
+    `kept` are the ids of containers that are not taken apart; `torn` are those that were,
+    though a static value refers to them.
+    """
+
+    def __init__(self, objects: Iterable[Any] = (), kept: frozenset[int] = frozenset()) -> None:
+        self.kept = kept
+        self.apart: set[int] = set()
+        self.torn: list[Any] = []
         self.objects: list[Any] = list(objects)
         self.known = {id(item): index for index, item in enumerate(self.objects)}
         self.leaves: list[Any] = []
@@ -124,16 +149,18 @@ class Walk:
         if isinstance(impl, graphlib.GraphNodeImpl):
             self.register(value)
             return (_NODE, own_class(value), self.attributes(node_content(value)))
+        if id(value) in self.kept:
+            return self.static(value)
         if kind is list:
-            self.register(value)
+            self.take_apart(value)
             return (_LIST, tuple(map(self.visit, value)))
         if kind is dict:
-            self.register(value)
+            self.take_apart(value)
             return (_DICT, self.items(value))
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return (_TUPLE, kind, tuple(map(self.visit, value)))
         if impl is not None and value is not None:
-            self.register(value)
+            self.take_apart(value)
             return (_PYTREE, *self.pytree_content(value))
         if nnx.variablelib.is_array_ref(value):
             self.leaves.append(value)
@@ -141,7 +168,7 @@ class Walk:
         if plain.is_plain(value) and plain.holds_arrays(value):
             content = plain.content_of(value)
             assert content is not None  # it is plain
-            self.register(value)
+            self.take_apart(value)
             return (_OBJECT, kind, *self.plain_content(content))
         return self.static(value)
 
@@ -151,6 +178,11 @@ class Walk:
         self.objects.append(value)
         self.known[id(value)] = index
         return index
+
+    def take_apart(self, value: Any) -> None:
+        """Register an object of which there will be a copy."""
+        self.register(value)
+        self.apart.add(id(value))
 
     def static(self, value: Any) -> Any:
         """Spec of a value that is not traced."""
@@ -171,6 +203,8 @@ class Walk:
             index = self.known.get(id(child))
             if index is not None:
                 shape.append(index)
+                if id(child) in self.apart:
+                    self.torn.append(child)
                 continue
             if plain.is_mutable(child):
                 self.register(child)

@@ -17,7 +17,7 @@ from flax import nnx
 from flax.nnx import graphlib
 
 from . import plain
-from .capture import STATE_KEY, Build, Walk, init_node, node_content, one_level
+from .capture import STATE_KEY, Build, Walk, init_node, node_content, one_level, walked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +57,42 @@ def _shallow(item: Any) -> Any:
     return plain.content_of(item)
 
 
-def changes(objects: list[Any], before: list[Any], out: Any) -> tuple[list[Any], tuple[Edit, ...], Any]:
-    """What a call did: `(leaves, edits, spec of the output)`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Done:
+    """What a call did and returned but for the arrays; hashes by identity, JAX never compares it.
+
+    Attributes:
+        edits: What it changed.
+        out: Spec of what it returned.
+        once: Whether it leaves an object behind that is not built anew for each call of the trace, such as a plain
+            object without arrays: a second call would hand out the same one.
+    """
+
+    edits: tuple[Edit, ...]
+    out: Any
+    once: bool
+
+
+def changes(objects: list[Any], before: list[Any], out: Any) -> tuple[list[Any], Done]:
+    """What a call did: the arrays it leaves behind, and all else.
 
     Args:
         objects: The captured objects as the call saw them.
         before: Their `snapshot` from before the call.
         out: What the call returned; may be or hold any of the objects.
     """
-    walk = Walk(objects)
+    # What leaves the region must not hold values of its trace.
+    walk, (edits, spec) = walked(
+        lambda walk: (_edits(walk, objects, before), walk.visit(out)),
+        keep=lambda item: not plain.holds_arrays(item),
+        objects=objects,
+    )
+    new = walk.objects[len(objects) :]
+    once = any(plain.is_mutable(item) and id(item) not in walk.apart for item in new)
+    return walk.leaves, Done(edits, spec, once)
+
+
+def _edits(walk: Walk, objects: list[Any], before: list[Any]) -> tuple[Edit, ...]:
     edits = []
     for index, (item, old) in enumerate(zip(objects, before, strict=True)):
         new = _shallow(item)
@@ -80,7 +107,7 @@ def changes(objects: list[Any], before: list[Any], out: Any) -> tuple[list[Any],
             edits.append(Edit(index, walk.attributes(changed), deleted))
         else:
             edits.append(Edit(index, walk.content(item)))
-    return walk.leaves, tuple(edits), walk.visit(out)
+    return tuple(edits)
 
 
 def _plain_edit(walk: Walk, index: int, old: plain.Content, new: plain.Content) -> Edit:
@@ -108,12 +135,12 @@ def _same(old: Any, new: Any) -> bool:
     return value is new[0] and _same(extra, new[1])
 
 
-def replay(edits: Iterable[Edit], out: Any, leaves: Iterable[Any], objects: list[Any]) -> Any:
+def replay(done: Done, leaves: Iterable[Any], objects: list[Any]) -> Any:
     """Do to the caller's `objects` what the call did to its copies; returns the output."""
     build = Build(iter(leaves), objects)
-    for edit in edits:
+    for edit in done.edits:
         _apply(edit, objects[edit.index], build)
-    return build.build(out)
+    return build.build(done.out)
 
 
 def _apply(edit: Edit, target: Any, build: Build) -> None:

@@ -80,14 +80,13 @@ def call(target: Callable[..., Any], groups: Sequence[Group], module: Any, args:
         before = effects.snapshot(objects)
         with scopes.recorded([((), inner_args[0])]):
             out = target(*inner_args, **inner_kwargs)
-        results, edits, spec = effects.changes(objects, before, out)
-        found.append((edits, spec))
+        results, done = effects.changes(objects, before, out)
+        found.append(done)
         return results
 
     program = jax.make_jaxpr(traced)(captured.leaves)
     results = _run(program, groups, captured.leaves)
-    edits, spec = found[0]
-    return effects.replay(edits, spec, results, captured.objects)
+    return effects.replay(found[0], results, captured.objects)
 
 
 def _run(program: Any, groups: Sequence[Group], leaves: list[Any]) -> list[Any]:

@@ -26,7 +26,8 @@ _CONTAINERS = (dict, list, tuple, collections.OrderedDict)
 _IN_SIGHT = (object, *_CONTAINERS, types.SimpleNamespace, typing.Generic)
 _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, enum.Enum)
-_ARRAYS = (jax.Array, nnx.Variable, nnx.Pytree)
+NNX = (nnx.Variable, nnx.Pytree)
+_ARRAYS = (jax.Array, *NNX)
 _MAX_DEPTH = 24
 # Flags of a class in CPython.
 _HEAP, _IMMUTABLE, _NO_INSTANCES = 1 << 9, 1 << 8, 1 << 7
@@ -166,10 +167,15 @@ def is_mutable(value: Any) -> bool:
 
 def holds_arrays(value: Any) -> bool:
     """Whether arrays, Variables or modules are among what a plain object holds, at any depth."""
+    return holds(value, _ARRAYS)
+
+
+def holds(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether instances of `kinds` are among what a plain object or container holds, at any depth."""
     seen: set[int] = set()
 
     def search(item: Any, depth: int) -> bool:
-        if isinstance(item, _ARRAYS):
+        if isinstance(item, kinds):
             return True
         if depth > _MAX_DEPTH or id(item) in seen or isinstance(item, (*_ATOMS, *_CODE)):
             return False

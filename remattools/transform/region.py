@@ -71,26 +71,18 @@ class _Inputs:
         return cls(list(leaves), static)
 
 
-@dataclasses.dataclass(eq=False)
-class _Effects:
-    """What the call did and returned but for the arrays; hashes by identity, JAX never compares it."""
-
-    edits: tuple[effects.Edit, ...]
-    out: Any
-
-
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass
 class _Outputs:
     leaves: list[Any]
-    effects: _Effects
+    done: effects.Done
 
-    def tree_flatten(self) -> tuple[list[Any], _Effects]:
-        return self.leaves, self.effects
+    def tree_flatten(self) -> tuple[list[Any], effects.Done]:
+        return self.leaves, self.done
 
     @classmethod
-    def tree_unflatten(cls, effects: _Effects, leaves: Any) -> "_Outputs":
-        return cls(list(leaves), effects)
+    def tree_unflatten(cls, done: effects.Done, leaves: Any) -> "_Outputs":
+        return cls(list(leaves), done)
 
 
 # What takes a region's place: `stand_in(run, inputs, path)` returns what `run(inputs)` would, for the module at `path`.
@@ -123,6 +115,10 @@ class _Shared(threading.local):
             self.runs = dict(alive[-_MAX_SHARED:])
         self.runs[key] = run  # the last used comes last
         return run
+
+    def forget(self, body: Callable[[_Inputs], _Outputs]) -> None:
+        """Let the next block of the trace that is on be traced by itself."""
+        self.runs.pop((body, compat.current_trace()), None)
 
 
 # Traces that stand around each other: a model's, and one for each level of regions in regions.
@@ -189,21 +185,23 @@ def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str,
     captured = cap.capture((args, kwargs))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in captured.leaves):
         return target(*args, **kwargs)
-    run: Callable[[_Inputs], _Outputs] = _run_named if _mode.named else _run
+    body: Callable[[_Inputs], _Outputs] = _run_named if _mode.named else _run
+    run: Callable[[_Inputs], _Outputs]
     token = None
     if captured.unshareable is not None:
         # Own function object: JAX's cache holds it weakly, so that its entry, which may hold arrays, dies with it.
-        run, token = functools.partial(run), object()
+        run, token = functools.partial(body), object()
     else:
-        run = _shared.get(run)
+        run = _shared.get(body)
     static = _Static(target, action, captured.spec, token)
     inputs = _Inputs(captured.leaves, static)
     if _mode.stand_in is not None and _mode.stand_in[0] == action.policy:
         outputs = _mode.stand_in[1](run, inputs, _path_of(args))
     else:
         outputs = _checkpointed(run, action)(inputs)
-    done = outputs.effects
-    return effects.replay(done.edits, done.out, outputs.leaves, captured.objects)
+    if outputs.done.once:
+        _shared.forget(body)
+    return effects.replay(outputs.done, outputs.leaves, captured.objects)
 
 
 def _checkpointed(run: Callable[[_Inputs], _Outputs], action: Remat) -> Callable[[_Inputs], _Outputs]:
@@ -232,11 +230,11 @@ def _traced(inputs: _Inputs, *, named: bool) -> _Outputs:
     if not named:
         return _body(inputs.leaves, static, named=False)
     # The names are put onto the traced operations, where a pattern can see them all.
-    found: list[_Effects] = []
+    found: list[effects.Done] = []
 
     def traced(leaves: list[Any]) -> list[Any]:
         outputs = _body(leaves, static, named=True)
-        found.append(outputs.effects)
+        found.append(outputs.done)
         return outputs.leaves
 
     leaves = names.evaluate(traced, inputs.leaves, static.action)
@@ -252,8 +250,7 @@ def _body(leaves: list[Any], static: _Static, *, named: bool) -> _Outputs:
             out = static.target(*args, **kwargs)
     else:
         out = static.target(*args, **kwargs)
-    out_leaves, edits, out_spec = effects.changes(objects, before, out)
-    return _Outputs(out_leaves, _Effects(edits, out_spec))
+    return _Outputs(*effects.changes(objects, before, out))
 
 
 def _roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path, Any]]:

@@ -165,6 +165,60 @@ def test_a_hook_that_appends_to_a_list_outside(action):
     assert_same(lambda: host(call, Hooked), action)
 
 
+class Holder:
+    def __init__(self, items):
+        self.items = items
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("full", [False, True], ids=["empty", "full"])
+@pytest.mark.parametrize("write", ["list", "holder", "hook"])
+def test_a_list_that_is_passed_beside_what_refers_to_it(action, full, write):
+    class Writing(Layer):
+        def __call__(self, x, items, holder, hook):
+            y = jnp.tanh(self.proj(x))
+            {"list": items, "holder": holder.items, "hook": hook()}[write].append(y)
+            assert items is holder.items is hook()
+            assert items[-1] is y
+            return y + items[0]
+
+    def call(model, x):
+        items = [x] if full else []
+        holder = Holder(items)
+        for layer in model.layers:
+            x = layer(x, items, holder, lambda: items)
+        assert holder.items is items
+        assert len(items) == 3 + full
+        return x + sum(y.sum() for y in items)
+
+    assert_same(lambda: host(call, Writing), action)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_objects_made_inside_are_each_blocks_own(action):
+    class Making(Layer):
+        def __call__(self, x):
+            items = []
+            self.extra = Holder({"n": 0})
+            return jnp.tanh(self.proj(x)), items, Holder(items), {1}, lambda: items
+
+    def call(model, x):
+        for number, layer in enumerate(model.layers):
+            x, items, holder, numbers, hook = layer(x)
+            assert items is holder.items is hook()
+            assert items == []
+            assert numbers == {1}
+            assert layer.extra.items == {"n": 0}
+            items.append(number)
+            numbers.add(2)
+            layer.extra.items["n"] = 1
+        for layer in model.layers:
+            del layer.extra
+        return x
+
+    assert_same(lambda: host(call, Making), action)
+
+
 @pytest.mark.parametrize("action", ACTIONS)
 def test_an_output_that_is_no_pytree(action):
     @dataclasses.dataclass(frozen=True)
