@@ -65,6 +65,8 @@ class Pattern:
     text: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):  # here, since a list is no key of the cache below
+            raise _bad(self.text, "it is no text", 'a pattern such as "layers.*".')
         _compiled(self.text)
 
     @classmethod
@@ -232,8 +234,6 @@ def _compiled_name(text: str) -> tuple[str, Pattern | None, re.Pattern[str] | No
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(text: str) -> tuple[_Alternative, ...]:
-    if not isinstance(text, str):
-        raise _bad(text, "it is no text", 'a pattern such as "layers.*".')
     if not text.strip():
         raise _bad(text, "it is empty", '"." for the root, "**" for everything.')
     if text != text.strip() or any(character in text for character in "\n\t" + _SEPARATOR):

@@ -5,7 +5,7 @@ Pure values, validated when they are built, so that what exists is legal.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ..errors import RuleError
@@ -71,7 +71,7 @@ class Remat:
 
     def _texts(self, field: str) -> tuple[str, ...]:
         value = getattr(self, field)
-        if isinstance(value, str) or not isinstance(value, Iterable):
+        if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
             raise RuleError(
                 what=f"{field}={value!r} is no sequence of texts.",
                 why="a lone text would be read letter by letter.",

@@ -61,6 +61,8 @@ def loads(text: str, source: str) -> list[tuple[str, Action]]:
         line = int(found[1]) if found else len(text.splitlines())
         problem = _POSITION.sub("", str(error)).strip()
         raise _error(source, line, f"no TOML: {problem}.", "the line, as TOML has it.") from None
+    except ValueError as error:  # a number too long for Python
+        raise _error(source, 1, f"no TOML that Python reads: {error}.", "numbers of sensible size.") from None
     table = document.get("remat", {})
     if not isinstance(table, dict):
         raise _error(source, _line(text, "remat"), "`remat` is no table.", "[remat.rules] above the rules.")
@@ -78,7 +80,7 @@ def loads(text: str, source: str) -> list[tuple[str, Action]]:
 def _from_table(table: Any, text: str, source: str) -> list[tuple[str, Action]]:
     if not isinstance(table, dict):
         raise _error(source, _line(text, "rules"), "[remat.rules] is no table.", '"layers.*" = "nothing_saveable".')
-    return [_rule(pattern, value, source, _line(text, pattern)) for pattern, value in table.items()]
+    return [_rule(pattern, value, source, text) for pattern, value in table.items()]
 
 
 def _from_array(array: Any, text: str, source: str) -> list[tuple[str, Action]]:
@@ -91,20 +93,20 @@ def _from_array(array: Any, text: str, source: str) -> list[tuple[str, Action]]:
         if "pattern" not in entry:
             raise _error(source, first, "a rule without a pattern.", 'pattern = "layers.*".')
         rest = {key: value for key, value in entry.items() if key != "pattern"}
-        line = _line(text, "pattern", first)
         if not rest:
             raise _error(source, first, "a rule without an action.", 'policy = "nothing_saveable", or off = true.')
-        rules.append(_rule(entry["pattern"], rest, source, line, first, text))
+        rules.append(_rule(entry["pattern"], rest, source, text, first))
     return rules
 
 
-def _rule(
-    pattern: Any, value: Any, source: str, line: int, first: int | None = None, text: str = ""
-) -> tuple[str, Action]:
+def _rule(pattern: Any, value: Any, source: str, text: str, first: int | None = None) -> tuple[str, Action]:
+    """A rule; `first` is the line of its header in an array of tables."""
     try:
         action = _action(value)
         Pattern.parse(pattern)
     except RematError as error:
+        # Looked for only now: it reads the whole text.
+        line = _line(text, pattern) if first is None else _line(text, "pattern", first)
         if isinstance(error, _UnknownKeyError) and first is not None:
             line = _line(text, error.key, first)
         raise _error(source, line, error.what, error.fix, error.why) from None
@@ -138,9 +140,9 @@ def _action(value: Any) -> Action:
             error.key = key
             raise error
     if "off" in value:
-        if value != {"off": True}:
+        if len(value) > 1 or value["off"] is not True:
             raise RuleError(
-                what=f"`off` stands as {value['off']!r} beside {sorted(set(value) - {'off'})}.",
+                what=f"`off` stands as {value['off']!r} beside {sorted(set(value) - {'off'}) or 'nothing'}.",
                 why="off takes the module out; it cannot be combined.",
                 fix="off = true alone.",
             )

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import remattools as rt
+from remattools.rules import toml
 from tests.remattools.rules.test_policies import trees
 
 segments = st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_]{0,6}", fullmatch=True)
@@ -81,6 +82,10 @@ def test_other_tables_of_a_run_file_are_ignored(tmp_path):
         ('[[remat.rule]]\npattern = "a"\noff = true\nsave = ["x"]\n', 2, "alone"),
         ('[[remat.rule]]\npattern = "a[0]"\noff = true\n', 2, "brackets"),
         ('[[remat.rule]]\npattern = "a"\nevery_n = 0\n', 2, "1 or more"),
+        ('[[remat.rule]]\npattern = ["a"]\noff = true\n', 2, "text"),
+        ('[[remat.rule]]\npattern = "a"\noff = 1\n', 2, "off = true"),
+        ('[remat.rules]\n"a" = { save = { qkv = 1 } }\n', 2, "sequence"),
+        pytest.param(f'[remat.rules]\n"a" = {{ every_n = {"9" * 5000} }}\n', 1, "digits", id="long-number"),
         ("remat = 1\n", 1, "table"),
         ("[remat]\nrules = 1\n", 2, "table"),
         ("[remat]\nrule = 1\n", 2, "array"),
@@ -92,6 +97,12 @@ def test_errors_name_the_line(text, line, part):
         rt.Rules.from_toml(text, "train.toml")
     assert caught.value.what.startswith(f"train.toml, line {line}:")
     assert part in str(caught.value)
+
+
+def test_lines_are_looked_for_in_errors_only(monkeypatch):
+    # It reads the whole text: once for each rule, a long file would take minutes.
+    monkeypatch.delattr(toml, "_line")
+    assert len(rt.Rules.from_toml('[remat.rules]\n"a" = false\n[[remat.rule]]\npattern = "b"\noff = true\n')) == 2
 
 
 def test_a_missing_file(tmp_path):
