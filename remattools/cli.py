@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_outputs(args)
         # What the user's own code prints is no part of the answer, which a script reads.
         with contextlib.redirect_stdout(sys.stderr):
-            answer: _Answer = args.execute(args, load_subject(args.factory))
+            answer: _Answer = args.execute(args, load_subject(args.factory, lone=_looks_only(args)))
         _say(answer, as_json=args.json)
         for path, write in answer.files:
             write(path)
@@ -187,6 +187,11 @@ def _target_options(parser: argparse.ArgumentParser) -> None:
 
 def _as_is_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--as-is", action="store_true", help="the function is a whole step: take no gradient of it")
+
+
+def _looks_only(args: argparse.Namespace) -> bool:
+    """Whether the command looks at a model's modules and calls nothing."""
+    return args.command == "explain" and not args.names
 
 
 def _explain(args: argparse.Namespace, subject: Subject) -> _Answer:

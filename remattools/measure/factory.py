@@ -41,8 +41,12 @@ class Subject:
     inputs: tuple[Any, ...] | None = None
 
 
-def load_subject(text: str) -> Subject:
+def load_subject(text: str, *, lone: bool = False) -> Subject:
     """Import the module and call the factory.
+
+    Args:
+        text: `module:function` or `file.py:function`.
+        lone: Whether a model without inputs will do, since it is not called.
 
     Raises:
         MeasureError: If there is no such factory, it raises, or returns something else.
@@ -72,6 +76,8 @@ def load_subject(text: str) -> Subject:
             why="it has to run here, before anything can be looked at.",
             fix=f"run it alone: {_alone(module_name, name)}",
         ) from error
+    if lone and isinstance(made, nnx.Module):
+        return Subject(_summed, (made,))
     return _subject(text, made)
 
 
@@ -126,8 +132,14 @@ def _subject(text: str, made: Any) -> Subject:
     raise MeasureError(
         what=f"the factory {text} returned {items}, not a function and its arguments.",
         why="it has to return a pair: a function and the tuple of its arguments, or a model and its inputs.",
-        fix="return fn, (model, batch)" if isinstance(made, tuple) and len(made) > 2 else _EXAMPLE,
+        fix=_fix(made),
     )
+
+
+def _fix(made: Any) -> str:
+    if isinstance(made, nnx.Module):
+        return "return model, (x,) with the inputs of its call; explain without --names takes a model alone."
+    return "return fn, (model, batch)" if isinstance(made, tuple) and len(made) > 2 else _EXAMPLE
 
 
 def _summed(model: Any, *inputs: Any) -> Any:

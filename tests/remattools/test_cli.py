@@ -22,6 +22,9 @@ def training():
 def lone_model():
     return nnx.eval_shape(Tower), (inputs(),)
 
+def bare():
+    return nnx.eval_shape(Tower)
+
 def huge():
     def deep(weights, x):
         for _ in range(4):
@@ -153,6 +156,12 @@ def test_timeline(run, place):
     assert json.loads(run("timeline", "--json")[1].out)["peak_bytes"] > 0
 
 
+def test_a_model_without_inputs_can_be_explained(run):
+    code, out = run("explain", "--rules", "nothing_saveable", factory="bare")
+    assert code == cli.OK
+    assert "layers.[0:3]" in out.out
+
+
 def test_what_does_not_fit_exits_with_no(run):
     pytest.importorskip("libtpu")
     code, out = run("measure", "--target", "tpu:v5e", factory="huge")
@@ -167,6 +176,8 @@ def test_what_does_not_fit_exits_with_no(run):
         pytest.param("measure", "wrong", (), "returned int", id="factory returns nonsense"),
         pytest.param("measure", "leaves", (), "SystemExit", id="factory exits"),
         pytest.param("measure", "three", (), "return fn, (model, batch)", id="no pair"),
+        pytest.param("measure", "bare", (), "return model, (x,)", id="model without inputs"),
+        pytest.param("explain", "bare", ("--names",), "return model, (x,)", id="names of a model without inputs"),
         pytest.param("residuals", "untraceable", (), "ZeroDivisionError: in the model", id="function raises"),
         pytest.param("measure", "step", ("--target", "cpu"), "--as-is", id="a step is no loss"),
         pytest.param("timeline", "training", ("--plot", "a.jpg"), ".svg", id="no picture"),
