@@ -274,6 +274,12 @@ def explained(root: pathlib.Path, step: int, error: Exception) -> StorageError:
     """An error of the disk, or of Orbax and TensorStore, which wrap those of the disk in types of their own."""
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     kind = DiskSpaceError if full else StorageError
+    if isinstance(error, RuntimeError) and "shutdown" in str(error):
+        return StorageError(
+            what=f"step {step} was not saved to {root}: the program ended before the save did.",
+            why="a save needs threads, of which Python makes none any more; all earlier steps are as they were.",
+            fix="wait() or close() at the end of the program, or the session in a with block.",
+        )
     return kind(
         what=f"step {step} could not be saved to {root}: {type(error).__name__}: {error}",
         why="the save was given up before its commit; all earlier steps are as they were.",

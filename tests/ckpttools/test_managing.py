@@ -159,8 +159,8 @@ def test_the_run_is_closed_with_the_manager(tmp_path):
         save(again, 2)
 
 
-@pytest.mark.long
 def test_a_script_that_ends_without_a_wait_is_told_of_what_it_loses(tmp_path):
+    """Python makes no thread at its end, and Orbax needs some."""
     code = f"""
 import jax.numpy as jnp, ckpttools as ct
 manager = ct.CheckpointManager({str(tmp_path)!r})
@@ -170,8 +170,9 @@ manager.save(2, {{"model": {{"w": jnp.ones(4)}}}})
 """
     ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     with ct.CheckpointManager(tmp_path) as manager:
-        # How far the second save gets before Python makes no thread any more is a matter of luck.
-        assert manager.all_steps() == ([1] if "the save in progress failed: step 2" in ended.stderr else [1, 2])
+        # How far the second save gets before is a matter of luck.
+        told = "step 2 was not saved" in ended.stderr and "wait() or close()" in ended.stderr
+        assert manager.all_steps() == ([1] if told else [1, 2])
     assert ct.verify(tmp_path).ok
 
 
