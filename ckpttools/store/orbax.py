@@ -329,6 +329,8 @@ def _native(record: Record, array: Any) -> Any:
 
 
 def _on_host(record: Record, loaded: Any) -> np.ndarray[Any, Any]:
+    if isinstance(loaded, jax.ShapeDtypeStruct):  # asked for by a name that the step's metadata does not have
+        raise ReadError(KeyError(f"Orbax did not find {'.'.join(map(str, record.path))}"))
     return np.asarray(jax.random.key_data(loaded) if record.kind == "key" else loaded)
 
 

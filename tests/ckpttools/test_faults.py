@@ -56,6 +56,20 @@ def _naming(text):
         raise
 
 
+@pytest.mark.parametrize("leaf", ["key", "mu", "count"])
+def test_a_leaf_that_orbax_knows_by_another_name_is_not_found(leaf, tmp_path):
+    """A flip at random meets these few letters once in some thousand trials; Orbax returns what it was asked with."""
+    faults.write_run(tmp_path)
+    path = tmp_path / str(faults.NEWER) / "optimizer" / "_METADATA"
+    wrong = chr(ord(leaf[0]) ^ 2) + leaf[1:]
+    path.write_text(path.read_text().replace(f'[{{"key": "{leaf}"', f'[{{"key": "{wrong}"'))
+    with ct.open(faults.spec_for(tmp_path)) as ckpt:
+        report = ckpt.restore(faults.state_at(0))
+    (rejected,) = report.rejected
+    assert report.step == faults.GOOD
+    assert "optimizer/_METADATA" in rejected.files
+
+
 def test_every_bit_of_the_seal_is_named_or_means_nothing(tmp_path):
     """A flip at random meets these few bytes once in some hundred trials."""
     faults.write_run(tmp_path)
