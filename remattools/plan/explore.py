@@ -21,6 +21,8 @@ from .writing import rules_of
 
 # Below this gain a further compile is not worth its time.
 _GAIN = 0.002
+# Below this chance that it keeps a budget that nothing kept yet, it is neither.
+_CHANCE, _LIKELY = 0.05, 0.5
 # Budgets at which a frontier is asked whether it could be better, and what a budget that nothing keeps yet is taken
 # for, in times of the slowest point.
 _BUDGETS, _UNREACHED = 24, 1.5
@@ -136,26 +138,34 @@ class Exploration:
     def propose(self, limit: int | None, max_cycles: float | None) -> int | None:
         """The assignment to compile next for these limits, or None if none promises more."""
         expected = self.expected()
-        sizes, cycles = expected.bytes, expected.cycles
-        open_ = np.array([self._is_open(number) for number in range(len(sizes))])
-        best = best_point(self.points.values(), limit, max_cycles)
-        within = open_.copy()
-        if limit is not None:
-            within &= sizes <= limit
+        open_ = np.array([self._is_open(number) for number in range(len(expected.bytes))])
+        goal, goal_doubt = expected.cycles, expected.cycles_doubt
         if max_cycles is not None:
-            within &= cycles <= max_cycles
-        goal = cycles if max_cycles is None else sizes
+            goal, goal_doubt = expected.bytes, expected.bytes_doubt
+        best = best_point(self.points.values(), limit, max_cycles)
+        chance = open_.astype(float)
+        for figure, doubt, most in (
+            (expected.bytes, expected.bytes_doubt, limit),
+            (expected.cycles, expected.cycles_doubt, max_cycles),
+        ):
+            if most is not None:
+                chance *= scipy.special.ndtr((most - figure) / np.maximum(doubt, 1e-9 * max(most, 1.0)))
         if best is not None:
-            within &= goal < (1 - _GAIN) * (best.cycles if max_cycles is None else best.bytes)
-        if within.any():
-            return int(min(np.flatnonzero(within), key=lambda n: _order(float(sizes[n]), float(cycles[n]), max_cycles)))
-        if best is not None or not open_.any():
+            reached = best.cycles if max_cycles is None else best.bytes
+            promised = chance * _improvement(goal, goal_doubt, max(float(reached), 1.0))
+            return int(promised.argmax()) if promised.max() > _GAIN else None
+        if not open_.any():
             return None
-        # Nothing is expected to do: the least there is will tell.
-        least = sizes if max_cycles is None else cycles
-        nearest = int(min(np.flatnonzero(open_), key=lambda n: least[n]))
+        likely = np.flatnonzero(chance > _LIKELY)
+        if len(likely):  # of those that most probably do, the best
+            return int(likely[goal[likely].argmin()])
+        # Nothing is expected to do: the least there is will tell, and then what is known too badly to be ruled out.
+        least = expected.bytes if max_cycles is None else expected.cycles
+        nearest = int(np.where(open_, least, np.inf).argmin())
         tried = [point.bytes if max_cycles is None else point.cycles for point in self.points.values()]
-        return nearest if least[nearest] < min(tried) else None
+        if least[nearest] < min(tried):
+            return nearest
+        return int(chance.argmax()) if chance.max() > _CHANCE else None
 
     def propose_anywhere(self) -> int | None:
         """The assignment that promises most at whatever budget, or None if none promises more."""
@@ -177,13 +187,22 @@ class Exploration:
         best = np.array([_UNREACHED * slowest if point is None else point.cycles for point in found])
         room = (limits - sizes[:, None]) / np.maximum(expected.bytes_doubt[open_][:, None], 1e-6 * most)
         chance = scipy.special.ndtr(room)
-        # The part of the plane under the curve that each would add, times the chance that it keeps the budget: a gain
-        # at many budgets is worth more than at one. If none is expected to add anything, what is least known may.
-        for hoped in (cycles, cycles - expected.cycles_doubt[open_]):
-            promised = (np.maximum(1.0 - hoped[:, None] / best, 0.0) * chance).mean(axis=1)
-            if promised.max() > _GAIN / _BUDGETS:
-                return int(open_[promised.argmax()])
-        return None
+        # The part of the plane under the curve that each is expected to add, times the chance that it keeps the budget:
+        # a gain at many budgets is worth more than at one.
+        promised = chance * _improvement(cycles[:, None], expected.cycles_doubt[open_][:, None], best)
+        worth = promised.mean(axis=1)
+        return int(open_[worth.argmax()]) if worth.max() > _GAIN / _BUDGETS else None
+
+
+def _improvement(goal: np.ndarray, doubt: np.ndarray, reached: float | np.ndarray) -> np.ndarray:
+    """How much less than what is reached is expected of each, as a part of it: the mean over a normal distribution.
+
+    Known as the expected improvement (Mockus 1975); without doubt it is the difference, or 0.
+    """
+    spread = np.maximum(doubt, 1e-9 * reached)
+    z = (reached - goal) / spread
+    density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
+    return np.asarray(((reached - goal) * scipy.special.ndtr(z) + spread * density) / reached)
 
 
 def best_point(points: Iterable[Point], limit: float | None, max_cycles: float | None) -> Point | None:

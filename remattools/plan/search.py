@@ -23,6 +23,8 @@ from .solve import BlockProblem, Choice
 _PRICES = tuple(float(price) for price in np.geomspace(30.0, 1e-4, 20))
 # How far a prediction can be off before anything was measured, and how far what measurements do not explain.
 _CONSTANT, _PRIOR, _LOCAL, _NOISE = 100.0, 0.5, 0.05, 1e-3
+# The same for each name that is kept, and for what like sets of names have in common.
+_NAME, _NAMES = 0.05, 0.1
 _MOST_SPLITS = 12
 # Groups come on top of what single blocks keep: fewer of both are looked at.
 _GROUPED_LEVELS, _GROUPED_SPLITS = 6, 6
@@ -64,6 +66,7 @@ class Space:
         self._grouping = Grouping(shape, self.members, self._timetable[2])
         self.assignments = [*self._assignments(), *self._groups()]
         self.bytes, self.cycles, self.features = self._predictions()
+        self._shares = self._shares_of_names()
 
     @property
     def groupable(self) -> frozenset[Path]:
@@ -167,14 +170,45 @@ class Space:
         explained = np.linalg.solve(among, np.column_stack([wrong, cross.T]))
         found = raw + scale * (cross @ explained[:, 0])
         own = _CONSTANT + _PRIOR**2 * (self.features**2).sum(axis=1) + _LOCAL**2
+        if self._shares is not None:
+            own += _NAME**2 * (self._shares**2).sum(axis=1) + _NAMES**2
         spread = scale * np.sqrt(np.maximum(own - (cross * explained[:, 1:].T).sum(axis=1), 0.0))
         found[seen], spread[seen] = values, 0.0
         return np.asarray(found), np.asarray(spread)
 
     def _kernel(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         a, b = self.features[left], self.features[right]
-        distance = ((a[:, None] - b[None]) ** 2).sum(axis=-1)
-        return np.asarray(_CONSTANT + _PRIOR**2 * (a @ b.T) + _LOCAL**2 * np.exp(-distance / 0.05))
+        found = _CONSTANT + _PRIOR**2 * (a @ b.T) + _LOCAL**2 * np.exp(-_distances(a, b) / 0.05)
+        if self._shares is not None:
+            a, b = self._shares[left], self._shares[right]
+            found += _NAME**2 * (a @ b.T) + _NAMES**2 * np.exp(-_distances(a, b))
+        return np.asarray(found)
+
+    def _shares_of_names(self) -> np.ndarray | None:
+        """In what part of the visits each name is kept, shape (assignments, names); None where names are many.
+
+        The compiler may need more memory for a block that keeps more or the other way round. Where all subsets of a few
+        names are looked at, it is learnt by name, from the measurements.
+        """
+        problems = self.outline.problems
+        if not _are_few(problems):
+            return None
+        columns = [(kind, name) for kind, problem in enumerate(problems) for name in (*problem.names, None)]
+        place = {path: number for number, path in enumerate(self.members)}
+        found = np.zeros((len(self.assignments), len(columns)))
+        for row, assignment in zip(found, self.assignments, strict=True):
+            for path, kind in self.outline.visits:
+                names = self.levels[self.level_of(assignment, place[path])][kind].names
+                row += [k == kind and (name is None if names is None else name in names) for k, name in columns]
+        return found / len(self.outline.visits)
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.asarray(((a[:, None] - b[None]) ** 2).sum(axis=-1))
+
+
+def _are_few(problems: Sequence[BlockProblem]) -> bool:
+    return max(len(problem.names) for problem in problems) <= _FEW
 
 
 def _levels(shape: Outline) -> list[tuple[Choice, ...]]:
@@ -188,7 +222,7 @@ def _levels(shape: Outline) -> list[tuple[Choice, ...]]:
         levels.append(
             tuple(problem.cheapest(0.0, limit) for problem, limit in zip(shape.problems, limits, strict=True))
         )
-    few = max(len(problem.names) for problem in shape.problems) <= _FEW
+    few = _are_few(shape.problems)
     if few:  # all there is, alike for each kind of block
         for positions in itertools.product((False, True), repeat=_FEW):
             levels.append(tuple(problem.choice(_taken(problem, positions)) for problem in shape.problems))

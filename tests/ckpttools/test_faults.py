@@ -34,6 +34,9 @@ def test_damage_of_every_kind(pristine, tmp_path):
     check(pristine, tmp_path / "work", count=40)
 
 
+# In some of a thousand failed loads TensorStore ends a read after Orbax has closed its loop, in a thread of its own:
+# nobody can catch what uvloop says then, and it tells nothing of the restore.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.long
 def test_two_thousand_damages(pristine, tmp_path):
     check(pristine, tmp_path / "work", count=2000)
