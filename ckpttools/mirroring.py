@@ -207,7 +207,7 @@ class Copier:
         self._damaged: dict[str, int] = {}
         self._missed: set[str] = set()
         self._current = ""
-        self._told_of_others = False
+        self._told_of_others = self._told_of_failure = False
         self._status = MirrorStatus(url=mirror.url)
         self._notes: list[str] = []
 
@@ -276,6 +276,8 @@ class Copier:
                 return
 
     def _bring_up_to_date(self) -> None:
+        # That the store lists and reads is no answer yet to what it is asked for: it may refuse to be written.
+        took = False
         while True:
             names = self.store.names()
             found = {copy.name: copy.manifest.summary for name in names if (copy := self.store.copy(name))}
@@ -283,7 +285,7 @@ class Copier:
                 local = self._names.of(self._known)
                 todo = self._plan(found, names)
                 self._copies = found
-                self._describe(todo, answered=True)
+                self._describe(todo, answered=took)
             name = next((name for name in todo.copy if name not in self._damaged), None)
             if name is None:
                 for name in todo.delete:
@@ -291,8 +293,9 @@ class Copier:
                 with self._changed:
                     self._copies = {name: copy for name, copy in found.items() if name not in todo.delete}
                     self._describe(todo, answered=True)
+                    self._told_of_failure = False
                 return
-            self._copy(name, local[name])
+            took = self._copy(name, local[name]) or took
 
     def _plan(self, copies: Named, names: Iterable[str] = ()) -> Plan:
         local = summaries_of(self._names.of(self._known))
@@ -300,18 +303,25 @@ class Copier:
         pins = catalogue.read_pins(self._root)
         return plan(local, copies, names, self._keep, lineage=self._known.lineage, gone=gone, pins=pins)
 
-    def _copy(self, name: str, entry: Entry) -> None:
-        """Copy one step from links to its files, so that retention cannot take them away half way."""
+    def _copy(self, name: str, entry: Entry) -> bool:
+        """Copy one step from links to its files, so that retention cannot take them away half way.
+
+        Returns:
+            Whether the store took it; False if the step is gone or damaged here.
+        """
         links = layout.control(self._root, f"outbox/{name}")
         self._current = name
         try:
             source = _linked(entry, links)
-            if source is not None:
-                self.store.put(source, readback=self.mirror.verify == "readback", stop=lambda: self._stopped)
+            if source is None:
+                return False
+            self.store.put(source, readback=self.mirror.verify == "readback", stop=lambda: self._stopped)
+            return True
         except StepDamagedError as error:
             with self._changed:
                 self._damaged[name] = entry.step
                 self._notes.append(f"step {entry.step} is not copied to the mirror: {error.what}")
+            return False
         finally:
             self._current = ""
             shutil.rmtree(links, ignore_errors=True)
@@ -341,10 +351,11 @@ class Copier:
             )
 
     def _failed(self, error: Exception) -> None:
-        text = error.what if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        text = error.what if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}."
         with self._changed:
-            if not self._status.error:
-                self._notes.append(f"the mirror takes no copies: {text} The training goes on; it is tried again.")
+            if not self._told_of_failure:
+                self._told_of_failure = True
+                self._notes.append(f"the mirror is not up to date: {text} The training goes on; it is tried again.")
             self._status = dataclasses.replace(self._status, error=text, failures=self._status.failures + 1)
 
 

@@ -287,8 +287,9 @@ class RemoteStore:
         except Exception as error:
             if absent and isinstance(error, FileNotFoundError):
                 raise
+            told = str(error).rstrip(". \n") or "no reason given"
             raise MirrorError(
-                what=f"{self.url} could not be {done}: {type(error).__name__}: {str(error) or 'no reason given'}",
+                what=f"{self.url} could not be {done}: {type(error).__name__}: {told}.",
                 why="the store does not answer, or refuses this address or these credentials; local steps are safe.",
                 fix="see the cause above; what is missing at the store is copied when it answers again.",
             ) from error

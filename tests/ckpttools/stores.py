@@ -2,9 +2,12 @@
 """Stores for the tests of the mirror: a real S3 server on loopback with a way to it that can be cut, and a folder."""
 
 import contextlib
+import json
 import logging
 import socket
 import threading
+import urllib.request
+from collections.abc import Iterator
 
 import boto3
 from moto.server import ThreadedMotoServer
@@ -68,9 +71,34 @@ class S3:
         self.server.start()
         self.host, self.port = self.server.get_host_and_port()
         self.url = f"http://{self.host}:{self.port}"
-        session = boto3.Session(USER["AWS_ACCESS_KEY_ID"], USER["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1")
-        self.client = session.client("s3", endpoint_url=self.url)
+        self._session = boto3.Session(USER["AWS_ACCESS_KEY_ID"], USER["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1")
+        self.client = self._session.client("s3", endpoint_url=self.url)
         self.client.create_bucket(Bucket="bucket")
+
+    def add_user(self, name: str, *allowed: str) -> tuple[str, str]:
+        """The key and the secret of a user who may do what is allowed, such as "s3:GetObject", and nothing else."""
+        with contextlib.closing(self._session.client("iam", endpoint_url=self.url)) as users:
+            users.create_user(UserName=name)
+            rights = {"Effect": "Allow", "Action": allowed, "Resource": "*"}
+            document = json.dumps({"Version": "2012-10-17", "Statement": [rights]})
+            users.put_user_policy(UserName=name, PolicyName=name, PolicyDocument=document)
+            made = users.create_access_key(UserName=name)["AccessKey"]
+        return made["AccessKeyId"], made["SecretAccessKey"]
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """While this lasts, keys, signatures and rights of users are checked."""
+        self._check_after("0")
+        try:
+            yield
+        finally:
+            self._check_after("inf")
+
+    def _check_after(self, requests: str) -> None:
+        address = f"{self.url}/moto-api/reset-auth"
+        request = urllib.request.Request(address, requests.encode(), {"Content-Type": "text/plain"}, method="POST")
+        with urllib.request.urlopen(request):
+            pass
 
     def objects(self, prefix: str) -> dict[str, int]:
         found = self.client.list_objects_v2(Bucket="bucket", Prefix=prefix)

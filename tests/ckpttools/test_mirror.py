@@ -137,7 +137,7 @@ def test_on_s3_a_connection_that_is_cut_half_way_never_stops_the_training(on_s3,
     assert not status.ok
     assert status.failures >= 1
     assert set(status.pending) >= {2}
-    assert any("the mirror takes no copies" in text for text in warned)
+    assert any("the mirror is not up to date" in text for text in warned)
     assert any("the next session does" in text for text in warned)
     assert restore_offline(on_s3) == 3
     finished = [key for key in s3.objects(request.node.name) if key.endswith(layout.MANIFEST)]
@@ -165,8 +165,66 @@ def test_on_s3_wrong_credentials_are_reported_and_do_not_stop_the_training(on_s3
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     status, warned = save(on_s3, 1)
     assert "credentials" in status.error.lower()
-    assert any("the mirror takes no copies" in text for text in warned)
+    assert any("the mirror is not up to date" in text for text in warned)
     assert ct.verify(on_s3.directory).ok
+
+
+@pytest.fixture(scope="module")
+def reader(s3):
+    """A user who may look and not write."""
+    return s3.add_user("reader", "s3:ListBucket", "s3:GetObject")
+
+
+@pytest.mark.parametrize(
+    ("who", "says"),
+    [
+        pytest.param(lambda key, secret: ("nobody", secret), "does not exist", id="unknown-key"),
+        pytest.param(lambda key, secret: (key, "guessed"), "signature", id="wrong-secret"),
+        pytest.param(lambda key, secret: (key, secret), "Access Denied", id="may-only-read"),
+    ],
+)
+def test_on_s3_rejected_credentials_are_reported_once_and_the_next_session_copies(
+    on_s3, monkeypatch, s3, reader, who, says
+):
+    key, secret = who(*reader)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    spec = changed(on_s3, url=on_s3.mirror.url.translate(str.maketrans("[]", "--")))
+    with s3.guarded():
+        status, warned = save(spec, 1, 2)
+        assert (status.pending, status.copied) == ((1, 2), ())
+        assert says in status.error
+        assert sum("the mirror is not up to date" in text for text in warned) == 1
+        assert any(says in text and "not copied to the mirror: 1, 2; the next" in text for text in warned)
+        assert restore_locally(spec) == 2
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", stores.USER["AWS_ACCESS_KEY_ID"])
+    status, warned = save(spec, 3)
+    assert status.ok
+    assert status.copied == (1, 2, 3)
+    assert not warned
+
+
+def restore_locally(spec):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return restore(spec).step
+
+
+def test_a_store_that_takes_copies_and_deletes_none_is_reported_once(on_disk, monkeypatch):
+    def refuse(store, name):
+        raise ct.MirrorError(what="no right to delete.")
+
+    monkeypatch.setattr(remote.RemoteStore, "delete", refuse)
+    spec = dataclasses.replace(on_disk, keep=ct.All(), mirror=dataclasses.replace(on_disk.mirror, keep=ct.Latest(2)))
+    status, warned = save(spec, 1, 2, 3, 4, 5)
+    assert set(status.copied) >= {4, 5}
+    assert "no right to delete" in status.error
+    assert status.failures >= 1
+    assert sum("no right to delete" in text for text in warned) == 1
+    monkeypatch.undo()
+    status, warned = save(spec, 6)
+    assert status.ok
+    assert status.copied == (5, 6)
 
 
 def test_on_s3_a_connection_that_is_cut_while_a_step_is_fetched(on_s3, way):
