@@ -15,17 +15,25 @@ import signal
 import time
 from collections.abc import Iterator
 
+import fsspec.implementations.local  # noqa: F401  a child would spend its short life on importing it
 import jax.numpy as jnp
 import numpy as np
 
 import ckpttools as ct
 from ckpttools.store import catalogue
+from ckpttools.store.remote import RemoteStore
 
 TOTAL = 45
+KEEP = ct.Latest(2) | ct.EveryNSteps(15)
 
 
-def spec_for(folder: pathlib.Path) -> ct.CheckpointSpec:
-    return ct.CheckpointSpec(directory=folder, save=ct.EverySteps(3), keep=ct.Latest(2) | ct.EveryNSteps(15))
+def spec_for(folder: pathlib.Path, *, mirrored: bool = False) -> ct.CheckpointSpec:
+    mirror = ct.Mirror(f"file://{mirror_of(folder)}") if mirrored else None
+    return ct.CheckpointSpec(directory=folder, save=ct.EverySteps(3), keep=KEEP, mirror=mirror)
+
+
+def mirror_of(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f"{folder.name}-mirror")
 
 
 class Noise:
@@ -44,10 +52,12 @@ class Noise:
         self._rng.bit_generator.state = state
 
 
-def train(folder: pathlib.Path, tell: int | None = None) -> bytes:
-    """Train to the end; returns the bits of the final state."""
+def train(folder: pathlib.Path, tell: int | None = None, *, mirrored: bool = False) -> bytes:
+    """Train to the end; returns the bits of the final state. The mirror is slower than the training saves."""
+    if mirrored:
+        _slow_down_the_mirror()
     state = {"model": {"w": jnp.zeros(512), "step": 0}, "data": Noise()}
-    with ct.open(spec_for(folder)) as ckpt:
+    with ct.open(spec_for(folder, mirrored=mirrored)) as ckpt:
         report = ckpt.restore(state)
         model = report.state["model"]
         _tell(tell, report.step or 0)
@@ -58,6 +68,16 @@ def train(folder: pathlib.Path, tell: int | None = None) -> bytes:
             if durable:
                 _tell(tell, durable.step)
     return np.asarray(model["w"]).tobytes() + str(model["step"]).encode()
+
+
+def _slow_down_the_mirror() -> None:
+    send = RemoteStore._send
+
+    def slow(*args) -> None:
+        send(*args)
+        time.sleep(0.005)
+
+    RemoteStore._send = slow
 
 
 def _tell(pipe: int | None, step: int) -> None:
@@ -71,32 +91,39 @@ class Tally:
 
     kills: int = 0
     in_a_save: int = 0
+    in_a_copy: int = 0
     finished_runs: int = 0
     problems: list[str] = dataclasses.field(default_factory=list)
 
-    def compare(self, root: pathlib.Path, expected: bytes) -> None:
-        """Let a run finish, if it has not, and compare its end with that of an unbroken one."""
+    def compare(self, root: pathlib.Path, expected: bytes, *, mirrored: bool) -> None:
+        """Let a run finish, if it has not, and compare its end with that of an unbroken one, and its mirror with it."""
         self.finished_runs += 1
-        if _in_child(lambda: train(root)) != expected:
+        if _in_child(lambda: train(root, mirrored=mirrored)) != expected:
             self.problems.append(f"{root.name}: the final state differs from that of an uninterrupted run")
+        if mirrored:
+            # A run that was killed between its last commit and what is deleted then has one step more.
+            kept = {verdict.step.step for verdict in ct.prune(root, KEEP, dry_run=True) if verdict.keep}
+            there = _copies(root)
+            self.problems += [] if kept == there else [f"{root.name}: of the steps {kept} the mirror has {there}"]
 
 
-def kill_often(folder: pathlib.Path, *, kills: int, seed: int) -> Tally:
+def kill_often(folder: pathlib.Path, *, kills: int, seed: int, mirrored: bool = False) -> Tally:
     """Kill children at random moments until `kills` have died; runs that finish are compared and begun anew."""
     rng, tally = random.Random(seed), Tally()
     expected = _in_child(lambda: train(folder / "whole"))
     root = folder / "run0"
     while tally.kills < kills:
-        killed, told = _one_life(root, rng)
+        killed, told = _one_life(root, rng, mirrored=mirrored)
         if killed:
             tally.kills += 1
             tally.in_a_save += any((root / ".ckpttools" / "staging").glob("*"))
-            tally.problems += _check(root, max(told, default=0))
+            tally.in_a_copy += any((root / ".ckpttools" / "outbox").glob("*"))
+            tally.problems += _check(root, max(told, default=0)) + _check_mirror(root)
         else:
-            tally.compare(root, expected)
+            tally.compare(root, expected, mirrored=mirrored)
             root = folder / f"run{tally.finished_runs}"
     # The run that was killed last is left to finish, so that there is always one to compare.
-    tally.compare(root, expected)
+    tally.compare(root, expected, mirrored=mirrored)
     return tally
 
 
@@ -110,10 +137,24 @@ def _check(root: pathlib.Path, durable: int) -> list[str]:
     return problems
 
 
-def _one_life(root: pathlib.Path, rng: random.Random) -> tuple[bool, list[int]]:
+def _copies(root: pathlib.Path) -> set[int]:
+    store = RemoteStore(f"file://{mirror_of(root)}", {})
+    return {copy.manifest.summary.step for copy in store.copies()}
+
+
+def _check_mirror(root: pathlib.Path) -> list[str]:
+    """Every copy that says of itself that it is finished has every byte."""
+    if not mirror_of(root).exists():
+        return []
+    store = RemoteStore(f"file://{mirror_of(root)}", {})
+    damaged = {copy.name: files for copy in store.copies() if (files := store.damaged_files(copy))}
+    return [f"the mirror's {name} lacks {', '.join(files)}" for name, files in damaged.items()]
+
+
+def _one_life(root: pathlib.Path, rng: random.Random, *, mirrored: bool) -> tuple[bool, list[int]]:
     """Start a child, let it train for a random while, kill it; whether it was killed, and what it told."""
     read, write = os.pipe()
-    child = _fork(lambda: train(root, write))
+    child = _fork(lambda: train(root, write, mirrored=mirrored))
     os.close(write)
     told: list[int] = []
     buffer = b""
@@ -170,6 +211,8 @@ def _in_child(work) -> bytes:
 def lines(tally: Tally) -> Iterator[str]:
     """The tally for a person."""
     yield f"kills {tally.kills}, of which in the middle of a save {tally.in_a_save}"
+    if tally.in_a_copy:
+        yield f"in the middle of a copy to the mirror {tally.in_a_copy}"
     yield f"runs finished and compared {tally.finished_runs}"
     yield f"problems {len(tally.problems)}: {tally.problems[:3]}"
 
@@ -179,6 +222,7 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:
-        done = kill_often(pathlib.Path(scratch), kills=int(sys.argv[1]), seed=int(sys.argv[2]))
+        mirrored = "mirrored" in sys.argv[3:]
+        done = kill_often(pathlib.Path(scratch), kills=int(sys.argv[1]), seed=int(sys.argv[2]), mirrored=mirrored)
     print("\n".join(lines(done)))
-    sys.exit(bool(done.problems) or not done.in_a_save)
+    sys.exit(bool(done.problems) or not (done.in_a_copy if mirrored else done.in_a_save))
