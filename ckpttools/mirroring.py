@@ -165,7 +165,7 @@ class Names:
 
     def of(self, known: Catalogue) -> dict[str, Entry]:
         """The steps that are on the disk now, by name."""
-        found = {}
+        found, names = {}, {}
         for entry in known.committed:
             summary = entry.manifest.summary if entry.manifest else None
             path = entry.path / layout.MANIFEST
@@ -173,9 +173,9 @@ class Names:
                 continue
             key = summary.step, summary.sequence, summary.saved_at
             with contextlib.suppress(OSError, StepDamagedError):
-                if key not in self._known:
-                    self._known[key] = name_of(path.read_bytes())
-                found[self._known[key]] = entry
+                names[key] = self._known[key] if key in self._known else name_of(path.read_bytes())
+                found[names[key]] = entry
+        self._known = names
         return found
 
 
@@ -229,7 +229,7 @@ class Copier:
             self._known, self._version = known, self._version + 1
             if not self._copies:
                 # A restore has asked the store already.
-                self._copies = {name: copy.manifest.summary for name, copy in self.store.seen.items()}
+                self._copies = self.store.seen
             self._ever |= summaries_of(self._names.of(known))
             self._describe(self._plan(self._copies))
             if self._thread is None:
@@ -280,7 +280,7 @@ class Copier:
         took = False
         while True:
             names = self.store.names()
-            found = {copy.name: copy.manifest.summary for name in names if (copy := self.store.copy(name))}
+            found = {name: summary for name in names if (summary := self.store.summary(name))}
             with self._changed:
                 local = self._names.of(self._known)
                 todo = self._plan(found, names)
@@ -337,7 +337,11 @@ class Copier:
             damaged=tuple(sorted(self._damaged.values())),
         )
         self._status = dataclasses.replace(status, error="", failures=0) if answered else status
-        fresh, self._missed = set(todo.missed) - self._missed, self._missed | set(todo.missed)
+        # What is gone, and what the mirror would not keep either, is forgotten: a long run has many such steps.
+        here = self._names.of(self._known)
+        needed = {*here, *todo.missed, self._current}
+        self._ever = {name: summary for name, summary in self._ever.items() if name in needed}
+        fresh, self._missed = set(todo.missed) - self._missed, set(todo.missed)
         if fresh:
             self._notes.append(
                 f"the run's retention deleted step(s) {', '.join(sorted(str(steps[name]) for name in fresh))} before "

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import CorruptStepError, IncompleteStepError, MirrorError, StepDamagedError
 from . import commit, digest, layout, manifest
-from .manifest import Manifest
+from .manifest import Manifest, Summary
 
 _NAME = re.compile(r"(0|[1-9]\d{0,17})-([0-9a-f]{8})")
 _BLOCK_BYTES = 1 << 22
@@ -62,7 +62,7 @@ class RemoteStore:
     def __init__(self, url: str, options: dict[str, Any]) -> None:
         self.url = url
         self._options = options
-        self._known: dict[str, Copy] = {}
+        self._known: dict[str, Summary] = {}
 
     @functools.cached_property
     def _opened(self) -> tuple[Any, str]:
@@ -89,8 +89,8 @@ class RemoteStore:
         return "/".join(part for part in (self._opened[1], name, file) if part)
 
     @property
-    def seen(self) -> dict[str, Copy]:
-        """The finished copies whose manifests were read so far."""
+    def seen(self) -> dict[str, Summary]:
+        """The summaries of the finished copies whose manifests were read so far."""
         return dict(self._known)
 
     def names(self) -> tuple[str, ...]:
@@ -119,17 +119,27 @@ class RemoteStore:
         found = (self.copy(name) for name in self.names())
         return tuple(sorted((copy for copy in found if copy), key=lambda copy: copy.manifest.summary.saved_at))
 
-    def copy(self, name: str) -> Copy | None:
-        """The finished copy of that name; None if its manifest is missing, damaged or another's."""
+    def summary(self, name: str) -> Summary | None:
+        """The summary of the finished copy of that name, which is read once; None as for `copy`."""
         if name not in self._known:
-            data = self._read_small(self._path(name, layout.MANIFEST))
-            try:
-                if data is None or name_of(data) != name:
-                    return None
-                self._known[name] = Copy(name, manifest.from_bytes(data), data)
-            except StepDamagedError:
+            self.copy(name)
+        return self._known.get(name)
+
+    def copy(self, name: str) -> Copy | None:
+        """The finished copy of that name; None if its manifest is missing, damaged or another's.
+
+        Only its summary is kept: the manifests of many copies of a large model would fill the memory of a training.
+        """
+        self._known.pop(name, None)
+        data = self._read_small(self._path(name, layout.MANIFEST))
+        try:
+            if data is None or name_of(data) != name:
                 return None
-        return self._known[name]
+            copy = Copy(name, manifest.from_bytes(data), data)
+        except StepDamagedError:
+            return None
+        self._known[name] = copy.manifest.summary
+        return copy
 
     def _read_small(self, path: str) -> bytes | None:
         with self._explained("read"):

@@ -5,6 +5,7 @@ Against a real S3 server on loopback whose connections can be cut, and against a
 """
 
 import dataclasses
+import gc
 import pathlib
 import shutil
 import sys
@@ -19,7 +20,7 @@ import pytest
 import ckpttools as ct
 from ckpttools import mirroring
 from ckpttools.store import layout, remote
-from ckpttools.store.manifest import Summary
+from ckpttools.store.manifest import Manifest, Summary
 from tests.ckpttools import stores
 from tests.ckpttools.test_recovery import flip_bit, largest_file
 
@@ -424,6 +425,62 @@ def test_a_step_is_copied_whole_though_retention_deletes_it_meanwhile(on_disk, m
             ckpt.step(5, STATE)
     assert restore(spec, step=1).step == 1
     assert not list(layout.control(spec.directory, "outbox").iterdir())
+
+
+def summaries_alive():
+    gc.collect()
+    return sum(isinstance(each, Summary) for each in gc.get_objects())
+
+
+def test_a_mirror_that_is_slower_than_the_saves_takes_no_more_memory_and_loses_nothing_at_the_end(on_disk, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+    send = remote.RemoteStore._send
+
+    def slow(store, source, name, file):
+        started.set()
+        assert go_on.wait(60)
+        send(store, source, name, file)
+
+    monkeypatch.setattr(remote.RemoteStore, "_send", slow)
+    spec = dataclasses.replace(
+        on_disk, keep=ct.Latest(2), mirror=dataclasses.replace(on_disk.mirror, keep=ct.Latest(3))
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with ct.open(spec) as ckpt:
+            alive = []
+            for step in range(1, 25):
+                ckpt.save(step, state_at(step))
+                ckpt.wait()
+                assert started.wait(20)
+                alive.append(summaries_alive())
+            assert alive[-1] <= alive[4], "what waits does not grow with the steps"
+            assert [path.name[0] for path in layout.control(spec.directory, "outbox").iterdir()] == ["1"]
+            assert ckpt.mirror_status.pending == (23, 24)
+            assert ckpt.mirror_status.missed == (22,)
+            go_on.set()
+    assert ckpt.mirror_status.copied == (1, 23, 24)
+    assert ckpt.mirror_status.pending == ()
+    texts = [str(each.message) for each in caught]
+    assert not any("the next session" in text for text in texts)
+    assert sum("step(s) 22 before they were copied" in text for text in texts) == 1
+    shutil.rmtree(spec.directory)
+    assert restore(spec).step == 24
+
+
+def test_a_mirror_of_many_steps_is_known_by_summaries_only(on_disk):
+    spec = dataclasses.replace(on_disk, keep=ct.Latest(2), mirror=dataclasses.replace(on_disk.mirror, keep=ct.All()))
+    gc.collect()
+    before = sum(isinstance(each, Manifest) for each in gc.get_objects())
+    with ct.open(spec) as ckpt:
+        for step in range(1, 9):
+            ckpt.save(step, state_at(step))
+            ckpt.wait()
+            wait_for(lambda step=step: step in ckpt.mirror_status.copied)
+        gc.collect()
+        held = sum(isinstance(each, Manifest) for each in gc.get_objects()) - before
+    assert ckpt.mirror_status.copied == tuple(range(1, 9))
+    assert held <= 3, "those of the steps here, and not of the copies"
 
 
 def test_a_store_that_hangs_is_waited_for_no_longer_than_agreed(on_disk, monkeypatch):
