@@ -278,6 +278,78 @@ def killed(folder: pathlib.Path) -> dict:
     return {"error": failure(forever), "step": step}
 
 
+class Loop:
+    """A trainer whose state has a part in each process, a part in all, and an iterator of each process's own."""
+
+    total_steps = 8
+
+    def __init__(self, meanwhile=lambda step: None) -> None:
+        self._meanwhile = meanwhile
+        self._state = {"model": model(), "data": Data()}
+
+    def get_state(self) -> dict:
+        return self._state
+
+    def set_state(self, state: dict) -> None:
+        self._state = dict(state)
+
+    def train_step(self) -> dict:
+        data, values = self._state["data"], self._state["model"]
+        data.at += 1
+        self._meanwhile(data.at)
+        grown = {name: _grow(values[name], data.at) for name in ("w", "b", "half")}
+        self._state["model"] = {**values, **grown, "local": values["local"] + data.at, "count": values["count"] + 1}
+        return {"loss": 1 / data.at + ME}
+
+
+@jax.jit
+def _grow(x: jax.Array, by: int) -> jax.Array:
+    return (x * 0.9 + by).astype(x.dtype)
+
+
+def trained(folder: pathlib.Path, name: str, meanwhile=lambda step: None) -> dict:
+    loop = Loop(meanwhile)
+    run = spec(folder, name, save=ct.EverySteps(3) & ct.OnImprovement("loss", mode="min"))
+    report = ct.train(loop, run)
+    told = {"from": report.restored.step, "to": report.last_step, "preempted": report.preempted}
+    bits = {key: whole(loop.get_state()["model"][key]).tobytes().hex() for key in ("w", "b", "half")}
+    state = [bits, loop.get_state()["model"]["local"].tolist(), loop.get_state()["data"].at]
+    return told | {"state": state, "steps": [row.step for row in ct.ls(folder / name)]}
+
+
+def train_whole(folder: pathlib.Path) -> dict:
+    return trained(folder, "whole")
+
+
+def train_and_go_on(folder: pathlib.Path) -> dict:
+    """After `train_and_die`, and after `train_and_stop`."""
+    return {"dead": trained(folder, "dead"), "stopped": trained(folder, "stopped")}
+
+
+def train_and_stop(folder: pathlib.Path) -> dict:
+    """SIGTERM to process 1 in the middle of update 5."""
+
+    def meanwhile(step: int) -> None:
+        if step == 5 and ME == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return trained(folder, "stopped", meanwhile)
+
+
+def train_and_die(folder: pathlib.Path) -> dict:
+    """SIGKILL to process 1 in the middle of update 5, with step 3 on the disk; the last scenario of a run."""
+    group._LOST_AFTER_S = 3.0
+    deadline = time.monotonic() + 20
+
+    def meanwhile(step: int) -> None:
+        if step == 5 and ME == 1:
+            while not (folder / "dead" / "3").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return {"error": failure(lambda: trained(folder, "dead", meanwhile))}
+
+
 def main() -> None:
     port, folder = sys.argv[3], pathlib.Path(sys.argv[4])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -291,7 +363,7 @@ def main() -> None:
             told[name] = {"raised": f"{type(error).__name__}: {error}"}
         answer.write_text(json.dumps(told))
     # Without a farewell: with a dead peer, JAX's own shutdown would wait for it.
-    if sys.argv[-1] not in ("one_dies", "killed"):
+    if sys.argv[-1] not in ("one_dies", "killed", "train_and_die"):
         jax.distributed.shutdown()
     os._exit(0)
 

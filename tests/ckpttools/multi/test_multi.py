@@ -169,6 +169,37 @@ def test_the_death_of_a_process_in_a_save_is_an_error_in_bounded_time_and_no_ste
     assert not list((folder / "dies" / ".ckpttools" / "staging").iterdir()), "what the dead left is swept up"
 
 
+@pytest.fixture(scope="module")
+def trainers(folder):
+    """What two processes told that train by `ct.train`: undisturbed, stopped, killed, and started again."""
+    first = cluster.run(2, folder, "train_whole", "train_and_stop", "train_and_die")
+    return first, cluster.run(2, folder, "train_and_go_on")
+
+
+def test_a_trainer_of_two_processes_one_of_which_is_killed_goes_on_with_the_same_bits(trainers):
+    first, second = trainers
+    assert "ProcessError: " in first[0]["train_and_die"]["error"]
+    assert "process 1 of 2 is missing" in first[0]["train_and_die"]["error"]
+    assert "train_and_die" not in first[1]
+    for before, after in zip(first, second, strict=True):
+        whole, dead = before["train_whole"], after["train_and_go_on"]["dead"]
+        assert (whole["from"], whole["to"], whole["preempted"]) == (None, 8, False)
+        assert (dead["from"], dead["to"]) == (3, 8)
+        assert dead["state"] == whole["state"]
+        assert whole["steps"] == dead["steps"] == [3, 6, 8]
+
+
+def test_a_signal_to_one_process_of_a_trainer_saves_in_both_which_go_on_with_the_same_bits(trainers):
+    first, second = trainers
+    for before, after in zip(first, second, strict=True):
+        stopped, gone_on = before["train_and_stop"], after["train_and_go_on"]["stopped"]
+        assert stopped["preempted"]
+        assert stopped["to"] == first[0]["train_and_stop"]["to"] >= 5
+        assert stopped["steps"] == [3, stopped["to"]]
+        assert gone_on["from"] == stopped["to"]
+        assert gone_on["state"] == before["train_whole"]["state"]
+
+
 _REST = ("b", "half", "keys", "count", "name")
 
 
