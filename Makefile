@@ -6,7 +6,7 @@ GROUPS ?= --group test --group lint
 EXTRAS ?= plot,mirror
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 # tunix's own dependencies are 7 GB because of torch; this is what its models import.
-WILD := wrapt tensorboardX jaxtyping tqdm huggingface_hub sentencepiece pillow perfetto pandas einops safetensors
+WILD := wrapt tensorboardX jaxtyping tqdm huggingface_hub sentencepiece pillow perfetto pandas einops safetensors grain
 WILD_ALONE := google-tunix qwix google-metrax clu
 # The accelerators of a development machine are no part of the tests.
 export JAX_PLATFORMS ?= cpu

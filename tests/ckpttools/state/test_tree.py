@@ -95,6 +95,15 @@ def test_the_state_of_an_iterator_is_rebuilt_from_what_was_stored(tmp_path):
     assert 7 in fresh.state
 
 
+@pytest.mark.parametrize("state", [b'{"last": 3}', 5, None, [], jax.random.key(1)], ids=repr)
+def test_an_iterator_may_hand_out_a_single_value(tmp_path, state):
+    """grain's `DataLoader` hands out bytes."""
+    fresh = Iterator({"other": 1})
+    round_trip(tmp_path, Iterator(state), fresh)
+    assert leaves({"x": fresh}) == leaves({"x": Iterator(state)})
+    assert type(fresh.state) is type(state)
+
+
 def test_an_iterator_inside_a_dict_is_found(tmp_path):
     fresh = {"train": Iterator({}), "epoch": 0}
     restored = round_trip(tmp_path, {"train": Iterator({"at": 5}), "epoch": 2}, fresh)
