@@ -36,6 +36,7 @@ from .errors import SpecFileError as SpecFileError
 from .errors import StepDamagedError as StepDamagedError
 from .errors import StepNotFoundError as StepNotFoundError
 from .errors import StepOrderError as StepOrderError
+from .errors import StepRejectedError as StepRejectedError
 from .errors import StorageError as StorageError
 from .errors import StructureError as StructureError
 from .errors import TensorFileError as TensorFileError

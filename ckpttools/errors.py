@@ -45,7 +45,7 @@ class VersionError(StructureError):
 
 
 class StepDamagedError(CheckpointError, ValueError):
-    """Base of the two kinds of damage that recovery passes over.
+    """Base of what recovery passes over: two kinds of damage, and steps that the run's validation rejects.
 
     Attributes:
         step: The damaged step, or None where it cannot be told.
@@ -78,6 +78,15 @@ class CorruptStepError(StepDamagedError):
         "`ckpttools repair` puts metadata back, a mirror has arrays; else restore another step: "
         "`ckpttools ls --verify` says which are intact."
     )
+
+
+class StepRejectedError(StepDamagedError):
+    """A step whose bytes are as they were saved, and whose model does not pass the run's validation function."""
+
+    usual_why = (
+        "its bytes are as they were saved, so the validation function, its batch or the model's code has changed."
+    )
+    usual_fix = "undo that change, or open the run without validate= if it was meant."
 
 
 class UntrustedStepError(CorruptStepError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find a step that can be restored, prove it, and only then touch the live state.
 
-Candidates are tried from the newest to the oldest. Damage (incomplete, corrupt) is passed over and reported; a
-structure that does not fit and a disk that does not answer are raised, because the next candidate would not help. A
+Candidates are tried from the newest to the oldest. Damage (incomplete, corrupt) and what the run's validation rejects
+is passed over and reported; a structure that does not fit and a disk that does not answer are raised, because the next candidate would not help. A
 directory that holds steps and none intact raises: it never looks like a fresh start.
 
 All leaves are read to the host and their digests compared before the first live leaf is replaced (`state.place`).
@@ -11,7 +11,7 @@ All leaves are read to the host and their digests compared before the first live
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from .errors import (
     SpecError,
     StepDamagedError,
     StepNotFoundError,
+    StepRejectedError,
     StructureError,
 )
 from .report import Candidate, RestoreReport
@@ -254,12 +255,18 @@ def _rejected(entry: Entry, error: StepDamagedError) -> Candidate:
         return Candidate(step=entry.step, verdict="empty", reason="an empty folder, never a step")
     return Candidate(
         step=entry.step,
-        verdict="incomplete" if isinstance(error, IncompleteStepError) else "corrupt",
+        verdict=_verdict(error),
         reason=error.what,
         leaves=error.leaves,
         files=error.files,
         source=_source(entry),
     )
+
+
+def _verdict(error: StepDamagedError) -> Literal["incomplete", "corrupt", "rejected"]:
+    if isinstance(error, StepRejectedError):
+        return "rejected"
+    return "incomplete" if isinstance(error, IncompleteStepError) else "corrupt"
 
 
 def _source(entry: Entry) -> Literal["local", "mirror"]:
@@ -276,16 +283,26 @@ def _quarantined(run: RunFolder | None, tried: Sequence[tuple[Entry, Candidate]]
     return candidates
 
 
+def _way_out(verdicts: Set[str]) -> str:
+    """What to do where no step can be restored."""
+    if "rejected" in verdicts:
+        return (
+            "the rejected steps are as they were saved: undo what has changed in the validation function, its batch "
+            "or the model's code, or open the run without validate= if it was meant."
+        )
+    if "unverified" in verdicts:
+        return "ct.adopt(directory) takes over the steps of plain Orbax."
+    return "see what ct.repair(directory, dry_run=True) can do, or choose another directory for a new run."
+
+
 def no_intact_step(report: RestoreReport, directory: pathlib.Path) -> NoIntactStepError:
     """The error for a directory that holds steps and none that can be restored."""
     lines = "".join(f"\n    {line}" for each in report.candidates for line in str(each).splitlines())
-    foreign = any(candidate.verdict == "unverified" for candidate in report.candidates)
+    verdicts = {candidate.verdict for candidate in report.candidates}
     error = NoIntactStepError(
         what=f"none of the {len(report.candidates)} step(s) in {directory} can be restored:{lines}",
         why="starting afresh here would bury the run; nothing was deleted.",
-        fix="ct.adopt(directory) takes over the steps of plain Orbax."
-        if foreign
-        else "see what ct.repair(directory, dry_run=True) can do, or choose another directory for a new run.",
+        fix=_way_out(verdicts),
     )
     error.report = report
     return error

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from .altering import AlteredLeaf
 from .rendering import health_text
 
-type Verdict = Literal["used", "incomplete", "corrupt", "unverified", "empty", "unreachable"]
+type Verdict = Literal["used", "incomplete", "corrupt", "rejected", "unverified", "empty", "unreachable"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Candidate:
 
     Attributes:
         step: Its number.
-        verdict: "used", or the class of its failure.
+        verdict: "used", or the class of its failure; "rejected" if it is intact and the run's validation refuses it.
         reason: Why it was rejected; "" if it was used.
         leaves: Damaged leaves, such as `model.layers.0.kernel`.
         files: Damaged files, relative to the step's folder.

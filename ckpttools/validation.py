@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .errors import CorruptStepError, ValidationError
+from .errors import CorruptStepError, StepRejectedError, ValidationError
 from .state.leaves import numpy_dtype
 from .state.place import HostItem, fresh_copy
 
@@ -61,25 +61,28 @@ def check(
     """Run the function on a copy filled from a loaded step and compare its outputs with the stored ones.
 
     Raises:
-        CorruptStepError: If they are not finite, or differ from what the model computed when it was saved.
+        StepRejectedError: If they are not finite, or differ from what the model computed when it was saved.
+        CorruptStepError: If the stored outputs cannot be read.
     """
     outputs = _run(validate, fresh_copy(state, items))
     if not _finite(outputs):
-        raise CorruptStepError(
+        error = StepRejectedError(
             what=f"step {step} fails validation: its outputs are not finite.",
-            why="training would go on from NaN or infinity.",
-            fix="restore an older step: restore(state, step=...); look at what the model does with the batch.",
+            why="training would go on from NaN or infinity. The step's bytes are as they were saved.",
+            fix="look at what the function and the model do with the batch; an older step: restore(state, step=...).",
         )
+        error.step = step
+        raise error
     if stored is None:
         return
     before = [_decode(entry) for entry in stored]
     same_form = [(a.shape, a.dtype) for a in outputs] == [(a.shape, a.dtype) for a in before]
     if not same_form or not all(map(_close, outputs, before)):
-        raise CorruptStepError(
-            what=f"step {step} fails validation: the model computes something else than when it was saved.",
-            why="the weights are as they were saved, so the code or the validation batch has changed.",
-            fix="undo that change, or open the run without validate= if it was meant.",
+        error = StepRejectedError(
+            what=f"step {step} fails validation: the model computes something else than when it was saved."
         )
+        error.step = step
+        raise error
 
 
 def _run(validate: Validate, copy: dict[str, Any]) -> list[np.ndarray[Any, Any]]:

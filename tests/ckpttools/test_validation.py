@@ -45,12 +45,48 @@ def test_a_step_whose_model_computes_something_else_is_rejected(tmp_path):
     before = leaves(other)
     with (
         ct.open(spec_for(tmp_path), validate=lambda copy: outputs(copy) * 1.01) as ckpt,
-        pytest.raises(ct.NoIntactStepError, match="computes something else"),
+        pytest.raises(ct.NoIntactStepError, match="computes something else") as caught,
     ):
         ckpt.restore(other)
     assert leaves(other) == before
+    assert {each.verdict for each in caught.value.report.candidates} == {"rejected"}
+    assert "undo what has changed in the validation function" in caught.value.fix
+    assert "repair" not in caught.value.fix, "there is nothing to repair"
+    with (
+        ct.open(spec_for(tmp_path), validate=lambda copy: outputs(copy)[:1]) as ckpt,
+        pytest.raises(ct.StepRejectedError, match="step 2 fails validation") as alone,
+    ):
+        ckpt.restore(other, step=2)
+    assert "validate=" in alone.value.fix
+    assert ct.verify(tmp_path).ok
     with ct.open(spec_for(tmp_path), validate=outputs) as ckpt:
         assert ckpt.restore(other).step == 2
+
+
+def test_a_step_that_validation_rejects_is_intact_and_stays_until_the_run_has_gone_on_without_it(tmp_path):
+    def check(copy, spoiled=3):
+        w = copy["params"]["w"]
+        return jnp.where(w[0] == spoiled, w + 1, w)
+
+    def state_at(step):
+        return {"params": {"w": jnp.full(4, float(step))}}
+
+    with ct.open(spec_for(tmp_path), validate=lambda copy: check(copy, None)) as ckpt:
+        for step in (1, 2, 3):
+            ckpt.save(step, state_at(step))
+    with ct.open(spec_for(tmp_path), validate=check) as ckpt:
+        report = ckpt.restore(state_at(0))
+        assert report.step == 2
+        (rejected,) = report.rejected
+        assert (rejected.step, rejected.verdict, rejected.moved_to) == (3, "rejected", None)
+        assert report.damaged == 0
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        assert ckpt.restore(state_at(0)).step == 3, "the control: nothing was moved"
+    with ct.open(spec_for(tmp_path), validate=check) as ckpt:
+        ckpt.restore(state_at(0))
+        ckpt.save(4, state_at(4))
+    assert [(row.step, row.state) for row in ct.ls(tmp_path)][-2:] == [(3, "superseded"), (4, "committed")]
+    assert ct.verify(tmp_path).ok
 
 
 def test_outputs_that_are_not_finite_are_a_failure_at_both_ends(tmp_path):
