@@ -19,7 +19,7 @@ from .diffing import diff
 from .errors import CheckpointError, SpecError, StepDamagedError, UntrustedStepError
 from .exchange import export_safetensors
 from .importing import import_run
-from .listing import ls, prune
+from .listing import empty_quarantine, ls, prune
 from .repairing import repair
 from .showing import show
 from .spec.mirror import Mirror, as_mirror
@@ -139,16 +139,22 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    verdicts = prune(_run(args.run), _keep(args), dry_run=args.dry_run)
+    run, keep = _run(args.run), _keep(args)
+    verdicts = None if keep is None else prune(run, keep, dry_run=args.dry_run)
+    emptied = empty_quarantine(run, dry_run=args.dry_run) if args.quarantine else None
     if args.json:
-        plain = [{"step": each.step.step, "keep": each.keep, "reason": each.reason} for each in verdicts]
-        tables.print_json({"dry_run": args.dry_run, "steps": plain})
-    else:
+        plain = [{"step": each.step.step, "keep": each.keep, "reason": each.reason} for each in verdicts or ()]
+        tables.print_json({"dry_run": args.dry_run, "steps": plain, "quarantine": emptied or ()})
+        return OK
+    if verdicts is not None:
         tables.print_verdicts(verdicts, dry_run=args.dry_run)
+    if emptied is not None:
+        tables.print_quarantine(emptied, dry_run=args.dry_run)
     return OK
 
 
-def _keep(args: argparse.Namespace) -> Retention:
+def _keep(args: argparse.Namespace) -> Retention | None:
+    """What the options say is to be kept; None if only the quarantine is meant."""
     parts: list[Retention] = [] if args.spec is None else [CheckpointSpec.load(args.spec).keep]
     parts += [] if args.latest is None else [Latest(args.latest)]
     parts += [] if args.every_steps is None else [EveryNSteps(args.every_steps)]
@@ -162,11 +168,14 @@ def _keep(args: argparse.Namespace) -> Retention:
                 fix=f"--best {metric}:{mode}:2",
             )
         parts.append(Best(metric, mode=mode, n=int(count or 1)))
+    if not parts and args.quarantine:
+        return None
     if not parts:
         raise SpecError(
             what="nothing says which steps to keep.",
             why="the retention of a run stands in its spec, and the steps do not hold it.",
-            fix="--spec train.toml, or --latest 3 --best val_loss:min:2 --every-steps 10000; the parts add up.",
+            fix="--spec train.toml, or --latest 3 --best val_loss:min:2 --every-steps 10000; the parts add up. "
+            "--quarantine alone deletes no step.",
         )
     return Union(*parts)
 

@@ -2,8 +2,8 @@
 """Find a step that can be restored, prove it, and only then touch the live state.
 
 Candidates are tried from the newest to the oldest. Damage (incomplete, corrupt) and what the run's validation rejects
-is passed over and reported; a structure that does not fit and a disk that does not answer are raised, because the next candidate would not help. A
-directory that holds steps and none intact raises: it never looks like a fresh start.
+is passed over and reported; a structure that does not fit and a disk that does not answer are raised, because the next
+candidate would not help. A directory that holds steps and none intact raises: it never looks like a fresh start.
 
 All leaves are read to the host and their digests compared before the first live leaf is replaced (`state.place`).
 """

@@ -112,6 +112,12 @@ def print_verdicts(verdicts: Sequence[Verdict], *, dry_run: bool) -> None:
     print_table(["step", "", "why"], rows, right=["step"]) if rows else print("there are no steps")
 
 
+def print_quarantine(names: Sequence[str], *, dry_run: bool) -> None:
+    """What `prune` deletes from quarantine."""
+    gone = "would be deleted" if dry_run else "deleted"
+    print_text("\n".join(f"quarantined {name} {gone}" for name in names) or "nothing in quarantine may be deleted")
+
+
 def print_mirror(report: MirrorReport) -> None:
     """The table of `mirror`."""
     print_text(str(report).partition("\n")[0])

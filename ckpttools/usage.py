@@ -37,6 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--best", action="append", default=[], metavar="METRIC:MODE[:N]", help="keep the N best, as in val_loss:min:2"
     )
     pruned.add_argument("--every-steps", type=int, metavar="N", help="keep the multiples of N")
+    pruned.add_argument(
+        "--quarantine",
+        action="store_true",
+        help="also, or only, delete the damaged steps that were moved out of the way",
+    )
     for name, text in (("pin", "protect steps from retention"), ("unpin", "give steps back to retention")):
         command(name, text).add_argument("steps", type=int, nargs="+")
     repaired = command("repair", "put damaged manifests and metadata back from their second copies")

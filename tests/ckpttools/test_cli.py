@@ -184,6 +184,34 @@ def test_prune_without_a_retention_or_with_a_wrong_one(run, capsys):
     assert "has no direction" in err
 
 
+@pytest.mark.filterwarnings("ignore:.*damaged step.*were passed over")
+def test_prune_empties_quarantine_when_asked(run, capsys):
+    quarantine = layout.control(run, "quarantine")
+    assert call(capsys, "prune", run, "--quarantine")[:2] == (cli.OK, "nothing in quarantine may be deleted\n")
+    damage(run, 30)
+    with ct.open(spec_for(run)) as ckpt:
+        assert ckpt.restore(state_at(0)).step == 20
+    code, out, _ = call(capsys, "prune", run, "--quarantine")
+    assert (code, out) == (cli.OK, "nothing in quarantine may be deleted\n"), "the run's branch hangs on it"
+    assert (quarantine / "30").is_dir()
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state_at(0))
+        ckpt.save(40, state_at(40))
+    plan = as_json(capsys, "prune", run, "--quarantine", "--latest", 2, "--dry-run")[1]
+    assert plan["quarantine"] == ["30"]
+    assert [(step["step"], step["keep"]) for step in plan["steps"]] == [(10, False), (20, True), (40, True)]
+    assert call(capsys, "prune", run, "--quarantine", "--dry-run")[1] == "quarantined 30 would be deleted\n"
+    assert call(capsys, "prune", run, "--latest", 3)[0] == cli.OK
+    assert (quarantine / "30").is_dir(), "the control: without the flag it stays"
+    code = call(capsys, "prune", run, "--quarantine", "--best", "val_loss")[0]
+    assert (code, (quarantine / "30").is_dir()) == (cli.CANNOT, True), "nothing is done by halves"
+    code, out, _ = call(capsys, "prune", run, "--quarantine", "--latest", 2)
+    assert "10  deleted" in out
+    assert out.endswith("quarantined 30 deleted\n")
+    assert not list(quarantine.iterdir())
+    assert as_json(capsys, "prune", run, "--latest", 2)[1]["quarantine"] == []
+
+
 def test_pin_protects_and_unpin_gives_back(run, capsys):
     assert call(capsys, "pin", run, 10)[:2] == (cli.OK, "pinned 10\n")
     assert "pinned" in call(capsys, "ls", run)[1]
@@ -432,7 +460,15 @@ def test_an_import_with_keys_and_values(tmp_path):
 
 @pytest.mark.parametrize(
     "argv",
-    [["ls"], ["prune", "--latest", "1"], ["pin", "20"], ["repair"], ["adopt"], ["mirror", "m"]],
+    [
+        ["ls"],
+        ["prune", "--latest", "1"],
+        ["prune", "--quarantine"],
+        ["pin", "20"],
+        ["repair"],
+        ["adopt"],
+        ["mirror", "m"],
+    ],
     ids=lambda a: a[0],
 )
 def test_a_step_given_where_a_run_is_meant_is_not_called_empty(run, capsys, argv):
