@@ -18,13 +18,13 @@ import pathlib
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +32,10 @@ import numpy as np
 from orbax.checkpoint import v1
 
 import ckpttools as ct
+from tests.ckpttools import memory
+from tests.ckpttools.memory import make_state, template_of, update
 
 PARTS = 32
-
-
-def make_state(megabytes: int) -> dict[str, jax.Array]:
-    """Float32 normals, as weights are."""
-    size = megabytes * 1_000_000 // 4 // PARTS
-    state = {f"part{n}": jax.random.normal(jax.random.key(n), (size,)) for n in range(PARTS)}
-    return jax.block_until_ready(state)
-
-
-update = jax.jit(lambda state: jax.tree.map(lambda x: x * 0.999 + 0.001, state), donate_argnums=0)
 
 
 @dataclasses.dataclass
@@ -118,8 +110,8 @@ def stall(state, begin, ended) -> tuple[dict, float]:
 def measure(args: argparse.Namespace) -> tuple[Timings, dict[str, str]]:
     root = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-speed-", dir=args.folder))
     timings, facts = Timings(), {}
-    state = make_state(args.megabytes)
-    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    state = make_state(args.megabytes, PARTS)
+    template = template_of(state)
     session = ct.open(spec_for(root / "stall", asynchronous=True))
     step = 0
     try:
@@ -194,49 +186,15 @@ def _bytes(state) -> int:
     return sum(np.asarray(x).nbytes for x in jax.tree.leaves(state))
 
 
-def peak(way: str, megabytes: int, folder: pathlib.Path) -> float:
-    """Host memory that one operation takes at most beyond what the process has before it, in states."""
-    state = make_state(megabytes)
-    total = _bytes(state)
-    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    spec = spec_for(folder / "ours", asynchronous=True)
-    if way.startswith("restore"):
-        if way == "restore: ckpttools":
-            save_ours(folder / "ours", state)
-        else:
-            save_orbax(folder / "plain", state, compression=False)
-        del state
-    # The highest mark so far is taken back, so that the next one is of the operation alone.
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    if way == "save: ckpttools":
-        with ct.open(spec) as ckpt:
-            ckpt.save(1, {"model": state})
-    elif way == "save: Orbax":
-        save_orbax(folder / "plain", state, compression=False)
-    elif way == "restore: ckpttools":
-        with ct.open(spec) as ckpt:
-            jax.block_until_ready(ckpt.restore({"model": template}).state)
-    else:
-        jax.block_until_ready(v1.load_checkpointables(folder / "plain", {"model": template}))
-    return (_status_bytes("VmHWM") - before) / total
-
-
-def _status_bytes(field: str) -> int:
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
 def peaks(args: argparse.Namespace) -> dict[str, str]:
-    """The peaks, each in a process of its own."""
+    """The peaks, each in a process of its own; as it is, and with an allocator that gives back what is freed."""
     found = {}
-    for way in ("save: ckpttools", "save: Orbax", "restore: ckpttools", "restore: Orbax"):
-        with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-            command = [sys.executable, "-W", "ignore", __file__, "--peak", way, "--folder", scratch]
-            done = subprocess.run(
-                [*command, "--megabytes", str(args.megabytes)], capture_output=True, text=True, check=True
-            )
-        found[f"peak memory, {way}"] = f"{float(done.stdout.split()[-1]):.2f} states beyond what was there before"
+    for way in memory.WAYS:
+        usual = memory.peak_of(way, args.megabytes, PARTS, args.folder)
+        in_use = memory.peak_of(way, args.megabytes, PARTS, args.folder, **memory.GIVEN_BACK)
+        found[f"peak memory, {way}"] = (
+            f"{usual:.2f} states beyond what was there before; {in_use:.2f} if freed blocks are given back at once"
+        )
     return found
 
 
@@ -306,11 +264,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", help="where to write; a disk, not a memory file system")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks/ckpt_speed.md")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak:
-        print(peak(args.peak, args.megabytes, pathlib.Path(args.folder)))
-        return
     text = table(*measure(args), args)
     print(text)
     if args.write:
