@@ -6,6 +6,7 @@ Two processes that save into one folder would prune each other's steps. The lock
 meanwhile would share it, and keep it after the writer was killed, so it is closed there.
 """
 
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -32,7 +33,7 @@ class WriterLock:
 
         Raises:
             RunInUseError: If another process holds it.
-            StorageError: If it cannot be opened.
+            StorageError: If it cannot be opened or locked.
         """
         if self.held:
             return
@@ -50,13 +51,20 @@ class WriterLock:
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        except BlockingIOError as error:
+            owner = _owner(descriptor)
             os.close(descriptor)
             raise RunInUseError(
                 what=f"{self._root} is being written by process {owner}.",
                 why="two writers would delete each other's steps.",
                 fix="wait for that process, or give this run a directory of its own; reading needs no lock.",
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise StorageError(
+                what=f"{path} cannot be locked: {error}.",
+                why="without a lock two writers would delete each other's steps; nothing was changed.",
+                fix="use a file system with locks (NFS needs its lock service); reading needs no lock.",
             ) from error
         owner_ref = weakref.ref(self)
 
@@ -66,8 +74,10 @@ class WriterLock:
                 lock.release()
 
         os.register_at_fork(after_in_child=close_in_fork)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+        # Who holds it is for people: a full disk must not keep anybody from a lock that was granted.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
         self._descriptor = descriptor
 
     def release(self) -> None:
@@ -75,3 +85,10 @@ class WriterLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _owner(descriptor: int) -> str:
+    try:
+        return os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+    except OSError:
+        return "unknown"
