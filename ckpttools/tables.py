@@ -115,7 +115,7 @@ def print_verdicts(verdicts: Sequence[Verdict], *, dry_run: bool) -> None:
 def print_quarantine(names: Sequence[str], *, dry_run: bool) -> None:
     """What `prune` deletes from quarantine."""
     gone = "would be deleted" if dry_run else "deleted"
-    print_text("\n".join(f"quarantined {name} {gone}" for name in names) or "nothing in quarantine may be deleted")
+    print_text("\n".join(f"quarantined {name} {gone}" for name in names) or "nothing to delete in quarantine")
 
 
 def print_mirror(report: MirrorReport) -> None:

@@ -187,12 +187,12 @@ def test_prune_without_a_retention_or_with_a_wrong_one(run, capsys):
 @pytest.mark.filterwarnings("ignore:.*damaged step.*were passed over")
 def test_prune_empties_quarantine_when_asked(run, capsys):
     quarantine = layout.control(run, "quarantine")
-    assert call(capsys, "prune", run, "--quarantine")[:2] == (cli.OK, "nothing in quarantine may be deleted\n")
+    assert call(capsys, "prune", run, "--quarantine")[:2] == (cli.OK, "nothing to delete in quarantine\n")
     damage(run, 30)
     with ct.open(spec_for(run)) as ckpt:
         assert ckpt.restore(state_at(0)).step == 20
     code, out, _ = call(capsys, "prune", run, "--quarantine")
-    assert (code, out) == (cli.OK, "nothing in quarantine may be deleted\n"), "the run's branch hangs on it"
+    assert (code, out) == (cli.OK, "nothing to delete in quarantine\n"), "the run's branch hangs on it"
     assert (quarantine / "30").is_dir()
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(state_at(0))
