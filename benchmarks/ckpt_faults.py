@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How safe: damaged files, kills and power cuts, counted; plain Orbax beside it where it can be.
 
-    python benchmarks/ckpt_faults.py [--trials 2000] [--kills 500] [--cuts 0 7 33] [--write]
+    python benchmarks/ckpt_faults.py [--trials 2000] [--kills 500] [--process-kills 20] [--calls 1]
+                                     [--cuts 0 7 33] [--write]
 
-The power cut needs root: a file system on a loop device is copied N seconds after the save was reported as finished,
-without any sync, and the copy is mounted as after a crash. `--write` puts the tables into
-docs/benchmarks/ckpt_faults.md.
+System calls fail by strace, if it is there. The power cut needs root: a file system on a loop device is copied N
+seconds after the save was reported as finished, without any sync, and the copy is mounted as after a crash. `--write`
+puts the tables into docs/benchmarks/ckpt_faults.md.
 """
 
 import argparse
@@ -16,7 +17,9 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +36,8 @@ import numpy as np
 import orbax.checkpoint as v0
 
 import ckpttools as ct
-from tests.ckpttools import faults
+from tests.ckpttools import faults, syscalls
+from tests.ckpttools.multi import cluster
 
 MEGABYTES = 64
 
@@ -72,10 +76,59 @@ def _cell(outcomes: collections.Counter) -> str:
 
 
 def kill_table(kills: int) -> list[str]:
-    """SIGKILL at random moments, in a process that may fork."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.ckpttools.killing", str(kills), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=pathlib.Path(__file__).parents[1])
-    return ["## Kills", "", *(f"- {line}" for line in done.stdout.splitlines()), ""]
+    """SIGKILL at random moments, in a process that may fork; then with a mirror."""
+    lines = ["## Kills", ""]
+    for title, count, options in (("one process", kills, []), ("with a mirror", kills // 2, ["mirrored"])):
+        command = [sys.executable, "-W", "ignore", "-m", "tests.ckpttools.killing", str(count), "2", *options]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=pathlib.Path(__file__).parents[1]
+        )
+        lines.append(f"- {title}: " + "; ".join(done.stdout.splitlines()))
+    return [*lines, ""]
+
+
+def call_table(every: int, scratch: pathlib.Path) -> list[str]:
+    """One system call of a background save fails; every n-th of the plan is tried."""
+    plan = [(call, error, number) for call, error, numbers in syscalls.PLAN for number in numbers][::every]
+    counted: dict[str, collections.Counter] = {}
+    problems: list[str] = []
+    for trial in syscalls.trials(scratch / "calls", iter(plan)):
+        counted.setdefault(trial.name.rpartition(" ")[0], collections.Counter())[trial.outcome] += 1
+        problems += trial.problems
+    return [
+        "## System calls that fail",
+        "",
+        f"{len(plan)} saves in the background, in each of which the n-th call of one kind failed in every thread, "
+        f"TensorStore's too; problems {len(problems)}. Failed: the very next call raised the error, and the earlier "
+        "steps are as they were; saved: the call did not matter to the step, which was restored bit for bit; not met: there "
+        "was no n-th call. After each the next save is good.",
+        "",
+        "| call and error | failed | saved | not met |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {name} | " + " | ".join(str(outcomes[kind]) for kind in ("failed", "saved", "not met")) + " |"
+            for name, outcomes in counted.items()
+        ),
+        "",
+    ]
+
+
+def process_table(kills: int, scratch: pathlib.Path) -> list[str]:
+    """SIGKILL to one of two processes of a run; the run is looked at after each, and goes on."""
+    chance, waits, problems = random.Random(7), [], 0
+    for number in range(kills):
+        waits.append(cluster.kill_one(scratch, number % 2, chance))
+        problems += not ct.verify(scratch / "killed").ok
+        print(f"process kill {number + 1} of {kills}", flush=True)
+    return [
+        "## Kills of one process of two",
+        "",
+        f"- kills {kills}, the leader and the other in turn, each run restored from where the one before was killed; "
+        f"steps committed {cluster.latest(scratch / 'killed')}; problems {problems}",
+        f"- the other process had ended {statistics.median(waits):.1f} s after the kill (at most {max(waits):.1f} s; "
+        "the test counts a silence of 3 s as a death, the default is 20 s)",
+        "",
+    ]
 
 
 def big_state(step: int) -> dict[str, jax.Array]:
@@ -168,6 +221,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--process-kills", type=int, default=20)
+    parser.add_argument("--calls", type=int, default=1, help="every n-th system call; 0 for none")
     parser.add_argument("--cuts", type=int, nargs="*", default=[0, 7, 33])
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks/ckpt_faults.md")
     args = parser.parse_args()
@@ -184,6 +239,9 @@ def main() -> None:
         scratch = pathlib.Path(folder)
         lines += fault_table(args.trials, scratch) if args.trials else []
         lines += kill_table(args.kills) if args.kills else []
+        lines += process_table(args.process_kills, scratch) if args.process_kills else []
+        if args.calls and syscalls.can_trace():
+            lines += call_table(args.calls, scratch)
         if args.cuts and os.geteuid() == 0:
             lines += cut_table(args.cuts, scratch)
     text = "\n".join(lines)

@@ -4,6 +4,8 @@
 import json
 import os
 import pathlib
+import random
+import signal
 import socket
 import subprocess
 import sys
@@ -48,3 +50,26 @@ def answers(count: int, folder: pathlib.Path) -> list[dict]:
 def run(count: int, folder: pathlib.Path, *scenarios: str, devices: int = 2, timeout_s: float = 120) -> list[dict]:
     finish(start(count, folder, *scenarios, devices=devices), timeout_s=timeout_s)
     return answers(count, folder)
+
+
+def kill_one(folder: pathlib.Path, victim: int, chance: random.Random) -> float:
+    """Two processes train in `folder / "killed"`; after a step more, one is killed at a random moment.
+
+    Returns:
+        Seconds from the kill until the other has ended, too.
+    """
+    run = folder / "killed"
+    processes = start(2, folder, "killed")
+    wanted, deadline = latest(run) + 1, time.monotonic() + 60
+    while latest(run) < wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(chance.uniform(0.0, 1.0))
+    processes[victim].send_signal(signal.SIGKILL)
+    killed_at = time.monotonic()
+    codes = finish(processes, timeout_s=60)
+    assert codes[victim] == -signal.SIGKILL
+    return time.monotonic() - killed_at
+
+
+def latest(run: pathlib.Path) -> int:
+    return max((int(path.name) for path in run.glob("[0-9]*")), default=0)
