@@ -100,8 +100,8 @@ def call_table(every: int, scratch: pathlib.Path) -> list[str]:
         "",
         f"{len(plan)} saves in the background, in each of which the n-th call of one kind failed in every thread, "
         f"TensorStore's too; problems {len(problems)}. Failed: the very next call raised the error, and the earlier "
-        "steps are as they were; saved: the call did not matter to the step, which was restored bit for bit; not met: there "
-        "was no n-th call. After each the next save is good.",
+        "steps are as they were; saved: the call did not matter to the step, which was restored bit for bit; not met: "
+        "there was no n-th call. After each the next save is good.",
         "",
         "| call and error | failed | saved | not met |",
         "| --- | --- | --- | --- |",
