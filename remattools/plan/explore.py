@@ -110,7 +110,7 @@ class Exploration:
         measured = self.by_rules[rules]
         time_taken = self.plain_cycles + self.space.cycles[number]
         if measured.estimated_cycles is not None:
-            time_taken = float(measured.estimated_cycles)
+            time_taken = float(measured.estimated_cycles) + self.space.link_cycles[number]
         elif not measured.fits:
             time_taken = float("inf")
         self.points[number] = Point(
@@ -118,7 +118,8 @@ class Exploration:
             predicted=predicted,
             measured=measured,
             bytes=bytes_of(measured, self.of),
-            cycles=time_taken,
+            cycles=float(time_taken),
+            link_cycles=float(self.space.link_cycles[number]),
         )
 
     def expected(self) -> Expected:

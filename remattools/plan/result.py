@@ -34,7 +34,9 @@ class Point:
         predicted: What was expected of them.
         measured: What the compiler said.
         bytes: The figure that the budget is about.
-        cycles: The compiler's estimate; where it has none, the planner's model.
+        cycles: The compiler's estimate, and `link_cycles`; where it has none, the planner's model.
+        link_cycles: What transfers to the host's memory and back take beyond what runs meanwhile. By the planner's
+            model: compilers do not count them.
     """
 
     rules: Rules
@@ -42,6 +44,7 @@ class Point:
     measured: Measurement
     bytes: int
     cycles: float
+    link_cycles: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -49,6 +52,7 @@ class Point:
             "rules": self.rules.to_toml(),
             "bytes": self.bytes,
             "cycles": self.cycles,
+            "link_cycles": self.link_cycles,
             "predicted": dataclasses.asdict(self.predicted),
             "measured": self.measured.as_dict(),
         }
@@ -95,6 +99,11 @@ class Plan:
                 "" if self.measured.estimated_cycles is None else f", {self.measured.estimated_cycles} estimated cycles"
             ),
         ]
+        if any(action and action.offload for _, action in self.rules):
+            beyond = next(point.link_cycles for point in self.points if point.rules == self.rules)
+            lines.append(
+                f"transfers to the host, by the planner's model: {beyond:.0f} cycles beyond what runs meanwhile"
+            )
         if not len(self.rules):
             lines.append("the plain model keeps the budget: no rule is needed")
         return "\n".join([*(f"# {line}" for line in lines), "", self.rules.to_toml()])
@@ -137,6 +146,8 @@ def table_of(points: Iterable[Point], of: Of, chosen: Rules | None) -> str:
     for point in sorted(points, key=lambda p: p.bytes):
         mark = "->" if point.rules == chosen else "* " if point in frontier else "  "
         rules = "; ".join(_line(pattern.text, action) for pattern, action in point.rules) or "plain"
+        if point.link_cycles:
+            rules += f" (transfers by the planner's model: {format_count(point.link_cycles)} cycles)"
         size = format_bytes(point.bytes) if point.measured.fits else "no fit"
         lines.append(
             f"{mark}{size:>12}{format_count(point.cycles):>10}{format_bytes(point.predicted.bytes):>14}"
@@ -163,4 +174,5 @@ def plot_of(
 
 def _line(pattern: str, action: Any) -> str:
     kept = f"keep {len(action.save)} names" if action.save else "nothing"
+    kept = f"offload {len(action.offload)} names" if action.offload else kept
     return f"{pattern}: {kept}" + (f", {action.group} in a region" if action.group != 1 else "")

@@ -43,12 +43,14 @@ class Assignment:
         rest: Likewise.
         split: How many blocks are the first.
         group: How many of the first blocks are one region.
+        offload: Whether what the layers of loops keep waits in the host's memory.
     """
 
     first: int
     rest: int
     split: int
     group: int = 1
+    offload: bool = False
 
 
 class Space:
@@ -64,7 +66,10 @@ class Space:
         self.levels = _levels(shape)
         self._timetable = shape.timetable()
         self._grouping = Grouping(shape, self.members, self._timetable[2])
-        self.assignments = [*self._assignments(), *self._groups()]
+        self.assignments = [*self._assignments(), *self._groups(), *self._offloading()]
+        # Cycles that transfers to the host and back take beyond what they overlap with, shape (assignments,): within
+        # `cycles`, and by the model alone, since compilers do not count them.
+        self.link_cycles = np.zeros(len(self.assignments))
         self.bytes, self.cycles, self.features = self._predictions()
         self._shares = self._shares_of_names()
 
@@ -115,6 +120,39 @@ class Space:
             found += [Assignment(first, rest, split, size) for rest in rests]
         return found
 
+    def _offloading(self) -> list[Assignment]:
+        """Layers of loops that keep their values in the host's memory.
+
+        Where blocks are written out one behind the other, compilers keep them on the device as well.
+        """
+        stacked = [kind for kind, problem in enumerate(self.outline.problems) if problem.stacked]
+        if not self.outline.rates.link_bytes:
+            return []
+        return [
+            Assignment(number, number, 0, offload=True)
+            for number, level in enumerate(self.levels)
+            if any(level[kind].names for kind in stacked)
+        ]
+
+    def _offloaded(self, mine: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """Figures of visits whose kept values wait in the host's memory, the cycles that costs and the bytes moved.
+
+        While one layer runs, the values of a neighbour are under way: they take room twice.
+        """
+        mine, link_cycles, moved = mine.copy(), 0.0, 0.0
+        rates = self.outline.rates
+        for row, call, (_, kind) in zip(mine, self.outline.calls, self.outline.visits, strict=True):
+            problem = self.outline.problems[kind]
+            if not problem.stacked or not row[0] or row[8]:
+                continue
+            size = row[0] * call.turns
+            back = call.turns * sum(problem.graph.cycles(step, rates) for step in problem.graph.backward)
+            for overlapped in (call.turns * sum(problem.costs), back + row[3:7].sum()):
+                link_cycles += max(0.0, size / rates.link_bytes - overlapped)
+            row[1], row[2], row[0] = row[1] + row[0], row[2] + row[0], 0.0
+            moved += size
+        return mine, link_cycles, moved
+
     def _predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         base, kept, runs = self._timetable
         place = {path: number for number, path in enumerate(self.members)}
@@ -126,9 +164,11 @@ class Space:
         plain = np.array([self.outline.problems[kind].plain.kept_bytes for kind in kinds], float)
         grouped = functools.cache(self._grouping.of)
         total_bytes, cycles, features = [], [], []
-        for assignment in self.assignments:
+        for number, assignment in enumerate(self.assignments):
             picked = np.where(numbers < assignment.split, assignment.first, assignment.rest)
-            mine = figures[np.arange(len(numbers)), picked]
+            mine, moved = figures[np.arange(len(numbers)), picked], 0.0
+            if assignment.offload:
+                mine, self.link_cycles[number], moved = self._offloaded(mine)
             moments = base + kept @ mine[:, 0] + (runs == 1) @ mine[:, 1] + (runs == 2) @ mine[:, 2]
             recomputed, held = float(mine[:, 3:7].sum()), 0.0
             if assignment.group > 1:
@@ -138,13 +178,13 @@ class Space:
                 recomputed += float(change.again @ mine[:, 9])
                 held = float((change.holds @ waiting).max())
             total_bytes.append(float(moments.max()))
-            cycles.append(recomputed)
+            cycles.append(recomputed + self.link_cycles[number])
             # What the predictions may be wrong in: kept bytes, those kept without names (by blocks without a region, or
             # while a group has its turn), kinds of recomputation.
             work = mine[:, 3:7].sum(axis=0)
             features.append(
                 [mine[:, 0].sum(), mine[:, 7].sum() + held, mine[:, 2].max(), *work, mine[:, 8].sum()]
-                + [recomputed - work.sum()]
+                + [recomputed - work.sum(), moved]
             )
         scale = np.abs(np.array(features)).max(axis=0)
         return np.array(total_bytes), np.array(cycles), np.array(features) / np.where(scale > 0, scale, 1.0)

@@ -33,7 +33,9 @@ def rules_of(space: Space, assignment: Assignment) -> Rules:
     for (pattern, names, group), paths in groups.items():
         if names is not None:
             everyone = [path for path in space.members if _pattern_for(path, methods) == pattern]
-            action = Remat(save=names, methods=methods[pattern], group=group)
+            stacked = space.outline.problems[kinds[paths[0]]].stacked
+            kept: dict[str, Any] = {"offload" if assignment.offload and stacked else "save": names}
+            action = Remat(methods=methods[pattern], group=group, **kept)
             pairs.append((_written(pattern, paths, everyone), action))
     return Rules(pairs)
 

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values in the host's memory: looked at where a loop stacks them, and priced by the link they take."""
+
+import dataclasses
+import importlib.util
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import remattools as rt
+from remattools.plan.cost import rates_of
+from remattools.plan.outline import outline
+from remattools.plan.search import Space
+from remattools.plan.writing import rules_of
+
+from ..models import loss
+from .test_loops import Listed, Scanned
+
+X = jax.ShapeDtypeStruct((4, 6, 16), jnp.float32)
+
+
+def space_with(link_bytes: float, make: Any = Scanned) -> Space:
+    rates = dataclasses.replace(rates_of("tpu:v5e:2x2"), link_bytes=link_bytes)
+    return Space(outline(loss, nnx.eval_shape(make), (X,), rates))
+
+
+def test_the_link_is_the_price() -> None:
+    fast, slow = space_with(1e12), space_with(1e-3)
+    pairs = [(n, fast.assignments.index(dataclasses.replace(a, offload=False))) for n, a in enumerate(fast.assignments)]
+    pairs = [(offloaded, saved) for offloaded, saved in pairs if offloaded != saved]
+    assert pairs
+    for offloaded, saved in pairs:
+        assert fast.bytes[offloaded] < fast.bytes[saved]
+        assert fast.cycles[offloaded] == pytest.approx(fast.cycles[saved])  # all of it beside what runs
+        assert slow.link_cycles[offloaded] > 0
+        assert slow.cycles[offloaded] == pytest.approx(slow.cycles[saved] + slow.link_cycles[offloaded])
+        assert slow.link_cycles[saved] == 0
+
+
+def test_rules_say_offload() -> None:
+    space = space_with(10.0)
+    written = [rules_of(space, a) for a in space.assignments if a.offload]
+    assert all(action.offload and not action.save for rules in written for _, action in rules)
+    assert not any(action.offload for a in space.assignments if not a.offload for _, action in rules_of(space, a))
+
+
+@pytest.mark.parametrize(
+    ("link_bytes", "make"),
+    [pytest.param(0.0, Scanned, id="no host memory"), pytest.param(10.0, Listed, id="no loop")],
+)
+def test_where_it_is_of_no_use_it_is_not_looked_at(link_bytes: float, make: Any) -> None:
+    assert not any(a.offload for a in space_with(link_bytes, make).assignments)
+
+
+def test_a_plan_offloads_where_the_link_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the TPU's compiler; with the link of a real chip recomputing is cheaper for layers of this width."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip('libtpu is not installed: pip install "nnx-checkpointing[tpu]"')
+    planner = sys.modules["remattools.plan.planner"]
+    model = nnx.eval_shape(lambda: Wide(6))
+    x = jax.ShapeDtypeStruct((4096, 512), jnp.float32)
+
+    rates = dataclasses.replace(rates_of("tpu:v5e:2x2"), link_bytes=1e9)
+    monkeypatch.setattr(planner, "rates_of", lambda _: rates)
+    points = rt.frontier(loss, model, x, of="temp", target="tpu:v5e:2x2", max_compiles=4).points
+    offloading = [point for point in points if any(action.offload for _, action in point.rules)]
+    assert offloading
+    assert all(point.measured.host_temp_bytes > 0 for point in offloading)
+    assert min(point.bytes for point in offloading) < points[0].bytes / 2
+
+
+class Wide(nnx.Module):
+    """Products in a scan."""
+
+    def __init__(self, length: int) -> None:
+        make = nnx.vmap(lambda rngs: Layer(rngs))
+        self.stack = nnx.split_rngs(splits=length)(make)(nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.stack)
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.up = nnx.Linear(512, 1024, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(1024, 512, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.down(jnp.sin(self.up(x)))
