@@ -133,7 +133,8 @@ def _diff(args: argparse.Namespace) -> int:
     run, step = place_of(args.run)
     bare_number = str(args.other).isdecimal() and not args.other.is_dir()
     other, number = (run, int(str(args.other))) if bare_number else place_of(args.other)
-    report = diff(run, other, steps=(step, number))
+    with tables.progress("comparing") as progress:
+        report = diff(run, other, steps=(step, number), progress=progress)
     _print(args, report.as_dict(), str(report))
     return OK if report.same else NO
 
@@ -196,22 +197,27 @@ def _repair(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    names = export_safetensors(
-        args.run,
-        args.file,
-        item=args.item,
-        names=dict(map(_pair, args.name)) or None,
-        skip=args.skip,
-        metadata=dict(map(_pair, args.meta)) or None,
-    )
+    renamed, metadata = dict(map(_pair, args.name)) or None, dict(map(_pair, args.meta)) or None
+    with tables.progress("exporting") as progress:
+        names = export_safetensors(
+            args.run,
+            args.file,
+            item=args.item,
+            names=renamed,
+            skip=args.skip,
+            metadata=metadata,
+            progress=progress,
+        )
     _print(args, {"file": str(args.file), "tensors": names}, f"{len(names)} tensors in {args.file}")
     return OK
 
 
 def _import(args: argparse.Namespace) -> int:
-    count = import_run(
-        args.file, args.run, step=args.step, item=args.item, names=dict(map(_pair, args.name)), skip=args.skip
-    )
+    names = dict(map(_pair, args.name))
+    with tables.progress("importing") as progress:
+        count = import_run(
+            args.file, args.run, step=args.step, item=args.item, names=names, skip=args.skip, progress=progress
+        )
     _print(args, {"step": args.step, "leaves": count}, f"{count} leaves in step {args.step} of {args.run}")
     return OK
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,7 @@ def diff(
     b: str | os.PathLike[str],
     *,
     steps: tuple[int | None, int | None] = (None, None),
+    progress: Callable[[int, int], None] | None = None,
 ) -> DiffReport:
     """Compare two steps: their structure, and the values of the leaves that both have.
 
@@ -104,6 +105,7 @@ def diff(
         a: A run's folder (its newest step is taken) or the folder of one step.
         b: Another one, or the same.
         steps: Numbers of the steps, where `a` and `b` are runs.
+        progress: Called with the bytes that were compared and those of all leaves whose digests differ.
 
     Raises:
         StepNotFoundError: If a step is not there.
@@ -116,7 +118,7 @@ def diff(
     alike = [pair for pair in pairs if _same_form(pair[1][1], pair[2][1])]
     reformed = [pair for pair in pairs if not _same_form(pair[1][1], pair[2][1])]
     other = [pair for pair in alike if not _same_bits(pair[1][1], pair[2][1])]
-    found = [leaf for leaf in _compared(first, second, other) if leaf is not None]
+    found = [leaf for leaf in _compared(first, second, other, progress) if leaf is not None]
     return DiffReport(
         a=str(first.path),
         b=str(second.path),
@@ -165,8 +167,14 @@ def _same_bits(old: Record, new: Record) -> bool:
     return (old.digest, old.slices) == (new.digest, new.slices)
 
 
-def _compared(first: Entry, second: Entry, pairs: Sequence[Pair]) -> Iterator[ChangedLeaf | None]:
+def _compared(
+    first: Entry, second: Entry, pairs: Sequence[Pair], progress: Callable[[int, int], None] | None
+) -> Iterator[ChangedLeaf | None]:
+    total, done = host_bytes([pair[1][1] for pair in pairs]), 0
     for batch in _batches(pairs):
+        done += host_bytes([pair[1][1] for pair in batch])
+        if progress is not None:
+            progress(done, total)
         old = _read(first, [pair[1] for pair in batch])
         new = _read(second, [pair[2] for pair in batch])
         for path, (_, before), (_, after) in batch:

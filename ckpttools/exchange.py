@@ -19,7 +19,7 @@ from remattools.rules.paths import Pattern
 from .errors import CheckpointError, LeafError, SpecError, StructureError, did_you_mean
 from .showing import find_step
 from .state import snapshot, tree
-from .state.leaves import Path, Record, decode_value, describe, host_shape, numpy_dtype
+from .state.leaves import Path, Record, decode_value, describe, host_bytes, host_shape, numpy_dtype
 from .state.match import names as names_of
 from .state.place import HostItem, fill_state
 from .store import integrity, layout, tensorfile
@@ -41,6 +41,7 @@ def export_safetensors(
     names: NameMap | None = None,
     skip: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[str, ...]:
     """Write the leaves of a stored step, or of a live model, into a safetensors file.
 
@@ -53,6 +54,7 @@ def export_safetensors(
             path.
         skip: Patterns of leaves that are left out.
         metadata: Texts for the header; by default the format "pt", which transformers asks for.
+        progress: Called with the bytes that were taken and those there are.
 
     Returns:
         The names of the tensors.
@@ -70,8 +72,13 @@ def export_safetensors(
     records = left_in(records, skip)
     named = named_leaves(records, names)
     tensors = {name: _tensor(item, record) for name, record in named.items() if record.kind != "value"}
+    total, done = host_bytes(list(named.values())), 0
 
     def arrays(batch: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+        nonlocal done
+        done += host_bytes([named[name] for name in batch])
+        if progress is not None:
+            progress(done, total)
         loaded = load([named[name] for name in batch if named[name].in_orbax])
         return {name: loaded.get(named[name].path, np.empty(*host_shape(named[name]))) for name in batch}
 

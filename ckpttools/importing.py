@@ -3,7 +3,7 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ def import_run(
     item: str = "model",
     names: NameMap | None = None,
     skip: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Make a run whose first step holds the tensors of a safetensors file; restoring it fills any state that fits.
 
@@ -37,6 +38,7 @@ def import_run(
         item: Name of the item.
         names: From leaves to tensors, as for `export_safetensors`, read backwards.
         skip: Patterns of leaves that are left out.
+        progress: Called with the bytes that were read and those of the file.
 
     Returns:
         How many leaves the step holds.
@@ -61,9 +63,13 @@ def import_run(
     }
     kept = {record.path for record in left_in([Record(path=leaf, kind="array") for leaf in leaves], skip)}
     state: dict[str, Any] = {}
+    done = 0
     for leaf in sorted(kept, key=len, reverse=True):
         name = leaves[leaf]
         value = _decoded(name, values[name]) if name in values else tensorfile.read(path, tensors[name])
+        done += getattr(value, "nbytes", 0)
+        if progress is not None:
+            progress(done, path.stat().st_size)
         if KEY + name in texts:
             value = jax.random.wrap_key_data(jnp.asarray(value), impl=texts[KEY + name])
         _put(state, leaf, value)

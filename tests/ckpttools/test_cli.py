@@ -143,6 +143,24 @@ def test_verify_tells_how_far_it_is(run):
     assert seen[-1][0] == seen[-1][1] == sum(row.total_bytes for row in ct.ls(run))
 
 
+def test_diff_export_and_import_tell_how_far_they_are(run, tmp_path):
+    """The last call is at the end; a file has a header besides."""
+    seen = []
+
+    def told(done, total):
+        seen.append((done, total))
+
+    ct.diff(run / "10", run / "20", progress=told)
+    assert 0 < seen[-1][0] == seen[-1][1]
+    seen.clear()
+    ct.export_safetensors(run, tmp_path / "out.safetensors", progress=told)
+    assert 0 < seen[-1][0] == seen[-1][1]
+    seen.clear()
+    ct.import_run(tmp_path / "out.safetensors", tmp_path / "new", progress=told)
+    assert 0 < seen[-1][0] < seen[-1][1]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
 def test_diff_names_what_changed_and_says_so_by_its_exit_code(run, capsys):
     code, out, _ = call(capsys, "diff", run / "10", "20")
     assert code == cli.NO
