@@ -53,11 +53,13 @@ class MirrorReport:
         url: The mirror's address.
         steps: Every step of either place.
         dry_run: Whether nothing was touched.
+        unverified: Steps that plain Orbax wrote: without digests they are not copied until `adopt` takes them over.
     """
 
     url: str
     steps: tuple[MirroredStep, ...]
     dry_run: bool
+    unverified: tuple[int, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -74,7 +76,14 @@ class MirrorReport:
             here = "here" if step.here else "not here"
             lines.append(f"step {step.step}: {here}, {step.there} there{'; ' + step.done if step.done else ''}")
             lines += [f"    damaged file: {file}" for file in step.files]
-        return "\n".join(lines if self.steps else [*lines, "there are no steps"])
+        lines += [self.left] if self.left else []
+        return "\n".join(lines if self.steps or self.left else [*lines, "there are no steps"])
+
+    @property
+    def left(self) -> str:
+        """A line on the steps that are not copied; empty without any."""
+        steps = ", ".join(map(str, self.unverified))
+        return steps and f"not copied, since plain Orbax wrote them without digests: {steps}; adopt takes them over"
 
 
 def sync_mirror(
@@ -118,6 +127,7 @@ class _Sync:
         self._store = RemoteStore(mirror.url, mirror.store_options)
         names = self._store.names()
         self._local = Names().of(known)
+        self._unverified = tuple(entry.step for entry in known.entries if entry.state == "unverified")
         self._copies: Mapping[str, Copy] = {name: copy for name in names if (copy := self._store.copy(name))}
         self._summaries: dict[str, Summary] = {
             **summaries_of(self._local),
@@ -142,7 +152,7 @@ class _Sync:
             for name in self._plan.delete:
                 self._store.delete(name)
         ordered = sorted(rows, key=lambda name: (self._summaries[name].saved_at, name))
-        return MirrorReport(self._mirror.url, tuple(rows[name] for name in ordered), dry_run)
+        return MirrorReport(self._mirror.url, tuple(rows[name] for name in ordered), dry_run, self._unverified)
 
     def _row(self, name: str, check: bool, dry_run: bool) -> MirroredStep:
         summary = self._summaries[name]

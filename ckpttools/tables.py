@@ -131,7 +131,10 @@ def print_mirror(report: MirrorReport) -> None:
         ]
         for step in report.steps
     ]
-    print_table(["step", "size", "here", "there", ""], rows, right=["step", "size"]) if rows else print("no steps")
+    if rows or not report.left:
+        print_table(["step", "size", "here", "there", ""], rows, right=["step", "size"]) if rows else print("no steps")
+    if report.left:
+        print_text(report.left)
 
 
 def print_error(text: str) -> None:

@@ -390,6 +390,20 @@ def test_weights_go_out_and_come_in(run, tmp_path, capsys):
     assert "no whole safetensors file" in err
 
 
+def test_the_mirror_of_a_foreign_run_says_what_it_leaves_out(tmp_path, capsys):
+    with v1.Context():
+        v1.save_checkpointables(tmp_path / "run" / "5", {"m": {"w": jnp.ones(2)}})
+    url = f"file://{tmp_path}/copy"
+    code, out, _ = call(capsys, "mirror", tmp_path / "run", url)
+    assert code == cli.OK
+    assert "not copied, since plain Orbax wrote them without digests: 5; adopt takes them over" in out
+    assert as_json(capsys, "mirror", tmp_path / "run", url)[1]["unverified"] == [5]
+    call(capsys, "adopt", tmp_path / "run")
+    out = call(capsys, "mirror", tmp_path / "run", url)[1]
+    assert "copied" in out
+    assert "not copied" not in out
+
+
 def test_a_mirror_by_hand(run, tmp_path, capsys):
     url = f"file://{tmp_path / 'nas'}"
     code, out, _ = call(capsys, "mirror", run, url, "--dry-run")
