@@ -170,13 +170,13 @@ def _same_bits(old: Record, new: Record) -> bool:
 def _compared(
     first: Entry, second: Entry, pairs: Sequence[Pair], progress: Callable[[int, int], None] | None
 ) -> Iterator[ChangedLeaf | None]:
-    total, done = host_bytes([pair[1][1] for pair in pairs]), 0
+    total, done = host_bytes(pair[1][1] for pair in pairs), 0
     for batch in _batches(pairs):
-        done += host_bytes([pair[1][1] for pair in batch])
-        if progress is not None:
-            progress(done, total)
         old = _read(first, [pair[1] for pair in batch])
         new = _read(second, [pair[2] for pair in batch])
+        done += host_bytes(pair[1][1] for pair in batch)
+        if progress is not None:
+            progress(done, total)
         for path, (_, before), (_, after) in batch:
             if before.in_orbax:
                 yield _array_change(path, before, old.pop(path), new.pop(path))

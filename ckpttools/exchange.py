@@ -72,14 +72,14 @@ def export_safetensors(
     records = left_in(records, skip)
     named = named_leaves(records, names)
     tensors = {name: _tensor(item, record) for name, record in named.items() if record.kind != "value"}
-    total, done = host_bytes(list(named.values())), 0
+    total, done = host_bytes(named.values()), 0
 
     def arrays(batch: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
         nonlocal done
-        done += host_bytes([named[name] for name in batch])
+        loaded = load([named[name] for name in batch if named[name].in_orbax])
+        done += host_bytes(named[name] for name in batch)
         if progress is not None:
             progress(done, total)
-        loaded = load([named[name] for name in batch if named[name].in_orbax])
         return {name: loaded.get(named[name].path, np.empty(*host_shape(named[name]))) for name in batch}
 
     texts = {"format": "pt"} if metadata is None else dict(metadata)

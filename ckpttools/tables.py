@@ -131,10 +131,10 @@ def print_mirror(report: MirrorReport) -> None:
         ]
         for step in report.steps
     ]
-    if rows or not report.left:
-        print_table(["step", "size", "here", "there", ""], rows, right=["step", "size"]) if rows else print("no steps")
-    if report.left:
-        print_text(report.left)
+    if rows:
+        print_table(["step", "size", "here", "there", ""], rows, right=["step", "size"])
+    if report.left or not rows:
+        print_text(report.left or "no steps")
 
 
 def print_error(text: str) -> None:

@@ -29,8 +29,7 @@ def choose(call: staging.Call, target: Any) -> Target:
         return where
     devices = homes[0][0]
     if target is None and devices[0].platform != where.devices[0].platform:
-        where = find_target(devices[0])
-        return where if len(devices) == 1 else dataclasses.replace(where, devices=devices)
+        return dataclasses.replace(find_target(devices[0]), devices=devices)
     if len(devices) == 1 and devices[0] in where.devices:
         return dataclasses.replace(where, devices=devices)
     return where

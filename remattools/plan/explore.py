@@ -21,7 +21,8 @@ from .writing import rules_of
 
 # Below this gain a further compile is not worth its time.
 _GAIN = 0.002
-# Below this chance that it keeps a budget that nothing kept yet, it is neither.
+# Where nothing keeps a budget yet: the chance below which a compile is not worth its time either, and the one from
+# which an assignment is taken to keep it.
 _CHANCE, _LIKELY = 0.05, 0.5
 # Budgets at which a frontier is asked whether it could be better, and what a budget that nothing keeps yet is taken
 # for, in times of the slowest point.
@@ -150,7 +151,7 @@ class Exploration:
             (expected.cycles, expected.cycles_doubt, max_cycles),
         ):
             if most is not None:
-                chance *= scipy.special.ndtr((most - figure) / np.maximum(doubt, 1e-9 * max(most, 1.0)))
+                chance *= _chance(figure, doubt, most)
         if best is not None:
             reached = best.cycles if max_cycles is None else best.bytes
             promised = chance * _improvement(goal, goal_doubt, max(float(reached), 1.0))
@@ -186,13 +187,17 @@ class Exploration:
         limits = np.geomspace(max(min(float(sizes.min()), most), 1.0), most, _BUDGETS)
         found = [best_point(fitting, limit, None) for limit in limits]
         best = np.array([_UNREACHED * slowest if point is None else point.cycles for point in found])
-        room = (limits - sizes[:, None]) / np.maximum(expected.bytes_doubt[open_][:, None], 1e-6 * most)
-        chance = scipy.special.ndtr(room)
+        chance = _chance(sizes[:, None], expected.bytes_doubt[open_][:, None], limits)
         # The part of the plane under the curve that each is expected to add, times the chance that it keeps the budget:
         # a gain at many budgets is worth more than at one.
         promised = chance * _improvement(cycles[:, None], expected.cycles_doubt[open_][:, None], best)
         worth = promised.mean(axis=1)
         return int(open_[worth.argmax()]) if worth.max() > _GAIN / _BUDGETS else None
+
+
+def _chance(figure: np.ndarray, doubt: np.ndarray, most: float | np.ndarray) -> np.ndarray:
+    """How likely each stays within a limit."""
+    return np.asarray(scipy.special.ndtr((most - figure) / np.maximum(doubt, 1e-6 * np.maximum(most, 1.0))))
 
 
 def _improvement(goal: np.ndarray, doubt: np.ndarray, reached: float | np.ndarray) -> np.ndarray:

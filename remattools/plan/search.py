@@ -63,6 +63,8 @@ class Space:
     def __init__(self, shape: Outline) -> None:
         self.outline = shape
         self.members = list(dict.fromkeys(path for path, _ in shape.visits))
+        place = {path: number for number, path in enumerate(self.members)}
+        self._member_of = np.array([place[path] for path, _ in shape.visits])
         self.levels = _levels(shape)
         self._timetable = shape.timetable()
         self._grouping = Grouping(shape, self.members, self._timetable[2])
@@ -143,7 +145,7 @@ class Space:
         rates = self.outline.rates
         for row, call, (_, kind) in zip(mine, self.outline.calls, self.outline.visits, strict=True):
             problem = self.outline.problems[kind]
-            if not problem.stacked or not row[0] or row[8]:
+            if not problem.stacked or not row[0]:
                 continue
             size = row[0] * call.turns
             back = call.turns * sum(problem.graph.cycles(step, rates) for step in problem.graph.backward)
@@ -155,11 +157,10 @@ class Space:
 
     def _predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         base, kept, runs = self._timetable
-        place = {path: number for number, path in enumerate(self.members)}
         table = [[level[kind] for level in self.levels] for _, kind in self.outline.visits]
         figures = np.array([[_figures(choice) for choice in row] for row in table])  # (visits, levels, figures)
         figures[:, :, [3, 4, 5, 6, 9]] *= self.outline.turns[:, None, None]
-        numbers = np.array([place[path] for path, _ in self.outline.visits])
+        numbers = self._member_of
         kinds = [kind for _, kind in self.outline.visits]
         plain = np.array([self.outline.problems[kind].plain.kept_bytes for kind in kinds], float)
         grouped = functools.cache(self._grouping.of)
@@ -234,11 +235,10 @@ class Space:
         if not _are_few(problems):
             return None
         columns = [(kind, name) for kind, problem in enumerate(problems) for name in (*problem.names, None)]
-        place = {path: number for number, path in enumerate(self.members)}
         found = np.zeros((len(self.assignments), len(columns)))
         for row, assignment in zip(found, self.assignments, strict=True):
-            for path, kind in self.outline.visits:
-                names = self.levels[self.level_of(assignment, place[path])][kind].names
+            for member, (_, kind) in zip(self._member_of, self.outline.visits, strict=True):
+                names = self.levels[self.level_of(assignment, member)][kind].names
                 row += [k == kind and (name is None if names is None else name in names) for k, name in columns]
         return found / len(self.outline.visits)
 
