@@ -187,7 +187,9 @@ class Space:
                 [mine[:, 0].sum(), mine[:, 7].sum() + held, mine[:, 2].max(), *work, mine[:, 8].sum()]
                 + [recomputed - work.sum(), moved]
             )
-        scale = np.abs(np.array(features)).max(axis=0)
+        # What is learnt of the others must not depend on whether offloading is looked at.
+        scale = np.abs(np.array(features))[[not assignment.offload for assignment in self.assignments]].max(axis=0)
+        scale[-1] = max(feature[-1] for feature in features)
         return np.array(total_bytes), np.array(cycles), np.array(features) / np.where(scale > 0, scale, 1.0)
 
     def corrected(self, kind: str, measured: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:

@@ -162,9 +162,8 @@ def test_a_model_without_inputs_can_be_explained(run):
     assert "layers.[0:3]" in out.out
 
 
-def test_what_does_not_fit_exits_with_no(run):
-    pytest.importorskip("libtpu")
-    code, out = run("measure", "--target", "tpu:v5e", factory="huge")
+def test_what_does_not_fit_exits_with_no(run, tpu):
+    code, out = run("measure", "--target", tpu, factory="huge")
     assert code == cli.NO
     assert "OUT OF MEMORY" in out.out
 
