@@ -11,7 +11,7 @@ WILD_ALONE := google-tunix qwix google-metrax clu
 # The accelerators of a development machine are no part of the tests.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-remat3 test-long test-floor test-py313 test-wild package docs bench lint clean
+.PHONY: demo test test-remat3 test-long test-floor test-py313 test-wild package docs bench bench-timed bench-faults bench-compiled lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -57,23 +57,32 @@ package: $(VENV)/.installed
 	$(BIN)/python tests/packaging/check.py dist/*.whl dist/*.tar.gz
 
 # Every figure of docs/benchmarks, anew: some hours. The power cuts need root, the policies tunix and libtpu.
+# What is timed runs alone; faults and compiles, which no load changes, run beside each other.
 bench:
 	test -x .venv-bench/bin/uv || ($(PYTHON) -m venv .venv-bench && .venv-bench/bin/python -m pip install --quiet uv)
 	.venv-bench/bin/uv pip install --quiet --python .venv-bench/bin/python -c constraints.txt \
 		-e ".[tpu,plot,mirror]" --group test --group bench $(WILD)
 	.venv-bench/bin/uv pip install --quiet --python .venv-bench/bin/python --no-deps $(WILD_ALONE)
+	$(MAKE) bench-timed
+	$(MAKE) -j 2 bench-faults bench-compiled
+
+bench-timed:
 	.venv-bench/bin/python benchmarks/import_time.py --write
 	.venv-bench/bin/python benchmarks/remat_trace.py --write docs/benchmarks/remat_trace.md
 	.venv-bench/bin/python benchmarks/ckpt_speed.py --write
 	.venv-bench/bin/python benchmarks/ckpt_mirror.py --write
 	.venv-bench/bin/python benchmarks/ckpt_partial.py --write
+
+bench-faults:
 	.venv-bench/bin/python benchmarks/ckpt_faults.py --write
+
+bench-compiled:
 	.venv-bench/bin/python benchmarks/remat_baseline.py --out docs/benchmarks --cache .bench
-	.venv-bench/bin/python benchmarks/remat_frontier.py --out docs/benchmarks --cache .bench
-	.venv-bench/bin/python benchmarks/remat_optimum.py --cache .bench --write docs/benchmarks/remat_optimum.md
-	.venv-bench/bin/python benchmarks/remat_groups.py --cache .bench --write docs/benchmarks/remat_groups.md
 	.venv-bench/bin/python benchmarks/remat_presets.py --cache .bench --write
+	.venv-bench/bin/python benchmarks/remat_groups.py --cache .bench --write docs/benchmarks/remat_groups.md
+	.venv-bench/bin/python benchmarks/remat_optimum.py --cache .bench --write docs/benchmarks/remat_optimum.md
 	.venv-bench/bin/python benchmarks/plan_budgets.py --write
+	.venv-bench/bin/python benchmarks/remat_frontier.py --out docs/benchmarks --cache .bench
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
