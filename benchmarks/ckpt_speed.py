@@ -179,7 +179,7 @@ def _save_all(timings: Timings, here: pathlib.Path, state, number: int) -> None:
 
 
 def _kept_bytes(session: ct.Session) -> int:
-    return sum(array.nbytes for array in session._buffers.values())
+    return sum(array.nbytes for array in session._saver.buffers.values())
 
 
 def _bytes(state) -> int:

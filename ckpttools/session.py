@@ -1,51 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run in progress: the object that `ct.open` returns.
 
-Knows when (the spec's triggers), what (the state passed in) and where (the run's folder), and leaves the how to
-`saving` and `recovery`. Two rules hold it together: what is called latest is on the disk, and an error of a save in
-the background is raised by the very next call.
+The surface of a run: what a training loop calls, in what order, and what it is told. Where the run stands is in
+`course`, its saves are in `background`, what it goes on from is found by `resuming`. Two rules hold it together: what
+is called latest is on the disk, and an error of a save in the background is raised by the very next call.
 """
 
 import atexit
 import dataclasses
-import functools
 import os
 import pathlib
-import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from . import advice, group, joint, meeting, recovery, saving, validation, versions
+from . import advice, group, meeting, recovery, resuming, validation
 from .altering import altered
+from .background import Saver
+from .course import Course
 from .errors import (
     CheckpointError,
     CheckpointWarning,
     NotRestoredError,
-    SpecError,
     StepNotFoundError,
     StepOrderError,
     StorageError,
 )
-from .fetching import Fetcher
 from .mirroring import Copier, MirrorStatus
 from .outcomes import Failed, Outcome, Saved, Skipped, Started
-from .recovery import BestStep, Loaded, Selector
-from .report import Candidate, RestoreReport
+from .recovery import BestStep, Selector
+from .report import RestoreReport
 from .signals import StopRequest
-from .spec.memory import recalled, written
+from .spec.memory import recalled
 from .spec.mirror import as_mirror
 from .spec.operations import Operation, as_code
 from .spec.spec import CheckpointSpec
 from .spec.surgery import Surgery
-from .spec.triggers import Memory, Moment
-from .state import snapshot
-from .state.items import as_metric, require_items, require_metrics
+from .spec.triggers import Moment
+from .state.items import require_items
 from .state.place import fill_state
-from .store import layout, manifest
-from .store.catalogue import Entry
 from .store.run import RunFolder
 from .worker import Turn, Worker
 
@@ -77,17 +72,16 @@ class Session:
         self._turn = Turn(spec.storage.timeout_s)
         self._stalls = advice.StallMeter()
         self._watch = advice.MetricWatch({*spec.save.metrics(), *spec.directed_metrics()})
-        self._worker: Worker | None = None
-        self._buffers: snapshot.Buffers = {}
-        self._memory: Any = None
-        self._memory_before_save: Any = None
-        self._origin: tuple[int, manifest.Lineage] | None = None
-        self._lineage: manifest.Lineage = ()
-        self._surgery: tuple[str, ...] = ()
-        self._position = 0
+        self._course = Course(spec.save, self._run)
+        self._saver = Saver(
+            spec=spec,
+            run=self._run,
+            group=self._group,
+            copier=self._copier,
+            validate=validate,
+            course=self._course,
+        )
         self._final_step: int | None = None
-        self._run_s_before = 0.0
-        self._started_at = time.monotonic()
         self._writes = False
         self._left = False
         self._closed = False
@@ -122,15 +116,12 @@ class Session:
             self._closed = True
             self._stop.forget()
             self._group.leave()
-            if self._worker is None:
-                self._let_go()
-            else:
-                # A save that did not end in time still writes: until it has ended, no other process may.
-                self._worker.at_end(self._let_go)
+            # A save that did not end in time still writes: until it has ended, no other process may.
+            self._saver.at_end(self._let_go)
 
     def _let_go(self) -> None:
         self._run.lock.release()
-        self._buffers.clear()
+        self._saver.buffers.clear()
 
     @property
     def preempted(self) -> bool:
@@ -152,7 +143,7 @@ class Session:
 
     def best_step(self, metric: str | None = None, mode: Literal["min", "max"] | None = None) -> int | None:
         """The committed step with the best value of a metric, by default the one that the spec names."""
-        selector = self._with_mode(BestStep(metric, mode) if metric else self._best_of_spec())
+        selector = resuming.directed(self.spec, BestStep(metric, mode) if metric else resuming.best_of(self.spec))
         try:
             return recovery.order(self._run.steps_now(), selector)[0].step
         except StepNotFoundError:
@@ -190,33 +181,12 @@ class Session:
     @property
     def failure(self) -> BaseException | None:
         """The error of a background save that has ended, which the next call raises; None if there is none."""
-        return self._worker.error if self._worker is not None and self._worker.ended else None
+        return self._saver.failure
 
     def leave(self) -> None:
         """Close, and let the signal that asked to stop end the process: for a loop that cannot be ended from here."""
         self.close()
         self._stop.redeliver()
-
-    def _best_of_spec(self) -> BestStep:
-        named = self.spec.directed_metrics()
-        if not named:
-            raise SpecError(
-                what="the spec names no metric.",
-                why="without one there is no best step.",
-                fix='ckpt.best_step("val_loss", mode="min")',
-            )
-        metric, mode = next(iter(named.items()))
-        return BestStep(metric, mode)
-
-    def _with_mode(self, selector: BestStep) -> BestStep:
-        mode = selector.mode or self.spec.directed_metrics().get(selector.metric)
-        if mode is None:
-            raise SpecError(
-                what=f"it is not known whether a small or a large {selector.metric!r} is better.",
-                why="the spec does not name this metric, and guessing would choose the worst step.",
-                fix=f'ct.best({selector.metric!r}, mode="min")',
-            )
-        return BestStep(selector.metric, mode)
 
     def restore(
         self, state: Mapping[str, Any], step: Selector = "latest", *, surgery: Iterable[Operation] = ()
@@ -247,39 +217,31 @@ class Session:
         began = time.monotonic()
         require_items(state)
         self.wait()
-        if isinstance(step, BestStep):
-            step = self._with_mode(step)
-
-        def check(loaded: Loaded) -> None:
-            if self._validate is not None:
-                outputs = loaded.manifest.contents.outputs
-                validation.check(self._validate, state, loaded.items, outputs, step=loaded.entry.step)
-
-        load = functools.partial(
-            recovery.load_first_intact,
-            state=state,
-            check=check,
-            run=self._run if self._group.leads else None,
-            # A step that was asked for by number is the only one; its damage is raised rather than passed over.
-            asked=isinstance(step, int),
-            alter=functools.partial(versions.changes, self.spec, surgery=wanted),
-            together=recovery.alone if self._group.count == 1 else joint.restoring(self._group),
+        loaded, report = resuming.load(
+            state,
+            step,
+            spec=self.spec,
+            run=self._run,
+            group=self._group,
+            copier=self._copier,
+            validate=self._validate,
+            surgery=wanted,
         )
-        loaded, tried, mirror_error = self._load(step, load)
-        report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried), mirror_error=mirror_error)
+        if report.mirror_error:
+            self._warn(f"only local steps were looked at: {report.mirror_error}")
+        codes = tuple(map(as_code, wanted))
         if loaded is None:
-            if any(candidate.verdict != "empty" for candidate in tried):
+            if any(candidate.verdict != "empty" for candidate in report.candidates):
                 raise recovery.no_intact_step(report, self.directory)
             # A state that begins here has the new form already.
-            self._surgery = tuple(map(as_code, wanted))
-            self._begin(0, (), None, 0.0)
+            self._course.surgery = codes
+            self._course.begin()
             return report
         filled = fill_state(state, loaded.items)
-        summary = loaded.manifest.summary
-        memory = recalled(self.spec.save, loaded.manifest.contents.triggers)
-        self._begin(summary.step, summary.lineage, memory, summary.run_s)
+        summary, contents = loaded.manifest.summary, loaded.manifest.contents
+        self._course.begin(summary.step, summary.lineage, recalled(self.spec.save, contents.triggers), summary.run_s)
+        self._course.surgery = tuple(dict.fromkeys([*contents.surgery, *codes]))
         self._warn(advice.sparse_retention(rejected=report.damaged, intact=len(self._run.steps().live)))
-        self._surgery = tuple(dict.fromkeys([*loaded.manifest.contents.surgery, *map(as_code, wanted)]))
         return dataclasses.replace(
             report,
             step=summary.step,
@@ -289,34 +251,9 @@ class Session:
             altered=altered(loaded.plan),
         )
 
-    def _load(
-        self, step: Selector, load: Callable[[list[Entry]], tuple[Loaded | None, list[Candidate]]]
-    ) -> tuple[Loaded | None, list[Candidate], str]:
-        """The nearest intact step, what was tried, and why the mirror could not be asked."""
-        if self._copier is None:
-            return *load(meeting.candidates(self._group, self._run, step)), ""
-        fetcher = Fetcher(self._run, self._copier.mirror, self._copier.store)
-        try:
-            loaded, tried = load(fetcher.candidates(step))
-            if loaded is not None:
-                fetcher.settle(loaded.entry)
-        finally:
-            fetcher.clean()
-        if fetcher.error is None:
-            return loaded, tried, ""
-        self._warn(f"only local steps were looked at: {fetcher.error.what}")
-        return loaded, tried, fetcher.error.what
-
     def _tell_of_mirror(self) -> None:
         for note in self._copier.notes() if self._copier else ():
             self._warn(note)
-
-    def _begin(self, step: int, lineage: manifest.Lineage, memory: Any, run_s: float) -> None:
-        """Go on from a restored step, or from nothing."""
-        self._origin = step, lineage
-        self._lineage = self._run.lineage_from(step, lineage)
-        self._position, self._memory = step, memory
-        self._run_s_before, self._started_at = run_s, time.monotonic()
 
     def _begin_training(self) -> None:
         """Make sure that this process may go on with the run, and is the only one that does."""
@@ -326,23 +263,21 @@ class Session:
                 why="after the with block nobody waits for a save in the background, nor learns of its error.",
                 fix="call step() and save() inside `with ct.open(spec) as ckpt:`.",
             )
-        if self._origin is None:
+        if not self._course.begun:
             if self._run.is_used():
                 raise NotRestoredError(
                     what=f"{self.directory} holds steps and none was restored.",
                     why="training from the start would supersede the run that is there.",
                     fix="report = ckpt.restore(state) before the loop, or another directory for a new run.",
                 )
-            self._begin(0, (), None, 0.0)
+            self._course.begin()
         if not self._writes:
             self._group.decide("the beginning", self._begin_writing)
             self._writes = True
 
     def _begin_writing(self) -> None:
         self._run.lock_for_writing()
-        if self._origin:
-            # Another process may have gone on with the run since the restore; then this one is a branch.
-            self._lineage = self._run.lineage_from(*self._origin)
+        self._course.branch()
         if self._copier is not None:
             # What an earlier session could not copy.
             self._copier.update(self._run.steps())
@@ -367,13 +302,13 @@ class Session:
     def _count(self, total: int) -> Iterator[int]:
         self._final_step = total
         self._stop.listen()
-        for step in range(self._position + 1, total + 1):
+        for step in range(self._course.step + 1, total + 1):
             yield step
             if self._left:
                 return
         # There is no later step that could honour the wish to stop, so a signal ends the process as it always did.
         self._stop.forget()
-        if self._position < total:
+        if self._course.step < total:
             self._warn(
                 f"the final step {total} was not passed to step(), so it is not saved. Call ckpt.step(step, state) "
                 "at the end of every step; it saves only when the spec says so."
@@ -411,19 +346,19 @@ class Session:
         def run() -> Outcome:
             self._begin_training()
             finished = self.wait()
-            return self._save(self._moment(step, metrics or {}, first=0), state, metrics or {}, reason, finished)
+            return self._save(self._course.moment(step, metrics or {}, first=0), state, metrics or {}, reason, finished)
 
         return self._guarded(step, on_error, run)
 
     def save_now(self, state: Mapping[str, Any], *, reason: str, metrics: Mapping[str, Any] | None = None) -> Outcome:
         """Save the step that was last passed to `step`, for a reason of yours such as "before evaluation"."""
-        if self._position == 0:
+        if self._course.step == 0:
             raise StepOrderError(
                 what="save_now() was called before the first step.",
                 why="there is nothing yet that differs from a fresh start.",
                 fix="ckpt.save(step, state) saves under a number of your choice.",
             )
-        return self.save(self._position, state, metrics, reason=reason)
+        return self.save(self._course.step, state, metrics, reason=reason)
 
     def wait(self) -> Saved | None:
         """Wait until the save in progress is on the disk, and raise its error.
@@ -431,9 +366,9 @@ class Session:
         Raises:
             SaveTimeoutError: After `storage.timeout_s`.
         """
-        if self._worker is not None:
-            self._worker.wait(self.spec.storage.timeout_s)
-        return self._collect()
+        saved = self._saver.wait()
+        self._warn(saved.trouble if saved else None)
+        return saved
 
     def _guarded(self, step: int, on_error: OnError, call: Callable[[], Outcome]) -> Outcome:
         self._tell_of_mirror()
@@ -448,7 +383,7 @@ class Session:
     def _step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> Outcome:
         self._begin_training()
         self._stop.listen()
-        moment = self._moment(step, metrics)
+        moment = self._course.moment(step, metrics)
         self._group.wish(self._stop.asked(step))
         verdict = self._group.decide(f"step {step}", lambda: self._verdict(moment))
         finished = self.wait() if verdict["ended"] else None
@@ -456,7 +391,7 @@ class Session:
         if stop := verdict["stop"]:
             self._stop.reason = stop
         if not (stop or step == self._final_step or verdict["due"]):
-            self._position = step
+            self._course.step = step
             return Skipped(step=step, reason=f"not due: {verdict['reason']}", finished=finished)
         reason = stop or ("the final step" if step == self._final_step else verdict["reason"])
         must_last = stop is not None or step == self._final_step
@@ -466,34 +401,13 @@ class Session:
 
     def _verdict(self, moment: Moment) -> dict[str, Any]:
         """What is to be done at a step, as plain data: the leader decides for all."""
-        ended = self._worker is not None and self._worker.ended
+        ended = self._saver.ended
         stop = self._stop.reason or self._group.wishes()
         if self.failure is not None:
             # It is raised next, in all processes.
             return {"ended": ended, "stop": stop, "due": False, "reason": ""}
-        self._memory = self.spec.save.observe(moment, self._memory)
-        decision = self.spec.save.decide(moment, self._memory)
+        decision = self._course.decide(moment)
         return {"ended": ended, "stop": stop, "due": decision.save, "reason": decision.reason}
-
-    def _moment(self, step: int, metrics: Mapping[str, Any], first: int = 1) -> Moment:
-        require_metrics(metrics)
-        if type(step) is not int or not first <= step <= layout.LARGEST_STEP:
-            raise StepOrderError(
-                what=f"step {step!r} is no count of completed updates.",
-                why="a step is an int of at most 18 digits, and the first one that is complete is 1.",
-                fix="for step in ckpt.steps(total): ..., or ckpt.step(int(index) + 1, state) in a loop of your own.",
-            )
-        if step < self._position:
-            raise StepOrderError(
-                what=f"step {step!r} cannot come after step {self._position}.",
-                why="a step counts completed updates, so it only grows.",
-                fix="to go back, restore(state, step=...) an earlier step; that begins a branch.",
-            )
-
-        def metric(name: str) -> float | None:
-            return as_metric(name, metrics[name]) if name in metrics else None
-
-        return Moment(step=step, run_s=self._run_s_before + time.monotonic() - self._started_at, metric=metric)
 
     def _save(
         self,
@@ -508,38 +422,18 @@ class Session:
         began = time.monotonic()
         require_items(state)
         finished = self.wait() or finished
-        topic = f"the save of step {moment.step}"
-        staging = self._group.decide(topic, lambda: self._staging(moment.step))
-        if staging is None:
-            return Skipped(step=moment.step, reason="this step is saved already", finished=finished)
         asynchronous = self.spec.storage.asynchronous and not blocking
-        memory = self.spec.save.saved(moment, self._memory)
-        buffers = self._buffers if asynchronous else None
-        job = self._group.together(topic, lambda: self._job(moment, state, metrics, reason, buffers, memory, staging))
-        self._group.decide(topic, lambda: saving.make_room(self._run, self.spec, job))
-        self._worker = Worker(moment.step, lambda worker: self._write(job, worker, began))
-        self._memory_before_save = self._memory
-        self._position, self._memory = moment.step, memory
+        worker = self._saver.begin(moment, state, metrics, reason=reason, began=began, asynchronous=asynchronous)
+        if worker is None:
+            return Skipped(step=moment.step, reason="this step is saved already", finished=finished)
         if asynchronous:
             # A program that ends without `close` would lose this save without a word.
             atexit.unregister(self.close)
             atexit.register(self.close)
-            stall_s = self._worker.stall_s = time.monotonic() - began
+            stall_s = worker.stall_s = time.monotonic() - began
             self._warn(self._stalls.add(now_s=time.monotonic(), step=moment.step, stall_s=stall_s))
             return Started(step=moment.step, reason=reason, stall_s=stall_s, finished=finished)
-        return self._wait_blocking(self._worker, began, counts=not blocking)
-
-    def _staging(self, step: int) -> str | None:
-        """The name of a new staging folder; None if the step is saved already."""
-        return None if self._run.holds(step, self._lineage) else f"{step}-{secrets.token_hex(4)}"
-
-    def _write(self, job: saving.Job, worker: Worker, began: float) -> Saved:
-        if self._group.count > 1:
-            return joint.run(self._run, self.spec, job, worker, began, self._group)
-        saved = saving.run(self._run, self.spec, job, worker, began)
-        if self._copier is not None:
-            self._copier.update(self._run.steps())
-        return saved
+        return self._wait_blocking(worker, began, counts=not blocking)
 
     def _wait_blocking(self, worker: Worker, began: float, *, counts: bool) -> Saved:
         try:
@@ -558,52 +452,6 @@ class Session:
         if counts:
             self._warn(self._stalls.add(now_s=time.monotonic(), step=worker.step, stall_s=stall_s))
         return dataclasses.replace(saved, stall_s=stall_s)
-
-    def _job(
-        self,
-        moment: Moment,
-        state: Mapping[str, Any],
-        metrics: Mapping[str, Any],
-        reason: str,
-        buffers: snapshot.Buffers | None,
-        memory: Memory,
-        staging: str,
-    ) -> saving.Job:
-        summary = manifest.Summary(
-            step=moment.step,
-            sequence=self._run.steps().next_sequence,
-            saved_at=time.time(),
-            run_s=moment.run_s,
-            metrics={name: as_metric(name, value) for name, value in metrics.items()},
-            lineage=self._lineage,
-            reason=reason,
-            spec=self.spec.fingerprint(),
-            files={},
-        )
-        outputs = validation.outputs_of(self._validate, state, step=moment.step) if self._validate else None
-        return saving.Job(
-            snapshot=snapshot.take(state, buffers),
-            summary=summary,
-            triggers=written(self.spec.save, memory),
-            outputs=outputs,
-            surgery=self._surgery,
-            staging=staging,
-        )
-
-    def _collect(self) -> Saved | None:
-        """The result of a background save that has ended; raises its error, once."""
-        worker = self._worker
-        if worker is None or not worker.ended:
-            return None
-        self._worker = None
-        try:
-            saved = worker.result()
-            self._warn(saved.trouble if saved else None)
-            return saved
-        except CheckpointError:
-            # The triggers were told of a save that did not happen.
-            self._memory = self._memory_before_save
-            raise
 
     def _warn(self, text: str | None) -> None:
         if text:

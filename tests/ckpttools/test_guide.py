@@ -215,7 +215,7 @@ def test_asynchronous_notices_a_failed_save(names, capsys, monkeypatch):
 
 def self_join(manager):
     """Let the background save come to its end, without taking its error."""
-    manager.session._worker._thread.join(60)
+    manager.session._saver.worker._thread.join(60)
 
 
 def test_retention(names):

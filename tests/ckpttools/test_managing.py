@@ -125,7 +125,7 @@ def test_a_failed_save_is_told_and_raised(manager, monkeypatch):
     assert manager.check_for_errors() is None
     monkeypatch.setattr("ckpttools.store.orbax.write", full)
     manager.save(1, {"model": state(1)})
-    manager.session._worker._thread.join(60)
+    manager.session._saver.worker._thread.join(60)
     for _ in range(2):
         assert isinstance(manager.check_for_errors(), ct.DiskSpaceError)
     with pytest.raises(ct.DiskSpaceError):

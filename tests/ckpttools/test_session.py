@@ -311,7 +311,7 @@ def test_an_error_of_the_background_reaches_the_next_call(tmp_path, monkeypatch)
             ckpt.wait()
         assert ckpt.latest_step() is None
         ckpt.step(2, params)
-        ckpt._worker._thread.join(10)
+        ckpt._saver.worker._thread.join(10)
         failed = ckpt.step(3, params, on_error="return")
         assert isinstance(failed, ct.Failed)
         assert isinstance(failed.error, ct.DiskSpaceError)
