@@ -29,7 +29,22 @@ import remattools as rt
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "benchmarks" / "plan_budgets.md"
 BUDGETS = 10
-WIDTH = 64
+LAYERS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How wide the layers are, and the shape (batch, tokens) of what they get."""
+
+    width: int
+    batch: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"width {self.width}, batch {self.batch[0]} x {self.batch[1]:,}"
+
+
+# A TPU's temporaries of the small one would lie in the chip's own memory, which no budget is about.
+SMALL, LARGE = Size(64, (8, 128)), Size(512, (8, 2048))
 
 
 class Block(nnx.Module):
@@ -60,9 +75,9 @@ class Convolution(nnx.Module):
 class Listed(nnx.Module):
     """Layers in a list."""
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, width: int) -> None:
         rngs = nnx.Rngs(0)
-        self.layers = nnx.List([block(WIDTH, rngs) for _ in range(6)])
+        self.layers = nnx.List([block(width, rngs) for _ in range(LAYERS)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in self.layers:
@@ -73,8 +88,8 @@ class Listed(nnx.Module):
 class Scanned(nnx.Module):
     """The same layers in a scan."""
 
-    def __init__(self) -> None:
-        self.layers = nnx.split_rngs(splits=6)(nnx.vmap(lambda rngs: Block(WIDTH, rngs)))(nnx.Rngs(0))
+    def __init__(self, width: int) -> None:
+        self.layers = nnx.split_rngs(splits=LAYERS)(nnx.vmap(lambda rngs: Block(width, rngs)))(nnx.Rngs(0))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
@@ -95,25 +110,31 @@ class Subject:
     """What is planned: a loss of a model, or a whole AdamW step."""
 
     name: str
-    build: Callable[[], Any]
+    build: Callable[[int], Any]
     whole: bool = False
 
-    def call(self) -> tuple[Any, tuple[Any, ...]]:
+    def call(self, size: Size) -> tuple[Any, tuple[Any, ...]]:
         """The function with arguments that nobody has seen yet."""
-        model, x = nnx.eval_shape(self.build), jax.ShapeDtypeStruct((8, 128, WIDTH), jnp.float32)
+        model = nnx.eval_shape(lambda: self.build(size.width))
+        x = jax.ShapeDtypeStruct((*size.batch, size.width), jnp.float32)
         if not self.whole:
             return loss, (model, x)
-        make = lambda: nnx.Optimizer(self.build(), optax.adamw(1e-3), wrt=nnx.Param)  # noqa: E731
-        return step, (model, nnx.eval_shape(make), x)
+        optimizer = nnx.eval_shape(lambda: nnx.Optimizer(self.build(size.width), optax.adamw(1e-3), wrt=nnx.Param))
+        return step, (model, optimizer, x)
 
 
 SUBJECTS = (
-    Subject("list of transformer layers", lambda: Listed(Block)),
+    Subject("list of transformer layers", lambda width: Listed(Block, width)),
     Subject("scan of transformer layers", Scanned),
-    Subject("list of convolutions with BatchNorm", lambda: Listed(Convolution)),
-    Subject("AdamW step, list", lambda: Listed(Block), whole=True),
+    Subject("list of convolutions with BatchNorm", lambda width: Listed(Convolution, width)),
+    Subject("AdamW step, list", lambda width: Listed(Block, width), whole=True),
     Subject("AdamW step, scan", Scanned, whole=True),
 )
+
+
+def size_for(target: str) -> Size:
+    """Of the models that are planned for a target."""
+    return LARGE if target.startswith("tpu") else SMALL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,14 +161,14 @@ class Row:
 def examine(subject: Subject, target: str) -> Row:
     """Plan for ten budgets, and compile each plan again."""
     options: dict[str, Any] = {"target": target, "differentiate": not subject.whole}
-    fn, arguments = subject.call()
+    fn, arguments = subject.call(size_for(target))
     curve = rt.frontier(fn, *arguments, of="temp", **options)
     compiled: dict[rt.Rules, rt.Measurement] = {}
     kept, reproduced, largest = 0, 0, 0.0
     for budget in np.linspace(curve.least_bytes, curve.plain_bytes, BUDGETS).astype(int):
         plan = curve.plan(int(budget))
         if plan.rules not in compiled:
-            fresh_fn, (model, *rest) = subject.call()
+            fresh_fn, (model, *rest) = subject.call(size_for(target))
             rt.apply(model, rt.Rules.from_toml(plan.to_toml()))
             compiled[plan.rules] = rt.measure(fresh_fn, model, *rest, **options)
         found = compiled[plan.rules]
@@ -180,7 +201,7 @@ def page(rows: list[Row]) -> str:
         "evenly from the least that it reached to the plain model. Each plan's rule file is read back, applied to a",
         "model that was built afresh, and compiled without any cache (equal plans once); a budget is kept if the",
         "compiler's own figure is at most the budget, and a plan is reproduced if all its figures equal those",
-        "in the plan. Six layers of width 64, batch 8 x 128, float32.",
+        f"in the plan. {LAYERS} layers, float32; {SMALL} on the CPU, {LARGE} for a TPU.",
         "",
         f"**{kept} of {count} budgets kept, {reproduced} of {count} plans reproduced.**",
         "",

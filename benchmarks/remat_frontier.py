@@ -21,6 +21,8 @@ from collections.abc import Callable
 
 import numpy as np
 import remat_subjects as subjects
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import remattools as rt
 from remattools.measure.cache import Cache
@@ -28,6 +30,12 @@ from remattools.measure.cache import Cache
 # Bars: no more rather than fewer cycles is enough this near to the plain model's time.
 NEAR_PLAIN = 1.01
 BUDGETS = 10
+TITLES = {
+    "llama": "Llama-3.2-1B, 4 layers",
+    "qwen": "Qwen3-0.6B, 2 layers",
+    "vit": "vision transformer",
+    "resnet": "ResNet",
+}
 
 
 class Stored(Cache):
@@ -154,7 +162,32 @@ def figures(measured: rt.Measurement | None) -> str:
     return f"{measured.temp_bytes / 1e6:,.1f} | {cycles} |"
 
 
-def section(subject: subjects.Subject, args: argparse.Namespace, cache: Cache) -> str:
+def draw(panels: dict[str, tuple[rt.Frontier, list[Row]]], path: pathlib.Path) -> None:
+    """Named policies and the curve of plans of each model, cycles against temporaries."""
+    drawing = Figure(figsize=(9, 6.5), layout="constrained")
+    FigureCanvasAgg(drawing)
+    for axes, (title, (found, rows)) in zip(drawing.subplots(2, 2, squeeze=False).flat, panels.items(), strict=False):
+        policies = [row.policy for row in rows if row.policy is not None and row.policy.fits]
+        plans = [(p.bytes / 1e6, p.cycles / 1e6) for p in found.best]
+        # Plans of a policy's own memory or time, where the curve had no better one.
+        own = [m for row in rows if row.aimed for m in (row.faster, row.smaller) if m is not None]
+        axes.step(*zip(*plans, strict=True), where="post", color="tab:blue", marker="o", label="plans, one curve")
+        for measured, style, label in (
+            (own, {"marker": "s", "color": "tab:blue", "fillstyle": "none"}, "plans for one policy's memory or time"),
+            (policies, {"marker": "x", "color": "tab:orange"}, "named policies"),
+        ):
+            if measured:
+                sizes = [m.temp_bytes / 1e6 for m in measured]
+                axes.plot(sizes, [(m.estimated_cycles or 0) / 1e6 for m in measured], ls="", label=label, **style)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xlabel("temporaries, MB", fontsize=8)
+        axes.set_ylabel("estimated cycles, millions", fontsize=8)
+        axes.legend(fontsize=7)
+    drawing.savefig(path, metadata={"Date": None})
+
+
+def section(subject: subjects.Subject, args: argparse.Namespace, cache: Cache) -> tuple[str, rt.Frontier, list[Row]]:
+    """One model's part of the page, its curve and its policies."""
     found = rt.frontier(
         subject.loss,
         subject.build(),
@@ -179,7 +212,7 @@ def section(subject: subjects.Subject, args: argparse.Namespace, cache: Cache) -
     )
     compiled = [row for row in rows if row.policy is not None]
     reached = sum(row.verdict(plain, least).startswith("yes") for row in compiled)
-    return f"""## {subject.what}
+    text = f"""## {subject.what}
 
 {len(found.points)} compiled points; {kept} of {BUDGETS} budgets kept with no point within them faster; {reached} of
 {len(compiled)} compiled policies ({len(rows)} named) answered by fewer cycles and by less memory. The frontier:
@@ -192,6 +225,7 @@ def section(subject: subjects.Subject, args: argparse.Namespace, cache: Cache) -
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |
 {table}
 """
+    return text, found, rows
 
 
 def main() -> int:
@@ -219,11 +253,15 @@ MaxText's presets and torchtitan's list are given by the names that the same val
 `nothing_saveable` on every block. Policies that offload are not compared. Plans come from the frontier; where it has no
 better point, the plan is made anew for that policy's memory or time, which the last column says.
 
+![Named policies and plans: estimated cycles against temporaries](remat_frontier.svg)
+
 """
-    page += "\n".join(section(subjects.SUBJECTS[name](), args, cache) for name in args.only)
+    found = {name: section(subjects.SUBJECTS[name](), args, cache) for name in args.only}
+    page += "\n".join(text for text, _, _ in found.values())
     print(page)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
+        draw({TITLES[name]: (curve, rows) for name, (_, curve, rows) in found.items()}, args.out / "remat_frontier.svg")
         (args.out / "remat_frontier.md").write_text(page)
     return 0
 

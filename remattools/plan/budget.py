@@ -20,7 +20,7 @@ _MARGIN = 0.94
 
 
 def bytes_of(measured: Measurement, of: Of) -> int:
-    """The figure that a budget is about: the total (an upper bound of the peak on every target), or temporaries."""
+    """The figure that a budget is about: all that main memory has to hold, or the temporaries."""
     if not measured.fits and measured.out_of_memory is not None:
         return measured.out_of_memory.needed_bytes or 2**62
     return measured.total_bytes if of == "peak" else measured.temp_bytes

@@ -118,6 +118,20 @@ def test_an_interrupt_returns_the_best_so_far(folder: pathlib.Path) -> None:
     assert found.measured.temp_bytes <= most // 2
 
 
+def test_a_budget_of_the_devices_memory(tpu: str, folder: pathlib.Path) -> None:
+    width = 2048
+    model = nnx.eval_shape(lambda: Tower(8, width, block=MLP))
+    options: Any = {"target": tpu, "cache": folder}
+    x = jax.ShapeDtypeStruct((131_072, width), jnp.float32)
+    assert not rt.measure(loss, model, x, differentiate=True, **options).fits  # control: there is something to plan
+    found = rt.plan(loss, model, x, budget="fit", max_compiles=4, **options)
+    assert found.measured.fits
+    assert found.measured.total_bytes <= 0.95 * 16 * 2**30  # a v5e has 16 GiB; a margin is left
+    with rt.applied(model, found.rules):
+        again = rt.measure(loss, model, x, differentiate=True, target=tpu)
+    assert again.total_bytes == found.measured.total_bytes
+
+
 def test_a_time_limit_ends_the_search(folder: pathlib.Path) -> None:
     model, x = _abstract()
     found = rt.plan(loss, model, x, budget=1.0, of="temp", target="cpu", time_limit_s=0.0)
