@@ -19,14 +19,15 @@ from .result import Point, Prediction
 from .search import Space
 from .writing import rules_of
 
-# Below this gain a further compile is not worth its time.
-_GAIN = 0.002
-# Where nothing keeps a budget yet: the chance below which a compile is not worth its time either, and the one from
-# which an assignment is taken to keep it.
-_CHANCE, _LIKELY = 0.05, 0.5
+# Below this gain a further compile is not worth its time. Doubts are doubtful themselves, so it is small.
+_GAIN = 1e-4
+# Where nothing keeps a budget yet: the chance from which an assignment is taken to keep it.
+_LIKELY = 0.5
 # Budgets at which a frontier is asked whether it could be better, and what a budget that nothing keeps yet is taken
 # for, in times of the slowest point.
-_BUDGETS, _UNREACHED = 24, 1.5
+_BUDGETS, _UNREACHED = 24, 2.0
+# How far below expectation the budgets begin, in standard deviations, and below the least that was measured.
+_DOUBTS, _BELOW = 2.0, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,13 +162,13 @@ class Exploration:
         likely = np.flatnonzero(chance > _LIKELY)
         if len(likely):  # of those that most probably do, the best
             return int(likely[goal[likely].argmin()])
-        # Nothing is expected to do: the least there is will tell, and then what is known too badly to be ruled out.
-        least = expected.bytes if max_cycles is None else expected.cycles
-        nearest = int(np.where(open_, least, np.inf).argmin())
-        tried = [point.bytes if max_cycles is None else point.cycles for point in self.points.values()]
-        if least[nearest] < min(tried):
-            return nearest
-        return int(chance.argmax()) if chance.max() > _CHANCE else None
+        # Nothing is expected to do: what comes nearer to the limit than all that was tried.
+        figure, doubt = expected.bytes, expected.bytes_doubt
+        if max_cycles is not None:
+            figure, doubt = expected.cycles, expected.cycles_doubt
+        nearest = min(point.bytes if max_cycles is None else point.cycles for point in self.points.values())
+        promised = open_ * _improvement(figure, doubt, max(float(nearest), 1.0))
+        return int(promised.argmax()) if promised.max() > _GAIN else None
 
     def propose_anywhere(self) -> int | None:
         """The assignment that promises most at whatever budget, or None if none promises more."""
@@ -184,7 +185,10 @@ class Exploration:
             return nothing
         most = max([1, *(point.bytes for point in fitting)])
         slowest = max(point.cycles for point in fitting)
-        limits = np.geomspace(max(min(float(sizes.min()), most), 1.0), most, _BUDGETS)
+        # Budgets that nothing is expected to keep count as well, as far as that is doubtful.
+        lowest = float((sizes - _DOUBTS * expected.bytes_doubt[open_]).min())
+        lowest = max(lowest, _BELOW * min(point.bytes for point in fitting), 1.0)
+        limits = np.geomspace(min(lowest, most), most, _BUDGETS)
         found = [best_point(fitting, limit, None) for limit in limits]
         best = np.array([_UNREACHED * slowest if point is None else point.cycles for point in found])
         chance = _chance(sizes[:, None], expected.bytes_doubt[open_][:, None], limits)
