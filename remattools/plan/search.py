@@ -23,6 +23,9 @@ from .solve import BlockProblem, Choice
 _PRICES = tuple(float(price) for price in np.geomspace(30.0, 1e-4, 20))
 # How far a prediction can be off before anything was measured, and how far what measurements do not explain.
 _CONSTANT, _PRIOR, _LOCAL, _NOISE = 100.0, 0.5, 0.05, 1e-3
+# All of these are parts of the largest figure that was measured, or of this part of what was predicted for it: where
+# next to nothing was measured, as where all lies in a chip's own memory, the model is off by more than that.
+_OF_PREDICTED = 0.3
 # The same for each name that is kept, and for what like sets of names have in common.
 _NAME, _NAMES = 0.05, 0.1
 _MOST_SPLITS = 12
@@ -205,7 +208,7 @@ class Space:
         raw = self.bytes if kind == "bytes" else self.cycles
         seen = np.array(list(measured))
         values = np.array([measured[number] for number in seen])
-        scale = max(np.abs(values).max(), 1.0)
+        scale = max(np.abs(values).max(), _OF_PREDICTED * np.abs(raw[seen]).max(), 1.0)
         # A Gaussian process on what the model got wrong: a constant, a wrong rate for each feature, and the rest.
         cross = self._kernel(np.arange(len(raw)), seen)
         among = self._kernel(seen, seen) + _NOISE**2 * np.eye(len(seen))
