@@ -178,7 +178,7 @@ def section(block: type[nnx.Module], dtype: jnp.dtype, cache: pathlib.Path) -> F
         best = min(m.estimated_cycles or 0 for m in tried.values() if m.temp_bytes <= budget)
         curve = min((p.cycles for p in found.points if p.bytes <= budget), default=None)
         try:
-            options = {"budget": budget, "of": "temp", "target": TARGET, "cache": without_notes(cache)}
+            options = {"budget": max(budget, 1), "of": "temp", "target": TARGET, "cache": without_notes(cache)}
             planned = float(rt.plan(loss, model, x, **options).measured.estimated_cycles or 0)
         except rt.BudgetError:
             planned = None
@@ -217,7 +217,7 @@ block's names and the plain model, compiled for one chip of `{TARGET}` (16,384 r
 temporaries of one of the programs; 0 means that all lies in the chip's own memory. For each there is a plan of at most
 eight compiles, and one frontier of eight compiles serves them all; neither knew what was tried. The bar is a ratio of
 {WITHIN}. The search's constants were chosen on the first {TUNED} models; the others were compiled afterwards, and one
-constant (how far predictions are doubted where next to no memory was measured) was chosen with all of them in view.
+constant (how far predictions are doubted where next to no memory was measured) was chosen with all but the last in view.
 
 | models | plans within {WITHIN} | one frontier within {WITHIN} |
 | --- | ---: | ---: |
