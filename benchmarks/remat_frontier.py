@@ -17,7 +17,7 @@ import datetime
 import importlib.metadata
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import remat_subjects as subjects
@@ -90,6 +90,26 @@ def answer(ask: Callable[[], rt.Plan]) -> rt.Measurement | None:
         return None
 
 
+def measured_policies(subject: subjects.Subject, cache: Cache) -> dict[str, rt.Measurement | None]:
+    """What the compiler says of each policy; None where it was not compiled."""
+    found: dict[str, rt.Measurement | None] = {}
+    for name, rules in subjects.policies(subject).items():
+        say(name)
+        try:
+            model = rt.apply(subject.build(), rules)
+            found[name] = rt.measure(
+                subject.loss, model, *subject.batch, target=subjects.TARGET, differentiate=True, cache=cache
+            )
+        except LookupError:
+            found[name] = None
+    return found
+
+
+def least_temp(policies: Iterable[rt.Measurement | None]) -> int:
+    """The temporaries of the policy that takes least."""
+    return min(policy.temp_bytes for policy in policies if policy is not None and policy.fits)
+
+
 def rows_of(subject: subjects.Subject, found: rt.Frontier, cache: Cache, args: argparse.Namespace) -> list[Row]:
     """All policies, each with the plan of its memory and the plan of its time.
 
@@ -109,16 +129,11 @@ def rows_of(subject: subjects.Subject, found: rt.Frontier, cache: Cache, args: a
             **wanted,
         )
 
-    least = found.least_bytes
+    policies = measured_policies(subject, cache)
+    least = least_temp(policies.values())
     rows = []
-    for name, rules in subjects.policies(subject).items():
-        say(name)
-        try:
-            model = rt.apply(subject.build(), rules)
-            policy = rt.measure(
-                subject.loss, model, *subject.batch, target=subjects.TARGET, differentiate=True, cache=cache
-            )
-        except LookupError:
+    for name, policy in policies.items():
+        if policy is None:
             rows.append(Row(name=name, policy=None))
             continue
         size, cycles = policy.temp_bytes, policy.estimated_cycles
@@ -203,7 +218,7 @@ def section(subject: subjects.Subject, args: argparse.Namespace, cache: Cache) -
     rows = rows_of(subject, found, cache, args)
     kept = budgets_kept(subject, found, cache)
     plain = int(found.points[0].cycles)
-    least = min(row.policy.temp_bytes for row in rows if row.policy is not None and row.policy.fits)
+    least = least_temp(row.policy for row in rows)
     curve = "\n".join(f"| {p.bytes / 1e6:,.1f} | {p.cycles / 1e6:.2f} |" for p in found.best)
     table = "\n".join(
         f"| {row.name} | {figures(row.policy)} {figures(row.faster)} {figures(row.smaller)} "
