@@ -25,9 +25,9 @@ _GAIN = 1e-4
 _LIKELY = 0.5
 # Budgets at which a frontier is asked whether it could be better, and what a budget that nothing keeps yet is taken
 # for, in times of the slowest point.
-_BUDGETS, _UNREACHED = 24, 2.0
+_BUDGETS, _UNREACHED = 24, 1.5
 # How far below expectation the budgets begin, in standard deviations, and below the least that was measured.
-_DOUBTS, _BELOW = 2.0, 0.5
+_DOUBTS, _BELOW = 1.5, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Exploration:
         # a gain at many budgets is worth more than at one.
         promised = chance * _improvement(cycles[:, None], expected.cycles_doubt[open_][:, None], best)
         worth = promised.mean(axis=1)
-        return int(open_[worth.argmax()]) if worth.max() > _GAIN / _BUDGETS else None
+        return int(open_[worth.argmax()]) if worth.max() > _GAIN else None
 
 
 def _chance(figure: np.ndarray, doubt: np.ndarray, most: float | np.ndarray) -> np.ndarray:

