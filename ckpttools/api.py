@@ -19,6 +19,7 @@ def open(spec: CheckpointSpec, validate: Validate | None = None) -> Session:
 
     Raises:
         StorageError: If the folder cannot be written.
+        SpecError: If it is no spec, or one that cannot be honoured here, such as a mirror inside the run's folder.
     """
     return Session(spec, validate)
 

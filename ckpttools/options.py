@@ -17,6 +17,7 @@ from .errors import SpecError
 from .spec import retention, triggers
 from .spec.spec import CheckpointSpec
 from .spec.storage import Integrity, Storage
+from .spec.versions import StateVersion, as_state_version
 from .store import orbax
 
 
@@ -24,7 +25,8 @@ def orbax_options(spec: CheckpointSpec) -> Any:
     """Orbax's `CheckpointManagerOptions` for a spec; its directory is passed to the trainer beside them.
 
     What Orbax's manager does with them is Orbax's: no digests, no proof on restore, compressed arrays, no room kept
-    free, no save of the final step. Where a trainer lets its manager be replaced, do that.
+    free, no save of the final step. Its `best_step()` means the first metric that the spec gives a direction to.
+    Where a trainer lets its manager be replaced, do that.
 
     Raises:
         SpecError: If the spec asks for something that these options cannot say.
@@ -51,6 +53,10 @@ def orbax_options(spec: CheckpointSpec) -> Any:
 def _require_plain(spec: CheckpointSpec) -> None:
     asked = {
         "mirror": (spec.mirror is not None, "Orbax's manager writes to one place"),
+        "state_version": (
+            as_state_version(spec.state_version) != StateVersion(),
+            "Orbax marks no step with a version and changes none",
+        ),
         "integrity.verify": (spec.integrity.verify != "digest", "Orbax does not read back what it wrote"),
         "integrity.digest": (spec.integrity.digest != Integrity().digest, "Orbax keeps no digests"),
         "storage.min_free": (spec.storage.min_free != Storage().min_free, "Orbax does not look at the free space"),

@@ -24,6 +24,7 @@ from .errors import (
     CheckpointError,
     CheckpointWarning,
     NotRestoredError,
+    SpecError,
     StepNotFoundError,
     StepOrderError,
     StorageError,
@@ -56,6 +57,12 @@ class Session:
     """
 
     def __init__(self, spec: CheckpointSpec, validate: validation.Validate | None = None) -> None:
+        if not isinstance(spec, CheckpointSpec):
+            raise SpecError(
+                what=f"a run is opened by a CheckpointSpec, not by {spec!r:.200}.",
+                why="the spec says when to save and what to keep, not only where.",
+                fix='ct.open(ct.CheckpointSpec(directory="runs/a", save=ct.EverySteps(500)))',
+            )
         self.spec = spec
         self.directory = pathlib.Path(os.path.abspath(spec.directory))
         self._run = RunFolder(self.directory)

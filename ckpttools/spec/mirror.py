@@ -14,7 +14,10 @@ from ..errors import SpecError
 from .checks import require_choice, require_positive
 from .retention import Retention
 
-_SECRET = re.compile(r"secret|password|passwd|token|credential|account_key|(^|_)key$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"secret|passw|token|credential|connection_string|account_key|signature|(^|_)(pass|key|auth|sas|sig)$",
+    re.IGNORECASE,
+)
 _WITH_USER = re.compile(r"://[^/@]*:[^/@]*@")
 
 type Option = str | int | float | bool
@@ -51,7 +54,7 @@ class Mirror:
                 why="copies of the steps are written below it.",
                 fix='Mirror("s3://bucket/run")',
             )
-        if _WITH_USER.search(self.url):
+        if _WITH_USER.search(self.url) or any(map(_SECRET.search, _names_in_query(self.url))):
             raise SpecError(
                 what="the address of the mirror holds a password.",
                 why="a spec is written into files and logs.",
@@ -77,6 +80,11 @@ class Mirror:
     def store_options(self) -> dict[str, Option]:
         """The options as keyword arguments."""
         return dict(self.options)
+
+
+def _names_in_query(url: str) -> list[str]:
+    """Names of what is handed over behind the question mark of an address, such as a signature."""
+    return [part.partition("=")[0] for part in url.partition("?")[2].split("&")]
 
 
 def _frozen(options: Any) -> tuple[tuple[str, Option], ...]:

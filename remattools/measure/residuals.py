@@ -214,7 +214,7 @@ def _row(var: Any, origins: Origins, consumer: Any) -> Residual:
     origin = origins.of(var)
     if origin.kind == "computed":
         reason = (
-            "handed to the way back, which does not read it"
+            "handed to the backward pass, which does not read it"
             if consumer is None
             else f"for the gradient of {origins.where(consumer)}"
         )

@@ -111,10 +111,11 @@ class Frontier:
         least = min(self.points, key=lambda point: point.bytes)
         return BudgetError(
             what=f"no compiled rules stay within {format_bytes(limit)} of {self.of}; the least is "
-            f"{least.bytes} bytes ({format_bytes(least.bytes)}) with {least.measured.argument_bytes} of arguments.",
+            f"{least.bytes} bytes ({format_bytes(least.bytes)}); "
+            f"the arguments are {format_bytes(least.measured.argument_bytes)}.",
             why=f"at the fullest moment these are alive: {self.holding(least)}.",
-            fix=f"budget={least.bytes}, more compiles ({len(self.points)} were made: max_compiles=), a smaller batch, "
-            "or a loss that makes its largest values in pieces.",
+            fix=f"budget={least.bytes}, more compiles than for these {len(self.points)} points (max_compiles=, "
+            "--max-compiles), a smaller batch, or a loss that makes its largest values in pieces.",
         )
 
 

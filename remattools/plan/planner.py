@@ -98,7 +98,7 @@ def plan(
         return found.plan(budget, max_cycles=max_cycles)
     except BudgetError:
         if found.interrupted:
-            raise KeyboardInterrupt from None
+            raise KeyboardInterrupt("interrupted before any compiled rules kept the budget") from None
         raise
 
 

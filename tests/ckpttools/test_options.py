@@ -100,6 +100,7 @@ REFUSED = {
     "own trigger": ({"save": OwnTrigger()}, "no policy like it"),
     "own retention": ({"keep": Union(OwnRetention())}, "no policy like it"),
     "mirror": ({"mirror": "memory://run"}, "one place"),
+    "version": ({"state_version": 2}, "no step with a version"),
     "readback": ({"integrity": ct.Integrity(verify="readback")}, "does not read back"),
     "sha256": ({"integrity": ct.Integrity(digest="sha256")}, "keeps no digests"),
     "free space": ({"storage": ct.Storage(min_free=10)}, "free space"),

@@ -96,6 +96,12 @@ def test_an_empty_directory_restores_nothing_and_says_so(tmp_path):
     assert leaves(state) == before
 
 
+def test_a_path_is_no_spec(tmp_path):
+    with pytest.raises(ct.SpecError, match="by a CheckpointSpec") as caught:
+        ct.open(str(tmp_path))
+    assert "CheckpointSpec(directory=" in caught.value.fix
+
+
 def test_training_on_in_a_used_directory_without_restore_is_refused(tmp_path):
     train(spec_for(tmp_path), 2)
     with ct.open(spec_for(tmp_path)) as ckpt:

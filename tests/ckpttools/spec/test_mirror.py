@@ -49,6 +49,10 @@ def test_a_mirror_does_not_change_the_fingerprint_of_specs_without_one():
         ({"url": "s3://b/r", "options": {"client_kwargs": {}}}, "cannot be written to a file"),
         ({"url": "s3://b/r", "options": {"secret": "x"}}, "is a secret"),
         ({"url": "s3://b/r", "options": {"key": "x"}}, "is a secret"),
+        ({"url": "abfs://c/r", "options": {"connection_string": "AccountKey=x"}}, "is a secret"),
+        ({"url": "abfs://c/r", "options": {"sas": "x"}}, "is a secret"),
+        ({"url": "http://h/r", "options": {"auth": "u:p"}}, "is a secret"),
+        ({"url": "https://h/run?sv=1&sig=x"}, "holds a password"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(arguments, text):
