@@ -25,9 +25,9 @@ _GAIN = 1e-4
 _LIKELY = 0.5
 # Budgets at which a frontier is asked whether it could be better, and what a budget that nothing keeps yet is taken
 # for, in times of the slowest point.
-_BUDGETS, _UNREACHED = 24, 1.5
+_BUDGETS, _UNREACHED = 24, 1.2
 # How far below expectation the budgets begin, in standard deviations, and below the least that was measured.
-_DOUBTS, _BELOW = 1.5, 0.9
+_DOUBTS, _BELOW = 1.5, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
