@@ -216,9 +216,8 @@ Measured {datetime.date.today().isoformat()} with {versions}, by `benchmarks/rem
 block's names and the plain model, compiled for one chip of `{TARGET}` (16,384 rows of 512). A budget is the
 temporaries of one of the programs; 0 means that all lies in the chip's own memory. For each there is a plan of at most
 eight compiles, and one frontier of eight compiles serves them all; neither knew what was tried. The bar is a ratio of
-{WITHIN}. The search's constants were chosen on the first {TUNED} models; the others were compiled afterwards, and one
-constant (how far predictions are doubted where next to no memory was measured) was chosen with all but the last in
-view.
+{WITHIN}. The search's constants were chosen on the first {TUNED} models; four of them
+(how far doubts count, and when a search ends) once more with all but the last in view, and with the groups' page.
 
 | models | plans within {WITHIN} | one frontier within {WITHIN} |
 | --- | ---: | ---: |
