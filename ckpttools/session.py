@@ -160,6 +160,9 @@ class Session:
         """Protect a committed step from retention, or with `pinned=False` no longer.
 
         Waits for a save in progress: it may be the step in question, and it deletes what nobody keeps.
+
+        Raises:
+            StepNotFoundError: If there is no such step.
         """
         with self._turn:
             self.wait()
@@ -336,6 +339,16 @@ class Session:
             state: Items by name.
             metrics: Values of this step; those that the spec does not look at are only read when it is saved.
             on_error: "raise", or "return" to get `Failed`.
+
+        Returns:
+            `Skipped` if nothing was due, `Started` for a save in the background, `Saved` for one that was waited for
+            (the last step, a stop, or `asynchronous=False`); each with its reason.
+
+        Raises:
+            CheckpointError: If this save failed, or the one before it in the background; nothing older is lost.
+            NotRestoredError: If the directory holds steps and `restore` was not called.
+            StepOrderError: If the step is no count of completed updates, or lies behind one that was passed.
+            LeafError: If the state or the metrics hold what cannot be saved.
         """
         return self._guarded(step, on_error, lambda: self._step(step, state, metrics or {}))
 
@@ -348,7 +361,21 @@ class Session:
         reason: str = "asked for",
         on_error: OnError = "raise",
     ) -> Outcome:
-        """Save now, whatever the triggers say; step 0 is the state before the first update."""
+        """Save now, whatever the triggers say; step 0 is the state before the first update.
+
+        Args:
+            step: Completed updates.
+            state: Items by name.
+            metrics: Values to record.
+            reason: Recorded with the step.
+            on_error: As in `step`.
+
+        Returns:
+            As `step`; `Skipped` if this step is saved already.
+
+        Raises:
+            CheckpointError: As in `step`.
+        """
 
         def run() -> Outcome:
             self._begin_training()
