@@ -50,34 +50,34 @@ class Gated(nnx.Module):
         return x + (jnp.sin(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
 
 
-class Feedforward(nnx.Module):
-    """Two products, with a function inside and one after them."""
+class Pair(nnx.Module):
+    """Two products; each kind says what lies between and behind them."""
+
+    times = 2
 
     def __init__(self, width: int, rngs: nnx.Rngs) -> None:
-        self.up = nnx.Param(0.02 * jax.random.normal(rngs(), (width, 3 * width)))
-        self.down = nnx.Param(0.02 * jax.random.normal(rngs(), (3 * width, width)))
+        self.up = nnx.Param(0.02 * jax.random.normal(rngs(), (width, self.times * width)))
+        self.down = nnx.Param(0.02 * jax.random.normal(rngs(), (self.times * width, width)))
+
+
+class Feedforward(Pair):
+    """With a function between them and one behind."""
+
+    times = 3
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x + jnp.sin(jnp.tanh(x @ self.up[...]) @ self.down[...])
 
 
-class Pointwise(nnx.Module):
-    """Two products with three functions between them."""
-
-    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
-        self.up = nnx.Param(0.02 * jax.random.normal(rngs(), (width, 2 * width)))
-        self.down = nnx.Param(0.02 * jax.random.normal(rngs(), (2 * width, width)))
+class Pointwise(Pair):
+    """With three functions between them."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x + jnp.cos(jnp.exp(-(x @ self.up[...]))) @ self.down[...]
 
 
-class Squared(nnx.Module):
-    """Two products with the square of a rectifier between them."""
-
-    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
-        self.up = nnx.Param(0.05 * jax.random.normal(rngs(), (width, 2 * width)))
-        self.down = nnx.Param(0.05 * jax.random.normal(rngs(), (2 * width, width)))
+class Squared(Pair):
+    """With the square of a rectifier between them."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = jnp.maximum(x @ self.up[...], 0.0)
@@ -107,10 +107,8 @@ class Branches(nnx.Module):
         return jnp.tanh(x @ self.side[...]) + jnp.exp(x @ self.up[...]) @ self.down[...]
 
 
-CASES = (
-    *((block, jnp.float32) for block in (Chain, Gated, Feedforward, Pointwise, Squared, Bottleneck, Branches)),
-    *((block, jnp.bfloat16) for block in (Chain, Gated, Feedforward, Pointwise, Squared, Bottleneck, Branches)),
-)
+BLOCKS = (Chain, Gated, Feedforward, Pointwise, Squared, Bottleneck, Branches)
+CASES = tuple((block, dtype) for dtype in (jnp.float32, jnp.bfloat16) for block in BLOCKS)
 
 
 class Stack(nnx.Module):
@@ -216,8 +214,8 @@ Measured {datetime.date.today().isoformat()} with {versions}, by `benchmarks/rem
 block's names and the plain model, compiled for one chip of `{TARGET}` (16,384 rows of 512). A budget is the
 temporaries of one of the programs; 0 means that all lies in the chip's own memory. For each there is a plan of at most
 eight compiles, and one frontier of eight compiles serves them all; neither knew what was tried. The bar is a ratio of
-{WITHIN}. The search's constants were chosen on the first {TUNED} models; four of them
-(how far doubts count, and when a search ends) once more with all but the last in view, and with the groups' page.
+{WITHIN}. The search's constants were chosen on the first {TUNED} models, four of them (how far doubts count, and when a
+search ends) once more with all but the last in view, and with the groups' page.
 
 | models | plans within {WITHIN} | one frontier within {WITHIN} |
 | --- | ---: | ---: |

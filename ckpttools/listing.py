@@ -20,7 +20,7 @@ class ListedStep:
     Attributes:
         step: Its number.
         state: "committed", "superseded", "unverified", "incomplete", "corrupt", "unreadable" (the disk does not answer)
-            or "newer" (of a version of this package that is not known here).
+            or "newer" (written by a newer version of this package).
         branch: Name of its branch; "" where it is not known.
         began_after: The step after which the branch began; 0 for the run's beginning.
         saved_at: Seconds since the epoch.

@@ -109,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"remattools: {error}", file=sys.stderr)
         return CANNOT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            print(f"remattools: {stopped}.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # the user's own code, traced: with its traceback, and never the code for "no"
         traceback.print_exception(error)

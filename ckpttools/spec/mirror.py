@@ -15,7 +15,7 @@ from .checks import require_choice, require_positive
 from .retention import Retention
 
 _SECRET = re.compile(
-    r"secret|passw|token|credential|connection_string|account_key|signature|(^|_)(pass|key|auth|sas|sig)$",
+    r"secret|passw|token|credential|connection_string|account_key|(^|[_-])(pass|key|auth|sas|sig|signature)$",
     re.IGNORECASE,
 )
 _WITH_USER = re.compile(r"://[^/@]*:[^/@]*@")
@@ -56,7 +56,7 @@ class Mirror:
             )
         if _WITH_USER.search(self.url) or any(map(_SECRET.search, _names_in_query(self.url))):
             raise SpecError(
-                what="the address of the mirror holds a password.",
+                what="the address of the mirror holds a secret.",
                 why="a spec is written into files and logs.",
                 fix="leave it out; fsspec reads it from the environment or from ~/.config/fsspec.",
             )

@@ -141,7 +141,7 @@ class Measurement:
             if value or field in ("argument", "output", "temp", "peak"):
                 note = ""
                 if field == "peak" and not self.temporaries_in_peak:
-                    note = ", temporaries not counted by this compiler"
+                    note = ", leaves temporaries out"
                 if field == "temp" and self.temporaries_on_chip:
                     note = " in main memory; others fit into the chip's own, see peak"
                 lines.append(f"{field:<18}{format_bytes(value)}{note}")

@@ -142,33 +142,28 @@ class Exploration:
         """The assignment to compile next for these limits, or None if none promises more."""
         expected = self.expected()
         open_ = np.array([self._is_open(number) for number in range(len(expected.bytes))])
-        goal, goal_doubt = expected.cycles, expected.cycles_doubt
-        if max_cycles is not None:
-            goal, goal_doubt = expected.bytes, expected.bytes_doubt
+        size, time = (expected.bytes, expected.bytes_doubt), (expected.cycles, expected.cycles_doubt)
+        goal = time if max_cycles is None else size
         best = best_point(self.points.values(), limit, max_cycles)
         chance = open_.astype(float)
-        for figure, doubt, most in (
-            (expected.bytes, expected.bytes_doubt, limit),
-            (expected.cycles, expected.cycles_doubt, max_cycles),
-        ):
+        for figure, most in ((size, limit), (time, max_cycles)):
             if most is not None:
-                chance *= _chance(figure, doubt, most)
+                chance *= _chance(*figure, most)
         if best is not None:
             reached = best.cycles if max_cycles is None else best.bytes
-            promised = chance * _improvement(goal, goal_doubt, max(float(reached), 1.0))
-            return int(promised.argmax()) if promised.max() > _GAIN else None
+            return _most_promising(chance * _improvement(*goal, max(float(reached), 1.0)))
         if not open_.any():
             return None
         likely = np.flatnonzero(chance > _LIKELY)
         if len(likely):  # of those that most probably do, the best
-            return int(likely[goal[likely].argmin()])
-        # Nothing is expected to do: what comes nearer to the limit than all that was tried.
-        figure, doubt = expected.bytes, expected.bytes_doubt
-        if max_cycles is not None:
-            figure, doubt = expected.cycles, expected.cycles_doubt
-        nearest = min(point.bytes if max_cycles is None else point.cycles for point in self.points.values())
-        promised = open_ * _improvement(figure, doubt, max(float(nearest), 1.0))
-        return int(promised.argmax()) if promised.max() > _GAIN else None
+            return int(likely[goal[0][likely].argmin()])
+        fitting = [point for point in self.points.values() if point.measured.fits]
+        if not fitting:  # what takes least
+            return int(np.where(open_, expected.bytes, np.inf).argmin())
+        # Nothing is expected to do: what comes nearer to the limit that is missed than all that was tried.
+        late = max_cycles is not None and all(point.cycles > max_cycles for point in fitting)
+        nearest = min(point.cycles if late else point.bytes for point in fitting)
+        return _most_promising(open_ * _improvement(*(time if late else size), max(float(nearest), 1.0)))
 
     def propose_anywhere(self) -> int | None:
         """The assignment that promises most at whatever budget, or None if none promises more."""
@@ -195,8 +190,13 @@ class Exploration:
         # The part of the plane under the curve that each is expected to add, times the chance that it keeps the budget:
         # a gain at many budgets is worth more than at one.
         promised = chance * _improvement(cycles[:, None], expected.cycles_doubt[open_][:, None], best)
-        worth = promised.mean(axis=1)
-        return int(open_[worth.argmax()]) if worth.max() > _GAIN else None
+        found_at = _most_promising(promised.mean(axis=1))
+        return None if found_at is None else int(open_[found_at])
+
+
+def _most_promising(promised: np.ndarray) -> int | None:
+    """The assignment from which most is expected, None if that is not worth a compile."""
+    return int(promised.argmax()) if promised.max() > _GAIN else None
 
 
 def _chance(figure: np.ndarray, doubt: np.ndarray, most: float | np.ndarray) -> np.ndarray:

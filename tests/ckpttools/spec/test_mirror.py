@@ -40,7 +40,7 @@ def test_a_mirror_does_not_change_the_fingerprint_of_specs_without_one():
     ("arguments", "text"),
     [
         ({"url": " "}, "names no address"),
-        ({"url": "sftp://me:hush@host/run"}, "holds a password"),
+        ({"url": "sftp://me:hush@host/run"}, "holds a secret"),
         ({"url": "s3://b/r", "keep": 3}, "keep must be a Retention"),
         ({"url": "s3://b/r", "must_answer": 1}, "neither true nor false"),
         ({"url": "s3://b/r", "verify": "maybe"}, "one of 'readback', 'size'"),
@@ -52,7 +52,7 @@ def test_a_mirror_does_not_change_the_fingerprint_of_specs_without_one():
         ({"url": "abfs://c/r", "options": {"connection_string": "AccountKey=x"}}, "is a secret"),
         ({"url": "abfs://c/r", "options": {"sas": "x"}}, "is a secret"),
         ({"url": "http://h/r", "options": {"auth": "u:p"}}, "is a secret"),
-        ({"url": "https://h/run?sv=1&sig=x"}, "holds a password"),
+        ({"url": "https://h/run?sv=1&sig=x"}, "holds a secret"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(arguments, text):
