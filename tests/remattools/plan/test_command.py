@@ -8,6 +8,7 @@ import pytest
 
 import remattools as rt
 from remattools import cli
+from remattools.plan.explore import Exploration
 
 FACTORY = """
 import optax
@@ -61,3 +62,23 @@ def test_a_whole_step_is_planned_as_it_is(
     assert json.loads(capsys.readouterr().out)["temp_bytes"] == chosen["bytes"]
     assert cli.main(["plan", subject, *limits, "--target", "cpu"]) == cli.CANNOT  # control: a step is no loss
     assert "differentiate=False" in capsys.readouterr().err
+
+
+def test_an_interrupt_without_a_plan_says_so(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REMATTOOLS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "subject.py").write_text(FACTORY)
+    compiles: list[int] = []
+
+    def interrupted(self: Exploration, number: int) -> None:
+        compiles.append(number)
+        if len(compiles) == 2:
+            raise KeyboardInterrupt
+        compile_(self, number)
+
+    compile_ = Exploration.compile
+    monkeypatch.setattr(Exploration, "compile", interrupted)
+    subject = f"{tmp_path / 'subject.py'}:training"
+    assert cli.main(["plan", subject, "--budget", "0.3", "--of", "temp", "--target", "cpu"]) == cli.INTERRUPTED
+    assert "before any compiled rules kept the budget" in capsys.readouterr().err
