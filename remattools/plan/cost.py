@@ -11,6 +11,8 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+
 from ..transform import programs
 
 # Shape changes that the compilers fold into what reads them.
@@ -39,6 +41,8 @@ class Rates:
         traffic_bytes: To and from its main memory.
         overhead: Cycles to start an operation.
         link_bytes: To the host's memory, and as much from it; 0 where there is no memory of a host.
+        narrows: Whether the matrix units take float32 as bfloat16 by default, so that compilers keep what only products
+            read in half the bytes.
     """
 
     matrix_flops: float
@@ -46,15 +50,16 @@ class Rates:
     traffic_bytes: float
     overhead: float
     link_bytes: float = 0.0
+    narrows: bool = False
 
 
 # Peak rates of one chip by the vendors' data sheets, divided by its clock. Of the link to the host they say nothing:
 # taken is what PCIe 3.0 (TPUs) and 5.0 (GPUs) with 16 lanes carry, 15.75e9 and 63e9 bytes a second.
 _TPU = {
-    "v4": Rates(matrix_flops=262_144, vector_flops=8_192, traffic_bytes=1_143, overhead=300, link_bytes=15.0),
-    "v5e": Rates(matrix_flops=131_072, vector_flops=4_096, traffic_bytes=546, overhead=300, link_bytes=10.5),
-    "v5p": Rates(matrix_flops=262_144, vector_flops=8_192, traffic_bytes=1_580, overhead=300, link_bytes=9.0),
-    "v6e": Rates(matrix_flops=524_288, vector_flops=8_192, traffic_bytes=937, overhead=300, link_bytes=9.0),
+    "v4": Rates(matrix_flops=262_144, vector_flops=8_192, traffic_bytes=1_143, overhead=300, link_bytes=15.0, narrows=True),
+    "v5e": Rates(matrix_flops=131_072, vector_flops=4_096, traffic_bytes=546, overhead=300, link_bytes=10.5, narrows=True),
+    "v5p": Rates(matrix_flops=262_144, vector_flops=8_192, traffic_bytes=1_580, overhead=300, link_bytes=9.0, narrows=True),
+    "v6e": Rates(matrix_flops=524_288, vector_flops=8_192, traffic_bytes=937, overhead=300, link_bytes=9.0, narrows=True),
 }
 _GPU = Rates(matrix_flops=500_000, vector_flops=34_000, traffic_bytes=1_900, overhead=3_000, link_bytes=36.0)
 _CPU = Rates(matrix_flops=64, vector_flops=16, traffic_bytes=8, overhead=500)
@@ -75,10 +80,12 @@ class Work:
     Attributes:
         kind: "matrix", "reduction", "elementwise", "free" or "other".
         flops: Arithmetic.
+        narrows: Whether it is a product that leaves the precision of its operands to the target.
     """
 
     kind: str
     flops: float
+    narrows: bool = False
 
 
 def work_of(equation: Any) -> Work:
@@ -90,11 +97,11 @@ def work_of(equation: Any) -> Work:
         ((contracted, _), _) = equation.params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
         depth = math.prod(shape[axis] for axis in contracted)
-        return Work("matrix", 2.0 * depth * _size(equation.outvars))
+        return Work("matrix", 2.0 * depth * _size(equation.outvars), _narrows(equation))
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-        return Work("matrix", 2.0 * math.prod(kernel) / max(features, 1) * _size(equation.outvars))
+        return Work("matrix", 2.0 * math.prod(kernel) / max(features, 1) * _size(equation.outvars), _narrows(equation))
     inside = [_total(program) for _, program in programs.nested(equation)]
     if inside:
         turns = equation.params.get("length", 1) if name == "scan" else 1
@@ -104,6 +111,12 @@ def work_of(equation: Any) -> Work:
     if name in _MATRIX or name in _OTHER:
         return Work("matrix" if name in _MATRIX else "other", float(_size(equation.outvars)))
     return Work("elementwise", float(_size(equation.outvars)))
+
+
+def _narrows(equation: Any) -> bool:
+    precision = equation.params.get("precision")
+    each = precision if isinstance(precision, tuple) else (precision,)
+    return all(one in (None, jax.lax.Precision.DEFAULT) for one in each)
 
 
 def _total(program: Any) -> float:

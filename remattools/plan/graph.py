@@ -70,6 +70,7 @@ class Graph:
         outputs: Of the results of both passes.
         needed: Values that the backward pass takes from the forward pass, arguments apart.
         candidates: Values with names.
+        single: Values of float32.
     """
 
     forward: tuple[Step, ...]
@@ -79,6 +80,7 @@ class Graph:
     outputs: frozenset[int]
     needed: frozenset[int]
     candidates: tuple[Candidate, ...] = ()
+    single: frozenset[int] = frozenset()
 
     @functools.cached_property
     def makers(self) -> dict[int, int]:
@@ -105,6 +107,27 @@ class Graph:
                 if value not in self.outputs and (step.work.kind == "free" or not kinds & {"matrix", "other"}):
                     found.add(value)
         return frozenset(found)
+
+    def narrowed(self, rates: Rates) -> "Graph":
+        """The same with the sizes at which a target's compiler keeps values that only its matrix units read.
+
+        Those take float32 as bfloat16, and compilers convert a value where it is made rather than where it is read.
+        """
+        if not rates.narrows:
+            return self
+        narrow: set[int] = set()
+        for step in reversed((*self.forward, *self.backward)):
+            for value in step.writes:
+                readers = self._readers.get(value, ())
+                passed = all(
+                    reader.work.narrows or (reader.work.kind == "free" and narrow.issuperset(reader.writes))
+                    for reader in readers
+                )
+                if value in self.single and value not in self.outputs and readers and passed:
+                    narrow.add(value)
+        sizes = tuple(size // 2 if value in narrow else size for value, size in enumerate(self.bytes))
+        candidates = tuple(dataclasses.replace(one, bytes=sizes[one.value]) for one in self.candidates)
+        return dataclasses.replace(self, bytes=sizes, candidates=candidates)
 
     def size(self, values: Iterable[int]) -> int:
         """Bytes of all values."""
@@ -237,10 +260,13 @@ def block_graph(program: Any) -> Graph:
 def _numbered(top: Any, kept: int, labels: Mapping[str, str]) -> Graph:
     numbers: dict[Any, int] = {}
     sizes: list[int] = []
+    single: set[int] = set()
 
     def number(var: Any) -> int:
         if var not in numbers:
             numbers[var] = len(sizes)
+            if is_single(var.aval):
+                single.add(len(sizes))
             sizes.append(programs.aval_bytes(var.aval))
         return numbers[var]
 
@@ -279,4 +305,10 @@ def _numbered(top: Any, kept: int, labels: Mapping[str, str]) -> Graph:
         outputs=frozenset(outputs),
         needed=frozenset(needed & (read_back | outputs)) if backward else frozenset(),
         candidates=tuple(candidates),
+        single=frozenset(single),
     )
+
+
+def is_single(aval: Any) -> bool:
+    """Whether a value is an array of float32."""
+    return programs.is_array(aval) and aval.dtype == jax.numpy.float32

@@ -139,7 +139,7 @@ def outline(
         problems=tuple(problems),
         visits=tuple(visits),
         calls=calls,
-        around=around,
+        around=around.narrowed(rates),
         rates=rates,
     )
 

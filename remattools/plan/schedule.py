@@ -16,7 +16,7 @@ from ..errors import MeasureError
 from ..rules.paths import format_path
 from ..transform import programs
 from .cost import Work, work_of
-from .graph import INLINED, Graph, Step
+from .graph import INLINED, Graph, Step, is_single
 from .opaque import PRIMITIVE, Block
 
 BLOCK = "block"  # the label of the steps that are blocks
@@ -87,6 +87,7 @@ def schedule_of(program: Any) -> tuple[Graph, tuple[Visit, ...]]:
         inputs=frozenset(inputs),
         outputs=frozenset(results),
         needed=frozenset(),
+        single=frozenset(walk.single),
     )
     return graph, tuple(visits)
 
@@ -95,6 +96,7 @@ class _Walk:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.sizes: list[int] = []
+        self.single: set[int] = set()
         self.pairs: list[tuple[_Call, _Call]] = []
         self._around: tuple[_Loop, ...] = ()
         self._in_region = False
@@ -106,6 +108,8 @@ class _Walk:
     def new(self, aval: Any) -> int:
         """A number for a value."""
         self.sizes.append(programs.aval_bytes(aval))
+        if is_single(aval):
+            self.single.add(len(self.sizes) - 1)
         return len(self.sizes) - 1
 
     def step(self, reads: Any, writes: Any, work: Work, label: str) -> None:

@@ -56,7 +56,7 @@ class BlockProblem:
     """
 
     def __init__(self, graph: Graph, rates: Rates, *, stacked: bool = False) -> None:
-        self.graph = graph
+        self.graph = graph = graph.narrowed(rates)
         self.stacked = stacked
         self.costs = [graph.cycles(step, rates) for step in graph.forward]
         self.steps = self._closure(())  # what a backward pass could have to recompute

@@ -29,7 +29,7 @@ from ..rules import policies
 from ..rules.paths import NamePattern, Path, format_path
 from ..rules.policy import Decision, Policy
 from ..rules.rule import Remat
-from . import programs, scopes
+from . import programs, results, scopes
 
 SAVED, OFFLOADED = "remattools:save", "remattools:offload"
 
@@ -223,12 +223,15 @@ def marked(program: Any, marks: dict[Position, str], prefix: Position = ()) -> A
     equations: list[Any] = []
     same: dict[Any, Any] = {}  # result of a dropped mark -> the value it marked
     inner = programs.open_program(program)
+    placed = _placed(inner, marks, prefix)
     for number, equation in enumerate(inner.eqns):
         if same:
             equation = equation.replace(invars=[_looked_up(same, atom) for atom in equation.invars])
-        name, mark = programs.name_of(equation), marks.get((*prefix, number))
+        name, mark = programs.name_of(equation), placed.get(number)
         equation = _marked_inside(equation, marks, prefix, number)
-        if name is not None and mark is not None:
+        if mark in (SAVED, OFFLOADED) and name is None and results.reads_its_result(equation):
+            equations.extend(results.named_with_derivative(equation, mark))
+        elif name is not None and mark is not None:
             equations.append(programs.renamed(equation, mark))
         elif name is not None and scopes.output_of(name) is not None:
             same[equation.outvars[0]] = equation.invars[0]
@@ -239,6 +242,28 @@ def marked(program: Any, marks: dict[Position, str], prefix: Position = ()) -> A
     if all(new is old for new, old in zip(equations, inner.eqns, strict=False)) and len(equations) == len(inner.eqns):
         return program  # the same object, so that JAX lowers a function called twice only once
     return programs.with_equations(program, equations, [_looked_up(same, atom) for atom in inner.outvars])
+
+
+def _placed(inner: Any, marks: dict[Position, str], prefix: Position) -> dict[int, str]:
+    """Marks by the equations of one program; a kept name's goes to what made the value, where only that can keep it."""
+    found = {number: marks[*prefix, number] for number in range(len(inner.eqns)) if (*prefix, number) in marks}
+    if not found:
+        return found
+    makers: dict[Any, int] = {}
+    for number, equation in enumerate(inner.eqns):
+        name = programs.name_of(equation)
+        if name is None:
+            makers.update(dict.fromkeys(equation.outvars, number))
+            continue
+        maker = makers.get(equation.invars[0]) if isinstance(equation.invars[0], core.Var) else None
+        if maker is None:
+            continue
+        makers[equation.outvars[0]] = maker
+        kept = found.get(number) in (SAVED, OFFLOADED)
+        if kept and len(inner.eqns[maker].outvars) == 1 and results.reads_its_result(inner.eqns[maker]):
+            mark = found.pop(number)
+            found[maker] = mark if found.get(maker) != SAVED else SAVED
+    return found
 
 
 def _marked_inside(equation: Any, marks: dict[Position, str], prefix: Position, number: int) -> Any:

@@ -155,7 +155,7 @@ def run_stretches(program: Any, leaves: Sequence[Any], stretches: Sequence[tuple
         if not equations:
             continue
         defined = {var for equation in equations for var in equation.outvars}
-        reads = _variables(atom for equation in equations for atom in equation.invars)
+        reads = variables(atom for equation in equations for atom in equation.invars)
         inputs = [var for var in reads if var not in defined]
         outputs = [var for var in defined if used_later.get(var, -1) >= span.stop]
         piece = core.Jaxpr(
@@ -184,12 +184,12 @@ def _used_after(inner: Any) -> dict[Any, int]:
     """For each variable the index of the last equation that reads it; results count as read at the end."""
     last: dict[Any, int] = {}
     for number, equation in enumerate(inner.eqns):
-        last.update(dict.fromkeys(_variables(equation.invars), number))
-    last.update(dict.fromkeys(_variables(inner.outvars), len(inner.eqns)))
+        last.update(dict.fromkeys(variables(equation.invars), number))
+    last.update(dict.fromkeys(variables(inner.outvars), len(inner.eqns)))
     return last
 
 
-def _variables(atoms: Iterable[Any]) -> list[Any]:
+def variables(atoms: Iterable[Any]) -> list[Any]:
     """The variables among `atoms`, each once, in order."""
     return list(dict.fromkeys(atom for atom in atoms if isinstance(atom, core.Var)))
 

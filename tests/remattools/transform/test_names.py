@@ -186,3 +186,60 @@ def test_a_name_inside_an_inner_region_says_where_it_belongs(holder):
     with pytest.raises(rt.UnmatchedRuleError) as caught:
         nnx.grad(loss)(model, inputs())
     assert "inside another region (fc1:sin)" in caught.value.what
+
+
+class Activated(nnx.Module):
+    """A product between two operations whose derivatives read their own results."""
+
+    def __init__(self, activation):
+        self.activation = activation
+        self.weight = nnx.Param(jax.random.normal(jax.random.key(0), (8, 8)))
+
+    def __call__(self, x):
+        return jnp.sin(self.activation(jnp.abs(x @ self.weight[...]) + 0.1))
+
+
+class Applied(nnx.Module):
+    """A module that is one operation, so that its output is that operation's result."""
+
+    def __call__(self, x):
+        return jnp.exp(x)
+
+
+OWN_RESULT = {
+    "exp": (jnp.exp, ".:exp"),
+    "tanh": (jnp.tanh, ".:tanh"),
+    "logistic": (jax.nn.sigmoid, ".:logistic"),
+    "sqrt": (jnp.sqrt, ".:sqrt"),
+    "rsqrt": (jax.lax.rsqrt, ".:rsqrt"),
+    "in-a-jit": (jax.jit(jnp.tanh), ".:tanh"),
+    "in-a-scan": (lambda x: jax.lax.scan(lambda c, row: (c, jnp.tanh(row)), 0.0, x)[1], ".:tanh"),
+    "user-name": (lambda x: checkpoint_name(jnp.exp(x), "mine"), "@mine"),
+    "module": (Applied(), "activation"),
+}
+
+
+def backward_primitives(model, x):
+    """Names of what the gradient's region makes again and computes, in order."""
+    graphdef, state = nnx.split(model)
+    program = jax.make_jaxpr(jax.grad(lambda s: nnx.merge(graphdef, s, copy=True)(x)))(state)
+    (region,) = [equation for equation in program.eqns if programs.is_region(equation)]
+    return [equation.primitive.name for _, inner in programs.nested(region) for equation in all_equations(inner)]
+
+
+def all_equations(program):
+    for equation in programs.open_program(program).eqns:
+        yield equation
+        for _, inner in programs.nested(equation):
+            yield from all_equations(inner)
+
+
+@pytest.mark.parametrize(("activation", "name"), OWN_RESULT.values(), ids=OWN_RESULT)
+def test_a_kept_result_is_not_made_again_for_its_own_derivative(activation, name):
+    x = inputs()
+    primitive = "exp" if name in ("@mine", "activation") else name.removeprefix(".:")
+    model = rt.apply(One(Activated(activation)), {"block": rt.Remat(save=(name,))})
+    assert primitive not in backward_primitives(model, x)
+    nothing = rt.apply(One(Activated(activation)), {"block": rt.Remat()})
+    assert primitive in backward_primitives(nothing, x)
+    assert_exact(lambda m, x: m(x), One(Activated(activation)), model, x)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations whose derivative reads their own result: `exp`, `tanh`, `logistic`, `rsqrt`, `reduce_max`.
+
+Sits on `programs`; `names` calls it. A `checkpoint_name` behind such an operation names a
+copy: the derivative still reads the unnamed result, so that the backward pass makes it again,
+with all that it was made of, and the name keeps nothing. Here the value behind the name has a
+derivative that is JAX's own, operation for operation, but reads the named result.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core
+
+from . import programs
+
+
+def reads_its_result(equation: Any) -> bool:
+    """Whether the derivative of an equation takes the equation's own result, which a name behind it would miss."""
+    if programs.is_opaque(equation) or programs.is_region(equation) or any(True for _ in programs.nested(equation)):
+        return False  # what defines its own derivative, or holds others
+    avals = tuple(atom.aval for atom in equation.invars)
+    if not all(map(programs.is_array, avals)) or not all(_is_float(var.aval) for var in equation.outvars):
+        return False
+    shapes = tuple((aval.shape, aval.dtype, bool(aval.weak_type)) for aval in avals)
+    try:
+        return _asked(equation.primitive, _Params(equation), shapes)
+    except TypeError:  # parameters that cannot be hashed
+        return _reads(_call_of(equation), shapes)
+
+
+class _Params:
+    """An equation as a key: equal where primitive and parameters are."""
+
+    def __init__(self, equation: Any) -> None:
+        self.equation = equation
+        self.key = tuple(sorted(equation.params.items(), key=lambda item: item[0]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Params) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _asked(primitive: Any, params: _Params, shapes: tuple[Any, ...]) -> bool:
+    del primitive  # part of the key
+    return _reads(_call_of(params.equation), shapes)
+
+
+def _reads(call: Callable[..., list[Any]], shapes: Sequence[tuple[Any, ...]]) -> bool:
+    given = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in shapes]
+    moving = [number for number, (_, dtype, _) in enumerate(shapes) if jax.numpy.issubdtype(dtype, jax.numpy.inexact)]
+    if not moving:
+        return False
+    try:
+        program, count = _derivative(call, given, moving, [given[number] for number in moving])
+    except (NameError, NotImplementedError, TypeError, ValueError):
+        # No derivative, or one that is only known where the equation runs (collectives over named axes): these are
+        # linear, or nobody differentiates them.
+        return False
+    inner = programs.open_program(program)
+    results = set(inner.outvars[:count])
+    return any(atom in results for equation in inner.eqns for atom in programs.variables(equation.invars))
+
+
+def named_with_derivative(equation: Any, name: str) -> list[Any]:
+    """The equation, a `checkpoint_name` behind it, and its derivative from the named result."""
+    call = _call_of(equation)
+    count, kept = len(equation.invars), len(equation.outvars)
+
+    @jax.custom_jvp
+    def derived(*leaves: Any) -> list[Any]:
+        return list(leaves[count:])
+
+    def derivative(leaves: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        given, named = leaves[:count], leaves[count:]
+        moving = [number for number in range(count) if not isinstance(tangents[number], SymbolicZero)]
+        moved = [tangents[number] for number in moving]
+        if not moving:
+            return list(named), [jax.numpy.zeros_like(result) for result in named]
+        program = _derivative(call, given, moving, moved)[0]
+        inner = programs.open_program(program)
+        made, rest = inner.outvars[:kept], inner.outvars[kept:]
+        later = [one for one in inner.eqns if not set(made) & set(one.outvars)]
+        alone = inner.replace(eqns=later, invars=[*inner.invars, *made], outvars=rest)
+        alone = alone if program is inner else program.replace(jaxpr=alone)
+        return list(named), programs.run(alone, [*given, *moved, *named])
+
+    derived.defjvp(derivative, symbolic_zeros=True)
+    named = programs.named_after(equation, name)
+    fresh = [core.Var(var.aval) for var in equation.outvars]
+    named = [named[0], *(one.replace(outvars=[var]) for one, var in zip(named[1:], fresh, strict=True))]
+    template = programs.open_program(jax.make_jaxpr(derived)(*map(_like, [*equation.invars, *equation.outvars])))
+    last = template.eqns[0].replace(
+        invars=[*equation.invars, *fresh],
+        outvars=equation.outvars,
+        source_info=equation.source_info,
+        ctx=equation.ctx,
+    )
+    return [*named, last]
+
+
+def _derivative(
+    call: Callable[..., list[Any]], given: Sequence[Any], moving: Sequence[int], moved: Sequence[Any]
+) -> tuple[Any, int]:
+    """The program that makes results and tangents of the arguments and the tangents of some, and how many results."""
+    counts: list[int] = []
+
+    def both(*leaves: Any) -> Any:
+        arguments = list(leaves[: len(given)])
+
+        def of(*chosen: Any) -> list[Any]:
+            full = list(arguments)
+            for number, value in zip(moving, chosen, strict=True):
+                full[number] = value
+            return call(*full)
+
+        results, tangents = jax.jvp(of, [arguments[number] for number in moving], list(leaves[len(given) :]))
+        counts.append(len(results))
+        return [*results, *tangents]
+
+    program = jax.make_jaxpr(both)(*given, *moved)
+    return program, counts[0]
+
+
+def _call_of(equation: Any) -> Callable[..., list[Any]]:
+    """What an equation computes, as a function."""
+
+    def call(*given: Any) -> list[Any]:
+        found = equation.primitive.bind(*given, **equation.params)
+        return list(found) if equation.primitive.multiple_results else [found]
+
+    return call
+
+
+def _like(atom: Any) -> jax.ShapeDtypeStruct:
+    aval = atom.aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(aval.weak_type))
+
+
+def _is_float(aval: Any) -> bool:
+    return programs.is_array(aval) and bool(jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact))
