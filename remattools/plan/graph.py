@@ -71,6 +71,7 @@ class Graph:
         needed: Values that the backward pass takes from the forward pass, arguments apart.
         candidates: Values with names.
         single: Values of float32.
+        fuses_products: Whether products and what is computed between them run inside of the one product that reads it.
     """
 
     forward: tuple[Step, ...]
@@ -81,6 +82,7 @@ class Graph:
     needed: frozenset[int]
     candidates: tuple[Candidate, ...] = ()
     single: frozenset[int] = frozenset()
+    fuses_products: bool = False
 
     @functools.cached_property
     def makers(self) -> dict[int, int]:
@@ -97,23 +99,52 @@ class Graph:
 
     @functools.cached_property
     def fused(self) -> frozenset[int]:
-        """Values that exist only inside of fused operations."""
-        found = set()
-        for step in (*self.forward, *self.backward):
-            if step.work.kind not in ("elementwise", "free"):
-                continue
-            for value in step.writes:
-                kinds = {reader.work.kind for reader in self._readers.get(value, ())}
-                if value not in self.outputs and (step.work.kind == "free" or not kinds & {"matrix", "other"}):
-                    found.add(value)
+        """Values that exist only inside of fused operations, if nothing is made again."""
+        return self.fused_in((*self.forward, *self.backward))
+
+    def fused_in(self, order: Sequence[Step], whole: Iterable[int] = ()) -> frozenset[int]:
+        """Values that exist only inside of fused operations when these steps run.
+
+        Args:
+            order: Steps as they run.
+            whole: Values that are kept all the same.
+        """
+        whole = self.outputs.union(whole)
+        readers: dict[int, list[int]] = {}
+        for number, step in enumerate(order):
+            for value in step.reads:
+                readers.setdefault(value, []).append(number)
+        found: set[int] = set()
+        roots: dict[int, frozenset[int]] = {}  # for each step the ones inside of which it runs
+        for number in reversed(range(len(order))):
+            step = order[number]
+            below = [reader for value in step.writes for reader in readers.get(value, ())]
+            kinds = {order[reader].work.kind for reader in below}
+            within = frozenset[int]().union(*(roots[reader] for reader in below))
+            inside = step.work.kind == "free" or (step.work.kind == "elementwise" and not kinds & {"matrix", "other"})
+            if self.fuses_products and len(within) == 1 and "other" not in kinds:
+                inside |= step.work.kind == "elementwise"
+                inside |= step.work.kind == "matrix" and "matrix" not in kinds
+            if whole.intersection(step.writes):
+                inside = False
+            roots[number] = within if inside else frozenset((number,))
+            if inside:
+                found.update(step.writes)
         return frozenset(found)
 
-    def narrowed(self, rates: Rates) -> "Graph":
-        """The same with the sizes at which a target's compiler keeps values that only its matrix units read.
+    @property
+    def crossing(self) -> frozenset[int]:
+        """Values that the forward pass leaves in memory for the backward pass, if nothing is made again."""
+        sources = {value: frozenset((value,)) for value in self.inputs}
+        for step in self.forward:
+            below = frozenset[int]().union(*(sources.get(value, ()) for value in step.reads))
+            sources.update((value, below if value in self.fused else frozenset((value,))) for value in step.writes)
+        read = {value for step in self.backward for value in step.reads if value in sources}
+        return frozenset[int]().union(*(sources[value] for value in read)) - self.inputs
 
-        Those take float32 as bfloat16, and compilers convert a value where it is made rather than where it is read.
-        """
-        if not rates.narrows:
+    def compiled_for(self, rates: Rates) -> "Graph":
+        """The same as a target's compiler keeps it: values that only matrix units read in the units' own precision."""
+        if not rates.fuses_products:
             return self
         narrow: set[int] = set()
         for step in reversed((*self.forward, *self.backward)):
@@ -127,7 +158,7 @@ class Graph:
                     narrow.add(value)
         sizes = tuple(size // 2 if value in narrow else size for value, size in enumerate(self.bytes))
         candidates = tuple(dataclasses.replace(one, bytes=sizes[one.value]) for one in self.candidates)
-        return dataclasses.replace(self, bytes=sizes, candidates=candidates)
+        return dataclasses.replace(self, bytes=sizes, candidates=candidates, fuses_products=True)
 
     def size(self, values: Iterable[int]) -> int:
         """Bytes of all values."""
@@ -154,6 +185,8 @@ class Graph:
             found[value] = frozenset((value,))
         for step in (*self.forward, *self.backward):
             below = frozenset[int]().union(*(found.get(value, frozenset((value,))) for value in step.reads))
+            if step.work.kind == "matrix":  # read once, by the product
+                below = frozenset()
             found.update((value, below if value in self.fused else frozenset((value,))) for value in step.writes)
         return found
 
@@ -171,19 +204,29 @@ def alive(graph: Graph, order: Sequence[Step], held: Iterable[int] = (), keep: I
         held: Values that are there from the start; they count until they are last read.
         keep: Values that stay until the end.
     """
-    last = {value: number for number, step in enumerate(order) for value in (*step.writes, *step.reads)}
+    held, keep = set(held), set(keep)
+    inside = graph.fused_in(order, held | keep)
+    uncounted = inside | graph.inputs | graph.outputs
+    # What runs inside of its readers reads when they do.
+    sources: dict[int, frozenset[int]] = {}
+    runs: list[tuple[frozenset[int], tuple[int, ...]]] = []
+    for step in order:
+        reads = frozenset[int]().union(*(sources.get(value, frozenset((value,))) for value in step.reads))
+        sources.update((value, reads if value in inside else frozenset((value,))) for value in step.writes)
+        fused = bool(step.writes) and inside.issuperset(step.writes)
+        runs.append((frozenset(), ()) if fused else (reads, step.writes))
+    last = {value: number for number, (reads, writes) in enumerate(runs) for value in (*writes, *reads)}
     last.update(dict.fromkeys(keep, len(order)))
-    uncounted = graph.fused | graph.inputs | graph.outputs
     living = {value for value in held if value in last}
     total = graph.size(living)
     points = []
-    for number, step in enumerate(order):
-        for value in step.writes:
+    for number, (reads, writes) in enumerate(runs):
+        for value in writes:
             if value not in living and value not in uncounted:
                 living.add(value)
                 total += graph.bytes[value]
         points.append(total)
-        for value in {*step.reads, *step.writes}:
+        for value in {*reads, *writes}:
             if value in living and last[value] <= number:
                 living.remove(value)
                 total -= graph.bytes[value]
@@ -219,15 +262,23 @@ def inlined(program: Any, leaves: Sequence[Any]) -> list[Any]:
     return [programs.value_of(atom, values) for atom in inner.outvars]
 
 
-def graph_of(run: Callable[[list[Any]], list[Any]], avals: Sequence[Any], labels: Mapping[str, str]) -> Graph:
-    """The graph of a function of arrays and its gradient in all of its floats.
+def graph_of(
+    run: Callable[[list[Any]], list[Any]],
+    avals: Sequence[Any],
+    labels: Mapping[str, str],
+    wanted: Sequence[bool] | None = None,
+) -> Graph:
+    """The graph of a function of arrays and its gradient in its floats.
 
     Args:
         run: From arrays to arrays; candidates are marked in it by `checkpoint_name`s.
         avals: Shapes of its arguments.
         labels: From the marks to the names that rules use.
+        wanted: For each float whether its gradient is meant; all by default.
     """
     floats = [i for i, aval in enumerate(avals) if jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)]
+    if wanted is not None:
+        floats = [i for i, meant in zip(floats, wanted, strict=True) if meant]
     counts: list[int] = []
 
     def both(leaves: list[Any]) -> Any:
@@ -247,14 +298,14 @@ def graph_of(run: Callable[[list[Any]], list[Any]], avals: Sequence[Any], labels
     return _numbered(programs.open_program(jax.make_jaxpr(both)(shapes)), counts[0], labels)
 
 
-def block_graph(program: Any) -> Graph:
-    """The graph of a region's program, with all values that a rule can name."""
+def block_graph(program: Any, wanted: Sequence[bool] | None = None) -> Graph:
+    """The graph of a region's program, with all values that a rule can name; `wanted` as in `graph_of`."""
     values = [value for value in names.named_values(program) if value.reachable and value.kind != "module"]
     marks = {position: f"{_CANDIDATE}{n}" for n, value in enumerate(values) for position in value.where}
     labels = {f"{_CANDIDATE}{n}": f"{value.label}[{value.index}]" for n, value in enumerate(values)}
     marked = names.marked(program, marks)
     avals = [var.aval for var in programs.open_program(program).invars]
-    return graph_of(lambda leaves: inlined(marked, leaves), avals, labels)
+    return graph_of(lambda leaves: inlined(marked, leaves), avals, labels, wanted)
 
 
 def _numbered(top: Any, kept: int, labels: Mapping[str, str]) -> Graph:

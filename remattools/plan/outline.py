@@ -122,24 +122,25 @@ def outline(
     around, calls = schedule_of(program)
     if not calls:
         raise _no_blocks(ran=any(step.label == BLOCK for step in around.forward), differentiate=differentiate)
-    kinds: dict[Any, int] = {}
-    by_id: dict[Any, int] = {}
-    problems: list[BlockProblem] = []
-    visits: list[tuple[Path, int]] = []
-    for visit in calls:
-        inner, stacked = visit.block.program, visit.copies > 1
-        if (id(inner), stacked) not in by_id:
-            kind = kinds.setdefault((_signature(inner), stacked), len(problems))
-            by_id[id(inner), stacked] = kind
-            if kind == len(problems):
-                problems.append(BlockProblem(block_graph(inner), rates, stacked=stacked))
-        visits.append((visit.block.path, by_id[id(inner), stacked]))
+    texts = {id(inner): _signature(inner) for inner in {id(v.block.program): v.block.program for v in calls}.values()}
+    # Equal blocks are one problem: a gradient that one of them has to make counts for all.
+    keys = [(texts[id(visit.block.program)], visit.copies > 1) for visit in calls]
+    wanted: dict[Any, tuple[bool, ...]] = {}
+    for key, visit in zip(keys, calls, strict=True):
+        wanted[key] = tuple(map(max, wanted.get(key, visit.wanted), visit.wanted))
+    kinds = {key: number for number, key in enumerate(wanted)}
+    firsts = [calls[keys.index(key)].block.program for key in kinds]
+    problems = [
+        BlockProblem(block_graph(inner, wanted[key]), rates, stacked=key[1])
+        for key, inner in zip(kinds, firsts, strict=True)
+    ]
+    visits = [(visit.block.path, kinds[key]) for visit, key in zip(calls, keys, strict=True)]
     return Outline(
         rules=tuple(patterns),
         problems=tuple(problems),
         visits=tuple(visits),
         calls=calls,
-        around=around.narrowed(rates),
+        around=around.compiled_for(rates),
         rates=rates,
     )
 

@@ -34,6 +34,7 @@ class Visit:
         last: The step that needs it last: its backward pass's, or the last of a loop.
         copies: How often that is kept: turns of the loops that end between both passes; 0 in a region of the user's.
         turns: How often the backward pass runs.
+        wanted: For each float that the block takes, whether anything reads its gradient.
     """
 
     block: Block
@@ -43,6 +44,7 @@ class Visit:
     last: int
     copies: int
     turns: int
+    wanted: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -76,6 +78,7 @@ def schedule_of(program: Any) -> tuple[Graph, tuple[Visit, ...]]:
     used = {value for step in walk.steps for value in step.reads} | set(results)
     steps = list(walk.steps)
     for number, visit in enumerate(visits):
+        visits[number] = dataclasses.replace(visit, wanted=tuple(v in used for v in steps[visit.backward].writes))
         for place, tag in ((visit.forward, "forward"), (visit.backward, "backward")):
             # A compiler leaves out what nobody reads, such as the batch's gradient, of which a block knows nothing.
             writes = tuple(value for value in steps[place].writes if value in used)

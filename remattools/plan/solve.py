@@ -7,13 +7,13 @@ everything it depends on, up to what is kept: chains are priced as chains.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 import scipy  # its submodules come when they are first used: importing the solver takes a second
 
 from .cost import Rates
-from .graph import Graph, alive
+from .graph import Graph, Step, alive
 
 _KINDS = ("matrix", "reduction", "elementwise", "other")
 # The solver is stopped by its own count, so that a busy machine gives no other plan; the time is for giants only.
@@ -56,7 +56,7 @@ class BlockProblem:
     """
 
     def __init__(self, graph: Graph, rates: Rates, *, stacked: bool = False) -> None:
-        self.graph = graph = graph.narrowed(rates)
+        self.graph = graph = graph.compiled_for(rates)
         self.stacked = stacked
         self.costs = [graph.cycles(step, rates) for step in graph.forward]
         self.steps = self._closure(())  # what a backward pass could have to recompute
@@ -74,37 +74,41 @@ class BlockProblem:
         graph = self.graph
         if self.stacked:  # between two loops no compiler makes anything again
             return self._without_region(graph.needed)
+        if graph.fuses_products:
+            return self._without_region(graph.crossing)
         # A compiler makes fused values again from others rather than keep them, but repeats no matrix product.
         fusible = [graph.forward[number].work.kind in ("elementwise", "free") for number in range(len(self.costs))]
         costs = [1e-3 * cost if fuses else cost for cost, fuses in zip(self.costs, fusible, strict=True)]
         return self._without_region({v for name in self._cheapest(costs, 1e-4, np.inf) for v in self.names[name]})
 
     def _without_region(self, kept: Iterable[int]) -> Choice:
-        graph = self.graph
+        graph, kept = self.graph, set(kept)
         return Choice(
             names=None,
             kept_bytes=graph.size(kept),
             forward_bytes=self._forward_bytes(kept),
-            backward_bytes=max(alive(graph, graph.backward, held=kept), default=0),
+            backward_bytes=max(alive(graph, self._backward_with(kept), held=kept), default=0),
             cycles=(0.0,) * len(_KINDS),
         )
 
     def choice(self, names: Iterable[str]) -> Choice:
-        """What follows from keeping these."""
-        graph, kept_names = self.graph, tuple(dict.fromkeys(names))
-        kept = {value for name in kept_names for value in self.names[name]}
+        """What follows from keeping these; names of values that are not read then are left out."""
+        graph, given = self.graph, tuple(dict.fromkeys(names))
+        kept = {value for name in given for value in self.names[name]}
         again = self._closure(kept)
+        # What nobody reads any more is not kept, whatever the rule says: JAX drops it.
+        read = graph.needed.union(*(graph.forward[number].reads for number in again))
+        kept_names = tuple(name for name in given if read.intersection(self.names[name]))
+        kept &= read
         cycles = dict.fromkeys(_KINDS, 0.0)
         for number in again:
             kind = graph.forward[number].work.kind
             cycles[kind if kind in cycles else "other"] += self.costs[number]
-        order = [*(graph.forward[number] for number in again), *graph.backward]
-        order = [dataclasses.replace(step, writes=tuple(v for v in step.writes if v not in kept)) for step in order]
         return Choice(
             names=kept_names,
             kept_bytes=sum(self.bytes[name] for name in kept_names),
             forward_bytes=self._forward_bytes(kept),
-            backward_bytes=max(alive(graph, order, held=kept), default=0),
+            backward_bytes=max(alive(graph, self._backward_with(kept), held=kept), default=0),
             cycles=tuple(cycles.values()),
             output_cycles=sum(
                 self.costs[number] for number in self._closure(kept, outputs=True) if number not in again
@@ -174,9 +178,9 @@ class BlockProblem:
         matrix = scipy.sparse.csr_array((data, (row_numbers, columns)), shape=(len(lower), len(names) + len(steps)))
         return matrix, lower
 
-    def _closure(self, kept: Iterable[int], *, outputs: bool = False) -> tuple[int, ...]:
+    def _closure(self, kept: Container[int], *, outputs: bool = False) -> tuple[int, ...]:
         """Forward steps that have to run again if only `kept` is there, in order; those for the outputs if asked."""
-        graph, kept = self.graph, set(kept)
+        graph = self.graph
         made = {value for value in graph.outputs if value in graph.makers} if outputs else set()
         wanted = [value for value in graph.needed | made if value not in kept]
         found: set[int] = set()
@@ -186,6 +190,21 @@ class BlockProblem:
                 found.add(number)
                 wanted += [v for v in graph.forward[number].reads if v in graph.makers and v not in kept]
         return tuple(sorted(found))
+
+    def _backward_with(self, kept: Container[int]) -> list[Step]:
+        """The backward pass, and forward steps made again where they are first needed."""
+        graph, order = self.graph, list[Step]()
+        waiting = set(self._closure(kept))
+        for step in graph.backward:
+            wanted, found = list(step.reads), set[int]()
+            while wanted:
+                number = graph.makers.get(wanted.pop())
+                if number in waiting:
+                    waiting.remove(number)
+                    found.add(number)
+                    wanted += graph.forward[number].reads
+            order += [*(graph.forward[number] for number in sorted(found)), step]
+        return [dataclasses.replace(step, writes=tuple(v for v in step.writes if v not in kept)) for step in order]
 
     def _forward_bytes(self, kept: Iterable[int]) -> int:
         return max(alive(self.graph, self.graph.forward, keep=kept), default=0)
