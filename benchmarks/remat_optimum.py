@@ -2,6 +2,8 @@
 """Plans against the best of all programs: every subset of a block's names, compiled by the TPU's own compiler.
 
 python benchmarks/remat_optimum.py --write docs/benchmarks/remat_optimum.md
+
+What was compiled is stored for a test as well, which searches in it on machines without a TPU's compiler.
 """
 
 import argparse
@@ -9,6 +11,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import itertools
+import json
 import pathlib
 import shutil
 import tempfile
@@ -24,7 +27,10 @@ from remattools.plan.outline import outline
 
 TARGET = "tpu:v5e:2x2"
 WITHIN = 1.03
-TUNED = 4
+WIDTH = 512
+# Rows of a batch: at the first a value is larger than the chip's own memory, at the second many lie in it.
+ROWS = 131_072, 16_384
+STORED = pathlib.Path(__file__).parents[1] / "tests" / "remattools" / "plan" / "programs.json"
 
 
 class Chain(nnx.Module):
@@ -107,13 +113,60 @@ class Branches(nnx.Module):
         return jnp.tanh(x @ self.side[...]) + jnp.exp(x @ self.up[...]) @ self.down[...]
 
 
-BLOCKS = (Chain, Gated, Feedforward, Pointwise, Squared, Bottleneck, Branches)
-CASES = tuple((block, dtype) for dtype in (jnp.float32, jnp.bfloat16) for block in BLOCKS)
+class Stepwise(nnx.Module):
+    """Two residual steps."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        self.first, self.second = (nnx.Param(0.05 * jax.random.normal(rngs(), (width, width))) for _ in range(2))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + jnp.tanh(x @ self.first[...])
+        return x + jnp.sin(x @ self.second[...])
+
+
+class Swish(Gated):
+    """A gate of another function."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + (jax.nn.sigmoid(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+
+
+class Weighted(Pair):
+    """Weights that sum to one between two products."""
+
+    times = 2
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weights = jnp.exp(x @ self.up[...])
+        return x + (weights / jnp.sum(weights, axis=-1, keepdims=True)) @ self.down[...]
+
+
+# On the first the search's constants were chosen, of the others it was not known then what they do.
+CHOSEN_ON = (Chain, Gated, Feedforward, Pointwise, Squared, Bottleneck, Branches)
+HELD_OUT = (Stepwise, Swish, Weighted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A block in a dtype, with a batch of some rows."""
+
+    block: type[nnx.Module]
+    dtype: str
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.block.__name__}, {self.dtype}, {self.rows:,} rows"
+
+
+def cases(blocks: Iterable[type[nnx.Module]]) -> list[Case]:
+    """Each block in both dtypes at all sizes."""
+    blocks = tuple(blocks)
+    return [Case(block, dtype, rows) for rows in ROWS for dtype in ("float32", "bfloat16") for block in blocks]
 
 
 class Stack(nnx.Module):
     def __init__(self, block: type[nnx.Module]) -> None:
-        self.layers = nnx.List([block(512, nnx.Rngs(0))])
+        self.layers = nnx.List([block(WIDTH, nnx.Rngs(0))])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in self.layers:
@@ -125,11 +178,11 @@ def loss(model: nnx.Module, x: jax.Array) -> jax.Array:
     return jnp.mean(model(x).astype(jnp.float32) ** 2)
 
 
-def abstract(block: type[nnx.Module], dtype: jnp.dtype) -> tuple[Stack, jax.ShapeDtypeStruct]:
+def abstract(case: Case) -> tuple[Stack, jax.ShapeDtypeStruct]:
     """A model of one block in a dtype, and what it gets, shape (rows, width)."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Stack(block)))
-    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), state)
-    return nnx.merge(graph, state), jax.ShapeDtypeStruct((16_384, 512), dtype)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Stack(case.block)))
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, case.dtype), state)
+    return nnx.merge(graph, state), jax.ShapeDtypeStruct((case.rows, WIDTH), case.dtype)
 
 
 def without_notes(cache: pathlib.Path) -> pathlib.Path:
@@ -139,6 +192,30 @@ def without_notes(cache: pathlib.Path) -> pathlib.Path:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program; `names` is None for the plain model."""
+
+    names: tuple[str, ...] | None
+    temp_bytes: int
+    cycles: int
+
+
+def everything(case: Case, cache: pathlib.Path) -> list[Program]:
+    """The plain model, and every subset of the block's names."""
+    model, x = abstract(case)
+    (problem,) = outline(loss, model, (x,), rates_of(TARGET)).problems
+    names = list(problem.names)
+    subsets = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1))
+    found = []
+    for subset in (None, *subsets):
+        with rt.applied(model, {} if subset is None else {"layers.*": rt.Remat(save=subset)}):
+            measured = rt.measure(loss, model, x, target=TARGET, differentiate=True, cache=cache)
+        found.append(Program(subset, measured.temp_bytes, measured.estimated_cycles or 0))
+    print(case, len(found), flush=True)
+    return found
+
+
 def against(reached: float | None, best: float) -> str:
     """Cycles, and their ratio to the best."""
     return " | nothing found" if reached is None else f"{reached / 1e6:.3f} | {reached / best:.3f}"
@@ -146,52 +223,49 @@ def against(reached: float | None, best: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What one model came to.
+    """What one case came to.
 
     Attributes:
+        case: Which.
         text: Its part of the page.
         planned: Ratios of the budgets' own plans to the best, infinite where nothing was found.
         drawn: Likewise of one frontier.
     """
 
+    case: Case
     text: str
     planned: tuple[float, ...]
     drawn: tuple[float, ...]
 
 
-def section(block: type[nnx.Module], dtype: jnp.dtype, cache: pathlib.Path) -> Found:
-    """Try everything, then plan without knowing it."""
-    model, x = abstract(block, dtype)
-    (problem,) = outline(loss, model, (x,), rates_of(TARGET)).problems
-    names = list(problem.names)
-    options = {"target": TARGET, "differentiate": True, "cache": cache}
-    tried = {None: rt.measure(loss, model, x, **options)}
-    for subset in itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1)):
-        with rt.applied(model, {"layers.*": rt.Remat(save=subset)}):
-            tried[subset] = rt.measure(loss, model, x, **options)
-        print(block.__name__, subset, tried[subset].temp_bytes, tried[subset].estimated_cycles, flush=True)
+def section(case: Case, tried: list[Program], cache: pathlib.Path) -> Found:
+    """Plan without knowing what was tried."""
+    model, x = abstract(case)
     found = rt.frontier(loss, model, x, of="temp", target=TARGET, cache=without_notes(cache))
     rows, ratios = [], []
-    for budget in sorted({m.temp_bytes for m in tried.values()}):
-        best = min(m.estimated_cycles or 0 for m in tried.values() if m.temp_bytes <= budget)
-        curve = min((p.cycles for p in found.points if p.bytes <= budget), default=None)
+    for budget in sorted({program.temp_bytes for program in tried}):
+        best = min(program.cycles for program in tried if program.temp_bytes <= budget)
+        curve = min((point.cycles for point in found.points if point.bytes <= budget), default=None)
         try:
-            options = {"budget": max(budget, 1), "of": "temp", "target": TARGET, "cache": without_notes(cache)}
-            planned = float(rt.plan(loss, model, x, **options).measured.estimated_cycles or 0)
+            planned = float(
+                rt.plan(
+                    loss, model, x, budget=max(budget, 1), of="temp", target=TARGET, cache=without_notes(cache)
+                ).measured.estimated_cycles
+                or 0
+            )
         except rt.BudgetError:
             planned = None
-        print(block.__name__, budget, best, curve, planned, flush=True)
+        print(case, budget, best, curve, planned, flush=True)
         ratios.append(tuple(float("inf") if reached is None else reached / best for reached in (planned, curve)))
         rows.append(f"| {budget / 1e6:,.1f} | {best / 1e6:.3f} | {against(planned, best)} | {against(curve, best)} |")
     table = "\n".join(rows)
-    heading = f"{block.__name__}, {jnp.dtype(dtype).name}: {len(names)} values, {len(tried)} programs"
-    text = f"""## {heading}
+    text = f"""## {case}: {len(tried)} programs
 
 | budget, temp MB | best of all, M cycles | the budget's own plan | ratio | one frontier for all budgets | ratio |
 | ---: | ---: | ---: | ---: | ---: | ---: |
 {table}
 """
-    return Found(text, *zip(*ratios, strict=True))
+    return Found(case, text, *zip(*ratios, strict=True))
 
 
 def within(ratios: Iterable[float]) -> str:
@@ -200,33 +274,47 @@ def within(ratios: Iterable[float]) -> str:
     return f"{sum(ratio <= WITHIN for ratio in ratios)} of {len(ratios)}"
 
 
+def summary(found: list[Found]) -> str:
+    """A row for each size and for what the constants were chosen on or not."""
+    rows = []
+    for title, blocks in (("chosen on", CHOSEN_ON), ("held out", HELD_OUT)):
+        for size in ROWS:
+            mine = [each for each in found if each.case.rows == size and each.case.block in blocks]
+            planned = within(ratio for each in mine for ratio in each.planned)
+            drawn = within(ratio for each in mine for ratio in each.drawn)
+            rows.append(f"| {title} | {size:,} | {len(mine)} | {planned} | {drawn} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=pathlib.Path, help="write the page here")
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path(tempfile.mkdtemp()))
     args = parser.parse_args()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "libtpu"))
-    found = [section(block, dtype, args.cache) for block, dtype in CASES]
-    first, others = found[:TUNED], found[TUNED:]
+    today = datetime.date.today().isoformat()
+    tried = {case: everything(case, args.cache) for case in cases((*CHOSEN_ON, *HELD_OUT))}
+    found = [section(case, programs, args.cache) for case, programs in tried.items()]
     page = f"""# Plans against the best of all programs
 
-Measured {datetime.date.today().isoformat()} with {versions}, by `benchmarks/remat_optimum.py`: every subset of one
-block's names and the plain model, compiled for one chip of `{TARGET}` (16,384 rows of 512). A budget is the
-temporaries of one of the programs; 0 means that all lies in the chip's own memory. For each there is a plan of at most
-eight compiles, and one frontier of eight compiles serves them all; neither knew what was tried. The bar is a ratio of
-{WITHIN}. The search's constants were chosen on the first {TUNED} models, four of them (how far doubts count, and when a
-search ends) once more with all but the last in view, and with the groups' page.
+Measured {today} with {versions}, by `benchmarks/remat_optimum.py`: every subset of one
+block's names and the plain model, compiled for one chip of `{TARGET}`. With {ROWS[0]:,} rows of {WIDTH} a value is
+larger than the chip's own memory, as in models that need a plan; with {ROWS[1]:,} many lie in that memory, and
+temporaries depend less on what is kept. A budget is the temporaries of one of the programs; 0 means that all lies in
+the chip's own memory. For each there is a plan of at most eight compiles, and one frontier of eight compiles serves
+them all; neither knew what was tried. The bar is a ratio of {WITHIN}.
 
-| models | plans within {WITHIN} | one frontier within {WITHIN} |
-| --- | ---: | ---: |
-| the first {TUNED} | {within(r for f in first for r in f.planned)} | {within(r for f in first for r in f.drawn)} |
-| the others | {within(r for f in others for r in f.planned)} | {within(r for f in others for r in f.drawn)} |
+| the search's constants were | rows | models | plans within {WITHIN} | one frontier within {WITHIN} |
+| --- | ---: | ---: | ---: | ---: |
+{summary(found)}
 
 """
     page += "\n".join(each.text for each in found)
     print(page)
     if args.write is not None:
         args.write.write_text(page)
+        programs = {str(case): [dataclasses.astuple(program) for program in tried[case]] for case in tried}
+        STORED.write_text(json.dumps({"measured": f"{today} with {versions}", "programs": programs}) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ _CONSTANT, _PRIOR, _LOCAL, _NOISE = 100.0, 0.5, 0.05, 1e-3
 # next to nothing was measured, as where all lies in a chip's own memory, the model is off by more than that.
 _OF_PREDICTED = 0.3
 # The same for each name that is kept, and for what like sets of names have in common.
-_NAME, _NAMES = 0.05, 0.1
+_NAME, _NAMES = 0.1, 0.2
 _MOST_SPLITS = 12
 # Groups come on top of what single blocks keep: fewer of both are looked at.
 _GROUPED_LEVELS, _GROUPED_SPLITS = 6, 6

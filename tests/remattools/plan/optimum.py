@@ -2,8 +2,10 @@
 """The best that any choice could reach on the planner's own model: one integer program over all blocks.
 
 Every block chooses for itself, which names it keeps or no region at all; the search
-under test knows few levels and at most two of them at once. Memory is counted moment by
-moment as the planner counts it, recomputed values included.
+under test knows few levels and at most two of them at once. What is fused, and when a
+value is made again, depends on what is kept, which no linear program can say: memory is
+counted at the moments at which it does not, so that the result is a bound, below what
+any choice reaches.
 """
 
 import collections
@@ -104,22 +106,49 @@ def _block(program: Program, problem: BlockProblem) -> tuple[tuple[int, float], 
                 columns = [(by_value[value], 1.0)] if value in by_value else []
                 program.at_least([*columns, (run[graph.makers[value]], 1.0), (run[number], -1.0)], 0.0)
 
-    uncounted = graph.fused | graph.inputs | graph.outputs
-    _forward_rows(program, graph, sizes, by_value, uncounted, forward, free, top)
-    _backward_rows(program, problem, sizes, by_value, uncounted, run, backward, free, top)
+    _forward_rows(program, graph, sizes, by_value, forward, free, top)
+    _backward_rows(program, problem, sizes, by_value, run, backward, free, top)
     return (kept, 1.0), (forward, 1.0), (backward, 1.0)
 
 
-def _forward_rows(
-    program: Program, graph: Any, sizes: Any, by_value: Any, uncounted: Any, forward: int, free: int, top: float
-) -> None:
+def _in_memory(graph: Any, order: Any) -> frozenset[int]:
+    """Values that no choice of what is kept makes a part of a fused operation, as long as these steps run."""
+    readers: dict[int, set[int]] = collections.defaultdict(set)
+    for number, step in enumerate(order):
+        for value in step.reads:
+            readers[value].add(number)
+    found: set[int] = set()
+    roots: set[int] = set()
+    for number in reversed(range(len(order))):
+        step = order[number]
+        for value in step.writes:
+            kinds = {order[reader].work.kind for reader in readers[value]}
+            several = len(readers[value] & roots) > 1
+            if value in graph.inputs or value in graph.outputs:
+                continue
+            if step.work.kind == "elementwise":
+                alone = "other" in kinds or ("matrix" in kinds and (several or not graph.fuses_products))
+            elif step.work.kind == "matrix":
+                alone = not graph.fuses_products or bool(kinds & {"matrix", "other"}) or several
+            else:
+                alone = step.work.kind != "free"
+            found.update((value,) if alone else ())
+        if found.intersection(step.writes) or graph.outputs.intersection(step.writes):
+            roots.add(number)
+        if step.work.kind not in ("free", "elementwise", "matrix"):
+            roots.add(number)
+    return frozenset(found)
+
+
+def _forward_rows(program: Program, graph: Any, sizes: Any, by_value: Any, forward: int, free: int, top: float) -> None:
     last = {value: number for number, step in enumerate(graph.forward) for value in (*step.writes, *step.reads)}
+    there = _in_memory(graph, graph.forward)
     for number in range(len(graph.forward)):
         fixed, terms = 0.0, []
         for value, maker in graph.makers.items():
-            if value in uncounted or maker > number:
+            if value in graph.inputs or value in graph.outputs or maker > number:
                 continue
-            if last[value] >= number:
+            if last[value] >= number and value in there:
                 fixed += sizes[value]
             elif value in by_value:
                 terms.append((by_value[value], -sizes[value]))
@@ -131,55 +160,45 @@ def _backward_rows(
     problem: BlockProblem,
     sizes: Any,
     by_value: Any,
-    uncounted: Any,
     run: dict[int, int],
     backward: int,
     free: int,
     top: float,
 ) -> None:
-    graph, steps = problem.graph, problem.steps
-    reads_back: dict[int, int] = {}
+    """Moments of the backward steps alone: what is made again is made where it is first needed, or after."""
+    graph = problem.graph
+    there = _in_memory(graph, graph.backward)
+    read_at: dict[int, list[int]] = collections.defaultdict(list)
+    born: dict[int, int] = {}
+    needed_at: dict[int, int] = {}  # the first backward step for which a forward step can have to run
     for number, step in enumerate(graph.backward):
-        reads_back.update((value, number) for value in step.reads)
-    readers: dict[int, list[int]] = collections.defaultdict(list)
-    for number in steps:
-        for value in graph.forward[number].reads:
-            readers[value].append(number)
-    values = [value for number in steps for value in graph.forward[number].writes]
-    values += [value for value in by_value if value not in values]
-    for now in steps:  # while values are made again
-        terms = []
-        for value in values:
-            maker, keep = graph.makers[value], by_value.get(value)
+        born.update((value, number) for value in step.writes)
+        wanted = list(step.reads)
+        for value in step.reads:
+            read_at[value].append(number)
+        while wanted:
+            maker = graph.makers.get(wanted.pop())
+            if maker is not None and maker not in needed_at:
+                needed_at[maker] = number
+                wanted += graph.forward[maker].reads
+    readers = [(value, number) for number in problem.steps for value in graph.forward[number].reads]
+    for now in range(len(graph.backward)):
+        fixed, terms = 0.0, []
+        for value, start in born.items():
+            if value in there and start <= now <= max([start, *read_at[value]]):
+                fixed += sizes[value]
+        for value, maker in graph.makers.items():
+            later = [reader for read, reader in readers if read == value and needed_at.get(reader, -1) >= now]
+            keep, reads = by_value.get(value), read_at[value]
+            if value in graph.inputs or value in graph.outputs:
+                continue
             here = program.column()
-            later = [reader for reader in readers[value] if reader >= now]
-            made = value not in uncounted and maker <= now and maker in run
-            if keep is not None:  # kept values wait from the start
-                if value in reads_back:
+            terms.append((here, -sizes[value]))
+            if keep is not None:
+                if any(read >= now for read in reads):
                     program.at_least([(here, 1.0), (keep, -1.0)], 0.0)
                 for reader in later:
                     program.at_least([(here, 1.0), (keep, -1.0), (run[reader], -1.0)], -1.0)
-            if made:
-                unkept = [] if keep is None else [(keep, 1.0)]
-                if value in reads_back or maker == now:
-                    program.at_least([(here, 1.0), (run[maker], -1.0), *unkept], 0.0)
-                for reader in later:
-                    program.at_least([(here, 1.0), (run[maker], -1.0), (run[reader], -1.0), *unkept], -1.0)
-            terms.append((here, -sizes[value]))
-        # A moment counts only if its step runs.
-        program.at_least([(backward, 1.0), *terms, (run[now], -top), (free, top)], -top)
-    last: dict[int, int] = {}
-    for number, step in enumerate(graph.backward):
-        last.update((value, number) for value in (*step.writes, *step.reads))
-    born = {value: number for number, step in enumerate(graph.backward) for value in step.writes}
-    for now in range(len(graph.backward)):
-        fixed, terms = 0.0, []
-        for value, end in last.items():
-            if end < now or born.get(value, 0) > now:
-                continue
-            if value in born or value in graph.makers:
-                if value not in uncounted:
-                    fixed += sizes[value]
-                elif value in by_value:
-                    terms.append((by_value[value], -sizes[value]))
+            if maker in run and value in there and min(reads, default=now + 1) <= now <= max(reads, default=-1):
+                program.at_least([(here, 1.0), (run[maker], -1.0), *([] if keep is None else [(keep, 1.0)])], 0.0)
         program.at_least([(backward, 1.0), *terms, (free, top)], fixed)

@@ -9,7 +9,6 @@ import pytest
 
 import remattools as rt
 from remattools.measure.measurement import OutOfMemory
-from remattools.plan import explore
 from remattools.plan import search as searching
 from remattools.plan.explore import Exploration
 from remattools.plan.search import Space
@@ -23,33 +22,6 @@ def test_of_a_small_block_every_subset_can_be_tried() -> None:
     _, space = space_of(lambda: Tower(1, SHAPE[-1], block=Gated))
     assert len(space.outline.problems[0].names) == 4
     assert len({level[0].names for level in space.levels}) == 2**4 + 1
-
-
-@pytest.mark.parametrize("doubting", [pytest.param(True, id="doubt"), pytest.param(False, id="control")])
-def test_what_is_least_known_is_compiled_when_nothing_is_expected_to_be_better(doubting: bool) -> None:
-    """Keeping pays for three names only: what is compiled before tells nothing of that."""
-    _, space = space_of(lambda: Tower(1, SHAPE[-1], block=Gated))
-    some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
-    by_rules = {rules_of(space, a): space.levels[a.rest][0].names for a in reversed(space.assignments)}
-    plain_cycles = space.outline.plain_cycles()
-    slowdowns = (1.18, 1.39, 1.55, 1.04, 1.5)
-
-    def surprising(rules: rt.Rules) -> rt.Measurement:
-        names = by_rules[rules]
-        size = 300_000 if names is None else 100_000 + 10_000 * len(names)
-        cycles = int(plain_cycles * (1.0 if names is None else slowdowns[len(names)]))
-        return dataclasses.replace(some, temp_bytes=size, estimated_cycles=cycles)
-
-    search = exploration(space, surprising)
-    if not doubting:
-        expected, certain = search.expected, np.zeros(len(space.assignments))
-        search.expected = lambda: dataclasses.replace(expected(), cycles_doubt=certain)  # type: ignore[method-assign]
-    search.compile(space.assignments.index(space.plain))
-    most = 10  # of 17
-    while len(search.points) < most and (number := search.propose_anywhere()) is not None:
-        search.compile(number)
-    reached = min(point.cycles for point in search.points.values() if point.bytes < 300_000)
-    assert (reached < 1.05 * plain_cycles) is doubting
 
 
 def _surprising(space: Space, small: int, *, least: int, other: int) -> Exploration:
@@ -72,20 +44,6 @@ def test_a_budget_that_nothing_is_expected_to_keep_is_looked_for(small: int) -> 
     while small not in search.points and (number := search.propose(110_000, None)) is not None:
         search.compile(number)
     assert small in search.points
-
-
-def test_a_frontier_looks_below_all_that_it_expects(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, space = space_of(lambda: Tower(1, SHAPE[-1], block=Gated))
-
-    def compiles(small: int) -> int:
-        search = _surprising(space, small, least=100_000, other=300_000)
-        while small not in search.points and (number := search.propose_anywhere()) is not None:
-            search.compile(number)
-        return len(search.points) if small in search.points else 99
-
-    looking = [compiles(small) for small in range(len(space.assignments) - 1)]
-    monkeypatch.setattr(explore, "_DOUBTS", 0.0)  # control
-    assert sum(looking) < sum(compiles(small) for small in range(len(space.assignments) - 1))
 
 
 def test_predictions_are_doubted_where_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

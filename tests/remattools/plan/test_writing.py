@@ -100,12 +100,13 @@ def test_equal_blocks_are_one_problem_and_different_ones_are_not() -> None:
     assert len(_space(Mixed)[1].outline.problems) == 2
 
 
-def test_keeping_more_is_predicted_to_take_more_memory_and_less_time() -> None:
+def test_keeping_more_is_predicted_to_take_less_time_and_at_last_more_memory() -> None:
+    """Not at each step: what is kept is not made again, which can need more than keeping it."""
     _, space = _space(lambda: Tower(4, 16))
     regions = slice(0, len(space.levels) - 1)
-    assert all(a <= b for a, b in itertools.pairwise(space.bytes[regions]))
     assert all(a >= b for a, b in itertools.pairwise(space.cycles[regions]))
     assert space.cycles[0] > 0
+    assert space.bytes[0] == space.bytes[regions].min() < space.bytes[regions].max()
 
 
 def test_a_measurement_corrects_its_neighbours() -> None:
