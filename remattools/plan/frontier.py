@@ -14,7 +14,7 @@ from ..measure.measurement import format_bytes
 from ..measure.targets import Target
 from .budget import Of, budget_bytes, require_budget
 from .explore import best_point
-from .result import Plan, Point, plot_of, table_of, unbeaten
+from .result import Plan, Point, cut_short, plot_of, table_of, unbeaten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Frontier:
         subject: What it was made for, for people.
         target: What was compiled for.
         holding: What is alive at the fullest moment under the rules of a point.
-        interrupted: Whether Ctrl-C ended the search.
+        ended: "max_compiles", "converged" (nothing promised more), "time_limit" or "interrupted" (Ctrl-C).
     """
 
     points: tuple[Point, ...]
@@ -37,7 +37,7 @@ class Frontier:
     subject: str
     target: Target = dataclasses.field(repr=False)
     holding: Callable[[Point], str] = dataclasses.field(repr=False)
-    interrupted: bool = False
+    ended: str = "converged"
 
     @property
     def best(self) -> tuple[Point, ...]:
@@ -78,11 +78,13 @@ class Frontier:
             of=self.of,
             time_by=self.time_by,
             subject=self.subject,
+            ended=self.ended,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"of": self.of, "time_by": self.time_by, "points": [point.as_dict() for point in self.points]}
+        points = [point.as_dict() for point in self.points]
+        return {"of": self.of, "time_by": self.time_by, "ended": self.ended, "points": points}
 
     def table(self) -> str:
         """All points by memory; those that no other beats are marked."""
@@ -97,7 +99,7 @@ class Frontier:
         plot_of(self.points, path, of=self.of, time_by=self.time_by, budget_bytes=None)
 
     def __str__(self) -> str:
-        return f"{self.table()}\ntime by {self.time_by}; target {self.target.name}"
+        return f"{self.table()}\ntime by {self.time_by}; target {self.target.name}{cut_short(self.ended)}"
 
     def _unreachable(self, limit: int | None, max_cycles: float | None) -> BudgetError:
         if max_cycles is not None:

@@ -97,7 +97,7 @@ def plan(
     try:
         return found.plan(budget, max_cycles=max_cycles)
     except BudgetError:
-        if found.interrupted:
+        if found.ended == "interrupted":
             raise KeyboardInterrupt("interrupted before any compiled rules kept the budget") from None
         raise
 
@@ -181,20 +181,22 @@ def _explored(
     )
     notes = Notebook(store, shape, target.name)
     before = notes.measurements(measured_by)
-    compiled, interrupted = 0, False
+    compiled, ended = 0, "converged"
 
-    def may_go_on() -> bool:
+    def stopped() -> str | None:
+        if (len(search.points) if known_count else compiled) >= max_compiles:
+            return "max_compiles"
         late = time_limit_s is not None and time.monotonic() - start > time_limit_s
-        return (len(search.points) if known_count else compiled) < max_compiles and not late
+        return "time_limit" if late else None
 
     try:
         search.compile(search.space.assignments.index(search.space.plain))
         compiled = 1
         search.recall(before)
         notes.remember(point.rules for point in search.points.values())
-        while may_go_on():
-            number = choose(search)
-            if number is None:
+        while (number := choose(search)) is not None:
+            if (reason := stopped()) is not None:
+                ended = reason
                 break
             search.compile(number)
             compiled += 1
@@ -202,7 +204,7 @@ def _explored(
     except KeyboardInterrupt:
         if not search.points:
             raise
-        interrupted = True
+        ended = "interrupted"
 
     def holding(point: Point) -> str:
         with application.applied(model, _OFF), application.applied(model, point.rules):
@@ -218,7 +220,7 @@ def _explored(
         subject=_subject(model, batch),
         target=target,
         holding=holding,
-        interrupted=interrupted,
+        ended=ended,
     )
 
 

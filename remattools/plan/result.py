@@ -71,6 +71,8 @@ class Plan:
         of: What the budget is about.
         time_by: "estimated_cycles" (the compiler's) or "model" (the planner's own).
         subject: What it was made for, for people.
+        ended: What ended the search: "max_compiles", "converged" (nothing promised more), "time_limit" or "interrupted"
+            (Ctrl-C).
     """
 
     rules: Rules
@@ -81,6 +83,7 @@ class Plan:
     of: Of
     time_by: str
     subject: str
+    ended: str = "converged"
 
     @property
     def frontier(self) -> tuple[Point, ...]:
@@ -104,6 +107,8 @@ class Plan:
             lines.append(
                 f"transfers to the host, by the planner's model: {beyond:.0f} cycles beyond what runs meanwhile"
             )
+        if cut_short(self.ended):
+            lines.append(cut_short(self.ended).removeprefix("; "))
         if not len(self.rules):
             lines.append("the plain model keeps the budget: no rule is needed")
         return "\n".join([*(f"# {line}" for line in lines), "", self.rules.to_toml()])
@@ -111,7 +116,13 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         points = [point.as_dict() | {"chosen": point.rules == self.rules} for point in self.points]
-        return {"budget_bytes": self.budget_bytes, "of": self.of, "time_by": self.time_by, "points": points}
+        return {
+            "budget_bytes": self.budget_bytes,
+            "of": self.of,
+            "time_by": self.time_by,
+            "ended": self.ended,
+            "points": points,
+        }
 
     def table(self) -> str:
         """All compiled points by memory; the plan's own is marked."""
@@ -126,7 +137,13 @@ class Plan:
         plot_of(self.points, path, of=self.of, time_by=self.time_by, budget_bytes=self.budget_bytes)
 
     def __str__(self) -> str:
-        return f"{self.table()}\ntime by {self.time_by}; target {self.measured.target}"
+        return f"{self.table()}\ntime by {self.time_by}; target {self.measured.target}{cut_short(self.ended)}"
+
+
+def cut_short(ended: str) -> str:
+    """What to say of a search that was ended from outside; nothing of others."""
+    reasons = {"interrupted": "Ctrl-C", "time_limit": "its time limit"}
+    return f"; the search was ended by {reasons[ended]}: more compiles may find better" if ended in reasons else ""
 
 
 def unbeaten(points: Iterable[Point]) -> tuple[Point, ...]:

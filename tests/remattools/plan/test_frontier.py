@@ -117,9 +117,13 @@ def test_an_interrupt_returns_what_was_compiled(tmp_path: pathlib.Path) -> None:
             raise KeyboardInterrupt
 
     found = _frontier("tower", tmp_path, progress=interrupt)
-    assert found.interrupted
+    assert found.ended == found.plan(1.0).ended == "interrupted"
+    assert "Ctrl-C" in str(found)
+    assert "Ctrl-C" in found.plan(1.0).to_toml()
     assert len(found.points) == 2
-    assert not _frontier("tower", tmp_path, max_compiles=2).interrupted  # control
+    whole = _frontier("tower", tmp_path, max_compiles=2)  # control
+    assert whole.ended == "max_compiles"
+    assert "ended" not in str(whole) + whole.plan(1.0).to_toml()
 
 
 def test_a_frontier_is_shown(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
