@@ -26,8 +26,8 @@ _LIKELY = 0.5
 # Budgets at which a frontier is asked whether it could be better, and what a budget that nothing keeps yet is taken
 # for, in times of the slowest point.
 _BUDGETS, _UNREACHED = 24, 1.2
-# How far below the least that was measured those budgets begin at most.
-_BELOW = 0.8
+# How far below expectation the budgets begin, in standard deviations, and below the least that was measured.
+_DOUBTS, _BELOW = 1.5, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,9 @@ class Exploration:
             return nothing
         most = max([1, *(point.bytes for point in fitting)])
         slowest = max(point.cycles for point in fitting)
-        lowest = max(float(sizes.min()), _BELOW * min(point.bytes for point in fitting), 1.0)
+        # Budgets that nothing is expected to keep count as well, as far as that is doubtful.
+        lowest = float((sizes - _DOUBTS * expected.bytes_doubt[open_]).min())
+        lowest = max(lowest, _BELOW * min(point.bytes for point in fitting), 1.0)
         limits = np.geomspace(min(lowest, most), most, _BUDGETS)
         found = [best_point(fitting, limit, None) for limit in limits]
         best = np.array([_UNREACHED * slowest if point is None else point.cycles for point in found])
