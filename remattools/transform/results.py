@@ -25,6 +25,8 @@ def reads_its_result(equation: Any) -> bool:
     avals = tuple(atom.aval for atom in equation.invars)
     if not all(map(programs.is_array, avals)) or not all(_is_float(var.aval) for var in equation.outvars):
         return False
+    if any(map(_is_placed, avals)):
+        return False  # types with axes of a mesh: constants in a derivative would have to be of the same
     shapes = tuple((aval.shape, aval.dtype, bool(aval.weak_type)) for aval in avals)
     try:
         return _asked(equation.primitive, _Params(equation), shapes)
@@ -65,6 +67,8 @@ def _reads(call: Callable[..., list[Any]], shapes: Sequence[tuple[Any, ...]]) ->
         return False
     inner = programs.open_program(program)
     results = set(inner.outvars[:count])
+    if any(results.intersection(one.outvars) and not results.issuperset(one.outvars) for one in inner.eqns):
+        return False  # made together with more that the derivative reads, as the values of an svd with its vectors
     return any(atom in results for equation in inner.eqns for atom in programs.variables(equation.invars))
 
 
@@ -141,6 +145,12 @@ def _call_of(equation: Any) -> Callable[..., list[Any]]:
 def _like(atom: Any) -> jax.ShapeDtypeStruct:
     aval = atom.aval
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(aval.weak_type))
+
+
+def _is_placed(aval: Any) -> bool:
+    """Whether a type says over which axes of a mesh a value varies (in a shard_map) or lies (explicit axes)."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return mesh is not None and any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
 def _is_float(aval: Any) -> bool:

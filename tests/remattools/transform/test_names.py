@@ -243,3 +243,31 @@ def test_a_kept_result_is_not_made_again_for_its_own_derivative(activation, name
     nothing = rt.apply(One(Activated(activation)), {"block": rt.Remat()})
     assert primitive in backward_primitives(nothing, x)
     assert_exact(lambda m, x: m(x), One(Activated(activation)), model, x)
+
+
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str)
+def test_a_kept_result_on_a_mesh(axis_type):
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(axis_type,))
+    rows = jax.sharding.PartitionSpec("rows")
+    x = jax.device_put(jnp.linspace(0.1, 1.0, 32).reshape(4, 8), jax.sharding.NamedSharding(mesh, rows))
+    plain = One(Activated(jnp.sqrt))
+    ruled = rt.apply(One(Activated(jnp.sqrt)), {"block": rt.Remat(save=(".:sqrt",))})
+    gradients = []
+    for model in (plain, ruled):
+        over = jax.shard_map(lambda x, model=model: model(x)[None], mesh=mesh, in_specs=rows, out_specs=rows)
+        with jax.set_mesh(mesh):
+            gradients += [jax.jit(jax.grad(lambda x, call=call: call(x).sum()))(x) for call in (over, model)]
+    for gradient in gradients[1:]:
+        assert jnp.allclose(gradient, gradients[0], rtol=1e-5)
+
+
+def test_a_result_that_is_made_with_others_is_kept_as_it_is():
+    """The derivative of singular values makes them anew together with their vectors."""
+
+    class Values(nnx.Module):
+        def __call__(self, x):
+            return jnp.linalg.svd(x, compute_uv=False)
+
+    x = jnp.arange(6.0).reshape(2, 3)
+    ruled = rt.apply(One(Values()), {"block": rt.Remat(save=("**:svd",))})
+    assert jnp.allclose(jax.grad(ruled)(x), jax.grad(One(Values()))(x))
