@@ -8,6 +8,7 @@ that it compiled.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -55,24 +56,12 @@ class Rates:
 
 # Peak rates of one chip by the vendors' data sheets, divided by its clock. Of the link to the host they say nothing:
 # taken is what PCIe 3.0 (TPUs) and 5.0 (GPUs) with 16 lanes carry, 15.75e9 and 63e9 bytes a second.
+_tpu = functools.partial(Rates, overhead=300, fuses_products=True)
 _TPU = {
-    "v4": Rates(
-        matrix_flops=262_144,
-        vector_flops=8_192,
-        traffic_bytes=1_143,
-        overhead=300,
-        link_bytes=15.0,
-        fuses_products=True,
-    ),
-    "v5e": Rates(
-        matrix_flops=131_072, vector_flops=4_096, traffic_bytes=546, overhead=300, link_bytes=10.5, fuses_products=True
-    ),
-    "v5p": Rates(
-        matrix_flops=262_144, vector_flops=8_192, traffic_bytes=1_580, overhead=300, link_bytes=9.0, fuses_products=True
-    ),
-    "v6e": Rates(
-        matrix_flops=524_288, vector_flops=8_192, traffic_bytes=937, overhead=300, link_bytes=9.0, fuses_products=True
-    ),
+    "v4": _tpu(matrix_flops=262_144, vector_flops=8_192, traffic_bytes=1_143, link_bytes=15.0),
+    "v5e": _tpu(matrix_flops=131_072, vector_flops=4_096, traffic_bytes=546, link_bytes=10.5),
+    "v5p": _tpu(matrix_flops=262_144, vector_flops=8_192, traffic_bytes=1_580, link_bytes=9.0),
+    "v6e": _tpu(matrix_flops=524_288, vector_flops=8_192, traffic_bytes=937, link_bytes=9.0),
 }
 _GPU = Rates(matrix_flops=500_000, vector_flops=34_000, traffic_bytes=1_900, overhead=3_000, link_bytes=36.0)
 _CPU = Rates(matrix_flops=64, vector_flops=16, traffic_bytes=8, overhead=500)

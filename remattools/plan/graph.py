@@ -135,12 +135,9 @@ class Graph:
     @property
     def crossing(self) -> frozenset[int]:
         """Values that the forward pass leaves in memory for the backward pass, if nothing is made again."""
-        sources = {value: frozenset((value,)) for value in self.inputs}
-        for step in self.forward:
-            below = frozenset[int]().union(*(sources.get(value, ()) for value in step.reads))
-            sources.update((value, below if value in self.fused else frozenset((value,))) for value in step.writes)
-        read = {value for step in self.backward for value in step.reads if value in sources}
-        return frozenset[int]().union(*(sources[value] for value in read)) - self.inputs
+        runs = _runs((*self.forward, *self.backward), self.fused)
+        read = frozenset[int]().union(*(reads for reads, _ in runs[len(self.forward) :]))
+        return read.intersection(self.makers)
 
     def compiled_for(self, rates: Rates) -> "Graph":
         """The same as a target's compiler keeps it: values that only matrix units read in the units' own precision."""
@@ -195,6 +192,18 @@ class Graph:
         return sum(self.cycles(step, rates) for step in (*self.forward, *self.backward))
 
 
+def _runs(order: Sequence[Step], inside: frozenset[int]) -> list[tuple[frozenset[int], tuple[int, ...]]]:
+    """What each step reads from memory and writes there; what runs inside of its readers reads when they do."""
+    sources: dict[int, frozenset[int]] = {}
+    found: list[tuple[frozenset[int], tuple[int, ...]]] = []
+    for step in order:
+        reads = frozenset[int]().union(*(sources.get(value, frozenset((value,))) for value in step.reads))
+        sources.update((value, reads if value in inside else frozenset((value,))) for value in step.writes)
+        fused = bool(step.writes) and inside.issuperset(step.writes)
+        found.append((frozenset(), ()) if fused else (reads, step.writes))
+    return found
+
+
 def alive(graph: Graph, order: Sequence[Step], held: Iterable[int] = (), keep: Iterable[int] = ()) -> list[int]:
     """Bytes of materialised values alive at each step.
 
@@ -207,14 +216,7 @@ def alive(graph: Graph, order: Sequence[Step], held: Iterable[int] = (), keep: I
     held, keep = set(held), set(keep)
     inside = graph.fused_in(order, held | keep)
     uncounted = inside | graph.inputs | graph.outputs
-    # What runs inside of its readers reads when they do.
-    sources: dict[int, frozenset[int]] = {}
-    runs: list[tuple[frozenset[int], tuple[int, ...]]] = []
-    for step in order:
-        reads = frozenset[int]().union(*(sources.get(value, frozenset((value,))) for value in step.reads))
-        sources.update((value, reads if value in inside else frozenset((value,))) for value in step.writes)
-        fused = bool(step.writes) and inside.issuperset(step.writes)
-        runs.append((frozenset(), ()) if fused else (reads, step.writes))
+    runs = _runs(order, inside)
     last = {value: number for number, (reads, writes) in enumerate(runs) for value in (*writes, *reads)}
     last.update(dict.fromkeys(keep, len(order)))
     living = {value for value in held if value in last}

@@ -262,7 +262,7 @@ def _placed(inner: Any, marks: dict[Position, str], prefix: Position) -> dict[in
         kept = found.get(number) in (SAVED, OFFLOADED)
         if kept and len(inner.eqns[maker].outvars) == 1 and results.reads_its_result(inner.eqns[maker]):
             mark = found.pop(number)
-            found[maker] = mark if found.get(maker) != SAVED else SAVED
+            found[maker] = SAVED if found.get(maker) == SAVED else mark
     return found
 
 

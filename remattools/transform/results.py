@@ -20,47 +20,48 @@ from . import programs
 
 def reads_its_result(equation: Any) -> bool:
     """Whether the derivative of an equation takes the equation's own result, which a name behind it would miss."""
-    if programs.is_opaque(equation) or programs.is_region(equation) or any(True for _ in programs.nested(equation)):
+    if next(programs.nested(equation), None) is not None:
         return False  # what defines its own derivative, or holds others
     avals = tuple(atom.aval for atom in equation.invars)
     if not all(map(programs.is_array, avals)) or not all(_is_float(var.aval) for var in equation.outvars):
         return False
     if any(map(_is_placed, avals)):
         return False  # types with axes of a mesh: constants in a derivative would have to be of the same
-    shapes = tuple((aval.shape, aval.dtype, bool(aval.weak_type)) for aval in avals)
+    question = _Question(equation)
     try:
-        return _asked(equation.primitive, _Params(equation), shapes)
+        return _asked(question)
     except TypeError:  # parameters that cannot be hashed
-        return _reads(_call_of(equation), shapes)
+        return _reads(question)
 
 
-class _Params:
-    """An equation as a key: equal where primitive and parameters are."""
+class _Question:
+    """An equation as a key: equal where primitive, parameters and types are."""
 
     def __init__(self, equation: Any) -> None:
-        self.equation = equation
-        self.key = tuple(sorted(equation.params.items(), key=lambda item: item[0]))
+        self.call = _call_of(equation)
+        self.shapes = tuple(_like(atom) for atom in equation.invars)
+        types = tuple((like.shape, like.dtype, like.weak_type) for like in self.shapes)
+        self.key = (equation.primitive, tuple(sorted(equation.params.items(), key=lambda item: item[0])), types)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Params) and self.key == other.key
+        return isinstance(other, _Question) and self.key == other.key
 
     def __hash__(self) -> int:
         return hash(self.key)
 
 
 @functools.lru_cache(maxsize=4096)
-def _asked(primitive: Any, params: _Params, shapes: tuple[Any, ...]) -> bool:
-    del primitive  # part of the key
-    return _reads(_call_of(params.equation), shapes)
+def _asked(question: _Question) -> bool:
+    return _reads(question)
 
 
-def _reads(call: Callable[..., list[Any]], shapes: Sequence[tuple[Any, ...]]) -> bool:
-    given = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in shapes]
-    moving = [number for number, (_, dtype, _) in enumerate(shapes) if jax.numpy.issubdtype(dtype, jax.numpy.inexact)]
+def _reads(question: _Question) -> bool:
+    given = question.shapes
+    moving = [number for number, like in enumerate(given) if jax.numpy.issubdtype(like.dtype, jax.numpy.inexact)]
     if not moving:
         return False
     try:
-        program, count = _derivative(call, given, moving, [given[number] for number in moving])
+        program, count = _derivative(question.call, given, moving, [given[number] for number in moving])
     except (NameError, NotImplementedError, TypeError, ValueError):
         # No derivative, or one that is only known where the equation runs (collectives over named axes): these are
         # linear, or nobody differentiates them.

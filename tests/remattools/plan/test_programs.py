@@ -64,24 +64,20 @@ class Judged:
         found = self.by_rules[rules]
         return dataclasses.replace(self.some, temp_bytes=found.temp_bytes, estimated_cycles=found.cycles)
 
-    def within(self, search_for: Any) -> tuple[int, int]:
-        """At how many budgets a search of its own ends near the best of all programs, and how many there are."""
+    def within(self) -> tuple[int, int]:
+        """At how many budgets a plan's search ends near the best of all programs, and how many there are."""
         reached = 0
         budgets = sorted({program.temp_bytes for program in self.programs})
         for budget in budgets:
             search = exploration(self.space, self.measured_by)
             search.compile(self.space.assignments.index(self.space.plain))
             limit = max(budget, 1)
-            while len(search.points) < COMPILES and (number := search_for(search, limit)) is not None:
+            while len(search.points) < COMPILES and (number := search.propose(limit, None)) is not None:
                 search.compile(number)
             best = min(program.cycles for program in self.programs if program.temp_bytes <= budget)
             found = best_point(search.points.values(), limit, None)
             reached += found is not None and found.cycles <= BENCHMARK.WITHIN * best
         return reached, len(budgets)
-
-
-def _plan(search: Exploration, limit: int) -> int | None:
-    return search.propose(limit, None)
 
 
 def test_every_case_is_stored() -> None:
@@ -90,7 +86,7 @@ def test_every_case_is_stored() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_plan_is_near_the_best_of_all_programs(case: Any) -> None:
-    reached, budgets = Judged(case).within(_plan)
+    reached, budgets = Judged(case).within()
     assert reached == budgets
 
 
@@ -105,5 +101,5 @@ def test_a_search_that_trusts_its_model_is_not(monkeypatch: pytest.MonkeyPatch) 
         )
 
     monkeypatch.setattr(Exploration, "expected", certain)
-    counts = [Judged(case).within(_plan) for case in CASES if case.block in BENCHMARK.CHOSEN_ON]
+    counts = [Judged(case).within() for case in CASES if case.block in BENCHMARK.CHOSEN_ON]
     assert sum(reached for reached, _ in counts) < 0.8 * sum(budgets for _, budgets in counts)

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from remattools.plan.cost import rates_of
-from remattools.plan.graph import block_graph
+from remattools.plan.graph import alive, block_graph
 from remattools.plan.solve import BlockProblem
 
 
-def _problem(fn: Any, *shapes: tuple[int, ...]) -> BlockProblem:
+def _problem(
+    fn: Any, *shapes: tuple[int, ...], target: str = "tpu:v5e:2x2", wanted: tuple[bool, ...] | None = None
+) -> BlockProblem:
     program = jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-    return BlockProblem(block_graph(program), rates_of("tpu:v5e:2x2"))
+    return BlockProblem(block_graph(program, wanted), rates_of(target))
 
 
 def _chain(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -70,3 +72,63 @@ def test_a_block_that_needs_nothing_back_keeps_nothing() -> None:
     problem = _problem(lambda x: x + 1.0, (8, 8))
     assert problem.cheapest(0.0).names == ()
     assert problem.choice(()).total_cycles == 0
+
+
+ROWS, WIDTH = 256, 64
+VALUE = ROWS * 2 * WIDTH * 4  # bytes
+SHAPES = (ROWS, WIDTH), (WIDTH, 2 * WIDTH), (2 * WIDTH, 2 * WIDTH), (2 * WIDTH, WIDTH)
+
+
+def _residual(x: jax.Array, up: jax.Array, across: jax.Array, down: jax.Array) -> jax.Array:
+    return x + jnp.cos(jnp.sin(x @ up) @ across) @ down
+
+
+def test_what_products_alone_read_takes_half_on_a_tpu() -> None:
+    """As the TPU's compiler keeps it: bfloat16 for its matrix units, float32 for everything else."""
+    halved, full = _problem(_residual, *SHAPES), _problem(_residual, *SHAPES, target="cpu")
+    assert halved.bytes[".:sin[0]"] == halved.bytes[".:cos[0]"] == VALUE // 2
+    assert halved.bytes[".:dot_general[0]"] == VALUE
+    assert set(full.bytes.values()) == {VALUE}
+
+    def exact(*arrays: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return _residual(*arrays)
+
+    assert _problem(exact, *SHAPES).bytes[".:sin[0]"] == VALUE
+
+
+def test_without_a_region_a_tpu_keeps_what_crosses_from_one_pass_to_the_other() -> None:
+    """Both products and what they become; their derivatives (cos, sin) are parts of what reads them."""
+    assert _problem(_residual, *SHAPES).plain.kept_bytes == 2 * VALUE + 2 * VALUE // 2
+
+
+def test_what_is_made_again_is_made_where_it_is_needed() -> None:
+    problem = _problem(_residual, *SHAPES)
+    graph = problem.graph
+    kept = set(problem.names[".:dot_general[1]"])
+    early = [*(step for step in graph.forward if not kept.intersection(step.writes)), *graph.backward]
+    assert problem.choice((".:dot_general[1]",)).backward_bytes < max(alive(graph, early, held=kept))
+
+
+def test_what_runs_inside_of_its_reader_reads_when_that_does() -> None:
+    """The backward pass reads `cos` of a product, which is no value in memory: the product itself has to wait."""
+    graph = _problem(_residual, *SHAPES, target="cpu").graph
+    waiting = alive(graph, (*graph.forward, *graph.backward))[len(graph.forward)]
+    assert waiting >= 4 * VALUE  # two products, and two values that other products read
+
+
+def test_names_that_nobody_reads_are_left_out() -> None:
+    """The derivative of `exp` reads its result, so that nothing is left for the product before it."""
+    problem = _problem(lambda x, w, v: jnp.exp(x @ w) @ v, (ROWS, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH))
+    both, one = problem.choice((".:dot_general[0]", ".:exp[0]")), problem.choice((".:exp[0]",))
+    assert both == one
+    assert one.names == (".:exp[0]",)
+    assert problem.choice((".:dot_general[0]",)).names == (".:dot_general[0]",)
+
+
+def test_a_gradient_that_nobody_reads_is_not_made() -> None:
+    products = [
+        sum(step.work.kind == "matrix" for step in _problem(_residual, *SHAPES, wanted=wanted).graph.backward)
+        for wanted in ((True, True, True, True), (False, True, True, True))
+    ]
+    assert products == [6, 5]
