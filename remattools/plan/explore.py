@@ -26,8 +26,8 @@ _LIKELY = 0.5
 # Budgets at which a frontier is asked whether it could be better, and what a budget that nothing keeps yet is taken
 # for, in times of the slowest point.
 _BUDGETS, _UNREACHED = 24, 1.2
-# How far below expectation the budgets begin, in standard deviations, and below the least that was measured. Without the
-# first the curve of benchmarks/remat_groups.py ends at 41.5 MB instead of 32.8.
+# How far below expectation the budgets begin, in standard deviations, and below the least that was measured. Without
+# the first the curve of benchmarks/remat_groups.py ends at 41.5 MB instead of 32.8.
 _DOUBTS, _BELOW = 1.5, 0.8
 
 
