@@ -193,7 +193,8 @@ def test_a_signal_to_one_process_of_a_trainer_saves_in_both_which_go_on_with_the
         stopped, gone_on = before["train_and_stop"], after["train_and_go_on"]["stopped"]
         assert stopped["preempted"]
         assert stopped["to"] == first[0]["train_and_stop"]["to"] >= 5
-        assert stopped["steps"] == [3, stopped["to"]]
+        # When both learn of the signal is not fixed: the save that was due at step 6 may come before.
+        assert stopped["steps"] == sorted({*range(3, stopped["to"] + 1, 3), stopped["to"]})
         assert gone_on["from"] == stopped["to"]
         assert gone_on["state"] == before["train_whole"]["state"]
 
