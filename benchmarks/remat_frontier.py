@@ -8,7 +8,6 @@ then ten budgets between the least and the plain model. What to install is said 
 cache take none, so that a run that was cut off goes on where it was.
 
     python benchmarks/remat_frontier.py --cache measured --out docs/benchmarks
-    python benchmarks/remat_frontier.py --cache measured --stored-only
 """
 
 import argparse
@@ -17,7 +16,9 @@ import datetime
 import importlib.metadata
 import pathlib
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import remat_subjects as subjects
@@ -38,44 +39,42 @@ TITLES = {
 }
 
 
-class Stored(Cache):
-    """Nothing is compiled: what is missing is said to be."""
+@dataclasses.dataclass(frozen=True)
+class Fresh(Cache):
+    """A run's own folder: its planner begins without notes, yet nothing that was measured earlier is compiled again."""
+
+    earlier: Cache
 
     def get(self, key: str) -> rt.Measurement | None:
-        found = super().get(key)
-        if found is None:
-            raise LookupError(key)
+        found = self.earlier.get(key)
+        if found is not None:  # the run's own notes are looked up in the run's own folder
+            super().put(key, found)
         return found
+
+    def put(self, key: str, measurement: rt.Measurement) -> None:
+        super().put(key, measurement)
+        self.earlier.put(key, measurement)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One policy and the plans that answer it; None where it was not compiled."""
+    """One policy and the plans that answer it, None where none does; `later` if the curve alone does not beat it."""
 
     name: str
-    policy: rt.Measurement | None
-    faster: rt.Measurement | None = None
-    smaller: rt.Measurement | None = None
-    aimed: bool = False
+    policy: rt.Measurement
+    faster: rt.Measurement | None
+    smaller: rt.Measurement | None
+    later: bool = False
 
-    def verdict(self, plain_cycles: int, least_temp: int) -> str:
-        """Whether both bars are reached."""
-        if self.policy is None:
-            return "not compiled"
-        if not self.policy.fits:
-            return "yes: it does not fit" if self.faster is not None else "**no**"
-        cycles = self.policy.estimated_cycles or 0
-        lenient = self.policy.temp_bytes == least_temp or cycles <= NEAR_PLAIN * plain_cycles
-        fewer = self.faster is not None and (
-            (self.faster.estimated_cycles or 0) <= cycles if lenient else (self.faster.estimated_cycles or 0) < cycles
-        )
-        less = self.smaller is not None and (
-            self.smaller.temp_bytes <= self.policy.temp_bytes
-            if lenient
-            else self.smaller.temp_bytes < self.policy.temp_bytes
-        )
-        return {(True, True): "yes", (True, False): "cycles only", (False, True): "memory only"}.get(
-            (fewer, less), "**no**"
+    def verdict(self, plain_cycles: int, least_temp: int) -> tuple[bool, bool]:
+        """Whether there are fewer cycles within its memory, and less memory within its cycles."""
+        if not self.policy.fits:  # it has no time, and any plan that fits takes less memory
+            return self.faster is not None, self.faster is not None
+        cycles, size = self.policy.estimated_cycles or 0, self.policy.temp_bytes
+        lenient = size == least_temp or cycles <= NEAR_PLAIN * plain_cycles
+        return (
+            self.faster is not None and (self.faster.estimated_cycles or 0) < cycles + lenient,
+            self.smaller is not None and self.smaller.temp_bytes < size + lenient,
         )
 
 
@@ -90,72 +89,60 @@ def answer(ask: Callable[[], rt.Plan]) -> rt.Measurement | None:
         return None
 
 
-def measured_policies(subject: subjects.Subject, cache: Cache) -> dict[str, rt.Measurement | None]:
-    """What the compiler says of each policy; None where it was not compiled."""
-    found: dict[str, rt.Measurement | None] = {}
+def measured_policies(subject: subjects.Subject, cache: Cache) -> dict[str, rt.Measurement]:
+    """What the compiler says of each policy."""
+    found = {}
     for name, rules in subjects.policies(subject).items():
         say(name)
-        try:
-            model = rt.apply(subject.build(), rules)
-            found[name] = rt.measure(
-                subject.loss, model, *subject.batch, target=subjects.TARGET, differentiate=True, cache=cache
-            )
-        except LookupError:
-            found[name] = None
+        model = rt.apply(subject.build(), rules)
+        found[name] = rt.measure(
+            subject.loss, model, *subject.batch, target=subjects.TARGET, differentiate=True, cache=cache
+        )
     return found
 
 
-def least_temp(policies: Iterable[rt.Measurement | None]) -> int:
-    """The temporaries of the policy that takes least."""
-    return min(policy.temp_bytes for policy in policies if policy is not None and policy.fits)
-
-
-def rows_of(subject: subjects.Subject, found: rt.Frontier, cache: Cache, args: argparse.Namespace) -> list[Row]:
+def rows_of(subject: subjects.Subject, curve: rt.Frontier, cache: Cache, args: argparse.Namespace) -> list[Row]:
     """All policies, each with the plan of its memory and the plan of its time.
 
-    What the frontier has no better point for is planned anew for that memory or that time.
+    For what the curve has no better point for, plans are made anew, for that memory and for that time. They begin with
+    what this run has compiled, and all of them together answer such policies.
     """
 
-    def plan_for(**wanted: int) -> rt.Plan:
-        return rt.plan(
+    def ask(plan: Callable[..., Any], **wanted: int) -> Any:
+        return plan(
             subject.loss,
             subject.build(),
             *subject.batch,
             of="temp",
             target=subjects.TARGET,
-            max_compiles=args.aimed,
-            cache=args.cache,
+            cache=cache,
             progress=say,
             **wanted,
         )
 
     policies = measured_policies(subject, cache)
-    least = least_temp(policies.values())
-    rows = []
-    for name, policy in policies.items():
-        if policy is None:
-            rows.append(Row(name=name, policy=None))
-            continue
+    plain = int(curve.points[0].cycles)
+    least = min(policy.temp_bytes for policy in policies.values() if policy.fits)
+
+    def row_of(name: str, found: rt.Frontier) -> Row:
+        policy = policies[name]
         size, cycles = policy.temp_bytes, policy.estimated_cycles
-        row = Row(
+        return Row(
             name=name,
             policy=policy,
-            faster=answer(lambda size=size: found.plan(size)),
-            smaller=answer(lambda cycles=cycles: found.plan(max_cycles=cycles)) if policy.fits else None,
+            faster=answer(lambda: found.plan(size)),
+            smaller=answer(lambda: found.plan(max_cycles=cycles)) if policy.fits else None,
+            later=found is not curve,
         )
-        if (
-            args.aimed
-            and not args.stored_only
-            and not row.verdict(int(found.points[0].cycles), least).startswith("yes")
-        ):
-            row = dataclasses.replace(
-                row,
-                faster=answer(lambda size=size: plan_for(budget=size)) or row.faster,
-                smaller=answer(lambda cycles=cycles: plan_for(max_cycles=cycles)) or row.smaller,
-                aimed=True,
-            )
-        rows.append(row)
-    return rows
+
+    known, unbeaten = curve, [name for name in policies if not all(row_of(name, curve).verdict(plain, least))]
+    for name in unbeaten:
+        policy = policies[name]
+        for which, wanted in enumerate(({"budget": policy.temp_bytes}, {"max_cycles": policy.estimated_cycles})):
+            if not row_of(name, known).verdict(plain, least)[which]:
+                answer(lambda wanted=wanted: ask(rt.plan, max_compiles=args.max_compiles, **wanted))
+                known = ask(rt.frontier, max_compiles=2)  # what the run has compiled so far, nothing more
+    return [row_of(name, known if name in unbeaten else curve) for name in policies]
 
 
 def budgets_kept(subject: subjects.Subject, found: rt.Frontier, cache: Cache) -> int:
@@ -182,10 +169,10 @@ def draw(panels: dict[str, tuple[rt.Frontier, list[Row]]], path: pathlib.Path) -
     drawing = Figure(figsize=(9, 6.5), layout="constrained")
     FigureCanvasAgg(drawing)
     for axes, (title, (found, rows)) in zip(drawing.subplots(2, 2, squeeze=False).flat, panels.items(), strict=False):
-        policies = [row.policy for row in rows if row.policy is not None and row.policy.fits]
+        policies = [row.policy for row in rows if row.policy.fits]
         plans = [(p.bytes / 1e6, p.cycles / 1e6) for p in found.best]
-        # Plans of a policy's own memory or time, where the curve had no better one.
-        own = [m for row in rows if row.aimed for m in (row.faster, row.smaller) if m is not None]
+        # Plans for a policy's memory or time, where the curve had no better one.
+        own = [m for row in rows if row.later for m in (row.faster, row.smaller) if m is not None]
         axes.step(*zip(*plans, strict=True), where="post", color="tab:blue", marker="o", label="plans, one curve")
         for measured, style, label in (
             (own, {"marker": "s", "color": "tab:blue", "fillstyle": "none"}, "plans for one policy's memory or time"),
@@ -210,27 +197,27 @@ def section(subject: subjects.Subject, args: argparse.Namespace, cache: Cache) -
         of="temp",
         target=subjects.TARGET,
         max_compiles=args.max_compiles,
-        time_limit_s=0.0 if args.stored_only else None,
-        cache=args.cache,
+        cache=cache,
         progress=say,
     )
     say(str(found))
     rows = rows_of(subject, found, cache, args)
     kept = budgets_kept(subject, found, cache)
     plain = int(found.points[0].cycles)
-    least = least_temp(row.policy for row in rows)
+    least = min(row.policy.temp_bytes for row in rows if row.policy.fits)
+    words = {(True, True): "yes", (True, False): "cycles only", (False, True): "memory only", (False, False): "**no**"}
     curve = "\n".join(f"| {p.bytes / 1e6:,.1f} | {p.cycles / 1e6:.2f} |" for p in found.best)
     table = "\n".join(
         f"| {row.name} | {figures(row.policy)} {figures(row.faster)} {figures(row.smaller)} "
-        f"{row.verdict(plain, least)}{', by a plan of its own' if row.aimed else ''} |"
+        f"{words[row.verdict(plain, least)]}{', beyond the curve' if row.later else ''} |"
         for row in rows
     )
-    compiled = [row for row in rows if row.policy is not None]
-    reached = sum(row.verdict(plain, least).startswith("yes") for row in compiled)
+    reached = sum(all(row.verdict(plain, least)) for row in rows)
     text = f"""## {subject.what}
 
 {len(found.points)} compiled points; {kept} of {BUDGETS} budgets kept with no point within them faster; {reached} of
-{len(compiled)} compiled policies ({len(rows)} named) answered by fewer cycles and by less memory. The frontier:
+{len(rows)} policies answered by fewer cycles and by less memory, {sum(not row.later for row in rows)} of them by the
+curve. The curve:
 
 | temp MB | M cycles |
 | ---: | ---: |
@@ -247,14 +234,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder of earlier measurements")
     parser.add_argument("--out", type=pathlib.Path, help="write the page here")
-    parser.add_argument("--max-compiles", type=int, default=8, help="points of each frontier")
-    parser.add_argument(
-        "--aimed", type=int, default=4, help="compiles of a plan for a policy the frontier does not beat"
-    )
-    parser.add_argument("--stored-only", action="store_true", help="compile nothing; say what is missing")
+    parser.add_argument("--max-compiles", type=int, default=8, help="points of each curve, and compiles of each plan")
     parser.add_argument("--only", nargs="*", choices=subjects.SUBJECTS, default=list(subjects.SUBJECTS))
     args = parser.parse_args()
-    cache = (Stored if args.stored_only else Cache)(args.cache)
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "libtpu", "google-tunix")
     )
@@ -265,13 +247,16 @@ logsumexp, compiled for one chip of `{subjects.TARGET}`. Bytes and cycles are th
 no program was run. For each policy the plan with at most its temporaries has to take fewer cycles, and the plan with at
 most its cycles less memory (no more, for the policy of least memory and for those within 1 % of the plain time).
 MaxText's presets and torchtitan's list are given by the names that the same values have here; tunix's DECODER is
-`nothing_saveable` on every block. Policies that offload are not compared. Plans come from the frontier; where it has no
-better point, the plan is made anew for that policy's memory or time, which the last column says.
+`nothing_saveable` on every block. Policies that offload are not compared. Plans come from one curve, begun without
+notes. Where it has no better point, plans of {args.max_compiles} compiles each are made for that policy's memory and
+time, which begin with all that was compiled before for that model; the last column says so.
 
 ![Named policies and plans: estimated cycles against temporaries](remat_frontier.svg)
 
 """
-    found = {name: section(subjects.SUBJECTS[name](), args, cache) for name in args.only}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Fresh(pathlib.Path(folder), earlier=Cache(args.cache))
+        found = {name: section(subjects.SUBJECTS[name](), args, cache) for name in args.only}
     page += "\n".join(text for text, _, _ in found.values())
     print(page)
     if args.out is not None:
