@@ -107,7 +107,8 @@ class Exploration:
 
     def _predicted(self, number: int) -> Prediction:
         expected = self.expected()
-        return Prediction(bytes=int(expected.bytes[number]), cycles=float(expected.cycles[number]))
+        # The first error may be larger than what the model predicted, and nothing takes less than nothing.
+        return Prediction(bytes=max(int(expected.bytes[number]), 0), cycles=float(expected.cycles[number]))
 
     def _add(self, number: int, rules: Rules, predicted: Prediction) -> None:
         measured = self.by_rules[rules]

@@ -57,6 +57,18 @@ def test_predictions_are_doubted_where_nothing_was_measured(monkeypatch: pytest.
     assert spread.max() < 1e-3 * space.bytes.max()  # control
 
 
+def test_no_prediction_is_below_nothing() -> None:
+    _, space = space_of(light_tower)
+    some = dataclasses.replace(rt.measure(jnp.sin, jnp.ones(3), target="cpu"), temp_bytes=0)
+    search = exploration(space, lambda _: some)
+    for one in (space.plain, space.nothing):
+        number = space.assignments.index(one)
+        below = search.expected().bytes[number] < 0
+        search.compile(number)
+        assert search.points[number].predicted.bytes >= 0
+    assert below  # control: the model alone says that
+
+
 def test_a_time_limit_is_looked_for_where_the_plain_model_does_not_fit() -> None:
     _, space = space_of(light_tower)
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
