@@ -55,25 +55,28 @@ class Cache:
             stored = json.loads((self.directory / f"{key}.json").read_text())
             measured = stored["measurement"]
             return Measurement.from_dict(measured) if stored["digest"] == _digest(measured) else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def put(self, key: str, measurement: Measurement) -> None:
         """Store it under its key; where that fails, a warning says so."""
         measured = measurement.as_dict()
-        text = json.dumps({"measurement": measured, "digest": _digest(measured)})
-        name = None
+        self.write(f"{key}.json", json.dumps({"measurement": measured, "digest": _digest(measured)}))
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of this folder whole or not at all; where that fails, a warning says so."""
+        made = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.directory, suffix=".tmp", delete=False) as file:
-                name = file.name
+                made = file.name
                 file.write(text)
-            os.replace(name, self.directory / f"{key}.json")
+            os.replace(made, self.directory / name)
         except OSError as error:
-            if name is not None:
+            if made is not None:
                 with contextlib.suppress(OSError):
-                    os.unlink(name)
-            warnings.warn(f"the measurement is not kept in {self.directory}: {error}", CacheWarning, stacklevel=3)
+                    os.unlink(made)
+            warnings.warn(f"what was measured is not kept in {self.directory}: {error}", CacheWarning, stacklevel=4)
 
 
 def _digest(measured: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ Bytes, a text with a unit, a fraction of what the plain model takes, or "fit".
 import re
 from typing import Any, Literal
 
+import numpy as np
+
 from ..errors import BudgetError
 from ..measure.measurement import Measurement
 from ..measure.targets import Target
@@ -17,6 +19,8 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 # Main memory of one device by the vendors' data sheets, in bytes; the compilers reserve a part of it.
 _TPU_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
 _MARGIN = 0.94
+# Above this a number of bytes is a slip.
+_MOST = 2**62
 
 
 def bytes_of(measured: Measurement, of: Of) -> int:
@@ -24,6 +28,26 @@ def bytes_of(measured: Measurement, of: Of) -> int:
     if not measured.fits and measured.out_of_memory is not None:
         return measured.out_of_memory.needed_bytes or 2**62
     return measured.total_bytes if of == "peak" else measured.temp_bytes
+
+
+def plain_number(budget: Any) -> Any:
+    """NumPy's numbers as Python's; everything else as it is."""
+    return budget.item() if isinstance(budget, np.number) else budget
+
+
+def require_positive(name: str, given: Any, unit: str, example: str, *, or_zero: bool = False) -> None:
+    """Refuse a limit that is no number of something.
+
+    Raises:
+        BudgetError: If it is none.
+    """
+    number = plain_number(given)
+    if type(number) not in (int, float) or not (0 < number < float("inf") or (or_zero and number == 0)):
+        raise BudgetError(
+            what=f"{name}={given!r} is no limit.",
+            why=f"it is a number of {unit}, above zero and finite.",
+            fix=f"{name}={example}, or leave it out for no limit.",
+        )
 
 
 def is_fraction(budget: Any) -> bool:
@@ -41,14 +65,14 @@ def require_budget(budget: Any) -> None:
         if budget == "fit":
             return
         number, unit = _in_units(budget)
-        if unit not in _UNITS or ("." in number and not unit) or not _UNITS[unit] * float(number) >= 1:
+        if unit not in _UNITS or ("." in number and not unit) or not 1 <= _UNITS[unit] * float(number) <= _MOST:
             raise BudgetError(
                 what=f"budget={budget!r} is no budget.",
                 why="a text is a number of bytes with a unit: B, kB, MB, GB, KiB, MiB or GiB; or 'fit'.",
                 fix='budget="12GiB", budget="fit"; for a share of the plain model a number, budget=0.5.',
             )
     # A float is a share, unless nobody can mean one: 12e9.
-    elif type(budget) not in (int, float) or not (is_fraction(budget) or (budget >= 1 and _is_bytes(budget))):
+    elif type(budget) not in (int, float) or not (is_fraction(budget) or (1 <= budget <= _MOST and _is_bytes(budget))):
         raise BudgetError(
             what=f"budget={budget!r} is no budget.",
             why="it is whole bytes, a text with a unit, a share of the plain model (a float up to 1.0), or 'fit'.",

@@ -12,9 +12,9 @@ from typing import Any
 from ..errors import BudgetError
 from ..measure.measurement import format_bytes
 from ..measure.targets import Target
-from .budget import Of, budget_bytes, require_budget
+from .budget import Of, budget_bytes, plain_number, require_budget, require_positive
 from .explore import best_point
-from .result import Plan, Point, cut_short, plot_of, table_of, unbeaten
+from .result import Plan, Point, plot_of, table_of, told_below, unbeaten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class Frontier:
         Raises:
             BudgetError: If the budget cannot be read, or no point keeps it.
         """
+        budget = plain_number(budget)
         check_limits(budget, max_cycles)
         limit = None if budget is None else budget_bytes(budget, target=self.target, plain_bytes=self.plain_bytes)
         best = best_point(self.points, limit, max_cycles)
@@ -99,16 +100,23 @@ class Frontier:
         plot_of(self.points, path, of=self.of, time_by=self.time_by, budget_bytes=None)
 
     def __str__(self) -> str:
-        return f"{self.table()}\ntime by {self.time_by}; target {self.target.name}{cut_short(self.ended)}"
+        return f"{self.table()}\n{told_below(self.points, self.time_by, self.ended)}"
 
     def _unreachable(self, limit: int | None, max_cycles: float | None) -> BudgetError:
-        if max_cycles is not None:
-            fastest = min(self.points, key=lambda point: point.cycles)
+        kept = [point for point in self.points if limit is None or point.bytes <= limit]
+        number = f"{len(self.points)} point{'s' * (len(self.points) != 1)}"
+        compiles = f"more compiles than for {number} (max_compiles=, --max-compiles)"
+        if self.ended == "time_limit":
+            compiles = "more time than time_limit_s (--time-limit), which ended the search"
+        if max_cycles is not None and kept:
+            fastest = min(kept, key=lambda point: point.cycles)
             return BudgetError(
                 what=f"no compiled rules stay within {max_cycles:,.0f} cycles"
                 + ("." if limit is None else f" and {format_bytes(limit)}."),
-                why=f"the fastest takes {fastest.cycles:,.0f} cycles and {format_bytes(fastest.bytes)}.",
-                fix=f"max_cycles={int(fastest.cycles) + 1}, or a larger budget.",
+                why=("the fastest" if limit is None else "the fastest of those that keep the budget")
+                + f" takes {fastest.cycles:,.0f} cycles and {format_bytes(fastest.bytes)}.",
+                fix=f"max_cycles={int(fastest.cycles) + 1}, {compiles}"
+                + ("." if limit is None else ", or a larger budget."),
             )
         least = min(self.points, key=lambda point: point.bytes)
         return BudgetError(
@@ -116,8 +124,8 @@ class Frontier:
             f"{least.bytes} bytes ({format_bytes(least.bytes)}); "
             f"the arguments are {format_bytes(least.measured.argument_bytes)}.",
             why=f"at the fullest moment these are alive: {self.holding(least)}.",
-            fix=f"budget={least.bytes}, more compiles than for these {len(self.points)} points (max_compiles=, "
-            "--max-compiles), a smaller batch, or a loss that makes its largest values in pieces.",
+            fix=f"budget={least.bytes}, {compiles}, a smaller batch, "
+            "or a loss that makes its largest values in pieces.",
         )
 
 
@@ -135,3 +143,5 @@ def check_limits(budget: Any, max_cycles: float | None) -> None:
             why="a plan is the best there is within a limit.",
             fix='budget="12GiB", or budget=0.5 for half of what the plain model takes.',
         )
+    if max_cycles is not None:
+        require_positive("max_cycles", max_cycles, "cycles of a whole step", "250e6")

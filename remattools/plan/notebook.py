@@ -7,8 +7,6 @@ by the program that they make now, so that a stale note can cost time but not be
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 
 from ..errors import RematError
@@ -30,7 +28,7 @@ class Notebook:
     def __init__(self, cache: Cache | None, shape: Outline, target: str) -> None:
         self.cache = cache
         digest = hashlib.sha256(repr((target, shape.visits, shape.rules, shape.around.bytes)).encode()).hexdigest()
-        self.path = None if cache is None else cache.directory / f"plan-{digest[:32]}.json"
+        self.name = f"plan-{digest[:32]}.json"
 
     def measurements(self, measured_by: Callable[[Rules, Cache], Measurement]) -> list[tuple[Rules, Measurement]]:
         """What is remembered and still measured.
@@ -38,11 +36,13 @@ class Notebook:
         Args:
             measured_by: Measures rules with a cache.
         """
-        if self.path is None or self.cache is None:
+        if self.cache is None:
             return []
         try:
-            texts = [text for text in json.loads(self.path.read_text()) if isinstance(text, str)]
-        except (OSError, ValueError, TypeError):
+            texts = [
+                text for text in json.loads((self.cache.directory / self.name).read_text()) if isinstance(text, str)
+            ]
+        except (OSError, ValueError, TypeError, RecursionError):
             return []
         found = []
         for text in texts:
@@ -55,13 +55,8 @@ class Notebook:
 
     def remember(self, rules: Iterable[Rules]) -> None:
         """Store these rules."""
-        if self.path is None:
-            return
-        texts = [one.to_toml() for one in rules]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(texts, file)
-        os.replace(file.name, self.path)
+        if self.cache is not None:
+            self.cache.write(self.name, json.dumps([one.to_toml() for one in rules]))
 
 
 class _Known(Cache):

@@ -20,7 +20,7 @@ from ..measure.targets import Target, find_target
 from ..measure.timeline import timeline
 from ..rules.ruleset import Rules
 from ..transform import apply as application
-from .budget import Of, budget_bytes
+from .budget import Of, budget_bytes, plain_number, require_positive
 from .cost import rates_of
 from .explore import Exploration
 from .frontier import Frontier, check_limits
@@ -30,6 +30,8 @@ from .result import Plan, Point
 from .search import Space
 
 _OFF = Rules(((".", False), ("**", False)))
+# From this on the head of a rule file says how many arrays an argument has, not which.
+_MANY_ARRAYS = 8
 Progress = Callable[[str], None]
 _Next = Callable[[Exploration], int | None]
 
@@ -74,6 +76,7 @@ def plan(
         BudgetError: If the budget cannot be read or reached; with the least that was reached and what holds it there.
         MeasureError: If no block of the model has a backward pass here, or there is nothing to differentiate.
     """
+    budget = plain_number(budget)
     check_limits(budget, max_cycles)
     where = find_target(target)
 
@@ -162,7 +165,7 @@ def _explored(
     progress: Progress | None,
 ) -> Frontier:
     """Compile what `choose` says until it says nothing more."""
-    _check(of, max_compiles)
+    _check(of, max_compiles, time_limit_s)
     loss_fn, model, batch = subject
     store = find_cache(cache)
     start = time.monotonic()
@@ -224,7 +227,7 @@ def _explored(
     )
 
 
-def _check(of: str, max_compiles: int) -> None:
+def _check(of: str, max_compiles: int, time_limit_s: float | None) -> None:
     if of not in ("peak", "temp"):
         raise BudgetError(
             what=f"of={of!r} is no figure of a program.",
@@ -237,8 +240,15 @@ def _check(of: str, max_compiles: int) -> None:
             why="the plain model is compiled first, and at least one plan has to be verified.",
             fix="max_compiles=8.",
         )
+    if time_limit_s is not None:
+        require_positive("time_limit_s", time_limit_s, "seconds", "600.0", or_zero=True)
 
 
 def _subject(model: Any, batch: tuple[Any, ...]) -> str:
-    shapes = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(batch) if hasattr(leaf, "shape")]
-    return f"{type(model).__name__}, batch {', '.join(shapes) or 'none'}"
+    """A model and what comes with it, for people; of an argument with many arrays the number."""
+    told = []
+    for argument in batch:
+        arrays = [leaf for leaf in jax.tree.leaves(argument) if hasattr(leaf, "shape")]
+        shapes = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in arrays]
+        told += [f"{type(argument).__name__} of {len(arrays)} arrays"] if len(arrays) > _MANY_ARRAYS else shapes
+    return f"{type(model).__name__}, batch {', '.join(told) or 'none'}"

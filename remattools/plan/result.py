@@ -137,13 +137,26 @@ class Plan:
         plot_of(self.points, path, of=self.of, time_by=self.time_by, budget_bytes=self.budget_bytes)
 
     def __str__(self) -> str:
-        return f"{self.table()}\ntime by {self.time_by}; target {self.measured.target}{cut_short(self.ended)}"
+        return f"{self.table()}\n{told_below(self.points, self.time_by, self.ended)}"
 
 
 def cut_short(ended: str) -> str:
     """What to say of a search that was ended from outside; nothing of others."""
     reasons = {"interrupted": "Ctrl-C", "time_limit": "its time limit"}
     return f"; the search was ended by {reasons[ended]}: more compiles may find better" if ended in reasons else ""
+
+
+def told_below(points: Iterable[Point], time_by: str, ended: str) -> str:
+    """What to say below a table of points."""
+    points = tuple(points)
+    below = f"time by {time_by}; target {points[0].measured.target}{cut_short(ended)}"
+    on_chip = sum(point.measured.temporaries_on_chip for point in points)
+    if on_chip:
+        below += (
+            f"\ntemporaries of {on_chip} of {len(points)} points lie in the chip's own memory (VMEM), which no figure "
+            "above counts: of so small a program they say little"
+        )
+    return below
 
 
 def unbeaten(points: Iterable[Point]) -> tuple[Point, ...]:

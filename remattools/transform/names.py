@@ -232,7 +232,7 @@ def marked(program: Any, marks: dict[Position, str], prefix: Position = ()) -> A
         if mark in (SAVED, OFFLOADED) and name is None and results.reads_its_result(equation):
             equations.extend(results.named_with_derivative(equation, mark))
         elif name is not None and mark is not None:
-            equations.append(programs.renamed(equation, mark))
+            equations.extend(programs.renamed(equation, mark))
         elif name is not None and scopes.output_of(name) is not None:
             same[equation.outvars[0]] = equation.invars[0]
         elif mark is not None:

@@ -65,33 +65,60 @@ def name_of(equation: Any) -> str | None:
     return None
 
 
-def named_after(equation: Any, name: str) -> list[Any]:
-    """The equation, followed by a `checkpoint_name` of each of its results."""
+def named_after(equation: Any, name: str, results: Sequence[Any] | None = None) -> list[Any]:
+    """The equation, followed by a `checkpoint_name` of each of its results; `results` instead of their variables."""
+    targets = equation.outvars if results is None else results
     fresh = [core.Var(var.aval) if is_array(var.aval) else var for var in equation.outvars]
     marks = [
-        _name_equation(inner, outer, name, equation)
-        for inner, outer in zip(fresh, equation.outvars, strict=True)
-        if inner is not outer
+        mark
+        for inner, outer in zip(fresh, targets, strict=True)
+        if is_array(inner.aval)
+        for mark in _name_equations(inner, outer, name, equation)
     ]
     return [equation.replace(outvars=fresh), *marks]
 
 
-def renamed(equation: Any, name: str) -> Any:
+def renamed(equation: Any, name: str) -> list[Any]:
     """A `checkpoint_name` equation with another name."""
     (source,), (target,) = equation.invars, equation.outvars
-    return _name_equation(source, target, name, equation)
+    return _name_equations(source, target, name, equation)
 
 
-def _name_equation(source: Any, target: Any, name: str, like: Any) -> Any:
+def _name_equations(source: Any, target: Any, name: str, like: Any) -> list[Any]:
     aval = target.aval
-    # JAX builds the equation (its form differs under jax_remat3); only the variables are replaced.
-    template = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-    made = open_program(template).eqns[0]
-    params = made.params
-    if "_prim" in params:
-        # There the primitive knows the full type, which under shard_map is more than shape and dtype.
-        params = {**params, "_prim": type(params["_prim"])(name, aval)}
-    return made.replace(invars=[source], outvars=[target], params=params, source_info=like.source_info, ctx=like.ctx)
+    # JAX cannot keep complex values by name: their parts are kept, which loses nothing.
+    in_parts = jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating) and not is_placed(aval)
+
+    def named(x: Any) -> Any:
+        if in_parts:
+            return jax.lax.complex(checkpoint_name(jax.lax.real(x), name), checkpoint_name(jax.lax.imag(x), name))
+        return checkpoint_name(x, name)
+
+    # JAX builds the equations (their form differs under jax_remat3); only the variables are replaced.
+    template = open_program(jax.make_jaxpr(named)(jax.ShapeDtypeStruct(aval.shape, aval.dtype)))
+    same = {template.invars[0]: source, template.outvars[0]: target}
+    made = []
+    for one in template.eqns:
+        params = one.params
+        if "_prim" in params and not in_parts:
+            # There the primitive knows the full type, which under shard_map is more than shape and dtype.
+            params = {**params, "_prim": type(params["_prim"])(name, aval)}
+        made.append(
+            one.replace(
+                invars=[same.get(atom, atom) if isinstance(atom, core.Var) else atom for atom in one.invars],
+                outvars=[same.get(var, var) for var in one.outvars],
+                params=params,
+                source_info=like.source_info,
+                ctx=like.ctx,
+            )
+        )
+    return made
+
+
+def is_placed(aval: Any) -> bool:
+    """Whether a type says over which axes of a mesh a value varies (in a shard_map) or lies (explicit axes)."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return mesh is not None and any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
 def is_array(aval: Any) -> bool:

@@ -25,7 +25,7 @@ def reads_its_result(equation: Any) -> bool:
     avals = tuple(atom.aval for atom in equation.invars)
     if not all(map(programs.is_array, avals)) or not all(_is_float(var.aval) for var in equation.outvars):
         return False
-    if any(map(_is_placed, avals)):
+    if any(map(programs.is_placed, avals)):
         return False  # types with axes of a mesh: constants in a derivative would have to be of the same
     question = _Question(equation)
     try:
@@ -67,7 +67,9 @@ def _reads(question: _Question) -> bool:
         # linear, or nobody differentiates them.
         return False
     inner = programs.open_program(program)
-    results = set(inner.outvars[:count])
+    results = set(programs.variables(inner.outvars[:count]))
+    if len(results) < count:
+        return False  # a constant, as the product over nothing
     if any(results.intersection(one.outvars) and not results.issuperset(one.outvars) for one in inner.eqns):
         return False  # made together with more that the derivative reads, as the values of an svd with its vectors
     return any(atom in results for equation in inner.eqns for atom in programs.variables(equation.invars))
@@ -91,15 +93,14 @@ def named_with_derivative(equation: Any, name: str) -> list[Any]:
         program = _derivative(call, given, moving, moved)[0]
         inner = programs.open_program(program)
         made, rest = inner.outvars[:kept], inner.outvars[kept:]
-        later = [one for one in inner.eqns if not set(made) & set(one.outvars)]
+        later = [one for one in inner.eqns if not set(one.outvars).intersection(made)]
         alone = inner.replace(eqns=later, invars=[*inner.invars, *made], outvars=rest)
         alone = alone if program is inner else program.replace(jaxpr=alone)
         return list(named), programs.run(alone, [*given, *moved, *named])
 
     derived.defjvp(derivative, symbolic_zeros=True)
-    named = programs.named_after(equation, name)
     fresh = [core.Var(var.aval) for var in equation.outvars]
-    named = [named[0], *(one.replace(outvars=[var]) for one, var in zip(named[1:], fresh, strict=True))]
+    named = programs.named_after(equation, name, fresh)
     template = programs.open_program(jax.make_jaxpr(derived)(*map(_like, [*equation.invars, *equation.outvars])))
     last = template.eqns[0].replace(
         invars=[*equation.invars, *fresh],
@@ -146,12 +147,6 @@ def _call_of(equation: Any) -> Callable[..., list[Any]]:
 def _like(atom: Any) -> jax.ShapeDtypeStruct:
     aval = atom.aval
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(aval.weak_type))
-
-
-def _is_placed(aval: Any) -> bool:
-    """Whether a type says over which axes of a mesh a value varies (in a shard_map) or lies (explicit axes)."""
-    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
-    return mesh is not None and any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
 def _is_float(aval: Any) -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One frontier per model, compiled once, keeps every budget; what is in the cache is not compiled again."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -106,6 +107,29 @@ def test_budgets_of_a_frontier_are_read_like_those_of_a_plan(folder: pathlib.Pat
         found.plan(found.least_bytes - 1)
     with pytest.raises(rt.BudgetError, match="neither"):
         found.plan()
+    assert found.plan(np.int64(10**9)).budget_bytes == 10**9
+    assert found.plan(np.float32(0.5 * found.least_bytes / found.plain_bytes + 0.5)).budget_bytes < found.plain_bytes
+
+
+def test_what_two_limits_leave_over_is_said(folder: pathlib.Path) -> None:
+    found = _frontier("tower", folder)
+    quick = min(point.cycles for point in found.points)
+    within = min(point.cycles for point in found.points if point.bytes <= found.least_bytes)
+    assert within > quick + 1  # else nothing is asked here
+    with pytest.raises(rt.BudgetError) as caught:
+        found.plan(found.least_bytes, max_cycles=quick)
+    assert f"max_cycles={int(within) + 1}," in caught.value.fix
+    assert found.plan(found.least_bytes, max_cycles=int(within) + 1).measured.temp_bytes == found.least_bytes
+
+
+def test_temporaries_in_the_chips_own_memory_are_told_of(folder: pathlib.Path) -> None:
+    found = _frontier("tower", folder)
+    assert "VMEM" not in str(found)
+    first, *others = found.points
+    small = dataclasses.replace(first.measured, target="tpu:v5e:2x2", peak_bytes=2 * first.measured.total_bytes)
+    found = dataclasses.replace(found, points=(dataclasses.replace(first, measured=small), *others))
+    assert f"1 of {len(found.points)} points lie in the chip's own memory" in str(found)
+    assert "VMEM" in str(found.plan(1.0))
 
 
 def test_an_interrupt_returns_what_was_compiled(tmp_path: pathlib.Path) -> None:

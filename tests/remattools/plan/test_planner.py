@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
+from remattools.plan.planner import _subject
 
 from ..exactness import assert_exact
 from ..models import MLP, Block, Tower, inputs, loss
@@ -136,6 +137,41 @@ def test_a_time_limit_ends_the_search(folder: pathlib.Path) -> None:
     model, x = _abstract()
     found = rt.plan(loss, model, x, budget=1.0, of="temp", target="cpu", time_limit_s=0.0)
     assert len(found.points) == 1
+    with pytest.raises(rt.BudgetError) as caught:
+        rt.plan(loss, model, x, budget=0.5, of="temp", target="cpu", time_limit_s=0.0)
+    assert "time_limit_s" in caught.value.fix
+    assert "max_compiles" not in caught.value.fix
+
+
+def test_a_cache_that_cannot_be_written_costs_no_plan(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    model, x = _abstract()
+    with pytest.warns(rt.CacheWarning, match="not kept"):
+        found = rt.plan(loss, model, x, budget=1.0, of="temp", target="cpu", max_compiles=2, cache=tmp_path / "file")
+    assert found.points
+
+
+def test_complex_values_are_planned(folder: pathlib.Path) -> None:
+    """JAX refuses to keep them by name; their parts are kept."""
+    model, x = nnx.eval_shape(lambda: Tower(3, 16, block=_Spectral)), jax.ShapeDtypeStruct((128, 16), jnp.float32)
+    found = rt.plan(loss, model, x, budget=0.8, of="temp", target="cpu", cache=folder)
+    assert found.measured.temp_bytes <= found.budget_bytes < found.points[0].bytes
+    assert any(action.save for point in found.points for _, action in point.rules)
+
+
+class _Spectral(nnx.Module):
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        self.mix = nnx.Linear(width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.mix(x)
+        return x + jnp.real(jnp.fft.ifft(jnp.tanh(jnp.fft.fft(y)) * jnp.exp(1j * y)))
+
+
+def test_of_an_argument_with_many_arrays_the_head_says_how_many() -> None:
+    model, x = _abstract()
+    optimizer = {f"moment_{number}": x for number in range(9)}
+    assert _subject(model, (optimizer, x)) == f"Tower, batch dict of 9 arrays, float32{list(x.shape)}"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +187,14 @@ def test_a_time_limit_ends_the_search(folder: pathlib.Path) -> None:
         pytest.param({"budget": "fit"}, rt.BudgetError, "12GiB", id="fit"),
         pytest.param({"budget": 0.5, "of": "both"}, rt.BudgetError, "temp", id="of"),
         pytest.param({"budget": 0.5, "max_compiles": 1}, rt.BudgetError, "8", id="compiles"),
+        pytest.param({"budget": 10**400}, rt.BudgetError, "12GiB", id="no machine's bytes"),
+        pytest.param({"budget": "9" * 400 + "GB"}, rt.BudgetError, "12GiB", id="no machine's GB"),
+        pytest.param({"max_cycles": "3"}, rt.BudgetError, "max_cycles=", id="cycles as text"),
+        pytest.param({"max_cycles": -4.0}, rt.BudgetError, "max_cycles=", id="cycles below zero"),
+        pytest.param({"max_cycles": float("nan")}, rt.BudgetError, "max_cycles=", id="cycles nan"),
+        pytest.param({"max_cycles": True}, rt.BudgetError, "max_cycles=", id="cycles bool"),
+        pytest.param({"budget": 0.5, "time_limit_s": "3"}, rt.BudgetError, "time_limit_s=", id="seconds as text"),
+        pytest.param({"budget": 0.5, "time_limit_s": -1}, rt.BudgetError, "time_limit_s=", id="seconds below zero"),
         pytest.param({"budget": 0.5, "differentiate": False}, rt.MeasureError, "differentiate=True", id="no step"),
     ],
 )

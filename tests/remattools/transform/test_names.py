@@ -216,6 +216,9 @@ OWN_RESULT = {
     "in-a-scan": ("tanh", lambda x: jax.lax.scan(lambda c, row: (c, jnp.tanh(row)), 0.0, x)[1], (".:tanh",)),
     "user-name": ("exp", lambda x: checkpoint_name(jnp.exp(x), "mine"), ("@mine",)),
     "module": ("exp", Applied(), ("activation",)),
+    "complex": ("exp", lambda x: jnp.abs(jnp.exp(1j * x) + x), (".:exp",)),
+    "complex-of-others": ("sin", lambda x: jnp.abs(jnp.sin(x + 1j)), (".:sin[0]",)),
+    "complex-user-name": ("exp", lambda x: jnp.abs(checkpoint_name(jnp.exp(1j * x), "mine") + x), ("@mine",)),
     "module-and-operation": ("exp", Applied(), ("activation", "activation:exp")),
 }
 
@@ -259,6 +262,18 @@ def test_a_kept_result_on_a_mesh(axis_type):
             gradients += [jax.jit(jax.grad(lambda x, call=call: call(x).sum()))(x) for call in (over, model)]
     for gradient in gradients[1:]:
         assert jnp.allclose(gradient, gradients[0], rtol=1e-5)
+
+
+def test_a_result_that_is_a_constant():
+    """The product over nothing is 1, whatever is given."""
+
+    class Product(nnx.Module):
+        def __call__(self, x):
+            return jnp.sin(x) * jnp.prod(x)
+
+    ruled = rt.apply(One(Product()), {"block": rt.Remat(save=("**:*",))})
+    assert jax.jit(jax.grad(ruled))(jnp.zeros(0)).shape == (0,)
+    assert jnp.allclose(jax.grad(ruled)(jnp.ones(3)), jax.grad(One(Product()))(jnp.ones(3)))
 
 
 def test_a_result_that_is_made_with_others_is_kept_as_it_is():
