@@ -77,9 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     compared.add_argument("--csv", type=pathlib.Path, help="write the figures into this file")
     compared.add_argument("--plot", type=pathlib.Path, help="draw time against memory into a PNG or SVG file")
     planned = command("plan", _plan, "find rules that keep a memory budget with the least recomputation")
-    planned.add_argument("--budget", help="12GiB, a fraction of the plain model (0.5), or fit")
+    planned.add_argument("--budget", help="12GiB, bytes, a fraction of the plain model with a point (0.5, 1.0), or fit")
     planned.add_argument("--of", choices=("peak", "temp"), default="peak", help="what the budget is about")
-    planned.add_argument("--max-cycles", type=float, help="find the least memory within this time instead")
+    planned.add_argument(
+        "--max-cycles", type=float, help="find the least memory within this time instead, in cycles of a step; 250e6"
+    )
     planned.add_argument("--max-compiles", type=int, default=8, help="the most programs to compile")
     planned.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no compile after this time")
     planned.add_argument("-o", "--out", type=pathlib.Path, help="write the rules into this file")
