@@ -61,8 +61,8 @@ def plan(
             device's memory less a margin).
         of: What the budget is about: "peak", all that the gradient or the step takes, or "temp", the compiler's
             temporaries.
-        max_cycles: Ask the other way round: the least memory within this time, in cycles of a whole step, and within the
-            budget, if one is given.
+        max_cycles: Ask the other way round: the least memory within this time, in cycles of a whole step, and within
+            the budget, if one is given.
         differentiate: False for a whole step, which takes its gradient itself, of the model that comes first.
         target: As in `measure`.
         max_compiles: The most programs to compile; those that an earlier plan left in the cache do not count.
