@@ -17,7 +17,7 @@ import importlib.metadata
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,11 @@ def measured_policies(subject: subjects.Subject, cache: Cache) -> dict[str, rt.M
     return found
 
 
+def least_temp(policies: Iterable[rt.Measurement]) -> int:
+    """The temporaries of the policy that takes least."""
+    return min(policy.temp_bytes for policy in policies if policy.fits)
+
+
 def rows_of(subject: subjects.Subject, curve: rt.Frontier, cache: Cache, args: argparse.Namespace) -> list[Row]:
     """All policies, each with the plan of its memory and the plan of its time.
 
@@ -122,7 +127,7 @@ def rows_of(subject: subjects.Subject, curve: rt.Frontier, cache: Cache, args: a
 
     policies = measured_policies(subject, cache)
     plain = int(curve.points[0].cycles)
-    least = min(policy.temp_bytes for policy in policies.values() if policy.fits)
+    least = least_temp(policies.values())
 
     def row_of(name: str, found: rt.Frontier) -> Row:
         policy = policies[name]
@@ -204,7 +209,7 @@ def section(subject: subjects.Subject, args: argparse.Namespace, cache: Cache) -
     rows = rows_of(subject, found, cache, args)
     kept = budgets_kept(subject, found, cache)
     plain = int(found.points[0].cycles)
-    least = min(row.policy.temp_bytes for row in rows if row.policy.fits)
+    least = least_temp(row.policy for row in rows)
     words = {(True, True): "yes", (True, False): "cycles only", (False, True): "memory only", (False, False): "**no**"}
     curve = "\n".join(f"| {p.bytes / 1e6:,.1f} | {p.cycles / 1e6:.2f} |" for p in found.best)
     table = "\n".join(

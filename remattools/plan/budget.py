@@ -30,7 +30,7 @@ def bytes_of(measured: Measurement, of: Of) -> int:
     return measured.total_bytes if of == "peak" else measured.temp_bytes
 
 
-def plain_number(budget: Any) -> Any:
+def _plain(budget: Any) -> Any:
     """NumPy's numbers as Python's; everything else as it is."""
     return budget.item() if isinstance(budget, np.number) else budget
 
@@ -41,11 +41,11 @@ def require_positive(name: str, given: Any, unit: str, example: str, *, or_zero:
     Raises:
         BudgetError: If it is none.
     """
-    number = plain_number(given)
+    number = _plain(given)
     if type(number) not in (int, float) or not (0 < number < float("inf") or (or_zero and number == 0)):
         raise BudgetError(
             what=f"{name}={given!r} is no limit.",
-            why=f"it is a number of {unit}, above zero and finite.",
+            why=f"it is a finite number of {unit}, {'not below' if or_zero else 'above'} zero.",
             fix=f"{name}={example}, or leave it out for no limit.",
         )
 
@@ -61,6 +61,7 @@ def require_budget(budget: Any) -> None:
     Raises:
         BudgetError: If it is none.
     """
+    budget, given = _plain(budget), budget
     if isinstance(budget, str):
         if budget == "fit":
             return
@@ -74,7 +75,7 @@ def require_budget(budget: Any) -> None:
     # A float is a share, unless nobody can mean one: 12e9.
     elif type(budget) not in (int, float) or not (is_fraction(budget) or (1 <= budget <= _MOST and _is_bytes(budget))):
         raise BudgetError(
-            what=f"budget={budget!r} is no budget.",
+            what=f"budget={given!r} is no budget.",
             why="it is whole bytes, a text with a unit, a share of the plain model (a float up to 1.0), or 'fit'.",
             fix='budget="12GiB", budget=0.5, or budget="fit".',
         )
@@ -102,6 +103,7 @@ def budget_bytes(budget: Any, *, target: Target, plain_bytes: int) -> int:
         BudgetError: If it is none.
     """
     require_budget(budget)
+    budget = _plain(budget)
     if budget == "fit":
         return int(_MARGIN * _memory(target))
     if isinstance(budget, str):

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import BudgetError
 from ..measure.measurement import format_bytes
 from ..measure.targets import Target
-from .budget import Of, budget_bytes, plain_number, require_budget, require_positive
+from .budget import Of, budget_bytes, require_budget, require_positive
 from .explore import best_point
 from .result import Plan, Point, plot_of, table_of, told_below, unbeaten
 
@@ -64,7 +64,6 @@ class Frontier:
         Raises:
             BudgetError: If the budget cannot be read, or no point keeps it.
         """
-        budget = plain_number(budget)
         check_limits(budget, max_cycles)
         limit = None if budget is None else budget_bytes(budget, target=self.target, plain_bytes=self.plain_bytes)
         best = best_point(self.points, limit, max_cycles)

@@ -20,7 +20,7 @@ from ..measure.targets import Target, find_target
 from ..measure.timeline import timeline
 from ..rules.ruleset import Rules
 from ..transform import apply as application
-from .budget import Of, budget_bytes, plain_number, require_positive
+from .budget import Of, budget_bytes, require_positive
 from .cost import rates_of
 from .explore import Exploration
 from .frontier import Frontier, check_limits
@@ -77,7 +77,6 @@ def plan(
         BudgetError: If the budget cannot be read or reached; with the least that was reached and what holds it there.
         MeasureError: If no block of the model has a backward pass here, or there is nothing to differentiate.
     """
-    budget = plain_number(budget)
     check_limits(budget, max_cycles)
     where = find_target(target)
 

@@ -79,7 +79,7 @@ def named_after(equation: Any, name: str, results: Sequence[Any] | None = None) 
 
 
 def renamed(equation: Any, name: str) -> list[Any]:
-    """A `checkpoint_name` equation with another name."""
+    """What a `checkpoint_name` equation is under another name."""
     (source,), (target,) = equation.invars, equation.outvars
     return _name_equations(source, target, name, equation)
 

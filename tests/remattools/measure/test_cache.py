@@ -61,7 +61,9 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_measurement
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", "null", '{"target": 3}', '{"measurement": {}, "digest": ""}'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[1]", "null", "[" * 100_000, '{"target": 3}', '{"measurement": {}, "digest": ""}']
+)
 def test_a_damaged_entry_is_no_hit(tmp_path, content):
     first = rt.measure(_square, X, cache=tmp_path)
     (entry,) = tmp_path.iterdir()

@@ -92,7 +92,7 @@ def test_notes_of_another_program_are_left_out(folder: pathlib.Path, tmp_path: p
     (tmp_path / note.name).write_text(note.read_text())
     other = _frontier("tower", tmp_path, max_compiles=2)
     assert len(other.points) == 2  # the notes are there, their measurements are not
-    for broken in ("", "[1]", "[\"[[remat.rule]]\\npattern = 'nowhere'\"]"):
+    for broken in ("", "[1]", "[" * 100_000, "[\"[[remat.rule]]\\npattern = 'nowhere'\"]"):
         for path in tmp_path.glob("plan-*.json"):
             path.write_text(broken)
         assert len(_frontier("tower", tmp_path, max_compiles=2).points) == 2
