@@ -27,7 +27,7 @@ from flax import nnx
 from tunix.models.llama3 import model as llama
 
 import remattools as rt
-from remattools.transform.names import NamedValue
+from remattools.transform.naming.names import NamedValue
 
 TOKENS, LAYERS, TARGET = 4096, 4, "tpu:v5e:2x2"
 

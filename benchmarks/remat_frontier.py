@@ -26,7 +26,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import remattools as rt
-from remattools.measure.cache import Cache
+from remattools.compiler.cache import Cache
 
 # Bars: no more rather than fewer cycles is enough this near to the plain model's time.
 NEAR_PLAIN = 1.01

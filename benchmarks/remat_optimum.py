@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import remattools as rt
-from remattools.plan.cost import rates_of
-from remattools.plan.outline import outline
+from remattools.planner.model.op_cost import rates_of
+from remattools.planner.model.outline import outline
 
 TARGET = "tpu:v5e:2x2"
 WITHIN = 1.03

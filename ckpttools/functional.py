@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 from .errors import CheckpointWarning, SpecError, StepDamagedError
-from .managing import CheckpointManager as CheckpointManager
+from .integrations.orbax_manager import CheckpointManager as CheckpointManager
 from .spec.spec import CheckpointSpec
 
 TOLERANCE = 1e-5

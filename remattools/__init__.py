@@ -6,6 +6,19 @@ actions. Start with `apply(model, {"layers.*": "nothing_saveable"})` and
 `explain(model)`.
 """
 
+from .analysis.check import CheckReport as CheckReport
+from .analysis.check import check as check
+from .analysis.compare import Comparison as Comparison
+from .analysis.compare import compare as compare
+from .analysis.compile import measure as measure
+from .analysis.residuals import Residual as Residual
+from .analysis.residuals import ResidualReport as ResidualReport
+from .analysis.residuals import residuals as residuals
+from .analysis.timeline import Timeline as Timeline
+from .analysis.timeline import timeline as timeline
+from .compiler.measurement import Measurement as Measurement
+from .compiler.targets import Target as Target
+from .compiler.targets import find_target as find_target
 from .errors import BudgetError as BudgetError
 from .errors import CacheWarning as CacheWarning
 from .errors import CallError as CallError
@@ -18,23 +31,10 @@ from .errors import RuleFileError as RuleFileError
 from .errors import TargetError as TargetError
 from .errors import UnmatchedRuleError as UnmatchedRuleError
 from .errors import UnmatchedRuleWarning as UnmatchedRuleWarning
-from .measure.check import CheckReport as CheckReport
-from .measure.check import check as check
-from .measure.compare import Comparison as Comparison
-from .measure.compare import compare as compare
-from .measure.compile import measure as measure
-from .measure.measurement import Measurement as Measurement
-from .measure.residuals import Residual as Residual
-from .measure.residuals import ResidualReport as ResidualReport
-from .measure.residuals import residuals as residuals
-from .measure.targets import Target as Target
-from .measure.targets import find_target as find_target
-from .measure.timeline import Timeline as Timeline
-from .measure.timeline import timeline as timeline
-from .plan.frontier import Frontier as Frontier
-from .plan.planner import frontier as frontier
-from .plan.planner import plan as plan
-from .plan.result import Plan as Plan
+from .planner.frontier import Frontier as Frontier
+from .planner.plan import frontier as frontier
+from .planner.plan import plan as plan
+from .planner.result import Plan as Plan
 from .rules import policies as policies
 from .rules.rule import Remat as Remat
 from .rules.ruleset import Rules as Rules

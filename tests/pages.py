@@ -20,9 +20,9 @@ import warnings
 from collections.abc import Iterator
 
 import ckpttools
-import ckpttools.cli
+import ckpttools.cli.commands
 import remattools
-import remattools.cli
+import remattools.cli.commands
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -133,7 +133,7 @@ def _run_commands(text: str, place: str) -> None:
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, shown = part.partition("\n")
         program, *arguments = shlex.split(command, comments=True)
-        main = {"ckpttools": ckpttools.cli.main, "remattools": remattools.cli.main}[program]
+        main = {"ckpttools": ckpttools.cli.commands.main, "remattools": remattools.cli.commands.main}[program]
         stream = io.StringIO()
         with contextlib.redirect_stdout(stream):
             main(arguments)
@@ -164,7 +164,10 @@ def _check_command(words: list[str], place: str) -> None:
         case ["pip", "install", "-e", "."]:
             pass
         case [("ckpttools" | "remattools") as program, *arguments]:
-            build = {"ckpttools": ckpttools.cli.build_parser, "remattools": remattools.cli.build_parser}[program]
+            build = {
+                "ckpttools": ckpttools.cli.commands.build_parser,
+                "remattools": remattools.cli.commands.build_parser,
+            }[program]
             try:
                 build().parse_args(arguments)
             except (SystemExit, argparse.ArgumentError) as error:

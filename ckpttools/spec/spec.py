@@ -17,9 +17,9 @@ from ..errors import SpecError
 from . import toml
 from .mirror import Mirror, as_mirror
 from .retention import Best, Latest, Retention
+from .state_version import StateVersion, as_state_version
 from .storage import Integrity, Storage
 from .triggers import EverySteps, OnImprovement, Trigger
-from .versions import StateVersion, as_state_version
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

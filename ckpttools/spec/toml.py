@@ -26,8 +26,8 @@ from typing import Any
 from ..errors import SpecError, SpecFileError, did_you_mean
 from . import documents, retention, surgery_toml, triggers
 from .mirror import Mirror
+from .state_version import Migration, StateVersion
 from .storage import Integrity, Storage
-from .versions import Migration, StateVersion
 
 TRIGGERS: dict[str, type[Any]] = {
     "every_steps": triggers.EverySteps,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, CorruptStepError, IncompleteStepError, StorageError
-from ..state.leaves import Record, Slice, dotted
+from ..tree.leaves import Record, Slice, dotted
 from . import digest, orbax
 from .catalogue import Entry
 from .manifest import refuse_links

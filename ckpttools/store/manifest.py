@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CorruptStepError, IncompleteStepError, StepDamagedError, UntrustedStepError, VersionError
-from ..state.leaves import Path, Record
-from ..state.match import below
+from ..tree.leaves import Path, Record
+from ..tree.match import below
 from . import digest, layout
 
 FORMAT = 1

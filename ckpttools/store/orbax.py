@@ -31,7 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.multihost import multihost
 
 from ..errors import StorageError
-from ..state.leaves import Path, Record, host_shape, key_dtype
+from ..tree.leaves import Path, Record, host_shape, key_dtype
 
 _PACKAGE = str(pathlib.Path(str(v0.__file__)).parent)
 

@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import RuleError
+from ..rules.fold_paths import masked, slice_text, stem
 from ..rules.paths import Path, format_path
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
 from . import apply as application
-from . import tracing
+from . import region_view
 from .derive import base_class
-from .folding import masked, slice_text, stem
 from .modules import ModuleEntry, modules_of
-from .names import NamedValue
+from .naming.names import NamedValue
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,7 @@ def _row(entry: ModuleEntry, *, action: Remat | None, rule: str = "", shadowed: 
 def _with_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list[ExplanationRow]:
     """Count equal regions, and warn of regions inside regions."""
     regions = {i: entry for i, entry in enumerate(entries) if rows[i].action is not None}
-    keys = {i: tracing.structure_key(entry.module, rows[i].action) for i, entry in regions.items()}
+    keys = {i: region_view.structure_key(entry.module, rows[i].action) for i, entry in regions.items()}
     counts: dict[Any, int] = {}
     for key in keys.values():
         if key is not None:
@@ -210,9 +210,9 @@ def _with_contents(
             why="names belong to traced values, and a trace needs the shapes of the inputs.",
             fix="explain(model, rules, names=True, args=(jax.ShapeDtypeStruct((batch, seq), jnp.int32),)).",
         )
-    program = tracing.trace(lambda module, *inputs: module(*inputs), (model, *args))
+    program = region_view.trace(lambda module, *inputs: module(*inputs), (model, *args))
     regions = [i for i, row in enumerate(rows) if row.action is not None]
-    views = tracing.regions_of(program, [entries[i].path for i in regions])
+    views = region_view.regions_of(program, [entries[i].path for i in regions])
     rows = list(rows)
     for i, view in zip(regions, views, strict=True):
         values = view.values if names else ()
@@ -221,7 +221,7 @@ def _with_contents(
     return _without_activations(rows, dict(zip(regions, views, strict=True)))
 
 
-def _stacked(action: Remat | None, view: tracing.RegionView) -> tuple[str, ...]:
+def _stacked(action: Remat | None, view: region_view.RegionView) -> tuple[str, ...]:
     """`every_n` over stacked layers: it counts along a list further out, never along the scan."""
     if action is None or action.every_n == 1 or not view.stacked:
         return ()
@@ -231,7 +231,7 @@ def _stacked(action: Remat | None, view: tracing.RegionView) -> tuple[str, ...]:
     )
 
 
-def _without_activations(rows: list[ExplanationRow], views: dict[int, tracing.RegionView]) -> list[ExplanationRow]:
+def _without_activations(rows: list[ExplanationRow], views: dict[int, region_view.RegionView]) -> list[ExplanationRow]:
     """Warn of rules whose every module computes nothing that could be freed, or is not called at all."""
     useful = {rows[i].rule for i, view in views.items() if view.activations}
     rows = list(rows)

@@ -21,10 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import RuleError
+from ..jaxpr import jaxprs
 from ..rules.paths import Path, format_path
 from ..rules.rule import Remat
-from . import capture as cap
-from . import effects, names, programs, region, scopes
+from . import region
+from .capture import effects
+from .capture import walk as cap
+from .naming import names, scopes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +93,13 @@ def call(target: Callable[..., Any], groups: Sequence[Group], module: Any, args:
 
 
 def _run(program: Any, groups: Sequence[Group], leaves: list[Any]) -> list[Any]:
-    results: list[Any] = programs.run_stretches(program, leaves, _stretches(program, groups))
+    results: list[Any] = jaxprs.run_stretches(program, leaves, _stretches(program, groups))
     return results
 
 
 def _stretches(program: Any, groups: Sequence[Group]) -> list[tuple[range, Callable[[Any], Any]]]:
     """All equations in order, cut into regions and what lies outside of them."""
-    equations = programs.open_program(program).eqns
+    equations = jaxprs.open_program(program).eqns
     labels = [_label(equation, groups) for equation in equations]
     first: dict[tuple[int, int], int] = {}
     last: dict[tuple[int, int], int] = {}
@@ -129,14 +132,14 @@ def _label(equation: Any, groups: Sequence[Group]) -> tuple[int, int] | None:
             chunk = None if path is None else group.chunk_of(path)
             if chunk is not None:
                 return number, chunk
-        elif programs.scan_of(equation) is not None and _mentions(equation, group.sequence):
+        elif jaxprs.scan_of(equation) is not None and _mentions(equation, group.sequence):
             return number, id(equation)
     return None
 
 
 def _mentions(equation: Any, sequence: Path) -> bool:
     """Whether a scan's body runs operations of the stacked module at `sequence`."""
-    scan = programs.scan_of(equation)
+    scan = jaxprs.scan_of(equation)
     if scan is None:
         return False
     values = names.named_values(scan.body)
@@ -164,7 +167,7 @@ def _begun(mark: str) -> contextlib.AbstractContextManager[Any]:
 
 def _run_under(mark: str, program: Any, leaves: Sequence[Any]) -> list[Any]:
     with _begun(mark):
-        return programs.run(program, list(leaves))
+        return jaxprs.run(program, list(leaves))
 
 
 def _as_region(group: Group, piece: Any) -> Callable[..., Any]:
@@ -196,41 +199,41 @@ def _relative(group: Group, piece: Any, *, deeper: bool = False) -> Iterator[nam
 
 def _grouped_scan(group: Group, piece: Any) -> Callable[..., Any]:
     """The piece, which is one scan, as a scan over checkpointed scans."""
-    (equation,) = programs.open_program(piece).eqns
-    scan = programs.scan_of(equation)
+    (equation,) = jaxprs.open_program(piece).eqns
+    scan = jaxprs.scan_of(equation)
     assert scan is not None  # labelled as one
     size = group.size(scan.length)
     body = _checkpointed_body(group, scan)
 
     def run(*leaves: Any) -> list[Any]:
         # The piece's arguments are the scan's operands, but each variable once and no literals.
-        known = dict(zip(programs.open_program(piece).invars, leaves, strict=True))
-        operands = [programs.value_of(atom, known) for atom in equation.invars]
+        known = dict(zip(jaxprs.open_program(piece).invars, leaves, strict=True))
+        operands = [jaxprs.value_of(atom, known) for atom in equation.invars]
         consts, rest = operands[: scan.consts], operands[scan.consts :]
         carry, xs = rest[: scan.carry], rest[scan.carry :]
         policy = names.lowered_policy(group.action)
         carry, ys = _nested_scan(functools.partial(body, consts), carry, xs, scan, size, policy)
         produced = dict(zip(equation.outvars, [*carry, *ys], strict=True))
-        return [produced[var] for var in programs.open_program(piece).outvars]
+        return [produced[var] for var in jaxprs.open_program(piece).outvars]
 
     return run
 
 
-def _checkpointed_body(group: Group, scan: programs.Scan) -> Callable[..., Any]:
+def _checkpointed_body(group: Group, scan: jaxprs.Scan) -> Callable[..., Any]:
     marks = {}
     if names.needed(group.action):
         marks = names.select(functools.partial(_relative, group, scan.body), group.action)
     marked = names.marked(scan.body, marks)
 
     def body(consts: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        out = programs.run(marked, [*consts, *carry, *x])
+        out = jaxprs.run(marked, [*consts, *carry, *x])
         return list(out[: scan.carry]), list(out[scan.carry :])
 
     return body
 
 
 def _nested_scan(
-    body: Any, carry: list[Any], xs: list[Any], scan: programs.Scan, size: int, policy: Any
+    body: Any, carry: list[Any], xs: list[Any], scan: jaxprs.Scan, size: int, policy: Any
 ) -> tuple[Any, Any]:
     """`scan` in regions of `size` turns; a remainder comes last in running order."""
     whole = scan.length // size
@@ -256,6 +259,6 @@ def _nested_scan(
     return carry, ys
 
 
-def _tail(body: Any, scan: programs.Scan, length: int, carry: Any, part: Any) -> Any:
+def _tail(body: Any, scan: jaxprs.Scan, length: int, carry: Any, part: Any) -> Any:
     with _begun(scopes.REGION):
         return jax.lax.scan(body, carry, part, length=length, reverse=scan.reverse, unroll=scan.unroll)

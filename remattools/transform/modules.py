@@ -12,7 +12,7 @@ from typing import Any
 from flax import nnx
 
 from ..rules.paths import Path
-from . import capture
+from .capture import walk
 from .derive import base_class
 
 # A module shared by very many parents is known by its first paths only.
@@ -61,7 +61,7 @@ def _visit(value: Any, path: Path, above: tuple[int, ...], entries: dict[int, Mo
     if isinstance(value, nnx.Pytree):
         if isinstance(value, nnx.Module) and not _add(value, path, entries):
             return
-        children: Any = capture.node_content(value).items()
+        children: Any = walk.node_content(value).items()
     elif isinstance(value, dict):
         children = value.items()
     else:

@@ -29,8 +29,9 @@ from .. import compat
 from ..rules.paths import Path, parse_path
 from ..rules.policy import Policy
 from ..rules.rule import Remat
-from . import capture as cap
-from . import effects, names, scopes
+from .capture import effects
+from .capture import walk as cap
+from .naming import names, scopes
 
 # A target is how a region finds the code to run: `target(*args, **kwargs)`, where the first of `args` may be the
 # rebuilt module. It must be hashable and compare by value.

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from ckpttools.state import tree
+from ckpttools.tree import flatten
 
 
 class Net(nnx.Module):
@@ -79,7 +79,7 @@ def leaves(state: dict) -> dict[str, object]:
     """Every leaf by name, arrays as (dtype, shape, bytes), so that equality is equality of bits."""
     found = {}
     for item, value in state.items():
-        for leaf in tree.flatten(value).leaves:
+        for leaf in flatten.flatten(value).leaves:
             found[".".join([item, *map(str, leaf.path)])] = _bits(leaf.value)
     return found
 

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import ckpttools as ct
+from ckpttools.mirror.remote import RemoteStore
 from ckpttools.store import catalogue
-from ckpttools.store.remote import RemoteStore
 
 TOTAL = 45
 KEEP = ct.Latest(2) | ct.EveryNSteps(15)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import ckpttools as ct
-from ckpttools.advice import MetricWatch, StallMeter, sparse_retention
+from ckpttools.session.advice import MetricWatch, StallMeter, sparse_retention
 from tests.ckpttools.test_recovery import STATE, flip_bit, largest_file
 
 
@@ -29,8 +29,8 @@ def test_no_advice_without_a_reason():
 
 
 def test_the_session_warns(tmp_path, monkeypatch):
-    monkeypatch.setattr("ckpttools.advice._SHORTEST_S", 0.0)
-    monkeypatch.setattr("ckpttools.advice.TOO_MUCH", 0.0)
+    monkeypatch.setattr("ckpttools.session.advice._SHORTEST_S", 0.0)
+    monkeypatch.setattr("ckpttools.session.advice.TOO_MUCH", 0.0)
     spec = ct.CheckpointSpec(directory=tmp_path, save=ct.EverySteps(1), storage=ct.Storage(asynchronous=False))
     with ct.open(spec) as ckpt:
         for step in range(1, 4):

@@ -13,7 +13,7 @@ import pytest
 from orbax.checkpoint import v1
 
 import ckpttools as ct
-from ckpttools import cli, tables
+from ckpttools.cli import commands, output
 from ckpttools.store import layout
 
 
@@ -55,7 +55,7 @@ def damage(run, step):
 
 
 def call(capsys, *argv):
-    code = cli.main([str(each) for each in argv])
+    code = commands.main([str(each) for each in argv])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -67,7 +67,7 @@ def as_json(capsys, *argv):
 
 def test_ls_shows_steps_metrics_sizes_and_branches(run, capsys):
     code, out, _ = call(capsys, "ls", run)
-    assert code == cli.OK
+    assert code == commands.OK
     lines = out.splitlines()
     assert lines[0].split() == ["step", "state", "saved", "size", "val_loss", "branch", "reason"]
     assert [line.split()[0] for line in lines[1:]] == ["10", "20", "30"]
@@ -89,17 +89,17 @@ def test_a_table_is_not_folded_where_there_is_no_terminal(run, capsys, monkeypat
 
 
 def test_ls_can_verify(run, capsys):
-    assert as_json(capsys, "ls", run, "--verify")[0] == cli.OK
+    assert as_json(capsys, "ls", run, "--verify")[0] == commands.OK
     damage(run, 20)
     code, rows = as_json(capsys, "ls", run, "--verify")
-    assert code == cli.NO
+    assert code == commands.NO
     assert [row["state"] for row in rows] == ["committed, intact", "committed, corrupt", "committed, intact"]
     assert [row["state"] for row in as_json(capsys, "ls", run)[1]] == ["committed"] * 3, "without it no byte is read"
 
 
 def test_show_lists_every_leaf(run, capsys):
     code, out, _ = call(capsys, "show", run)
-    assert code == cli.OK
+    assert code == commands.OK
     assert out.startswith("step 30: committed; asked for; val_loss=nan")
     assert "model.large  float32[4096]  16.0 KiB" in out
     assert "model.half   bfloat16[2,3]      12 B" in out
@@ -112,27 +112,27 @@ def test_show_lists_every_leaf(run, capsys):
 
 def test_show_of_a_step_that_is_not_there_or_damaged(run, capsys):
     code, out, err = call(capsys, "show", run / "99")
-    assert (code, out) == (cli.CANNOT, "")
+    assert (code, out) == (commands.CANNOT, "")
     assert "has no step 99" in err
     assert "there are 10, 20, 30" in err
     (run / "20" / layout.MANIFEST).write_text("{}")
     code, _, err = call(capsys, "show", run / "20")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "damaged" in err
     assert call(capsys, "show", run)[1].startswith("step 30"), "the newest that can be read"
 
 
 def test_verify_names_the_damage(run, capsys):
-    assert call(capsys, "verify", run)[:2] == (cli.OK, "step 10: intact\nstep 20: intact\nstep 30: intact\n")
+    assert call(capsys, "verify", run)[:2] == (commands.OK, "step 10: intact\nstep 20: intact\nstep 30: intact\n")
     damage(run, 20)
     code, out, _ = call(capsys, "verify", run)
-    assert code == cli.NO
+    assert code == commands.NO
     assert "step 20: corrupt, 1 leaf differs from what was saved.\n" in out
     assert "damaged leaf: model.large" in out
-    assert call(capsys, "verify", run / "10")[0] == cli.OK
+    assert call(capsys, "verify", run / "10")[0] == commands.OK
     assert as_json(capsys, "verify", run)[1]["ok"] is False
     code, _, err = call(capsys, "verify", run / "99")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "there is no step 99" in err
 
 
@@ -163,15 +163,15 @@ def test_diff_export_and_import_tell_how_far_they_are(run, tmp_path):
 
 def test_diff_names_what_changed_and_says_so_by_its_exit_code(run, capsys):
     code, out, _ = call(capsys, "diff", run / "10", "20")
-    assert code == cli.NO
+    assert code == commands.NO
     assert "model.large" in out
     assert "model.half" not in out
     code, found = as_json(capsys, "diff", run / "10", run / "20")
-    assert (code, found["same"]) == (cli.NO, False)
+    assert (code, found["same"]) == (commands.NO, False)
     assert {leaf["name"]: leaf["max_abs"] for leaf in found["changed"]}["model.large"] == 10.0
-    assert as_json(capsys, "diff", run / "20", run / "20") == (cli.OK, {**found, **same_of(run / "20")})
+    assert as_json(capsys, "diff", run / "20", run / "20") == (commands.OK, {**found, **same_of(run / "20")})
     code, _, err = call(capsys, "diff", run / "10", "77")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "77" in err
 
 
@@ -183,7 +183,7 @@ def same_of(step):
 
 def test_prune_says_what_it_would_delete_then_does(run, capsys, tmp_path):
     code, out, _ = call(capsys, "prune", run, "--latest", 2, "--dry-run")
-    assert code == cli.OK
+    assert code == commands.OK
     assert "10  would be deleted" in out
     assert (run / "10").exists()
     assert as_json(capsys, "prune", run, "--best", "val_loss:max", "--dry-run")[1]["steps"][0]["keep"] is True
@@ -195,22 +195,22 @@ def test_prune_says_what_it_would_delete_then_does(run, capsys, tmp_path):
 
 def test_prune_without_a_retention_or_with_a_wrong_one(run, capsys):
     code, _, err = call(capsys, "prune", run)
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "nothing says which steps to keep" in err
     code, _, err = call(capsys, "prune", run, "--best", "val_loss")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "has no direction" in err
 
 
 @pytest.mark.filterwarnings("ignore:.*damaged step.*were passed over")
 def test_prune_empties_quarantine_when_asked(run, capsys):
     quarantine = layout.control(run, "quarantine")
-    assert call(capsys, "prune", run, "--quarantine")[:2] == (cli.OK, "nothing to delete in quarantine\n")
+    assert call(capsys, "prune", run, "--quarantine")[:2] == (commands.OK, "nothing to delete in quarantine\n")
     damage(run, 30)
     with ct.open(spec_for(run)) as ckpt:
         assert ckpt.restore(state_at(0)).step == 20
     code, out, _ = call(capsys, "prune", run, "--quarantine")
-    assert (code, out) == (cli.OK, "nothing to delete in quarantine\n"), "the run's branch hangs on it"
+    assert (code, out) == (commands.OK, "nothing to delete in quarantine\n"), "the run's branch hangs on it"
     assert (quarantine / "30").is_dir()
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(state_at(0))
@@ -219,10 +219,10 @@ def test_prune_empties_quarantine_when_asked(run, capsys):
     assert plan["quarantine"] == ["30"]
     assert [(step["step"], step["keep"]) for step in plan["steps"]] == [(10, False), (20, True), (40, True)]
     assert call(capsys, "prune", run, "--quarantine", "--dry-run")[1] == "quarantined 30 would be deleted\n"
-    assert call(capsys, "prune", run, "--latest", 3)[0] == cli.OK
+    assert call(capsys, "prune", run, "--latest", 3)[0] == commands.OK
     assert (quarantine / "30").is_dir(), "the control: without the flag it stays"
     code = call(capsys, "prune", run, "--quarantine", "--best", "val_loss")[0]
-    assert (code, (quarantine / "30").is_dir()) == (cli.CANNOT, True), "nothing is done by halves"
+    assert (code, (quarantine / "30").is_dir()) == (commands.CANNOT, True), "nothing is done by halves"
     code, out, _ = call(capsys, "prune", run, "--quarantine", "--latest", 2)
     assert "10  deleted" in out
     assert out.endswith("quarantined 30 deleted\n")
@@ -231,50 +231,53 @@ def test_prune_empties_quarantine_when_asked(run, capsys):
 
 
 def test_pin_protects_and_unpin_gives_back(run, capsys):
-    assert call(capsys, "pin", run, 10)[:2] == (cli.OK, "pinned 10\n")
+    assert call(capsys, "pin", run, 10)[:2] == (commands.OK, "pinned 10\n")
     assert "pinned" in call(capsys, "ls", run)[1]
     assert "would be deleted" not in call(capsys, "prune", run, "--latest", 2, "--dry-run")[1]
-    assert call(capsys, "unpin", run, 10)[:2] == (cli.OK, "unpinned 10\n")
+    assert call(capsys, "unpin", run, 10)[:2] == (commands.OK, "unpinned 10\n")
     assert "would be deleted" in call(capsys, "prune", run, "--latest", 2, "--dry-run")[1]
     code, _, err = call(capsys, "pin", run, 99)
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "no committed step 99" in err
 
 
 def test_repair_puts_back_what_has_a_second_copy(run, capsys):
-    assert call(capsys, "repair", run)[:2] == (cli.OK, "nothing to repair\n")
+    assert call(capsys, "repair", run)[:2] == (commands.OK, "nothing to repair\n")
     (run / "30" / layout.MANIFEST).write_text("{}")
     assert "dry run" in call(capsys, "repair", run, "--dry-run")[1]
     assert as_json(capsys, "repair", run)[1]["repairs"][0]["possible"] is True
-    assert call(capsys, "verify", run)[0] == cli.OK
+    assert call(capsys, "verify", run)[0] == commands.OK
     for path in (run / ".ckpttools" / "spare" / "3").rglob("*"):
         path.unlink() if path.is_file() and path.name != layout.MANIFEST else None
     damage(run, 30)
-    assert call(capsys, "repair", run)[0] == cli.NO
+    assert call(capsys, "repair", run)[0] == commands.NO
 
 
 def test_an_empty_and_a_missing_folder(tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    assert call(capsys, "ls", tmp_path / "run")[:2] == (cli.OK, "there are no steps\n")
-    assert call(capsys, "verify", tmp_path / "run")[:2] == (cli.OK, "there are no steps\n")
-    assert call(capsys, "prune", tmp_path / "run", "--latest", 2, "--dry-run")[:2] == (cli.OK, "there are no steps\n")
+    assert call(capsys, "ls", tmp_path / "run")[:2] == (commands.OK, "there are no steps\n")
+    assert call(capsys, "verify", tmp_path / "run")[:2] == (commands.OK, "there are no steps\n")
+    assert call(capsys, "prune", tmp_path / "run", "--latest", 2, "--dry-run")[:2] == (
+        commands.OK,
+        "there are no steps\n",
+    )
     code, _, err = call(capsys, "show", tmp_path / "run")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "no step that can be read" in err
     assert not list((tmp_path / "run").iterdir()), "a look leaves nothing behind"
     for command in ("ls", "show", "verify", "repair"):
         code, _, err = call(capsys, command, tmp_path / "nothing")
-        assert code == cli.CANNOT
+        assert code == commands.CANNOT
         assert "is no folder" in err
 
 
 def test_a_run_of_plain_orbax(foreign, capsys):
     assert "unverified" in call(capsys, "ls", foreign)[1]
     code, out, _ = call(capsys, "show", foreign)
-    assert code == cli.OK
+    assert code == commands.OK
     assert "model.a  bfloat16[2,3]   12 B" in out
     assert "(not read)" in out
-    assert call(capsys, "verify", foreign)[:1] == (cli.OK,)
+    assert call(capsys, "verify", foreign)[:1] == (commands.OK,)
     assert call(capsys, "adopt", foreign, "--dry-run")[1] == "would take over 3\n"
     assert call(capsys, "adopt", foreign)[1] == "took over 3\n"
     assert "committed" in call(capsys, "ls", foreign)[1]
@@ -285,7 +288,7 @@ def test_metadata_of_plain_orbax_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("[")
     code, _, err = call(capsys, "show", tmp_path)
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "the metadata of step 3 cannot be read" in err
 
 
@@ -294,12 +297,12 @@ def test_a_live_run_can_be_looked_at_and_not_changed(run, capsys):
         ckpt.restore(state_at(0))
         ckpt.steps(99)
         for argv in (["ls"], ["show"], ["verify"], ["prune", "--latest", "1", "--dry-run"], ["repair", "--dry-run"]):
-            assert call(capsys, argv[0], run, *argv[1:])[0] == cli.OK, argv
+            assert call(capsys, argv[0], run, *argv[1:])[0] == commands.OK, argv
         for argv in (["prune", "--latest", "1"], ["repair"]):
             code, _, err = call(capsys, argv[0], run, *argv[1:])
-            assert code == cli.CANNOT
+            assert code == commands.CANNOT
             assert "is being written by process" in err
-        assert call(capsys, "pin", run, 10)[0] == cli.OK
+        assert call(capsys, "pin", run, 10)[0] == commands.OK
         ckpt.save(40, state_at(40))
     assert "pinned" in call(capsys, "ls", run)[1]
 
@@ -321,9 +324,9 @@ def test_a_step_that_vanishes_under_a_look_is_not_called_damaged(run, monkeypatc
 
 
 def test_control_codes_of_a_hostile_run_do_not_reach_the_terminal(capsys):
-    tables.print_table(["a"], [["\x1b[2J[bold]x[/bold]"]])
-    tables.print_text("\x1b[31mred")
-    tables.print_error("\x07bell")
+    output.print_table(["a"], [["\x1b[2J[bold]x[/bold]"]])
+    output.print_text("\x1b[31mred")
+    output.print_error("\x07bell")
     captured = capsys.readouterr()
     assert captured.out == "a\n?[2J[bold]x[/bold]\n?[31mred\n".replace("a\n", captured.out.splitlines()[0] + "\n")
     assert captured.err == "ckpttools: ?bell\n"
@@ -333,7 +336,7 @@ def test_the_installed_command_and_a_reader_who_leaves_early(run):
     command = f"{pathlib.Path(sys.executable).parent / 'ckpttools'} show {run} | head -1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert result.stdout.startswith("step 30: committed")
-    assert result.returncode == cli.OK
+    assert result.returncode == commands.OK
     assert result.stderr == ""
 
 
@@ -341,10 +344,10 @@ def test_the_module_is_the_command(run, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ckpttools", "verify", str(run)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("ckpttools", run_name="__main__")
-    assert ended.value.code == cli.OK
+    assert ended.value.code == commands.OK
     with pytest.raises(SystemExit) as ended:
-        cli.main(["nonsense"])
-    assert ended.value.code == cli.CANNOT
+        commands.main(["nonsense"])
+    assert ended.value.code == commands.CANNOT
     assert "invalid choice" in capsys.readouterr().err
 
 
@@ -355,38 +358,38 @@ def test_an_interrupt_and_a_disk_that_does_not_answer_have_exit_codes(run, capsy
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "ls", refuse)
+    monkeypatch.setattr(commands, "ls", refuse)
     assert call(capsys, "ls", run)[::2] == (
-        cli.CANNOT,
+        commands.CANNOT,
         "ckpttools: the disk cannot be read or written: Permission denied.\n",
     )
-    monkeypatch.setattr(cli, "ls", interrupt)
-    assert call(capsys, "ls", run)[0] == cli.INTERRUPTED
+    monkeypatch.setattr(commands, "ls", interrupt)
+    assert call(capsys, "ls", run)[0] == commands.INTERRUPTED
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 40, "3.0 TiB")])
 def test_sizes_read_well(count, text):
-    assert tables.readable_bytes(count) == text
+    assert output.readable_bytes(count) == text
 
 
 def test_weights_go_out_and_come_in(run, tmp_path, capsys):
     file = tmp_path / "m.safetensors"
     code, out, _ = call(capsys, "export", run / "20", file, "--name", "large=wte", "--meta", "who=me")
-    assert (code, out) == (cli.OK, f"2 tensors in {file}\n")
+    assert (code, out) == (commands.OK, f"2 tensors in {file}\n")
     code, out, _ = call(capsys, "import", tmp_path / "new", file, "--name", "large=wte", "--step", 5)
-    assert (code, out) == (cli.OK, f"2 leaves in step 5 of {tmp_path / 'new'}\n")
+    assert (code, out) == (commands.OK, f"2 leaves in step 5 of {tmp_path / 'new'}\n")
     with ct.open(spec_for(tmp_path / "new")) as ckpt:
         model = ckpt.restore({"model": {"large": jnp.zeros(4096), "half": jnp.zeros((2, 3), jnp.bfloat16)}}).state
     assert model["model"]["large"].tolist() == state_at(20)["model"]["large"].tolist()
     assert as_json(capsys, "export", run, file, "--item", "data")[1]["tensors"] == []
     code, _, err = call(capsys, "import", run, file)
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "holds steps" in err
     code, _, err = call(capsys, "export", run, file, "--name", "large")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "has no '='" in err
     code, _, err = call(capsys, "import", tmp_path / "other", run / "30" / layout.MANIFEST)
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "no whole safetensors file" in err
 
 
@@ -395,7 +398,7 @@ def test_the_mirror_of_a_foreign_run_says_what_it_leaves_out(tmp_path, capsys):
         v1.save_checkpointables(tmp_path / "run" / "5", {"m": {"w": jnp.ones(2)}})
     url = f"file://{tmp_path}/copy"
     code, out, _ = call(capsys, "mirror", tmp_path / "run", url)
-    assert code == cli.OK
+    assert code == commands.OK
     assert "not copied, since plain Orbax wrote them without digests: 5; adopt takes them over" in out
     assert as_json(capsys, "mirror", tmp_path / "run", url)[1]["unverified"] == [5]
     call(capsys, "adopt", tmp_path / "run")
@@ -407,40 +410,40 @@ def test_the_mirror_of_a_foreign_run_says_what_it_leaves_out(tmp_path, capsys):
 def test_a_mirror_by_hand(run, tmp_path, capsys):
     url = f"file://{tmp_path / 'nas'}"
     code, out, _ = call(capsys, "mirror", run, url, "--dry-run")
-    assert code == cli.OK
+    assert code == commands.OK
     assert "would be copied" in out
     assert not (tmp_path / "nas").exists()
     assert call(capsys, "mirror", run, url, "--option", "auto_mkdir=true")[1].count("copied") == 3
     code, report = as_json(capsys, "mirror", run, url, "--check")
-    assert code == cli.OK
+    assert code == commands.OK
     assert [(step["here"], step["there"], step["done"]) for step in report["steps"]] == [(True, "complete", "")] * 3
     (copy,) = (tmp_path / "nas").glob("20-*")
     damage(tmp_path / "nas", copy.name)
     code, out, _ = call(capsys, "mirror", run, url, "--check", "--dry-run")
-    assert code == cli.NO
+    assert code == commands.NO
     assert "would be mended" in out
     assert "mended" in call(capsys, "mirror", run, url, "--check")[1]
     damage(run, 30)
-    assert call(capsys, "mirror", run, url, "--fetch", "30")[:2] == (cli.OK, "fetched step 30\n")
-    assert call(capsys, "verify", run)[0] == cli.OK
+    assert call(capsys, "mirror", run, url, "--fetch", "30")[:2] == (commands.OK, "fetched step 30\n")
+    assert call(capsys, "verify", run)[0] == commands.OK
     (tmp_path / "empty").mkdir()
     assert call(capsys, "mirror", tmp_path / "empty", url, "--fetch")[1] == "fetched step 30\n"
     damage(tmp_path / "nas", copy.name)
     code, out, _ = call(capsys, "mirror", tmp_path / "empty", url, "--check")
-    assert code == cli.NO
+    assert code == commands.NO
     assert "there is no copy here to mend it" in out
 
 
 def test_a_mirror_takes_its_address_and_retention_from_a_spec(run, tmp_path, capsys):
     spec = ct.CheckpointSpec(directory=run, mirror=ct.Mirror(f"file://{tmp_path / 'nas'}", keep=ct.Latest(2)))
     (tmp_path / "train.toml").write_text(spec.to_toml())
-    assert call(capsys, "mirror", run, "--spec", tmp_path / "train.toml")[0] == cli.OK
+    assert call(capsys, "mirror", run, "--spec", tmp_path / "train.toml")[0] == commands.OK
     assert sorted(path.name.partition("-")[0] for path in (tmp_path / "nas").iterdir()) == ["20", "30"]
     call(capsys, "mirror", run, spec.mirror.url)
     out = call(capsys, "mirror", run, "--spec", tmp_path / "train.toml")[1]
     assert "deleted" in out
     code, _, err = call(capsys, "mirror", run)
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "nothing says where the mirror is" in err
 
 
@@ -448,18 +451,18 @@ def test_a_mirror_by_hand_that_cannot_be(run, tmp_path, capsys):
     url = f"file://{tmp_path / 'nas'}"
     damage(run, 20)
     code, out, _ = call(capsys, "mirror", run, url)
-    assert code == cli.NO
+    assert code == commands.NO
     assert "not copied: " in out
     code, _, err = call(capsys, "mirror", run, url, "--fetch", "99")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "has no step 99" in err
-    assert call(capsys, "mirror", run, "nonsense://x")[0] == cli.CANNOT
+    assert call(capsys, "mirror", run, "nonsense://x")[0] == commands.CANNOT
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(state_at(0))
         ckpt.steps(99)
-        assert call(capsys, "mirror", run, url, "--dry-run")[0] == cli.OK
+        assert call(capsys, "mirror", run, url, "--dry-run")[0] == commands.OK
         code, _, err = call(capsys, "mirror", run, url)
-        assert code == cli.CANNOT
+        assert code == commands.CANNOT
         assert "is being written by process" in err
     (tmp_path / "other").mkdir()
     with ct.open(spec_for(tmp_path / "other")) as ckpt:
@@ -470,7 +473,7 @@ def test_a_mirror_by_hand_that_cannot_be(run, tmp_path, capsys):
 def test_an_import_of_names_that_clash(tmp_path, capsys):
     ct.export_safetensors({"a.b": jnp.ones(1), "a": jnp.ones(2)}, tmp_path / "m")
     code, _, err = call(capsys, "import", tmp_path / "run", tmp_path / "m")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "others below that name" in err
 
 
@@ -505,7 +508,7 @@ def test_an_import_with_keys_and_values(tmp_path):
 )
 def test_a_step_given_where_a_run_is_meant_is_not_called_empty(run, capsys, argv):
     code, out, err = call(capsys, argv[0], run / "20", *argv[1:])
-    assert (code, out) == (cli.CANNOT, "")
+    assert (code, out) == (commands.CANNOT, "")
     assert "is one step of a run" in err
     assert f"ckpttools ... {run}" in err
 
@@ -513,7 +516,7 @@ def test_a_step_given_where_a_run_is_meant_is_not_called_empty(run, capsys, argv
 def test_damage_that_stops_a_command_is_named_with_the_way_out(run, tmp_path, capsys):
     damage(run, 30)
     code, _, err = call(capsys, "export", run, tmp_path / "x.safetensors")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "damaged leaf: model." in err
     assert f"ckpttools verify {run}" in err
     assert not (tmp_path / "x.safetensors").exists()
@@ -521,10 +524,10 @@ def test_damage_that_stops_a_command_is_named_with_the_way_out(run, tmp_path, ca
 
 def test_numbers_that_are_none_are_refused(run, tmp_path, capsys):
     code, _, err = call(capsys, "mirror", run, tmp_path / "m", "--fetch", "newest")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "--fetch newest: that is no step" in err
     code, _, err = call(capsys, "prune", run, "--best", "loss:min:two")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "'two' is no number of steps" in err
 
 
@@ -532,7 +535,7 @@ def test_a_mirror_inside_its_run_is_refused(run, capsys):
     before = sorted(run.iterdir())
     for url in (run, run / "copies", f"file://{run}/copies"):
         code, _, err = call(capsys, "mirror", run, url)
-        assert code == cli.CANNOT
+        assert code == commands.CANNOT
         assert "lies in the folder of its run" in err
     with pytest.raises(ct.SpecError, match="lies in the folder"):
         ct.open(ct.CheckpointSpec(directory=run, mirror=f"{run}/copies"))
@@ -540,16 +543,16 @@ def test_a_mirror_inside_its_run_is_refused(run, capsys):
 
 
 def test_plain_orbax_is_no_damage_and_a_dry_run_of_adopt_is_honest(foreign, tmp_path, capsys):
-    assert call(capsys, "repair", foreign, "--dry-run")[:2] == (cli.OK, "nothing to repair\n")
+    assert call(capsys, "repair", foreign, "--dry-run")[:2] == (commands.OK, "nothing to repair\n")
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("[")
     code, out, err = call(capsys, "adopt", tmp_path, "--dry-run")
-    assert (code, out) == (cli.CANNOT, "")
+    assert (code, out) == (commands.CANNOT, "")
     assert "step 3 cannot be taken over" in err
 
 
 def test_an_import_into_a_run_is_refused_before_anything_is_read(run, tmp_path, capsys):
     code, _, err = call(capsys, "import", run, tmp_path / "none.safetensors")
-    assert code == cli.CANNOT
+    assert code == commands.CANNOT
     assert "holds steps" in err
     assert "a folder of their own" in err

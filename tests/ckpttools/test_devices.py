@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import ckpttools as ct
-from ckpttools.state import place
+from ckpttools.tree import write_back
 
 
 class Stack(nnx.Module):
@@ -33,7 +33,7 @@ def test_while_restoring_the_device_holds_the_state_and_one_leaf(tmp_path, monke
         held.append(sum(live.nbytes for live in jax.live_arrays() if id(live) not in others))
         return array
 
-    monkeypatch.setattr(place.jax, "device_put", watch)
+    monkeypatch.setattr(write_back.jax, "device_put", watch)
     with ct.open(spec) as ckpt:
         ckpt.restore({"model": model})
     assert len(held) == 3

@@ -111,7 +111,7 @@ def test_many_changes_are_cut_in_the_text(tmp_path):
 
 
 def test_large_steps_are_read_in_batches(run, monkeypatch):
-    monkeypatch.setattr("ckpttools.diffing._BATCH_BYTES", 1)
+    monkeypatch.setattr("ckpttools.tools.diff._BATCH_BYTES", 1)
     assert len(ct.diff(run, run, steps=(1, 2)).changed) == 7
 
 

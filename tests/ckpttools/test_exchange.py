@@ -14,8 +14,8 @@ from flax import nnx
 from safetensors import numpy as oracle
 
 import ckpttools as ct
-from ckpttools import exchange
-from ckpttools.store import tensorfile
+from ckpttools.store import safetensors_format
+from ckpttools.tools import safetensors_exchange
 from tests.ckpttools.examples import Net, leaves
 from tests.ckpttools.test_recovery import flip_bit, largest_file
 
@@ -122,10 +122,12 @@ def test_a_step_of_a_run_is_exported_and_proved(run, tmp_path):
 
 def test_many_leaves_are_read_a_few_at_a_time(run, tmp_path, monkeypatch):
     asked = []
-    read = exchange.integrity.read_proved
-    monkeypatch.setattr(exchange, "_BATCH_BYTES", 100)
+    read = safetensors_exchange.integrity.read_proved
+    monkeypatch.setattr(safetensors_exchange, "_BATCH_BYTES", 100)
     monkeypatch.setattr(
-        exchange.integrity, "read_proved", lambda entry, records: asked.append(records) or read(entry, records)
+        safetensors_exchange.integrity,
+        "read_proved",
+        lambda entry, records: asked.append(records) or read(entry, records),
     )
     state = {f"w{number}": jnp.full(20, float(number)) for number in range(5)}
     with ct.open(ct.CheckpointSpec(directory=tmp_path / "five")) as ckpt:
@@ -221,11 +223,11 @@ def test_files_that_lie_are_refused(tmp_path, content, why):
 
 def test_a_file_that_shrinks_or_vanishes_while_it_is_read(tmp_path):
     (tmp_path / "m").write_bytes(b"12")
-    tensor = tensorfile.Tensor("float32", (1,), 0)
+    tensor = safetensors_format.Tensor("float32", (1,), 0)
     with pytest.raises(ct.TensorFileError, match="became shorter"):
-        tensorfile.read(tmp_path / "m", tensor)
+        safetensors_format.read(tmp_path / "m", tensor)
     with pytest.raises(ct.StorageError, match="a moment ago"):
-        tensorfile.read(tmp_path / "nothing", tensor)
+        safetensors_format.read(tmp_path / "nothing", tensor)
 
 
 def test_a_note_that_lies_is_a_mismatch(tmp_path):

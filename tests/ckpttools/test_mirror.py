@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import ckpttools as ct
-from ckpttools import mirroring
-from ckpttools.store import layout, remote
+from ckpttools.mirror import remote, upload
+from ckpttools.store import layout
 from ckpttools.store.manifest import Manifest, Summary
 from tests.ckpttools import stores
 from tests.ckpttools.test_recovery import flip_bit, largest_file
@@ -637,9 +637,7 @@ def summary(step, saved_at, lineage=(("a", 0),)):
 def test_the_plan_copies_the_newest_first_and_deletes_what_nothing_keeps():
     local = {f"{step}-x": summary(step, step) for step in (3, 4, 5)}
     there = {f"{step}-x": summary(step, step) for step in (1, 2, 3)}
-    todo = mirroring.plan(
-        local, there, [*there, "9-y"], ct.Latest(3), lineage=(("a", 0),), gone={}, pins=frozenset({1})
-    )
+    todo = upload.plan(local, there, [*there, "9-y"], ct.Latest(3), lineage=(("a", 0),), gone={}, pins=frozenset({1}))
     assert todo.copy == ("5-x", "4-x")
     assert todo.delete == ("2-x", "9-y")
     assert not todo.missed

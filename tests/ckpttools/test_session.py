@@ -16,8 +16,8 @@ import pytest
 from flax import nnx
 
 import ckpttools as ct
-from ckpttools.state import snapshot
 from ckpttools.store import orbax
+from ckpttools.tree import snapshot
 from tests.ckpttools.examples import Net, leaves, make_state, train_step
 
 

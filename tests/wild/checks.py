@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 import remattools as rt
-from remattools.transform import programs
+from remattools.jaxpr import jaxprs
 from tests.remattools.exactness import assert_same_values
 
 
@@ -122,9 +122,9 @@ def regions(subject: Subject, model: Any) -> int:
 
 
 def _count(program: Any) -> int:
-    equations = programs.open_program(program).eqns
-    inside = sum(_count(inner) for equation in equations for _, inner in programs.nested(equation))
-    return inside + sum(map(programs.is_region, equations))
+    equations = jaxprs.open_program(program).eqns
+    inside = sum(_count(inner) for equation in equations for _, inner in jaxprs.nested(equation))
+    return inside + sum(map(jaxprs.is_region, equations))
 
 
 def check(subject: Subject, rules: Any, expected: int, **options: Any) -> None:

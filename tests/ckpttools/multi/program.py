@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpttools as ct
-from ckpttools import group, joint
+from ckpttools.processes import group
+from ckpttools.save import multiprocess_save
 from ckpttools.store import orbax
 
 W = np.arange(64, dtype=np.float32).reshape(8, 8)
@@ -181,15 +182,15 @@ def without_meetings(folder: pathlib.Path) -> dict:
             work()
 
     told = {}
-    meet = joint._Save.meet
+    meet = multiprocess_save._Save.meet
     for name in ("met", "rash"):
         with ct.open(spec(folder, name)) as ckpt:
             orbax.write_part = slowly if ME else write
-            joint._Save.meet = rashly if name == "rash" else meet
+            multiprocess_save._Save.meet = rashly if name == "rash" else meet
             ckpt.save(1, {"model": model(1)})
             told[name] = failure(ckpt.wait)
             told[f"{name} steps"] = ckpt.all_steps()
-        joint._Save.meet, orbax.write_part = meet, write
+        multiprocess_save._Save.meet, orbax.write_part = meet, write
         time.sleep(1.5)
     return told
 

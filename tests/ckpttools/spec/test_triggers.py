@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpttools as ct
-from ckpttools.spec.memory import recalled, written
+from ckpttools.spec.trigger_memory import recalled, written
 from ckpttools.spec.triggers import AllOf, AnyOf, Decision, Moment
 
 

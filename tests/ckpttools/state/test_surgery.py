@@ -10,23 +10,25 @@ import pytest
 
 import ckpttools as ct
 from ckpttools.spec.operations import as_code
-from ckpttools.state import suggest, surgery, transform, tree
-from ckpttools.state.leaves import Record, describe
-from ckpttools.state.match import names
+from ckpttools.surgery import array_operations, suggest
+from ckpttools.surgery import plan as surgery_plan
+from ckpttools.tree import flatten
+from ckpttools.tree.leaves import Record, describe
+from ckpttools.tree.match import names
 
 
 def stored(state):
     items = {}
     for item, value in state.items():
-        flat = tree.flatten(value)
+        flat = flatten.flatten(value)
         records = tuple(describe(item, leaf) for leaf in flat.leaves)
         items[item] = types.SimpleNamespace(records=records, skeletons=flat.skeletons)
     return items
 
 
 def plan(disk, state, operations=(), **options):
-    templates = {item: tree.flatten(value, template=True) for item, value in state.items()}
-    return surgery.plan(stored(disk), templates, surgery.Changes(surgery=ct.Surgery(operations), **options))
+    templates = {item: flatten.flatten(value, template=True) for item, value in state.items()}
+    return surgery_plan.plan(stored(disk), templates, surgery_plan.Changes(surgery=ct.Surgery(operations), **options))
 
 
 def sources(made):
@@ -142,9 +144,9 @@ def test_a_migration_passes_over_what_a_run_does_not_have():
 
 def altered(array, operations, template):
     record = Record(path=("w",), kind="array", shape=array.shape, dtype=array.dtype.name)
-    shape = transform.shape_after("m.w", operations, array.shape, template.shape)
+    shape = array_operations.shape_after("m.w", operations, array.shape, template.shape)
     target = Record(path=("w",), kind="array", shape=shape, dtype=template.dtype.name)
-    return transform.apply("m.w", operations, record, array, target, template)
+    return array_operations.apply("m.w", operations, record, array, target, template)
 
 
 ROWS = np.arange(6, dtype=np.float32).reshape(3, 2)
@@ -213,7 +215,7 @@ def test_an_abstract_state_has_no_values_to_keep(operation):
 
 
 def mismatch(disk, state, asked=()):
-    here = [names((item, *part.path)) for item, value in state.items() for part in tree.flatten(value).leaves]
+    here = [names((item, *part.path)) for item, value in state.items() for part in flatten.flatten(value).leaves]
     with pytest.raises(ct.StructureError) as caught:
         suggest.require_match(3, plan(disk, state, asked), here, lambda more: plan(disk, state, [*asked, *more]), asked)
     return caught.value
@@ -339,5 +341,5 @@ def test_a_fill_that_the_array_cannot_hold_is_refused(fill, dtype):
     record = Record(path=("w",), kind="array", shape=(2,), dtype=dtype)
     target = Record(path=("w",), kind="array", shape=(3,), dtype=dtype)
     with pytest.raises(ct.StructureError, match=f"{dtype} cannot hold") as caught:
-        transform.apply("m.w", [ct.Pad("m.w", fill=fill)], record, np.ones(2, jnp.dtype(dtype)), target, None)
+        array_operations.apply("m.w", [ct.Pad("m.w", fill=fill)], record, np.ones(2, jnp.dtype(dtype)), target, None)
     assert 'fill="template"' in caught.value.fix

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 import ckpttools as ct
-from ckpttools.state import leaves as leaf_forms
-from ckpttools.state import tree
-from ckpttools.state.packing import pack, unpack
 from ckpttools.store import digest
+from ckpttools.tree import flatten
+from ckpttools.tree import leaves as leaf_forms
+from ckpttools.tree.containers import pack, unpack
 from tests.ckpttools.examples import Net, leaves
 
 
@@ -27,7 +27,9 @@ def round_trip(folder, value, template):
 def test_paths_of_a_module_and_of_its_split_state_are_equal():
     model = Net(nnx.Rngs(0))
     split = nnx.split(model)[1]
-    assert [leaf.path for leaf in tree.flatten(model).leaves] == [leaf.path for leaf in tree.flatten(split).leaves]
+    assert [leaf.path for leaf in flatten.flatten(model).leaves] == [
+        leaf.path for leaf in flatten.flatten(split).leaves
+    ]
 
 
 @flax.struct.dataclass

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 import ckpttools as ct
-from ckpttools.state.leaves import Record
 from ckpttools.store import digest, layout, manifest, orbax
+from ckpttools.tree.leaves import Record
 
 STATE = {"model": {"w": jnp.arange(8.0)}, "data": {"epoch": 3}}
 
@@ -119,7 +119,7 @@ def test_leaves_of_unknown_form_are_refused(step, leaf):
 
 
 def test_unknown_dtypes_and_keys_are_refused():
-    from ckpttools.state.leaves import host_shape
+    from ckpttools.tree.leaves import host_shape
 
     for record in (Record(path=("x",), kind="array", dtype="os.system"), Record(path=("x",), kind="key", dtype="evil")):
         with pytest.raises(ct.CorruptStepError, match="unknown"):

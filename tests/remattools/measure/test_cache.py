@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import remattools as rt
-from remattools.measure import cache as caching
-from remattools.measure.measurement import Allocation, Measurement, OutOfMemory
+from remattools.compiler import cache as caching
+from remattools.compiler.measurement import Allocation, Measurement, OutOfMemory
 
 X = jax.ShapeDtypeStruct((16, 16), jnp.float32)
 

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.measure import compare as comparing
-from remattools.measure.measurement import OutOfMemory
+from remattools.analysis import compare as comparing
+from remattools.compiler.measurement import OutOfMemory
 from tests.remattools.models import Tower, inputs, loss
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import remattools as rt
-from remattools.measure import compile as compiling
+from remattools.analysis import compile as compiling
 from tests.remattools.models import Tower, inputs, loss
 
 

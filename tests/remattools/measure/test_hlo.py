@@ -3,7 +3,7 @@
 
 import pytest
 
-from remattools.measure.hlo import estimated_cycles
+from remattools.compiler.hlo_cycles import estimated_cycles
 
 TEXT = """HloModule jit_f, is_scheduled=true
 

@@ -8,7 +8,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import remattools as rt
-from remattools.measure import placement, staging
+from remattools.compiler import placement
+from remattools.tracing import pure_call
 
 
 def apply(model, x):
@@ -36,10 +37,10 @@ def test_arguments_on_different_devices_are_refused_as_jax_refuses_them(target):
 @pytest.mark.parametrize("target", [None, "cpu"])
 def test_what_was_put_on_a_device_is_measured_there(target):
     device = jax.devices()[3]
-    call = staging.stage(apply, (linear(device), jnp.ones((2, 8))))
+    call = pure_call.stage(apply, (linear(device), jnp.ones((2, 8))))
     assert placement.choose(call, target).devices == (device,)
     assert rt.measure(apply, linear(device), jnp.ones((2, 8)), target=target, run=True, repeats=1).step_s > 0
-    untouched = staging.stage(apply, (linear(), jnp.ones((2, 8))))  # control
+    untouched = pure_call.stage(apply, (linear(), jnp.ones((2, 8))))  # control
     assert placement.choose(untouched, target).devices == tuple(jax.devices())
 
 

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import remattools as rt
-from remattools.measure import targets
+from remattools.compiler import targets
 
 
 def test_live_targets():

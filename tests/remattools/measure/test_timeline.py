@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.measure import plotting
+from remattools.analysis import plot
 from tests.remattools.models import Tower, inputs, loss
 
 X = jax.ShapeDtypeStruct((256,), jnp.float32)
@@ -72,7 +72,7 @@ def test_text_and_data_say_the_same():
 
 def test_plots_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
     walked = rt.timeline(lambda x: jnp.sin(x), X)
-    monkeypatch.setattr(plotting.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(rt.MeasureError) as caught:
         walked.plot(tmp_path / "a.png")
     assert "[plot]" in caught.value.fix

@@ -15,8 +15,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from remattools.plan.outline import Outline
-from remattools.plan.solve import BlockProblem
+from remattools.planner.model.block_ilp import BlockProblem
+from remattools.planner.model.outline import Outline
 
 _UNIT = 2.0**20
 

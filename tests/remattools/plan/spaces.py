@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from remattools.plan.cost import rates_of
-from remattools.plan.explore import Exploration
-from remattools.plan.outline import outline
-from remattools.plan.search import Space
+from remattools.planner.model.op_cost import rates_of
+from remattools.planner.model.outline import outline
+from remattools.planner.search.acquisition import Exploration
+from remattools.planner.search.candidates import Space
 
 from ..models import Tower, loss
 

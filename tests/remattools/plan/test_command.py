@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 import remattools as rt
-from remattools import cli
-from remattools.plan.explore import Exploration
+from remattools.cli import commands
+from remattools.planner.search.acquisition import Exploration
 
 FACTORY = """
 import optax
@@ -37,14 +37,14 @@ def test_a_plan_is_written_and_measured(
     (tmp_path / "subject.py").write_text(FACTORY)
     subject, out = f"{tmp_path / 'subject.py'}:training", tmp_path / "rules.toml"
     common = ["--target", "cpu", "--json"]
-    assert cli.main(["plan", subject, "--budget", "0.7", "--of", "temp", "-o", str(out), *common]) == cli.OK
+    assert commands.main(["plan", subject, "--budget", "0.7", "--of", "temp", "-o", str(out), *common]) == commands.OK
     said = json.loads(capsys.readouterr().out)
     chosen = next(point for point in said["points"] if point["chosen"])
     assert chosen["bytes"] <= said["budget_bytes"]
     assert len(rt.Rules.load(out))
-    assert cli.main(["measure", subject, "--rules", str(out), *common]) == cli.OK
+    assert commands.main(["measure", subject, "--rules", str(out), *common]) == commands.OK
     assert json.loads(capsys.readouterr().out)["temp_bytes"] == chosen["bytes"]
-    assert cli.main(["plan", subject, "--budget", "1000", "--of", "temp", "--target", "cpu"]) == cli.CANNOT
+    assert commands.main(["plan", subject, "--budget", "1000", "--of", "temp", "--target", "cpu"]) == commands.CANNOT
     assert "the least is" in capsys.readouterr().err
 
 
@@ -56,11 +56,11 @@ def test_a_whole_step_is_planned_as_it_is(
     subject, out = f"{tmp_path / 'stepping.py'}:stepping", tmp_path / "rules.toml"
     common = ["--target", "cpu", "--as-is"]
     limits = ["--budget", "0.7", "--of", "temp", "--max-compiles", "4"]
-    assert cli.main(["plan", subject, *limits, "-o", str(out), "--json", *common]) == cli.OK
+    assert commands.main(["plan", subject, *limits, "-o", str(out), "--json", *common]) == commands.OK
     chosen = next(point for point in json.loads(capsys.readouterr().out)["points"] if point["chosen"])
-    assert cli.main(["measure", subject, "--rules", str(out), "--json", *common]) == cli.OK
+    assert commands.main(["measure", subject, "--rules", str(out), "--json", *common]) == commands.OK
     assert json.loads(capsys.readouterr().out)["temp_bytes"] == chosen["bytes"]
-    assert cli.main(["plan", subject, *limits, "--target", "cpu"]) == cli.CANNOT  # control: a step is no loss
+    assert commands.main(["plan", subject, *limits, "--target", "cpu"]) == commands.CANNOT  # control: a step is no loss
     assert "differentiate=False" in capsys.readouterr().err
 
 
@@ -80,5 +80,7 @@ def test_an_interrupt_without_a_plan_says_so(
     compile_ = Exploration.compile
     monkeypatch.setattr(Exploration, "compile", interrupted)
     subject = f"{tmp_path / 'subject.py'}:training"
-    assert cli.main(["plan", subject, "--budget", "0.3", "--of", "temp", "--target", "cpu"]) == cli.INTERRUPTED
+    assert (
+        commands.main(["plan", subject, "--budget", "0.3", "--of", "temp", "--target", "cpu"]) == commands.INTERRUPTED
+    )
     assert "before any compiled rules kept the budget" in capsys.readouterr().err

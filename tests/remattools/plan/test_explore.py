@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import remattools as rt
-from remattools.measure.measurement import OutOfMemory
-from remattools.plan import search as searching
-from remattools.plan.explore import Exploration
-from remattools.plan.search import Space
-from remattools.plan.writing import rules_of
+from remattools.compiler.measurement import OutOfMemory
+from remattools.planner.search import candidates as searching
+from remattools.planner.search.acquisition import Exploration
+from remattools.planner.search.candidates import Space
+from remattools.planner.search.to_rules import rules_of
 
 from ..models import Tower
 from .spaces import SHAPE, Gated, exploration, light_tower, space_of

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.plan.search import Assignment
-from remattools.plan.writing import rules_of
+from remattools.planner.search.candidates import Assignment
+from remattools.planner.search.to_rules import rules_of
 
 from ..exactness import assert_exact
 from ..models import Tower, inputs, loss

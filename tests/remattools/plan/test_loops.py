@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.plan.cost import rates_of
-from remattools.plan.outline import Outline, outline
-from remattools.plan.search import Assignment, Space
-from remattools.plan.writing import rules_of
+from remattools.planner.model.op_cost import rates_of
+from remattools.planner.model.outline import Outline, outline
+from remattools.planner.search.candidates import Assignment, Space
+from remattools.planner.search.to_rules import rules_of
 
 from ..exactness import assert_exact
 from ..models import MLP, Block, inputs, loss

@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.plan.cost import rates_of
-from remattools.plan.outline import outline
-from remattools.plan.search import Space
-from remattools.plan.writing import rules_of
+from remattools.planner.model.op_cost import rates_of
+from remattools.planner.model.outline import outline
+from remattools.planner.search.candidates import Space
+from remattools.planner.search.to_rules import rules_of
 
 from ..models import loss
 from .test_loops import Listed, Scanned
@@ -70,7 +70,7 @@ def test_where_it_is_of_no_use_it_is_not_looked_at(link_bytes: float, make: Any)
 
 def test_a_plan_offloads_where_the_link_is_fast(monkeypatch: pytest.MonkeyPatch, tpu: str) -> None:
     """By the TPU's compiler; with the link of a real chip recomputing is cheaper for layers of this width."""
-    planner = sys.modules["remattools.plan.planner"]
+    planner = sys.modules["remattools.planner.plan"]
     model = nnx.eval_shape(lambda: Wide(6))
     x = jax.ShapeDtypeStruct((4096, 512), jnp.float32)
 

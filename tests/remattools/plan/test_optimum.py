@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.plan.cost import rates_of
-from remattools.plan.outline import outline
-from remattools.plan.search import Space
+from remattools.planner.model.op_cost import rates_of
+from remattools.planner.model.outline import outline
+from remattools.planner.search.candidates import Space
 
 from ..models import loss
 from .optimum import least_cycles

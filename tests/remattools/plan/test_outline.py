@@ -3,7 +3,7 @@
 
 from flax import nnx
 
-from remattools.plan.blocks import blocks_of
+from remattools.planner.model.blocks import blocks_of
 
 from ..models import Tower
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.plan.planner import _subject
+from remattools.planner.plan import _subject
 
 from ..exactness import assert_exact
 from ..models import MLP, Block, Tower, inputs, loss

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 import remattools as rt
-from remattools.plan.cost import rates_of
-from remattools.plan.explore import Expected, Exploration, best_point
-from remattools.plan.outline import outline
-from remattools.plan.search import Space
-from remattools.plan.writing import rules_of
+from remattools.planner.model.op_cost import rates_of
+from remattools.planner.model.outline import outline
+from remattools.planner.search.acquisition import Expected, Exploration, best_point
+from remattools.planner.search.candidates import Space
+from remattools.planner.search.to_rules import rules_of
 
 from .spaces import exploration
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from remattools.plan.cost import rates_of
-from remattools.plan.graph import alive, block_graph
-from remattools.plan.solve import BlockProblem
+from remattools.planner.model.block_ilp import BlockProblem
+from remattools.planner.model.graph import alive, block_graph
+from remattools.planner.model.op_cost import rates_of
 
 
 def _problem(

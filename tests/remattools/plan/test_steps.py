@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.plan.cost import rates_of
-from remattools.plan.graph import alive
-from remattools.plan.outline import Outline, outline
+from remattools.planner.model.graph import alive
+from remattools.planner.model.op_cost import rates_of
+from remattools.planner.model.outline import Outline, outline
 
 from ..exactness import assert_same_values
 from ..models import MLP, Tower, inputs, loss

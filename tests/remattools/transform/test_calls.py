@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.transform import programs
+from remattools.jaxpr import jaxprs
 from tests.remattools.exactness import assert_exact, assert_same_values, gradients
 from tests.remattools.models import inputs
 
@@ -60,7 +60,7 @@ def check(block: type, use: Any, *, methods: tuple[str, ...] = ("__call__",), pa
     x = inputs(batch=2)
     graphdef, state = nnx.split(ruled)
     program = jax.make_jaxpr(lambda s, x: loss(nnx.merge(graphdef, s, copy=True), x))(state, x)
-    assert any(map(programs.is_region, program.eqns))
+    assert any(map(jaxprs.is_region, program.eqns))
     plain, ruled = Host(block, use), rt.apply(Host(block, use), {pattern: rt.Remat(methods=methods)})
     assert_exact(loss, plain, ruled, x)
 

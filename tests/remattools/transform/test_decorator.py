@@ -10,14 +10,14 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.transform import programs
+from remattools.jaxpr import jaxprs
 from tests.remattools.exactness import assert_exact
 from tests.remattools.models import Block, Tower, inputs, loss
 
 
 def regions(model, x):
     program = jax.make_jaxpr(lambda x: loss(model, x))(x)
-    return sum(map(programs.is_region, program.eqns))
+    return sum(map(jaxprs.is_region, program.eqns))
 
 
 @rt.remat

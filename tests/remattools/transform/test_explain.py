@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.transform.folding import slice_text
+from remattools.rules.fold_paths import slice_text
 from tests.remattools.models import Tower, inputs
 
 

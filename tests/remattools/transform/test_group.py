@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.transform import programs
+from remattools.jaxpr import jaxprs
 from tests.remattools.exactness import assert_exact
 from tests.remattools.models import Block, Tower, inputs, loss
 
@@ -16,7 +16,7 @@ def regions(model, x):
     """Number of rematerialised regions in the traced gradient's forward program."""
     graphdef, state = nnx.split(model)
     program = jax.make_jaxpr(lambda s, x: loss(nnx.merge(graphdef, s, copy=True), x))(state, x)
-    return sum(map(programs.is_region, program.eqns))
+    return sum(map(jaxprs.is_region, program.eqns))
 
 
 class Between(Tower):

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import remattools as rt
-from remattools.transform import programs
+from remattools.jaxpr import jaxprs
 from tests.remattools.exactness import assert_exact, temp_bytes
 from tests.remattools.models import Tower, inputs, loss
 
@@ -57,7 +57,7 @@ def test_what_is_named_is_saved(save, count):
 
     # The part of a region that runs forward is inlined; what a policy keeps of it stands there under our name.
     program = jax.make_jaxpr(forward)(state, inputs())
-    assert sum(programs.name_of(equation) == "remattools:save" for equation in program.eqns) == count
+    assert sum(jaxprs.name_of(equation) == "remattools:save" for equation in program.eqns) == count
 
 
 def test_names_union_with_the_policy():
@@ -227,14 +227,14 @@ def backward_primitives(model, x):
     """Names of what the gradient's region makes again and computes, in order."""
     graphdef, state = nnx.split(model)
     program = jax.make_jaxpr(jax.grad(lambda s: nnx.merge(graphdef, s, copy=True)(x)))(state)
-    (region,) = [equation for equation in program.eqns if programs.is_region(equation)]
-    return [equation.primitive.name for _, inner in programs.nested(region) for equation in all_equations(inner)]
+    (region,) = [equation for equation in program.eqns if jaxprs.is_region(equation)]
+    return [equation.primitive.name for _, inner in jaxprs.nested(region) for equation in all_equations(inner)]
 
 
 def all_equations(program):
-    for equation in programs.open_program(program).eqns:
+    for equation in jaxprs.open_program(program).eqns:
         yield equation
-        for _, inner in programs.nested(equation):
+        for _, inner in jaxprs.nested(equation):
             yield from all_equations(inner)
 
 

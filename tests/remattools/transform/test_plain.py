@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.transform.freeze import Freezer
+from remattools.transform.capture.cache_key import Freezer
 
 from ..exactness import assert_same_values, gradients
 

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line prints: tables for people, JSON for programs, progress where somebody looks.
+
+Names and reasons come from files that anybody may have written, so nothing of them reaches a terminal as a control
+code, or rich as markup.
+"""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.table import Table
+
+from ..mirror.sync import MirrorReport
+from ..spec.retention import Verdict
+from ..text import printable, readable_bytes
+from ..tools.ls import ListedStep, right_of, rows_of
+from ..tools.show import ShownStep, form_of
+
+_WIDTH_OF_A_FILE = 10_000
+"""Columns where the output is no terminal, so that a step stays on one line, for `grep`."""
+
+
+class _Console(Console):
+    """Leaves it to `main` what it means that nobody reads on; rich would end the process with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called when the reader of the output has left."""
+        raise BrokenPipeError
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """Print rows under a head; the columns named in `right` are numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    console = _Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _WIDTH_OF_A_FILE  # as an argument of `print` it could only be narrower than the console
+    console.print(table)
+
+
+def print_text(text: str) -> None:
+    """Print text whose parts may come from a file."""
+    print("\n".join(map(printable, text.splitlines())))
+
+
+def print_json(data: Any) -> None:
+    """Print plain data; NaN and infinities, which JSON lacks, as words."""
+    print(json.dumps(_finite(data), indent=2, default=str))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float) and not math.isfinite(data):
+        return str(data)
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+@contextlib.contextmanager
+def progress(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on the error stream; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_steps(steps: Sequence[ListedStep]) -> None:
+    """The table of `ls`."""
+    if not steps:
+        print("there are no steps")
+        return
+    columns, rows = rows_of(steps)
+    print_table(columns, rows, right=right_of(columns))
+
+
+def print_tree(shown: ShownStep) -> None:
+    """The table of `show`, with the sum of each item."""
+    metrics = ", ".join(f"{name}={value:.6g}" for name, value in shown.metrics.items())
+    print_text(
+        f"step {shown.step}: {shown.state}; {shown.reason or 'no reason given'}{'; ' + metrics if metrics else ''}"
+    )
+    rows = [[leaf.name, form_of(leaf), readable_bytes(leaf.bytes) if leaf.bytes else ""] for leaf in shown.leaves]
+    print_table(["leaf", "form", "bytes"], rows, right=["bytes"])
+    sums: dict[str, int] = {}
+    for leaf in shown.leaves:
+        item = leaf.name.partition(".")[0]
+        sums[item] = sums.get(item, 0) + leaf.bytes
+    each = ", ".join(f"{item} {readable_bytes(count)}" for item, count in sums.items())
+    print_text(f"{each or 'no items'}; on the disk {readable_bytes(shown.total_bytes)}")
+
+
+def print_verdicts(verdicts: Sequence[Verdict], *, dry_run: bool) -> None:
+    """The table of `prune`."""
+    gone = "would be deleted" if dry_run else "deleted"
+    rows = [
+        [str(verdict.step.step), "kept" if verdict.keep else gone, verdict.reason]
+        for verdict in sorted(verdicts, key=lambda verdict: verdict.step.step)
+    ]
+    print_table(["step", "", "why"], rows, right=["step"]) if rows else print("there are no steps")
+
+
+def print_quarantine(names: Sequence[str], *, dry_run: bool) -> None:
+    """What `prune` deletes from quarantine."""
+    gone = "would be deleted" if dry_run else "deleted"
+    print_text("\n".join(f"quarantined {name} {gone}" for name in names) or "nothing to delete in quarantine")
+
+
+def print_mirror(report: MirrorReport) -> None:
+    """The table of `mirror`."""
+    print_text(str(report).partition("\n")[0])
+    rows = [
+        [
+            str(step.step),
+            readable_bytes(step.total_bytes),
+            "yes" if step.here else "",
+            step.there,
+            "; ".join([*([step.done] if step.done else []), *step.files]),
+        ]
+        for step in report.steps
+    ]
+    if rows:
+        print_table(["step", "size", "here", "there", ""], rows, right=["step", "size"])
+    if report.left or not rows:
+        print_text(report.left or "no steps")
+
+
+def print_error(text: str) -> None:
+    """Say on the error stream why nothing was done."""
+    lines = "\n".join(map(printable, text.splitlines()))
+    print(f"ckpttools: {lines}", file=sys.stderr)

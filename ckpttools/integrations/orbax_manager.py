@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run with the methods of Orbax's `CheckpointManager`: for code that was written for one.
+
+The methods are Orbax's, the behaviour is the session's: a call to `save` saves or raises, what is called latest is on
+the disk, and a damaged step never comes back. Facts that shaped it:
+
+-   such code looks at an old step and then goes on with the training. A look back is no rollback: only a save with a
+    number that the run has passed begins a branch, from the step that was restored last;
+-   such code closes nothing, so the run is closed with the object. At the end of the program that is too late for a
+    save in progress: Python makes no thread any more by then. It is warned of, and the run is as it was;
+-   Orbax's `check_for_errors` raises, while such code asks it as a question; here it answers, and the error is
+    raised by the next `save` or `wait_until_finished`.
+"""
+
+import os
+import pathlib
+import warnings
+import weakref
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from ..errors import CheckpointWarning, NotRestoredError, SpecError, StepNotFoundError, StructureError
+from ..processes.group import place
+from ..restore.report import RestoreReport
+from ..save.outcomes import Skipped
+from ..session.session import Session
+from ..spec.retention import All, Latest, Retention
+from ..spec.spec import CheckpointSpec
+from ..spec.storage import Storage
+from ..store import orbax
+
+
+class CheckpointManager:
+    """A run, as code that was written for Orbax's manager expects it.
+
+    Args:
+        directory: The run's folder, created if it is not there; or a spec. Of the spec `save` is not asked: a call
+            to `save` saves.
+        options: Orbax's `CheckpointManagerOptions`, with `max_to_keep`, `enable_async_checkpointing` and `create`.
+            Without options all steps are kept.
+
+    Attributes:
+        session: The session beneath.
+
+    Raises:
+        SpecError: If the options say something else, or there are several processes.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | CheckpointSpec, options: Any = None) -> None:
+        _require_one_process()
+        self.session = Session(_spec(directory, options))
+        self._restored: int | None = None
+        self._close = weakref.finalize(self, self.session.close, raise_errors=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close.detach()
+        self.session.__exit__(kind, error, trace)
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """The run's folder, absolute."""
+        return self.session.directory
+
+    def save(self, step: int, args: Any, *, metrics: Mapping[str, Any] | None = None) -> bool:
+        """Save now, in the background unless the options say otherwise.
+
+        Args:
+            step: Completed updates.
+            args: `ocp.args.Composite(model=ocp.args.StandardSave(state), ...)`, or the items by name as they are.
+            metrics: Values of this step.
+
+        Returns:
+            False if this step is saved already.
+
+        Raises:
+            NotRestoredError: If the run has steps and none was restored.
+        """
+        self._return_from_a_look_back(step)
+        items, _ = orbax.items_of(args)
+        try:
+            return not isinstance(self.session.save(step, items, metrics), Skipped)
+        except NotRestoredError as error:
+            raise NotRestoredError(
+                what=error.what,
+                why=error.why,
+                fix="load_checkpoint(checkpoint_manager, model) before the first save, or another directory.",
+            ) from error
+
+    def _return_from_a_look_back(self, step: int) -> None:
+        self.session.wait()
+        newest = self.session.latest_step()
+        if newest is not None and self._restored not in (None, newest) and step > newest:
+            # Restores no leaf: the session goes on from the run's end instead of branching off.
+            self._restored = self.session.restore({}).step
+
+    def load(self, items: Mapping[str, Any], step: int | None = None) -> RestoreReport:
+        """Restore items by name, live ones in place; without a step the newest intact one.
+
+        Raises:
+            NoIntactStepError: If there are steps and none is intact.
+            StructureError: If the step does not fit; nothing was changed.
+        """
+        report = self.session.restore(items, "latest" if step is None else step)
+        self._restored = report.step
+        if report.damaged:
+            warnings.warn(f"damaged steps were passed over: {report}", CheckpointWarning, stacklevel=3)
+        return report
+
+    def restore(self, step: int | None = None, args: Any = None) -> Any:
+        """Restore what `args` holds as templates.
+
+        Args:
+            step: Which one; the newest intact one if it is None.
+            args: `ocp.args.Composite(model=ocp.args.StandardRestore(state), ...)`, or templates by name.
+
+        Returns:
+            A `Composite` with an entry for each name, or the state alone if `args` has no names.
+
+        Raises:
+            StepNotFoundError: If there is no such step, or none at all.
+            StructureError: If an item has no template, or the step does not fit.
+        """
+        items, named = orbax.items_of(args)
+        bare = [name for name, template in items.items() if template is None]
+        if bare:
+            raise StructureError(
+                what=f"there is no template for {', '.join(bare)}.",
+                why="without one, whether a step fits could not be told, and lists would come back as dicts.",
+                fix="ocp.args.StandardRestore(nnx.state(model))",
+            )
+        report = self.load(items, step)
+        if report.step is None:
+            raise StepNotFoundError(
+                what=f"{self.directory} holds no steps.",
+                why="nothing was saved there, or it is another folder than the one that was saved to.",
+                fix="ask latest_step() first: it is None then.",
+            )
+        return orbax.composite(report.state) if named else report.state["default"]
+
+    def delete(self, step: int) -> None:
+        """Delete a committed step; the newest cannot be deleted."""
+        self.session.delete(step)
+
+    def pin(self, step: int) -> None:
+        """Protect a committed step from the spec's retention."""
+        self.session.pin(step)
+
+    def latest_step(self) -> int | None:
+        """The newest step that is on the disk."""
+        return self.session.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """The steps that are on the disk, in increasing order."""
+        return list(self.session.all_steps())
+
+    def wait_until_finished(self) -> None:
+        """Wait until the save in progress is on the disk, and raise its error."""
+        self.session.wait()
+
+    def check_for_errors(self) -> BaseException | None:
+        """The error of a save that has failed in the background, or None; the next save or wait raises it."""
+        return self.session.failure
+
+    def close(self) -> None:
+        """Wait for the save in progress, raise its error, and let others write to the run."""
+        self._close.detach()
+        self.session.close()
+
+
+def _require_one_process() -> None:
+    count = place()[1]
+    if count > 1:
+        raise SpecError(
+            what=f"CheckpointManager was made in one of {count} processes.",
+            why="what it remembers of looks at old steps is not shared between processes in this version.",
+            fix="use `with ct.open(spec) as ckpt`, which saves and restores with several processes.",
+        )
+
+
+def _spec(directory: str | os.PathLike[str] | CheckpointSpec, options: Any) -> CheckpointSpec:
+    if isinstance(directory, CheckpointSpec):
+        if options is not None:
+            raise SpecError(
+                what="a spec and Orbax's options were both passed.",
+                why="each says what is kept.",
+                fix="CheckpointManager(spec)",
+            )
+        return directory
+    changed = _changed(options)
+    keep: Retention = All() if changed.get("max_to_keep") is None else Latest(changed["max_to_keep"])
+    storage = Storage(asynchronous=changed.get("enable_async_checkpointing", True))
+    if not changed.get("create", True) and not pathlib.Path(directory).is_dir():
+        raise SpecError(what=f"{directory} is no folder.", why="the options say create=False.", fix="create=True")
+    return CheckpointSpec(directory=pathlib.Path(directory), keep=keep, storage=storage)
+
+
+def _changed(options: Any) -> dict[str, Any]:
+    if options is None:
+        return {}
+    try:
+        changed = orbax.changed_options(options)
+    except TypeError as error:
+        raise SpecError(
+            what=f"{options!r:.80} are no options: {error}.",
+            why="only those of Orbax's manager are understood here.",
+            fix="ocp.CheckpointManagerOptions(max_to_keep=3), or CheckpointManager(spec).",
+        ) from error
+    unknown = sorted(changed.keys() - {"max_to_keep", "enable_async_checkpointing", "create"})
+    if unknown:
+        raise SpecError(
+            what=f"the options set {', '.join(unknown)}.",
+            why="that is a policy of Orbax's manager, and this one has a spec instead.",
+            fix='CheckpointManager(ct.CheckpointSpec(directory=..., keep=ct.Latest(3) | ct.Best("loss", mode="min")))',
+        )
+    return changed

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A spec as Orbax's `CheckpointManagerOptions`, for trainers that build Orbax's manager themselves.
+
+A translation or an error, nothing in between: what Orbax cannot express raises, with the reason. Facts that shaped it:
+
+-   Orbax asks its save policy before the metrics are there, so no trigger that looks at one can be expressed;
+-   with a `preservation_policy` and without `best_fn`, metrics never reach the disk; so both are set;
+-   its best step may be one whose metric is NaN, and may be all that is kept; so NaN ranks last and the two latest
+    steps are kept with every policy.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from ..errors import SpecError
+from ..spec import retention, triggers
+from ..spec.spec import CheckpointSpec
+from ..spec.state_version import StateVersion, as_state_version
+from ..spec.storage import Integrity, Storage
+from ..store import orbax
+
+
+def orbax_options(spec: CheckpointSpec) -> Any:
+    """Orbax's `CheckpointManagerOptions` for a spec; its directory is passed to the trainer beside them.
+
+    What Orbax's manager does with them is Orbax's: no digests, no proof on restore, compressed arrays, no room kept
+    free, no save of the final step. Its `best_step()` means the first metric that the spec gives a direction to.
+    Where a trainer lets its manager be replaced, do that.
+
+    Raises:
+        SpecError: If the spec asks for something that these options cannot say.
+    """
+    _require_plain(spec)
+    fields: dict[str, Any] = {
+        # A save at the preemption notice is part of every spec; Orbax honours it after jax.distributed.initialize.
+        "save_decision_policy": orbax.policies.AnySavePolicy(
+            [_save_policy(spec.save), orbax.policies.PreemptionCheckpointingPolicy()]
+        ),
+        "preservation_policy": orbax.policies.AnyPreservationPolicy(
+            [_keep_policy(spec.keep), orbax.policies.LatestN(retention.FEWEST_STEPS)]
+        ),
+        "enable_async_checkpointing": spec.storage.asynchronous,
+        "timeout_s": math.ceil(spec.storage.timeout_s),
+    }
+    directed = spec.directed_metrics()
+    if directed:
+        metric, mode = next(iter(directed.items()))
+        fields |= {"best_fn": _value_of(metric, mode), "best_mode": mode}
+    return orbax.manager_options(**fields)
+
+
+def _require_plain(spec: CheckpointSpec) -> None:
+    asked = {
+        "mirror": (spec.mirror is not None, "Orbax's manager writes to one place"),
+        "state_version": (
+            as_state_version(spec.state_version) != StateVersion(),
+            "Orbax marks no step with a version and changes none",
+        ),
+        "integrity.verify": (spec.integrity.verify != "digest", "Orbax does not read back what it wrote"),
+        "integrity.digest": (spec.integrity.digest != Integrity().digest, "Orbax keeps no digests"),
+        "storage.min_free": (spec.storage.min_free != Storage().min_free, "Orbax does not look at the free space"),
+        "storage.when_full": (spec.storage.when_full != "raise", "Orbax does not look at the free space"),
+    }
+    for field, (is_asked, why) in asked.items():
+        if is_asked:
+            raise _inexpressible(field, why)
+
+
+def _inexpressible(what: str, why: str) -> SpecError:
+    return SpecError(
+        what=f"{what} cannot be said in Orbax's options.",
+        why=f"{why}; leaving it out would not be what the spec says.",
+        fix="hand the trainer a session (ct.open, ct.train, ct.peft_trainer), or leave it out of this trainer's spec.",
+    )
+
+
+def _save_policy(trigger: triggers.Trigger) -> Any:
+    match trigger:
+        case triggers.EverySteps(n):
+            return orbax.policies.FixedIntervalPolicy(n)
+        case triggers.EverySeconds(seconds):
+            return orbax.policies.ContinuousCheckpointingPolicy(minimum_interval_secs=seconds)
+        case triggers.AtSteps(steps):
+            return orbax.policies.SpecificStepsPolicy(frozenset(steps))
+        case triggers.AnyOf():
+            return orbax.policies.AnySavePolicy([_save_policy(part) for part in trigger.parts])
+        case triggers.AllOf():
+            raise _inexpressible(repr(trigger), "Orbax combines its policies by 'or' only")
+        case _:
+            why = "Orbax decides before it sees a metric" if trigger.metrics() else "Orbax has no policy like it"
+            raise _inexpressible(repr(trigger), why)
+
+
+def _keep_policy(keep: retention.Retention) -> Any:
+    match keep:
+        case retention.Latest(n):
+            return orbax.policies.LatestN(n)
+        case retention.Best(metric, mode=mode, n=n):
+            sign = 1.0 if mode == "max" else -1.0
+            value = _value_of(metric, mode)
+            return orbax.policies.BestN(
+                get_metric_fn=lambda metrics: sign * value(metrics), n=n, keep_checkpoints_without_metrics=False
+            )
+        case retention.EveryNSteps(n):
+            return orbax.policies.EveryNSteps(n)
+        case retention.EveryNSeconds(seconds):
+            return orbax.policies.EveryNSeconds(seconds)
+        case retention.Pinned(steps):
+            return orbax.policies.CustomSteps(steps)
+        case retention.All():
+            return orbax.policies.LatestN(None)
+        case retention.Union():
+            return orbax.policies.AnyPreservationPolicy([_keep_policy(part) for part in keep.parts])
+        case _:
+            raise _inexpressible(repr(keep), "Orbax has no policy like it")
+
+
+def _value_of(metric: str, mode: Literal["min", "max"]) -> Callable[[Mapping[str, Any]], float]:
+    """Looks a metric up; NaN, and a step without it, are worst."""
+    worst = math.inf if mode == "min" else -math.inf
+
+    def value(metrics: Mapping[str, Any]) -> float:
+        found = float(metrics.get(metric, worst))
+        return worst if math.isnan(found) else found
+
+    return value

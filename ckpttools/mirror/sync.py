@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mirror by hand: what is where, bring it up to date, prove what is there, fetch a step from it."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from ..errors import StepDamagedError
+from ..spec.mirror import Mirror, as_mirror
+from ..spec.retention import All
+from ..store import catalogue, layout
+from ..store.manifest import Summary
+from ..store.run_directory import RunFolder
+from .fetch import Fetcher
+from .remote import Copy, RemoteStore
+from .upload import Names, plan, require_elsewhere, summaries_of
+
+type Progress = Callable[[int, int], None]
+type There = Literal["complete", "damaged", "missing", "another run's"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MirroredStep:
+    """One step, here and at the mirror.
+
+    Attributes:
+        step: Its number.
+        total_bytes: Bytes of its files.
+        here: Whether it is in the run's folder.
+        there: How it is at the mirror, before anything was done.
+        files: Damaged files there.
+        done: What was done, or in a dry run would be: "copied", "deleted", "mended", or why nothing could be; "" if
+            there was nothing to do.
+        ok: Whether nothing is wrong with it any more.
+    """
+
+    step: int
+    total_bytes: int
+    here: bool
+    there: There
+    files: tuple[str, ...] = ()
+    done: str = ""
+    ok: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class MirrorReport:
+    """What `sync_mirror` found and did.
+
+    Attributes:
+        url: The mirror's address.
+        steps: Every step of either place.
+        dry_run: Whether nothing was touched.
+        unverified: Steps that plain Orbax wrote: without digests they are not copied until `adopt` takes them over.
+    """
+
+    url: str
+    steps: tuple[MirroredStep, ...]
+    dry_run: bool
+    unverified: tuple[int, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong that could not be mended."""
+        return all(step.ok for step in self.steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {"ok": self.ok, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        lines = [f"{self.url}{' (dry run, nothing was touched)' if self.dry_run else ''}"]
+        for step in self.steps:
+            here = "here" if step.here else "not here"
+            lines.append(f"step {step.step}: {here}, {step.there} there{'; ' + step.done if step.done else ''}")
+            lines += [f"    damaged file: {file}" for file in step.files]
+        lines += [self.left] if self.left else []
+        return "\n".join(lines if self.steps or self.left else [*lines, "there are no steps"])
+
+    @property
+    def left(self) -> str:
+        """A line on the steps that are not copied; empty without any."""
+        steps = ", ".join(map(str, self.unverified))
+        return steps and f"not copied, since plain Orbax wrote them without digests: {steps}; adopt takes them over"
+
+
+def sync_mirror(
+    directory: str | os.PathLike[str],
+    mirror: Mirror | str,
+    *,
+    check: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MirrorReport:
+    """Copy what a mirror lacks, and delete there what its retention does not keep; without one, nothing.
+
+    Args:
+        directory: The run's folder.
+        mirror: The mirror or its address.
+        check: Also read every byte there, and send again what is damaged.
+        dry_run: Only say what would be done.
+        progress: Called with the bytes that were copied or read, and those there are.
+
+    Raises:
+        MirrorError: If the store does not answer.
+        RunInUseError: If a process writes to the run; it copies by itself.
+    """
+    root, place = pathlib.Path(directory).absolute(), as_mirror(mirror)
+    assert place is not None
+    require_elsewhere(root, place)
+    run = RunFolder(root)
+    if not dry_run:
+        run.lock_for_writing()
+    try:
+        return _Sync(root, run.steps_now(), place, progress or (lambda done, total: None)).run(check, dry_run)
+    finally:
+        run.lock.release()
+
+
+class _Sync:
+    """One comparison of a run with its mirror, and what follows from it."""
+
+    def __init__(self, root: pathlib.Path, known: catalogue.Catalogue, mirror: Mirror, progress: Progress) -> None:
+        self._mirror, self._progress = mirror, progress
+        self._store = RemoteStore(mirror.url, mirror.store_options)
+        names = self._store.names()
+        self._local = Names().of(known)
+        self._unverified = tuple(entry.step for entry in known.entries if entry.state == "unverified")
+        self._copies: Mapping[str, Copy] = {name: copy for name in names if (copy := self._store.copy(name))}
+        self._summaries: dict[str, Summary] = {
+            **summaries_of(self._local),
+            **{name: copy.manifest.summary for name, copy in self._copies.items()},
+        }
+        self._plan = plan(
+            summaries_of(self._local),
+            {name: copy.manifest.summary for name, copy in self._copies.items()},
+            names,
+            mirror.keep or All(),
+            lineage=known.lineage,
+            gone={},
+            pins=catalogue.read_pins(root),
+        )
+        self._done = self._total = 0
+
+    def run(self, check: bool, dry_run: bool) -> MirrorReport:
+        checked = [name for name in self._copies if check and name not in self._plan.foreign]
+        self._total = sum(self._summaries[name].total_bytes for name in (*checked, *self._plan.copy))
+        rows = {name: self._row(name, name in checked, dry_run) for name in self._summaries}
+        if not dry_run:
+            for name in self._plan.delete:
+                self._store.delete(name)
+        ordered = sorted(rows, key=lambda name: (self._summaries[name].saved_at, name))
+        return MirrorReport(self._mirror.url, tuple(rows[name] for name in ordered), dry_run, self._unverified)
+
+    def _row(self, name: str, check: bool, dry_run: bool) -> MirroredStep:
+        summary = self._summaries[name]
+        there: There = "complete" if name in self._copies else "missing"
+        files: tuple[str, ...] = ()
+        done, ok = "", True
+        if name in self._plan.foreign:
+            there = "another run's"
+        elif name in self._plan.delete:
+            done = "would be deleted" if dry_run else "deleted"
+        elif name in self._plan.copy:
+            done, ok = ("would be copied", True) if dry_run else self._put(name, "copied")
+        elif check and (files := self._store.damaged_files(self._copies[name])):
+            there, done, ok = "damaged", "there is no copy here to mend it", False
+            if name in self._local:
+                done, ok = ("would be mended", False) if dry_run else self._put(name, "mended")
+        if check or name in self._plan.copy:
+            self._done += summary.total_bytes
+            self._progress(self._done, self._total)
+        return MirroredStep(
+            step=summary.step,
+            total_bytes=summary.total_bytes,
+            here=name in self._local,
+            there=there,
+            files=files,
+            done=done,
+            ok=ok,
+        )
+
+    def _put(self, name: str, done: str) -> tuple[str, bool]:
+        try:
+            self._store.put(self._local[name].path, readback=self._mirror.verify == "readback")
+        except StepDamagedError as error:
+            return f"not {done}: {error.what}", False
+        return done, True
+
+
+def fetch_step(
+    directory: str | os.PathLike[str],
+    mirror: Mirror | str,
+    step: int | None = None,
+    *,
+    progress: Progress | None = None,
+) -> int:
+    """Bring a step from a mirror to a run's folder, by default the newest; a damaged one there is set aside.
+
+    Args:
+        directory: The run's folder; made if need be.
+        mirror: The mirror or its address.
+        step: Which step.
+        progress: Called with the bytes that were fetched and those there are.
+
+    Returns:
+        Its number.
+
+    Raises:
+        StepNotFoundError: If the mirror has no such step.
+        StepDamagedError: If its copy is damaged.
+        MirrorError: If the store does not answer.
+        RunInUseError: If a process writes to the run.
+    """
+    place = as_mirror(mirror)
+    assert place is not None
+    run = RunFolder(pathlib.Path(directory).absolute())
+    run.lock_for_writing()
+    fetcher = Fetcher(run, place, RemoteStore(place.url, place.store_options), progress)
+    try:
+        entry = fetcher.copy_of("latest" if step is None else step)
+        assert entry.fetch is not None
+        entry.fetch()
+        in_the_way = layout.step_folder(run.directory, entry.step)
+        if in_the_way.exists() and not _is_superseded(run, entry.step):
+            run.quarantine(in_the_way)
+        fetcher.settle(entry)
+        return entry.step
+    finally:
+        fetcher.clean()
+        run.lock.release()
+
+
+def _is_superseded(run: RunFolder, step: int) -> bool:
+    return any(entry.step == step and entry.info and entry.info.superseded for entry in run.steps_now().entries)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a restore did: the step it used, and every candidate it looked at."""
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+from ..surgery.altered_leaves import AlteredLeaf
+from ..text import health_text
+
+type Verdict = Literal["used", "incomplete", "corrupt", "rejected", "unverified", "empty", "unreachable"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One step that a restore looked at.
+
+    Attributes:
+        step: Its number.
+        verdict: "used", or the class of its failure; "rejected" if it is intact and the run's validation refuses it.
+        reason: Why it was rejected; "" if it was used.
+        leaves: Damaged leaves, such as `model.layers.0.kernel`.
+        files: Damaged files, relative to the step's folder.
+        moved_to: Where the damaged step was put; None if it was left in place.
+        source: "local", or "mirror" for a copy that was fetched.
+    """
+
+    step: int
+    verdict: Verdict
+    reason: str = ""
+    leaves: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    moved_to: pathlib.Path | None = None
+    source: Literal["local", "mirror"] = "local"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The candidate as plain data."""
+        return {**dataclasses.asdict(self), "moved_to": str(self.moved_to) if self.moved_to else None}
+
+    def __str__(self) -> str:
+        where = " from the mirror" if self.source == "mirror" else ""
+        health = health_text(self.step, self.verdict, self.reason, leaves=self.leaves, files=self.files, where=where)
+        return f"{health}\n    moved to: {self.moved_to}" if self.moved_to else health
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RestoreReport:
+    """What a restore did.
+
+    Attributes:
+        step: The restored step; None if the directory held none.
+        state: The whole state: live objects filled in place, all else rebuilt. What was passed in if nothing was
+            restored.
+        candidates: Every step that was looked at, in that order.
+        metrics: Metrics that were recorded with the restored step.
+        seconds: How long it took.
+        mirror_error: Why the mirror could not be asked; "" if it answered or there is none.
+        altered: The leaves that surgery or a migration has changed or kept; empty if the step fitted as it was.
+    """
+
+    step: int | None
+    state: Any = dataclasses.field(repr=False)
+    candidates: tuple[Candidate, ...] = ()
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    mirror_error: str = ""
+    altered: tuple[AlteredLeaf, ...] = ()
+
+    @property
+    def rejected(self) -> tuple[Candidate, ...]:
+        """The candidates that were passed over."""
+        return tuple(candidate for candidate in self.candidates if candidate.verdict != "used")
+
+    @property
+    def damaged(self) -> int:
+        """How many steps were damaged, here or at the mirror."""
+        return len({each.step for each in self.candidates if each.verdict in ("incomplete", "corrupt")})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data, without the state."""
+        return {
+            "step": self.step,
+            "metrics": self.metrics,
+            "seconds": self.seconds,
+            "mirror_error": self.mirror_error,
+            "candidates": [candidate.as_dict() for candidate in self.candidates],
+            "altered": [leaf.as_dict() for leaf in self.altered],
+        }
+
+    def __str__(self) -> str:
+        head = "nothing to restore" if self.step is None else f"restored step {self.step} in {self.seconds:.2f} s"
+        tried = [f"  {line}" for each in self.candidates for line in str(each).splitlines()]
+        return "\n".join([head, *tried, *(f"  {leaf}" for leaf in self.altered)])

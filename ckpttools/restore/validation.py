@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a restored model still compute what the saved one did?
+
+The function that `ct.open(spec, validate=...)` is given sees a fresh copy of the state, never the live one, so it may
+use and change whatever it likes. Its outputs are stored with the step and compared when the step is restored; outputs
+that are not finite are a failure, at both ends.
+"""
+
+import base64
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..errors import CorruptStepError, StepRejectedError, ValidationError
+from ..tree.leaves import numpy_dtype
+from ..tree.write_back import HostItem, fresh_copy
+
+type Validate = Callable[[dict[str, Any]], Any]
+"""Given a copy of the state, returns an array or a pytree of arrays, such as the logits of a fixed batch."""
+
+_LARGEST_BYTES = 1 << 20
+_TOLERANCE = 1e-4
+"""Of the outputs' own scale: another machine may fuse and round in another order."""
+
+
+def outputs_of(validate: Validate, state: Mapping[str, Any], *, step: int) -> list[dict[str, Any]]:
+    """Run the function on a copy of the live state; the outputs as JSON for the manifest.
+
+    Raises:
+        ValidationError: If outputs are not finite, or too large to be stored with every step.
+    """
+    outputs = _run(validate, fresh_copy(state))
+    if not _finite(outputs):
+        raise ValidationError(
+            what=f"the validation outputs at step {step} are not finite.",
+            why="a diverged model would be saved as the newest good one.",
+            fix="restore an earlier step, or look at the learning rate.",
+        )
+    total = sum(array.nbytes for array in outputs)
+    if total > _LARGEST_BYTES:
+        raise ValidationError(
+            what=f"the validation function returns {total:,} bytes.",
+            why=f"they are stored with every step; at most {_LARGEST_BYTES:,} bytes are.",
+            fix="return a few rows, or a mean.",
+        )
+    return [
+        {
+            "dtype": array.dtype.name,
+            "shape": list(array.shape),
+            "data": base64.b64encode(np.ascontiguousarray(array).tobytes()).decode(),
+        }
+        for array in outputs
+    ]
+
+
+def check(
+    validate: Validate, state: Mapping[str, Any], items: Mapping[str, HostItem], stored: Any, *, step: int
+) -> None:
+    """Run the function on a copy filled from a loaded step and compare its outputs with the stored ones.
+
+    Raises:
+        StepRejectedError: If they are not finite, or differ from what the model computed when it was saved.
+        CorruptStepError: If the stored outputs cannot be read.
+    """
+    outputs = _run(validate, fresh_copy(state, items))
+    if not _finite(outputs):
+        error = StepRejectedError(
+            what=f"step {step} fails validation: its outputs are not finite.",
+            why="training would go on from NaN or infinity. The step's bytes are as they were saved.",
+            fix="look at what the function and the model do with the batch; an older step: restore(state, step=...).",
+        )
+        error.step = step
+        raise error
+    if stored is None:
+        return
+    before = [_decode(entry) for entry in stored]
+    same_form = [(a.shape, a.dtype) for a in outputs] == [(a.shape, a.dtype) for a in before]
+    if not same_form or not all(map(_close, outputs, before)):
+        error = StepRejectedError(
+            what=f"step {step} fails validation: the model computes something else than when it was saved."
+        )
+        error.step = step
+        raise error
+
+
+def _run(validate: Validate, copy: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(validate(copy))]
+
+
+def _finite(arrays: list[np.ndarray[Any, Any]]) -> bool:
+    return all(bool(np.isfinite(array.astype(np.float64)).all()) for array in arrays)
+
+
+def _close(after: np.ndarray[Any, Any], before: np.ndarray[Any, Any]) -> bool:
+    left, right = after.astype(np.float64), before.astype(np.float64)
+    scale = float(np.abs(right).max(initial=0.0))
+    return bool((np.abs(left - right) <= _TOLERANCE * scale).all())
+
+
+def _decode(entry: Any) -> np.ndarray[Any, Any]:
+    try:
+        data = base64.b64decode(entry["data"], validate=True)
+        return np.frombuffer(data, numpy_dtype(entry["dtype"])).reshape(entry["shape"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise CorruptStepError(
+            what=f"the stored validation outputs cannot be read: {error}.",
+            why="without them nothing can be compared.",
+            fix="open the run without validate=, or restore another step.",
+        ) from error

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files in the safetensors format: eight bytes of length, a header in JSON, the bytes of the tensors.
+
+Read and written here rather than by the package of that name, for two reasons: it hands over all tensors at once,
+where a state is exchanged leaf by leaf, and its numpy side knows no bfloat16 and no float8 in most releases.
+
+The header of a foreign file is believed only after every name, dtype, shape and offset was checked against the
+file's size; then reading a tensor cannot fail half way.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import StorageError, TensorFileError
+from ..tree.leaves import numpy_dtype
+
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+"""The format's names of dtypes, and ours."""
+
+CODES = {name: code for code, name in DTYPES.items()}
+_LARGEST_HEADER = 100_000_000
+"""The format's own limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """What a header says of one tensor.
+
+    Attributes:
+        dtype: Our name of its dtype.
+        shape: Its shape.
+        start: Where its bytes begin in the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes it takes."""
+        return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
+
+
+def write(
+    path: pathlib.Path,
+    tensors: Mapping[str, Tensor],
+    arrays: Callable[[Sequence[str]], Mapping[str, np.ndarray[Any, Any]]],
+    metadata: Mapping[str, str],
+    *,
+    batch_bytes: int,
+) -> None:
+    """Write a file, a few tensors at a time; it appears under its name when it is complete.
+
+    Args:
+        path: The file.
+        tensors: Dtype and shape of each tensor.
+        arrays: Hands over the arrays of some tensors.
+        metadata: Texts for the header.
+        batch_bytes: How many bytes are asked for at once, if a single tensor is not larger.
+
+    Raises:
+        StorageError: If the disk refused.
+    """
+    # The widest dtypes first, so that each tensor is aligned to its own; the format's own writer does the same.
+    order = sorted(tensors, key=lambda name: (-numpy_dtype(tensors[name].dtype).itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        tensor, begin = tensors[name], end
+        end += tensor.bytes
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for batch in _batches(order, tensors, batch_bytes):
+                handed = arrays(batch)
+                for name in batch:
+                    file.write(np.ascontiguousarray(handed[name]).reshape(-1).view(np.uint8))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            what=f"{path} could not be written: {error}.",
+            why="nothing stands under that name that did not stand there before.",
+            fix="mend the cause above, or choose another file.",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _batches(order: Sequence[str], tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+    batches: list[list[str]] = []
+    room = 0
+    for name in order:
+        if not batches or tensors[name].bytes > room:
+            batches.append([])
+            room = limit
+        batches[-1].append(name)
+        room -= tensors[name].bytes
+    return batches
+
+
+def read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the texts of a file.
+
+    Raises:
+        TensorFileError: If it is no such file, or not a whole one.
+        StorageError: If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(_LARGEST_HEADER, size - 8):
+                raise _refused(path, "it does not begin with the length of a header")
+            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+    except OSError as error:
+        raise StorageError(
+            what=f"{path} cannot be read: {error}.",
+            why="the weights stand in it.",
+            fix="check the path and who may read it.",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, TensorFileError):
+            raise
+        raise _refused(path, f"its header cannot be read: {error}") from error
+    if not isinstance(header, dict):
+        raise _refused(path, "its header is no table")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _refused(path, "its metadata are not texts")
+    return _tensors(path, header, 8 + length, size), metadata
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return table
+
+
+def _tensors(path: pathlib.Path, header: Mapping[str, Any], base: int, size: int) -> dict[str, Tensor]:
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        try:
+            code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (TypeError, KeyError, ValueError) as error:
+            raise _refused(path, f"its entry for {name!r} has another form") from error
+        if not isinstance(code, str) or code not in DTYPES:
+            raise _refused(path, f"the tensor {name!r} is of the dtype {code!r}, which is not known here")
+        if not all(type(number) is int and 0 <= number < 2**56 for number in (*shape, begin, end)):
+            raise _refused(path, f"its entry for {name!r} makes no sense")
+        tensors[name] = Tensor(DTYPES[code], shape, base + begin)
+        if end - begin != tensors[name].bytes:
+            raise _refused(path, f"the tensor {name!r} has {end - begin} bytes where its shape needs others")
+        spans.append((begin, end))
+    place = 0
+    for begin, end in sorted(spans):
+        if begin != place:
+            raise _refused(path, "its tensors overlap or leave holes")
+        place = end
+    if base + place != size:
+        raise _refused(path, f"it has {size:,} bytes and its header tells of {base + place:,}")
+    return tensors
+
+
+def read(path: pathlib.Path, tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The array of one tensor."""
+    array = np.empty(tensor.shape, numpy_dtype(tensor.dtype))
+    view = memoryview(array.reshape(-1).view(np.uint8))
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(tensor.start)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise _refused(path, "it became shorter while it was read")
+                done += count
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            what=f"{path} cannot be read: {error}.",
+            why="its header could be read a moment ago.",
+            fix="check the disk, and whether something else changes the file.",
+        ) from error
+    return array
+
+
+def _refused(path: pathlib.Path, why: str) -> TensorFileError:
+    return TensorFileError(
+        what=f"{path} is no whole safetensors file.", why=f"{why}.", fix="fetch or export it again; nothing was read."
+    )

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surgery does to each leaf, in words: the rows of a dry run and of a restore's report."""
+
+import dataclasses
+
+from ..spec.operations import Cast
+from ..tree.match import form
+from .plan import Placed, Plan, Source
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlteredLeaf:
+    """One leaf and what becomes of it.
+
+    Attributes:
+        name: Its name in the state; "" for a leaf on disk that is dropped.
+        action: Such as "renamed", "cast, padded", "kept", "dropped"; "" if it is restored as it is.
+        source: Its name on disk; "" if the state keeps its own value.
+        before: Dtype and shape on disk.
+        after: Dtype and shape in the state.
+    """
+
+    name: str
+    action: str
+    source: str = ""
+    before: str = ""
+    after: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """The leaf as plain data."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        if not self.source:
+            return f"{self.name}: {self.action}"
+        forms = self.before if self.before == self.after or not self.after else f"{self.before} to {self.after}"
+        origin = f" from {self.source}" if self.name and self.source != self.name else ""
+        return f"{self.name or self.source}: {self.action or 'restored'}{origin}, {forms}"
+
+
+def altered(plan: Plan) -> tuple[AlteredLeaf, ...]:
+    """The leaves that are not restored as they are."""
+    return tuple(leaf for leaf in all_leaves(plan) if leaf.action)
+
+
+def all_leaves(plan: Plan) -> tuple[AlteredLeaf, ...]:
+    """Every leaf of the state, and every leaf on disk that is dropped."""
+    return (*map(_placed, plan.placed), *map(_dropped, plan.dropped))
+
+
+def _placed(leaf: Placed) -> AlteredLeaf:
+    name, source, target = ".".join(leaf.path), leaf.source, leaf.target
+    if source is None or target is None:
+        return AlteredLeaf(name=name, action="kept")
+    actions = ["renamed"] if source.path != source.stored_path else []
+    if source.record.kind in ("array", "empty"):
+        actions += ["cast"] if any(isinstance(each, Cast) for each in source.operations) else []
+        if len(source.record.shape) == len(target.shape):
+            pairs = list(zip(source.record.shape, target.shape))
+            actions += ["sliced"] if any(old > new for old, new in pairs) else []
+            actions += ["padded"] if any(old < new for old, new in pairs) else []
+    return AlteredLeaf(
+        name=name,
+        action=", ".join(actions),
+        source=".".join(source.stored_path),
+        before=form(source.record),
+        after=form(target),
+    )
+
+
+def _dropped(source: Source) -> AlteredLeaf:
+    return AlteredLeaf(name="", action="dropped", source=".".join(source.stored_path), before=form(source.record))

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differences as an error that a person can act on: every leaf by path, and the surgery that would fix it.
+
+The suggestion is a guess about what the person meant and is never applied unasked. Renames are found by kinds of
+names (`layers.0` and `layers.7` are one kind): of a missing and an unexpected kind of equal form, what differs
+between the two names is a rule, and the rule that mends most leaves is taken first.
+
+Before it is shown, a suggestion is tried on the names: it has to leave no difference, and every leaf that fitted
+without it where it was. Names that hold what patterns give a meaning (`a*`, `b[0]`) cannot always be told apart.
+"""
+
+import collections
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from ..errors import CheckpointError, StructureError
+from ..spec.operations import DTYPES, Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, wildcards
+from ..tree.match import Difference, Names, folded, form, is_turned
+from .plan import Plan
+from .renaming import Parts, outermost, renamed
+
+type Retry = Callable[[Sequence[Operation]], Plan]
+"""The plan with more operations after those that were asked for."""
+
+_MOST_LINES = 100
+"""More leaves than this are shown by kind."""
+_MOST_KINDS = 300
+"""Of more kinds of names than this on either side, no renames are guessed."""
+
+
+def require_match(step: int, plan: Plan, here: Sequence[Names], retry: Retry, asked: Sequence[Operation] = ()) -> None:
+    """Raise `StructureError` if there are differences.
+
+    Args:
+        step: The step's number.
+        plan: What the restore would do.
+        here: Names of all leaves of the state.
+        retry: Makes the plan with more operations.
+        asked: The operations that were asked for; what is suggested begins with them.
+    """
+    differences = plan.differences
+    if not differences:
+        return
+    operations = proved(plan, here, retry)
+    if operations:
+        operations = (*asked, *operations)
+    shown = "".join(f"\n    {line}" for line in lines(differences))
+    surgery = "".join(f"\n    {as_code(each)}," for each in operations)
+    offer = f"surgery=[{surgery}\n  ] mends it, if that is what is meant; or " if operations else ""
+    error = StructureError(
+        what=f"step {step} does not fit the state passed in, in {len(differences)} place(s):{shown}",
+        why="restoring part of it, or casting, would change the model without a word. Nothing was restored or lost.",
+        fix=f"{offer}build the state as it was when the step was saved, or leave the item out of the state.",
+    )
+    error.mismatches = tuple(map(str, differences))
+    error.surgery = operations
+    raise error
+
+
+def lines(differences: Sequence[Difference]) -> list[str]:
+    """One line for each difference, or for each kind where they are hundreds."""
+    if len(differences) <= _MOST_LINES:
+        return list(map(str, differences))
+    kinds: dict[tuple[Names, str], list[Difference]] = {}
+    for each in differences:
+        kinds.setdefault((folded(each.path), each.text.partition(";")[0]), []).append(each)
+    shown = []
+    for (_, text), same in kinds.items():
+        first = ".".join(same[0].path)
+        more = f" (and {len(same) - 1} more of its kind, to {'.'.join(same[-1].path)})" if len(same) > 1 else ""
+        shown.append(f"{first}: {text}{more}")
+    rest = len(shown) - _MOST_LINES
+    tail = [f"... and {rest} more kinds; all are in the error's mismatches"] if rest > 0 else []
+    return [*shown[:_MOST_LINES], *tail]
+
+
+def proved(plan: Plan, here: Sequence[Names], retry: Retry) -> tuple[Operation, ...]:
+    """Operations after which the differences are gone and nothing else is changed; none if none are found.
+
+    Args:
+        plan: What the restore would do.
+        here: Names of all leaves of the state.
+        retry: Makes the plan with more operations.
+    """
+    for whole in (True, False):
+        operations = suggested(plan.differences, here, plan.stored, whole=whole)
+        if operations and _mends(operations, plan, retry):
+            return operations
+    return ()
+
+
+def _mends(operations: Sequence[Operation], plan: Plan, retry: Retry) -> bool:
+    try:
+        after = retry(operations)
+    except CheckpointError:
+        return False
+    unfit = {each.path for each in plan.differences}
+    sources = {leaf.path: leaf.source and leaf.source.stored_path for leaf in after.placed}
+    return not after.differences and all(
+        sources.get(leaf.path) == (leaf.source and leaf.source.stored_path)
+        for leaf in plan.placed
+        if leaf.path not in unfit
+    )
+
+
+def suggested(
+    differences: Sequence[Difference], here: Iterable[Names], there: Iterable[Names], *, whole: bool = True
+) -> tuple[Operation, ...]:
+    """Operations after which the differences should be gone.
+
+    Args:
+        differences: What does not fit.
+        here: Names of all leaves of the state.
+        there: Names of all leaves on disk.
+        whole: Whether parts may be renamed as a whole, and not only leaves.
+    """
+    missing = {each.path: each for each in differences if each.kind == "missing"}
+    extra = {each.path: each for each in differences if each.kind == "unexpected"}
+    taken = set(there)
+    items = _renamed_items(differences, set(here), taken)
+    found: list[Operation] = list(items)
+    for item in items:
+        missing.pop((item.new.removesuffix(".**"),), None)
+    resizing: list[tuple[Names, str, Operation]] = []
+    for rule in _renames(missing, extra, Parts(taken), whole=whole):
+        matched = Parts(extra).matched(rule.pattern)
+        depths = {path: outermost(path, matched) for path in extra}
+        moved = {path: (*renamed(rule, path[:depth]), *path[depth:]) for path, depth in depths.items() if depth}
+        collide = set(moved.values()) & (taken - moved.keys()) or len(set(moved.values())) < len(moved)
+        if collide or not missing.keys() & set(moved.values()):
+            continue
+        found.append(rule)
+        taken = (taken - moved.keys()) | set(moved.values())
+        for path, new in moved.items():
+            old, wanted = extra.pop(path), missing.pop(new, None)
+            if wanted is None:
+                extra[new] = dataclasses.replace(old, path=new)  # Another leaf of the part, and nobody misses it.
+            elif old.stored is not None and wanted.here is not None:
+                both = Difference(kind="reshaped", path=new, here=wanted.here, stored=old.stored)
+                resizing += [(new, type(each).__name__, each) for each in _mended(both)]
+    for each in differences:
+        if each.kind in ("reshaped", "recast", "other"):
+            resizing += [(each.path, type(operation).__name__, operation) for operation in _mended(each)]
+    found += [Drop(pattern) for pattern in _covering(extra, taken, keep=set(here))]
+    grouped: dict[tuple[str, ...], list[Names]] = {}
+    for path, kind, operation in resizing:
+        dtypes = (operation.from_dtype, operation.to_dtype) if isinstance(operation, Cast) else ()
+        grouped.setdefault((kind, *dtypes), []).append(path)
+    kinds: dict[str, type[Any]] = {"Cast": Cast, "Pad": Pad, "Slice": Slice, "Reinit": Reinit}
+    for (kind, *rest), paths in grouped.items():
+        # A cast means leaves of its own dtype only, so a part that is cast as a whole may be named as such.
+        patterns = _covering(paths, set(here), keep=set()) if kind == "Cast" else _kinds_of(paths, set(here))
+        found += [kinds[kind](pattern, *rest) for pattern in patterns]
+    found += [Reinit(pattern) for pattern in _covering(missing, set(here), keep=taken - set(extra))]
+    return tuple(found)
+
+
+def _mended(difference: Difference) -> list[Operation]:
+    here, stored = difference.here, difference.stored
+    kinds = {record.kind for record in (here, stored) if record is not None}
+    if here is None or stored is None or not kinds <= {"array", "empty"}:
+        return [] if here is not None and stored is not None and form(here) == form(stored) else [Reinit("**")]
+    mended: list[Operation] = []
+    if here.dtype != stored.dtype:
+        if not {here.dtype, stored.dtype} <= set(DTYPES):
+            return [Reinit("**")]
+        mended.append(Cast("**", stored.dtype, here.dtype))
+    if here.shape != stored.shape:
+        if len(here.shape) != len(stored.shape) or is_turned(stored.shape, here.shape):
+            return [Reinit("**")]
+        pairs = list(zip(stored.shape, here.shape))
+        mended += [Pad("**")] if any(old < new for old, new in pairs) else []
+        mended += [Slice("**")] if any(old > new for old, new in pairs) else []
+    return mended
+
+
+def _renamed_items(differences: Sequence[Difference], here: set[Names], there: set[Names]) -> list[Rename]:
+    """Items that are on disk under another name: those that hold mostly the same leaves."""
+    found, used = [], {path[0] for path in here}
+    for each in differences:
+        if each.kind != "missing" or len(each.path) > 1:
+            continue
+        wanted = {path[1:] for path in here if path[0] == each.path[0]}
+        shared: collections.Counter[str] = collections.Counter(path[0] for path in there if path[1:] in wanted)
+        best = next(
+            (item for item, count in shared.most_common() if item not in used and 2 * count > len(wanted)), None
+        )
+        if best is not None:
+            used.add(best)
+            found.append(Rename(f"{best}.**", f"{each.path[0]}.**"))
+    return found
+
+
+def _renames(
+    missing: dict[Names, Difference], extra: dict[Names, Difference], there: Parts, *, whole: bool
+) -> list[Rename]:
+    """Rules that give unexpected leaves the names of missing ones, in the order in which they are applied."""
+    wanted, unused = _by_kind(missing), _by_kind(extra)
+    if not wanted or not unused or max(len(wanted), len(unused)) > _MOST_KINDS:
+        return []
+
+    @functools.cache
+    def meant(pattern: str) -> frozenset[Names]:
+        """The leaves on disk that a pattern means."""
+        matched = there.matched(pattern)
+        return frozenset(leaf for leaf in there.leaves if outermost(leaf, matched))
+
+    likeness = []
+    for new in wanted:
+        for old in unused:
+            if new[1] == old[1]:
+                ratio = difflib.SequenceMatcher(None, ".".join(old[0]), ".".join(new[0])).ratio()
+                if ratio >= 0.4 or new[0][-1] == old[0][-1]:
+                    likeness.append((ratio, old, new))
+    rules: collections.Counter[tuple[str, str]] = collections.Counter()
+    done = set[tuple[str, Names, str]]()
+    # Each kind goes to the kind that is most like it.
+    for _, old, new in sorted(likeness, key=lambda each: each[0], reverse=True):
+        if ("old", *old) in done or ("new", *new) in done:
+            continue
+        done |= {("old", *old), ("new", *new)}
+        sides = _rules(old[0], new[0], whole=whole)
+        rule = next((rule for rule in sides if meant(rule[0]) <= extra.keys()), None)
+        if rule is not None:
+            rules[rule] += len(wanted[new])
+    # What lies deeper first: after that, a part above it can be renamed as a whole.
+    ordered = sorted(rules, key=lambda rule: (-rule[0].count("."), -rules[rule], rule))
+    return [Rename(*rule) for rule in ordered]
+
+
+def _by_kind(differences: dict[Names, Difference]) -> dict[tuple[Names, str], list[Names]]:
+    kinds: dict[tuple[Names, str], list[Names]] = {}
+    for path, each in differences.items():
+        record = each.here or each.stored
+        if record is not None:
+            kinds.setdefault((folded(path), form(record)), []).append(path)
+    return kinds
+
+
+def _rules(old: Names, new: Names, *, whole: bool) -> Iterator[tuple[str, str]]:
+    """What differs between two kinds of names, as the two sides of a rename, those without the common end first."""
+    end = 0
+    while whole and end < min(len(old), len(new)) - 1 and old[-1 - end] == new[-1 - end]:
+        end += 1
+    for left in range(end, -1, -1):
+        sides = _text(old[: len(old) - left]), _text(new[: len(new) - left])
+        if wildcards(sides[0]) == wildcards(sides[1]):
+            yield sides
+
+
+def _text(path: Names) -> str:
+    """A name as a pattern; what the pattern language gives a meaning becomes a star, and numbers do too."""
+    parts = [re.sub(r"[#\[\]{}:.*\s]+", "*", part) for part in path]
+    # One word alone would mean that name at any depth.
+    return ".".join(parts) if len(parts) > 1 else f"{parts[0]}.**"
+
+
+def _covering(wanted: Iterable[Names], everything: set[Names], *, keep: set[Names]) -> list[str]:
+    """Patterns that cover the wanted names and nothing else: parts that are wanted as a whole are named as such."""
+    wanted = list(wanted)
+    lost = set(wanted)
+    others = (everything | keep) - lost
+    blocked = {other[:depth] for other in others for depth in range(1, len(other) + 1)}
+    parts: dict[Names, list[Names]] = {}
+    for path in wanted:
+        depth = next((depth for depth in range(1, len(path)) if path[:depth] not in blocked), len(path))
+        parts.setdefault(path[:depth], []).append(path)
+    return _kinds_of(list(parts), others)
+
+
+def _kinds_of(paths: list[Names], everything: set[Names]) -> list[str]:
+    """Patterns for names: one for each kind if it means nothing else, else one for each name."""
+    kinds: dict[Names, list[Names]] = {}
+    for path in paths:
+        kinds.setdefault(folded(path), []).append(path)
+    patterns: list[str] = []
+    parts = Parts([*everything, *paths]) if any(len(same) > 1 for same in kinds.values()) else None
+    for kind, same in kinds.items():
+        if parts is not None and len(same) > 1 and parts.matched(_text(kind)) == set(same):
+            patterns.append(_text(kind))
+        else:
+            patterns += [_text(path) for path in same]
+    return patterns

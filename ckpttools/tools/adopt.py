@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adopt`: take over steps that plain Orbax wrote, by proving them from now on.
+
+Nothing of a step is changed; a manifest is added. It says what is on the disk today: whether that is what was once
+saved nobody can tell, since Orbax keeps no digest of it.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import secrets
+
+from ..errors import StorageError
+from ..save.write_step import describe_files
+from ..store import catalogue, commit, digest, manifest, orbax
+from ..store.lock import WriterLock
+from ..store.run_directory import existing_folder
+from ..tree import snapshot
+
+
+def adopt(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[int, ...]:
+    """Write manifests for the steps of plain Orbax (v0 and v1) in a run's folder.
+
+    Args:
+        directory: The folder whose numbered folders are the steps.
+        dry_run: Only say which steps would be taken over.
+
+    Returns:
+        The steps, in increasing order.
+
+    Raises:
+        StorageError: If a step cannot be read; those before it are taken over.
+        RunInUseError: If a process writes to the run.
+    """
+    root = existing_folder(directory)
+    foreign = [entry for entry in catalogue.scan(root).entries if entry.state == "unverified"]
+    if dry_run:
+        for entry in foreign:
+            try:
+                orbax.describe_foreign(entry.path)
+            except orbax.ReadError as error:
+                raise _unreadable(entry, str(error)) from error
+    if not foreign or dry_run:
+        return tuple(entry.step for entry in foreign)
+    lock = WriterLock(root)
+    lock.acquire()
+    try:
+        known = catalogue.scan(root)
+        lineage = known.lineage or ((secrets.token_hex(4), 0),)
+        for sequence, entry in enumerate(foreign, start=known.next_sequence):
+            _adopt_step(entry, sequence, lineage)
+    finally:
+        lock.release()
+    return tuple(entry.step for entry in foreign)
+
+
+def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage) -> None:
+    try:
+        state = orbax.read_foreign(entry.path)
+    except orbax.ReadError as error:
+        raise _unreadable(entry, str(error)) from error
+    if not state:
+        raise _unreadable(entry, "it has no items")
+    taken = snapshot.take(state, None)
+    algorithm = "xxh3"
+    items = {
+        item: manifest.Item(
+            records=tuple(
+                dataclasses.replace(record, digest=digest.of_array(algorithm, taken.arrays[item][record.path]))
+                if record.in_orbax
+                else record
+                for record in records
+            ),
+            skeletons={},
+        )
+        for item, records in taken.records.items()
+    }
+    summary = manifest.Summary(
+        step=entry.step,
+        sequence=sequence,
+        saved_at=(entry.path / "_CHECKPOINT_METADATA").stat().st_mtime,
+        run_s=0.0,
+        metrics=_metrics(entry.path),
+        lineage=lineage,
+        reason="adopted from plain Orbax",
+        spec="",
+        files=describe_files(entry.path, algorithm),
+    )
+    manifest.write(entry.path, summary, manifest.Contents(items=items), algorithm=algorithm)
+    commit.sync_tree(entry.path)
+
+
+def _unreadable(entry: catalogue.Entry, text: str) -> StorageError:
+    return StorageError(
+        what=f"step {entry.step} cannot be taken over: {text.rstrip('.')}.",
+        why="Orbax cannot read it as named items.",
+        fix=f"move {entry.path} away, or save it again with named items (args=Composite(model=...)).",
+    )
+
+
+def _metrics(folder: pathlib.Path) -> dict[str, float]:
+    """Metrics as Orbax's managers write them; none if they cannot be read, for they decide nothing here."""
+    try:
+        found = json.loads((folder / "metrics" / "metrics").read_bytes())
+        return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}
+    except (OSError, ValueError, AttributeError):
+        return {}

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between two steps, of one run or of two: leaves that only one has, other forms, and other values.
+
+Leaves of equal digest are equal and are not read, so two steps of a run with frozen weights are compared in the time
+that the trained ones take. The rest is read and proved in batches, so the host never holds more than two of them.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointError
+from ..store import integrity, layout
+from ..store.catalogue import Entry
+from ..text import table_text
+from ..tree.leaves import Record, decode_value, host_bytes
+from ..tree.match import Names, form, names
+from .show import find_step
+
+_BATCH_BYTES = 256 << 20
+_MOST_ROWS = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChangedLeaf:
+    """A leaf that both steps have, with other values or of another form.
+
+    Attributes:
+        name: Such as `model.layers.0.kernel`.
+        before: Dtype and shape in the first step, or the value.
+        after: The same in the second.
+        max_abs: Largest absolute difference of two elements; None if the forms differ, or for what is no number.
+        relative: Norm of the difference over the norm in the first step; infinite if that is zero.
+        changed: How many elements differ.
+    """
+
+    name: str
+    before: str
+    after: str
+    max_abs: float | None = None
+    relative: float | None = None
+    changed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffReport:
+    """The differences of two steps.
+
+    Attributes:
+        a: The first step's folder.
+        b: The second's.
+        removed: Leaves that only the first has.
+        added: Leaves that only the second has.
+        reformed: Leaves of another shape, dtype or kind.
+        changed: Leaves of equal form and other values, the largest relative change first.
+        equal: How many leaves are equal bit for bit.
+    """
+
+    a: str
+    b: str
+    removed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    reformed: tuple[ChangedLeaf, ...] = ()
+    changed: tuple[ChangedLeaf, ...] = ()
+    equal: int = 0
+
+    @property
+    def same(self) -> bool:
+        """Whether the two hold the same bits under the same names."""
+        return not (self.removed or self.added or self.reformed or self.changed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {**dataclasses.asdict(self), "same": self.same}
+
+    def __str__(self) -> str:
+        head = f"{self.a} and {self.b}: {self.equal} leaves equal, {len(self.changed)} changed"
+        lines = [head + f", {len(self.reformed)} of another form, {len(self.removed)} removed, {len(self.added)} added"]
+        lines += [f"- {name}" for name in self.removed] + [f"+ {name}" for name in self.added]
+        lines += [f"! {leaf.name}: {leaf.before} to {leaf.after}" for leaf in self.reformed]
+        if self.changed:
+            columns = ["leaf", "form", "max abs", "relative", "elements"]
+            rows = [_row(leaf) for leaf in self.changed[:_MOST_ROWS]]
+            lines.append(table_text(columns, rows, right=columns[2:]))
+        if len(self.changed) > _MOST_ROWS:
+            lines.append(f"... and {len(self.changed) - _MOST_ROWS} smaller changes")
+        return "\n".join(lines)
+
+
+def diff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    steps: tuple[int | None, int | None] = (None, None),
+    progress: Callable[[int, int], None] | None = None,
+) -> DiffReport:
+    """Compare two steps: their structure, and the values of the leaves that both have.
+
+    Args:
+        a: A run's folder (its newest step is taken) or the folder of one step.
+        b: Another one, or the same.
+        steps: Numbers of the steps, where `a` and `b` are runs.
+        progress: Called with the bytes that were compared and those of all leaves whose digests differ.
+
+    Raises:
+        StepNotFoundError: If a step is not there.
+        StepDamagedError: If a step is damaged.
+    """
+    first, second = _entry(a, steps[0]), _entry(b, steps[1])
+    left, right = _records(first), _records(second)
+    both = [path for path in left if path in right]
+    pairs = [(path, left[path], right[path]) for path in both]
+    alike = [pair for pair in pairs if _same_form(pair[1][1], pair[2][1])]
+    reformed = [pair for pair in pairs if not _same_form(pair[1][1], pair[2][1])]
+    other = [pair for pair in alike if not _same_bits(pair[1][1], pair[2][1])]
+    found = [leaf for leaf in _compared(first, second, other, progress) if leaf is not None]
+    return DiffReport(
+        a=str(first.path),
+        b=str(second.path),
+        removed=tuple(_name(path) for path in left if path not in right),
+        added=tuple(_name(path) for path in right if path not in left),
+        reformed=tuple(
+            ChangedLeaf(name=_name(path), before=form(old), after=form(new)) for path, (_, old), (_, new) in reformed
+        ),
+        changed=tuple(sorted(found, key=_size, reverse=True)),
+        equal=len(alike) - len(found),
+    )
+
+
+type Located = tuple[str, Record]
+"""An item and one of its leaves."""
+type Pair = tuple[Names, Located, Located]
+
+
+def _entry(source: str | os.PathLike[str], step: int | None) -> Entry:
+    folder = pathlib.Path(os.path.abspath(source))
+    number = layout.step_number(folder.name)
+    is_step = number is not None and (folder / layout.MANIFEST).exists()
+    entry = find_step(folder.parent, number) if is_step else find_step(folder, step)
+    if entry.manifest is None:
+        raise CheckpointError(
+            what=f"step {entry.step} of {entry.path.parent} was written by plain Orbax and never proved.",
+            why="two steps are compared by their manifests and digests.",
+            fix="ct.adopt(directory) takes it over.",
+        )
+    return entry
+
+
+def _records(entry: Entry) -> dict[Names, Located]:
+    items = entry.manifest.contents.items if entry.manifest else {}
+    return {(item, *names(record.path)): (item, record) for item, stored in items.items() for record in stored.records}
+
+
+def _same_form(old: Record, new: Record) -> bool:
+    return (old.kind, old.shape, old.dtype) == (new.kind, new.shape, new.dtype)
+
+
+def _same_bits(old: Record, new: Record) -> bool:
+    """Whether two leaves are known to be equal without reading them; digests of two algorithms say nothing."""
+    if not old.in_orbax:
+        return bool(old.value == new.value)
+    return (old.digest, old.slices) == (new.digest, new.slices)
+
+
+def _compared(
+    first: Entry, second: Entry, pairs: Sequence[Pair], progress: Callable[[int, int], None] | None
+) -> Iterator[ChangedLeaf | None]:
+    total, done = host_bytes(pair[1][1] for pair in pairs), 0
+    for batch in _batches(pairs):
+        old = _read(first, [pair[1] for pair in batch])
+        new = _read(second, [pair[2] for pair in batch])
+        done += host_bytes(pair[1][1] for pair in batch)
+        if progress is not None:
+            progress(done, total)
+        for path, (_, before), (_, after) in batch:
+            if before.in_orbax:
+                yield _array_change(path, before, old.pop(path), new.pop(path))
+            else:
+                values = repr(decode_value(before.value)), repr(decode_value(after.value))
+                yield ChangedLeaf(name=_name(path), before=values[0][:80], after=values[1][:80])
+
+
+def _batches(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    batch: list[Pair] = []
+    total = 0
+    for pair in pairs:
+        size = host_bytes([pair[1][1]])
+        if batch and total + size > _BATCH_BYTES:
+            yield batch
+            batch, total = [], 0
+        batch.append(pair)
+        total += size
+    if batch:
+        yield batch
+
+
+def _read(entry: Entry, leaves: Sequence[Located]) -> dict[Names, np.ndarray[Any, Any]]:
+    wanted: dict[str, list[Record]] = {}
+    for item, record in leaves:
+        if record.in_orbax:
+            wanted.setdefault(item, []).append(record)
+    arrays: Mapping[str, Mapping[Any, Any]] = integrity.read_proved(entry, {k: tuple(v) for k, v in wanted.items()})
+    return {(item, *names(path)): array for item, found in arrays.items() for path, array in found.items()}
+
+
+def _array_change(
+    path: Names, record: Record, old: np.ndarray[Any, Any], new: np.ndarray[Any, Any]
+) -> ChangedLeaf | None:
+    """How two arrays of one form differ; None if they are equal bit for bit."""
+    if old.tobytes() == new.tobytes():
+        return None
+    shown = form(record)
+    if record.kind == "key":
+        return ChangedLeaf(name=_name(path), before=shown, after=shown)
+    count = int(np.count_nonzero(old != new))
+    wide = np.complex128 if old.dtype.kind == "c" else np.float64
+    with np.errstate(all="ignore"):
+        before = old.astype(wide)
+        delta = new.astype(wide) - before
+        norm, base = float(np.linalg.norm(delta)), float(np.linalg.norm(before))
+        largest = float(np.abs(delta).max(initial=0.0))
+    relative = norm / base if base else (math.inf if norm else 0.0)
+    return ChangedLeaf(name=_name(path), before=shown, after=shown, max_abs=largest, relative=relative, changed=count)
+
+
+def _size(leaf: ChangedLeaf) -> float:
+    """By what changes are sorted: what became NaN comes first, what has no number last."""
+    if leaf.relative is None:
+        return -1.0
+    return math.inf if math.isnan(leaf.relative) else leaf.relative
+
+
+def _row(leaf: ChangedLeaf) -> list[str]:
+    if leaf.max_abs is None or leaf.relative is None:
+        same = leaf.before == leaf.after
+        return [leaf.name, leaf.before if same else f"{leaf.before} to {leaf.after}", "", "", ""]
+    return [leaf.name, leaf.before, f"{leaf.max_abs:.3g}", f"{leaf.relative:.3g}", str(leaf.changed)]
+
+
+def _name(path: Names) -> str:
+    return ".".join(path)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ls` and `prune`: what a run holds, how its steps hang together, and what a retention value would delete."""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+
+from ..spec.retention import Retention, Verdict
+from ..store import catalogue
+from ..store.run_directory import RunFolder, existing_folder
+from ..text import readable_bytes, table_text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListedStep:
+    """One line of `ls`.
+
+    Attributes:
+        step: Its number.
+        state: "committed", "superseded", "unverified", "incomplete", "corrupt", "unreadable" (the disk does not answer)
+            or "newer" (written by a newer version of this package).
+        branch: Name of its branch; "" where it is not known.
+        began_after: The step after which the branch began; 0 for the run's beginning.
+        saved_at: Seconds since the epoch.
+        total_bytes: Bytes of its files.
+        metrics: Recorded metrics.
+        reason: Why it was saved, or what is wrong with it.
+        pinned: Whether it is pinned.
+    """
+
+    step: int
+    state: str
+    branch: str = ""
+    began_after: int = 0
+    saved_at: float = 0.0
+    total_bytes: int = 0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+    pinned: bool = False
+
+
+class Listing(tuple[ListedStep, ...]):
+    """A tuple of `ListedStep` that prints as the table of `ckpttools ls`."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        columns, rows = rows_of(self)
+        return table_text(columns, rows, right=right_of(columns)) if self else "there are no steps"
+
+
+def rows_of(steps: Sequence[ListedStep]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the table of steps; each metric has a column."""
+    names = sorted({name for step in steps for name in step.metrics})
+    rows = [
+        [
+            str(step.step),
+            step.state + (", pinned" if step.pinned else ""),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(step.saved_at)) if step.saved_at else "",
+            readable_bytes(step.total_bytes) if step.total_bytes else "",
+            *(f"{step.metrics[name]:.6g}" if name in step.metrics else "" for name in names),
+            f"{step.branch} after {step.began_after}" if step.began_after else step.branch,
+            step.reason,
+        ]
+        for step in steps
+    ]
+    return ["step", "state", "saved", "size", *names, "branch", "reason"], rows
+
+
+def right_of(columns: Sequence[str]) -> list[str]:
+    """The columns of `rows_of` that hold numbers."""
+    return [columns[0], *columns[3:-2]]
+
+
+def ls(directory: str | os.PathLike[str]) -> Listing:
+    """Every step of a run in the order of the commits, damaged and foreign ones last; reads manifests only.
+
+    Returns:
+        A tuple of `ListedStep`, which prints as a table.
+    """
+    known = catalogue.scan(pathlib.Path(directory).absolute())
+    entries = sorted(
+        (*known.entries, *known.set_aside),
+        key=lambda entry: (entry.info is None, entry.info.sequence if entry.info else entry.step),
+    )
+    # A step that the run's own process deletes at this moment looks damaged; it is gone.
+    return Listing(_listed(entry) for entry in entries if entry.state == "committed" or entry.path.exists())
+
+
+def _listed(entry: catalogue.Entry) -> ListedStep:
+    if entry.manifest is None or entry.info is None:
+        return ListedStep(step=entry.step, state=entry.state, reason=entry.error.what if entry.error else "")
+    summary = entry.manifest.summary
+    branch, began_after = summary.lineage[-1]
+    return ListedStep(
+        step=entry.step,
+        state="superseded" if entry.info.superseded else "committed",
+        branch=branch,
+        began_after=began_after,
+        saved_at=summary.saved_at,
+        total_bytes=summary.total_bytes,
+        metrics=dict(summary.metrics),
+        reason=summary.reason,
+        pinned=entry.info.pinned,
+    )
+
+
+def empty_quarantine(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[str, ...]:
+    """Delete the damaged steps that restores have moved out of the way.
+
+    Nothing else deletes them, but a save for which there is too little space with `when_full="prune"`: `repair` may
+    bring them back, and they show what happened. The damaged step that the run's branch hangs on stays as long as no
+    later one is committed.
+
+    Args:
+        directory: The run's folder.
+        dry_run: Only say what would be deleted.
+
+    Returns:
+        The names of the folders in `.ckpttools/quarantine`.
+
+    Raises:
+        RunInUseError: If a process writes to the run.
+    """
+    run = RunFolder(existing_folder(directory))
+    if dry_run:
+        return tuple(path.name for path in run.quarantined())
+    run.lock_for_writing()
+    try:
+        return run.empty_quarantine()
+    finally:
+        run.lock.release()
+
+
+def prune(directory: str | os.PathLike[str], keep: Retention, *, dry_run: bool = False) -> tuple[Verdict, ...]:
+    """Delete what a retention value does not keep; the verdicts say what and why.
+
+    Args:
+        directory: The run's folder.
+        keep: What to keep.
+        dry_run: Only say what would be deleted.
+
+    Raises:
+        RunInUseError: If a process writes to the run.
+    """
+    run = RunFolder(existing_folder(directory))
+    if not dry_run:
+        run.lock_for_writing()
+    try:
+        verdicts = tuple(run.verdicts(keep))
+        if not dry_run:
+            run.prune(keep)
+        return verdicts
+    finally:
+        run.lock.release()

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`repair`: rebuild what can be rebuilt, say what was done, and touch nothing in a dry run.
+
+The list of steps needs no repair, since it is made from the steps. What a step needs beside its arrays is small and is
+kept twice (`store.commit.copy_small_files`): a damaged manifest or metadata file is put back bit by bit, proved by its
+digest. A step whose array data is damaged cannot be rebuilt; it is named and left to quarantine. Steps in quarantine
+that have become whole go back to their place.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import stat
+
+from ..errors import StepDamagedError
+from ..store import catalogue, commit, digest, integrity, layout, manifest
+from ..store.lock import WriterLock
+from ..store.run_directory import existing_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Repair:
+    """One thing that was found and what was, or would be, done about it.
+
+    Attributes:
+        where: The file or step.
+        found: What is wrong with it.
+        done: What was done, or in a dry run would be; "" if nothing can be.
+    """
+
+    where: str
+    found: str
+    done: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.found}; {self.done or 'cannot be rebuilt'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class RepairReport:
+    """All that `repair` found.
+
+    Attributes:
+        repairs: One entry each.
+        dry_run: Whether nothing was touched.
+    """
+
+    repairs: tuple[Repair, ...]
+    dry_run: bool
+
+    def __str__(self) -> str:
+        head = "dry run, nothing was touched" if self.dry_run else "repaired"
+        return "\n".join([head, *map(str, self.repairs)]) if self.repairs else "nothing to repair"
+
+
+def repair(directory: str | os.PathLike[str], *, dry_run: bool = False) -> RepairReport:
+    """Rebuild damaged manifests and metadata, the list of pins, and whole steps from quarantine.
+
+    Args:
+        directory: The run's folder.
+        dry_run: Say what would be done.
+
+    Raises:
+        RunInUseError: If a process writes to the run.
+    """
+    root = existing_folder(directory)
+    lock = WriterLock(root)
+    if not dry_run:
+        lock.acquire()
+    try:
+        found = [*_pins(root, dry_run)]
+        for entry in catalogue.scan(root).entries:
+            # What plain Orbax wrote has no manifest and no second copy; that is no damage.
+            found += [] if entry.state == "unverified" else _step(root, entry.path, entry.step, dry_run)
+        quarantined = layout.control(root, "quarantine")
+        for path in sorted(quarantined.iterdir()) if quarantined.is_dir() else ():
+            step = layout.step_number(path.name.partition("-")[0])
+            if step is not None:
+                found += _step(root, path, step, dry_run)
+        return RepairReport(tuple(found), dry_run)
+    finally:
+        lock.release()
+
+
+def _pins(root: pathlib.Path, dry_run: bool) -> list[Repair]:
+    if catalogue.pins_are_whole(root):
+        return []
+    pins = catalogue.read_pins(root)
+    if not dry_run:
+        catalogue.write_pins(root, pins)
+    done = f"put back from its second copy: {sorted(pins)}" if pins else "an empty list begun"
+    return [Repair("pins.json", "the list of pinned steps is damaged", done)]
+
+
+def _step(root: pathlib.Path, folder: pathlib.Path, step: int, dry_run: bool) -> list[Repair]:
+    """Put back what is damaged in one step's folder, and the folder itself if it is in quarantine."""
+    spare = _spare_of(root, folder, step)
+    in_quarantine = folder.parent.name == "quarantine"
+    damaged = _damaged(folder, spare)
+    if not damaged and not in_quarantine:
+        return []
+    where = folder.relative_to(root).as_posix()
+    lost = [name for name in damaged if not _can_replace(spare, name)]
+    if spare is None or lost:
+        what = ", ".join(lost or damaged) or "everything"
+        return [Repair(where, f"damaged: {what}")]
+    link = _link_in(folder, damaged)
+    if link is not None:
+        return [Repair(where, f"{link} is a link, which could lead out of the run")]
+    repairs = [Repair(f"{where}/{name}", "damaged or missing", "put back from its second copy") for name in damaged]
+    if not dry_run:
+        for name in damaged:
+            target = folder / name
+            commit.make_folder(target.parent)
+            if os.path.lexists(target) and not _is_regular(target):
+                # Whatever stands there is nobody's file of this step; nothing is written through it or deleted.
+                aside = layout.free_name(layout.control(root, "quarantine"), f"stray-{step}-{target.name}")
+                commit.move(target, aside)
+            shutil.copyfile(spare / name, target)
+        commit.sync_tree(folder)
+    if in_quarantine:
+        if layout.step_folder(root, step).exists():
+            return [*repairs, Repair(where, f"whole, but there is another step {step}", "left in quarantine")]
+        repairs.append(Repair(where, "whole again", f"moved back to {step}"))
+        if not dry_run:
+            commit.move(folder, layout.step_folder(root, step))
+    return repairs
+
+
+def _spare_of(root: pathlib.Path, folder: pathlib.Path, step: int) -> pathlib.Path | None:
+    """The second copies that belong to a folder: by its own manifest, or, if that is damaged, by its files."""
+    candidates = []
+    spares = layout.control(root, "spare")
+    for spare in spares.iterdir() if spares.is_dir() else ():
+        try:
+            summary = manifest.read_sealed(spare).summary
+        except (StepDamagedError, OSError):
+            continue
+        if summary.step == step:
+            intact = sum(_is_intact(folder / name, size, mark) for name, (size, mark) in summary.files.items())
+            candidates.append((intact, summary.sequence, spare))
+    return max(candidates)[2] if candidates else None
+
+
+def _link_in(folder: pathlib.Path, names: list[str]) -> str | None:
+    """The first link among a step's folder and the folders of the files that are to be put back."""
+    for name in names:
+        for place in (folder, *(folder / parent for parent in reversed(pathlib.PurePath(name).parents))):
+            if place.is_symlink():
+                return place.name
+    return None
+
+
+def _is_regular(path: pathlib.Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _is_intact(path: pathlib.Path, size: int, mark: str) -> bool:
+    try:
+        return (
+            _is_regular(path)
+            and path.stat().st_size == size
+            and digest.of_file(digest.algorithm_of(mark), path) == mark
+        )
+    except OSError:
+        return False
+
+
+def _damaged(folder: pathlib.Path, spare: pathlib.Path | None) -> list[str]:
+    """Damaged files of a step, the manifest first; judged by the second copy of the manifest where there is one."""
+    if spare is None:
+        try:
+            entry = catalogue.Entry(step=0, path=folder, state="committed", manifest=manifest.read(folder))
+        except StepDamagedError:
+            return [layout.MANIFEST]
+        return list(integrity.damaged_files(entry))
+    files = manifest.read_sealed(spare).summary.files
+    seal = (spare / layout.MANIFEST).read_bytes()
+    own = folder / layout.MANIFEST
+    damaged = [] if _is_regular(own) and own.read_bytes() == seal else [layout.MANIFEST]
+    return damaged + [name for name, (size, mark) in files.items() if not _is_intact(folder / name, size, mark)]
+
+
+def _can_replace(spare: pathlib.Path | None, name: str) -> bool:
+    if spare is None:
+        return False
+    if name == layout.MANIFEST:
+        return True
+    size, mark = manifest.read_sealed(spare).summary.files[name]
+    return _is_intact(spare / name, size, mark)

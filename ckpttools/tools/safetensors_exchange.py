@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights from and to the wider world, as safetensors files, leaf by leaf.
+
+The format knows arrays and texts. So typed keys travel as their data and plain values as texts, each with a note in
+the file's metadata by which they come back as what they were; elsewhere the notes are ignored.
+"""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from remattools.rules.paths import Pattern
+
+from ..errors import CheckpointError, LeafError, SpecError, StructureError, did_you_mean
+from ..store import integrity, layout, safetensors_format
+from ..store.catalogue import Entry
+from ..store.safetensors_format import CODES, Tensor
+from ..tree import flatten, snapshot
+from ..tree.leaves import Path, Record, decode_value, describe, host_bytes, host_shape, numpy_dtype
+from ..tree.match import names as names_of
+from ..tree.write_back import HostItem, fill_state
+from .show import find_step
+
+type NameMap = Mapping[str, str]
+"""From a leaf's path to a tensor's name; a `*` stands for one segment and `**` for any number, on both sides."""
+
+_BATCH_BYTES = 256 << 20
+KEY, VALUE = "ckpttools.key.", "ckpttools.value."
+
+
+def export_safetensors(
+    source: Any,
+    file: str | os.PathLike[str],
+    *,
+    item: str = "model",
+    names: NameMap | None = None,
+    skip: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[str, ...]:
+    """Write the leaves of a stored step, or of a live model, into a safetensors file.
+
+    Args:
+        source: A run's folder (its newest step is taken), the folder of one step, or a state: an nnx module, an
+            `nnx.State`, a pytree of arrays.
+        file: The file; replaced if it is there.
+        item: Which item of the step.
+        names: What leaves are called in the file, as in `{"layers.*.kernel": "h.*.weight"}`; all others keep their
+            path.
+        skip: Patterns of leaves that are left out.
+        metadata: Texts for the header; by default the format "pt", which transformers asks for.
+        progress: Called with the bytes that were taken and those there are.
+
+    Returns:
+        The names of the tensors.
+
+    Raises:
+        LeafError: If a leaf is of a dtype that the format lacks.
+        StructureError: If two leaves would have one name.
+        StepDamagedError: If the step is damaged.
+        StorageError: If the disk refused.
+    """
+    if isinstance(source, str | os.PathLike):
+        records, load, note = _of_step(pathlib.Path(source), item)
+    else:
+        records, load, note = _of_state(source, item)
+    records = left_in(records, skip)
+    named = named_leaves(records, names)
+    tensors = {name: _tensor(item, record) for name, record in named.items() if record.kind != "value"}
+    total, done = host_bytes(named.values()), 0
+
+    def arrays(batch: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+        nonlocal done
+        loaded = load([named[name] for name in batch if named[name].in_orbax])
+        done += host_bytes(named[name] for name in batch)
+        if progress is not None:
+            progress(done, total)
+        return {name: loaded.get(named[name].path, np.empty(*host_shape(named[name]))) for name in batch}
+
+    texts = {"format": "pt"} if metadata is None else dict(metadata)
+    texts |= {KEY + name: record.dtype for name, record in named.items() if record.kind == "key"}
+    texts |= {VALUE + name: json.dumps(record.value) for name, record in named.items() if record.kind == "value"}
+    safetensors_format.write(pathlib.Path(file), tensors, arrays, {**note, **texts}, batch_bytes=_BATCH_BYTES)
+    return tuple(tensors)
+
+
+type Load = Callable[[Sequence[Record]], Mapping[Path, np.ndarray[Any, Any]]]
+
+
+def _of_step(folder: pathlib.Path, item: str) -> tuple[tuple[Record, ...], Load, dict[str, str]]:
+    step = layout.step_number(folder.absolute().name)
+    is_step = step is not None and any((folder / name).exists() for name in (layout.MANIFEST, "_CHECKPOINT_METADATA"))
+    entry: Entry = find_step(folder.absolute().parent, step) if is_step else find_step(folder)
+    if entry.manifest is None:
+        raise CheckpointError(
+            what=f"step {entry.step} was written by plain Orbax and never proved.",
+            why="what is exported is proved by digests.",
+            fix="ct.adopt(directory) takes it over.",
+        )
+    stored = entry.manifest.contents.items
+    if item not in stored:
+        raise StructureError(
+            what=f"step {entry.step} has no item {item!r}.",
+            why=f"it holds {', '.join(stored) or 'nothing'}.",
+            fix=did_you_mean(item, stored) or f"item={next(iter(stored), 'model')!r}",
+        )
+
+    def load(records: Sequence[Record]) -> Mapping[Path, np.ndarray[Any, Any]]:
+        return integrity.read_proved(entry, {item: tuple(records)})[item] if records else {}
+
+    return stored[item].records, load, {"ckpttools.step": str(entry.step)}
+
+
+def _of_state(state: Any, item: str) -> tuple[tuple[Record, ...], Load, dict[str, str]]:
+    taken = snapshot.take({item: state}, None)
+    return taken.records[item], lambda records: taken.arrays[item], {}
+
+
+def _tensor(item: str, record: Record) -> Tensor:
+    shape, dtype = host_shape(record)
+    if dtype.name not in CODES:
+        raise LeafError(
+            what=f"{tree_name(item, record)} is of dtype {dtype.name}, which safetensors does not have.",
+            why="to store it as another would change what it means to whoever reads it.",
+            fix=f"leave it out with skip=({tree_name('', record)!r},), or cast it first to one of {', '.join(CODES)}.",
+        )
+    return Tensor(dtype.name, shape)
+
+
+def tree_name(item: str, record: Record) -> str:
+    """A leaf's path as text, with the item in front if there is one."""
+    return ".".join([*([item] if item else []), *map(str, record.path)])
+
+
+def import_safetensors(
+    file: str | os.PathLike[str],
+    state: Any,
+    *,
+    names: NameMap | None = None,
+    skip: Sequence[str] = (),
+    allow_extra: bool = False,
+) -> Any:
+    """Fill a state from a safetensors file; shapes and dtypes have to be those of the state.
+
+    Args:
+        file: The file.
+        state: An nnx module (filled in place), an `nnx.State` or a pytree of arrays.
+        names: What the leaves are called in the file, in the form of `export_safetensors`.
+        skip: Patterns of leaves that stay as they are.
+        allow_extra: Whether the file may hold tensors that the state lacks.
+
+    Returns:
+        The filled state: `state` itself if it is a live object.
+
+    Raises:
+        TensorFileError: If it is no whole safetensors file.
+        StructureError: If it does not fit; the state is as it was, and every difference is named.
+    """
+    path = pathlib.Path(file)
+    tensors, texts = safetensors_format.read_header(path)
+    flat = flatten.flatten(state, template=True)
+    if flat.skeletons:
+        raise StructureError(
+            what="the state holds objects with get_state and set_state.",
+            why="a safetensors file holds arrays only.",
+            fix="pass the model without its data iterator.",
+        )
+    records = tuple(describe("", leaf) for leaf in flat.leaves)
+    wanted = named_leaves(left_in(records, skip), names)
+    lines, placed = [], {}
+    for name, record in wanted.items():
+        placed[record.path], line = _match(name, record, tensors, texts)
+        lines += [line] if line else []
+    extra = [name for name in tensors if name not in wanted]
+    lines += [] if allow_extra else [f"{name}: in the file, not in the state" for name in extra]
+    if lines:
+        raise _mismatch(path, lines, extra)
+    source = {record.path: tensors[name] for name, record in wanted.items() if name in tensors}
+    arrays = _LeafByLeaf(path, source, _kept(state, [each for each in records if each.path not in placed]))
+    used = [placed.get(record.path, record) for record in records]
+    filled = HostItem(
+        records={names_of(record.path): record for record in used}, stored=used, skeletons={}, arrays=arrays
+    )
+    return fill_state({"state": state}, {"state": filled})["state"]
+
+
+class _LeafByLeaf(dict[Path, np.ndarray[Any, Any]]):
+    """Arrays that are read when they are taken out, so that the host holds one at a time."""
+
+    def __init__(self, file: pathlib.Path, tensors: Mapping[Path, Tensor], kept: Mapping[Path, Any]) -> None:
+        super().__init__(kept)
+        self._file, self._tensors = file, tensors
+
+    def pop(self, path: Path) -> np.ndarray[Any, Any]:  # type: ignore[override]
+        """The array of a leaf; asked for once."""
+        return safetensors_format.read(self._file, self._tensors[path]) if path in self._tensors else super().pop(path)
+
+
+def _kept(state: Any, records: Sequence[Record]) -> dict[Path, np.ndarray[Any, Any]]:
+    if not records:
+        return {}
+    arrays = snapshot.take({"state": state}, None).arrays["state"]
+    return {record.path: arrays[record.path] for record in records if record.in_orbax}
+
+
+def _match(
+    name: str, record: Record, tensors: Mapping[str, Tensor], texts: Mapping[str, str]
+) -> tuple[Record, str | None]:
+    """The record of what the file holds for a leaf, or a line that says why it does not fit."""
+    if record.kind == "value":
+        return read_value(name, record, texts)
+    if name not in tensors:
+        near = did_you_mean(name, tensors)
+        return record, f"{name}: not in the file{'; ' + near if near.startswith('did') else ''}"
+    shape, dtype = host_shape(record)
+    found = tensors[name]
+    if (found.shape, numpy_dtype(found.dtype)) != (shape, dtype):
+        here = f"{dtype.name}[{','.join(map(str, shape))}]"
+        return record, f"{name}: {found.dtype}[{','.join(map(str, found.shape))}] in the file, {here} in the state"
+    return record, None
+
+
+def read_value(name: str, record: Record, texts: Mapping[str, str]) -> tuple[Record, str | None]:
+    """A plain value from the file's notes; a file from elsewhere has none, and the state keeps its own."""
+    text = texts.get(VALUE + name)
+    if text is None:
+        return record, None
+    try:
+        encoded = json.loads(text)
+        decode_value(encoded)
+    except (ValueError, RecursionError) as error:
+        return record, f"{name}: the value in the file cannot be read ({error})"
+    return Record(path=record.path, kind="value", value=encoded), None
+
+
+def _mismatch(path: pathlib.Path, lines: Sequence[str], extra: Sequence[str]) -> StructureError:
+    shown = "".join(f"\n    {line}" for line in lines[:40])
+    error = StructureError(
+        what=f"{path} does not fit the state:{shown}" + ("\n    ..." if len(lines) > 40 else ""),
+        why="nothing was changed; shapes and dtypes are not bent.",
+        fix="names={...} renames, skip=(...) keeps leaves of the state" + (", allow_extra=True" if extra else "") + ".",
+    )
+    error.mismatches = tuple(lines)
+    return error
+
+
+def left_in(records: Iterable[Record], skip: Sequence[str]) -> tuple[Record, ...]:
+    """The leaves that no pattern of `skip` matches.
+
+    Raises:
+        SpecError: If a pattern matches no leaf.
+    """
+    given, left = (skip,) if isinstance(skip, str) else tuple(skip), tuple(records)
+    for text in given:
+        pattern = Pattern.parse(text)
+        skipped = {record.path for record in left if pattern.matches(record.path)}
+        if not skipped:
+            raise SpecError(
+                what=f"skip={text!r} matches no leaf.",
+                why="a mistyped pattern would leave nothing out without a word.",
+                fix=did_you_mean(text, [tree_name("", record) for record in left]),
+            )
+        left = tuple(record for record in left if record.path not in skipped)
+    return left
+
+
+def named_leaves(records: Iterable[Record], names: NameMap | None) -> dict[str, Record]:
+    """Leaves by the names of their tensors."""
+    rules = [(_regex(pattern), pattern, target) for pattern, target in (names or {}).items()]
+    unused = {pattern for _, pattern, _ in rules}
+    found: dict[str, Record] = {}
+    for record in records:
+        name = tree_name("", record) or "value"
+        for regex, pattern, target in rules:
+            if match := regex.fullmatch(name):
+                unused.discard(pattern)
+                name = _substituted(pattern, target, match)
+                break
+        if name in found:
+            raise StructureError(
+                what=f"two leaves would be called {name!r}: {tree_name('', found[name])} and {tree_name('', record)}.",
+                why="a file holds one tensor under each name.",
+                fix="let names={...} tell them apart.",
+            )
+        found[name] = record
+    if unused:
+        raise SpecError(
+            what=f"names has {', '.join(map(repr, sorted(unused)))}, which no leaf is called.",
+            why="a mistyped name would leave its leaf under the old one without a word.",
+            fix=did_you_mean(min(unused), [tree_name("", record) for record in found.values()]),
+        )
+    return found
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"(\*\*|\*)", pattern)
+    return re.compile("".join({"*": r"([^.]*)", "**": r"(.*)"}.get(part, re.escape(part)) for part in parts))
+
+
+def _substituted(pattern: str, target: str, match: re.Match[str]) -> str:
+    parts = re.split(r"\*\*|\*", target)
+    if len(parts) - 1 != len(match.groups()):
+        raise SpecError(
+            what=f"names={{{pattern!r}: {target!r}}} has {len(match.groups())} and {len(parts) - 1} stars.",
+            why="each star on the right stands for what the star in its place on the left has matched.",
+            fix="write as many stars on both sides.",
+        )
+    return "".join(part for pair in zip(parts, (*match.groups(), "")) for part in pair)

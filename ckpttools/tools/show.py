@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`show`: the tree of one step, leaf by leaf, with shapes, dtypes and bytes; no array is read."""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import CheckpointError, StepNotFoundError
+from ..store import catalogue, orbax
+from ..tree.leaves import Record, decode_value, dotted, host_shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShownLeaf:
+    """One leaf of a step.
+
+    Attributes:
+        name: Such as `model.layers.0.kernel`.
+        kind: "array", "key", "empty" (an array without elements) or "value".
+        shape: Shape of an array.
+        dtype: Its dtype; for a key its implementation, for a value its Python type.
+        bytes: Bytes of its array.
+        value: A plain value.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    bytes: int = 0
+    value: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShownStep:
+    """What a step holds.
+
+    Attributes:
+        step: Its number.
+        state: "committed", "superseded" or "unverified".
+        reason: Why it was saved.
+        total_bytes: Bytes of its files.
+        metrics: Recorded metrics.
+        leaves: Every leaf, item by item.
+    """
+
+    step: int
+    state: str
+    reason: str = ""
+    total_bytes: int = 0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    leaves: tuple[ShownLeaf, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The step as plain data; values that JSON lacks as text."""
+        plain = dataclasses.asdict(self)
+        for leaf in plain["leaves"]:
+            if not isinstance(leaf["value"], bool | int | float | str | None):
+                leaf["value"] = repr(leaf["value"])
+        return plain
+
+    def __str__(self) -> str:
+        head = f"step {self.step}: {self.state}, {len(self.leaves)} leaves, {self.total_bytes:,} bytes"
+        return "\n".join([head, *(f"  {leaf.name}: {form_of(leaf)}" for leaf in self.leaves)])
+
+
+def form_of(leaf: ShownLeaf) -> str:
+    """A leaf's dtype and shape, or its value, as one reads them."""
+    if leaf.kind == "value":
+        return repr(leaf.value) if leaf.dtype else str(leaf.value)
+    return f"{'key ' if leaf.kind == 'key' else ''}{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def find_step(directory: str | os.PathLike[str], step: int | None = None) -> catalogue.Entry:
+    """A readable step of a run: the newest committed one, or the one of that number.
+
+    Raises:
+        StepNotFoundError: If it is not there.
+        StepDamagedError: If it is damaged.
+    """
+    known = catalogue.scan(pathlib.Path(directory).absolute())
+    if step is None:
+        newest = max(known.live, key=lambda entry: entry.step, default=None)
+        foreign = [entry for entry in known.entries if entry.state == "unverified"]
+        found = newest or max(foreign, key=lambda entry: entry.step, default=None)
+    else:
+        found = next((entry for entry in (*known.entries, *known.set_aside) if entry.step == step), None)
+    if found is None:
+        raise StepNotFoundError(
+            what=f"{directory} has no {'step that can be read' if step is None else f'step {step}'}.",
+            why="nothing was saved there, or retention has deleted it.",
+            fix=f"there are {', '.join(str(entry.step) for entry in known.entries) or 'no steps'}.",
+        )
+    if found.state not in ("committed", "unverified") and found.error is not None:
+        raise found.error
+    return found
+
+
+def show(directory: str | os.PathLike[str], step: int | None = None) -> ShownStep:
+    """The tree of a step, by default of the newest; reads its manifest or, for plain Orbax, its metadata.
+
+    Args:
+        directory: The run's folder.
+        step: Which step.
+
+    Raises:
+        StepNotFoundError: If it is not there.
+        StepDamagedError: If its manifest is damaged.
+    """
+    entry = find_step(directory, step)
+    if entry.manifest is None:
+        return _foreign(entry)
+    summary = entry.manifest.summary
+    leaves = (
+        _leaf(item, record) for item, stored in entry.manifest.contents.items.items() for record in stored.records
+    )
+    return ShownStep(
+        step=entry.step,
+        state="superseded" if entry.info and entry.info.superseded else "committed",
+        reason=summary.reason,
+        total_bytes=summary.total_bytes,
+        metrics=dict(summary.metrics),
+        leaves=tuple(leaves),
+    )
+
+
+def _leaf(item: str, record: Record) -> ShownLeaf:
+    name = dotted(item, record.path)
+    if record.kind == "value":
+        value = decode_value(record.value)
+        return ShownLeaf(name=name, kind="value", dtype=type(value).__name__, value=value)
+    shape, dtype = host_shape(record)
+    return ShownLeaf(
+        name=name, kind=record.kind, shape=record.shape, dtype=record.dtype, bytes=math.prod(shape) * dtype.itemsize
+    )
+
+
+def _foreign(entry: catalogue.Entry) -> ShownStep:
+    try:
+        described: Sequence[tuple[str, tuple[int, ...], str]] = orbax.describe_foreign(entry.path)
+    except orbax.ReadError as error:
+        raise CheckpointError(
+            what=f"the metadata of step {entry.step} cannot be read: {str(error).rstrip('.')}.",
+            why="it was written by plain Orbax, and Orbax cannot read it as named items.",
+            fix=f"look at {entry.path} with the version of Orbax that wrote it.",
+        ) from error
+    leaves = tuple(
+        ShownLeaf(
+            name=name,
+            kind="array" if dtype else "value",
+            shape=shape,
+            dtype=dtype,
+            bytes=math.prod(shape) * _itemsize(dtype) if dtype else 0,
+            value=None if dtype else "(not read)",
+        )
+        for name, shape, dtype in described
+    )
+    total = sum(path.stat().st_size for path in entry.path.rglob("*") if path.is_file())
+    reason = "written by plain Orbax; ct.adopt takes it over"
+    return ShownStep(step=entry.step, state="unverified", reason=reason, total_bytes=total, leaves=leaves)
+
+
+def _itemsize(dtype: str) -> int:
+    try:
+        return host_shape(Record(path=(), kind="array", dtype=dtype))[1].itemsize
+    except CheckpointError:
+        return 0

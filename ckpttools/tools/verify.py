@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verify`: read every byte of a run and compare; changes nothing."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import StepDamagedError, StepNotFoundError, StorageError
+from ..store import catalogue, integrity
+from ..store.run_directory import existing_folder
+from ..text import health_text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepHealth:
+    """What `verify` found out about one step.
+
+    Attributes:
+        step: Its number.
+        state: "intact", "incomplete", "corrupt", "unreadable" if the disk or Orbax refused what is undamaged,
+            "newer" if a newer version wrote it, or "unverified" for a step of plain Orbax.
+        reason: What is wrong; "" if it is intact.
+        files: Damaged files, relative to the step's folder.
+        leaves: Damaged leaves, as far as the files could be read.
+    """
+
+    step: int
+    state: str
+    reason: str = ""
+    files: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return health_text(self.step, self.state, self.reason, leaves=self.leaves, files=self.files)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """The health of every step that was looked at."""
+
+    steps: tuple[StepHealth, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged; steps of plain Orbax do not count, since nothing is known of them."""
+        return all(step.state in ("intact", "unverified") for step in self.steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {"ok": self.ok, "steps": [dataclasses.asdict(step) for step in self.steps]}
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.steps)) or "there are no steps"
+
+
+def verify(
+    directory: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Compare every file and leaf of a run, or of one step, with what was written.
+
+    Steps that the run's own process deletes meanwhile are left out.
+
+    Args:
+        directory: The run's folder.
+        step: Only this step.
+        progress: Called with the bytes that were read and those there are.
+
+    Raises:
+        StepNotFoundError: If `step` is not there.
+        StorageError: If there is no such folder.
+    """
+    root = existing_folder(directory)
+    known = catalogue.scan(root)
+    entries = [entry for entry in (*known.entries, *known.set_aside) if step is None or entry.step == step]
+    if step is not None and not entries:
+        raise StepNotFoundError(
+            what=f"there is no step {step} in {root}.",
+            why="it was never saved, or retention has deleted it.",
+            fix=f"there are {', '.join(str(entry.step) for entry in known.entries) or 'no steps'}.",
+        )
+    total = sum(_bytes(entry) for entry in entries)
+    done = 0
+
+    def seen(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    examined = [(entry, _examine(entry, seen)) for entry in entries]
+    return VerifyReport(tuple(health for entry, health in examined if entry.path.is_dir()))
+
+
+def _bytes(entry: catalogue.Entry) -> int:
+    return entry.manifest.summary.total_bytes if entry.manifest else 0
+
+
+def _examine(entry: catalogue.Entry, seen: Callable[[int], None]) -> StepHealth:
+    if entry.manifest is None:
+        error = entry.error
+        named = error.files if isinstance(error, StepDamagedError) else ()
+        return StepHealth(step=entry.step, state=entry.state, reason=error.what if error else "", files=named)
+    files: tuple[str, ...] = ()
+    try:
+        files = integrity.damaged_files(entry, seen)
+        items = entry.manifest.contents.items
+        integrity.read_proved(entry, {item: stored.records for item, stored in items.items()})
+    except StepDamagedError as error:
+        return StepHealth(step=entry.step, state="corrupt", reason=error.what, files=files, leaves=error.leaves)
+    except StorageError as error:
+        # The others are judged all the same.
+        return StepHealth(step=entry.step, state="unreadable", reason=error.what)
+    if files:
+        reason = f"{len(files)} file(s) differ from what was written; all leaves are still readable"
+        return StepHealth(step=entry.step, state="corrupt", reason=reason, files=files)
+    return StepHealth(step=entry.step, state="intact")

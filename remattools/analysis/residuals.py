@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lives from forward to backward, by module path.
+
+Sits on `program`. The call is linearised as JAX does it for a gradient; every value
+that the backward pass takes from the forward pass is a residual. Nothing is computed,
+so abstract models serve.
+
+These are the values that JAX hands from one pass to the other. What the compiler makes
+of them (fusing, merging, reordering) is what `measure` tells.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..compiler.measurement import format_bytes, trimmed
+from ..jaxpr import jaxprs
+from ..rules.fold_paths import masked, slice_text, stem
+from ..tracing import pure_call
+from ..tracing.origins import Origins, check_no_step, in_host_memory, is_backward, loss_or_floats, named_program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Residual:
+    """One value that lives from forward to backward, or several equal ones (`count`).
+
+    Attributes:
+        path: Module that computes it, or path of the parameter or argument that it is.
+        name: Primitive, or `@name` for a `checkpoint_name`; "" for parameters and arguments.
+        shape: Shape; stacked by scans where it stands in one.
+        dtype: Name of the dtype.
+        bytes: Size of all `count` values.
+        kind: "computed", "parameter", "argument" or "constant".
+        reason: Why it is kept.
+        host: Whether it waits in host memory (offloaded).
+        count: How many equal ones were folded.
+    """
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    kind: str
+    reason: str
+    host: bool = False
+    count: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResidualReport:
+    """All residuals of one call; `str()` is a table of the largest, folded.
+
+    Attributes:
+        rows: One per value, in the program's order.
+    """
+
+    rows: tuple[Residual, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """All residuals, those that are arguments (and would be alive anyway) included."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def computed_bytes(self) -> int:
+        """Residuals that were computed and wait on the device: what remat can change."""
+        return sum(row.bytes for row in self.rows if row.kind == "computed" and not row.host)
+
+    @property
+    def host_bytes(self) -> int:
+        """Residuals that wait in host memory."""
+        return sum(row.bytes for row in self.rows if row.host)
+
+    def folded(self) -> tuple[Residual, ...]:
+        """Rows of equal layers as one (`layers.[0:32].mlp`), the largest first."""
+        groups: dict[Any, list[Residual]] = {}
+        for row in self.rows:
+            key = (stem(row.path), row.name, row.shape, row.dtype, row.kind, row.host, masked(row.reason))
+            groups.setdefault(key, []).append(row)
+        rows = [
+            dataclasses.replace(
+                group[0],
+                path=slice_text(list(dict.fromkeys(row.path for row in group))),
+                bytes=sum(row.bytes for row in group),
+                count=len(group),
+                reason=_folded_reason([row.reason for row in group]),
+            )
+            for group in groups.values()
+        ]
+        return tuple(sorted(rows, key=lambda row: -row.bytes))
+
+    def by_module(self) -> tuple[tuple[str, int], ...]:
+        """Computed bytes by module, equal layers as one, the largest first."""
+        totals: dict[str, int] = {}
+        for row in self.folded():
+            if row.kind == "computed" and not row.host:
+                totals[row.path] = totals.get(row.path, 0) + row.bytes
+        return tuple(sorted(totals.items(), key=lambda item: -item[1]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "total_bytes": self.total_bytes,
+            "computed_bytes": self.computed_bytes,
+            "host_bytes": self.host_bytes,
+            "rows": [dataclasses.asdict(row) for row in self.folded()],
+        }
+
+    def __str__(self) -> str:
+        console = Console(width=140, no_color=True, highlight=False)
+        with console.capture() as captured:
+            console.print(self.__rich__())
+        return "\n".join(trimmed(captured.get()))
+
+    def __rich__(self) -> Table:
+        shown = [row for row in self.folded() if row.kind == "computed"]
+        others = self.total_bytes - self.computed_bytes - self.host_bytes
+        caption = f"{format_bytes(self.computed_bytes)} computed and kept; {format_bytes(others)} are arguments"
+        if self.host_bytes:
+            caption += f"; {format_bytes(self.host_bytes)} wait in host memory"
+        table = Table(box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left")
+        for title, right in (("bytes", True), ("module", False), ("name", False), ("shape", False), ("kept", False)):
+            table.add_column(title, justify="right" if right else "left", overflow="fold")
+        for row in shown[:_SHOWN]:
+            times = f" x{row.count}" if row.count > 1 else ""
+            shape = f"{row.dtype}[{','.join(map(str, row.shape))}]{times}"
+            table.add_row(*map(Text, (format_bytes(row.bytes), row.path, row.name, shape, row.reason)))
+        if len(shown) > _SHOWN:
+            rest = sum(row.bytes for row in shown[_SHOWN:])
+            table.add_row(format_bytes(rest), f"{len(shown) - _SHOWN} smaller rows", "", "", "")
+        return table
+
+
+_SHOWN = 30
+
+
+def residuals(fn: Callable[..., Any], *args: Any) -> ResidualReport:
+    """Every value that lives from the forward to the backward pass of `fn(*args)`.
+
+    Args:
+        fn: A function of models and arrays that returns a loss (or a tuple that starts with one, or arrays); not
+            yet a gradient. It may close over the model.
+        *args: Its arguments, real or abstract.
+
+    Returns:
+        Rows by module path, with totals equal to those of the linearised program.
+
+    Raises:
+        MeasureError: If there is nothing to differentiate, or `fn` takes the gradient itself.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> import remattools as rt
+        >>> x = jax.ShapeDtypeStruct((8,), jnp.float32)
+        >>> rt.residuals(lambda x: jnp.sum(jnp.sin(x)), x).total_bytes  # the cosine
+        32
+    """
+    call = pure_call.stage(pure_call.unjitted(fn), args)
+    pure_call.check_differentiable(call)
+    return report_of(call, *linearised(call))
+
+
+def report_of(call: pure_call.Call, program: Any, count: int) -> ResidualReport:
+    """The report of a program from `linearised`."""
+    origins = Origins(program, call)
+    kept = list(dict.fromkeys(v for v in origins.top.outvars[:count] if isinstance(v, core.Var)))
+    consumers = _consumers(origins.top, kept)
+    return ResidualReport(rows=tuple(_row(var, origins, consumers.get(var)) for var in kept))
+
+
+def linearised(call: pure_call.Call) -> tuple[Any, int]:
+    """The gradient's program with the residuals as its first results, and their number.
+
+    Raises:
+        MeasureError: If the call takes a gradient itself, or returns nothing to differentiate.
+    """
+    program = named_program(call, loss_or_floats)
+    check_no_step(program, "residuals are what a loss hands to its backward pass; a train step is another program.")
+    indices = call.differentiated
+    counts: list[int] = []
+
+    def gradients(leaves: list[Any]) -> Any:
+        def forward(chosen: list[Any]) -> list[Any]:
+            return jaxprs.run(program, pure_call.replaced(leaves, indices, chosen))
+
+        out, backward = jax.vjp(forward, [leaves[i] for i in indices])
+        kept = jax.tree.leaves(backward)
+        counts.append(len(kept))
+        return kept, backward([jax.numpy.ones_like(value) for value in out])
+
+    return jax.make_jaxpr(gradients)(call.abstract_leaves()), counts[0]
+
+
+def _consumers(program: Any, kept: Sequence[Any]) -> dict[Any, Any]:
+    """For each residual the first equation of the backward pass that reads it."""
+    wanted, found = set(kept), dict[Any, Any]()
+    for equation in program.eqns:
+        if not is_backward(equation):
+            continue
+        for atom in equation.invars:
+            if isinstance(atom, core.Var) and atom in wanted:
+                found.setdefault(atom, equation)
+    return found
+
+
+def _row(var: Any, origins: Origins, consumer: Any) -> Residual:
+    origin = origins.of(var)
+    if origin.kind == "computed":
+        reason = (
+            "handed to the backward pass, which does not read it"
+            if consumer is None
+            else f"for the gradient of {origins.where(consumer)}"
+        )
+        if origin.region is not None:
+            reason = f"saved in the region {origin.region}"
+        if in_host_memory(var.aval):
+            reason = "offloaded to host memory"
+    else:
+        reason = {"parameter": "is a parameter", "argument": "is an argument"}.get(origin.kind, "is a constant")
+    if origin.turns > 1:
+        reason += f", in each of {origin.turns} turns"
+    return Residual(
+        path=origin.path,
+        name=origin.name,
+        shape=tuple(var.aval.shape),
+        dtype=str(var.aval.dtype),
+        bytes=jaxprs.aval_bytes(var.aval),
+        kind=origin.kind,
+        reason=reason,
+        host=in_host_memory(var.aval),
+    )
+
+
+def _folded_reason(reasons: list[str]) -> str:
+    """One reason for all, with the indices in which they differ replaced."""
+    distinct = list(dict.fromkeys(reasons))
+    return distinct[0] if len(distinct) == 1 else masked(distinct[0], "*")

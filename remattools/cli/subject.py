@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command is about: `module:factory`, or `file.py:factory`.
+
+The factory is a function without arguments that returns `(fn, args)`, such as a loss
+with an abstract model and batch, or `(model, inputs)`.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from ..errors import MeasureError, did_you_mean
+from ..tracing import pure_call
+
+_EXAMPLE = "def factory(): return loss, (nnx.eval_shape(build), jax.ShapeDtypeStruct((8, 512), jnp.int32))"
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A call to look at.
+
+    Attributes:
+        fn: The function; of a lone model, the sum of what it returns.
+        args: Its arguments.
+        inputs: Arguments of the model's own call, where the factory gave a model.
+    """
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    inputs: tuple[Any, ...] | None = None
+
+
+def load_subject(text: str, *, lone: bool = False) -> Subject:
+    """Import the module and call the factory.
+
+    Args:
+        text: `module:function` or `file.py:function`.
+        lone: Whether a model without inputs will do, since it is not called.
+
+    Raises:
+        MeasureError: If there is no such factory, it raises, or returns something else.
+    """
+    module_name, _, name = text.partition(":")
+    if not module_name or not name:
+        raise MeasureError(
+            what=f"{text!r} does not name a factory.",
+            why="it takes a module and a function in it that builds what to look at.",
+            fix="my_package.my_module:factory, or train.py:factory.",
+        )
+    module = _import(module_name)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        functions = {key: value for key, value in vars(module).items() if inspect.isfunction(value)}
+        names = [key for key, value in functions.items() if value.__module__ == module.__name__]
+        raise MeasureError(
+            what=f"{module_name} has no function {name!r}.",
+            why="a factory is called to build the function and its arguments.",
+            fix=did_you_mean(name, names) or _EXAMPLE,
+        )
+    try:
+        made = factory()
+    except (Exception, SystemExit) as error:  # an exit would look like an answer
+        raise MeasureError(
+            what=f"the factory {text} raised {_said(error)}",
+            why="it has to run here, before anything can be looked at.",
+            fix=f"run it alone: {_alone(module_name, name)}",
+        ) from error
+    if lone and isinstance(made, nnx.Module):
+        return Subject(_summed, (made,))
+    return _subject(text, made)
+
+
+def _import(name: str) -> ModuleType:
+    """A module by name, seen from the working directory, or a file."""
+    try:
+        if name.endswith(".py"):
+            return _import_file(pathlib.Path(name))
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise MeasureError(
+            what=f"{name} cannot be imported: {_said(error)}",
+            why="the factory lies in it.",
+            fix="run the command where `import` finds the module, with the packages that it needs.",
+        ) from error
+
+
+def _import_file(path: pathlib.Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _said(error: BaseException) -> str:
+    """Type, words and place of an error."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _alone(module: str, name: str) -> str:
+    if module.endswith(".py"):
+        return f"python -c \"import runpy; runpy.run_path('{module}')['{name}']()\""
+    return f'python -c "import {module}; {module}.{name}()"'
+
+
+def _subject(text: str, made: Any) -> Subject:
+    if isinstance(made, tuple) and len(made) == 2 and callable(made[0]):
+        first, second = made
+        args = second if isinstance(second, tuple) else (second,)
+        if isinstance(first, nnx.Module):
+            return Subject(_summed, (first, *args), args)
+        return Subject(first, args)
+    items = f"({', '.join(type(item).__name__ for item in made)})" if isinstance(made, tuple) else type(made).__name__
+    raise MeasureError(
+        what=f"the factory {text} returned {items}, not a function and its arguments.",
+        why="it has to return a pair: a function and the tuple of its arguments, or a model and its inputs.",
+        fix=_fix(made),
+    )
+
+
+def _fix(made: Any) -> str:
+    if isinstance(made, nnx.Module):
+        return "return model, (x,) with the inputs of its call; explain without --names takes a model alone."
+    return "return fn, (model, batch)" if isinstance(made, tuple) and len(made) > 2 else _EXAMPLE
+
+
+def _summed(model: Any, *inputs: Any) -> Any:
+    floats = [leaf for leaf in pure_call.arrays_of(model(*inputs)) if pure_call.is_float(leaf)]
+    return sum((jnp.sum(leaf, dtype=jnp.float32) for leaf in floats), start=jnp.zeros(()))

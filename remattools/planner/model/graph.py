@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A differentiated program as steps over numbered values, for a planner to count on.
+
+Sits on `cost`. Values that a compiler would fuse into their readers are known as such:
+they take no memory and move no bytes. Everything is numbered, so that nothing of JAX
+is needed once a graph is built.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from ...jaxpr import jaxprs
+from ...transform.naming import names
+from .op_cost import Rates, Work, work_of
+
+# Programs that an equation of these only holds.
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+_CANDIDATE = "plan:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One operation.
+
+    Attributes:
+        reads: Numbers of the values it takes.
+        writes: Of those it makes.
+        work: What it does.
+        tag: "forward" or "backward" and the number of the visit, if it is a block with a backward pass.
+        label: For people.
+        turns: How often it runs: turns of the loops around it.
+    """
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    work: Work
+    tag: Any = None
+    label: str = ""
+    turns: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A value that a rule can name.
+
+    Attributes:
+        name: As a rule says it, with its index.
+        value: Its number.
+        bytes: If it is kept.
+    """
+
+    name: str
+    value: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Graph:
+    """Forward and backward pass of a function.
+
+    Attributes:
+        forward: Steps in the program's order.
+        backward: Likewise.
+        bytes: Size of each value.
+        inputs: Numbers of the arguments.
+        outputs: Of the results of both passes.
+        needed: Values that the backward pass takes from the forward pass, arguments apart.
+        candidates: Values with names.
+        single: Values of float32.
+        fuses_products: Whether products and what is computed between them run inside of the one product that reads it.
+    """
+
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    bytes: tuple[int, ...]
+    inputs: frozenset[int]
+    outputs: frozenset[int]
+    needed: frozenset[int]
+    candidates: tuple[Candidate, ...] = ()
+    single: frozenset[int] = frozenset()
+    fuses_products: bool = False
+
+    @functools.cached_property
+    def makers(self) -> dict[int, int]:
+        """Forward step that makes each value."""
+        return {value: number for number, step in enumerate(self.forward) for value in step.writes}
+
+    @functools.cached_property
+    def _readers(self) -> dict[int, list[Step]]:
+        readers: dict[int, list[Step]] = {}
+        for step in (*self.forward, *self.backward):
+            for value in step.reads:
+                readers.setdefault(value, []).append(step)
+        return readers
+
+    @functools.cached_property
+    def fused(self) -> frozenset[int]:
+        """Values that exist only inside of fused operations, if nothing is made again."""
+        return self.fused_in((*self.forward, *self.backward))
+
+    def fused_in(self, order: Sequence[Step], whole: Iterable[int] = ()) -> frozenset[int]:
+        """Values that exist only inside of fused operations when these steps run.
+
+        Args:
+            order: Steps as they run.
+            whole: Values that are kept all the same.
+        """
+        whole = self.outputs.union(whole)
+        readers: dict[int, list[int]] = {}
+        for number, step in enumerate(order):
+            for value in step.reads:
+                readers.setdefault(value, []).append(number)
+        found: set[int] = set()
+        roots: dict[int, frozenset[int]] = {}  # for each step the ones inside of which it runs
+        for number in reversed(range(len(order))):
+            step = order[number]
+            below = [reader for value in step.writes for reader in readers.get(value, ())]
+            kinds = {order[reader].work.kind for reader in below}
+            within = frozenset[int]().union(*(roots[reader] for reader in below))
+            inside = step.work.kind == "free" or (step.work.kind == "elementwise" and not kinds & {"matrix", "other"})
+            if self.fuses_products and len(within) == 1 and "other" not in kinds:
+                inside |= step.work.kind == "elementwise"
+                inside |= step.work.kind == "matrix" and "matrix" not in kinds
+            if whole.intersection(step.writes):
+                inside = False
+            roots[number] = within if inside else frozenset((number,))
+            if inside:
+                found.update(step.writes)
+        return frozenset(found)
+
+    @property
+    def crossing(self) -> frozenset[int]:
+        """Values that the forward pass leaves in memory for the backward pass, if nothing is made again."""
+        runs = _runs((*self.forward, *self.backward), self.fused)
+        read = frozenset[int]().union(*(reads for reads, _ in runs[len(self.forward) :]))
+        return read.intersection(self.makers)
+
+    def compiled_for(self, rates: Rates) -> "Graph":
+        """The same as a target's compiler keeps it: values that only matrix units read in the units' own precision."""
+        if not rates.fuses_products:
+            return self
+        narrow: set[int] = set()
+        for step in reversed((*self.forward, *self.backward)):
+            for value in step.writes:
+                readers = self._readers.get(value, ())
+                passed = all(
+                    reader.work.narrows or (reader.work.kind == "free" and narrow.issuperset(reader.writes))
+                    for reader in readers
+                )
+                if value in self.single and value not in self.outputs and readers and passed:
+                    narrow.add(value)
+        sizes = tuple(size // 2 if value in narrow else size for value, size in enumerate(self.bytes))
+        candidates = tuple(dataclasses.replace(one, bytes=sizes[one.value]) for one in self.candidates)
+        return dataclasses.replace(self, bytes=sizes, candidates=candidates, fuses_products=True)
+
+    def size(self, values: Iterable[int]) -> int:
+        """Bytes of all values."""
+        return sum(self.bytes[value] for value in values)
+
+    def cycles(self, step: Step, rates: Rates) -> float:
+        """The time that a step takes, all its turns together."""
+        if step.work.kind == "free":
+            return 0.0
+        rate = rates.matrix_flops if step.work.kind in ("matrix", "other") else rates.vector_flops
+        arithmetic = step.work.flops / rate
+        if step.work.kind == "elementwise" and all(value in self.fused for value in step.writes):
+            return step.turns * arithmetic
+        sources = frozenset[int]().union(*(self._sources.get(value, frozenset((value,))) for value in step.reads))
+        moved = self.size(sources) + self.size(value for value in step.writes if value not in self.fused)
+        overhead = 0.0 if step.work.kind == "elementwise" else rates.overhead
+        return step.turns * (max(arithmetic, moved / rates.traffic_bytes) + overhead)
+
+    @functools.cached_property
+    def _sources(self) -> dict[int, frozenset[int]]:
+        """For each value what has to be read from memory to have it: itself, unless it is fused."""
+        found: dict[int, frozenset[int]] = {}
+        for value in self.inputs:
+            found[value] = frozenset((value,))
+        for step in (*self.forward, *self.backward):
+            below = frozenset[int]().union(*(found.get(value, frozenset((value,))) for value in step.reads))
+            if step.work.kind == "matrix":  # read once, by the product
+                below = frozenset()
+            found.update((value, below if value in self.fused else frozenset((value,))) for value in step.writes)
+        return found
+
+    def total_cycles(self, rates: Rates) -> float:
+        """Both passes, nothing recomputed."""
+        return sum(self.cycles(step, rates) for step in (*self.forward, *self.backward))
+
+
+def _runs(order: Sequence[Step], inside: frozenset[int]) -> list[tuple[frozenset[int], tuple[int, ...]]]:
+    """What each step reads from memory and writes there; what runs inside of its readers reads when they do."""
+    sources: dict[int, frozenset[int]] = {}
+    found: list[tuple[frozenset[int], tuple[int, ...]]] = []
+    for step in order:
+        reads = frozenset[int]().union(*(sources.get(value, frozenset((value,))) for value in step.reads))
+        sources.update((value, reads if value in inside else frozenset((value,))) for value in step.writes)
+        fused = bool(step.writes) and inside.issuperset(step.writes)
+        found.append((frozenset(), ()) if fused else (reads, step.writes))
+    return found
+
+
+def alive(graph: Graph, order: Sequence[Step], held: Iterable[int] = (), keep: Iterable[int] = ()) -> list[int]:
+    """Bytes of materialised values alive at each step.
+
+    Args:
+        graph: Where the sizes are.
+        order: Steps as they run.
+        held: Values that are there from the start; they count until they are last read.
+        keep: Values that stay until the end.
+    """
+    held, keep = set(held), set(keep)
+    inside = graph.fused_in(order, held | keep)
+    uncounted = inside | graph.inputs | graph.outputs
+    runs = _runs(order, inside)
+    last = {value: number for number, (reads, writes) in enumerate(runs) for value in (*writes, *reads)}
+    last.update(dict.fromkeys(keep, len(order)))
+    living = {value for value in held if value in last}
+    total = graph.size(living)
+    points = []
+    for number, (reads, writes) in enumerate(runs):
+        for value in writes:
+            if value not in living and value not in uncounted:
+                living.add(value)
+                total += graph.bytes[value]
+        points.append(total)
+        for value in {*reads, *writes}:
+            if value in living and last[value] <= number:
+                living.remove(value)
+                total -= graph.bytes[value]
+    return points
+
+
+def inlined(program: Any, leaves: Sequence[Any]) -> list[Any]:
+    """Evaluate a program with its jits dissolved, so that one flat list of operations is traced.
+
+    Args:
+        program: Open or closed.
+        leaves: Its arguments.
+    """
+    inner = jaxprs.open_program(program)
+    values: dict[Any, Any] = dict(zip(inner.constvars, getattr(program, "consts", ()), strict=False))
+    values.update(zip(inner.invars, leaves, strict=True))
+    for equation in inner.eqns:
+        args = [jaxprs.value_of(atom, values) for atom in equation.invars]
+        nested = [below for _, below in jaxprs.nested(equation)]
+        if equation.primitive.name in INLINED and len(nested) == 1:
+            out = inlined(nested[0], args)
+        else:
+            closed = core.Jaxpr(
+                constvars=[],
+                invars=list(dict.fromkeys(v for v in equation.invars if isinstance(v, core.Var))),
+                outvars=list(equation.outvars),
+                eqns=[equation],
+                effects=equation.effects,
+                debug_info=inner.debug_info._replace(arg_names=None, result_paths=None),
+            )
+            out = jaxprs.run(core.ClosedJaxpr(closed, []), [values[v] for v in closed.invars])  # type: ignore[attr-defined]  # public, but not in its stub
+        values.update(zip(equation.outvars, out, strict=True))
+    return [jaxprs.value_of(atom, values) for atom in inner.outvars]
+
+
+def graph_of(
+    run: Callable[[list[Any]], list[Any]],
+    avals: Sequence[Any],
+    labels: Mapping[str, str],
+    wanted: Sequence[bool] | None = None,
+) -> Graph:
+    """The graph of a function of arrays and its gradient in its floats.
+
+    Args:
+        run: From arrays to arrays; candidates are marked in it by `checkpoint_name`s.
+        avals: Shapes of its arguments.
+        labels: From the marks to the names that rules use.
+        wanted: For each float whether its gradient is meant; all by default.
+    """
+    floats = [i for i, aval in enumerate(avals) if jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)]
+    if wanted is not None:
+        floats = [i for i, meant in zip(floats, wanted, strict=True) if meant]
+    counts: list[int] = []
+
+    def both(leaves: list[Any]) -> Any:
+        def forward(chosen: list[Any]) -> list[Any]:
+            new = list(leaves)
+            for index, value in zip(floats, chosen, strict=True):
+                new[index] = value
+            out = run(new)
+            return [leaf for leaf in out if jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)]
+
+        out, backward = jax.vjp(forward, [leaves[i] for i in floats])
+        kept = jax.tree.leaves(backward)
+        counts.append(len(kept))
+        return kept, out, backward([jax.numpy.ones_like(value) for value in out])
+
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    return _numbered(jaxprs.open_program(jax.make_jaxpr(both)(shapes)), counts[0], labels)
+
+
+def block_graph(program: Any, wanted: Sequence[bool] | None = None) -> Graph:
+    """The graph of a region's program, with all values that a rule can name; `wanted` as in `graph_of`."""
+    values = [value for value in names.named_values(program) if value.reachable and value.kind != "module"]
+    marks = {position: f"{_CANDIDATE}{n}" for n, value in enumerate(values) for position in value.where}
+    labels = {f"{_CANDIDATE}{n}": f"{value.label}[{value.index}]" for n, value in enumerate(values)}
+    marked = names.marked(program, marks)
+    avals = [var.aval for var in jaxprs.open_program(program).invars]
+    return graph_of(lambda leaves: inlined(marked, leaves), avals, labels, wanted)
+
+
+def _numbered(top: Any, kept: int, labels: Mapping[str, str]) -> Graph:
+    numbers: dict[Any, int] = {}
+    sizes: list[int] = []
+    single: set[int] = set()
+
+    def number(var: Any) -> int:
+        if var not in numbers:
+            numbers[var] = len(sizes)
+            if is_single(var.aval):
+                single.add(len(sizes))
+            sizes.append(jaxprs.aval_bytes(var.aval))
+        return numbers[var]
+
+    inputs = frozenset(number(var) for var in top.invars)
+    forward: list[Step] = []
+    backward: list[Step] = []
+    candidates = []
+    residuals = {var for var in top.outvars[:kept] if isinstance(var, core.Var)}
+    for equation in top.eqns:
+        name = jaxprs.name_of(equation)
+        if name is not None:
+            # A mark is another word for the value it marks.
+            (source,), (target,) = equation.invars, equation.outvars
+            if isinstance(source, core.Var):
+                numbers[target] = number(source)
+                if name in labels:
+                    candidates.append(Candidate(labels[name], numbers[target], jaxprs.aval_bytes(target.aval)))
+            continue
+        step = Step(
+            reads=tuple(dict.fromkeys(number(atom) for atom in equation.invars if isinstance(atom, core.Var))),
+            writes=tuple(number(var) for var in equation.outvars),
+            work=work_of(equation),
+            label=equation.primitive.name,
+        )
+        late = "transpose(" in str(equation.source_info.name_stack)
+        (backward if late else forward).append(step)
+    made = {value for step in forward for value in step.writes}
+    read_back = {value for step in backward for value in step.reads}
+    needed = ({numbers[var] for var in residuals if var in numbers} | (read_back & made)) & made
+    outputs = {numbers[var] for var in top.outvars[kept:] if isinstance(var, core.Var) and var in numbers}
+    return Graph(
+        forward=tuple(forward),
+        backward=tuple(backward),
+        bytes=tuple(sizes),
+        inputs=inputs,
+        outputs=frozenset(outputs),
+        needed=frozenset(needed & (read_back | outputs)) if backward else frozenset(),
+        candidates=tuple(candidates),
+        single=frozenset(single),
+    )
+
+
+def is_single(aval: Any) -> bool:
+    """Whether a value is an array of float32."""
+    return jaxprs.is_array(aval) and aval.dtype == jax.numpy.float32

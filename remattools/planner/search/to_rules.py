@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for an assignment, as a person would write them.
+
+Sits on `search`. Slices rather than lists of layers, names without an index where all
+of that name are kept.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ...rules.paths import Path, format_path
+from ...rules.rule import Remat
+from ...rules.ruleset import Rules
+from ..model.block_ilp import BlockProblem
+from .candidates import Assignment, Space
+
+_INDEXED = re.compile(r"(.*)\[\d+\]\Z", re.DOTALL)
+
+
+def rules_of(space: Space, assignment: Assignment) -> Rules:
+    """The rules that put an assignment into force; none where no block is a region."""
+    kinds = dict(space.outline.visits)
+    methods = dict(space.outline.rules)
+    groups: dict[Any, list[Path]] = {}
+    for number, path in enumerate(space.members):
+        choice = space.levels[space.level_of(assignment, number)][kinds[path]]
+        pattern = _pattern_for(path, methods)
+        names = None if choice.names is None else _short(space.outline.problems[kinds[path]], choice.names)
+        group = assignment.group if number < assignment.split and path[:-1] in space.groupable else 1
+        groups.setdefault((pattern, names, group), []).append(path)
+    pairs: list[tuple[str, Any]] = []
+    for (pattern, names, group), paths in groups.items():
+        if names is not None:
+            everyone = [path for path in space.members if _pattern_for(path, methods) == pattern]
+            stacked = space.outline.problems[kinds[paths[0]]].stacked
+            kept: dict[str, Any] = {"offload" if assignment.offload and stacked else "save": names}
+            action = Remat(methods=methods[pattern], group=group, **kept)
+            pairs.append((_written(pattern, paths, everyone), action))
+    return Rules(pairs)
+
+
+def _pattern_for(path: Path, methods: dict[str, tuple[str, ...]]) -> str:
+    texts = (format_path((*path[:n], "*", *path[n + 1 :])) for n in reversed(range(len(path))))
+    return next((text for text in (format_path(path), *texts) if text in methods), format_path(path))
+
+
+def _written(pattern: str, paths: Sequence[Path], everyone: Sequence[Path]) -> str:
+    segments = pattern.split(".")
+    if len(paths) == len(everyone) or "*" not in segments:
+        return pattern
+    place = segments.index("*")
+    chosen = _alternatives([path[place] for path in paths], [path[place] for path in everyone])
+    return ".".join([*segments[:place], chosen, *segments[place + 1 :]])
+
+
+def _alternatives(chosen: Sequence[str | int], everyone: Sequence[str | int]) -> str:
+    numbers = [segment for segment in chosen if isinstance(segment, int)]
+    if len(numbers) == len(chosen) and all(isinstance(segment, int) for segment in everyone):
+        return _slice(numbers, max(int(segment) for segment in everyone) + 1)
+    names = [str(segment) for segment in chosen]
+    return names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
+
+
+def _slice(indices: list[int], length: int) -> str:
+    """A slice, where the indices are one; else alternatives."""
+    start, step = indices[0], indices[1] - indices[0] if len(indices) > 1 else 1
+    if indices == list(range(start, indices[-1] + 1, step)):
+        if len(indices) == 1:
+            return f"[{start}]" if start < length - 1 else "[-1]"
+        stop = indices[-1] + 1 if indices[-1] + step < length else None
+        left = "" if start == 0 or (start < step and start == 0) else str(start)
+        return f"[{left}:{'' if stop is None else stop}{f':{step}' if step > 1 else ''}]"
+    return "{" + ",".join(map(str, indices)) + "}"
+
+
+def _short(problem: BlockProblem, names: Sequence[str]) -> tuple[str, ...]:
+    """Names in the program's order; without the index where every value of that name is kept."""
+    everything = [candidate.name for candidate in problem.graph.candidates]
+    stems: dict[str, set[str]] = {}
+    for name in everything:
+        stems.setdefault(_stem(name), set()).add(name)
+    chosen = set(names)
+    short = [_stem(name) if stems[_stem(name)] <= chosen else name for name in everything if name in chosen]
+    return tuple(dict.fromkeys(short))
+
+
+def _stem(name: str) -> str:
+    found = _INDEXED.match(name)
+    return found[1] if found else name

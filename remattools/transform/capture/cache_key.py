@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static values as cache keys: when may two calls share one trace?
+
+Sits on `plain`. Real models carry lists, dicts, config objects and
+lambdas as static attributes; most of them cannot be hashed, and some change
+between two traces. `Freezer.freeze` turns a value into a hashable key that
+compares by *value*, so that a change is seen and equal blocks share, and notes
+where that is not possible: a value that holds arrays out of reach, or whose
+content cannot be seen at all, makes its block trace on its own.
+"""
+
+import collections
+import dataclasses
+import enum
+import functools
+import types
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from . import plain_objects
+
+# Containers nested deeper than this, or cyclic ones, are not shared.
+_MAX_DEPTH = 24
+# Immutable leaves that compare by value (floats have their own rule).
+_PLAIN = (type(None), bool, int, str, bytes, type(Ellipsis), range)
+
+
+class Identity:
+    """Compares by the identity of what it holds, and keeps it alive."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@dataclasses.dataclass
+class Freezer:
+    """Collects what the keys of one call allow.
+
+    Attributes:
+        unshareable: What could not be turned into a key, or None; if there is
+            such a value, its block shares its trace with no other.
+    """
+
+    unshareable: Any = None
+
+    def freeze(self, value: Any, depth: int = 0) -> Any:
+        """A hashable key of `value`; equal keys mean interchangeable values."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return (kind, value)
+        if kind in (float, complex):
+            # repr tells -0.0 from 0.0 and makes a NaN equal to itself.
+            return (kind, repr(value))
+        if depth > _MAX_DEPTH:
+            return self._opaque(value)
+        if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType | enum.Enum):
+            return Identity(value)
+        if isinstance(value, jax.Array | nnx.Variable | nnx.Pytree):
+            return self._opaque(value)
+        below = depth + 1
+        if isinstance(value, np.ndarray | np.generic):
+            return self._numpy(value)
+        if kind in (list, tuple, set, frozenset):
+            # Equal sets may be run through in different orders: those are two keys.
+            return (kind, tuple(self.freeze(item, below) for item in value))
+        if kind is collections.deque:
+            return (kind, value.maxlen, tuple(self.freeze(item, below) for item in value))
+        if kind is slice:
+            return (kind, self.freeze((value.start, value.stop, value.step), below))
+        if kind in (dict, types.MappingProxyType):
+            return (kind, tuple((self.freeze(k, below), self.freeze(v, below)) for k, v in value.items()))
+        if isinstance(value, types.FunctionType):
+            return self._function(value, below)
+        if isinstance(value, types.MethodType):
+            return (kind, self.freeze(value.__func__, below), self.freeze(value.__self__, below))
+        if isinstance(value, functools.partial):
+            parts = (value.func, value.args, value.keywords)
+            return (kind, tuple(self.freeze(part, below) for part in parts))
+        return self._object(value, below)
+
+    def _numpy(self, value: Any) -> Any:
+        if value.dtype.hasobject:
+            return self._opaque(value)
+        return (type(value), value.dtype, value.shape, value.tobytes())
+
+    def _function(self, function: types.FunctionType, depth: int) -> Any:
+        """Two functions are one if code, globals and everything they captured are."""
+        try:
+            cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
+        except ValueError:  # a cell that is still empty: a function that refers to itself
+            return self._opaque(function)
+        captured = (cells, function.__defaults__, function.__kwdefaults__)
+        attributes = {k: v for k, v in vars(function).items() if k != "__wrapped__"}
+        return (
+            types.FunctionType,
+            Identity(function.__code__),
+            Identity(function.__globals__),
+            self.freeze(captured, depth),
+            self.freeze(attributes, depth) if attributes else None,
+        )
+
+    def _object(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        package = kind.__module__.partition(".")[0]
+        # Trusted instances are treated as immutable when hashable: their own `__eq__` decides.
+        if package in plain_objects.TRUSTED_PACKAGES or hasattr(kind, "__jax_array__"):
+            # Identity alone says nothing of an object's content (a random generator), but a library's functions have
+            # none that changes.
+            own_hash: Any = kind.__hash__
+            if own_hash is None or (own_hash is object.__hash__ and not callable(value)):
+                return self._opaque(value)
+            try:
+                hash(value)
+            except TypeError:  # a tuple-like value that holds something unhashable
+                return self._opaque(value)
+            # A jitted function is immutable but for what its Python function captured.
+            wrapped = getattr(value, "__wrapped__", None)
+            return (kind, value) if wrapped is None else (kind, value, self.freeze(wrapped, depth))
+        content = plain_objects.content_of(value)
+        if content is None:
+            return self._opaque(value)
+        return (Identity(kind), self.freeze(content.attributes, depth), self.freeze(content.items, depth))
+
+    def _opaque(self, value: object) -> Any:
+        self.unshareable = value
+        return Identity(value)
