@@ -36,8 +36,8 @@ import numpy as np
 import orbax.checkpoint as v0
 
 import ckpttools as ct
-from tests.ckpttools import faults, syscalls
-from tests.ckpttools.multi import cluster
+from tests.ckpttools.behaviour import faults, syscalls
+from tests.ckpttools.processes import cluster
 
 MEGABYTES = 64
 
@@ -79,7 +79,7 @@ def kill_table(kills: int) -> list[str]:
     """SIGKILL at random moments, in a process that may fork; then with a mirror."""
     lines = ["## Kills", ""]
     for title, count, options in (("one process", kills, []), ("with a mirror", kills // 2, ["mirrored"])):
-        command = [sys.executable, "-W", "ignore", "-m", "tests.ckpttools.killing", str(count), "2", *options]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.ckpttools.behaviour.killing", str(count), "2", *options]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, cwd=pathlib.Path(__file__).parents[1]
         )

@@ -32,8 +32,8 @@ import numpy as np
 from orbax.checkpoint import v1
 
 import ckpttools as ct
-from tests.ckpttools import memory
-from tests.ckpttools.memory import make_state, template_of, update
+from tests.ckpttools.behaviour import memory
+from tests.ckpttools.behaviour.memory import make_state, template_of, update
 
 PARTS = 32
 

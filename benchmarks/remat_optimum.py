@@ -30,7 +30,7 @@ WITHIN = 1.03
 WIDTH = 512
 # Rows of a batch: at the first a value is larger than the chip's own memory, at the second many lie in it.
 ROWS = 131_072, 16_384
-STORED = pathlib.Path(__file__).parents[1] / "tests" / "remattools" / "plan" / "programs.json"
+STORED = pathlib.Path(__file__).parents[1] / "tests" / "remattools" / "planner" / "programs.json"
 
 
 class Chain(nnx.Module):

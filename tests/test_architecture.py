@@ -145,7 +145,9 @@ def test_the_architecture_holds(path):
         pytest.param("remattools/rules/paths.py", "import remattools.planner.model.block_ilp", id="by its full name"),
         pytest.param("remattools/rules/paths.py", "import remattools", id="the whole package"),
         pytest.param("remattools/rules/paths.py", "from .. import planner", id="a room as a name"),
-        pytest.param("remattools/rules/paths.py", "def f():\n    from ..planner import frontier", id="inside a function"),
+        pytest.param(
+            "remattools/rules/paths.py", "def f():\n    from ..planner import frontier", id="inside a function"
+        ),
         pytest.param(
             "remattools/planner/model/block_ilp.py",
             "def f():\n    from . import graph",
@@ -167,7 +169,9 @@ def test_the_architecture_holds(path):
             id="tried",
         ),
         pytest.param(
-            "remattools/rules/paths.py", "import importlib\nimportlib.import_module('remattools.planner')", id="importlib"
+            "remattools/rules/paths.py",
+            "import importlib\nimportlib.import_module('remattools.planner')",
+            id="importlib",
         ),
         pytest.param(
             "remattools/rules/paths.py",

@@ -12,8 +12,8 @@ from flax import nnx
 
 import ckpttools as ct
 from ckpttools import functional
-from tests.ckpttools.examples import Net, leaves
-from tests.ckpttools.faults import flip_bit_of
+from tests.ckpttools.behaviour.examples import Net, leaves
+from tests.ckpttools.behaviour.faults import flip_bit_of
 
 CONFIG = types.SimpleNamespace(learning_rate=1e-2)
 X = jnp.arange(16.0).reshape(2, 8) / 16

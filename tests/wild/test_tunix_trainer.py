@@ -11,7 +11,7 @@ import pytest
 from tunix.sft.peft_trainer import PeftTrainer
 
 import ckpttools as ct
-from tests.ckpttools.examples import leaves
+from tests.ckpttools.behaviour.examples import leaves
 from tests.wild.peft_run import batches, make_trainer, spec_of
 
 pytestmark = pytest.mark.wild

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules of a plan are few, mean what was decided, and are found without tracing each layer."""
+
+import itertools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import remattools as rt
+from remattools.planner.model.op_cost import rates_of
+from remattools.planner.model.outline import outline
+from remattools.planner.search.candidates import Assignment, Space
+from remattools.planner.search.to_rules import rules_of
+
+from ...models import MLP, Block, Tower, loss
+
+
+class Mixed(nnx.Module):
+    """Two kinds of blocks in turn."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([(MLP if index % 2 else Block)(16, rngs) for index in range(6)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Children(nnx.Module):
+    """No sequence at all."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.first, self.second = MLP(16, rngs), Block(16, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(self.first(x))
+
+
+class Normed(nnx.Module):
+    """State that changes in the forward pass, and random numbers."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(width, width, (3,), rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.drop(nnx.relu(self.norm(self.conv(x))))
+
+
+def _space(make: Any) -> tuple[Any, Space]:
+    model = nnx.eval_shape(make)
+    x = jax.ShapeDtypeStruct((2, 16, 16), jnp.float32)
+    return model, Space(outline(loss, model, (x,), rates_of("tpu:v5e:2x2")))
+
+
+MODELS = [
+    pytest.param(lambda: Tower(5, 16), id="tower"),
+    pytest.param(Mixed, id="mixed"),
+    pytest.param(Children, id="children"),
+    pytest.param(lambda: Tower(3, 16, block=Normed), id="batchnorm"),
+]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_every_assignment_can_be_applied(make: Any) -> None:
+    """Each name matches, and each block has the action that was decided for it."""
+    model, space = _space(make)
+    x = jax.ShapeDtypeStruct((2, 16, 16), jnp.float32)
+    kinds = dict(space.outline.visits)
+    for assignment in [*space.assignments[: len(space.levels)], space.assignments[-1]]:
+        rules = rules_of(space, assignment)
+        with rt.applied(model, rules):
+            actions = {row.path: row.action for row in rt.explain(model).rows}
+            rt.residuals(loss, model, x)  # raises if a name matches nothing
+        for number, path in enumerate(space.members):
+            choice = space.levels[space.level_of(assignment, number)][kinds[path]]
+            assert (actions[".".join(map(str, path))] is None) == (choice.names is None)
+
+
+def test_rules_are_few_and_speak_in_slices() -> None:
+    _, space = _space(lambda: Tower(8, 16))
+    last = len(space.levels) - 1
+    assert [p.text for p, _ in rules_of(space, Assignment(0, 0, 0))] == ["layers.*"]
+    assert [p.text for p, _ in rules_of(space, Assignment(0, last, 6))] == ["layers.[:6]"]
+    assert [p.text for p, _ in rules_of(space, Assignment(0, 1, 6))] == ["layers.[:6]", "layers.[6:]"]
+    assert len(rules_of(space, space.plain)) == 0
+
+
+def test_equal_blocks_are_one_problem_and_different_ones_are_not() -> None:
+    assert len(_space(lambda: Tower(8, 16))[1].outline.problems) == 1
+    assert len(_space(Mixed)[1].outline.problems) == 2
+
+
+def test_keeping_more_is_predicted_to_take_less_time_and_at_last_more_memory() -> None:
+    """Not at each step: what is kept is not made again, which can need more than keeping it."""
+    _, space = _space(lambda: Tower(4, 16))
+    regions = slice(0, len(space.levels) - 1)
+    assert all(a >= b for a, b in itertools.pairwise(space.cycles[regions]))
+    assert space.cycles[0] > 0
+    assert space.bytes[0] == space.bytes[regions].min() < space.bytes[regions].max()
+
+
+def test_a_measurement_corrects_its_neighbours() -> None:
+    _, space = _space(lambda: Tower(4, 16))
+    shifted, _ = space.corrected("bytes", {0: space.bytes[0] + 1e6})
+    assert shifted[0] == space.bytes[0] + 1e6
+    assert np.all(shifted > space.bytes)
+
+
+def test_planning_hardly_grows_with_depth() -> None:
+    def seconds(depth: int) -> float:
+        start = time.process_time()
+        _space(lambda: Tower(depth, 16))
+        return time.process_time() - start
+
+    seconds(2)  # what JAX sets up once
+    small, large = seconds(4), seconds(32)
+    assert large < 10
+    assert large < 6 * small  # eight times as deep
