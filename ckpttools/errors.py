@@ -53,28 +53,28 @@ class StepDamagedError(CheckpointError, ValueError):
         files: Damaged files, relative to the step's folder.
     """
 
-    usual_why = "what is stored is not what was saved."
-    usual_fix = "restore another step: `ckpttools ls --verify` says which are intact."
+    default_why = "what is stored is not what was saved."
+    default_fix = "restore another step: `ckpttools ls --verify` says which are intact."
     step: int | None = None
     leaves: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
     def __init__(self, what: str, why: str = "", fix: str = "") -> None:
-        super().__init__(what, why or self.usual_why, fix or self.usual_fix)
+        super().__init__(what, why or self.default_why, fix or self.default_fix)
 
 
 class IncompleteStepError(StepDamagedError):
     """A step whose manifest or files are missing or too short."""
 
-    usual_why = "a part of what was saved is not there."
-    usual_fix = "`ckpttools repair` puts metadata back; else restore another step, which `ckpttools ls` lists."
+    default_why = "a part of what was saved is not there."
+    default_fix = "`ckpttools repair` puts metadata back; else restore another step, which `ckpttools ls` lists."
 
 
 class CorruptStepError(StepDamagedError):
     """A step whose bytes are not those that were written."""
 
-    usual_why = "some bytes are not those that were written."
-    usual_fix = (
+    default_why = "some bytes are not those that were written."
+    default_fix = (
         "`ckpttools repair` puts metadata back, a mirror has arrays; else restore another step: "
         "`ckpttools ls --verify` says which are intact."
     )
@@ -83,17 +83,17 @@ class CorruptStepError(StepDamagedError):
 class StepRejectedError(StepDamagedError):
     """A step whose bytes are as they were saved, and whose model does not pass the run's validation function."""
 
-    usual_why = (
+    default_why = (
         "its bytes are as they were saved, so the validation function, its batch or the model's code has changed."
     )
-    usual_fix = "undo that change, or open the run without validate= if it was meant."
+    default_fix = "undo that change, or open the run without validate= if it was meant."
 
 
 class UntrustedStepError(CorruptStepError):
     """A step that asks for something no honest step asks for: a path out of the run, an absurd size, a link."""
 
-    usual_why = "no step that was saved here asks for it, so somebody has changed the folder."
-    usual_fix = "do not use the folder before you know who wrote it."
+    default_why = "no step that was saved here asks for it, so somebody has changed the folder."
+    default_fix = "do not use the folder before you know who wrote it."
 
 
 class StepNotFoundError(CheckpointError, LookupError):

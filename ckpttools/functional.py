@@ -141,14 +141,14 @@ def save_and_validate_checkpoint(
     try:
         report = checkpoint_manager.load({"model": empty}, step)
     except StepDamagedError as error:
-        return _failed(step, str(error))
+        return _warn_invalid(step, str(error))
     found = nnx.merge(graphdef, report.state["model"])(validation_data)
     for (path, before), after in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
         name = f"output{jax.tree_util.keystr(path)}"
         if not bool(jnp.all(jnp.isfinite(before))):
-            return _failed(step, f"{name} is not finite before the save.")
+            return _warn_invalid(step, f"{name} is not finite before the save.")
         if not bool(jnp.allclose(before, after, rtol=0, atol=TOLERANCE)):
-            return _failed(step, f"{name} is not the same after the save.")
+            return _warn_invalid(step, f"{name} is not the same after the save.")
     return True
 
 
@@ -177,7 +177,7 @@ def setup_training_from_checkpoint(
     """
     checkpoint_manager, _ = setup_checkpoint_manager(checkpoint_dir)
     model = create_model(config, rngs=nnx.Rngs(0))
-    optimizer = (create_optimizer or _adam)(model, config)
+    optimizer = (create_optimizer or _make_adam)(model, config)
     _, _, step = load_model_and_optimizer(checkpoint_manager, model, optimizer)
     return model, optimizer, step or 0, checkpoint_manager
 
@@ -207,11 +207,11 @@ def _save(checkpoint_manager: CheckpointManager, step: int, items: Mapping[str, 
     return checkpoint_manager
 
 
-def _failed(step: int, text: str) -> bool:
+def _warn_invalid(step: int, text: str) -> bool:
     warnings.warn(f"the checkpoint of step {step} is not valid: {text}", CheckpointWarning, stacklevel=3)
     return False
 
 
-def _adam(model: Any, config: Any) -> Any:
+def _make_adam(model: Any, config: Any) -> Any:
     rate = config["learning_rate"] if isinstance(config, Mapping) else config.learning_rate
     return nnx.Optimizer(model, optax.adam(rate), wrt=nnx.Param)

@@ -19,7 +19,7 @@ from ..spec.mirror import Mirror, as_mirror
 from ..spec.retention import Best, EveryNSteps, Latest, Retention, Union
 from ..spec.spec import CheckpointSpec
 from ..store import layout
-from ..store.run_directory import RunFolder, existing_folder
+from ..store.run_directory import RunDirectory, require_run_directory
 from ..tools.adopt import adopt
 from ..tools.diff import diff
 from ..tools.import_run import import_run
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         damaged = [f"\n    damaged leaf: {name}" for name in error.leaves]
         damaged += [f"\n    damaged file: {name}" for name in error.files]
         # Somebody at a shell is helped by a command for this run, unless the error knows better.
-        usual = error.fix == error.usual_fix and not isinstance(error, UntrustedStepError)
+        usual = error.fix == error.default_fix and not isinstance(error, UntrustedStepError)
         commands = f"ckpttools verify {args.run} names all damage; ckpttools repair puts back what it can."
         fix = commands if usual else error.fix
         output.print_error(f"{args.run}: {error.what}{''.join(damaged)}\n  why: {error.why}\n  fix: {fix}")
@@ -65,39 +65,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def place_of(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
+def parse_run_path(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
     """A run's folder and a step's number from either of their paths.
 
     Raises:
         CheckpointError: If there is no such folder.
     """
     path = path.absolute()
-    step = layout.step_number(path.name)
+    step = layout.parse_step_number(path.name)
     looks_like_step = (path / layout.MANIFEST).exists() or (path / "_CHECKPOINT_METADATA").exists()
     if step is not None and (looks_like_step or not path.is_dir()) and path.parent.is_dir():
         return path.parent, step
-    return existing_folder(path), None
+    return require_run_directory(path), None
 
 
-def _run(path: pathlib.Path) -> pathlib.Path:
+def _require_whole_run(path: pathlib.Path) -> pathlib.Path:
     """The folder of a run, for what is done to runs only.
 
     Raises:
         CheckpointError: If it is no folder, or that of one step.
     """
-    if path.is_dir() and place_of(path)[1] is not None:
+    if path.is_dir() and parse_run_path(path)[1] is not None:
         raise CheckpointError(
             what=f"{path} is one step of a run.",
             why="this command is for whole runs; in the folder of a step it would find no steps.",
             fix=f"ckpttools ... {os.path.normpath(path / '..')}",
         )
-    return existing_folder(path)
+    return require_run_directory(path)
 
 
 def _ls(args: argparse.Namespace) -> int:
-    rows = list(ls(_run(args.run)))
+    rows = list(ls(_require_whole_run(args.run)))
     if args.verify:
-        with output.progress("verifying") as progress:
+        with output.show_progress("verifying") as progress:
             report = verify(args.run, progress=progress)
         health = {step.step: step for step in report.steps}
         rows = [
@@ -114,7 +114,7 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    shown = show(*place_of(args.run))
+    shown = show(*parse_run_path(args.run))
     if args.json:
         output.print_json(shown.as_dict())
     else:
@@ -123,24 +123,24 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    with output.progress("verifying") as progress:
-        report = verify(*place_of(args.run), progress=progress)
+    with output.show_progress("verifying") as progress:
+        report = verify(*parse_run_path(args.run), progress=progress)
     _print(args, report.as_dict(), str(report))
     return OK if report.ok else NO
 
 
 def _diff(args: argparse.Namespace) -> int:
-    run, step = place_of(args.run)
+    run, step = parse_run_path(args.run)
     bare_number = str(args.other).isdecimal() and not args.other.is_dir()
-    other, number = (run, int(str(args.other))) if bare_number else place_of(args.other)
-    with output.progress("comparing") as progress:
+    other, number = (run, int(str(args.other))) if bare_number else parse_run_path(args.other)
+    with output.show_progress("comparing") as progress:
         report = diff(run, other, steps=(step, number), progress=progress)
     _print(args, report.as_dict(), str(report))
     return OK if report.same else NO
 
 
 def _prune(args: argparse.Namespace) -> int:
-    run, keep = _run(args.run), _keep(args)
+    run, keep = _require_whole_run(args.run), _parse_retention(args)
     verdicts = None if keep is None else prune(run, keep, dry_run=args.dry_run)
     emptied = empty_quarantine(run, dry_run=args.dry_run) if args.quarantine else None
     if args.json:
@@ -154,7 +154,7 @@ def _prune(args: argparse.Namespace) -> int:
     return OK
 
 
-def _keep(args: argparse.Namespace) -> Retention | None:
+def _parse_retention(args: argparse.Namespace) -> Retention | None:
     """What the options say is to be kept; None if only the quarantine is meant."""
     parts: list[Retention] = [] if args.spec is None else [CheckpointSpec.load(args.spec).keep]
     parts += [] if args.latest is None else [Latest(args.latest)]
@@ -182,7 +182,7 @@ def _keep(args: argparse.Namespace) -> Retention | None:
 
 
 def _pin(args: argparse.Namespace) -> int:
-    run, pinned = RunFolder(_run(args.run).absolute()), args.command == "pin"
+    run, pinned = RunDirectory(_require_whole_run(args.run).absolute()), args.command == "pin"
     for step in args.steps:
         run.pin(step, pinned=pinned)
     _print(args, {"steps": args.steps, "pinned": pinned}, f"{args.command}ned {', '.join(map(str, args.steps))}")
@@ -190,15 +190,15 @@ def _pin(args: argparse.Namespace) -> int:
 
 
 def _repair(args: argparse.Namespace) -> int:
-    report = repair(_run(args.run), dry_run=args.dry_run)
+    report = repair(_require_whole_run(args.run), dry_run=args.dry_run)
     repairs = [{**dataclasses.asdict(each), "possible": bool(each.done)} for each in report.repairs]
     _print(args, {"dry_run": report.dry_run, "repairs": repairs}, str(report))
     return OK if all(each.done for each in report.repairs) else NO
 
 
 def _export(args: argparse.Namespace) -> int:
-    renamed, metadata = dict(map(_pair, args.name)) or None, dict(map(_pair, args.meta)) or None
-    with output.progress("exporting") as progress:
+    renamed, metadata = dict(map(_parse_pair, args.name)) or None, dict(map(_parse_pair, args.meta)) or None
+    with output.show_progress("exporting") as progress:
         names = export_safetensors(
             args.run,
             args.file,
@@ -213,8 +213,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    names = dict(map(_pair, args.name))
-    with output.progress("importing") as progress:
+    names = dict(map(_parse_pair, args.name))
+    with output.show_progress("importing") as progress:
         count = import_run(
             args.file, args.run, step=args.step, item=args.item, names=names, skip=args.skip, progress=progress
         )
@@ -223,7 +223,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _mirror(args: argparse.Namespace) -> int:
-    mirror = _mirror_of(args)
+    mirror = _parse_mirror(args)
     if args.fetch is not None:
         if args.fetch != "latest" and not args.fetch.isdecimal():
             raise SpecError(
@@ -232,12 +232,14 @@ def _mirror(args: argparse.Namespace) -> int:
                 fix="--fetch 500, after the run and the address",
             )
         step = None if args.fetch == "latest" else int(args.fetch)
-        with output.progress("fetching") as progress:
+        with output.show_progress("fetching") as progress:
             fetched = fetch_step(args.run, mirror, step, progress=progress)
         _print(args, {"fetched": fetched}, f"fetched step {fetched}")
         return OK
-    with output.progress("comparing" if args.dry_run else "copying") as progress:
-        report = sync_mirror(_run(args.run), mirror, check=args.check, dry_run=args.dry_run, progress=progress)
+    with output.show_progress("comparing" if args.dry_run else "copying") as progress:
+        report = sync_mirror(
+            _require_whole_run(args.run), mirror, check=args.check, dry_run=args.dry_run, progress=progress
+        )
     if args.json:
         output.print_json(report.as_dict())
     else:
@@ -245,9 +247,9 @@ def _mirror(args: argparse.Namespace) -> int:
     return OK if report.ok else NO
 
 
-def _mirror_of(args: argparse.Namespace) -> Mirror:
+def _parse_mirror(args: argparse.Namespace) -> Mirror:
     named = None if args.spec is None else as_mirror(CheckpointSpec.load(args.spec).mirror)
-    options = {name: _plain(value) for name, value in map(_pair, args.option)}
+    options = {name: _parse_value(value) for name, value in map(_parse_pair, args.option)}
     if args.url is not None:
         return Mirror(args.url, options=options)
     if named is None:
@@ -259,12 +261,12 @@ def _mirror_of(args: argparse.Namespace) -> Mirror:
     return dataclasses.replace(named, options={**named.store_options, **options})
 
 
-def _plain(text: str) -> str | int | bool:
+def _parse_value(text: str) -> str | int | bool:
     """An option's value as TOML would read it, without the quotes."""
     return {"true": True, "false": False}.get(text, int(text) if text.isdecimal() else text)
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _parse_pair(text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator:
         raise SpecError(what=f"{text!r} has no '='.", why="it gives something a name or a value.", fix=f"{text}=...")
@@ -272,7 +274,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _adopt(args: argparse.Namespace) -> int:
-    steps = adopt(_run(args.run), dry_run=args.dry_run)
+    steps = adopt(_require_whole_run(args.run), dry_run=args.dry_run)
     done = "would take over" if args.dry_run else "took over"
     _print(args, {"dry_run": args.dry_run, "steps": steps}, f"{done} {', '.join(map(str, steps)) or 'nothing'}")
     return OK

@@ -18,11 +18,11 @@ from rich.table import Table
 
 from ..mirror.sync import MirrorReport
 from ..spec.retention import Verdict
-from ..text import printable, readable_bytes
-from ..tools.ls import ListedStep, right_of, rows_of
-from ..tools.show import ShownStep, form_of
+from ..text import format_bytes, replace_control_codes
+from ..tools.ls import ListedStep, find_numeric_columns, make_rows
+from ..tools.show import ShownStep, format_leaf
 
-_WIDTH_OF_A_FILE = 10_000
+_FILE_WIDTH = 10_000
 """Columns where the output is no terminal, so that a step stays on one line, for `grep`."""
 
 
@@ -34,39 +34,39 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Sequence[str] = ()) -> None:
     """Print rows under a head; the columns named in `right` are numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(printable, row))
+        table.add_row(*map(replace_control_codes, row))
     console = _Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
-        console.width = _WIDTH_OF_A_FILE  # as an argument of `print` it could only be narrower than the console
+        console.width = _FILE_WIDTH  # as an argument of `print` it could only be narrower than the console
     console.print(table)
 
 
 def print_text(text: str) -> None:
     """Print text whose parts may come from a file."""
-    print("\n".join(map(printable, text.splitlines())))
+    print("\n".join(map(replace_control_codes, text.splitlines())))
 
 
 def print_json(data: Any) -> None:
     """Print plain data; NaN and infinities, which JSON lacks, as words."""
-    print(json.dumps(_finite(data), indent=2, default=str))
+    print(json.dumps(_replace_non_finite(data), indent=2, default=str))
 
 
-def _finite(data: Any) -> Any:
+def _replace_non_finite(data: Any) -> Any:
     if isinstance(data, float) and not math.isfinite(data):
         return str(data)
     if isinstance(data, dict):
-        return {str(key): _finite(value) for key, value in data.items()}
-    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
+        return {str(key): _replace_non_finite(value) for key, value in data.items()}
+    return [_replace_non_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 @contextlib.contextmanager
-def progress(text: str) -> Iterator[Callable[[int, int], None]]:
+def show_progress(text: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes on the error stream; nothing where that is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
@@ -82,24 +82,22 @@ def print_steps(steps: Sequence[ListedStep]) -> None:
     if not steps:
         print("there are no steps")
         return
-    columns, rows = rows_of(steps)
-    print_table(columns, rows, right=right_of(columns))
+    columns, rows = make_rows(steps)
+    print_table(columns, rows, numeric=find_numeric_columns(columns))
 
 
-def print_tree(shown: ShownStep) -> None:
+def print_tree(step: ShownStep) -> None:
     """The table of `show`, with the sum of each item."""
-    metrics = ", ".join(f"{name}={value:.6g}" for name, value in shown.metrics.items())
-    print_text(
-        f"step {shown.step}: {shown.state}; {shown.reason or 'no reason given'}{'; ' + metrics if metrics else ''}"
-    )
-    rows = [[leaf.name, form_of(leaf), readable_bytes(leaf.bytes) if leaf.bytes else ""] for leaf in shown.leaves]
-    print_table(["leaf", "form", "bytes"], rows, right=["bytes"])
+    metrics = ", ".join(f"{name}={value:.6g}" for name, value in step.metrics.items())
+    print_text(f"step {step.step}: {step.state}; {step.reason or 'no reason given'}{'; ' + metrics if metrics else ''}")
+    rows = [[leaf.name, format_leaf(leaf), format_bytes(leaf.bytes) if leaf.bytes else ""] for leaf in step.leaves]
+    print_table(["leaf", "form", "bytes"], rows, numeric=["bytes"])
     sums: dict[str, int] = {}
-    for leaf in shown.leaves:
+    for leaf in step.leaves:
         item = leaf.name.partition(".")[0]
         sums[item] = sums.get(item, 0) + leaf.bytes
-    each = ", ".join(f"{item} {readable_bytes(count)}" for item, count in sums.items())
-    print_text(f"{each or 'no items'}; on the disk {readable_bytes(shown.total_bytes)}")
+    each = ", ".join(f"{item} {format_bytes(count)}" for item, count in sums.items())
+    print_text(f"{each or 'no items'}; on the disk {format_bytes(step.total_bytes)}")
 
 
 def print_verdicts(verdicts: Sequence[Verdict], *, dry_run: bool) -> None:
@@ -109,7 +107,7 @@ def print_verdicts(verdicts: Sequence[Verdict], *, dry_run: bool) -> None:
         [str(verdict.step.step), "kept" if verdict.keep else gone, verdict.reason]
         for verdict in sorted(verdicts, key=lambda verdict: verdict.step.step)
     ]
-    print_table(["step", "", "why"], rows, right=["step"]) if rows else print("there are no steps")
+    print_table(["step", "", "why"], rows, numeric=["step"]) if rows else print("there are no steps")
 
 
 def print_quarantine(names: Sequence[str], *, dry_run: bool) -> None:
@@ -124,7 +122,7 @@ def print_mirror(report: MirrorReport) -> None:
     rows = [
         [
             str(step.step),
-            readable_bytes(step.total_bytes),
+            format_bytes(step.total_bytes),
             "yes" if step.here else "",
             step.there,
             "; ".join([*([step.done] if step.done else []), *step.files]),
@@ -132,12 +130,12 @@ def print_mirror(report: MirrorReport) -> None:
         for step in report.steps
     ]
     if rows:
-        print_table(["step", "size", "here", "there", ""], rows, right=["step", "size"])
+        print_table(["step", "size", "here", "there", ""], rows, numeric=["step", "size"])
     if report.left or not rows:
         print_text(report.left or "no steps")
 
 
 def print_error(text: str) -> None:
     """Say on the error stream why nothing was done."""
-    lines = "\n".join(map(printable, text.splitlines()))
+    lines = "\n".join(map(replace_control_codes, text.splitlines()))
     print(f"ckpttools: {lines}", file=sys.stderr)

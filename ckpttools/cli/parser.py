@@ -14,20 +14,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, text: str, place: str = "the run's folder") -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        added.add_argument("run", type=pathlib.Path, help=place)
+    def add_command(name: str, summary: str, run_help: str = "the run's folder") -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        added.add_argument("run", type=pathlib.Path, help=run_help)
         added.add_argument("--json", action="store_true", help="machine-readable output")
         return added
 
     of_step = "the run's folder, or one step's (runs/exp1/500)"
-    listed = command("ls", "list the steps with metrics, sizes and branches")
+    listed = add_command("ls", "list the steps with metrics, sizes and branches")
     listed.add_argument("--verify", action="store_true", help="read every byte and say which steps are intact")
-    command("show", "show the tree of a step, by default the newest, with shapes, dtypes and bytes", of_step)
-    command("verify", "read every byte and name what is damaged; changes nothing", of_step)
-    differing = command("diff", "compare two steps: structure, and the largest changes of values", of_step)
+    add_command("show", "show the tree of a step, by default the newest, with shapes, dtypes and bytes", of_step)
+    add_command("verify", "read every byte and name what is damaged; changes nothing", of_step)
+    differing = add_command("diff", "compare two steps: structure, and the largest changes of values", of_step)
     differing.add_argument("other", type=pathlib.Path, help="another run's folder, or step's; or a step's number here")
-    pruned = command("prune", "delete what a retention does not keep")
+    pruned = add_command("prune", "delete what a retention does not keep")
     pruned.add_argument("--dry-run", action="store_true", help="only say what would be deleted, and why")
     pruned.add_argument(
         "--spec", type=pathlib.Path, metavar="TOML", help="take keep from the [checkpoint] of this file"
@@ -43,18 +43,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="also, or only, delete the damaged steps that were moved out of the way",
     )
     for name, text in (("pin", "protect steps from retention"), ("unpin", "give steps back to retention")):
-        command(name, text).add_argument("steps", type=int, nargs="+")
-    repaired = command("repair", "put damaged manifests and metadata back from their second copies")
+        add_command(name, text).add_argument("steps", type=int, nargs="+")
+    repaired = add_command("repair", "put damaged manifests and metadata back from their second copies")
     repaired.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    exported = command("export", "write a step's weights into a safetensors file", of_step)
+    exported = add_command("export", "write a step's weights into a safetensors file", of_step)
     exported.add_argument("file", type=pathlib.Path, help="the safetensors file")
-    _exchange_options(exported, "which item of the step")
+    _add_exchange_options(exported, "which item of the step")
     exported.add_argument("--meta", action="append", default=[], metavar="NAME=TEXT", help="a text for the header")
-    imported = command("import", "make a run whose first step are the weights of a safetensors file")
+    imported = add_command("import", "make a run whose first step are the weights of a safetensors file")
     imported.add_argument("file", type=pathlib.Path, help="the safetensors file")
     imported.add_argument("--step", type=int, default=1, help="the number of the step")
-    _exchange_options(imported, "the name of the item")
-    mirrored = command("mirror", "copy what a mirror lacks; --dry-run only compares")
+    _add_exchange_options(imported, "the name of the item")
+    mirrored = add_command("mirror", "copy what a mirror lacks; --dry-run only compares")
     mirrored.add_argument("url", nargs="?", help="the mirror's address, unless --spec names one")
     mirrored.add_argument("--spec", type=pathlib.Path, metavar="TOML", help="take mirror from the [checkpoint] of it")
     mirrored.add_argument(
@@ -63,13 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
     mirrored.add_argument("--check", action="store_true", help="read every byte there, and mend what is damaged")
     mirrored.add_argument("--dry-run", action="store_true", help="only say what would be done")
     mirrored.add_argument("--fetch", nargs="?", const="latest", metavar="STEP", help="bring a step from there instead")
-    adopted = command("adopt", "take over steps that plain Orbax wrote")
+    adopted = add_command("adopt", "take over steps that plain Orbax wrote")
     adopted.add_argument("--dry-run", action="store_true", help="only say which")
     return parser
 
 
-def _exchange_options(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--item", default="model", help=text)
+def _add_exchange_options(parser: argparse.ArgumentParser, item_help: str) -> None:
+    parser.add_argument("--item", default="model", help=item_help)
     parser.add_argument(
         "--name", action="append", default=[], metavar="LEAF=TENSOR", help="as in 'layers.*.kernel=h.*.weight'"
     )

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import CheckpointWarning, NotRestoredError, SpecError, StepNotFoundError, StructureError
-from ..processes.group import place
+from ..processes.group import get_process_index_and_count
 from ..restore.report import RestoreReport
 from ..save.outcomes import Skipped
 from ..session.session import Session
@@ -49,9 +49,9 @@ class CheckpointManager:
 
     def __init__(self, directory: str | os.PathLike[str] | CheckpointSpec, options: Any = None) -> None:
         _require_one_process()
-        self.session = Session(_spec(directory, options))
-        self._restored: int | None = None
-        self._close = weakref.finalize(self, self.session.close, raise_errors=False)
+        self.session = Session(_make_spec(directory, options))
+        self._restored_step: int | None = None
+        self._finalizer = weakref.finalize(self, self.session.close, raise_errors=False)
 
     def __enter__(self) -> Self:
         return self
@@ -59,7 +59,7 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close.detach()
+        self._finalizer.detach()
         self.session.__exit__(kind, error, trace)
 
     @property
@@ -81,8 +81,8 @@ class CheckpointManager:
         Raises:
             NotRestoredError: If the run has steps and none was restored.
         """
-        self._return_from_a_look_back(step)
-        items, _ = orbax.items_of(args)
+        self._resume_from_latest(step)
+        items, _ = orbax.get_items(args)
         try:
             return not isinstance(self.session.save(step, items, metrics), Skipped)
         except NotRestoredError as error:
@@ -92,12 +92,12 @@ class CheckpointManager:
                 fix="load_checkpoint(checkpoint_manager, model) before the first save, or another directory.",
             ) from error
 
-    def _return_from_a_look_back(self, step: int) -> None:
+    def _resume_from_latest(self, step: int) -> None:
         self.session.wait()
         newest = self.session.latest_step()
-        if newest is not None and self._restored not in (None, newest) and step > newest:
+        if newest is not None and self._restored_step not in (None, newest) and step > newest:
             # Restores no leaf: the session goes on from the run's end instead of branching off.
-            self._restored = self.session.restore({}).step
+            self._restored_step = self.session.restore({}).step
 
     def load(self, items: Mapping[str, Any], step: int | None = None) -> RestoreReport:
         """Restore items by name, live ones in place; without a step the newest intact one.
@@ -107,7 +107,7 @@ class CheckpointManager:
             StructureError: If the step does not fit; nothing was changed.
         """
         report = self.session.restore(items, "latest" if step is None else step)
-        self._restored = report.step
+        self._restored_step = report.step
         if report.damaged:
             warnings.warn(f"damaged steps were passed over: {report}", CheckpointWarning, stacklevel=3)
         return report
@@ -126,7 +126,7 @@ class CheckpointManager:
             StepNotFoundError: If there is no such step, or none at all.
             StructureError: If an item has no template, or the step does not fit.
         """
-        items, named = orbax.items_of(args)
+        items, named = orbax.get_items(args)
         bare = [name for name, template in items.items() if template is None]
         if bare:
             raise StructureError(
@@ -141,7 +141,7 @@ class CheckpointManager:
                 why="nothing was saved there, or it is another folder than the one that was saved to.",
                 fix="ask latest_step() first: it is None then.",
             )
-        return orbax.composite(report.state) if named else report.state["default"]
+        return orbax.make_composite(report.state) if named else report.state["default"]
 
     def delete(self, step: int) -> None:
         """Delete a committed step; the newest cannot be deleted."""
@@ -169,12 +169,12 @@ class CheckpointManager:
 
     def close(self) -> None:
         """Wait for the save in progress, raise its error, and let others write to the run."""
-        self._close.detach()
+        self._finalizer.detach()
         self.session.close()
 
 
 def _require_one_process() -> None:
-    count = place()[1]
+    count = get_process_index_and_count()[1]
     if count > 1:
         raise SpecError(
             what=f"CheckpointManager was made in one of {count} processes.",
@@ -183,7 +183,7 @@ def _require_one_process() -> None:
         )
 
 
-def _spec(directory: str | os.PathLike[str] | CheckpointSpec, options: Any) -> CheckpointSpec:
+def _make_spec(directory: str | os.PathLike[str] | CheckpointSpec, options: Any) -> CheckpointSpec:
     if isinstance(directory, CheckpointSpec):
         if options is not None:
             raise SpecError(
@@ -192,7 +192,7 @@ def _spec(directory: str | os.PathLike[str] | CheckpointSpec, options: Any) -> C
                 fix="CheckpointManager(spec)",
             )
         return directory
-    changed = _changed(options)
+    changed = _get_changed_options(options)
     keep: Retention = All() if changed.get("max_to_keep") is None else Latest(changed["max_to_keep"])
     storage = Storage(asynchronous=changed.get("enable_async_checkpointing", True))
     if not changed.get("create", True) and not pathlib.Path(directory).is_dir():
@@ -200,11 +200,11 @@ def _spec(directory: str | os.PathLike[str] | CheckpointSpec, options: Any) -> C
     return CheckpointSpec(directory=pathlib.Path(directory), keep=keep, storage=storage)
 
 
-def _changed(options: Any) -> dict[str, Any]:
+def _get_changed_options(options: Any) -> dict[str, Any]:
     if options is None:
         return {}
     try:
-        changed = orbax.changed_options(options)
+        changed = orbax.get_changed_options(options)
     except TypeError as error:
         raise SpecError(
             what=f"{options!r:.80} are no options: {error}.",

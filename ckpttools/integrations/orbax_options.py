@@ -31,26 +31,26 @@ def orbax_options(spec: CheckpointSpec) -> Any:
     Raises:
         SpecError: If the spec asks for something that these options cannot say.
     """
-    _require_plain(spec)
+    _require_expressible(spec)
     fields: dict[str, Any] = {
         # A save at the preemption notice is part of every spec; Orbax honours it after jax.distributed.initialize.
         "save_decision_policy": orbax.policies.AnySavePolicy(
-            [_save_policy(spec.save), orbax.policies.PreemptionCheckpointingPolicy()]
+            [_make_save_policy(spec.save), orbax.policies.PreemptionCheckpointingPolicy()]
         ),
         "preservation_policy": orbax.policies.AnyPreservationPolicy(
-            [_keep_policy(spec.keep), orbax.policies.LatestN(retention.FEWEST_STEPS)]
+            [_make_preservation_policy(spec.keep), orbax.policies.LatestN(retention.MIN_KEPT_STEPS)]
         ),
         "enable_async_checkpointing": spec.storage.asynchronous,
         "timeout_s": math.ceil(spec.storage.timeout_s),
     }
-    directed = spec.directed_metrics()
+    directed = spec.get_metric_modes()
     if directed:
         metric, mode = next(iter(directed.items()))
-        fields |= {"best_fn": _value_of(metric, mode), "best_mode": mode}
-    return orbax.manager_options(**fields)
+        fields |= {"best_fn": _make_metric_fn(metric, mode), "best_mode": mode}
+    return orbax.make_manager_options(**fields)
 
 
-def _require_plain(spec: CheckpointSpec) -> None:
+def _require_expressible(spec: CheckpointSpec) -> None:
     asked = {
         "mirror": (spec.mirror is not None, "Orbax's manager writes to one place"),
         "state_version": (
@@ -64,10 +64,10 @@ def _require_plain(spec: CheckpointSpec) -> None:
     }
     for field, (is_asked, why) in asked.items():
         if is_asked:
-            raise _inexpressible(field, why)
+            raise _make_inexpressible_error(field, why)
 
 
-def _inexpressible(what: str, why: str) -> SpecError:
+def _make_inexpressible_error(what: str, why: str) -> SpecError:
     return SpecError(
         what=f"{what} cannot be said in Orbax's options.",
         why=f"{why}; leaving it out would not be what the spec says.",
@@ -75,7 +75,7 @@ def _inexpressible(what: str, why: str) -> SpecError:
     )
 
 
-def _save_policy(trigger: triggers.Trigger) -> Any:
+def _make_save_policy(trigger: triggers.Trigger) -> Any:
     match trigger:
         case triggers.EverySteps(n):
             return orbax.policies.FixedIntervalPolicy(n)
@@ -84,21 +84,23 @@ def _save_policy(trigger: triggers.Trigger) -> Any:
         case triggers.AtSteps(steps):
             return orbax.policies.SpecificStepsPolicy(frozenset(steps))
         case triggers.AnyOf():
-            return orbax.policies.AnySavePolicy([_save_policy(part) for part in trigger.parts])
+            return orbax.policies.AnySavePolicy([_make_save_policy(part) for part in trigger.parts])
         case triggers.AllOf():
-            raise _inexpressible(repr(trigger), "Orbax combines its policies by 'or' only")
+            raise _make_inexpressible_error(repr(trigger), "Orbax combines its policies by 'or' only")
         case _:
-            why = "Orbax decides before it sees a metric" if trigger.metrics() else "Orbax has no policy like it"
-            raise _inexpressible(repr(trigger), why)
+            why = (
+                "Orbax decides before it sees a metric" if trigger.get_metric_names() else "Orbax has no policy like it"
+            )
+            raise _make_inexpressible_error(repr(trigger), why)
 
 
-def _keep_policy(keep: retention.Retention) -> Any:
+def _make_preservation_policy(keep: retention.Retention) -> Any:
     match keep:
         case retention.Latest(n):
             return orbax.policies.LatestN(n)
         case retention.Best(metric, mode=mode, n=n):
             sign = 1.0 if mode == "max" else -1.0
-            value = _value_of(metric, mode)
+            value = _make_metric_fn(metric, mode)
             return orbax.policies.BestN(
                 get_metric_fn=lambda metrics: sign * value(metrics), n=n, keep_checkpoints_without_metrics=False
             )
@@ -111,17 +113,17 @@ def _keep_policy(keep: retention.Retention) -> Any:
         case retention.All():
             return orbax.policies.LatestN(None)
         case retention.Union():
-            return orbax.policies.AnyPreservationPolicy([_keep_policy(part) for part in keep.parts])
+            return orbax.policies.AnyPreservationPolicy([_make_preservation_policy(part) for part in keep.parts])
         case _:
-            raise _inexpressible(repr(keep), "Orbax has no policy like it")
+            raise _make_inexpressible_error(repr(keep), "Orbax has no policy like it")
 
 
-def _value_of(metric: str, mode: Literal["min", "max"]) -> Callable[[Mapping[str, Any]], float]:
+def _make_metric_fn(metric: str, mode: Literal["min", "max"]) -> Callable[[Mapping[str, Any]], float]:
     """Looks a metric up; NaN, and a step without it, are worst."""
     worst = math.inf if mode == "min" else -math.inf
 
-    def value(metrics: Mapping[str, Any]) -> float:
+    def get_value(metrics: Mapping[str, Any]) -> float:
         found = float(metrics.get(metric, worst))
         return worst if math.isnan(found) else found
 
-    return value
+    return get_value

@@ -73,7 +73,7 @@ class PeftCheckpoints:
         Returns:
             Whether a save was made or begun.
         """
-        state = _items(model, optimizer, save_only_lora_params)
+        state = _make_items(model, optimizer, save_only_lora_params)
         state["custom_metadata"] = _Json(custom_metadata or {})
         if force:
             outcome = self.session.save(step, state, self._metrics(), reason="the trainer asked for it")
@@ -100,7 +100,7 @@ class PeftCheckpoints:
             StructureError: If the step does not fit; nothing was changed.
         """
         metadata = _Json({})
-        state = _items(model, optimizer, restore_only_lora_params)
+        state = _make_items(model, optimizer, restore_only_lora_params)
         report = self.session.restore({**state, "custom_metadata": metadata}, "latest" if step is None else step)
         if report.step is None:
             return 0, {}
@@ -113,7 +113,7 @@ class PeftCheckpoints:
         self.session.close()
 
 
-def _items(model: Any, optimizer: Any, only_lora: bool) -> dict[str, Any]:
+def _make_items(model: Any, optimizer: Any, only_lora: bool) -> dict[str, Any]:
     items = {"model_params": nnx.state(model, nnx.LoRAParam) if only_lora else model}
     return items if optimizer is None else {**items, "optimizer_state": optimizer}
 
@@ -131,7 +131,7 @@ def peft_trainer[T](trainer_class: type[T], spec: CheckpointSpec, *, metrics: Me
     Raises:
         SpecError: If the spec looks at metrics and there is no `metrics`.
     """
-    wanted = sorted(spec.save.metrics() | spec.directed_metrics().keys())
+    wanted = sorted(spec.save.get_metric_names() | spec.get_metric_modes().keys())
     if wanted and metrics is None:
         raise SpecError(
             what=f"the spec looks at {', '.join(wanted)} and the trainer passes no metrics.",
@@ -143,14 +143,14 @@ def peft_trainer[T](trainer_class: type[T], spec: CheckpointSpec, *, metrics: Me
         manager: PeftCheckpoints = self._ckpttools_manager
         return manager
 
-    def set_manager(self: Any, theirs: Any) -> None:
+    def set_manager(self: Any, manager: Any) -> None:
         if (folder := self.config.checkpoint_root_directory) is not None:
             raise SpecError(
                 what=f"the trainer's configuration has checkpoint_root_directory={folder!r}.",
                 why="the spec says where this run is saved, and two managers would each keep a part of it.",
                 fix="leave checkpoint_root_directory out of the TrainingConfig.",
             )
-        theirs.close()
+        manager.close()
         self._ckpttools_manager = PeftCheckpoints(spec, lambda: metrics(self) if metrics else {})
 
     namespace = {"checkpoint_manager": property(get_manager, set_manager), "__module__": trainer_class.__module__}

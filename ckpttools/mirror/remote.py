@@ -26,7 +26,7 @@ from ..store.manifest import Manifest, Summary
 
 _NAME = re.compile(r"(0|[1-9]\d{0,17})-([0-9a-f]{8})")
 _BLOCK_BYTES = 1 << 22
-_WITHOUT_FOLDERS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "tos", "memory"})
+_FLAT_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "tos", "memory"})
 """Stores of flat names; asking some of them for a folder would create a bucket."""
 
 
@@ -42,13 +42,13 @@ class Copy:
 
     name: str
     manifest: Manifest
-    data: bytes
+    manifest_bytes: bytes
 
 
-def name_of(data: bytes) -> str:
+def get_copy_name(data: bytes) -> str:
     """The name of the copy of the step whose manifest has these bytes."""
-    summary = manifest.from_bytes(data).summary
-    mark = digest.of_bytes("sha256", data).partition(":")[2]
+    summary = manifest.parse_manifest(data).summary
+    mark = digest.hash_bytes("sha256", data).partition(":")[2]
     return f"{summary.step}-{mark[:8]}"
 
 
@@ -62,10 +62,10 @@ class RemoteStore:
     def __init__(self, url: str, options: dict[str, Any]) -> None:
         self.url = url
         self._options = options
-        self._known: dict[str, Summary] = {}
+        self._summaries: dict[str, Summary] = {}
 
     @functools.cached_property
-    def _opened(self) -> tuple[Any, str]:
+    def _filesystem_and_root(self) -> tuple[Any, str]:
         try:
             import fsspec
         except ImportError as error:
@@ -74,7 +74,7 @@ class RemoteStore:
                 why="it is an extra, since most runs need no mirror.",
                 fix='pip install "nnx-checkpointing[mirror]", and the driver of your store, such as s3fs.',
             ) from error
-        with self._explained("opened"):
+        with self._wrap_errors("opened"):
             # A file system of its own: a cached listing would hide what others wrote, and a cached failure its end.
             system, root = fsspec.core.url_to_fs(
                 self.url, skip_instance_cache=True, use_listings_cache=False, **self._options
@@ -82,25 +82,25 @@ class RemoteStore:
         return system, root.rstrip("/")
 
     @property
-    def _system(self) -> Any:
-        return self._opened[0]
+    def _filesystem(self) -> Any:
+        return self._filesystem_and_root[0]
 
-    def _path(self, name: str, file: str = "") -> str:
-        return "/".join(part for part in (self._opened[1], name, file) if part)
+    def _join_path(self, name: str, file: str = "") -> str:
+        return "/".join(part for part in (self._filesystem_and_root[1], name, file) if part)
 
     @property
-    def seen(self) -> dict[str, Summary]:
+    def known_summaries(self) -> dict[str, Summary]:
         """The summaries of the finished copies whose manifests were read so far."""
-        return dict(self._known)
+        return dict(self._summaries)
 
-    def names(self) -> tuple[str, ...]:
+    def list_names(self) -> tuple[str, ...]:
         """The names of all copies, finished or not.
 
         Raises:
             MirrorError: If the store does not answer.
         """
-        system, root = self._opened
-        with self._explained("listed"):
+        system, root = self._filesystem_and_root
+        with self._wrap_errors("listed"):
             system.invalidate_cache()
             try:
                 found = system.ls(root, detail=False)
@@ -110,47 +110,49 @@ class RemoteStore:
         last = (str(path).rstrip("/").rpartition("/")[2] for path in found)
         return tuple(sorted(name for name in last if _NAME.fullmatch(name)))
 
-    def copies(self) -> tuple[Copy, ...]:
+    def list_copies(self) -> tuple[Copy, ...]:
         """Every finished copy, in the order of the commits; unfinished and damaged ones are left out.
 
         Raises:
             MirrorError: If the store does not answer.
         """
-        found = (self.copy(name) for name in self.names())
+        found = (self.read_copy(name) for name in self.list_names())
         return tuple(sorted((copy for copy in found if copy), key=lambda copy: copy.manifest.summary.saved_at))
 
-    def summary(self, name: str) -> Summary | None:
+    def read_summary(self, name: str) -> Summary | None:
         """The summary of the finished copy of that name, which is read once; None as for `copy`."""
-        if name not in self._known:
-            self.copy(name)
-        return self._known.get(name)
+        if name not in self._summaries:
+            self.read_copy(name)
+        return self._summaries.get(name)
 
-    def copy(self, name: str) -> Copy | None:
+    def read_copy(self, name: str) -> Copy | None:
         """The finished copy of that name; None if its manifest is missing, damaged or another's.
 
         Only its summary is kept: the manifests of many copies of a large model would fill the memory of a training.
         """
-        self._known.pop(name, None)
-        data = self._read_small(self._path(name, layout.MANIFEST))
+        self._summaries.pop(name, None)
+        data = self._read_small(self._join_path(name, layout.MANIFEST))
         try:
-            if data is None or name_of(data) != name:
+            if data is None or get_copy_name(data) != name:
                 return None
-            copy = Copy(name, manifest.from_bytes(data), data)
+            copy = Copy(name, manifest.parse_manifest(data), data)
         except StepDamagedError:
             return None
-        self._known[name] = copy.manifest.summary
+        self._summaries[name] = copy.manifest.summary
         return copy
 
     def _read_small(self, path: str) -> bytes | None:
-        with self._explained("read"):
+        with self._wrap_errors("read"):
             try:
-                if self._system.size(path) > manifest.LARGEST_BYTES:
+                if self._filesystem.size(path) > manifest.MAX_BYTES:
                     return None
-                return bytes(self._system.cat_file(path))
+                return bytes(self._filesystem.cat_file(path))
             except FileNotFoundError:
                 return None
 
-    def put(self, folder: pathlib.Path, *, readback: bool, stop: Callable[[], bool] = lambda: False) -> str:
+    def upload(
+        self, directory: pathlib.Path, *, readback: bool, should_stop: Callable[[], bool] = lambda: False
+    ) -> str:
         """Copy a committed step, its manifest last; what is there already in the right size is not sent again.
 
         Args:
@@ -163,22 +165,22 @@ class RemoteStore:
             StepDamagedError: If the local files are not what was committed; the copy is not finished.
             InterruptedError: If it was stopped.
         """
-        data = (folder / layout.MANIFEST).read_bytes()
-        name, files = name_of(data), manifest.from_bytes(data).summary.files
-        self._known.pop(name, None)
-        there = self._sizes(name)
+        data = (directory / layout.MANIFEST).read_bytes()
+        name, files = get_copy_name(data), manifest.parse_manifest(data).summary.files
+        self._summaries.pop(name, None)
+        there = self._list_sizes(name)
         for file, (size, mark) in files.items():
-            if stop():
+            if should_stop():
                 raise InterruptedError
-            if there.get(file) == size and self._digest(name, file, mark) == mark:
+            if there.get(file) == size and self._hash_file(name, file, mark) == mark:
                 continue
-            _require_local(folder / file, file, mark)
-            self._send(folder / file, name, file)
-            self._require_sent(name, file, size, mark if readback else None)
-        with self._explained("written"):
-            self._make_parent(self._path(name, layout.MANIFEST))
-            self._system.pipe_file(self._path(name, layout.MANIFEST), data)
-        if self.copy(name) is None:
+            _require_local_intact(directory / file, file, mark)
+            self._upload_file(directory / file, name, file)
+            self._require_uploaded(name, file, size, mark if readback else None)
+        with self._wrap_errors("written"):
+            self._make_parent_directory(self._join_path(name, layout.MANIFEST))
+            self._filesystem.pipe_file(self._join_path(name, layout.MANIFEST), data)
+        if self.read_copy(name) is None:
             raise MirrorError(
                 what=f"the manifest of {name} came back from {self.url} with other bytes.",
                 why="the store does not keep what it is given; the copy does not count.",
@@ -186,92 +188,94 @@ class RemoteStore:
             )
         return name
 
-    def _sizes(self, name: str) -> dict[str, int]:
-        prefix = self._path(name) + "/"
-        with self._explained("listed"):
+    def _list_sizes(self, name: str) -> dict[str, int]:
+        prefix = self._join_path(name) + "/"
+        with self._wrap_errors("listed"):
             try:
-                found = self._system.find(self._path(name), detail=True)
+                found = self._filesystem.find(self._join_path(name), detail=True)
             except FileNotFoundError:
                 return {}
         return {path.removeprefix(prefix): int(info.get("size") or 0) for path, info in found.items()}
 
-    def _send(self, source: pathlib.Path, name: str, file: str) -> None:
-        target = self._path(name, file)
-        with self._explained("written"):
-            self._make_parent(target)
+    def _upload_file(self, source: pathlib.Path, name: str, file: str) -> None:
+        target = self._join_path(name, file)
+        with self._wrap_errors("written"):
+            self._make_parent_directory(target)
             if source.stat().st_size <= _BLOCK_BYTES:
-                self._system.pipe_file(target, source.read_bytes())
+                self._filesystem.pipe_file(target, source.read_bytes())
             else:
-                self._system.put_file(str(source), target)
+                self._filesystem.put_file(str(source), target)
 
-    def _make_parent(self, path: str) -> None:
-        protocol = self._system.protocol
-        if not _WITHOUT_FOLDERS.intersection([protocol] if isinstance(protocol, str) else protocol):
-            self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
+    def _make_parent_directory(self, path: str) -> None:
+        protocol = self._filesystem.protocol
+        if not _FLAT_PROTOCOLS.intersection([protocol] if isinstance(protocol, str) else protocol):
+            self._filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
 
-    def _require_sent(self, name: str, file: str, size: int, mark: str | None) -> None:
-        with self._explained("read"):
-            found = int(self._system.size(self._path(name, file)))
-        if found != size or (mark is not None and self._digest(name, file, mark) != mark):
+    def _require_uploaded(self, name: str, file: str, size: int, expected_digest: str | None) -> None:
+        with self._wrap_errors("read"):
+            found = int(self._filesystem.size(self._join_path(name, file)))
+        if found != size or (
+            expected_digest is not None and self._hash_file(name, file, expected_digest) != expected_digest
+        ):
             raise MirrorError(
                 what=f"{name}/{file} came back from {self.url} with other bytes ({found} of {size}).",
                 why="the store does not keep what it is given; the copy does not count.",
                 fix="look at the store; the copy is tried again.",
             )
 
-    def _digest(self, name: str, file: str, mark: str) -> str | None:
+    def _hash_file(self, name: str, file: str, expected_digest: str) -> str | None:
         """Digest of a file at the store; None if it is not there."""
-        pieces = self._pieces(name, file)
+        pieces = self._read_chunks(name, file)
         try:
-            return digest.of_pieces(digest.algorithm_of(mark), pieces)
+            return digest.hash_chunks(digest.get_algorithm(expected_digest), pieces)
         except FileNotFoundError:
             return None
 
-    def _pieces(self, name: str, file: str) -> Iterator[bytes]:
+    def _read_chunks(self, name: str, file: str) -> Iterator[bytes]:
         with (
-            self._explained("read", absent=True),
-            self._system.open(self._path(name, file), "rb", block_size=_BLOCK_BYTES) as source,
+            self._wrap_errors("read", allow_missing=True),
+            self._filesystem.open(self._join_path(name, file), "rb", block_size=_BLOCK_BYTES) as source,
         ):
             while piece := source.read(_BLOCK_BYTES):
                 yield piece
 
-    def damaged_files(self, copy: Copy) -> tuple[str, ...]:
+    def find_damaged_files(self, copy: Copy) -> tuple[str, ...]:
         """Files of a copy that are missing or not what was written; reads all of them."""
         files = copy.manifest.summary.files
-        return tuple(file for file, (_, mark) in files.items() if self._digest(copy.name, file, mark) != mark)
+        return tuple(file for file, (_, mark) in files.items() if self._hash_file(copy.name, file, mark) != mark)
 
-    def fetch(self, copy: Copy, folder: pathlib.Path, seen: Callable[[int], None] = lambda size: None) -> None:
+    def fetch(self, copy: Copy, directory: pathlib.Path, on_bytes: Callable[[int], None] = lambda size: None) -> None:
         """Write a step's files into a new local folder, each proved by its digest.
 
         Raises:
             MirrorError: If the store does not answer.
             StepDamagedError: If a file is missing or damaged, naming all such files.
         """
-        commit.make_folder(folder)
+        commit.make_directory(directory)
         missing, damaged = [], []
         for file, (size, mark) in copy.manifest.summary.files.items():
             # `file` was checked when the manifest was read: it does not leave the step's folder.
-            target = folder / file
-            commit.make_folder(target.parent)
+            target = directory / file
+            commit.make_directory(target.parent)
             try:
                 self._fetch_file(copy.name, file, target, size)
             except FileNotFoundError:
                 missing.append(file)
                 continue
-            seen(size)
-            if target.stat().st_size != size or digest.of_file(digest.algorithm_of(mark), target) != mark:
+            on_bytes(size)
+            if target.stat().st_size != size or digest.hash_file(digest.get_algorithm(mark), target) != mark:
                 damaged.append(file)
         if missing or damaged:
             kind = CorruptStepError if damaged else IncompleteStepError
             error = kind(what=f"the copy of step {copy.manifest.summary.step} at {self.url} is damaged.")
             error.step, error.files = copy.manifest.summary.step, (*missing, *damaged)
             raise error
-        (folder / layout.MANIFEST).write_bytes(copy.data)
+        (directory / layout.MANIFEST).write_bytes(copy.manifest_bytes)
 
     def _fetch_file(self, name: str, file: str, target: pathlib.Path, size: int) -> None:
         """Write one file; no more of it than its manifest says, whatever the store sends."""
         with target.open("wb") as sink:
-            for piece in self._pieces(name, file):
+            for piece in self._read_chunks(name, file):
                 sink.write(piece)
                 if sink.tell() > size:
                     return
@@ -280,33 +284,33 @@ class RemoteStore:
         """Delete a copy, its manifest first, so that it is no step any more."""
         if not _NAME.fullmatch(name):
             raise ValueError(name)
-        self._known.pop(name, None)
-        with self._explained("deleted"):
+        self._summaries.pop(name, None)
+        with self._wrap_errors("deleted"):
             with contextlib.suppress(FileNotFoundError):
-                self._system.rm_file(self._path(name, layout.MANIFEST))
+                self._filesystem.rm_file(self._join_path(name, layout.MANIFEST))
             with contextlib.suppress(FileNotFoundError):
-                self._system.rm(self._path(name), recursive=True)
+                self._filesystem.rm(self._join_path(name), recursive=True)
 
     @contextlib.contextmanager
-    def _explained(self, done: str, *, absent: bool = False) -> Iterator[None]:
+    def _wrap_errors(self, action: str, *, allow_missing: bool = False) -> Iterator[None]:
         """Errors of the store as `MirrorError`; with `absent`, that a file is not there is left to the caller."""
         try:
             yield
         except MirrorError:
             raise
         except Exception as error:
-            if absent and isinstance(error, FileNotFoundError):
+            if allow_missing and isinstance(error, FileNotFoundError):
                 raise
             told = str(error).rstrip(". \n") or "no reason given"
             raise MirrorError(
-                what=f"{self.url} could not be {done}: {type(error).__name__}: {told}.",
+                what=f"{self.url} could not be {action}: {type(error).__name__}: {told}.",
                 why="the store does not answer, or refuses this address or these credentials; local steps are safe.",
                 fix="see the cause above; what is missing at the store is copied when it answers again.",
             ) from error
 
 
-def _require_local(path: pathlib.Path, file: str, mark: str) -> None:
-    if digest.of_file(digest.algorithm_of(mark), path) != mark:
+def _require_local_intact(path: pathlib.Path, file: str, expected_digest: str) -> None:
+    if digest.hash_file(digest.get_algorithm(expected_digest), path) != expected_digest:
         error = CorruptStepError(
             what=f"{file} is not what was committed, so the step is not copied.",
             why="a mirror of damage would be worth nothing.",

@@ -12,13 +12,13 @@ from ..spec.mirror import Mirror, as_mirror
 from ..spec.retention import All
 from ..store import catalogue, layout
 from ..store.manifest import Summary
-from ..store.run_directory import RunFolder
+from ..store.run_directory import RunDirectory
 from .fetch import Fetcher
 from .remote import Copy, RemoteStore
-from .upload import Names, plan, require_elsewhere, summaries_of
+from .upload import CopyNames, get_summaries, make_sync_plan, require_outside_run
 
 type Progress = Callable[[int, int], None]
-type There = Literal["complete", "damaged", "missing", "another run's"]
+type CopyState = Literal["complete", "damaged", "missing", "another run's"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class MirroredStep:
     step: int
     total_bytes: int
     here: bool
-    there: There
+    there: CopyState
     files: tuple[str, ...] = ()
     done: str = ""
     ok: bool = True
@@ -109,12 +109,12 @@ def sync_mirror(
     """
     root, place = pathlib.Path(directory).absolute(), as_mirror(mirror)
     assert place is not None
-    require_elsewhere(root, place)
-    run = RunFolder(root)
+    require_outside_run(root, place)
+    run = RunDirectory(root)
     if not dry_run:
         run.lock_for_writing()
     try:
-        return _Sync(root, run.steps_now(), place, progress or (lambda done, total: None)).run(check, dry_run)
+        return _Sync(root, run.refresh_steps(), place, progress or (lambda done, total: None)).run(check, dry_run)
     finally:
         run.lock.release()
 
@@ -122,72 +122,72 @@ def sync_mirror(
 class _Sync:
     """One comparison of a run with its mirror, and what follows from it."""
 
-    def __init__(self, root: pathlib.Path, known: catalogue.Catalogue, mirror: Mirror, progress: Progress) -> None:
+    def __init__(self, root: pathlib.Path, steps: catalogue.Catalogue, mirror: Mirror, progress: Progress) -> None:
         self._mirror, self._progress = mirror, progress
         self._store = RemoteStore(mirror.url, mirror.store_options)
-        names = self._store.names()
-        self._local = Names().of(known)
-        self._unverified = tuple(entry.step for entry in known.entries if entry.state == "unverified")
-        self._copies: Mapping[str, Copy] = {name: copy for name in names if (copy := self._store.copy(name))}
+        names = self._store.list_names()
+        self._local_entries = CopyNames().name_entries(steps)
+        self._unverified_steps = tuple(entry.step for entry in steps.entries if entry.state == "unverified")
+        self._copies: Mapping[str, Copy] = {name: copy for name in names if (copy := self._store.read_copy(name))}
         self._summaries: dict[str, Summary] = {
-            **summaries_of(self._local),
+            **get_summaries(self._local_entries),
             **{name: copy.manifest.summary for name, copy in self._copies.items()},
         }
-        self._plan = plan(
-            summaries_of(self._local),
+        self._plan = make_sync_plan(
+            get_summaries(self._local_entries),
             {name: copy.manifest.summary for name, copy in self._copies.items()},
             names,
             mirror.keep or All(),
-            lineage=known.lineage,
-            gone={},
+            lineage=steps.lineage,
+            deleted={},
             pins=catalogue.read_pins(root),
         )
-        self._done = self._total = 0
+        self._done_bytes = self._total_bytes = 0
 
     def run(self, check: bool, dry_run: bool) -> MirrorReport:
-        checked = [name for name in self._copies if check and name not in self._plan.foreign]
-        self._total = sum(self._summaries[name].total_bytes for name in (*checked, *self._plan.copy))
-        rows = {name: self._row(name, name in checked, dry_run) for name in self._summaries}
+        checked = [name for name in self._copies if check and name not in self._plan.foreign_names]
+        self._total_bytes = sum(self._summaries[name].total_bytes for name in (*checked, *self._plan.names_to_copy))
+        rows = {name: self._sync_step(name, name in checked, dry_run) for name in self._summaries}
         if not dry_run:
-            for name in self._plan.delete:
+            for name in self._plan.names_to_delete:
                 self._store.delete(name)
         ordered = sorted(rows, key=lambda name: (self._summaries[name].saved_at, name))
-        return MirrorReport(self._mirror.url, tuple(rows[name] for name in ordered), dry_run, self._unverified)
+        return MirrorReport(self._mirror.url, tuple(rows[name] for name in ordered), dry_run, self._unverified_steps)
 
-    def _row(self, name: str, check: bool, dry_run: bool) -> MirroredStep:
+    def _sync_step(self, name: str, check: bool, dry_run: bool) -> MirroredStep:
         summary = self._summaries[name]
-        there: There = "complete" if name in self._copies else "missing"
+        there: CopyState = "complete" if name in self._copies else "missing"
         files: tuple[str, ...] = ()
         done, ok = "", True
-        if name in self._plan.foreign:
+        if name in self._plan.foreign_names:
             there = "another run's"
-        elif name in self._plan.delete:
+        elif name in self._plan.names_to_delete:
             done = "would be deleted" if dry_run else "deleted"
-        elif name in self._plan.copy:
-            done, ok = ("would be copied", True) if dry_run else self._put(name, "copied")
-        elif check and (files := self._store.damaged_files(self._copies[name])):
+        elif name in self._plan.names_to_copy:
+            done, ok = ("would be copied", True) if dry_run else self._upload(name, "copied")
+        elif check and (files := self._store.find_damaged_files(self._copies[name])):
             there, done, ok = "damaged", "there is no copy here to mend it", False
-            if name in self._local:
-                done, ok = ("would be mended", False) if dry_run else self._put(name, "mended")
-        if check or name in self._plan.copy:
-            self._done += summary.total_bytes
-            self._progress(self._done, self._total)
+            if name in self._local_entries:
+                done, ok = ("would be mended", False) if dry_run else self._upload(name, "mended")
+        if check or name in self._plan.names_to_copy:
+            self._done_bytes += summary.total_bytes
+            self._progress(self._done_bytes, self._total_bytes)
         return MirroredStep(
             step=summary.step,
             total_bytes=summary.total_bytes,
-            here=name in self._local,
+            here=name in self._local_entries,
             there=there,
             files=files,
             done=done,
             ok=ok,
         )
 
-    def _put(self, name: str, done: str) -> tuple[str, bool]:
+    def _upload(self, name: str, action: str) -> tuple[str, bool]:
         try:
-            self._store.put(self._local[name].path, readback=self._mirror.verify == "readback")
+            self._store.upload(self._local_entries[name].path, readback=self._mirror.verify == "readback")
         except StepDamagedError as error:
-            return f"not {done}: {error.what}", False
-        return done, True
+            return f"not {action}: {error.what}", False
+        return action, True
 
 
 def fetch_step(
@@ -216,22 +216,22 @@ def fetch_step(
     """
     place = as_mirror(mirror)
     assert place is not None
-    run = RunFolder(pathlib.Path(directory).absolute())
+    run = RunDirectory(pathlib.Path(directory).absolute())
     run.lock_for_writing()
     fetcher = Fetcher(run, place, RemoteStore(place.url, place.store_options), progress)
     try:
-        entry = fetcher.copy_of("latest" if step is None else step)
+        entry = fetcher.find_copy("latest" if step is None else step)
         assert entry.fetch is not None
         entry.fetch()
-        in_the_way = layout.step_folder(run.directory, entry.step)
+        in_the_way = layout.get_step_directory(run.directory, entry.step)
         if in_the_way.exists() and not _is_superseded(run, entry.step):
             run.quarantine(in_the_way)
-        fetcher.settle(entry)
+        fetcher.commit(entry)
         return entry.step
     finally:
-        fetcher.clean()
+        fetcher.clean_up()
         run.lock.release()
 
 
-def _is_superseded(run: RunFolder, step: int) -> bool:
-    return any(entry.step == step and entry.info and entry.info.superseded for entry in run.steps_now().entries)
+def _is_superseded(run: RunDirectory, step: int) -> bool:
+    return any(entry.step == step and entry.info and entry.info.superseded for entry in run.refresh_steps().entries)

@@ -24,7 +24,7 @@ from ..spec.retention import Retention, StepInfo
 from ..store import catalogue, layout
 from ..store.catalogue import Catalogue, Entry
 from ..store.manifest import Lineage, Summary
-from .remote import RemoteStore, name_of
+from .remote import RemoteStore, get_copy_name
 
 type Pins = frozenset[int]
 
@@ -71,7 +71,7 @@ class MirrorStatus:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SyncPlan:
     """What would bring a mirror up to date.
 
     Attributes:
@@ -81,13 +81,13 @@ class Plan:
         foreign: Names of copies of another run, which are never touched.
     """
 
-    copy: tuple[str, ...]
-    delete: tuple[str, ...]
-    missed: tuple[str, ...]
-    foreign: tuple[str, ...]
+    names_to_copy: tuple[str, ...]
+    names_to_delete: tuple[str, ...]
+    missed_names: tuple[str, ...]
+    foreign_names: tuple[str, ...]
 
 
-def require_elsewhere(root: pathlib.Path, mirror: Mirror) -> None:
+def require_outside_run(root: pathlib.Path, mirror: Mirror) -> None:
     """Raise `SpecError` if a mirror lies in the folder of its run.
 
     Args:
@@ -103,12 +103,19 @@ def require_elsewhere(root: pathlib.Path, mirror: Mirror) -> None:
         )
 
 
-type Named = Mapping[str, Summary]
+type NamedSummaries = Mapping[str, Summary]
 
 
-def plan(
-    local: Named, copies: Named, names: Iterable[str], keep: Retention, *, lineage: Lineage, gone: Named, pins: Pins
-) -> Plan:
+def make_sync_plan(
+    local: NamedSummaries,
+    copies: NamedSummaries,
+    names: Iterable[str],
+    keep: Retention,
+    *,
+    lineage: Lineage,
+    deleted: NamedSummaries,
+    pins: Pins,
+) -> SyncPlan:
     """Compare a run with its mirror.
 
     Args:
@@ -123,19 +130,21 @@ def plan(
     run = lineage[0][0] if lineage else ""
     foreign = tuple(name for name, summary in copies.items() if run and summary.lineage[0][0] != run)
     ours = {name: summary for name, summary in copies.items() if name not in foreign}
-    both = _infos({**ours, **local}, lineage, pins)
-    wanted = _kept(both, keep)
-    all_ever = _kept(_infos({**gone, **ours, **local}, lineage, pins), keep)
+    both = _make_step_infos({**ours, **local}, lineage, pins)
+    wanted = _select_kept(both, keep)
+    all_ever = _select_kept(_make_step_infos({**deleted, **ours, **local}, lineage, pins), keep)
     unfinished = [name for name in names if name not in copies and name not in wanted]
-    return Plan(
-        copy=tuple(sorted((name for name in wanted if name not in copies), key=lambda name: -both[name].sequence)),
-        delete=(*(name for name in ours if name not in wanted), *unfinished),
-        missed=tuple(name for name in gone if name in all_ever and name not in copies and name not in local),
-        foreign=foreign,
+    return SyncPlan(
+        names_to_copy=tuple(
+            sorted((name for name in wanted if name not in copies), key=lambda name: -both[name].sequence)
+        ),
+        names_to_delete=(*(name for name in ours if name not in wanted), *unfinished),
+        missed_names=tuple(name for name in deleted if name in all_ever and name not in copies and name not in local),
+        foreign_names=foreign,
     )
 
 
-def _infos(summaries: Named, lineage: Lineage, pins: Pins) -> dict[str, StepInfo]:
+def _make_step_infos(summaries: NamedSummaries, lineage: Lineage, pins: Pins) -> dict[str, StepInfo]:
     """What retention may know of steps from two places, numbered by the time of their commits."""
     ordered = sorted(summaries.items(), key=lambda pair: (pair[1].saved_at, pair[1].sequence))
     return {
@@ -151,40 +160,40 @@ def _infos(summaries: Named, lineage: Lineage, pins: Pins) -> dict[str, StepInfo
     }
 
 
-def _kept(infos: Mapping[str, StepInfo], keep: Retention) -> set[str]:
-    verdicts = retention.decide(keep, list(infos.values()), newest_verified=None)
+def _select_kept(infos: Mapping[str, StepInfo], keep: Retention) -> set[str]:
+    verdicts = retention.decide_retention(keep, list(infos.values()), newest_verified=None)
     kept = {verdict.step.sequence for verdict in verdicts if verdict.keep}
     return {name for name, info in infos.items() if info.sequence in kept}
 
 
-class Names:
+class CopyNames:
     """The names under which the steps of a run are copied; each manifest is read once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int, float], str] = {}
+        self._names: dict[tuple[int, int, float], str] = {}
 
-    def of(self, known: Catalogue) -> dict[str, Entry]:
+    def name_entries(self, steps: Catalogue) -> dict[str, Entry]:
         """The steps that are on the disk now, by name."""
         found, names = {}, {}
-        for entry in known.committed:
+        for entry in steps.committed_entries:
             summary = entry.manifest.summary if entry.manifest else None
             path = entry.path / layout.MANIFEST
             if summary is None or not path.is_file():
                 continue
             key = summary.step, summary.sequence, summary.saved_at
             with contextlib.suppress(OSError, StepDamagedError):
-                names[key] = self._known[key] if key in self._known else name_of(path.read_bytes())
+                names[key] = self._names[key] if key in self._names else get_copy_name(path.read_bytes())
                 found[names[key]] = entry
-        self._known = names
+        self._names = names
         return found
 
 
-def summaries_of(entries: Mapping[str, Entry]) -> dict[str, Summary]:
+def get_summaries(entries: Mapping[str, Entry]) -> dict[str, Summary]:
     """The summaries of committed steps."""
     return {name: entry.manifest.summary for name, entry in entries.items() if entry.manifest}
 
 
-class Copier:
+class MirrorUploader:
     """The thread that keeps a mirror up to date, from the first `update` to `close`.
 
     Attributes:
@@ -193,177 +202,187 @@ class Copier:
     """
 
     def __init__(self, root: pathlib.Path, mirror: Mirror, keep: Retention) -> None:
-        require_elsewhere(root, mirror)
+        require_outside_run(root, mirror)
         self.mirror, self.store = mirror, RemoteStore(mirror.url, mirror.store_options)
         self._root, self._keep = root, mirror.keep or keep
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._closing = self._stopped = False
+        self._is_closing = self._is_stopped = False
         self._version = 0
-        self._names = Names()
-        self._known = Catalogue(())
-        self._ever: dict[str, Summary] = {}
-        self._copies: dict[str, Summary] = {}
-        self._damaged: dict[str, int] = {}
-        self._missed: set[str] = set()
-        self._current = ""
-        self._told_of_others = self._told_of_failure = False
+        self._copy_names = CopyNames()
+        self._steps = Catalogue(())
+        self._committed_summaries: dict[str, Summary] = {}
+        self._copied_summaries: dict[str, Summary] = {}
+        self._damaged_steps: dict[str, int] = {}
+        self._missed_names: set[str] = set()
+        self._current_name = ""
+        self._has_noted_foreign = self._has_noted_failure = False
         self._status = MirrorStatus(url=mirror.url)
         self._notes: list[str] = []
 
     @property
     def status(self) -> MirrorStatus:
         """How far the mirror is."""
-        with self._changed:
+        with self._condition:
             return self._status
 
-    def notes(self) -> list[str]:
+    def take_notes(self) -> list[str]:
         """What went wrong since the last call, each thing once."""
-        with self._changed:
+        with self._condition:
             notes, self._notes = self._notes, []
         return notes
 
-    def update(self, known: Catalogue) -> None:
+    def update(self, steps: Catalogue) -> None:
         """Take note of a commit, or of the steps that the run had when it was opened."""
-        with self._changed:
-            self._known, self._version = known, self._version + 1
-            if not self._copies:
+        with self._condition:
+            self._steps, self._version = steps, self._version + 1
+            if not self._copied_summaries:
                 # A restore has asked the store already.
-                self._copies = self.store.seen
-            self._ever |= summaries_of(self._names.of(known))
-            self._describe(self._plan(self._copies))
+                self._copied_summaries = self.store.known_summaries
+            self._committed_summaries |= get_summaries(self._copy_names.name_entries(steps))
+            self._update_status(self._make_plan(self._copied_summaries))
             if self._thread is None:
                 # A daemon: a store that hangs must not keep the process from ending.
-                self._thread = threading.Thread(target=self._work, name="ckpttools-mirror", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="ckpttools-mirror", daemon=True)
                 self._thread.start()
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     def close(self) -> None:
         """Wait for the copies, for as long as the mirror says; what is left is left for the next session."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        with self._condition:
+            self._is_closing = True
+            self._condition.notify_all()
         thread.join(self.mirror.wait_s)
-        with self._changed:
-            self._stopped = True
+        with self._condition:
+            self._is_stopped = True
             status = self._status
             if status.pending:
                 steps = ", ".join(map(str, status.pending))
                 reason = status.error or f"the copy takes longer than wait_s={self.mirror.wait_s:g}."
                 self._notes.append(f"not copied to the mirror: {steps}; the next session does. {reason}")
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         pause_s, done = _FIRST_PAUSE_S, 0
         while True:
-            with self._changed:
-                if self._version == done and not self._closing:
-                    self._changed.wait(pause_s if self._status.error else None)
-                version, closing = self._version, self._closing
+            with self._condition:
+                if self._version == done and not self._is_closing:
+                    self._condition.wait(pause_s if self._status.error else None)
+                version, closing = self._version, self._is_closing
             try:
-                self._bring_up_to_date()
+                self._sync()
                 pause_s = _FIRST_PAUSE_S
             except InterruptedError:
                 return
             except Exception as error:
                 # Whatever a driver or the disk does, the training goes on; the next round begins anew.
-                self._failed(error)
+                self._record_failure(error)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             done = version
             if closing:
                 return
 
-    def _bring_up_to_date(self) -> None:
+    def _sync(self) -> None:
         # That the store lists and reads is no answer yet to what it is asked for: it may refuse to be written.
         took = False
         while True:
-            names = self.store.names()
-            found = {name: summary for name in names if (summary := self.store.summary(name))}
-            with self._changed:
-                local = self._names.of(self._known)
-                todo = self._plan(found, names)
-                self._copies = found
-                self._describe(todo, answered=took)
-            name = next((name for name in todo.copy if name not in self._damaged), None)
+            names = self.store.list_names()
+            found = {name: summary for name in names if (summary := self.store.read_summary(name))}
+            with self._condition:
+                local = self._copy_names.name_entries(self._steps)
+                todo = self._make_plan(found, names)
+                self._copied_summaries = found
+                self._update_status(todo, is_reachable=took)
+            name = next((name for name in todo.names_to_copy if name not in self._damaged_steps), None)
             if name is None:
-                for name in todo.delete:
+                for name in todo.names_to_delete:
                     self.store.delete(name)
-                with self._changed:
-                    self._copies = {name: copy for name, copy in found.items() if name not in todo.delete}
-                    self._describe(todo, answered=True)
-                    self._told_of_failure = False
+                with self._condition:
+                    self._copied_summaries = {
+                        name: copy for name, copy in found.items() if name not in todo.names_to_delete
+                    }
+                    self._update_status(todo, is_reachable=True)
+                    self._has_noted_failure = False
                 return
-            took = self._copy(name, local[name]) or took
+            took = self._upload(name, local[name]) or took
 
-    def _plan(self, copies: Named, names: Iterable[str] = ()) -> Plan:
-        local = summaries_of(self._names.of(self._known))
-        gone = {name: summary for name, summary in self._ever.items() if name not in {*local, self._current}}
+    def _make_plan(self, copies: NamedSummaries, names: Iterable[str] = ()) -> SyncPlan:
+        local = get_summaries(self._copy_names.name_entries(self._steps))
+        gone = {
+            name: summary
+            for name, summary in self._committed_summaries.items()
+            if name not in {*local, self._current_name}
+        }
         pins = catalogue.read_pins(self._root)
-        return plan(local, copies, names, self._keep, lineage=self._known.lineage, gone=gone, pins=pins)
+        return make_sync_plan(local, copies, names, self._keep, lineage=self._steps.lineage, deleted=gone, pins=pins)
 
-    def _copy(self, name: str, entry: Entry) -> bool:
+    def _upload(self, name: str, entry: Entry) -> bool:
         """Copy one step from links to its files, so that retention cannot take them away half way.
 
         Returns:
             Whether the store took it; False if the step is gone or damaged here.
         """
-        links = layout.control(self._root, f"outbox/{name}")
-        self._current = name
+        links = layout.get_control_path(self._root, f"outbox/{name}")
+        self._current_name = name
         try:
-            source = _linked(entry, links)
+            source = _link_files(entry, links)
             if source is None:
                 return False
-            self.store.put(source, readback=self.mirror.verify == "readback", stop=lambda: self._stopped)
+            self.store.upload(source, readback=self.mirror.verify == "readback", should_stop=lambda: self._is_stopped)
             return True
         except StepDamagedError as error:
-            with self._changed:
-                self._damaged[name] = entry.step
+            with self._condition:
+                self._damaged_steps[name] = entry.step
                 self._notes.append(f"step {entry.step} is not copied to the mirror: {error.what}")
             return False
         finally:
-            self._current = ""
+            self._current_name = ""
             shutil.rmtree(links, ignore_errors=True)
 
-    def _describe(self, todo: Plan, *, answered: bool = False) -> None:
+    def _update_status(self, plan: SyncPlan, *, is_reachable: bool = False) -> None:
         """Write down how far the mirror is, and note what was missed; with the lock held."""
-        steps = {name: summary.step for name, summary in {**self._ever, **self._copies}.items()}
+        steps = {
+            name: summary.step for name, summary in {**self._committed_summaries, **self._copied_summaries}.items()
+        }
         status = dataclasses.replace(
             self._status,
-            copied=tuple(sorted(summary.step for summary in self._copies.values())),
-            pending=tuple(sorted(steps[name] for name in todo.copy if name not in self._damaged)),
-            missed=tuple(sorted(steps[name] for name in todo.missed)),
-            damaged=tuple(sorted(self._damaged.values())),
+            copied=tuple(sorted(summary.step for summary in self._copied_summaries.values())),
+            pending=tuple(sorted(steps[name] for name in plan.names_to_copy if name not in self._damaged_steps)),
+            missed=tuple(sorted(steps[name] for name in plan.missed_names)),
+            damaged=tuple(sorted(self._damaged_steps.values())),
         )
-        self._status = dataclasses.replace(status, error="", failures=0) if answered else status
+        self._status = dataclasses.replace(status, error="", failures=0) if is_reachable else status
         # What is gone, and what the mirror would not keep either, is forgotten: a long run has many such steps.
-        here = self._names.of(self._known)
-        needed = {*here, *todo.missed, self._current}
-        self._ever = {name: summary for name, summary in self._ever.items() if name in needed}
-        fresh, self._missed = set(todo.missed) - self._missed, set(todo.missed)
+        here = self._copy_names.name_entries(self._steps)
+        needed = {*here, *plan.missed_names, self._current_name}
+        self._committed_summaries = {
+            name: summary for name, summary in self._committed_summaries.items() if name in needed
+        }
+        fresh, self._missed_names = set(plan.missed_names) - self._missed_names, set(plan.missed_names)
         if fresh:
             self._notes.append(
                 f"the run's retention deleted step(s) {', '.join(sorted(str(steps[name]) for name in fresh))} before "
                 "they were copied to the mirror; keep more steps here, or save less often."
             )
-        if todo.foreign and not self._told_of_others:
-            self._told_of_others = True
+        if plan.foreign_names and not self._has_noted_foreign:
+            self._has_noted_foreign = True
             self._notes.append(
-                f"{self.mirror.url} also holds {len(todo.foreign)} step(s) of another run, which are left alone; "
+                f"{self.mirror.url} also holds {len(plan.foreign_names)} step(s) of another run, which are left alone; "
                 "give each run an address of its own."
             )
 
-    def _failed(self, error: Exception) -> None:
+    def _record_failure(self, error: Exception) -> None:
         text = error.what if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}."
-        with self._changed:
-            if not self._told_of_failure:
-                self._told_of_failure = True
+        with self._condition:
+            if not self._has_noted_failure:
+                self._has_noted_failure = True
                 self._notes.append(f"the mirror is not up to date: {text} The training goes on; it is tried again.")
             self._status = dataclasses.replace(self._status, error=text, failures=self._status.failures + 1)
 
 
-def _linked(entry: Entry, folder: pathlib.Path) -> pathlib.Path | None:
+def _link_files(entry: Entry, directory: pathlib.Path) -> pathlib.Path | None:
     """The step's files under second names, which no retention knows; the step itself where links are not possible.
 
     None if the step was deleted meanwhile.
@@ -371,9 +390,9 @@ def _linked(entry: Entry, folder: pathlib.Path) -> pathlib.Path | None:
     files = [*(entry.manifest.summary.files if entry.manifest else ()), layout.MANIFEST]
     try:
         for file in files:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            os.link(entry.path / file, folder / file)
-        return folder
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            os.link(entry.path / file, directory / file)
+        return directory
     except FileNotFoundError:
         return None if not entry.path.is_dir() else entry.path
     except OSError:

@@ -21,15 +21,15 @@ import jax
 from ..errors import CheckpointError, ProcessError
 from ..store import orbax
 
-_BEAT_S = 1.0
+_HEARTBEAT_S = 1.0
 _LOST_AFTER_S = 20.0
-_SLICE_S = 0.5
+_POLL_S = 0.5
 """How long one question to the store may take before somebody looks whether there is still somebody to answer."""
 _GRACE_S = 5.0
 """What the leader's answer may take longer than its wait for the others."""
-_TIDY_EVERY = 1000
+_CLEANUP_INTERVAL = 1000
 
-_opened = itertools.count()
+_group_ids = itertools.count()
 
 
 class Group:
@@ -39,11 +39,11 @@ class Group:
     count = 1
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process decides, commits and deletes."""
         return self.index == 0
 
-    def decide(self, topic: str, make: Callable[[], Any], *, channel: str = "main") -> Any:
+    def broadcast(self, topic: str, make: Callable[[], Any], *, channel: str = "main") -> Any:
         """What `make` returns in the leader, as plain data, in every process.
 
         Raises:
@@ -51,7 +51,7 @@ class Group:
         """
         return make()
 
-    def exchange(self, topic: str, value: Any, *, channel: str = "main") -> list[Any]:
+    def all_gather(self, topic: str, value: Any, *, channel: str = "main") -> list[Any]:
         """The values of all processes, in their order; a barrier.
 
         Raises:
@@ -59,7 +59,7 @@ class Group:
         """
         return [value]
 
-    def agree(self, topic: str, error: BaseException | None, *, channel: str = "main") -> None:
+    def raise_if_any_failed(self, topic: str, error: BaseException | None, *, channel: str = "main") -> None:
         """Go on only if all can.
 
         Raises:
@@ -68,7 +68,7 @@ class Group:
         if error is not None:
             raise error
 
-    def together[T](self, topic: str, make: Callable[[], T]) -> T:
+    def run_on_all[T](self, topic: str, make: Callable[[], T]) -> T:
         """What `make` returns here, if it succeeds everywhere.
 
         Raises:
@@ -77,23 +77,23 @@ class Group:
         try:
             value = make()
         except CheckpointError as error:
-            self.agree(topic, error)
+            self.raise_if_any_failed(topic, error)
             raise
-        self.agree(topic, None)
+        self.raise_if_any_failed(topic, None)
         return value
 
-    def wish(self, text: str | None) -> None:
+    def request_stop(self, reason: str | None) -> None:
         """Tell the leader that this process was asked to stop."""
 
-    def wishes(self) -> str | None:
+    def get_stop_request(self) -> str | None:
         """What any process wished for, to be asked by the leader."""
         return None
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Tell the others that nothing more comes from here."""
 
 
-class Processes(Group):
+class MultiprocessGroup(Group):
     """One of several processes.
 
     Args:
@@ -106,54 +106,56 @@ class Processes(Group):
         self.index, self.count = index, count
         self._timeout_s = timeout_s
         # Every process opens the same runs in the same order.
-        self._root = f"ckpttools/{next(_opened)}"
-        self._store = orbax.coordination_store()
-        self._turns: dict[str, int] = {}
-        self._forgotten: dict[str, int] = {}
-        self._seen: dict[int, tuple[str | None, float]] = {}
-        self._wished = False
-        self._left = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="ckpttools-heartbeat", daemon=True)
-        self._heart.start()
+        self._key_prefix = f"ckpttools/{next(_group_ids)}"
+        self._store = orbax.get_coordination_store()
+        self._message_counts: dict[str, int] = {}
+        self._deleted_counts: dict[str, int] = {}
+        self._last_heartbeats: dict[int, tuple[str | None, float]] = {}
+        self._has_requested_stop = False
+        self._closed = threading.Event()
+        self._heartbeat_thread = threading.Thread(target=self._send_heartbeats, name="ckpttools-heartbeat", daemon=True)
+        self._heartbeat_thread.start()
 
-    def decide(self, topic: str, make: Callable[[], Any], *, channel: str = "main") -> Any:
+    def broadcast(self, topic: str, make: Callable[[], Any], *, channel: str = "main") -> Any:
         """See `Group.decide`."""
-        if self._turns.get(channel, 0) % _TIDY_EVERY == _TIDY_EVERY - 1:
-            self.exchange("tidy", None, channel=channel)
-        key = self._next(channel)
-        if not self.leads:
-            return self._opened_letter(topic, 0, self._hear(f"{key}/0", 0, topic, time.monotonic() + self._timeout_s))
+        if self._message_counts.get(channel, 0) % _CLEANUP_INTERVAL == _CLEANUP_INTERVAL - 1:
+            self.all_gather("tidy", None, channel=channel)
+        key = self._make_next_key(channel)
+        if not self.is_leader:
+            return self._unpack_message(
+                topic, 0, self._receive(f"{key}/0", 0, topic, time.monotonic() + self._timeout_s)
+            )
         try:
             value = make()
         except CheckpointError as error:
-            self._tell(f"{key}/0", topic, error=error)
+            self._send(f"{key}/0", topic, error=error)
             raise
-        self._tell(f"{key}/0", topic, value)
+        self._send(f"{key}/0", topic, value)
         return value
 
-    def exchange(self, topic: str, value: Any, *, channel: str = "main") -> list[Any]:
+    def all_gather(self, topic: str, value: Any, *, channel: str = "main") -> list[Any]:
         """See `Group.exchange`."""
-        key = self._next(channel)
+        key = self._make_next_key(channel)
         deadline = time.monotonic() + self._timeout_s
-        if not self.leads:
-            self._tell(f"{key}/{self.index}", topic, value)
-            answer = self._hear(f"{key}/all", 0, topic, deadline + _GRACE_S)
-            return list(self._opened_letter(topic, 0, answer))
+        if not self.is_leader:
+            self._send(f"{key}/{self.index}", topic, value)
+            answer = self._receive(f"{key}/all", 0, topic, deadline + _GRACE_S)
+            return list(self._unpack_message(topic, 0, answer))
         values = [value]
         try:
             for other in range(1, self.count):
-                letter = self._hear(f"{key}/{other}", other, topic, deadline)
-                values.append(self._opened_letter(topic, other, letter))
+                letter = self._receive(f"{key}/{other}", other, topic, deadline)
+                values.append(self._unpack_message(topic, other, letter))
         except ProcessError as error:
-            self._tell(f"{key}/all", topic, error=error)
+            self._send(f"{key}/all", topic, error=error)
             raise
-        self._tell(f"{key}/all", topic, values)
-        self._forget_before(channel)
+        self._send(f"{key}/all", topic, values)
+        self._delete_old_messages(channel)
         return values
 
-    def agree(self, topic: str, error: BaseException | None, *, channel: str = "main") -> None:
+    def raise_if_any_failed(self, topic: str, error: BaseException | None, *, channel: str = "main") -> None:
         """See `Group.agree`."""
-        texts = self.exchange(topic, None if error is None else _told(error), channel=channel)
+        texts = self.all_gather(topic, None if error is None else _format_error(error), channel=channel)
         if error is not None:
             raise error
         failed = [index for index, text in enumerate(texts) if text is not None]
@@ -164,56 +166,56 @@ class Processes(Group):
                 fix="look at the output of that process.",
             )
 
-    def wish(self, text: str | None) -> None:
+    def request_stop(self, reason: str | None) -> None:
         """See `Group.wish`."""
-        if text is not None and not self._wished:
-            self._wished = True
-            self._store.key_value_set(f"{self._root}/wish/{self.index}", text)
+        if reason is not None and not self._has_requested_stop:
+            self._has_requested_stop = True
+            self._store.key_value_set(f"{self._key_prefix}/wish/{self.index}", reason)
 
-    def wishes(self) -> str | None:
+    def get_stop_request(self) -> str | None:
         """See `Group.wishes`."""
-        return next((f"{text} (process {index})" for index, text in self._all("wish").items()), None)
+        return next((f"{text} (process {index})" for index, text in self._read_all("wish").items()), None)
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """See `Group.leave`."""
-        if not self._left.is_set():
-            self._left.set()
-            self._heart.join(2 * _SLICE_S)
+        if not self._closed.is_set():
+            self._closed.set()
+            self._heartbeat_thread.join(2 * _POLL_S)
             try:
-                self._store.key_value_set(f"{self._root}/left/{self.index}", "")
+                self._store.key_value_set(f"{self._key_prefix}/left/{self.index}", "")
             except jax.errors.JaxRuntimeError:
                 return  # The store is gone, and with it everybody who could be told.
 
-    def _next(self, channel: str) -> str:
-        self._turns[channel] = self._turns.get(channel, 0) + 1
-        return f"{self._root}/{channel}/{self._turns[channel]}"
+    def _make_next_key(self, channel: str) -> str:
+        self._message_counts[channel] = self._message_counts.get(channel, 0) + 1
+        return f"{self._key_prefix}/{channel}/{self._message_counts[channel]}"
 
-    def _forget_before(self, channel: str) -> None:
+    def _delete_old_messages(self, channel: str) -> None:
         """Delete what was told before an exchange: whoever takes part has read all of it."""
-        turn = self._turns[channel]
-        for old in range(self._forgotten.get(channel, 0) + 1, turn):
-            self._store.key_value_delete(f"{self._root}/{channel}/{old}/")
-        self._forgotten[channel] = turn - 1
+        turn = self._message_counts[channel]
+        for old in range(self._deleted_counts.get(channel, 0) + 1, turn):
+            self._store.key_value_delete(f"{self._key_prefix}/{channel}/{old}/")
+        self._deleted_counts[channel] = turn - 1
 
-    def _tell(self, key: str, topic: str, value: Any = None, *, error: BaseException | None = None) -> None:
-        letter = {"topic": topic, "value": value} if error is None else {"topic": topic, "error": _told(error)}
+    def _send(self, key: str, topic: str, value: Any = None, *, error: BaseException | None = None) -> None:
+        letter = {"topic": topic, "value": value} if error is None else {"topic": topic, "error": _format_error(error)}
         try:
             self._store.key_value_set(key, json.dumps(letter))
         except jax.errors.JaxRuntimeError as failure:
-            raise self._gone(topic, failure) from failure
+            raise self._make_lost_service_error(topic, failure) from failure
 
-    def _hear(self, key: str, other: int, topic: str, deadline: float) -> dict[str, Any]:
+    def _receive(self, key: str, sender: int, topic: str, deadline: float) -> dict[str, Any]:
         """Wait for a letter of another process."""
         while True:
             try:
-                return dict(json.loads(self._store.blocking_key_value_get(key, int(_SLICE_S * 1000))))
+                return dict(json.loads(self._store.blocking_key_value_get(key, int(_POLL_S * 1000))))
             except jax.errors.JaxRuntimeError as failure:
                 if "DEADLINE_EXCEEDED" not in str(failure):
-                    raise self._gone(topic, failure) from failure
-            missing = self._missing(other)
+                    raise self._make_lost_service_error(topic, failure) from failure
+            missing = self._describe_absence(sender)
             if missing or time.monotonic() > deadline:
                 error = ProcessError(
-                    what=f"{topic}: process {other} of {self.count} is missing: "
+                    what=f"{topic}: process {sender} of {self.count} is missing: "
                     + (missing or f"nothing came from it within {self._timeout_s:g} s."),
                     why="several processes save and restore together: each calls the same methods in the same order. "
                     "All committed steps are as they were.",
@@ -223,64 +225,66 @@ class Processes(Group):
                 error.missing = True
                 raise error
 
-    def _missing(self, other: int) -> str:
+    def _describe_absence(self, sender: int) -> str:
         """Why nothing more is to be expected of a process; empty while it lives."""
-        if str(other) in self._all("left"):
+        if str(sender) in self._read_all("left"):
             return "it has closed the run."
-        beat = self._all("beat").get(str(other), "")
-        last, since = self._seen.get(other, (None, 0.0))
+        beat = self._read_all("beat").get(str(sender), "")
+        last, since = self._last_heartbeats.get(sender, (None, 0.0))
         if beat != last:
-            self._seen[other] = beat, time.monotonic()
+            self._last_heartbeats[sender] = beat, time.monotonic()
             return ""
         silent_s = time.monotonic() - since
         return f"it has given no sign of life for {silent_s:.0f} s." if silent_s > _LOST_AFTER_S else ""
 
-    def _all(self, part: str) -> dict[str, str]:
-        return {key.rpartition("/")[2]: value for key, value in self._store.key_value_dir_get(f"{self._root}/{part}/")}
+    def _read_all(self, part: str) -> dict[str, str]:
+        return {
+            key.rpartition("/")[2]: value for key, value in self._store.key_value_dir_get(f"{self._key_prefix}/{part}/")
+        }
 
-    def _opened_letter(self, topic: str, other: int, letter: dict[str, Any]) -> Any:
-        if "error" in letter:
+    def _unpack_message(self, topic: str, sender: int, message: dict[str, Any]) -> Any:
+        if "error" in message:
             raise ProcessError(
-                what=f"{topic}: process {other} of {self.count} gave up: {letter['error']}",
+                what=f"{topic}: process {sender} of {self.count} gave up: {message['error']}",
                 why="what one process cannot do, none of them does; all committed steps are as they were.",
                 fix="look at the output of that process.",
             )
-        if letter["topic"] != topic:
+        if message["topic"] != topic:
             raise ProcessError(
-                what=f"process {self.index} is at {topic!r} and process {other} at {letter['topic']!r}.",
+                what=f"process {self.index} is at {topic!r} and process {sender} at {message['topic']!r}.",
                 why="several processes save and restore together: each calls the same methods in the same order.",
                 fix="call the session's methods in every process, not under `if jax.process_index() == 0`.",
             )
-        return letter["value"]
+        return message["value"]
 
-    def _gone(self, topic: str, failure: Exception) -> ProcessError:
+    def _make_lost_service_error(self, topic: str, failure: Exception) -> ProcessError:
         return ProcessError(
             what=f"{topic}: jax.distributed's coordination service does not answer: {str(failure).splitlines()[0]}",
             why="process 0 holds it, and has most likely ended. All committed steps are as they were.",
             fix="look at the output of process 0 and start the run again.",
         )
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         for number in itertools.count():
             try:
-                self._store.key_value_set(f"{self._root}/beat/{self.index}", str(number), allow_overwrite=True)
+                self._store.key_value_set(f"{self._key_prefix}/beat/{self.index}", str(number), allow_overwrite=True)
             except jax.errors.JaxRuntimeError:
                 return
-            if self._left.wait(_BEAT_S):
+            if self._closed.wait(_HEARTBEAT_S):
                 return
 
 
-def _told(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     """An error in one line for another process."""
     return f"{type(error).__name__}: {getattr(error, 'what', error)}"
 
 
-def place() -> tuple[int, int]:
+def get_process_index_and_count() -> tuple[int, int]:
     """The number of this process and how many there are; asks for no device unless there are several."""
     return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
 
 
-def of_this_program(timeout_s: float) -> Group:
+def make_group(timeout_s: float) -> Group:
     """The processes that jax.distributed has brought together; one that is alone without it."""
-    index, count = place()
-    return Group() if count == 1 else Processes(index, count, timeout_s)
+    index, count = get_process_index_and_count()
+    return Group() if count == 1 else MultiprocessGroup(index, count, timeout_s)

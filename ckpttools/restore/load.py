@@ -20,12 +20,12 @@ from ..spec.surgery import Surgery
 from ..store import catalogue, layout
 from ..store.catalogue import Entry
 from ..surgery import migrations, suggest
-from ..surgery.altered_leaves import AlteredLeaf, all_leaves, altered
+from ..surgery.altered_leaves import AlteredLeaf, list_altered_leaves, list_leaves
 from ..surgery.plan import Changes
-from ..text import table_text
+from ..text import format_table
 from ..tree import flatten
 from ..tree.items import require_items
-from ..tree.leaves import host_bytes
+from ..tree.leaves import count_host_bytes
 from ..tree.match import Difference
 from ..tree.write_back import fill_state
 from . import recovery, select
@@ -67,16 +67,16 @@ def load(
     """
     began = time.monotonic()
     require_items(state)
-    root, step = _located(source, step)
-    alter = _alter(surgery, only, state_version)
-    candidates = _candidates(root, step)
+    root, step = _locate_step(source, step)
+    alter = _make_get_changes(surgery, only, state_version)
+    candidates = _list_candidates(root, step)
     asked = isinstance(step, int)
     loaded, tried = recovery.load_first_intact(
-        candidates, state, check=lambda loaded: None, run=None, asked=asked, alter=alter
+        candidates, state, check=lambda loaded: None, run=None, is_explicit=asked, get_changes=alter
     )
     report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried))
     if loaded is None:
-        raise recovery.no_intact_step(report, root)
+        raise recovery.make_no_intact_step_error(report, root)
     filled = fill_state(state, loaded.items)
     return dataclasses.replace(
         report,
@@ -84,7 +84,7 @@ def load(
         state=filled,
         metrics=dict(loaded.manifest.summary.metrics),
         seconds=time.monotonic() - began,
-        altered=altered(loaded.plan),
+        altered=list_altered_leaves(loaded.plan),
     )
 
 
@@ -126,7 +126,7 @@ class Preview:
         verdict = "fits" if self.fits else f"does not fit in {len(self.differences)} place(s)"
         head = f"step {self.step} {verdict}; {self.read_bytes:,} bytes would be read"
         rows = [[leaf.name, leaf.action or "restored", leaf.source, leaf.before, leaf.after] for leaf in self.leaves]
-        parts = [head, *([table_text(["leaf", "action", "on disk", "stored as", "placed as"], rows)] if rows else [])]
+        parts = [head, *([format_table(["leaf", "action", "on disk", "stored as", "placed as"], rows)] if rows else [])]
         parts += [f"does not fit: {line}" for line in self.differences]
         parts += [f"would fit it: {as_code(each)}" for each in self.surgery]
         return "\n".join(parts)
@@ -149,9 +149,11 @@ def preview(
         VersionError: If the step is of a version that is not known here.
     """
     require_items(state)
-    root, step = _located(source, step)
-    changes = _alter(surgery, only, state_version)
-    entry = next((each for each in _candidates(root, step) if each.manifest is not None or each.state == "newer"), None)
+    root, step = _locate_step(source, step)
+    changes = _make_get_changes(surgery, only, state_version)
+    entry = next(
+        (each for each in _list_candidates(root, step) if each.manifest is not None or each.state == "newer"), None
+    )
     if entry is None:
         raise StepNotFoundError(
             what=f"{root} has no step with a whole manifest.",
@@ -160,24 +162,24 @@ def preview(
         )
     if entry.manifest is None and entry.error is not None:
         raise entry.error
-    templates = {item: flatten.flatten(value, template=True) for item, value in state.items()}
+    templates = {item: flatten.flatten_item(value, template=True) for item, value in state.items()}
     wanted = changes(entry)
-    plan, here, retry = recovery.paired(entry, templates, wanted)
+    plan, here, retry = recovery.pair_leaves(entry, templates, wanted)
     unfit: Sequence[Difference] = plan.differences
-    mending = suggest.proved(plan, here, retry) if unfit else ()
+    mending = suggest.find_fix(plan, here, retry) if unfit else ()
     return Preview(
         step=entry.step,
-        leaves=tuple(leaf for leaf in all_leaves(plan) if leaf.name not in {".".join(each.path) for each in unfit}),
+        leaves=tuple(leaf for leaf in list_leaves(plan) if leaf.name not in {".".join(each.path) for each in unfit}),
         differences=tuple(map(str, unfit)),
         surgery=(*wanted.surgery, *mending) if mending else (),
-        read_bytes=sum(host_bytes(records) for records in plan.needed().values()),
+        read_bytes=sum(count_host_bytes(records) for records in plan.collect_records().values()),
     )
 
 
-def _located(source: Source, step: Selector) -> tuple[pathlib.Path, Selector]:
+def _locate_step(source: Source, step: Selector) -> tuple[pathlib.Path, Selector]:
     """The run and the step that are meant; `source` may be the folder of a step."""
     folder = pathlib.Path(os.path.abspath(source))
-    number = layout.step_number(folder.name)
+    number = layout.parse_step_number(folder.name)
     if number is not None and (folder / layout.MANIFEST).exists():
         if step not in ("latest", number):
             raise SpecError(
@@ -201,8 +203,8 @@ def _located(source: Source, step: Selector) -> tuple[pathlib.Path, Selector]:
     return folder, step
 
 
-def _candidates(root: pathlib.Path, step: Selector) -> list[Entry]:
-    found = select.order(catalogue.scan(root), step)
+def _list_candidates(root: pathlib.Path, step: Selector) -> list[Entry]:
+    found = select.list_candidates(catalogue.scan(root), step)
     if not found:
         raise StepNotFoundError(
             what=f"{root} holds no steps.",
@@ -212,14 +214,14 @@ def _candidates(root: pathlib.Path, step: Selector) -> list[Entry]:
     return found
 
 
-def _alter(
+def _make_get_changes(
     surgery: Iterable[Operation], only: str | Sequence[str], state_version: StateVersion | int | None
-) -> recovery.Alter:
+) -> recovery.GetChanges:
     wanted = Surgery(surgery)
     patterns = (only,) if isinstance(only, str) else tuple(only)
 
-    def changes(known: StateVersion | None, entry: Entry) -> Changes:
-        steps_up = migrations.migrations(known, entry) if known is not None else ()
+    def get_changes(version: StateVersion | None, entry: Entry) -> Changes:
+        steps_up = migrations.get_migrations(version, entry) if version is not None else ()
         return Changes(migrations=steps_up, surgery=wanted, only=patterns)
 
-    return functools.partial(changes, None if state_version is None else as_state_version(state_version))
+    return functools.partial(get_changes, None if state_version is None else as_state_version(state_version))

@@ -27,43 +27,43 @@ from ..spec.operations import Operation
 from ..store import integrity
 from ..store.catalogue import Entry
 from ..store.manifest import Manifest
-from ..store.run_directory import RunFolder
+from ..store.run_directory import RunDirectory
 from ..surgery import plan
-from ..surgery.suggest import Retry, require_match
+from ..surgery.suggest import Replan, require_match
 from ..tree import flatten
-from ..tree.match import Names, names, require_legal_skeletons
+from ..tree.match import Names, require_legal_skeletons, to_names
 from ..tree.write_back import HostItem
 from .report import Candidate, RestoreReport
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadedStep:
     """A step whose bytes were proved intact, on the host."""
 
     entry: Entry
     manifest: Manifest
     items: dict[str, HostItem]
-    plan: plan.Plan
+    plan: plan.RestorePlan
 
 
-type Alter = Callable[[Entry], plan.Changes]
+type GetChanges = Callable[[Entry], plan.Changes]
 """What may be done to the leaves of a step; raises `VersionError` if the step's version is not known."""
 
 
-def unaltered(entry: Entry) -> plan.Changes:
+def get_no_changes(entry: Entry) -> plan.Changes:
     """For steps that have to fit as they are."""
     return plan.Changes()
 
 
-type Check = Callable[[Loaded], None]
+type Check = Callable[[LoadedStep], None]
 """A further check on a loaded step; raises `StepDamagedError` to reject it."""
 
 
-type Attempt = Callable[[], tuple[Loaded, list[Candidate]]]
-type Together = Callable[[Entry, Attempt], tuple[Loaded, list[Candidate]]]
+type Attempt = Callable[[], tuple[LoadedStep, list[Candidate]]]
+type Coordinator = Callable[[Entry, Attempt], tuple[LoadedStep, list[Candidate]]]
 
 
-def alone(entry: Entry, attempt: Attempt) -> tuple[Loaded, list[Candidate]]:
+def run_attempt(entry: Entry, attempt: Attempt) -> tuple[LoadedStep, list[Candidate]]:
     """For a process that asks no other."""
     return attempt()
 
@@ -73,11 +73,11 @@ def load_first_intact(
     state: Mapping[str, Any],
     *,
     check: Check,
-    run: RunFolder | None,
-    asked: bool = False,
-    alter: Alter = unaltered,
-    together: Together = alone,
-) -> tuple[Loaded | None, list[Candidate]]:
+    run: RunDirectory | None,
+    is_explicit: bool = False,
+    get_changes: GetChanges = get_no_changes,
+    coordinate: Coordinator = run_attempt,
+) -> tuple[LoadedStep | None, list[Candidate]]:
     """The first candidate whose bytes are proved, and the record of all that were tried.
 
     Args:
@@ -100,9 +100,11 @@ def load_first_intact(
     silent: MirrorError | None = None
     for entry in candidates:
         try:
-            loaded, (used,) = together(entry, functools.partial(load_one, entry, state, check=check, alter=alter))
+            loaded, (used,) = coordinate(
+                entry, functools.partial(load_one, entry, state, check=check, get_changes=get_changes)
+            )
         except StepDamagedError as error:
-            tried.append((entry, _rejected(entry, error)))
+            tried.append((entry, _make_rejected_candidate(entry, error)))
             first = first or error
             continue
         except MirrorError as error:
@@ -111,43 +113,45 @@ def load_first_intact(
             silent = silent or error
             continue
         # Only now: with nothing intact all stays where it is, or the next start would find an empty directory.
-        return loaded, [*_quarantined(run, tried), used]
+        return loaded, [*_quarantine_damaged(run, tried), used]
     if silent is not None:
         raise silent
-    if asked and first is not None:
+    if is_explicit and first is not None:
         raise first
     return None, [candidate for _, candidate in tried]
 
 
 def load_one(
-    entry: Entry, state: Mapping[str, Any], *, check: Check, alter: Alter = unaltered
-) -> tuple[Loaded, list[Candidate]]:
+    entry: Entry, state: Mapping[str, Any], *, check: Check, get_changes: GetChanges = get_no_changes
+) -> tuple[LoadedStep, list[Candidate]]:
     """One step and no other; its damage is raised."""
     if entry.fetch is not None:
         entry.fetch()
-    loaded = load(entry, {item: flatten.flatten(value, template=True) for item, value in state.items()}, alter)
+    loaded = load(
+        entry, {item: flatten.flatten_item(value, template=True) for item, value in state.items()}, get_changes
+    )
     check(loaded)
-    return loaded, [Candidate(step=entry.step, verdict="used", source=_source(entry))]
+    return loaded, [Candidate(step=entry.step, verdict="used", source=_get_source(entry))]
 
 
-def load(entry: Entry, templates: Mapping[str, flatten.Flat], alter: Alter) -> Loaded:
+def load(entry: Entry, templates: Mapping[str, flatten.FlatItem], get_changes: GetChanges) -> LoadedStep:
     """Read the leaves of one step that the templates ask for, prove every byte of them, and change what has to be."""
     if entry.manifest is None:
         raise entry.error or IncompleteStepError(what=f"step {entry.step} has no manifest.")
-    plan = planned(entry, templates, alter(entry))
+    plan = plan_restore(entry, templates, get_changes(entry))
     for item, template in templates.items():
-        leaves = [leaf.target for leaf in plan.placed if leaf.path[0] == item and leaf.target is not None]
+        leaves = [leaf.target for leaf in plan.placed_leaves if leaf.path[0] == item and leaf.target is not None]
         require_legal_skeletons(template, leaves, plan.skeletons.get(item, {}))
     _require_same_processes(entry, plan)
-    arrays = integrity.read_proved(entry, plan.needed())
-    return Loaded(entry, entry.manifest, plan.host_items(templates, arrays), plan.without_templates())
+    arrays = integrity.read_verified(entry, plan.collect_records())
+    return LoadedStep(entry, entry.manifest, plan.make_host_items(templates, arrays), plan.drop_templates())
 
 
-def _require_same_processes(entry: Entry, plan: plan.Plan) -> None:
+def _require_same_processes(entry: Entry, plan: plan.RestorePlan) -> None:
     """Raise `StructureError` if a leaf is asked for that each process had of its own, and their number has changed."""
-    contents, count = entry.manifest and entry.manifest.contents, group.place()[1]
-    own = {(item, *names(path)) for item, path in contents.own_to_each(count)} if contents else set()
-    for leaf in plan.placed:
+    contents, count = entry.manifest and entry.manifest.contents, group.get_process_index_and_count()[1]
+    own = {(item, *to_names(path)) for item, path in contents.find_local_paths(count)} if contents else set()
+    for leaf in plan.placed_leaves:
         stored = leaf.source.stored_path if leaf.source else ()
         if contents and any(stored[: len(path)] == path for path in own):
             raise StructureError(
@@ -158,31 +162,31 @@ def _require_same_processes(entry: Entry, plan: plan.Plan) -> None:
             )
 
 
-def planned(entry: Entry, templates: Mapping[str, flatten.Flat], changes: plan.Changes) -> plan.Plan:
+def plan_restore(entry: Entry, templates: Mapping[str, flatten.FlatItem], changes: plan.Changes) -> plan.RestorePlan:
     """What a restore of one step will do.
 
     Raises:
         StructureError: If it does not fit.
     """
-    plan, here, retry = paired(entry, templates, changes)
+    plan, here, retry = pair_leaves(entry, templates, changes)
     require_match(entry.step, plan, here, retry, tuple(changes.surgery))
     return plan
 
 
-def paired(
-    entry: Entry, templates: Mapping[str, flatten.Flat], changes: plan.Changes
-) -> tuple[plan.Plan, list[Names], Retry]:
+def pair_leaves(
+    entry: Entry, templates: Mapping[str, flatten.FlatItem], changes: plan.Changes
+) -> tuple[plan.RestorePlan, list[Names], Replan]:
     """What a restore of one step would do, the names of the state's leaves, and a way to ask with more surgery."""
-    stored = entry.manifest.contents.of_process(*group.place()) if entry.manifest else {}
-    here = [names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
+    stored = entry.manifest.contents.get_process_items(*group.get_process_index_and_count()) if entry.manifest else {}
+    here = [to_names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
 
-    def retry(more: Sequence[Operation]) -> plan.Plan:
-        return plan.plan(stored, templates, dataclasses.replace(changes, surgery=changes.surgery + more))
+    def replan(more: Sequence[Operation]) -> plan.RestorePlan:
+        return plan.make_restore_plan(stored, templates, dataclasses.replace(changes, surgery=changes.surgery + more))
 
-    return retry(()), here, retry
+    return replan(()), here, replan
 
 
-def _rejected(entry: Entry, error: StepDamagedError) -> Candidate:
+def _make_rejected_candidate(entry: Entry, error: StepDamagedError) -> Candidate:
     if entry.state == "unverified":
         reason = "written by plain Orbax and never proved; ct.adopt(directory) takes it over"
         return Candidate(step=entry.step, verdict="unverified", reason=reason)
@@ -190,35 +194,35 @@ def _rejected(entry: Entry, error: StepDamagedError) -> Candidate:
         return Candidate(step=entry.step, verdict="empty", reason="an empty folder, never a step")
     return Candidate(
         step=entry.step,
-        verdict=_verdict(error),
+        verdict=_classify_damage(error),
         reason=error.what,
         leaves=error.leaves,
         files=error.files,
-        source=_source(entry),
+        source=_get_source(entry),
     )
 
 
-def _verdict(error: StepDamagedError) -> Literal["incomplete", "corrupt", "rejected"]:
+def _classify_damage(error: StepDamagedError) -> Literal["incomplete", "corrupt", "rejected"]:
     if isinstance(error, StepRejectedError):
         return "rejected"
     return "incomplete" if isinstance(error, IncompleteStepError) else "corrupt"
 
 
-def _source(entry: Entry) -> Literal["local", "mirror"]:
+def _get_source(entry: Entry) -> Literal["local", "mirror"]:
     return "local" if entry.fetch is None else "mirror"
 
 
-def _quarantined(run: RunFolder | None, tried: Sequence[tuple[Entry, Candidate]]) -> list[Candidate]:
+def _quarantine_damaged(run: RunDirectory | None, attempts: Sequence[tuple[Entry, Candidate]]) -> list[Candidate]:
     """The rejected candidates, with the damaged ones moved out of the way if that is possible."""
     candidates = []
-    for entry, candidate in tried:
+    for entry, candidate in attempts:
         if run is not None and candidate.verdict in ("incomplete", "corrupt") and candidate.source == "local":
             candidate = dataclasses.replace(candidate, moved_to=run.quarantine(entry.path))
         candidates.append(candidate)
     return candidates
 
 
-def _way_out(verdicts: Set[str]) -> str:
+def _suggest_fix(verdicts: Set[str]) -> str:
     """What to do where no step can be restored."""
     if "rejected" in verdicts:
         return (
@@ -230,14 +234,14 @@ def _way_out(verdicts: Set[str]) -> str:
     return "see what ct.repair(directory, dry_run=True) can do, or choose another directory for a new run."
 
 
-def no_intact_step(report: RestoreReport, directory: pathlib.Path) -> NoIntactStepError:
+def make_no_intact_step_error(report: RestoreReport, directory: pathlib.Path) -> NoIntactStepError:
     """The error for a directory that holds steps and none that can be restored."""
     lines = "".join(f"\n    {line}" for each in report.candidates for line in str(each).splitlines())
     verdicts = {candidate.verdict for candidate in report.candidates}
     error = NoIntactStepError(
         what=f"none of the {len(report.candidates)} step(s) in {directory} can be restored:{lines}",
         why="starting afresh here would bury the run; nothing was deleted.",
-        fix=_way_out(verdicts),
+        fix=_suggest_fix(verdicts),
     )
     error.report = report
     return error

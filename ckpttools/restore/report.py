@@ -6,9 +6,9 @@ import pathlib
 from typing import Any, Literal
 
 from ..surgery.altered_leaves import AlteredLeaf
-from ..text import health_text
+from ..text import format_health
 
-type Verdict = Literal["used", "incomplete", "corrupt", "rejected", "unverified", "empty", "unreachable"]
+type CandidateVerdict = Literal["used", "incomplete", "corrupt", "rejected", "unverified", "empty", "unreachable"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Candidate:
     """
 
     step: int
-    verdict: Verdict
+    verdict: CandidateVerdict
     reason: str = ""
     leaves: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class Candidate:
 
     def __str__(self) -> str:
         where = " from the mirror" if self.source == "mirror" else ""
-        health = health_text(self.step, self.verdict, self.reason, leaves=self.leaves, files=self.files, where=where)
+        health = format_health(self.step, self.verdict, self.reason, leaves=self.leaves, files=self.files, origin=where)
         return f"{health}\n    moved to: {self.moved_to}" if self.moved_to else health
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import SpecError, StepNotFoundError
-from ..spec.retention import ranked
+from ..spec.retention import rank_steps
 from ..spec.spec import CheckpointSpec
 from ..store.catalogue import Catalogue, Entry
 
@@ -34,23 +34,23 @@ def require_selector(selector: Any) -> None:
     )
 
 
-def order(catalogue: Catalogue, selector: Selector) -> list[Entry]:
+def list_candidates(catalogue: Catalogue, selector: Selector) -> list[Entry]:
     """The candidates for a selector, the one to try first in front."""
     require_selector(selector)
     if isinstance(selector, int):
-        return _numbered(catalogue, selector)
+        return _find_numbered_step(catalogue, selector)
     if isinstance(selector, BestStep):
-        return _best(catalogue, selector)
-    live = {entry.path for entry in catalogue.live}
+        return _rank_by_metric(catalogue, selector)
+    live = {entry.path for entry in catalogue.live_entries}
     tried = [entry for entry in catalogue.entries if entry.path in live or entry.state != "committed"]
     # A kill between the two moves of a branch's first commit: what was moved aside is not superseded yet.
-    tried += [entry for entry in catalogue.set_aside if entry.path in live]
+    tried += [entry for entry in catalogue.moved_entries if entry.path in live]
     # Damaged steps have no readable sequence, so they stand where their number puts them.
     return sorted(tried, key=lambda entry: entry.step, reverse=True)
 
 
-def _numbered(catalogue: Catalogue, step: int) -> list[Entry]:
-    found = [entry for entry in (*catalogue.entries, *catalogue.set_aside) if entry.step == step]
+def _find_numbered_step(catalogue: Catalogue, step: int) -> list[Entry]:
+    found = [entry for entry in (*catalogue.entries, *catalogue.moved_entries) if entry.step == step]
     if not found:
         raise StepNotFoundError(
             what=f"there is no step {step}.",
@@ -60,9 +60,9 @@ def _numbered(catalogue: Catalogue, step: int) -> list[Entry]:
     return found[:1]
 
 
-def _best(catalogue: Catalogue, selector: BestStep) -> list[Entry]:
-    entries = {entry.info.sequence: entry for entry in catalogue.live if entry.info}
-    best = ranked([entry.info for entry in entries.values() if entry.info], selector.metric, selector.mode or "min")
+def _rank_by_metric(catalogue: Catalogue, selector: BestStep) -> list[Entry]:
+    entries = {entry.info.sequence: entry for entry in catalogue.live_entries if entry.info}
+    best = rank_steps([entry.info for entry in entries.values() if entry.info], selector.metric, selector.mode or "min")
     if not best:
         names = sorted({name for entry in entries.values() if entry.info for name in entry.info.metrics})
         raise StepNotFoundError(
@@ -73,13 +73,13 @@ def _best(catalogue: Catalogue, selector: BestStep) -> list[Entry]:
     return [entries[info.sequence] for info in best]
 
 
-def best_of(spec: CheckpointSpec) -> BestStep:
+def make_best_selector(spec: CheckpointSpec) -> BestStep:
     """The selector for the first metric that a spec gives a direction to.
 
     Raises:
         SpecError: If it names none.
     """
-    named = spec.directed_metrics()
+    named = spec.get_metric_modes()
     if not named:
         raise SpecError(
             what="the spec names no metric.",
@@ -90,13 +90,13 @@ def best_of(spec: CheckpointSpec) -> BestStep:
     return BestStep(metric, mode)
 
 
-def directed(spec: CheckpointSpec, selector: BestStep) -> BestStep:
+def resolve_mode(spec: CheckpointSpec, selector: BestStep) -> BestStep:
     """The selector with its direction, which the spec may know.
 
     Raises:
         SpecError: If nobody knows it.
     """
-    mode = selector.mode or spec.directed_metrics().get(selector.metric)
+    mode = selector.mode or spec.get_metric_modes().get(selector.metric)
     if mode is None:
         raise SpecError(
             what=f"it is not known whether a small or a large {selector.metric!r} is better.",

@@ -14,35 +14,35 @@ import jax
 import numpy as np
 
 from ..errors import CorruptStepError, StepRejectedError, ValidationError
-from ..tree.leaves import numpy_dtype
-from ..tree.write_back import HostItem, fresh_copy
+from ..tree.leaves import parse_dtype
+from ..tree.write_back import HostItem, copy_state
 
 type Validate = Callable[[dict[str, Any]], Any]
 """Given a copy of the state, returns an array or a pytree of arrays, such as the logits of a fixed batch."""
 
-_LARGEST_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20
 _TOLERANCE = 1e-4
 """Of the outputs' own scale: another machine may fuse and round in another order."""
 
 
-def outputs_of(validate: Validate, state: Mapping[str, Any], *, step: int) -> list[dict[str, Any]]:
+def compute_outputs(validate: Validate, state: Mapping[str, Any], *, step: int) -> list[dict[str, Any]]:
     """Run the function on a copy of the live state; the outputs as JSON for the manifest.
 
     Raises:
         ValidationError: If outputs are not finite, or too large to be stored with every step.
     """
-    outputs = _run(validate, fresh_copy(state))
-    if not _finite(outputs):
+    outputs = _compute_arrays(validate, copy_state(state))
+    if not _is_finite(outputs):
         raise ValidationError(
             what=f"the validation outputs at step {step} are not finite.",
             why="a diverged model would be saved as the newest good one.",
             fix="restore an earlier step, or look at the learning rate.",
         )
     total = sum(array.nbytes for array in outputs)
-    if total > _LARGEST_BYTES:
+    if total > _MAX_BYTES:
         raise ValidationError(
             what=f"the validation function returns {total:,} bytes.",
-            why=f"they are stored with every step; at most {_LARGEST_BYTES:,} bytes are.",
+            why=f"they are stored with every step; at most {_MAX_BYTES:,} bytes are.",
             fix="return a few rows, or a mean.",
         )
     return [
@@ -64,8 +64,8 @@ def check(
         StepRejectedError: If they are not finite, or differ from what the model computed when it was saved.
         CorruptStepError: If the stored outputs cannot be read.
     """
-    outputs = _run(validate, fresh_copy(state, items))
-    if not _finite(outputs):
+    outputs = _compute_arrays(validate, copy_state(state, items))
+    if not _is_finite(outputs):
         error = StepRejectedError(
             what=f"step {step} fails validation: its outputs are not finite.",
             why="training would go on from NaN or infinity. The step's bytes are as they were saved.",
@@ -75,9 +75,9 @@ def check(
         raise error
     if stored is None:
         return
-    before = [_decode(entry) for entry in stored]
+    before = [_decode_output(entry) for entry in stored]
     same_form = [(a.shape, a.dtype) for a in outputs] == [(a.shape, a.dtype) for a in before]
-    if not same_form or not all(map(_close, outputs, before)):
+    if not same_form or not all(map(_is_close, outputs, before)):
         error = StepRejectedError(
             what=f"step {step} fails validation: the model computes something else than when it was saved."
         )
@@ -85,24 +85,24 @@ def check(
         raise error
 
 
-def _run(validate: Validate, copy: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(validate(copy))]
+def _compute_arrays(validate: Validate, state: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(validate(state))]
 
 
-def _finite(arrays: list[np.ndarray[Any, Any]]) -> bool:
+def _is_finite(arrays: list[np.ndarray[Any, Any]]) -> bool:
     return all(bool(np.isfinite(array.astype(np.float64)).all()) for array in arrays)
 
 
-def _close(after: np.ndarray[Any, Any], before: np.ndarray[Any, Any]) -> bool:
+def _is_close(after: np.ndarray[Any, Any], before: np.ndarray[Any, Any]) -> bool:
     left, right = after.astype(np.float64), before.astype(np.float64)
     scale = float(np.abs(right).max(initial=0.0))
     return bool((np.abs(left - right) <= _TOLERANCE * scale).all())
 
 
-def _decode(entry: Any) -> np.ndarray[Any, Any]:
+def _decode_output(entry: Any) -> np.ndarray[Any, Any]:
     try:
         data = base64.b64decode(entry["data"], validate=True)
-        return np.frombuffer(data, numpy_dtype(entry["dtype"])).reshape(entry["shape"])
+        return np.frombuffer(data, parse_dtype(entry["dtype"])).reshape(entry["shape"])
     except (TypeError, KeyError, ValueError) as error:
         raise CorruptStepError(
             what=f"the stored validation outputs cannot be read: {error}.",

@@ -20,37 +20,37 @@ class Worker:
     def __init__(self, step: int, run: Callable[["Worker"], Saved]) -> None:
         self.step = step
         self.stall_s = 0.0
-        self.abandoned = threading.Event()
+        self.is_abandoned = threading.Event()
         self._result: Saved | None = None
         self._error: BaseException | None = None
-        self._at_end: list[Callable[[], None]] = []
-        self._done = False
-        self._turn = threading.Lock()
+        self._callbacks: list[Callable[[], None]] = []
+        self._is_done = False
+        self._lock = threading.Lock()
         # A daemon: with a disk that does not answer, the process must still be able to end.
-        self._thread = threading.Thread(target=self._work, args=(run,), name=f"ckpttools-save-{step}", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(run,), name=f"ckpttools-save-{step}", daemon=True)
         self._thread.start()
 
-    def _work(self, run: Callable[["Worker"], Saved]) -> None:
+    def _run(self, run: Callable[["Worker"], Saved]) -> None:
         try:
             self._result = run(self)
         except BaseException as error:
             self._error = error
-        with self._turn:
-            self._done = True
-            calls = self._at_end
+        with self._lock:
+            self._is_done = True
+            calls = self._callbacks
         for call in calls:
             call()
 
-    def at_end(self, call: Callable[[], None]) -> None:
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call when the save has come to its end; at once if it has."""
-        with self._turn:
-            if not self._done:
-                self._at_end.append(call)
+        with self._lock:
+            if not self._is_done:
+                self._callbacks.append(callback)
                 return
-        call()
+        callback()
 
     @property
-    def ended(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether the save has come to its end, good or bad."""
         return not self._thread.is_alive()
 
@@ -66,14 +66,14 @@ class Worker:
             SaveTimeoutError: If it does not come in time.
         """
         self._thread.join(timeout_s)
-        if not self.ended:
+        if not self.has_ended:
             raise SaveTimeoutError(
                 what=f"the save of step {self.step} has not ended after {timeout_s:g} s.",
                 why="the disk is slow, full or gone; that step is not committed.",
                 fix="look at the disk; Storage(timeout_s=...) sets how long to wait.",
             )
 
-    def result(self) -> Saved | None:
+    def get_result(self) -> Saved | None:
         """What the save came to; raises its error."""
         if self._error is not None:
             raise self._error

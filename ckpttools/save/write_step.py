@@ -20,8 +20,8 @@ from ..errors import CheckpointError, CorruptStepError, DiskSpaceError, StorageE
 from ..spec.spec import CheckpointSpec
 from ..spec.state_version import as_state_version
 from ..store import commit, digest, integrity, layout, manifest, orbax
-from ..store.run_directory import RunFolder
-from ..tree.leaves import Record, host_bytes
+from ..store.run_directory import RunDirectory
+from ..tree.leaves import Record, count_host_bytes
 from ..tree.snapshot import Snapshot
 from .outcomes import Saved
 from .worker import Worker
@@ -53,10 +53,10 @@ class Job:
 
 def estimate_bytes(snapshot: Snapshot) -> int:
     """Bytes that a save will take on the disk, uncompressed."""
-    return _OVERHEAD_BYTES + sum(host_bytes(records) for records in snapshot.records.values())
+    return _OVERHEAD_BYTES + sum(count_host_bytes(records) for records in snapshot.records.values())
 
 
-def run(folder: RunFolder, spec: CheckpointSpec, job: Job, worker: Worker, began: float) -> Saved:
+def save_step(run: RunDirectory, spec: CheckpointSpec, job: Job, worker: Worker, start_time: float) -> Saved:
     """The part of a save that may go on in the background: write, commit, and only then delete.
 
     Args:
@@ -67,16 +67,16 @@ def run(folder: RunFolder, spec: CheckpointSpec, job: Job, worker: Worker, began
         began: `time.monotonic()` when the save was asked for.
     """
     try:
-        path = write_step(folder.directory, spec, job, abandoned=worker.abandoned.is_set)
+        path = write_step(run.directory, spec, job, is_abandoned=worker.is_abandoned.is_set)
     except StorageError:
-        folder.forget()  # The step may stand there all the same, unconfirmed.
+        run.invalidate()  # The step may stand there all the same, unconfirmed.
         raise
-    total_bytes, deleted, trouble = settle(folder, spec, job, path)
+    total_bytes, deleted, trouble = run_post_commit(run, spec, job, path)
     return Saved(
         step=job.summary.step,
         path=path,
         total_bytes=total_bytes,
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - start_time,
         stall_s=worker.stall_s,
         reason=job.summary.reason,
         deleted=deleted,
@@ -84,7 +84,9 @@ def run(folder: RunFolder, spec: CheckpointSpec, job: Job, worker: Worker, began
     )
 
 
-def settle(folder: RunFolder, spec: CheckpointSpec, job: Job, path: pathlib.Path) -> tuple[int, tuple[int, ...], str]:
+def run_post_commit(
+    run: RunDirectory, spec: CheckpointSpec, job: Job, path: pathlib.Path
+) -> tuple[int, tuple[int, ...], str]:
     """What follows a commit: second copies, and retention.
 
     Returns:
@@ -93,30 +95,30 @@ def settle(folder: RunFolder, spec: CheckpointSpec, job: Job, path: pathlib.Path
     """
     total_bytes = 0
     try:
-        folder.add(path)
-        commit.copy_small_files(path, layout.spare(folder.directory, job.summary.sequence))
+        run.add(path)
+        commit.copy_small_files(path, layout.get_spare_directory(run.directory, job.summary.sequence))
         total_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        return total_bytes, folder.prune(spec.keep), ""
+        return total_bytes, run.prune(spec.keep), ""
     except OSError as error:
-        folder.forget()
+        run.invalidate()
         text = f"step {job.summary.step} is saved; old steps could not be deleted: "
         return total_bytes, (), text + (error.what if isinstance(error, StorageError) else str(error))
 
 
-def make_room(folder: RunFolder, spec: CheckpointSpec, job: Job) -> None:
+def make_room(run: RunDirectory, spec: CheckpointSpec, job: Job) -> None:
     """Make sure that there is room for a save, by deleting what retention allows if the spec says so."""
     save_bytes = estimate_bytes(job.snapshot)
     if spec.storage.when_full == "prune":
         try:
-            return require_space(folder.directory, spec, save_bytes)
+            return require_space(run.directory, spec, save_bytes)
         except DiskSpaceError:
             # What is damaged goes first, and what is intact only if that was not enough.
-            folder.empty_quarantine()
+            run.empty_quarantine()
         try:
-            return require_space(folder.directory, spec, save_bytes)
+            return require_space(run.directory, spec, save_bytes)
         except DiskSpaceError:
-            folder.prune(spec.keep)
-    return require_space(folder.directory, spec, save_bytes)
+            run.prune(spec.keep)
+    return require_space(run.directory, spec, save_bytes)
 
 
 def require_space(root: pathlib.Path, spec: CheckpointSpec, save_bytes: int) -> None:
@@ -129,7 +131,7 @@ def require_space(root: pathlib.Path, spec: CheckpointSpec, save_bytes: int) -> 
             why="the folder of the run was there when it was opened.",
             fix="look at the disk and at who deletes there; the next save tries anew.",
         ) from error
-    needed = spec.storage.needed_bytes(save_bytes)
+    needed = spec.storage.compute_required_bytes(save_bytes)
     if free < needed:
         raise DiskSpaceError(
             what=f"{root} has {free:,} bytes free; this save takes {save_bytes:,} and the spec asks for {needed:,}.",
@@ -139,7 +141,7 @@ def require_space(root: pathlib.Path, spec: CheckpointSpec, save_bytes: int) -> 
         )
 
 
-def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, abandoned: Callable[[], bool]) -> pathlib.Path:
+def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, is_abandoned: Callable[[], bool]) -> pathlib.Path:
     """Write, prove and commit one step.
 
     Args:
@@ -157,12 +159,12 @@ def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, abandoned:
         CorruptStepError: If the readback found other bytes than were handed over; the run is as it was.
     """
     step = job.summary.step
-    holder = layout.control(root, f"staging/{job.staging}")
+    holder = layout.get_control_path(root, f"staging/{job.staging}")
     try:
         staged = holder / str(step)
-        commit.make_folder(holder)
+        commit.make_directory(holder)
         _write_tree(staged, spec, job)
-        if abandoned():
+        if is_abandoned():
             raise StorageError(
                 what=f"step {step} was not committed.",
                 why="its wait had timed out before.",
@@ -180,13 +182,13 @@ def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, abandoned:
 def _write_tree(staged: pathlib.Path, spec: CheckpointSpec, job: Job) -> None:
     algorithm = spec.integrity.digest
     with concurrent.futures.ThreadPoolExecutor(1, "ckpttools-digest") as pool:
-        hashing = pool.submit(with_digests, algorithm, job.snapshot)
+        hashing = pool.submit(add_digests, algorithm, job.snapshot)
         orbax.write(staged, job.snapshot.records, job.snapshot.arrays, compression=spec.storage.compression)
         records = hashing.result()
-    prove(staged, spec, job, records)
+    finalize_step(staged, spec, job, records)
 
 
-def prove(
+def finalize_step(
     staged: pathlib.Path,
     spec: CheckpointSpec,
     job: Job,
@@ -220,11 +222,11 @@ def prove(
     manifest.write(staged, summary, contents, algorithm=algorithm)
 
 
-def with_digests(algorithm: str, snapshot: Snapshot) -> dict[str, tuple[Record, ...]]:
+def add_digests(algorithm: str, snapshot: Snapshot) -> dict[str, tuple[Record, ...]]:
     """The records with the digests of the arrays that this process holds all of."""
     return {
         item: tuple(
-            dataclasses.replace(record, digest=digest.of_array(algorithm, snapshot.arrays[item][record.path]))
+            dataclasses.replace(record, digest=digest.hash_array(algorithm, snapshot.arrays[item][record.path]))
             if record.path in snapshot.arrays[item]
             else record
             for record in records
@@ -234,19 +236,19 @@ def with_digests(algorithm: str, snapshot: Snapshot) -> dict[str, tuple[Record, 
 
 
 def describe_files(
-    folder: pathlib.Path, algorithm: str, known: Mapping[str, tuple[int, str]] | None = None
+    directory: pathlib.Path, algorithm: str, known_files: Mapping[str, tuple[int, str]] | None = None
 ) -> dict[str, tuple[int, str]]:
     """Size and digest of each file of a step except its manifest; what is known of a file of that size is taken."""
-    known = known or {}
+    known_files = known_files or {}
     files = {}
-    for parent, _, names in os.walk(folder, onerror=commit.raised):
+    for parent, _, names in os.walk(directory, onerror=commit.raise_for_os_error):
         for name in names:
             path = pathlib.Path(parent, name)
-            relative = path.relative_to(folder).as_posix()
+            relative = path.relative_to(directory).as_posix()
             if relative != layout.MANIFEST:
                 size = path.stat().st_size
-                is_known = relative in known and known[relative][0] == size
-                files[relative] = known[relative] if is_known else (size, digest.of_file(algorithm, path))
+                is_known = relative in known_files and known_files[relative][0] == size
+                files[relative] = known_files[relative] if is_known else (size, digest.hash_file(algorithm, path))
     return dict(sorted(files.items()))
 
 
@@ -259,7 +261,7 @@ def _read_back(staged: pathlib.Path, step: int, records: dict[str, tuple[Record,
             why="what was written is damaged; the step was not committed.",
             fix="save to another disk.",
         ) from error
-    damaged = tuple(integrity.damaged_leaves(records, arrays))
+    damaged = tuple(integrity.find_damaged_leaves(records, arrays))
     if damaged:
         failure = CorruptStepError(
             what=f"step {step} came back from the disk with other bytes in {', '.join(damaged)}.",

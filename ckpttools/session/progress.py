@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import StepOrderError
-from ..spec.triggers import Decision, Memory, Moment, Trigger
+from ..spec.triggers import Decision, Memory, StepContext, Trigger
 from ..store import layout
 from ..store.manifest import Lineage
-from ..store.run_directory import RunFolder
+from ..store.run_directory import RunDirectory
 from ..tree.items import as_metric, require_metrics
 
 
-class Course:
+class RunProgress:
     """Where a run stands.
 
     Args:
@@ -30,7 +30,7 @@ class Course:
         surgery: Operations that were applied in this run, as code.
     """
 
-    def __init__(self, trigger: Trigger, run: RunFolder) -> None:
+    def __init__(self, trigger: Trigger, run: RunDirectory) -> None:
         self.step = 0
         self.lineage: Lineage = ()
         self.surgery: tuple[str, ...] = ()
@@ -39,11 +39,11 @@ class Course:
         self._origin: tuple[int, Lineage] | None = None
         self._memory: Memory = None
         self._memory_before_save: Memory = None
-        self._run_s_before = 0.0
-        self._started_at = time.monotonic()
+        self._previous_run_s = 0.0
+        self._start_time = time.monotonic()
 
     @property
-    def begun(self) -> bool:
+    def has_begun(self) -> bool:
         """Whether it is known where the run goes on, be it from nothing."""
         return self._origin is not None
 
@@ -52,14 +52,14 @@ class Course:
         self._origin = step, lineage
         self.branch()
         self.step, self._memory = step, memory
-        self._run_s_before, self._started_at = run_s, time.monotonic()
+        self._previous_run_s, self._start_time = run_s, time.monotonic()
 
     def branch(self) -> None:
         """Find the branch anew: another process may have gone on with the run since the restore."""
         if self._origin is not None:
-            self.lineage = self._run.lineage_from(*self._origin)
+            self.lineage = self._run.derive_lineage(*self._origin)
 
-    def moment(self, step: int, metrics: Mapping[str, Any], *, first: int = 1) -> Moment:
+    def make_context(self, step: int, metrics: Mapping[str, Any], *, minimum: int = 1) -> StepContext:
         """A completed step as the triggers see it.
 
         Args:
@@ -72,7 +72,7 @@ class Course:
             LeafError: If the metrics are no mapping by name.
         """
         require_metrics(metrics)
-        if type(step) is not int or not first <= step <= layout.LARGEST_STEP:
+        if type(step) is not int or not minimum <= step <= layout.MAX_STEP:
             raise StepOrderError(
                 what=f"step {step!r} is no count of completed updates.",
                 why="a step is an int of at most 18 digits, and the first one that is complete is 1.",
@@ -85,25 +85,27 @@ class Course:
                 fix="to go back, restore(state, step=...) an earlier step; that begins a branch.",
             )
 
-        def metric(name: str) -> float | None:
+        def get_metric(name: str) -> float | None:
             return as_metric(name, metrics[name]) if name in metrics else None
 
-        return Moment(step=step, run_s=self._run_s_before + time.monotonic() - self._started_at, metric=metric)
+        return StepContext(
+            step=step, run_s=self._previous_run_s + time.monotonic() - self._start_time, get_metric=get_metric
+        )
 
-    def decide(self, moment: Moment) -> Decision:
+    def decide(self, context: StepContext) -> Decision:
         """Whether the triggers want a save, which they remember having been asked."""
-        self._memory = self._trigger.observe(moment, self._memory)
-        return self._trigger.decide(moment, self._memory)
+        self._memory = self._trigger.observe(context, self._memory)
+        return self._trigger.decide(context, self._memory)
 
-    def memory_after(self, moment: Moment) -> Memory:
+    def compute_memory(self, context: StepContext) -> Memory:
         """What the triggers remember once this moment is saved."""
-        return self._trigger.saved(moment, self._memory)
+        return self._trigger.update_after_save(context, self._memory)
 
-    def saving(self, moment: Moment) -> None:
+    def begin_save(self, context: StepContext) -> None:
         """A save of this moment has begun."""
-        self.step = moment.step
-        self._memory_before_save, self._memory = self._memory, self.memory_after(moment)
+        self.step = context.step
+        self._memory_before_save, self._memory = self._memory, self.compute_memory(context)
 
-    def save_failed(self) -> None:
+    def revert_save(self) -> None:
         """The triggers were told of a save that did not happen."""
         self._memory = self._memory_before_save

@@ -10,19 +10,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..mirror.fetch import Fetcher
-from ..mirror.upload import Copier
+from ..mirror.upload import MirrorUploader
 from ..processes.group import Group
 from ..restore import multiprocess_restore, recovery, validation
-from ..restore.recovery import Loaded
+from ..restore.recovery import LoadedStep
 from ..restore.report import Candidate, RestoreReport
-from ..restore.select import BestStep, Selector, directed
+from ..restore.select import BestStep, Selector, resolve_mode
 from ..spec.spec import CheckpointSpec
 from ..spec.surgery import Surgery
 from ..store.catalogue import Entry
-from ..store.run_directory import RunFolder
+from ..store.run_directory import RunDirectory
 from ..surgery import migrations
 
-type _Load = Callable[[list[Entry]], tuple[Loaded | None, list[Candidate]]]
+type _LoadCandidates = Callable[[list[Entry]], tuple[LoadedStep | None, list[Candidate]]]
 
 
 def load(
@@ -30,17 +30,17 @@ def load(
     step: Selector,
     *,
     spec: CheckpointSpec,
-    run: RunFolder,
+    run: RunDirectory,
     group: Group,
-    copier: Copier | None,
+    uploader: MirrorUploader | None,
     validate: validation.Validate | None,
     surgery: Surgery,
-) -> tuple[Loaded | None, RestoreReport]:
+) -> tuple[LoadedStep | None, RestoreReport]:
     """The nearest intact step on the host, None without one, and the report of what was looked at."""
     if isinstance(step, BestStep):
-        step = directed(spec, step)
+        step = resolve_mode(spec, step)
 
-    def check(loaded: Loaded) -> None:
+    def check(loaded: LoadedStep) -> None:
         if validate is not None:
             outputs = loaded.manifest.contents.outputs
             validation.check(validate, state, loaded.items, outputs, step=loaded.entry.step)
@@ -49,26 +49,28 @@ def load(
         recovery.load_first_intact,
         state=state,
         check=check,
-        run=run if group.leads else None,
+        run=run if group.is_leader else None,
         # A step that was asked for by number is the only one; its damage is raised rather than passed over.
-        asked=isinstance(step, int),
-        alter=functools.partial(migrations.changes, spec, surgery=surgery),
-        together=recovery.alone if group.count == 1 else multiprocess_restore.restoring(group),
+        is_explicit=isinstance(step, int),
+        get_changes=functools.partial(migrations.get_changes, spec, surgery=surgery),
+        coordinate=recovery.run_attempt if group.count == 1 else multiprocess_restore.make_coordinator(group),
     )
-    if copier is None:
-        loaded, tried = load_from(multiprocess_restore.candidates(group, run, step))
+    if uploader is None:
+        loaded, tried = load_from(multiprocess_restore.list_candidates(group, run, step))
         mirror_error = ""
     else:
-        loaded, tried, mirror_error = _nearest(Fetcher(run, copier.mirror, copier.store), step, load_from)
+        loaded, tried, mirror_error = _load_nearest(Fetcher(run, uploader.mirror, uploader.store), step, load_from)
     return loaded, RestoreReport(step=None, state=dict(state), candidates=tuple(tried), mirror_error=mirror_error)
 
 
-def _nearest(fetcher: Fetcher, step: Selector, load_from: _Load) -> tuple[Loaded | None, list[Candidate], str]:
+def _load_nearest(
+    fetcher: Fetcher, step: Selector, load_candidates: _LoadCandidates
+) -> tuple[LoadedStep | None, list[Candidate], str]:
     """The nearest intact step, what was tried, and why the mirror could not be asked."""
     try:
-        loaded, tried = load_from(fetcher.candidates(step))
+        loaded, tried = load_candidates(fetcher.list_candidates(step))
         if loaded is not None:
-            fetcher.settle(loaded.entry)
+            fetcher.commit(loaded.entry)
     finally:
-        fetcher.clean()
+        fetcher.clean_up()
     return loaded, tried, "" if fetcher.error is None else fetcher.error.what

@@ -6,20 +6,20 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..mirror.upload import Copier
+from ..mirror.upload import MirrorUploader
 from ..processes.group import Group
 from ..restore import validation
 from ..save import multiprocess_save, write_step
 from ..save.outcomes import Saved
 from ..save.worker import Worker
 from ..spec.spec import CheckpointSpec
-from ..spec.trigger_memory import written
-from ..spec.triggers import Moment
+from ..spec.trigger_memory import encode_memory
+from ..spec.triggers import StepContext
 from ..store import manifest
-from ..store.run_directory import RunFolder
+from ..store.run_directory import RunDirectory
 from ..tree import snapshot
 from ..tree.items import as_metric
-from .progress import Course
+from .progress import RunProgress
 
 
 class Saver:
@@ -42,39 +42,39 @@ class Saver:
         self,
         *,
         spec: CheckpointSpec,
-        run: RunFolder,
+        run: RunDirectory,
         group: Group,
-        copier: Copier | None,
+        uploader: MirrorUploader | None,
         validate: validation.Validate | None,
-        course: Course,
+        run_progress: RunProgress,
     ) -> None:
         self.worker: Worker | None = None
         self.buffers: snapshot.Buffers = {}
         self._spec = spec
         self._run = run
         self._group = group
-        self._copier = copier
+        self._uploader = uploader
         self._validate = validate
-        self._course = course
+        self._run_progress = run_progress
 
     @property
-    def ended(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether there is a save whose result can be fetched."""
-        return self.worker is not None and self.worker.ended
+        return self.worker is not None and self.worker.has_ended
 
     @property
     def failure(self) -> BaseException | None:
         """The error of a save that has ended, before it is fetched."""
-        return self.worker.error if self.worker is not None and self.worker.ended else None
+        return self.worker.error if self.worker is not None and self.worker.has_ended else None
 
     def begin(
         self,
-        moment: Moment,
+        context: StepContext,
         state: Mapping[str, Any],
         metrics: Mapping[str, Any],
         *,
         reason: str,
-        began: float,
+        start_time: float,
         asynchronous: bool,
     ) -> Worker | None:
         """Take the state and save it in a thread; the save before it must have been waited for.
@@ -90,15 +90,15 @@ class Saver:
         Returns:
             The save in progress; None if the step is saved already.
         """
-        topic = f"the save of step {moment.step}"
-        staging = self._group.decide(topic, lambda: self._staging(moment.step))
+        topic = f"the save of step {context.step}"
+        staging = self._group.broadcast(topic, lambda: self._make_staging_name(context.step))
         if staging is None:
             return None
         buffers = self.buffers if asynchronous else None
-        job = self._group.together(topic, lambda: self._job(moment, state, metrics, reason, buffers, staging))
-        self._group.decide(topic, lambda: write_step.make_room(self._run, self._spec, job))
-        self.worker = Worker(moment.step, lambda worker: self._write(job, worker, began))
-        self._course.saving(moment)
+        job = self._group.run_on_all(topic, lambda: self._make_job(context, state, metrics, reason, buffers, staging))
+        self._group.broadcast(topic, lambda: write_step.make_room(self._run, self._spec, job))
+        self.worker = Worker(context.step, lambda worker: self._run_job(job, worker, start_time))
+        self._run_progress.begin_save(context)
         return self.worker
 
     def wait(self) -> Saved | None:
@@ -113,25 +113,25 @@ class Saver:
         worker.wait(self._spec.storage.timeout_s)
         self.worker = None
         try:
-            return worker.result()
+            return worker.get_result()
         except Exception:
-            self._course.save_failed()
+            self._run_progress.revert_save()
             raise
 
-    def at_end(self, call: Callable[[], None]) -> None:
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call once no save is in progress any more; at once if there is none."""
         if self.worker is None:
-            call()
+            callback()
         else:
-            self.worker.at_end(call)
+            self.worker.add_done_callback(callback)
 
-    def _staging(self, step: int) -> str | None:
+    def _make_staging_name(self, step: int) -> str | None:
         """The name of a new staging folder; None if the step is saved already."""
-        return None if self._run.holds(step, self._course.lineage) else f"{step}-{secrets.token_hex(4)}"
+        return None if self._run.has_step(step, self._run_progress.lineage) else f"{step}-{secrets.token_hex(4)}"
 
-    def _job(
+    def _make_job(
         self,
-        moment: Moment,
+        context: StepContext,
         state: Mapping[str, Any],
         metrics: Mapping[str, Any],
         reason: str,
@@ -139,30 +139,30 @@ class Saver:
         staging: str,
     ) -> write_step.Job:
         summary = manifest.Summary(
-            step=moment.step,
-            sequence=self._run.steps().next_sequence,
+            step=context.step,
+            sequence=self._run.get_steps().next_sequence,
             saved_at=time.time(),
-            run_s=moment.run_s,
+            run_s=context.run_s,
             metrics={name: as_metric(name, value) for name, value in metrics.items()},
-            lineage=self._course.lineage,
+            lineage=self._run_progress.lineage,
             reason=reason,
             spec=self._spec.fingerprint(),
             files={},
         )
-        outputs = validation.outputs_of(self._validate, state, step=moment.step) if self._validate else None
+        outputs = validation.compute_outputs(self._validate, state, step=context.step) if self._validate else None
         return write_step.Job(
             snapshot=snapshot.take(state, buffers),
             summary=summary,
-            triggers=written(self._spec.save, self._course.memory_after(moment)),
+            triggers=encode_memory(self._spec.save, self._run_progress.compute_memory(context)),
             outputs=outputs,
-            surgery=self._course.surgery,
+            surgery=self._run_progress.surgery,
             staging=staging,
         )
 
-    def _write(self, job: write_step.Job, worker: Worker, began: float) -> Saved:
+    def _run_job(self, job: write_step.Job, worker: Worker, start_time: float) -> Saved:
         if self._group.count > 1:
-            return multiprocess_save.run(self._run, self._spec, job, worker, began, self._group)
-        saved = write_step.run(self._run, self._spec, job, worker, began)
-        if self._copier is not None:
-            self._copier.update(self._run.steps())
+            return multiprocess_save.save_step(self._run, self._spec, job, worker, start_time, self._group)
+        saved = write_step.save_step(self._run, self._spec, job, worker, start_time)
+        if self._uploader is not None:
+            self._uploader.update(self._run.get_steps())
         return saved

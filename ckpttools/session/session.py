@@ -25,7 +25,7 @@ from ..errors import (
     StepOrderError,
     StorageError,
 )
-from ..mirror.upload import Copier, MirrorStatus
+from ..mirror.upload import MirrorStatus, MirrorUploader
 from ..processes import group, opening
 from ..restore import recovery, select, validation
 from ..restore.report import RestoreReport
@@ -36,17 +36,17 @@ from ..spec.mirror import as_mirror
 from ..spec.operations import Operation, as_code
 from ..spec.spec import CheckpointSpec
 from ..spec.surgery import Surgery
-from ..spec.trigger_memory import recalled
-from ..spec.triggers import Moment
-from ..store.run_directory import RunFolder
-from ..surgery.altered_leaves import altered
+from ..spec.trigger_memory import decode_memory
+from ..spec.triggers import StepContext
+from ..store.run_directory import RunDirectory
+from ..surgery.altered_leaves import list_altered_leaves
 from ..tree.items import require_items
 from ..tree.write_back import fill_state
 from . import advice, resume
-from .progress import Course
+from .progress import RunProgress
 from .saver import Saver
 from .signals import StopRequest
-from .turn import Turn
+from .turn import SessionLock
 
 type OnError = Literal["raise", "return"]
 
@@ -68,33 +68,33 @@ class Session:
             )
         self.spec = spec
         self.directory = pathlib.Path(os.path.abspath(spec.directory))
-        self._run = RunFolder(self.directory)
-        self._group = group.of_this_program(spec.storage.timeout_s)
+        self._run = RunDirectory(self.directory)
+        self._group = group.make_group(spec.storage.timeout_s)
         try:
-            opening.open_run(self._group, self._run, spec, validates=validate is not None)
+            opening.open_run(self._group, self._run, spec, has_validation=validate is not None)
         except CheckpointError:
-            self._group.leave()
+            self._group.close()
             raise
         self._validate = validate
         mirror = as_mirror(spec.mirror)
-        self._copier = None if mirror is None else Copier(self.directory, mirror, spec.keep)
-        self._stop = StopRequest()
-        self._turn = Turn(spec.storage.timeout_s)
-        self._stalls = advice.StallMeter()
-        self._watch = advice.MetricWatch({*spec.save.metrics(), *spec.directed_metrics()})
-        self._course = Course(spec.save, self._run)
+        self._uploader = None if mirror is None else MirrorUploader(self.directory, mirror, spec.keep)
+        self._stop_request = StopRequest()
+        self._lock = SessionLock(spec.storage.timeout_s)
+        self._stall_meter = advice.StallMeter()
+        self._metric_watch = advice.MetricWatch({*spec.save.get_metric_names(), *spec.get_metric_modes()})
+        self._run_progress = RunProgress(spec.save, self._run)
         self._saver = Saver(
             spec=spec,
             run=self._run,
             group=self._group,
-            copier=self._copier,
+            uploader=self._uploader,
             validate=validate,
-            course=self._course,
+            run_progress=self._run_progress,
         )
         self._final_step: int | None = None
-        self._writes = False
-        self._left = False
-        self._closed = False
+        self._is_writing = False
+        self._is_stopping = False
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -107,15 +107,15 @@ class Session:
     def close(self, *, raise_errors: bool = True) -> None:
         """Wait for the save in progress and its copy, raise its error, and give back the signals and the lock."""
         # Whoever has asked twice to stop does not want to wait: the save in progress is committed wholly or not at all.
-        waits = not self._stop.insisted
+        waits = not self._stop_request.is_repeated
         try:
             try:
                 if waits:
                     self.wait()
             finally:
-                if self._copier is not None and waits:
-                    self._copier.close()
-                    self._tell_of_mirror()
+                if self._uploader is not None and waits:
+                    self._uploader.close()
+                    self._warn_of_mirror()
         except CheckpointError as failure:
             if raise_errors:
                 raise
@@ -123,29 +123,29 @@ class Session:
             warnings.warn(f"the save in progress failed: {failure}", CheckpointWarning, stacklevel=2)
         finally:
             atexit.unregister(self.close)
-            self._closed = True
-            self._stop.forget()
-            self._group.leave()
+            self._is_closed = True
+            self._stop_request.restore_handlers()
+            self._group.close()
             # A save that did not end in time still writes: until it has ended, no other process may.
-            self._saver.at_end(self._let_go)
+            self._saver.add_done_callback(self._release)
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._run.lock.release()
         self._saver.buffers.clear()
 
     @property
     def preempted(self) -> bool:
         """Whether this process was asked to stop; `steps` ends after the step that sees it."""
-        return self._stop.reason is not None
+        return self._stop_request.reason is not None
 
     @property
     def mirror_status(self) -> MirrorStatus | None:
         """How far the mirror is; None if the spec has none."""
-        return None if self._copier is None else self._copier.status
+        return None if self._uploader is None else self._uploader.status
 
     def all_steps(self) -> tuple[int, ...]:
         """Steps of the run's own branch that are committed, in increasing order."""
-        return tuple(sorted(entry.step for entry in self._run.steps_now().live))
+        return tuple(sorted(entry.step for entry in self._run.refresh_steps().live_entries))
 
     def latest_step(self) -> int | None:
         """The newest committed step of the run's own branch."""
@@ -153,9 +153,11 @@ class Session:
 
     def best_step(self, metric: str | None = None, mode: Literal["min", "max"] | None = None) -> int | None:
         """The committed step with the best value of a metric, by default the one that the spec names."""
-        selector = select.directed(self.spec, BestStep(metric, mode) if metric else select.best_of(self.spec))
+        selector = select.resolve_mode(
+            self.spec, BestStep(metric, mode) if metric else select.make_best_selector(self.spec)
+        )
         try:
-            return select.order(self._run.steps_now(), selector)[0].step
+            return select.list_candidates(self._run.refresh_steps(), selector)[0].step
         except StepNotFoundError:
             return None
 
@@ -167,9 +169,9 @@ class Session:
         Raises:
             StepNotFoundError: If there is no such step.
         """
-        with self._turn:
+        with self._lock:
             self.wait()
-            self._group.decide(f"the pin of step {step}", lambda: self._run.pin(step, pinned=pinned))
+            self._group.broadcast(f"the pin of step {step}", lambda: self._run.pin(step, pinned=pinned))
 
     def delete(self, step: int) -> None:
         """Delete a committed step, whatever the spec keeps; the newest cannot be deleted.
@@ -178,12 +180,12 @@ class Session:
             StepNotFoundError: If there is no such step.
             StepOrderError: If it is the newest.
         """
-        with self._turn:
+        with self._lock:
             self.wait()
-            self._group.decide(f"the deletion of step {step}", lambda: self._delete(step))
+            self._group.broadcast(f"the deletion of step {step}", lambda: self._delete(step))
 
     def _delete(self, step: int) -> None:
-        held = self._run.lock.held
+        held = self._run.lock.is_held
         self._run.lock_for_writing()
         try:
             self._run.delete(step)
@@ -199,7 +201,7 @@ class Session:
     def leave(self) -> None:
         """Close, and let the signal that asked to stop end the process: for a loop that cannot be ended from here."""
         self.close()
-        self._stop.redeliver()
+        self._stop_request.redeliver()
 
     def restore(
         self, state: Mapping[str, Any], step: Selector = "latest", *, surgery: Iterable[Operation] = ()
@@ -223,10 +225,10 @@ class Session:
             StepNotFoundError: If `step` is not there.
             StorageError: If the disk does not answer.
         """
-        with self._turn:
+        with self._lock:
             return self._restore(state, step, Surgery(surgery))
 
-    def _restore(self, state: Mapping[str, Any], step: Selector, wanted: Surgery) -> RestoreReport:
+    def _restore(self, state: Mapping[str, Any], step: Selector, surgery: Surgery) -> RestoreReport:
         began = time.monotonic()
         require_items(state)
         self.wait()
@@ -236,64 +238,70 @@ class Session:
             spec=self.spec,
             run=self._run,
             group=self._group,
-            copier=self._copier,
+            uploader=self._uploader,
             validate=self._validate,
-            surgery=wanted,
+            surgery=surgery,
         )
         if report.mirror_error:
             self._warn(f"only local steps were looked at: {report.mirror_error}")
-        codes = tuple(map(as_code, wanted))
+        codes = tuple(map(as_code, surgery))
         if loaded is None:
             if any(candidate.verdict != "empty" for candidate in report.candidates):
-                raise recovery.no_intact_step(report, self.directory)
+                raise recovery.make_no_intact_step_error(report, self.directory)
             # A state that begins here has the new form already.
-            self._course.surgery = codes
-            self._course.begin()
+            self._run_progress.surgery = codes
+            self._run_progress.begin()
             return report
         filled = fill_state(state, loaded.items)
         summary, contents = loaded.manifest.summary, loaded.manifest.contents
-        self._course.begin(summary.step, summary.lineage, recalled(self.spec.save, contents.triggers), summary.run_s)
-        self._course.surgery = tuple(dict.fromkeys([*contents.surgery, *codes]))
-        self._warn(advice.sparse_retention(rejected=report.damaged, intact=len(self._run.steps().live)))
+        self._run_progress.begin(
+            summary.step, summary.lineage, decode_memory(self.spec.save, contents.triggers), summary.run_s
+        )
+        self._run_progress.surgery = tuple(dict.fromkeys([*contents.surgery, *codes]))
+        self._warn(
+            advice.advise_on_retention(
+                rejected_count=report.damaged, intact_count=len(self._run.get_steps().live_entries)
+            )
+        )
         return dataclasses.replace(
             report,
             step=summary.step,
             state=filled,
             metrics=dict(summary.metrics),
             seconds=time.monotonic() - began,
-            altered=altered(loaded.plan),
+            altered=list_altered_leaves(loaded.plan),
         )
 
-    def _tell_of_mirror(self) -> None:
-        for note in self._copier.notes() if self._copier else ():
+    def _warn_of_mirror(self) -> None:
+        for note in self._uploader.take_notes() if self._uploader else ():
             self._warn(note)
 
     def _begin_training(self) -> None:
         """Make sure that this process may go on with the run, and is the only one that does."""
-        if self._closed:
+        if self._is_closed:
             raise StepOrderError(
                 what=f"the run in {self.directory} is closed.",
                 why="after the with block nobody waits for a save in the background, nor learns of its error.",
                 fix="call step() and save() inside `with ct.open(spec) as ckpt:`.",
             )
-        if not self._course.begun:
+        if not self._run_progress.has_begun:
             if self._run.is_used():
                 raise NotRestoredError(
                     what=f"{self.directory} holds steps and none was restored.",
                     why="training from the start would supersede the run that is there.",
                     fix="report = ckpt.restore(state) before the loop, or another directory for a new run.",
                 )
-            self._course.begin()
-        if not self._writes:
-            self._group.decide("the beginning", self._begin_writing)
-            self._writes = True
+            self._run_progress.begin()
+        if not self._is_writing:
+            self._group.broadcast("the beginning", self._begin_writing)
+            self._is_writing = True
 
     def _begin_writing(self) -> None:
         self._run.lock_for_writing()
-        self._course.branch()
-        if self._copier is not None:
+        self._run_progress.branch()
+        if self._uploader is not None:
             # What an earlier session could not copy.
-            self._copier.update(self._run.steps())
+            self._uploader.update(self._run.get_steps())
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left: from the one after the restored step to `total`.
@@ -310,18 +318,18 @@ class Session:
                 why="it yields the completed updates up to that one.",
                 fix="steps(10_000)",
             )
-        return self._count(total)
+        return self._iterate_steps(total)
 
-    def _count(self, total: int) -> Iterator[int]:
+    def _iterate_steps(self, total: int) -> Iterator[int]:
         self._final_step = total
-        self._stop.listen()
-        for step in range(self._course.step + 1, total + 1):
+        self._stop_request.install_handlers()
+        for step in range(self._run_progress.step + 1, total + 1):
             yield step
-            if self._left:
+            if self._is_stopping:
                 return
         # There is no later step that could honour the wish to stop, so a signal ends the process as it always did.
-        self._stop.forget()
-        if self._course.step < total:
+        self._stop_request.restore_handlers()
+        if self._run_progress.step < total:
             self._warn(
                 f"the final step {total} was not passed to step(), so it is not saved. Call ckpt.step(step, state) "
                 "at the end of every step; it saves only when the spec says so."
@@ -353,7 +361,7 @@ class Session:
             StepOrderError: If the step is no count of completed updates, or lies behind one that was passed.
             LeafError: If the state or the metrics hold what cannot be saved.
         """
-        return self._guarded(step, on_error, lambda: self._step(step, state, metrics or {}))
+        return self._run_locked(step, on_error, lambda: self._step(step, state, metrics or {}))
 
     def save(
         self,
@@ -383,19 +391,21 @@ class Session:
         def run() -> Outcome:
             self._begin_training()
             finished = self.wait()
-            return self._save(self._course.moment(step, metrics or {}, first=0), state, metrics or {}, reason, finished)
+            return self._save(
+                self._run_progress.make_context(step, metrics or {}, minimum=0), state, metrics or {}, reason, finished
+            )
 
-        return self._guarded(step, on_error, run)
+        return self._run_locked(step, on_error, run)
 
     def save_now(self, state: Mapping[str, Any], *, reason: str, metrics: Mapping[str, Any] | None = None) -> Outcome:
         """Save the step that was last passed to `step`, for a reason of yours such as "before evaluation"."""
-        if self._course.step == 0:
+        if self._run_progress.step == 0:
             raise StepOrderError(
                 what="save_now() was called before the first step.",
                 why="there is nothing yet that differs from a fresh start.",
                 fix="ckpt.save(step, state) saves under a number of your choice.",
             )
-        return self.save(self._course.step, state, metrics, reason=reason)
+        return self.save(self._run_progress.step, state, metrics, reason=reason)
 
     def wait(self) -> Saved | None:
         """Wait until the save in progress is on the disk, and raise its error.
@@ -407,11 +417,11 @@ class Session:
         self._warn(saved.trouble if saved else None)
         return saved
 
-    def _guarded(self, step: int, on_error: OnError, call: Callable[[], Outcome]) -> Outcome:
-        self._tell_of_mirror()
+    def _run_locked(self, step: int, on_error: OnError, action: Callable[[], Outcome]) -> Outcome:
+        self._warn_of_mirror()
         try:
-            with self._turn:
-                return call()
+            with self._lock:
+                return action()
         except CheckpointError as error:
             if on_error == "return":
                 return Failed(step=step, error=error)
@@ -419,36 +429,36 @@ class Session:
 
     def _step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> Outcome:
         self._begin_training()
-        self._stop.listen()
-        moment = self._course.moment(step, metrics)
-        self._group.wish(self._stop.asked(step))
-        verdict = self._group.decide(f"step {step}", lambda: self._verdict(moment))
+        self._stop_request.install_handlers()
+        moment = self._run_progress.make_context(step, metrics)
+        self._group.request_stop(self._stop_request.get_reason(step))
+        verdict = self._group.broadcast(f"step {step}", lambda: self._decide_step(moment))
         finished = self.wait() if verdict["ended"] else None
-        self._warn(self._watch.add(metrics, last=step == self._final_step))
+        self._warn(self._metric_watch.add(metrics, is_last=step == self._final_step))
         if stop := verdict["stop"]:
-            self._stop.reason = stop
+            self._stop_request.reason = stop
         if not (stop or step == self._final_step or verdict["due"]):
-            self._course.step = step
+            self._run_progress.step = step
             return Skipped(step=step, reason=f"not due: {verdict['reason']}", finished=finished)
         reason = stop or ("the final step" if step == self._final_step else verdict["reason"])
         must_last = stop is not None or step == self._final_step
         outcome = self._save(moment, state, metrics, reason, finished, blocking=must_last)
-        self._left = stop is not None
+        self._is_stopping = stop is not None
         return outcome
 
-    def _verdict(self, moment: Moment) -> dict[str, Any]:
+    def _decide_step(self, context: StepContext) -> dict[str, Any]:
         """What is to be done at a step, as plain data: the leader decides for all."""
-        ended = self._saver.ended
-        stop = self._stop.reason or self._group.wishes()
+        ended = self._saver.has_ended
+        stop = self._stop_request.reason or self._group.get_stop_request()
         if self.failure is not None:
             # It is raised next, in all processes.
             return {"ended": ended, "stop": stop, "due": False, "reason": ""}
-        decision = self._course.decide(moment)
+        decision = self._run_progress.decide(context)
         return {"ended": ended, "stop": stop, "due": decision.save, "reason": decision.reason}
 
     def _save(
         self,
-        moment: Moment,
+        context: StepContext,
         state: Mapping[str, Any],
         metrics: Mapping[str, Any],
         reason: str,
@@ -460,24 +470,24 @@ class Session:
         require_items(state)
         finished = self.wait() or finished
         asynchronous = self.spec.storage.asynchronous and not blocking
-        worker = self._saver.begin(moment, state, metrics, reason=reason, began=began, asynchronous=asynchronous)
+        worker = self._saver.begin(context, state, metrics, reason=reason, start_time=began, asynchronous=asynchronous)
         if worker is None:
-            return Skipped(step=moment.step, reason="this step is saved already", finished=finished)
+            return Skipped(step=context.step, reason="this step is saved already", finished=finished)
         if asynchronous:
             # A program that ends without `close` would lose this save without a word.
             atexit.unregister(self.close)
             atexit.register(self.close)
             stall_s = worker.stall_s = time.monotonic() - began
-            self._warn(self._stalls.add(now_s=time.monotonic(), step=moment.step, stall_s=stall_s))
-            return Started(step=moment.step, reason=reason, stall_s=stall_s, finished=finished)
-        return self._wait_blocking(worker, began, counts=not blocking)
+            self._warn(self._stall_meter.add(now_s=time.monotonic(), step=context.step, stall_s=stall_s))
+            return Started(step=context.step, reason=reason, stall_s=stall_s, finished=finished)
+        return self._wait_blocking(worker, began, record_stall=not blocking)
 
-    def _wait_blocking(self, worker: Worker, began: float, *, counts: bool) -> Saved:
+    def _wait_blocking(self, worker: Worker, start_time: float, *, record_stall: bool) -> Saved:
         try:
             saved = self.wait()
         except BaseException:
             # The save looks at the live arrays, not at copies; once the program goes on it must not be committed.
-            worker.abandoned.set()
+            worker.is_abandoned.set()
             raise
         if saved is None:
             raise StorageError(
@@ -485,9 +495,9 @@ class Session:
                 why="the thread that wrote it ended before the commit, so the step is not there.",
                 fix="save again; `ckpt.latest_step()` names the newest step on the disk.",
             )
-        stall_s = time.monotonic() - began
-        if counts:
-            self._warn(self._stalls.add(now_s=time.monotonic(), step=worker.step, stall_s=stall_s))
+        stall_s = time.monotonic() - start_time
+        if record_stall:
+            self._warn(self._stall_meter.add(now_s=time.monotonic(), step=worker.step, stall_s=stall_s))
         return dataclasses.replace(saved, stall_s=stall_s)
 
     def _warn(self, text: str | None) -> None:

@@ -31,20 +31,20 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         self.number: signal.Signals | None = None
-        self.insisted = False
-        self._process = os.getpid()
-        self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
+        self.is_repeated = False
+        self._process_id = os.getpid()
+        self._previous_handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
-    def listen(self) -> None:
+    def install_handlers(self) -> None:
         """Take over the signals; only the main thread can, in others nothing happens."""
-        if self._before or threading.current_thread() is not threading.main_thread():
+        if self._previous_handlers or threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
             if signal.getsignal(number) == signal.SIG_IGN:
                 continue
-            self._before[number] = signal.signal(number, self._handle)
+            self._previous_handlers[number] = signal.signal(number, self._handle)
 
-    def asked(self, step: int) -> str | None:
+    def get_reason(self, step: int) -> str | None:
         """The reason to stop after `step`, if there is one.
 
         In a distributed run the processes have to stop at the same step, and a scheduler's notice may reach only one
@@ -58,22 +58,22 @@ class StopRequest:
             self.reason = "a preemption notice asked to stop"
         return self.reason
 
-    def forget(self) -> None:
+    def restore_handlers(self) -> None:
         """Give the signals back."""
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._before = {}
+        self._previous_handlers = {}
 
     def redeliver(self) -> None:
         """Give the signals back and let the one that asked, or SIGTERM, do what it would have done without us."""
-        self.forget()
+        self.restore_handlers()
         signal.raise_signal(self.number or signal.SIGTERM)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.reason is None and os.getpid() == self._process:
+        if self.reason is None and os.getpid() == self._process_id:
             self.number = signal.Signals(number)
             self.reason = f"{self.number.name} asked to stop"
             return
-        self.insisted = True
-        self.forget()
+        self.is_repeated = True
+        self.restore_handlers()
         os.kill(os.getpid(), number)

@@ -8,7 +8,7 @@ from types import TracebackType
 from ..errors import RunInUseError, SaveTimeoutError, StepOrderError
 
 
-class Turn:
+class SessionLock:
     """Lets one call at a time into a session; used in a `with` statement.
 
     Two saves at once would share the buffers for copies, and the one would be digested with arrays of the other in it.
@@ -16,15 +16,15 @@ class Turn:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._process = os.getpid()
+        self._process_id = os.getpid()
         # A signal may come between taking the lock and taking note of it; such a call comes first, and is harmless.
         self._lock = threading.RLock()
-        self._calls = 0
+        self._call_count = 0
 
     def __enter__(self) -> None:
-        if os.getpid() != self._process:
+        if os.getpid() != self._process_id:
             raise RunInUseError(
-                what=f"this process was forked from process {self._process}, which has the run open.",
+                what=f"this process was forked from process {self._process_id}, which has the run open.",
                 why="both would write the same steps; the threads that save do not exist here.",
                 fix="save in the process that opened the run, or open it after the fork.",
             )
@@ -34,17 +34,17 @@ class Turn:
                 why="a session does one thing at a time.",
                 fix="look at the disk; Storage(timeout_s=...) sets how long to wait.",
             )
-        if self._calls:
+        if self._call_count:
             self._lock.release()
             raise StepOrderError(
                 what="a call of this session was made in the middle of another one.",
                 why="a signal handler or a callback interrupted a save, whose arrays are half copied.",
                 fix="set a flag in the handler, and call ckpt.save_now() from the training loop.",
             )
-        self._calls += 1
+        self._call_count += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._calls -= 1
+        self._call_count -= 1
         self._lock.release()

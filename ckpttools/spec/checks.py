@@ -6,13 +6,13 @@ import math
 from ..errors import SpecError
 
 
-def require_count(owner: str, field: str, value: object, *, least: int = 1) -> None:
+def require_count(owner: str, field: str, value: object, *, minimum: int = 1) -> None:
     """Raise `SpecError` unless `value` is an int of at least `least` (bool is no number here)."""
-    if type(value) is not int or value < least:
+    if type(value) is not int or value < minimum:
         raise SpecError(
             what=f"{owner}({field}={value!r}) cannot be honoured.",
-            why=f"{field} counts whole things and must be an int of {least} or more.",
-            fix=f"{owner}({field}={least})",
+            why=f"{field} counts whole things and must be an int of {minimum} or more.",
+            fix=f"{owner}({field}={minimum})",
         )
 
 
@@ -56,11 +56,11 @@ def require_choice(owner: str, field: str, value: object, choices: tuple[str, ..
         )
 
 
-def require_steps(owner: str, value: object, *, least: int = 0) -> None:
+def require_steps(owner: str, value: object, *, minimum: int = 0) -> None:
     """Raise `SpecError` unless `value` is a tuple of at least `least` step numbers, increasing, without repeats."""
     if (
         not isinstance(value, tuple)
-        or len(value) < least
+        or len(value) < minimum
         or any(type(step) is not int or step < 1 for step in value)
         or list(value) != sorted(set(value))
     ):

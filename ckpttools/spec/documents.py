@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import SpecFileError
 
 
-def read_text(path: pathlib.Path, *, holds: str) -> str:
+def read_text(path: pathlib.Path, *, description: str) -> str:
     """The text of a file.
 
     Args:
@@ -23,7 +23,7 @@ def read_text(path: pathlib.Path, *, holds: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise SpecFileError(
             what=f"{path} cannot be read: {error}.",
-            why=f"{holds} stands in it.",
+            why=f"{description} stands in it.",
             fix="check the path; the file is UTF-8 text.",
         ) from error
 

@@ -54,7 +54,7 @@ class Mirror:
                 why="copies of the steps are written below it.",
                 fix='Mirror("s3://bucket/run")',
             )
-        if _WITH_USER.search(self.url) or any(map(_SECRET.search, _names_in_query(self.url))):
+        if _WITH_USER.search(self.url) or any(map(_SECRET.search, _list_query_names(self.url))):
             raise SpecError(
                 what="the address of the mirror holds a secret.",
                 why="a spec is written into files and logs.",
@@ -74,7 +74,7 @@ class Mirror:
             )
         require_choice("Mirror", "verify", self.verify, ("readback", "size"))
         require_positive("Mirror", "wait_s", self.wait_s)
-        object.__setattr__(self, "options", _frozen(self.options))
+        object.__setattr__(self, "options", _freeze_options(self.options))
 
     @property
     def store_options(self) -> dict[str, Option]:
@@ -82,12 +82,12 @@ class Mirror:
         return dict(self.options)
 
 
-def _names_in_query(url: str) -> list[str]:
+def _list_query_names(url: str) -> list[str]:
     """Names of what is handed over behind the question mark of an address, such as a signature."""
     return [part.partition("=")[0] for part in url.partition("?")[2].split("&")]
 
 
-def _frozen(options: Any) -> tuple[tuple[str, Option], ...]:
+def _freeze_options(options: Any) -> tuple[tuple[str, Option], ...]:
     """Options in a form that can be compared and hashed."""
     try:
         pairs = sorted(dict(options).items())

@@ -79,10 +79,10 @@ class Rename(Operation):
                 why="each pair of braces is one wildcard on the right, so they cannot be nested.",
                 fix="several ct.Rename, one for each.",
             )
-        old, new = wildcards(self.pattern), wildcards(self.new)
+        old, new = find_wildcards(self.pattern), find_wildcards(self.new)
         if ["**" if each == "**" else "*" for each in old] != new:
             raise SpecError(
-                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has {_counted(old)} and {_counted(new)}.",
+                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has {_count_wildcards(old)} and {_count_wildcards(new)}.",
                 why="each * and ** on the right stands for what the wildcard in its place on the left has matched.",
                 fix="write the same wildcards on both sides, in the same order.",
             )
@@ -201,13 +201,13 @@ def as_code(operation: Operation) -> str:
     for field in dataclasses.fields(operation):
         value: Any = getattr(operation, field.name)
         if field.default is dataclasses.MISSING:
-            shown.append(_quoted(value))
+            shown.append(_quote(value))
         elif value != field.default:
-            shown.append(f"{field.name}={_quoted(value)}")
+            shown.append(f"{field.name}={_quote(value)}")
     return f"ct.{type(operation).__name__}({', '.join(shown)})"
 
 
-def wildcards(pattern: str) -> list[str]:
+def find_wildcards(pattern: str) -> list[str]:
     """The parts of a pattern that stand for more than themselves, in order."""
     return [found for segment in split_segments(pattern) for found in WILDCARD.findall(segment)]
 
@@ -217,12 +217,12 @@ def split_segments(pattern: str) -> list[str]:
     return re.findall(r"(?:[^.{}]|\{[^{}]*\})+", pattern)
 
 
-def _quoted(value: Any) -> str:
+def _quote(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) and '"' not in value else repr(value)
 
 
-def _counted(found: list[str]) -> str:
-    return " ".join(found) or "no wildcard"
+def _count_wildcards(wildcards: list[str]) -> str:
+    return " ".join(wildcards) or "no wildcard"
 
 
 def _require_start(operation: Operation, start: object) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, override
 from ..errors import SpecError
 from .checks import require_count, require_mode, require_name, require_positive, require_steps
 
-FEWEST_STEPS = 2
+MIN_KEPT_STEPS = 2
 """Committed steps that are always kept: with one, its damage would be the end of the run."""
 
 
@@ -50,7 +50,7 @@ class Verdict:
 class Retention:
     """Base of all retention values: `a | b` keeps what either keeps."""
 
-    def wanted(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+    def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
         """Sequence numbers of the steps to keep, with the reason; `steps` are in the order of their commits."""
         raise NotImplementedError
 
@@ -70,7 +70,7 @@ class Latest(Retention):
         require_count("Latest", "n", self.n)
 
     @override
-    def wanted(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+    def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
         return {step.sequence: f"one of the latest {self.n}" for step in steps[-self.n :]}
 
 
@@ -97,8 +97,8 @@ class Best(Retention):
         require_count("Best", "n", self.n)
 
     @override
-    def wanted(self, steps: Sequence[StepInfo]) -> dict[int, str]:
-        best = ranked(steps, self.metric, self.mode)[: self.n]
+    def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+        best = rank_steps(steps, self.metric, self.mode)[: self.n]
         return {step.sequence: f"one of the best {self.n} by {self.metric}" for step in best}
 
 
@@ -112,7 +112,7 @@ class EveryNSteps(Retention):
         require_count("EveryNSteps", "n", self.n)
 
     @override
-    def wanted(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+    def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
         return {step.sequence: f"a multiple of {self.n}" for step in steps if step.step % self.n == 0}
 
 
@@ -129,7 +129,7 @@ class EveryNSeconds(Retention):
         require_positive("EveryNSeconds", "seconds", self.seconds)
 
     @override
-    def wanted(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+    def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
         kept: dict[int, str] = {}
         last_s = -math.inf
         for step in steps:
@@ -151,7 +151,7 @@ class Pinned(Retention):
         require_steps("Pinned", self.steps)
 
     @override
-    def wanted(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+    def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
         return {step.sequence: "pinned by the spec" for step in steps if step.step in self.steps}
 
 
@@ -160,7 +160,7 @@ class All(Retention):
     """Keep everything."""
 
     @override
-    def wanted(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+    def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
         return {step.sequence: "everything is kept" for step in steps}
 
 
@@ -180,26 +180,26 @@ class Union(Retention):
         object.__setattr__(self, "parts", parts)
 
     @override
-    def wanted(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+    def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
         kept: dict[int, str] = {}
         for part in self.parts:
-            for sequence, reason in part.wanted(steps).items():
+            for sequence, reason in part.select_steps(steps).items():
                 kept[sequence] = f"{kept[sequence]}, {reason}" if sequence in kept else reason
         return kept
 
 
-def ranked(steps: Sequence[StepInfo], metric: str, mode: Literal["min", "max"]) -> list[StepInfo]:
+def rank_steps(steps: Sequence[StepInfo], metric: str, mode: Literal["min", "max"]) -> list[StepInfo]:
     """Live steps that recorded `metric`, best first, NaN last, the newer of two equals first."""
     sign = 1.0 if mode == "min" else -1.0
 
-    def order(step: StepInfo) -> tuple[bool, float, int]:
+    def get_sort_key(step: StepInfo) -> tuple[bool, float, int]:
         value = step.metrics[metric]
         return (True, 0.0, -step.sequence) if math.isnan(value) else (False, sign * value, -step.sequence)
 
-    return sorted((step for step in steps if metric in step.metrics and not step.superseded), key=order)
+    return sorted((step for step in steps if metric in step.metrics and not step.superseded), key=get_sort_key)
 
 
-def decide(retention: Retention, steps: Sequence[StepInfo], *, newest_verified: int | None) -> list[Verdict]:
+def decide_retention(retention: Retention, steps: Sequence[StepInfo], *, newest_verified: int | None) -> list[Verdict]:
     """What is kept and what may be deleted, with a reason for each.
 
     Args:
@@ -211,14 +211,14 @@ def decide(retention: Retention, steps: Sequence[StepInfo], *, newest_verified: 
         One verdict a step, in the order of the commits.
     """
     ordered = sorted(steps, key=lambda step: step.sequence)
-    reasons = retention.wanted(ordered)
+    reasons = retention.select_steps(ordered)
     for step in ordered:
         if step.pinned:
             reasons.setdefault(step.sequence, "pinned")
     if newest_verified is not None:
         reasons.setdefault(newest_verified, "the newest verified step")
-    for step in ordered[-FEWEST_STEPS:]:
-        reasons.setdefault(step.sequence, f"at least {FEWEST_STEPS} steps are kept")
+    for step in ordered[-MIN_KEPT_STEPS:]:
+        reasons.setdefault(step.sequence, f"at least {MIN_KEPT_STEPS} steps are kept")
     return [
         Verdict(step, step.sequence in reasons, reasons.get(step.sequence, "nothing in the spec keeps it"))
         for step in ordered

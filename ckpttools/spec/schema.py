@@ -11,7 +11,7 @@ from .operations import OPERATIONS
 from .storage import Integrity, Storage
 from .toml import RETENTIONS, TABLE, TRIGGERS
 
-_PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean"}
+_JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 
 
 def json_schema() -> dict[str, Any]:
@@ -22,69 +22,69 @@ def json_schema() -> dict[str, Any]:
         "required": ["directory"],
         "properties": {
             "directory": {"type": "string", "description": "The run's folder; relative to the file."},
-            "save": _one_or_many("trigger"),
-            "keep": _one_or_many("retention"),
-            "storage": _object(Storage),
-            "integrity": _object(Integrity),
-            "mirror": {"anyOf": [{"type": "string"}, _mirror()]},
-            "state_version": {"anyOf": [{"type": "integer", "minimum": 1}, _state_version()]},
+            "save": _allow_list("trigger"),
+            "keep": _allow_list("retention"),
+            "storage": _make_object(Storage),
+            "integrity": _make_object(Integrity),
+            "mirror": {"anyOf": [{"type": "string"}, _make_mirror()]},
+            "state_version": {"anyOf": [{"type": "integer", "minimum": 1}, _make_state_version()]},
         },
     }
     definitions = {
-        "trigger": {"oneOf": [_value(name, kind, "trigger") for name, kind in TRIGGERS.items()]},
-        "retention": {"oneOf": [_value(name, kind, "retention") for name, kind in RETENTIONS.items()]},
-        "operation": {"oneOf": [_value(name, kind, "operation") for name, kind in OPERATIONS.items()]},
+        "trigger": {"oneOf": [_make_value(name, kind, "trigger") for name, kind in TRIGGERS.items()]},
+        "retention": {"oneOf": [_make_value(name, kind, "retention") for name, kind in RETENTIONS.items()]},
+        "operation": {"oneOf": [_make_value(name, kind, "operation") for name, kind in OPERATIONS.items()]},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "ckpttools run file",
         "type": "object",
-        "properties": {TABLE: spec, "surgery": _operations()},
+        "properties": {TABLE: spec, "surgery": _make_operations()},
         "$defs": definitions,
     }
 
 
-def _one_or_many(definition: str) -> dict[str, Any]:
+def _allow_list(definition: str) -> dict[str, Any]:
     one = {"$ref": f"#/$defs/{definition}"}
     return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
 
 
-def _object(kind: type[Any]) -> dict[str, Any]:
+def _make_object(kind: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     properties = {
-        field.name: {**_type(hints[field.name]), "default": field.default} for field in dataclasses.fields(kind)
+        field.name: {**_make_type(hints[field.name]), "default": field.default} for field in dataclasses.fields(kind)
     }
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
-def _mirror() -> dict[str, Any]:
+def _make_mirror() -> dict[str, Any]:
     """The table of a mirror: what is not plain in it is spelled out here."""
     hints = typing.get_type_hints(Mirror)
     plain = ("url", "verify", "must_answer", "wait_s")
-    properties = {name: _type(hints[name]) for name in plain}
+    properties = {name: _make_type(hints[name]) for name in plain}
     options = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
-    properties |= {"keep": _one_or_many("retention"), "options": options}
+    properties |= {"keep": _allow_list("retention"), "options": options}
     return {"type": "object", "additionalProperties": False, "properties": properties, "required": ["url"]}
 
 
-def _operations() -> dict[str, Any]:
+def _make_operations() -> dict[str, Any]:
     return {"type": "array", "items": {"$ref": "#/$defs/operation"}}
 
 
-def _state_version() -> dict[str, Any]:
+def _make_state_version() -> dict[str, Any]:
     """The table of a version with the migrations that lead to it."""
     version = {"type": "integer", "minimum": 1}
     migration = {
         "type": "object",
         "additionalProperties": False,
-        "properties": {"from_version": version, "surgery": _operations()},
+        "properties": {"from_version": version, "surgery": _make_operations()},
         "required": ["from_version"],
     }
     properties = {"number": version, "migrations": {"type": "array", "items": migration}}
     return {"type": "object", "additionalProperties": False, "properties": properties, "required": ["number"]}
 
 
-def _value(name: str, kind: type[Any], definition: str) -> dict[str, Any]:
+def _make_value(name: str, kind: type[Any], definition: str) -> dict[str, Any]:
     """The table of one trigger or retention value: its first field stands under its name."""
     fields, hints = dataclasses.fields(kind), typing.get_type_hints(kind)
     if not fields:
@@ -92,8 +92,8 @@ def _value(name: str, kind: type[Any], definition: str) -> dict[str, Any]:
     elif fields[0].name == "parts":
         properties = {name: {"type": "array", "items": {"$ref": f"#/$defs/{definition}"}, "minItems": 1}}
     else:
-        properties = {name: _type(hints[fields[0].name])}
-        properties |= {field.name: _type(hints[field.name]) for field in fields[1:]}
+        properties = {name: _make_type(hints[fields[0].name])}
+        properties |= {field.name: _make_type(hints[field.name]) for field in fields[1:]}
     required = [name, *(field.name for field in fields[1:] if field.default is dataclasses.MISSING)]
     first_line = (kind.__doc__ or "").partition("\n")[0]
     return {
@@ -105,12 +105,12 @@ def _value(name: str, kind: type[Any], definition: str) -> dict[str, Any]:
     }
 
 
-def _type(hint: Any) -> dict[str, Any]:
+def _make_type(hint: Any) -> dict[str, Any]:
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         return {"enum": list(typing.get_args(hint))}
     if origin is tuple:
-        return {"type": "array", "items": _type(typing.get_args(hint)[0])}
+        return {"type": "array", "items": _make_type(typing.get_args(hint)[0])}
     if origin in (types.UnionType, typing.Union):
-        return {"anyOf": [_type(part) for part in typing.get_args(hint)]}
-    return {"type": _PLAIN[hint]}
+        return {"anyOf": [_make_type(part) for part in typing.get_args(hint)]}
+    return {"type": _JSON_TYPES[hint]}

@@ -112,7 +112,7 @@ class CheckpointSpec:
         """The spec as JSON of the same form as its TOML."""
         return json.dumps(toml.encode(self), indent=2)
 
-    def directed_metrics(self) -> dict[str, Literal["min", "max"]]:
+    def get_metric_modes(self) -> dict[str, Literal["min", "max"]]:
         """Metrics that the spec gives a direction, what it keeps before what it saves."""
 
         def visit(value: Any) -> Iterator[tuple[str, Literal["min", "max"]]]:

@@ -62,7 +62,7 @@ class StateVersion:
         """The oldest version that can be restored."""
         return self.number - len(self.migrations)
 
-    def since(self, version: int) -> tuple[Surgery, ...]:
+    def get_surgery_since(self, version: int) -> tuple[Surgery, ...]:
         """The surgery that brings a state of `version` up to this one; the version has to be known."""
         return tuple(each.surgery for each in self.migrations if each.from_version >= version)
 

@@ -49,7 +49,7 @@ class Storage:
         require_choice("Storage", "when_full", self.when_full, ("raise", "prune"))
         require_positive("Storage", "timeout_s", self.timeout_s)
 
-    def needed_bytes(self, save_bytes: int) -> int:
+    def compute_required_bytes(self, save_bytes: int) -> int:
         """Free bytes that a save of `save_bytes` asks for; never less than the save itself."""
         if isinstance(self.min_free, int):
             return max(self.min_free, save_bytes)

@@ -43,40 +43,42 @@ def decode(tables: Any) -> tuple[Operation, ...]:
         SpecError: If a table is no operation.
     """
     if not isinstance(tables, list):
-        raise _error(tables, "surgery is a list of tables.", '[[surgery]]\nrename = "a"\nnew = "b"')
-    return tuple(map(_decoded, tables))
+        raise _make_error(tables, "surgery is a list of tables.", '[[surgery]]\nrename = "a"\nnew = "b"')
+    return tuple(map(_decode_table, tables))
 
 
-def _decoded(table: Any) -> Operation:
+def _decode_table(table: Any) -> Operation:
     if not isinstance(table, Mapping) or not table:
-        raise _error(table, "each operation is a table that begins with its name.", '{ drop = "model.decoder" }')
+        raise _make_error(table, "each operation is a table that begins with its name.", '{ drop = "model.decoder" }')
     found = [name for name in table if name in OPERATIONS]
     if len(found) != 1:
         if found:
-            raise _error(table, "a table holds one operation.", f"a [[{TABLE}]] for each of {' and '.join(found)}.")
+            raise _make_error(
+                table, "a table holds one operation.", f"a [[{TABLE}]] for each of {' and '.join(found)}."
+            )
         why = "each table begins with the name of its operation."
-        raise _error(table, why, did_you_mean(next(iter(table)), OPERATIONS))
+        raise _make_error(table, why, did_you_mean(next(iter(table)), OPERATIONS))
     kind: type[Any] = OPERATIONS[found[0]]
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
     pattern = fields.pop(found[0])
     known = {field.name: field.default for field in dataclasses.fields(kind)[1:]}
     wrong = [name for name in fields if name not in known]
     if wrong:
-        raise _error(table, f"{found[0]} has no field {wrong[0]!r}.", did_you_mean(wrong[0], known))
+        raise _make_error(table, f"{found[0]} has no field {wrong[0]!r}.", did_you_mean(wrong[0], known))
     lacking = [name for name, value in known.items() if value is dataclasses.MISSING and name not in fields]
     if lacking:
-        raise _error(table, f"{found[0]} needs {' and '.join(lacking)}.", f'{lacking[0]} = "..."')
+        raise _make_error(table, f"{found[0]} needs {' and '.join(lacking)}.", f'{lacking[0]} = "..."')
     operation: Operation = kind(pattern, **fields)
     return operation
 
 
-def _error(table: Any, why: str, fix: str) -> SpecError:
-    return SpecError(what=f"{_literal(table)} is no operation of surgery.", why=why, fix=fix)
+def _make_error(table: Any, why: str, fix: str) -> SpecError:
+    return SpecError(what=f"{_format_literal(table)} is no operation of surgery.", why=why, fix=fix)
 
 
 def read_file(path: pathlib.Path) -> tuple[Operation, ...]:
     """The operations of a file."""
-    return read(documents.read_text(path, holds="the surgery"), source=str(path))
+    return read(documents.read_text(path, description="the surgery"), source=str(path))
 
 
 def read(text: str, *, source: str) -> tuple[Operation, ...]:
@@ -94,7 +96,7 @@ def read(text: str, *, source: str) -> tuple[Operation, ...]:
     lines = [number for number, line in enumerate(text.splitlines(), 1) if head.match(line)]
     for index, table in enumerate(tables):
         try:
-            operations.append(_decoded(table))
+            operations.append(_decode_table(table))
         except SpecError as error:
             # `surgery = [{...}]` in one line is legal too; then the file has to be enough.
             where = f"{source}, line {lines[index]}" if len(lines) == len(tables) else source
@@ -105,15 +107,15 @@ def read(text: str, *, source: str) -> tuple[Operation, ...]:
 def write(operations: Iterable[Operation]) -> str:
     """The `[[surgery]]` tables of some operations."""
     blocks = [
-        "\n".join([f"[[{TABLE}]]", *(f"{key} = {_literal(value)}" for key, value in table.items())])
+        "\n".join([f"[[{TABLE}]]", *(f"{key} = {_format_literal(value)}" for key, value in table.items())])
         for table in encode(operations)
     ]
     return "\n\n".join(blocks) + "\n" if blocks else f"{TABLE} = []\n"
 
 
-def _literal(value: Any) -> str:
+def _format_literal(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_literal(entry)}" for key, entry in value.items()) + " }"
+        return "{ " + ", ".join(f"{key} = {_format_literal(entry)}" for key, entry in value.items()) + " }"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_literal, value)) + "]"
+        return "[" + ", ".join(map(_format_literal, value)) + "]"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -110,9 +110,11 @@ def _encode_fields(name: str, value: Any, group: str) -> dict[str, Any]:
 def decode(table: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `CheckpointSpec` from plain data; errors name the key they stumbled on."""
     known = ("directory", "save", "keep", "storage", "integrity", "mirror", "state_version")
-    _refuse_unknown(table, known, "the table of a spec")
+    _require_known(table, known, "the table of a spec")
     if "directory" not in table:
-        raise _At("directory", "the spec has no directory.", "every step is a folder below it.", 'directory = "run"')
+        raise _ValueAtKeyError(
+            "directory", "the spec has no directory.", "every step is a folder below it.", 'directory = "run"'
+        )
     fields: dict[str, Any] = {"directory": table["directory"]}
     for group in ("save", "keep"):
         if group in table:
@@ -134,13 +136,15 @@ def _decode_version(data: Any) -> Any:
         return _construct(StateVersion, [data], {}, key)
     migrations = data.get("migrations", [])
     if not isinstance(migrations, list) or not all(isinstance(each, Mapping) for each in migrations):
-        raise _At("migrations", "migrations is no list of tables.", "each is a table.", "{ from_version = 1 }")
+        raise _ValueAtKeyError(
+            "migrations", "migrations is no list of tables.", "each is a table.", "{ from_version = 1 }"
+        )
     made = []
     for each in migrations:
-        _refuse_unknown(each, ("from_version", "surgery"), "a migration")
+        _require_known(each, ("from_version", "surgery"), "a migration")
         surgery = _construct(surgery_toml.decode, [each.get("surgery", [])], {}, "surgery")
         made.append(_construct(Migration, [each.get("from_version"), surgery], {}, "from_version"))
-    _refuse_unknown(data, ("number", "migrations"), key)
+    _require_known(data, ("number", "migrations"), key)
     return _construct(StateVersion, [data.get("number", 1), made], {}, key)
 
 
@@ -160,11 +164,13 @@ def _decode_value(data: Any, group: str, *, key: str) -> Any:
     choices = _GROUPS[group]
     if not isinstance(data, Mapping) or not data:
         example = "{ every_steps = 500 }" if group == "save" else "{ latest = 3 }"
-        raise _At(key, f"{key} = {data!r} is not a table.", "each value is a table that begins with its name.", example)
+        raise _ValueAtKeyError(
+            key, f"{key} = {data!r} is not a table.", "each value is a table that begins with its name.", example
+        )
     names = [name for name in data if name in choices]
     if len(names) != 1:
         first = next(iter(data))
-        raise _At(
+        raise _ValueAtKeyError(
             first,
             f"{first!r} is not known under {group!r}." if not names else f"{' and '.join(names)} in one table.",
             "each table holds one value; a list of tables combines them.",
@@ -173,7 +179,7 @@ def _decode_value(data: Any, group: str, *, key: str) -> Any:
     name, kind = names[0], choices[names[0]]
     rest = {field: value for field, value in data.items() if field != name}
     fields = [field.name for field in dataclasses.fields(kind)]
-    _refuse_unknown(rest, fields[1:], name)
+    _require_known(rest, fields[1:], name)
     if fields[:1] == ["parts"]:
         entries = data[name] if isinstance(data[name], list) else [data[name]]
         return _construct(kind, [_decode_value(part, group, key=name) for part in entries], {}, name)
@@ -182,8 +188,10 @@ def _decode_value(data: Any, group: str, *, key: str) -> Any:
 
 def _build(kind: type[Any], data: Any, *, key: str) -> Any:
     if not isinstance(data, Mapping):
-        raise _At(key, f"{key} = {data!r} is not a table.", "its fields stand in a table of their own.", f"[{key}]")
-    _refuse_unknown(data, [field.name for field in dataclasses.fields(kind)], key)
+        raise _ValueAtKeyError(
+            key, f"{key} = {data!r} is not a table.", "its fields stand in a table of their own.", f"[{key}]"
+        )
+    _require_known(data, [field.name for field in dataclasses.fields(kind)], key)
     return _construct(kind, [], data, key)
 
 
@@ -193,25 +201,27 @@ def _construct(kind: typing.Callable[..., Any], args: list[Any], kwargs: Mapping
     except SpecError as error:
         # The message of the value says which field is wrong; the line of that field is the most helpful one.
         field = next((name for name in kwargs if re.search(rf"\b{name}=", error.what)), key)
-        raise _At(field, error.what, error.why, error.fix) from error
+        raise _ValueAtKeyError(field, error.what, error.why, error.fix) from error
     except TypeError as error:
         why = str(error).split(".__init__() ")[-1]
-        raise _At(key, f"{key} is incomplete.", why, "its fields are listed in docs/ckpttools.md.") from error
+        raise _ValueAtKeyError(
+            key, f"{key} is incomplete.", why, "its fields are listed in docs/ckpttools.md."
+        ) from error
 
 
-def _refuse_unknown(data: Mapping[str, Any], known: typing.Iterable[str], where: str) -> None:
-    known = list(known)
+def _require_known(data: Mapping[str, Any], known_names: typing.Iterable[str], where: str) -> None:
+    known_names = list(known_names)
     for name in data:
-        if name not in known:
-            raise _At(
+        if name not in known_names:
+            raise _ValueAtKeyError(
                 name,
                 f"{name!r} is not known in {where}.",
                 "an entry that nothing reads would be taken for one that has an effect.",
-                did_you_mean(name, known),
+                did_you_mean(name, known_names),
             )
 
 
-class _At(Exception):
+class _ValueAtKeyError(Exception):
     """A wrong value, with the key by which its line is found."""
 
     def __init__(self, key: str, what: str, why: str, fix: str) -> None:
@@ -221,7 +231,7 @@ class _At(Exception):
 
 def read_file(path: pathlib.Path) -> dict[str, Any]:
     """Keyword arguments of `CheckpointSpec` from the `[checkpoint]` table of a file."""
-    return read(documents.read_text(path, holds="the spec of the run"), source=str(path))
+    return read(documents.read_text(path, description="the spec of the run"), source=str(path))
 
 
 def read(text: str, *, source: str) -> dict[str, Any]:
@@ -233,7 +243,7 @@ def read(text: str, *, source: str) -> dict[str, Any]:
             why="the spec of a run stands in that table, beside the other tables of the run.",
             fix=did_you_mean(TABLE, document) or f'[{TABLE}]\ndirectory = "runs/exp1"',
         )
-    return _decoded(document[TABLE], source, lambda key: _line_of(text, key))
+    return _decode_table(document[TABLE], source, lambda key: _find_line(text, key))
 
 
 def read_json(text: str, *, source: str) -> dict[str, Any]:
@@ -252,19 +262,21 @@ def read_json(text: str, *, source: str) -> dict[str, Any]:
             why="a spec is an object with named fields.",
             fix='{"directory": "runs/exp1"}',
         )
-    return _decoded(document, source, lambda _key: None)
+    return _decode_table(document, source, lambda _key: None)
 
 
-def _decoded(table: Mapping[str, Any], source: str, line_of: typing.Callable[[str], int | None]) -> dict[str, Any]:
+def _decode_table(
+    table: Mapping[str, Any], source: str, find_line: typing.Callable[[str], int | None]
+) -> dict[str, Any]:
     try:
         return decode(table)
-    except _At as error:
-        line = line_of(error.key)
+    except _ValueAtKeyError as error:
+        line = find_line(error.key)
         where = f"{source}, line {line}" if line else source
         raise SpecFileError(what=f"{where}: {error.what}", why=error.why, fix=error.fix) from error
 
 
-def _line_of(text: str, key: str) -> int | None:
+def _find_line(text: str, key: str) -> int | None:
     """The line, from 1, where `key` is set in the checkpoint table or one below it; else that of the table."""
     inside, table_line = False, None
     wanted = re.compile(rf"(^|[\s{{,\[.\"']){re.escape(key)}[\"']?\s*[=\].]")
@@ -281,24 +293,28 @@ def _line_of(text: str, key: str) -> int | None:
 def write(spec: Any) -> str:
     """The `[checkpoint]` table of a spec; values that are not hand-written to defaults are written too."""
     data = encode(spec)
-    lines = [f"[{TABLE}]", f"directory = {_literal(data['directory'])}"]
+    lines = [f"[{TABLE}]", f"directory = {_format_literal(data['directory'])}"]
     for group in ("save", "keep"):
         entries = data[group] if isinstance(data[group], list) else [data[group]]
-        lines += [f"{group} = ["] + [f"    {_literal(entry)}," for entry in entries] + ["]"]
+        lines += [f"{group} = ["] + [f"    {_format_literal(entry)}," for entry in entries] + ["]"]
     for table in ("storage", "integrity"):
-        lines += ["", f"[{TABLE}.{table}]"] + [f"{key} = {_literal(value)}" for key, value in data[table].items()]
+        lines += ["", f"[{TABLE}.{table}]"] + [
+            f"{key} = {_format_literal(value)}" for key, value in data[table].items()
+        ]
     if "state_version" in data:
-        lines.insert(2, f"state_version = {_literal(data['state_version'])}")
+        lines.insert(2, f"state_version = {_format_literal(data['state_version'])}")
     if "mirror" in data:
-        lines += ["", f"[{TABLE}.mirror]"] + [f"{key} = {_literal(value)}" for key, value in data["mirror"].items()]
+        lines += ["", f"[{TABLE}.mirror]"] + [
+            f"{key} = {_format_literal(value)}" for key, value in data["mirror"].items()
+        ]
     return "\n".join(lines) + "\n"
 
 
-def _literal(value: Any) -> str:
+def _format_literal(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_literal(entry)}" for key, entry in value.items()) + " }"
+        return "{ " + ", ".join(f"{key} = {_format_literal(entry)}" for key, entry in value.items()) + " }"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_literal, value)) + "]"
+        return "[" + ", ".join(map(_format_literal, value)) + "]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -13,25 +13,25 @@ from typing import Any
 from .triggers import AllOf, AnyOf, Memory, Trigger
 
 
-def written(trigger: Trigger, memory: Memory) -> dict[str, Any]:
+def encode_memory(trigger: Trigger, memory: Memory) -> dict[str, Any]:
     """The memories of a trigger and its parts by their descriptions, for the manifest."""
     if not isinstance(trigger, AnyOf | AllOf):
-        return {} if memory is None else {_description(trigger): memory}
+        return {} if memory is None else {_describe_trigger(trigger): memory}
     parts: dict[str, Any] = {}
     for part, own in zip(trigger.parts, memory or [None] * len(trigger.parts), strict=True):
         # Equal parts have seen the same moments, so they have the same memory.
-        parts |= written(part, own)
+        parts |= encode_memory(part, own)
     return parts
 
 
-def recalled(trigger: Trigger, stored: Any) -> Memory:
+def decode_memory(trigger: Trigger, encoded: Any) -> Memory:
     """The memory of a trigger out of what `written` gave; what does not fit is forgotten."""
     if isinstance(trigger, AnyOf | AllOf):
-        return [recalled(part, stored) for part in trigger.parts]
-    memory = stored.get(_description(trigger)) if isinstance(stored, dict) else None
-    return memory if trigger.fits(memory) else None
+        return [decode_memory(part, encoded) for part in trigger.parts]
+    memory = encoded.get(_describe_trigger(trigger)) if isinstance(encoded, dict) else None
+    return memory if trigger.is_valid_memory(memory) else None
 
 
-def _description(trigger: Trigger) -> str:
+def _describe_trigger(trigger: Trigger) -> str:
     # The plain `repr` of an object holds its address, which no other process has.
     return repr(trigger) if dataclasses.is_dataclass(trigger) else type(trigger).__qualname__

@@ -24,7 +24,7 @@ type Memory = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Moment:
+class StepContext:
     """What a trigger may look at.
 
     Attributes:
@@ -35,7 +35,7 @@ class Moment:
 
     step: int
     run_s: float = 0.0
-    metric: Callable[[str], float | None] = lambda _name: None
+    get_metric: Callable[[str], float | None] = lambda _name: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,31 +49,35 @@ class Decision:
 class Trigger:
     """Base of all triggers: combine with `|` (either) and `&` (both at the same step)."""
 
-    def observe(self, moment: Moment, memory: Memory) -> Memory:
+    def observe(self, context: StepContext, memory: Memory) -> Memory:
         """The memory after seeing a step."""
         return memory
 
-    def decide(self, moment: Moment, memory: Memory) -> Decision:
+    def decide(self, context: StepContext, memory: Memory) -> Decision:
         """Whether to save at this step."""
         raise NotImplementedError
 
-    def saved(self, moment: Moment, memory: Memory) -> Memory:
+    def update_after_save(self, context: StepContext, memory: Memory) -> Memory:
         """The memory after a save at this step."""
         return memory
 
-    def fits(self, memory: Memory) -> bool:
+    def is_valid_memory(self, memory: Memory) -> bool:
         """Whether a memory that was read from a disk is of the form that this trigger writes."""
         return True
 
-    def metrics(self) -> frozenset[str]:
+    def get_metric_names(self) -> frozenset[str]:
         """Names of the metrics that the trigger looks at."""
         return frozenset()
 
     def __or__(self, other: "Trigger") -> "Trigger":
-        return AnyOf(*_parts(AnyOf, self), *_parts(AnyOf, other)) if isinstance(other, Trigger) else NotImplemented
+        return (
+            AnyOf(*_get_parts(AnyOf, self), *_get_parts(AnyOf, other)) if isinstance(other, Trigger) else NotImplemented
+        )
 
     def __and__(self, other: "Trigger") -> "Trigger":
-        return AllOf(*_parts(AllOf, self), *_parts(AllOf, other)) if isinstance(other, Trigger) else NotImplemented
+        return (
+            AllOf(*_get_parts(AllOf, self), *_get_parts(AllOf, other)) if isinstance(other, Trigger) else NotImplemented
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +90,8 @@ class EverySteps(Trigger):
         require_count("EverySteps", "n", self.n)
 
     @override
-    def decide(self, moment: Moment, memory: Memory) -> Decision:
-        return Decision(moment.step % self.n == 0, f"every {self.n} steps")
+    def decide(self, context: StepContext, memory: Memory) -> Decision:
+        return Decision(context.step % self.n == 0, f"every {self.n} steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,16 +104,16 @@ class EverySeconds(Trigger):
         require_positive("EverySeconds", "seconds", self.seconds)
 
     @override
-    def fits(self, memory: Memory) -> bool:
+    def is_valid_memory(self, memory: Memory) -> bool:
         return isinstance(memory, int | float)
 
     @override
-    def decide(self, moment: Moment, memory: Memory) -> Decision:
-        return Decision(moment.run_s - (memory or 0.0) >= self.seconds, f"every {self.seconds:g} s")
+    def decide(self, context: StepContext, memory: Memory) -> Decision:
+        return Decision(context.run_s - (memory or 0.0) >= self.seconds, f"every {self.seconds:g} s")
 
     @override
-    def saved(self, moment: Moment, memory: Memory) -> Memory:
-        return moment.run_s
+    def update_after_save(self, context: StepContext, memory: Memory) -> Memory:
+        return context.run_s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +125,11 @@ class AtSteps(Trigger):
     def __post_init__(self) -> None:
         if isinstance(self.steps, list):
             object.__setattr__(self, "steps", tuple(self.steps))
-        require_steps("AtSteps", self.steps, least=1)
+        require_steps("AtSteps", self.steps, minimum=1)
 
     @override
-    def decide(self, moment: Moment, memory: Memory) -> Decision:
-        return Decision(moment.step in self.steps, "a step that was asked for")
+    def decide(self, context: StepContext, memory: Memory) -> Decision:
+        return Decision(context.step in self.steps, "a step that was asked for")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,26 +154,26 @@ class OnImprovement(Trigger):
             require_positive("OnImprovement", "min_delta", self.min_delta)
 
     @override
-    def metrics(self) -> frozenset[str]:
+    def get_metric_names(self) -> frozenset[str]:
         return frozenset({self.metric})
 
     @override
-    def fits(self, memory: Memory) -> bool:
+    def is_valid_memory(self, memory: Memory) -> bool:
         return isinstance(memory, int | float)
 
     @override
-    def decide(self, moment: Moment, memory: Memory) -> Decision:
-        value = moment.metric(self.metric)
-        return Decision(value is not None and self._better(value, memory), f"{self.metric} improved")
+    def decide(self, context: StepContext, memory: Memory) -> Decision:
+        value = context.get_metric(self.metric)
+        return Decision(value is not None and self._is_better(value, memory), f"{self.metric} improved")
 
     @override
-    def saved(self, moment: Moment, memory: Memory) -> Memory:
-        value = moment.metric(self.metric)
+    def update_after_save(self, context: StepContext, memory: Memory) -> Memory:
+        value = context.get_metric(self.metric)
         if value is None or math.isnan(value):
             return memory
         return value if memory is None else (min if self.mode == "min" else max)(value, memory)
 
-    def _better(self, value: float, best: float | None) -> bool:
+    def _is_better(self, value: float, best: float | None) -> bool:
         # NaN is never an improvement: a diverged run must not replace its own best.
         if math.isnan(value):
             return False
@@ -208,7 +212,7 @@ class Adaptive(Trigger):
         require_name("Adaptive", "metric", self.metric)
         for field in ("base_steps", "min_steps", "max_steps"):
             require_count("Adaptive", field, getattr(self, field))
-        require_count("Adaptive", "window", self.window, least=2)
+        require_count("Adaptive", "window", self.window, minimum=2)
         require_positive("Adaptive", "unstable", self.unstable)
         if not self.min_steps <= self.base_steps <= self.max_steps:
             raise SpecError(
@@ -219,11 +223,11 @@ class Adaptive(Trigger):
             )
 
     @override
-    def metrics(self) -> frozenset[str]:
+    def get_metric_names(self) -> frozenset[str]:
         return frozenset({self.metric})
 
     @override
-    def fits(self, memory: Memory) -> bool:
+    def is_valid_memory(self, memory: Memory) -> bool:
         if not isinstance(memory, dict) or memory.keys() != {"history", "interval", "last"}:
             return False
         history = memory["history"]
@@ -231,11 +235,11 @@ class Adaptive(Trigger):
         return counts and isinstance(history, list) and all(isinstance(value, int | float) for value in history)
 
     @override
-    def observe(self, moment: Moment, memory: Memory) -> Memory:
-        value = moment.metric(self.metric)
+    def observe(self, context: StepContext, memory: Memory) -> Memory:
+        value = context.get_metric(self.metric)
         if value is None:
             return memory
-        memory = self._memory(memory)
+        memory = self._get_memory(memory)
         history = [*memory["history"], value]
         interval = memory["interval"]
         if len(history) >= self.window:
@@ -245,16 +249,16 @@ class Adaptive(Trigger):
         return {**memory, "history": history, "interval": interval}
 
     @override
-    def decide(self, moment: Moment, memory: Memory) -> Decision:
-        memory = self._memory(memory)
-        due = moment.step - memory["last"] >= memory["interval"]
+    def decide(self, context: StepContext, memory: Memory) -> Decision:
+        memory = self._get_memory(memory)
+        due = context.step - memory["last"] >= memory["interval"]
         return Decision(due, f"every {memory['interval']} steps at present, following {self.metric}")
 
     @override
-    def saved(self, moment: Moment, memory: Memory) -> Memory:
-        return {**self._memory(memory), "last": moment.step}
+    def update_after_save(self, context: StepContext, memory: Memory) -> Memory:
+        return {**self._get_memory(memory), "last": context.step}
 
-    def _memory(self, memory: Memory) -> dict[str, Any]:
+    def _get_memory(self, memory: Memory) -> dict[str, Any]:
         return memory or {"history": [], "interval": self.base_steps, "last": 0}
 
     def _is_unstable(self, history: list[float]) -> bool:
@@ -265,64 +269,64 @@ class Adaptive(Trigger):
         return spread > self.unstable * abs(mean)
 
 
-class _Combined(Trigger):
+class _Combination(Trigger):
     """What `AnyOf` and `AllOf` share: each part keeps its own memory, in order."""
 
     parts: tuple[Trigger, ...]
 
-    def observe(self, moment: Moment, memory: Memory) -> Memory:
-        return [part.observe(moment, own) for part, own in self._with_memory(memory)]
+    def observe(self, context: StepContext, memory: Memory) -> Memory:
+        return [part.observe(context, own) for part, own in self._pair_with_memory(memory)]
 
-    def saved(self, moment: Moment, memory: Memory) -> Memory:
-        return [part.saved(moment, own) for part, own in self._with_memory(memory)]
+    def update_after_save(self, context: StepContext, memory: Memory) -> Memory:
+        return [part.update_after_save(context, own) for part, own in self._pair_with_memory(memory)]
 
-    def metrics(self) -> frozenset[str]:
-        return frozenset().union(*(part.metrics() for part in self.parts))
+    def get_metric_names(self) -> frozenset[str]:
+        return frozenset().union(*(part.get_metric_names() for part in self.parts))
 
-    def _decisions(self, moment: Moment, memory: Memory) -> list[Decision]:
-        return [part.decide(moment, own) for part, own in self._with_memory(memory)]
+    def _decide_parts(self, context: StepContext, memory: Memory) -> list[Decision]:
+        return [part.decide(context, own) for part, own in self._pair_with_memory(memory)]
 
-    def _with_memory(self, memory: Memory) -> list[tuple[Trigger, Memory]]:
+    def _pair_with_memory(self, memory: Memory) -> list[tuple[Trigger, Memory]]:
         return list(zip(self.parts, memory or [None] * len(self.parts), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class AnyOf(_Combined):
+class AnyOf(_Combination):
     """Save when at least one part says so; written `a | b`."""
 
     parts: tuple[Trigger, ...]
 
     def __init__(self, *parts: Trigger) -> None:
-        object.__setattr__(self, "parts", _checked_parts("AnyOf", "|", parts))
+        object.__setattr__(self, "parts", _require_parts("AnyOf", "|", parts))
 
     @override
-    def decide(self, moment: Moment, memory: Memory) -> Decision:
-        decisions = self._decisions(moment, memory)
+    def decide(self, context: StepContext, memory: Memory) -> Decision:
+        decisions = self._decide_parts(context, memory)
         reasons = [decision.reason for decision in decisions if decision.save]
         return Decision(bool(reasons), " and ".join(reasons or (decision.reason for decision in decisions)))
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class AllOf(_Combined):
+class AllOf(_Combination):
     """Save when all parts say so at the same step; written `a & b`."""
 
     parts: tuple[Trigger, ...]
 
     def __init__(self, *parts: Trigger) -> None:
-        object.__setattr__(self, "parts", _checked_parts("AllOf", "&", parts))
+        object.__setattr__(self, "parts", _require_parts("AllOf", "&", parts))
 
     @override
-    def decide(self, moment: Moment, memory: Memory) -> Decision:
-        decisions = self._decisions(moment, memory)
+    def decide(self, context: StepContext, memory: Memory) -> Decision:
+        decisions = self._decide_parts(context, memory)
         return Decision(all(d.save for d in decisions), " with ".join(d.reason for d in decisions))
 
 
-def _parts(kind: type[AnyOf] | type[AllOf], trigger: Trigger) -> tuple[Trigger, ...]:
+def _get_parts(kind: type[AnyOf] | type[AllOf], trigger: Trigger) -> tuple[Trigger, ...]:
     """The parts of `trigger` if it is of `kind`, so that `a | b | c` is one flat value."""
     return trigger.parts if isinstance(trigger, kind) else (trigger,)
 
 
-def _checked_parts(owner: str, operator: str, parts: tuple[Trigger, ...]) -> tuple[Trigger, ...]:
+def _require_parts(owner: str, operator: str, parts: tuple[Trigger, ...]) -> tuple[Trigger, ...]:
     if not parts or not all(isinstance(part, Trigger) for part in parts):
         raise SpecError(
             what=f"{owner}{parts!r} does not combine triggers.",

@@ -27,10 +27,10 @@ from . import commit, confine, digest, layout
 from .manifest import Lineage, Manifest, Summary, read_sealed
 from .manifest import read as read_manifest
 
-_PINS = ("pins.json", "pins.second.json")
+_PIN_FILES = ("pins.json", "pins.second.json")
 """Kept twice: with the only list damaged, retention would delete what somebody asked to keep for good."""
 
-type State = Literal["committed", "unverified", "incomplete", "corrupt", "newer", "unreadable"]
+type EntryState = Literal["committed", "unverified", "incomplete", "corrupt", "newer", "unreadable"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Entry:
 
     step: int
     path: pathlib.Path
-    state: State
+    state: EntryState
     info: StepInfo | None = None
     manifest: Manifest | None = None
     error: CheckpointError | None = None
@@ -69,34 +69,34 @@ class Catalogue:
     """
 
     entries: tuple[Entry, ...]
-    set_aside: tuple[Entry, ...] = ()
+    moved_entries: tuple[Entry, ...] = ()
     last_sequence: int = 0
 
     @property
-    def committed(self) -> tuple[Entry, ...]:
+    def committed_entries(self) -> tuple[Entry, ...]:
         """Committed steps of all branches."""
-        return tuple(entry for entry in (*self.entries, *self.set_aside) if entry.state == "committed")
+        return tuple(entry for entry in (*self.entries, *self.moved_entries) if entry.state == "committed")
 
     @property
-    def live(self) -> tuple[Entry, ...]:
+    def live_entries(self) -> tuple[Entry, ...]:
         """Committed steps of the run's own branch."""
-        return tuple(entry for entry in self.committed if entry.info and not entry.info.superseded)
+        return tuple(entry for entry in self.committed_entries if entry.info and not entry.info.superseded)
 
     @property
-    def newest(self) -> Entry | None:
+    def newest_entry(self) -> Entry | None:
         """The step that was committed last."""
-        return max(self.committed, key=_sequence, default=None)
+        return max(self.committed_entries, key=_get_sequence, default=None)
 
     @property
     def lineage(self) -> Lineage:
         """The branches of the run's newest step; empty for an empty run."""
-        newest = self.newest
+        newest = self.newest_entry
         return newest.manifest.summary.lineage if newest and newest.manifest else ()
 
     @property
     def next_sequence(self) -> int:
         """The number of the next commit."""
-        return 1 + max(self.last_sequence, *map(_sequence, self.committed), 0)
+        return 1 + max(self.last_sequence, *map(_get_sequence, self.committed_entries), 0)
 
 
 def scan(root: pathlib.Path) -> Catalogue:
@@ -105,58 +105,63 @@ def scan(root: pathlib.Path) -> Catalogue:
     Raises:
         StorageError: If the folder itself cannot be listed.
     """
-    with commit.explained(f"{root} cannot be listed"):
+    with commit.wrap_os_errors(f"{root} cannot be listed"):
         return _scan(root)
 
 
 def _scan(root: pathlib.Path) -> Catalogue:
     pins = read_pins(root)
-    entries = _scan_folder(root)
-    aside = [entry for entry in _scan_folder(layout.control(root, "superseded"), aside=True) if entry.manifest]
-    spares = numbered_spares(root)
-    lineage = _lineage_of_damaged(root, entries, aside, spares) or _newest_lineage([*entries, *aside])
-    placed = _with_branches(entries, pins, lineage)
+    entries = _scan_directory(root)
+    aside = [
+        entry
+        for entry in _scan_directory(layout.get_control_path(root, "superseded"), allow_suffix=True)
+        if entry.manifest
+    ]
+    spares = list_spares(root)
+    lineage = _find_damaged_lineage(root, entries, aside, spares) or _find_newest_lineage([*entries, *aside])
+    placed = _add_step_infos(entries, pins, lineage)
     live = {entry.step for entry in placed if entry.info and not entry.info.superseded}
     return Catalogue(
         tuple(placed),
         tuple(
-            entry if entry.step not in live else _superseded(entry) for entry in _with_branches(aside, pins, lineage)
+            entry if entry.step not in live else _mark_superseded(entry)
+            for entry in _add_step_infos(aside, pins, lineage)
         ),
         max(spares, default=0),
     )
 
 
-def with_step(known: Catalogue, path: pathlib.Path, pins: frozenset[int]) -> Catalogue:
+def add_step(steps: Catalogue, path: pathlib.Path, pins: frozenset[int]) -> Catalogue:
     """A catalogue after the commit of one step, without reading the others again."""
     step = int(path.name)
-    if any(entry.step == step for entry in known.entries):
+    if any(entry.step == step for entry in steps.entries):
         # What was in its way has been moved aside: rare, so the folders are read again.
         return scan(path.parent)
-    examined = _examine(path, step)
-    entries = sorted([*known.entries, *([examined] if examined else [])], key=lambda entry: entry.step)
-    lineage = _newest_lineage([*entries, *known.set_aside])
+    examined = _examine_path(path, step)
+    entries = sorted([*steps.entries, *([examined] if examined else [])], key=lambda entry: entry.step)
+    lineage = _find_newest_lineage([*entries, *steps.moved_entries])
     return dataclasses.replace(
-        known,
-        entries=tuple(_with_branches(entries, pins, lineage)),
-        set_aside=tuple(_with_branches(known.set_aside, pins, lineage)),
+        steps,
+        entries=tuple(_add_step_infos(entries, pins, lineage)),
+        moved_entries=tuple(_add_step_infos(steps.moved_entries, pins, lineage)),
     )
 
 
-def _scan_folder(folder: pathlib.Path, *, aside: bool = False) -> list[Entry]:
-    if not folder.is_dir():
+def _scan_directory(directory: pathlib.Path, *, allow_suffix: bool = False) -> list[Entry]:
+    if not directory.is_dir():
         return []
     entries = []
-    for path in folder.iterdir():
-        step = layout.step_number(path.name.partition("-")[0] if aside else path.name)
-        if step is not None and (entry := _examine(path, step)) is not None:
+    for path in directory.iterdir():
+        step = layout.parse_step_number(path.name.partition("-")[0] if allow_suffix else path.name)
+        if step is not None and (entry := _examine_path(path, step)) is not None:
             entries.append(entry)
     return sorted(entries, key=lambda entry: entry.step)
 
 
-def _examine(path: pathlib.Path, step: int) -> Entry | None:
+def _examine_path(path: pathlib.Path, step: int) -> Entry | None:
     """What a numbered folder is; None if it is no folder."""
     try:
-        return _examine_folder(path, step) if path.is_dir() else None
+        return _examine_directory(path, step) if path.is_dir() else None
     except OSError as error:
         # One bad sector must not hide the other steps; whoever needs this one is told.
         failure = StorageError(
@@ -167,7 +172,7 @@ def _examine(path: pathlib.Path, step: int) -> Entry | None:
         return Entry(step=step, path=path, state="unreadable", error=failure)
 
 
-def _examine_folder(path: pathlib.Path, step: int) -> Entry:
+def _examine_directory(path: pathlib.Path, step: int) -> Entry:
     if path.is_symlink():
         error = UntrustedStepError(what=f"{path.name} is a link.", why="a step lies in the run's own folder.")
         return Entry(step=step, path=path, state="corrupt", error=error)
@@ -175,7 +180,7 @@ def _examine_folder(path: pathlib.Path, step: int) -> Entry:
         return Entry(step=step, path=path, state="committed", manifest=read_manifest(path))
     except IncompleteStepError as error:
         lacks_manifest = not (path / layout.MANIFEST).exists()
-        foreign = lacks_manifest and looks_like_orbax(path) and not _was_ours(path.parent, step)
+        foreign = lacks_manifest and is_orbax_checkpoint(path) and not _has_spare_manifest(path.parent, step)
         return Entry(step=step, path=path, state="unverified" if foreign else "incomplete", error=error)
     except VersionError as error:
         return Entry(step=step, path=path, state="newer", error=error)
@@ -183,9 +188,9 @@ def _examine_folder(path: pathlib.Path, step: int) -> Entry:
         return Entry(step=step, path=path, state="corrupt", error=error)
 
 
-def _was_ours(root: pathlib.Path, step: int) -> bool:
+def _has_spare_manifest(root: pathlib.Path, step: int) -> bool:
     """Whether a step without a manifest once had one: its second copy tells it from a step of plain Orbax."""
-    spares = layout.control(root, "spare")
+    spares = layout.get_control_path(root, "spare")
     for spare in spares.iterdir() if spares.is_dir() else ():
         with contextlib.suppress(StepDamagedError, VersionError, OSError):
             if read_sealed(spare).summary.step == step:
@@ -193,42 +198,42 @@ def _was_ours(root: pathlib.Path, step: int) -> bool:
     return False
 
 
-def looks_like_orbax(folder: pathlib.Path) -> bool:
+def is_orbax_checkpoint(directory: pathlib.Path) -> bool:
     """Whether plain Orbax finished a checkpoint here (v0 and v1 write this file last)."""
-    return (folder / "_CHECKPOINT_METADATA").is_file()
+    return (directory / "_CHECKPOINT_METADATA").is_file()
 
 
-def numbered_spares(root: pathlib.Path) -> list[int]:
+def list_spares(root: pathlib.Path) -> list[int]:
     """The numbers of the commits of which there are second copies, the last one first."""
-    spares = layout.control(root, "spare")
+    spares = layout.get_control_path(root, "spare")
     names = [path.name for path in spares.iterdir()] if spares.is_dir() else []
-    return sorted((number for name in names if (number := layout.step_number(name)) is not None), reverse=True)
+    return sorted((number for name in names if (number := layout.parse_step_number(name)) is not None), reverse=True)
 
 
-def _newest_lineage(entries: Iterable[Entry]) -> Lineage:
+def _find_newest_lineage(entries: Iterable[Entry]) -> Lineage:
     summaries = [entry.manifest.summary for entry in entries if entry.manifest]
     return max(summaries, key=lambda summary: summary.sequence).lineage if summaries else ()
 
 
-def _lineage_of_damaged(
-    root: pathlib.Path, entries: Sequence[Entry], aside: Sequence[Entry], spares: Sequence[int]
+def _find_damaged_lineage(
+    root: pathlib.Path, entries: Sequence[Entry], moved_entries: Sequence[Entry], spares: Sequence[int]
 ) -> Lineage:
     """The lineage of a damaged step that was committed after all intact ones; empty if there is none."""
-    newest = max((entry.manifest.summary.sequence for entry in (*entries, *aside) if entry.manifest), default=0)
-    quarantined = layout.control(root, "quarantine")
+    newest = max((entry.manifest.summary.sequence for entry in (*entries, *moved_entries) if entry.manifest), default=0)
+    quarantined = layout.get_control_path(root, "quarantine")
     names = [path.name.partition("-")[0] for path in quarantined.iterdir()] if quarantined.is_dir() else []
-    damaged = {entry.step for entry in entries if not entry.manifest} | set(map(layout.step_number, names))
+    damaged = {entry.step for entry in entries if not entry.manifest} | set(map(layout.parse_step_number, names))
     for number in spares:
         if number <= newest:
             break
         with contextlib.suppress(StepDamagedError, VersionError, OSError):
-            summary = read_sealed(layout.spare(root, number)).summary
+            summary = read_sealed(layout.get_spare_directory(root, number)).summary
             if summary.step in damaged:
                 return summary.lineage
     return ()
 
 
-def _with_branches(entries: Iterable[Entry], pins: frozenset[int], lineage: Lineage) -> list[Entry]:
+def _add_step_infos(entries: Iterable[Entry], pins: frozenset[int], lineage: Lineage) -> list[Entry]:
     placed = []
     for entry in entries:
         if entry.manifest:
@@ -246,7 +251,7 @@ def _with_branches(entries: Iterable[Entry], pins: frozenset[int], lineage: Line
     return placed
 
 
-def _superseded(entry: Entry) -> Entry:
+def _mark_superseded(entry: Entry) -> Entry:
     return dataclasses.replace(entry, info=dataclasses.replace(entry.info, superseded=True)) if entry.info else entry
 
 
@@ -260,31 +265,31 @@ def is_live(summary: Summary, lineage: Lineage) -> bool:
     return False
 
 
-def _sequence(entry: Entry) -> int:
+def _get_sequence(entry: Entry) -> int:
     return entry.info.sequence if entry.info else 0
 
 
 def read_pins(root: pathlib.Path) -> frozenset[int]:
     """Steps that were pinned, from whichever of the two lists is whole; none if neither is."""
-    found = (_pins_in(layout.control(root, name)) for name in _PINS)
+    found = (_read_pin_file(layout.get_control_path(root, name)) for name in _PIN_FILES)
     return next((pins for pins in found if pins is not None), frozenset())
 
 
-def _pins_in(path: pathlib.Path) -> frozenset[int] | None:
+def _read_pin_file(path: pathlib.Path) -> frozenset[int] | None:
     """The steps of one list of pins; None if it is missing or its bytes are not those that were written."""
     try:
         data = json.loads(path.read_bytes())
         steps = data["steps"]
-        whole = digest.of_bytes("xxh3", json.dumps(steps).encode()) == data["digest"]
+        whole = digest.hash_bytes("xxh3", json.dumps(steps).encode()) == data["digest"]
         return frozenset(steps) if whole and all(type(step) is int for step in steps) else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
-def pins_are_whole(root: pathlib.Path) -> bool:
+def has_intact_pins(root: pathlib.Path) -> bool:
     """Whether both lists of pins are whole and equal, or there are none."""
-    paths = [layout.control(root, name) for name in _PINS]
-    first, second = map(_pins_in, paths)
+    paths = [layout.get_control_path(root, name) for name in _PIN_FILES]
+    first, second = map(_read_pin_file, paths)
     return first == second and (first is not None or not any(path.exists() for path in paths))
 
 
@@ -292,6 +297,6 @@ def write_pins(root: pathlib.Path, pins: frozenset[int]) -> None:
     """Replace the list of pinned steps, durably, and then its second copy."""
     confine.require_confined(root)
     steps = sorted(pins)
-    mark = digest.of_bytes("xxh3", json.dumps(steps).encode())
-    for name in _PINS:
-        commit.write_file(layout.control(root, name), json.dumps({"steps": steps, "digest": mark}).encode())
+    mark = digest.hash_bytes("xxh3", json.dumps(steps).encode())
+    for name in _PIN_FILES:
+        commit.write_file(layout.get_control_path(root, name), json.dumps({"steps": steps, "digest": mark}).encode())

@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from ..errors import StepDamagedError, StorageError, VersionError
 from . import layout, manifest
 
-SMALL_BYTES = 1 << 16
+MAX_SPARE_BYTES = 1 << 16
 """Files up to this size are kept twice: all of Orbax's metadata, and no array data worth mentioning."""
 
 
 @contextlib.contextmanager
-def explained(failed: str, fix: str = "mend the cause and try again; no step was changed.") -> Iterator[None]:
+def wrap_os_errors(what: str, fix: str = "mend the cause and try again; no step was changed.") -> Iterator[None]:
     """Turn what the disk raises into a `StorageError` that begins with `failed`."""
     try:
         yield
@@ -30,11 +30,11 @@ def explained(failed: str, fix: str = "mend the cause and try again; no step was
         raise
     except OSError as error:
         raise StorageError(
-            what=f"{failed}: {error}.", why="that is the disk or its permissions; nothing was lost.", fix=fix
+            what=f"{what}: {error}.", why="that is the disk or its permissions; nothing was lost.", fix=fix
         ) from error
 
 
-def raised(error: OSError) -> None:
+def raise_for_os_error(error: OSError) -> None:
     """For `os.walk`, which takes a folder that cannot be listed for an empty one if nobody objects."""
     raise error
 
@@ -48,26 +48,26 @@ def sync_file(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: pathlib.Path) -> None:
+def sync_tree(directory: pathlib.Path) -> None:
     """Force every file and folder below `folder`, and itself, to the disk; children before parents."""
-    for parent, _, names in os.walk(folder, topdown=False, onerror=raised):
+    for parent, _, names in os.walk(directory, topdown=False, onerror=raise_for_os_error):
         for name in names:
             sync_file(pathlib.Path(parent, name))
         sync_file(pathlib.Path(parent))
 
 
-def make_folder(folder: pathlib.Path) -> None:
+def make_directory(directory: pathlib.Path) -> None:
     """Create a folder and its parents, and make each new entry durable."""
-    if folder.is_dir():
+    if directory.is_dir():
         return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync_file(folder.parent)
+    make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    sync_file(directory.parent)
 
 
 def move(source: pathlib.Path, target: pathlib.Path) -> None:
     """Rename a folder and make both its old and its new place durable."""
-    make_folder(target.parent)
+    make_directory(target.parent)
     os.rename(source, target)
     sync_file(target.parent)
     sync_file(source.parent)
@@ -78,11 +78,11 @@ def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int) -> pathlib.
 
     What is in the way is moved aside first: a step of a superseded branch, or what never was a step.
     """
-    target = layout.step_folder(root, step)
+    target = layout.get_step_directory(root, step)
     sync_tree(staged)
     if target.exists():
         aside = "superseded" if _is_step(target) else "quarantine"
-        move(target, layout.free_name(layout.control(root, aside), str(step)))
+        move(target, layout.find_free_path(layout.get_control_path(root, aside), str(step)))
     try:
         move(staged, target)
     except OSError as error:
@@ -96,58 +96,58 @@ def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int) -> pathlib.
     return target
 
 
-def _is_step(folder: pathlib.Path) -> bool:
+def _is_step(directory: pathlib.Path) -> bool:
     with contextlib.suppress(StepDamagedError, VersionError):
-        return bool(manifest.read(folder))
+        return bool(manifest.read(directory))
     return False
 
 
-def discard(root: pathlib.Path, folder: pathlib.Path) -> None:
+def discard(root: pathlib.Path, directory: pathlib.Path) -> None:
     """Delete a folder of the run: first out of sight by one rename, then for good."""
-    in_trash = layout.free_name(layout.control(root, "trash"), folder.name)
-    move(folder, in_trash)
+    in_trash = layout.find_free_path(layout.get_control_path(root, "trash"), directory.name)
+    move(directory, in_trash)
     shutil.rmtree(in_trash, ignore_errors=True)
 
 
-def quarantine(root: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+def quarantine(root: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
     """Move a damaged step out of the way without losing a byte of it."""
-    target = layout.free_name(layout.control(root, "quarantine"), folder.name)
-    move(folder, target)
+    target = layout.find_free_path(layout.get_control_path(root, "quarantine"), directory.name)
+    move(directory, target)
     return target
 
 
 def sweep(root: pathlib.Path) -> None:
     """Remove what a killed process left half done; only for the process that holds the lock."""
     for part in ("staging", "trash", "outbox"):
-        folder = layout.control(root, part)
+        folder = layout.get_control_path(root, part)
         if folder.is_dir():
             for entry in folder.iterdir():
                 shutil.rmtree(entry, ignore_errors=True)
-    own = layout.control(root)
+    own = layout.get_control_path(root)
     for entry in own.iterdir() if own.is_dir() else ():
         if entry.suffix == ".new":
             entry.unlink(missing_ok=True)
 
 
-def copy_small_files(folder: pathlib.Path, spare: pathlib.Path) -> None:
+def copy_small_files(directory: pathlib.Path, spare: pathlib.Path) -> None:
     """Second copies of a committed step's manifest and metadata, for `repair`; without them all still works."""
     with contextlib.suppress(OSError):
         if spare.is_symlink():
             spare.unlink()
         # Nothing that stands there already is written into, or followed out of the run.
         shutil.rmtree(spare, ignore_errors=True)
-        for parent, _, names in os.walk(folder):
+        for parent, _, names in os.walk(directory):
             for name in names:
                 path = pathlib.Path(parent, name)
-                if path.stat().st_size <= SMALL_BYTES or name == layout.MANIFEST:
-                    target = spare / path.relative_to(folder)
+                if path.stat().st_size <= MAX_SPARE_BYTES or name == layout.MANIFEST:
+                    target = spare / path.relative_to(directory)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
 
 
 def write_file(path: pathlib.Path, data: bytes) -> None:
     """Replace a small file in one step, durably."""
-    make_folder(path.parent)
+    make_directory(path.parent)
     temporary = path.with_name(f"{path.name}.new")
     with temporary.open("wb") as file:
         file.write(data)
@@ -164,8 +164,8 @@ def require_writable(root: pathlib.Path) -> None:
         StorageError: If it cannot, before anything was trained.
     """
     try:
-        make_folder(layout.control(root))
-        probe = layout.control(root, f"probe-{os.getpid()}")
+        make_directory(layout.get_control_path(root))
+        probe = layout.get_control_path(root, f"probe-{os.getpid()}")
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:

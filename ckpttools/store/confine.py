@@ -15,18 +15,18 @@ from . import layout
 
 def require_confined(root: pathlib.Path) -> None:
     """Raise `StorageError` if the run's control folder, or anything directly in it, is a link."""
-    control = layout.control(root)
+    control = layout.get_control_path(root)
     if control.is_symlink():
-        raise _error(control)
+        raise _make_link_error(control)
     if not control.is_dir():
         return
     with os.scandir(control) as entries:
         for entry in entries:
             if entry.is_symlink():
-                raise _error(pathlib.Path(entry.path))
+                raise _make_link_error(pathlib.Path(entry.path))
 
 
-def _error(path: pathlib.Path) -> StorageError:
+def _make_link_error(path: pathlib.Path) -> StorageError:
     return StorageError(
         what=f"{path} is a link.",
         why="what is written and deleted there would lie outside the run; nothing was touched.",

@@ -24,7 +24,7 @@ class _Hasher(Protocol):
     def hexdigest(self) -> str: ...
 
 
-def _hasher(algorithm: str) -> _Hasher:
+def _make_hasher(algorithm: str) -> _Hasher:
     if algorithm == "xxh3":
         return xxhash.xxh3_128()
     if algorithm == "sha256":
@@ -35,28 +35,28 @@ def _hasher(algorithm: str) -> _Hasher:
     )
 
 
-def of_bytes(algorithm: str, data: bytes) -> str:
+def hash_bytes(algorithm: str, data: bytes) -> str:
     """Digest of `data`, with the algorithm's name."""
-    hasher = _hasher(algorithm)
+    hasher = _make_hasher(algorithm)
     hasher.update(data)
     return f"{algorithm}:{hasher.hexdigest()}"
 
 
-def of_array(algorithm: str, array: np.ndarray[Any, Any]) -> str:
+def hash_array(algorithm: str, array: np.ndarray[Any, Any]) -> str:
     """Digest of an array's bytes in C order (its shape and dtype stand in the manifest)."""
-    hasher = _hasher(algorithm)
+    hasher = _make_hasher(algorithm)
     # A view as bytes: the dtypes of ml_dtypes do not speak the buffer protocol.
     hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return f"{algorithm}:{hasher.hexdigest()}"
 
 
-def of_file(algorithm: str, path: pathlib.Path) -> str:
+def hash_file(algorithm: str, path: pathlib.Path) -> str:
     """Digest of a file's bytes, read piece by piece into one small buffer.
 
     Mapping the file would save the copy, and count every byte of it as memory of this process. Reading large files
     side by side in threads was tried and gained nothing on two cores.
     """
-    hasher = _hasher(algorithm)
+    hasher = _make_hasher(algorithm)
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
@@ -64,14 +64,14 @@ def of_file(algorithm: str, path: pathlib.Path) -> str:
     return f"{algorithm}:{hasher.hexdigest()}"
 
 
-def of_pieces(algorithm: str, pieces: Iterable[bytes]) -> str:
+def hash_chunks(algorithm: str, chunks: Iterable[bytes]) -> str:
     """Digest of bytes that come piece by piece."""
-    hasher = _hasher(algorithm)
-    for piece in pieces:
+    hasher = _make_hasher(algorithm)
+    for piece in chunks:
         hasher.update(piece)
     return f"{algorithm}:{hasher.hexdigest()}"
 
 
-def algorithm_of(digest: str) -> str:
+def get_algorithm(digest: str) -> str:
     """The algorithm that a digest was made with."""
     return digest.partition(":")[0]

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, CorruptStepError, IncompleteStepError, StorageError
-from ..tree.leaves import Record, Slice, dotted
+from ..tree.leaves import Record, Slice, format_leaf_name
 from . import digest, orbax
 from .catalogue import Entry
-from .manifest import refuse_links
+from .manifest import require_no_links
 
 
-def read_proved(entry: Entry, records: Mapping[str, tuple[Record, ...]]) -> orbax.HostArrays:
+def read_verified(entry: Entry, records: Mapping[str, tuple[Record, ...]]) -> orbax.HostArrays:
     """Read leaves of a committed step to the host and compare their digests.
 
     Raises:
@@ -28,42 +28,42 @@ def read_proved(entry: Entry, records: Mapping[str, tuple[Record, ...]]) -> orba
         StorageError: If the files are intact and cannot be read all the same.
     """
     if entry.manifest:
-        refuse_links(entry.path, entry.manifest.summary)
+        require_no_links(entry.path, entry.manifest.summary)
     try:
         arrays = orbax.read(entry.path, records)
     except orbax.ReadError as error:
-        raise _classified(entry, error) from error
+        raise _classify_read_error(entry, error) from error
     except MemoryError as error:
         raise StorageError(
             what=f"step {entry.step} needs more host memory than there is: {error}.",
             why="all leaves that are asked for are read to the host and proved before anything is replaced.",
             fix="restore single items, or on a larger machine; a step from somebody else may claim absurd sizes.",
         ) from error
-    damaged = tuple(damaged_leaves(records, arrays))
+    damaged = tuple(find_damaged_leaves(records, arrays))
     if damaged:
         count = "1 leaf differs" if len(damaged) == 1 else f"{len(damaged)} leaves differ"
-        raise _damage(entry, f"{count} from what was saved", damaged)
+        raise _make_corrupt_error(entry, f"{count} from what was saved", damaged)
     return arrays
 
 
-def damaged_leaves(records: Mapping[str, Sequence[Record]], arrays: orbax.HostArrays) -> Iterator[str]:
+def find_damaged_leaves(records: Mapping[str, Sequence[Record]], arrays: orbax.HostArrays) -> Iterator[str]:
     """Names of the leaves whose bytes are not those that were handed over."""
     for item, leaves in records.items():
         for record in leaves:
-            if record.in_orbax and not _is_intact(record, arrays[item][record.path]):
-                yield dotted(item, record.path)
+            if record.is_in_orbax and not _is_intact(record, arrays[item][record.path]):
+                yield format_leaf_name(item, record.path)
 
 
 def _is_intact(record: Record, array: np.ndarray[Any, Any]) -> bool:
     if not record.slices:
-        return digest.of_array(digest.algorithm_of(record.digest), array) == record.digest
-    return covers(record.slices, array.shape) and all(
-        digest.of_array(digest.algorithm_of(mark), array[tuple(slice(*part) for part in where)]) == mark
+        return digest.hash_array(digest.get_algorithm(record.digest), array) == record.digest
+    return has_full_coverage(record.slices, array.shape) and all(
+        digest.hash_array(digest.get_algorithm(mark), array[tuple(slice(*part) for part in where)]) == mark
         for where, mark in record.slices
     )
 
 
-def covers(slices: Sequence[tuple[Slice, str]], shape: Sequence[int]) -> bool:
+def has_full_coverage(slices: Sequence[tuple[Slice, str]], shape: Sequence[int]) -> bool:
     """Whether parts of an array, which never overlap, are all of it."""
     places = [where for where, _ in slices]
     inside = all(len(where) == len(shape) and all(b <= n for (_, b), n in zip(where, shape)) for where in places)
@@ -71,7 +71,7 @@ def covers(slices: Sequence[tuple[Slice, str]], shape: Sequence[int]) -> bool:
     return inside and len(sizes) == len(slices) and sum(sizes.values()) == math.prod(shape)
 
 
-def damaged_files(entry: Entry, seen: Callable[[int], None] = lambda size: None) -> tuple[str, ...]:
+def find_damaged_files(entry: Entry, on_bytes: Callable[[int], None] = lambda size: None) -> tuple[str, ...]:
     """Files of a committed step whose bytes are not those that were written; reads all of them.
 
     Args:
@@ -80,9 +80,9 @@ def damaged_files(entry: Entry, seen: Callable[[int], None] = lambda size: None)
     """
     damaged = []
     for name, (size, expected) in entry.manifest.summary.files.items() if entry.manifest else ():
-        seen(size)
+        on_bytes(size)
         try:
-            if digest.of_file(digest.algorithm_of(expected), entry.path / name) != expected:
+            if digest.hash_file(digest.get_algorithm(expected), entry.path / name) != expected:
                 damaged.append(name)
         except (FileNotFoundError, NotADirectoryError):
             damaged.append(name)
@@ -95,18 +95,18 @@ def damaged_files(entry: Entry, seen: Callable[[int], None] = lambda size: None)
     return tuple(damaged)
 
 
-def _damage(entry: Entry, text: str, leaves: tuple[str, ...] = ()) -> CorruptStepError:
+def _make_corrupt_error(entry: Entry, text: str, leaves: tuple[str, ...] = ()) -> CorruptStepError:
     error = CorruptStepError(what=f"step {entry.step} is corrupt: {text}.")
-    error.step, error.leaves, error.files = entry.step, leaves, damaged_files(entry)
+    error.step, error.leaves, error.files = entry.step, leaves, find_damaged_files(entry)
     return error
 
 
-def _classified(entry: Entry, error: orbax.ReadError) -> CheckpointError:
+def _classify_read_error(entry: Entry, error: orbax.ReadError) -> CheckpointError:
     """What an error of Orbax means: the files tell, whatever type of exception came."""
     if not entry.path.is_dir():
         return IncompleteStepError(what=f"step {entry.step} was removed while it was read.")
-    if damaged_files(entry):
-        return _damage(entry, f"Orbax could not read it ({str(error).partition(':')[0]})")
+    if find_damaged_files(entry):
+        return _make_corrupt_error(entry, f"Orbax could not read it ({str(error).partition(':')[0]})")
     return StorageError(
         what=f"step {entry.step} could not be read though its files are as they were written: {error}",
         why="an older step would meet the same trouble, so none was tried; nothing was changed.",

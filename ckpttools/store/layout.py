@@ -21,34 +21,34 @@ import pathlib
 import re
 
 MANIFEST = "ckpttools.manifest"
-CONTROL = ".ckpttools"
-LARGEST_STEP = 10**18 - 1
+CONTROL_DIRECTORY = ".ckpttools"
+MAX_STEP = 10**18 - 1
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
-def step_folder(root: pathlib.Path, step: int) -> pathlib.Path:
+def get_step_directory(root: pathlib.Path, step: int) -> pathlib.Path:
     """Folder of a committed step."""
     return root / str(step)
 
 
-def step_number(name: str) -> int | None:
+def parse_step_number(name: str) -> int | None:
     """The step that a folder's name stands for; None for any other name."""
     return int(name) if _STEP.fullmatch(name) else None
 
 
-def control(root: pathlib.Path, part: str = "") -> pathlib.Path:
+def get_control_path(root: pathlib.Path, part: str = "") -> pathlib.Path:
     """The folder of ckpttools' own files, or a part of it."""
-    return root / CONTROL / part if part else root / CONTROL
+    return root / CONTROL_DIRECTORY / part if part else root / CONTROL_DIRECTORY
 
 
-def spare(root: pathlib.Path, sequence: int) -> pathlib.Path:
+def get_spare_directory(root: pathlib.Path, sequence: int) -> pathlib.Path:
     """Second copies of a step's manifest and small files, apart from the step, for `repair`."""
-    return control(root, f"spare/{sequence}")
+    return get_control_path(root, f"spare/{sequence}")
 
 
-def free_name(folder: pathlib.Path, stem: str) -> pathlib.Path:
+def find_free_path(directory: pathlib.Path, stem: str) -> pathlib.Path:
     """A path in `folder` that does not exist yet: `stem`, `stem-2`, `stem-3`, ..."""
-    candidate, number = folder / stem, 2
+    candidate, number = directory / stem, 2
     while candidate.exists():
-        candidate, number = folder / f"{stem}-{number}", number + 1
+        candidate, number = directory / f"{stem}-{number}", number + 1
     return candidate

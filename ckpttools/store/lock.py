@@ -24,7 +24,7 @@ class WriterLock:
         self._descriptor: int | None = None
 
     @property
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         """Whether this object holds the lock."""
         return self._descriptor is not None
 
@@ -35,13 +35,13 @@ class WriterLock:
             RunInUseError: If another process holds it.
             StorageError: If it cannot be opened or locked.
         """
-        if self.held:
+        if self.is_held:
             return
-        with commit.explained(f"{layout.control(self._root)} cannot be read"):
+        with commit.wrap_os_errors(f"{layout.get_control_path(self._root)} cannot be read"):
             confine.require_confined(self._root)
-        path = layout.control(self._root, "lock")
+        path = layout.get_control_path(self._root, "lock")
         try:
-            commit.make_folder(layout.control(self._root))
+            commit.make_directory(layout.get_control_path(self._root))
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise StorageError(
@@ -52,7 +52,7 @@ class WriterLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = _owner(descriptor)
+            owner = _read_owner(descriptor)
             os.close(descriptor)
             raise RunInUseError(
                 what=f"{self._root} is being written by process {owner}.",
@@ -87,7 +87,7 @@ class WriterLock:
             self._descriptor = None
 
 
-def _owner(descriptor: int) -> str:
+def _read_owner(descriptor: int) -> str:
     try:
         return os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
     except OSError:

@@ -20,14 +20,14 @@ from typing import Any
 
 from ..errors import CorruptStepError, IncompleteStepError, StepDamagedError, UntrustedStepError, VersionError
 from ..tree.leaves import Path, Record
-from ..tree.match import below
+from ..tree.match import is_below
 from . import digest, layout
 
 FORMAT = 1
-LARGEST_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 """A manifest above this size is refused unread; one of a million leaves takes about 200 MB."""
 
-_LAST_YEAR_S = 253_402_214_400
+_MAX_SAVED_AT_S = 253_402_214_400
 """The end of the year 9999, in seconds since the epoch."""
 
 type Lineage = tuple[tuple[str, int], ...]
@@ -97,12 +97,14 @@ class Contents:
     processes: int = 1
     local: Mapping[int, Mapping[str, Item]] = dataclasses.field(default_factory=dict)
 
-    def of_process(self, index: int, count: int) -> dict[str, Item]:
+    def get_process_items(self, index: int, count: int) -> dict[str, Item]:
         """The items as one of `count` processes is to restore them."""
         mine = self.local.get(index, {}) if count == self.processes else {}
-        return {name: item if name not in mine else _overlaid(item, mine[name]) for name, item in self.items.items()}
+        return {
+            name: item if name not in mine else _overlay_item(item, mine[name]) for name, item in self.items.items()
+        }
 
-    def own_to_each(self, count: int) -> set[tuple[str, Path]]:
+    def find_local_paths(self, count: int) -> set[tuple[str, Path]]:
         """The leaves and stateful objects, by item and path, whose values do not fit another number of processes."""
         if count == self.processes:
             return set()
@@ -110,11 +112,13 @@ class Contents:
         return {(name, path) for name, item in parts for path in (*item.skeletons, *(r.path for r in item.records))}
 
 
-def _overlaid(item: Item, own: Item) -> Item:
+def _overlay_item(item: Item, local: Item) -> Item:
     """An item with the values of one process in place of the leader's."""
-    replaced = {record.path: record for record in own.records}
-    kept = tuple(replaced.pop(record.path, record) for record in item.records if not below(record.path, own.skeletons))
-    return Item(records=(*kept, *replaced.values()), skeletons={**item.skeletons, **own.skeletons})
+    replaced = {record.path: record for record in local.records}
+    kept = tuple(
+        replaced.pop(record.path, record) for record in item.records if not is_below(record.path, local.skeletons)
+    )
+    return Item(records=(*kept, *replaced.values()), skeletons={**item.skeletons, **local.skeletons})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,19 +135,19 @@ class Manifest:
         Raises:
             CorruptStepError: If they do not have the form that this version writes.
         """
-        return _read_contents(_parse(self.contents_json))
+        return _decode_contents(_parse(self.contents_json))
 
 
-def write(folder: pathlib.Path, summary: Summary, contents: Contents, *, algorithm: str) -> None:
+def write(directory: pathlib.Path, summary: Summary, contents: Contents, *, algorithm: str) -> None:
     """Write the manifest of a step into its (staged) folder; it is synced with the rest of the tree."""
-    plain = {**dataclasses.asdict(summary), "metrics": {k: _plain_float(v) for k, v in summary.metrics.items()}}
-    body = b"\n".join(map(_dump, (plain, _contents_json(contents))))
+    plain = {**dataclasses.asdict(summary), "metrics": {k: _encode_float(v) for k, v in summary.metrics.items()}}
+    body = b"\n".join(map(_dump, (plain, _encode_contents(contents))))
     # The format stands there twice: the digest does not cover the seal, and damage must not look like a newer format.
-    seal = {"ckpttools": FORMAT, "format": FORMAT, "digest": digest.of_bytes(algorithm, body)}
-    (folder / layout.MANIFEST).write_bytes(_dump(seal) + b"\n" + body)
+    seal = {"ckpttools": FORMAT, "format": FORMAT, "digest": digest.hash_bytes(algorithm, body)}
+    (directory / layout.MANIFEST).write_bytes(_dump(seal) + b"\n" + body)
 
 
-def read(folder: pathlib.Path) -> Manifest:
+def read(directory: pathlib.Path) -> Manifest:
     """Read a step's manifest and check its seal, its step number and its files' sizes.
 
     Raises:
@@ -152,43 +156,43 @@ def read(folder: pathlib.Path) -> Manifest:
         UntrustedStepError: If it names a path outside the step's folder or is absurdly large.
         OSError: If the disk does not answer; that is no damage.
     """
-    manifest = read_sealed(folder)
-    number = layout.step_number(folder.name.partition("-")[0])
+    manifest = read_sealed(directory)
+    number = layout.parse_step_number(directory.name.partition("-")[0])
     if number != manifest.summary.step:
         raise CorruptStepError(
-            what=f"{folder.name}/{layout.MANIFEST} belongs to step {manifest.summary.step}.",
+            what=f"{directory.name}/{layout.MANIFEST} belongs to step {manifest.summary.step}.",
             why="the manifest or the whole folder was exchanged or renamed.",
         )
-    _check_files(folder, manifest.summary)
+    _require_files(directory, manifest.summary)
     return manifest
 
 
-def read_sealed(folder: pathlib.Path) -> Manifest:
+def read_sealed(directory: pathlib.Path) -> Manifest:
     """Read a manifest and check its seal only, wherever it lies and whatever lies beside it."""
-    return from_bytes(_manifest_bytes(folder))
+    return parse_manifest(_read_bytes(directory))
 
 
-def _manifest_bytes(folder: pathlib.Path) -> bytes:
-    path = folder / layout.MANIFEST
+def _read_bytes(directory: pathlib.Path) -> bytes:
+    path = directory / layout.MANIFEST
     try:
         status = path.lstat()
     except FileNotFoundError as error:
         raise IncompleteStepError(
-            what=f"{folder.name} has no {layout.MANIFEST}.",
+            what=f"{directory.name} has no {layout.MANIFEST}.",
             why="the manifest is the last file of a save: without it the save was not finished, or was not ours.",
             fix="a step that plain Orbax wrote is taken over by ct.adopt(directory).",
         ) from error
     if not stat.S_ISREG(status.st_mode):
-        raise UntrustedStepError(what=f"{folder.name}/{layout.MANIFEST} is not a regular file.")
-    if status.st_size > LARGEST_BYTES:
+        raise UntrustedStepError(what=f"{directory.name}/{layout.MANIFEST} is not a regular file.")
+    if status.st_size > MAX_BYTES:
         raise UntrustedStepError(
-            what=f"{folder.name}/{layout.MANIFEST} has {status.st_size} bytes.",
-            why=f"more than {LARGEST_BYTES} bytes are not read.",
+            what=f"{directory.name}/{layout.MANIFEST} has {status.st_size} bytes.",
+            why=f"more than {MAX_BYTES} bytes are not read.",
         )
     return path.read_bytes()
 
 
-def from_bytes(data: bytes) -> Manifest:
+def parse_manifest(data: bytes) -> Manifest:
     """Check the seal and parse the summary.
 
     Raises:
@@ -207,25 +211,25 @@ def from_bytes(data: bytes) -> Manifest:
             why=f"a newer version of ckpttools wrote it; this one reads formats up to {FORMAT}. Nothing was changed.",
             fix="install the version that wrote it, or restore(step=...) an older step by its number.",
         )
-    if digest.of_bytes(digest.algorithm_of(seal["digest"]), body) != seal["digest"]:
+    if digest.hash_bytes(digest.get_algorithm(seal["digest"]), body) != seal["digest"]:
         raise CorruptStepError(**damaged)
     lines = body.split(b"\n")
     if number != FORMAT or len(lines) != 2:
         raise CorruptStepError(**damaged)
-    return Manifest(_read_summary(_parse(lines[0])), lines[1])
+    return Manifest(_decode_summary(_parse(lines[0])), lines[1])
 
 
-def _check_files(folder: pathlib.Path, summary: Summary) -> None:
+def _require_files(directory: pathlib.Path, summary: Summary) -> None:
     missing, sizes = [], []
     for name, (size, _) in summary.files.items():
         # Strings rather than Path objects: a run of a thousand steps has tens of thousands of files.
         try:
-            status = os.lstat(f"{folder}/{name}")
+            status = os.lstat(f"{directory}/{name}")
         except (FileNotFoundError, NotADirectoryError):
             missing.append(name)
             continue
         if not stat.S_ISREG(status.st_mode):
-            raise _link_error(folder, name)
+            raise _make_link_error(directory, name)
         if status.st_size != size:
             sizes.append(f"{name} has {status.st_size} of {size} bytes")
     if missing or sizes:
@@ -236,7 +240,7 @@ def _check_files(folder: pathlib.Path, summary: Summary) -> None:
         raise error
 
 
-def refuse_links(folder: pathlib.Path, summary: Summary) -> None:
+def require_no_links(directory: pathlib.Path, summary: Summary) -> None:
     """Raise `UntrustedStepError` if a folder of the step is a link; asked before a step is read, not for each listing.
 
     Files are asked at every listing, along with their sizes.
@@ -248,25 +252,27 @@ def refuse_links(folder: pathlib.Path, summary: Summary) -> None:
             parents.add(parent)
             parent = parent.rpartition("/")[0]
     for parent in parents:
-        if os.path.islink(f"{folder}/{parent}"):
-            raise _link_error(folder, parent)
+        if os.path.islink(f"{directory}/{parent}"):
+            raise _make_link_error(directory, parent)
 
 
-def _link_error(folder: pathlib.Path, name: str) -> UntrustedStepError:
+def _make_link_error(directory: pathlib.Path, name: str) -> UntrustedStepError:
     return UntrustedStepError(
-        what=f"{folder.name}/{name} is a link or no regular file.",
+        what=f"{directory.name}/{name} is a link or no regular file.",
         why="a step consists of its own files; a link could lead out of the run.",
     )
 
 
-def _read_summary(data: Any) -> Summary:
+def _decode_summary(data: Any) -> Summary:
     try:
         summary = Summary(
             **{
                 **data,
                 "metrics": {str(name): float(value) for name, value in data["metrics"].items()},
                 "lineage": tuple((str(branch), int(start)) for branch, start in data["lineage"]),
-                "files": {_safe_path(name): (int(size), str(mark)) for name, (size, mark) in data["files"].items()},
+                "files": {
+                    _require_safe_path(name): (int(size), str(mark)) for name, (size, mark) in data["files"].items()
+                },
             }
         )
     except StepDamagedError:
@@ -276,13 +282,13 @@ def _read_summary(data: Any) -> Summary:
     counts = all(type(value) is int for value in (summary.step, summary.sequence))
     clocks = all(isinstance(value, int | float) for value in (summary.saved_at, summary.run_s))
     # A moment that no calendar has would end every listing of the run.
-    clocks = clocks and 0 <= summary.saved_at < _LAST_YEAR_S and math.isfinite(summary.run_s)
+    clocks = clocks and 0 <= summary.saved_at < _MAX_SAVED_AT_S and math.isfinite(summary.run_s)
     if not (counts and clocks and summary.lineage and isinstance(summary.reason, str)):
         raise CorruptStepError(what=f"the summary of the {layout.MANIFEST} makes no sense.")
     return summary
 
 
-def _safe_path(name: str) -> str:
+def _require_safe_path(name: str) -> str:
     parts = name.split("/")
     if "" in parts or "." in parts or ".." in parts or "\0" in name or "\\" in name:
         raise UntrustedStepError(
@@ -293,17 +299,17 @@ def _safe_path(name: str) -> str:
     return name
 
 
-def _contents_json(contents: Contents) -> Any:
-    plain = {"items": items_json(contents.items), "triggers": contents.triggers, "outputs": contents.outputs}
+def _encode_contents(contents: Contents) -> Any:
+    plain = {"items": encode_items(contents.items), "triggers": contents.triggers, "outputs": contents.outputs}
     if contents.processes > 1:
         plain["processes"] = contents.processes
-        plain["local"] = {str(index): items_json(items) for index, items in contents.local.items()}
+        plain["local"] = {str(index): encode_items(items) for index, items in contents.local.items()}
     if contents.surgery:
         plain["surgery"] = list(contents.surgery)
     return plain if contents.state_version == 1 else {**plain, "state_version": contents.state_version}
 
 
-def items_json(items: Mapping[str, Item]) -> dict[str, Any]:
+def encode_items(items: Mapping[str, Item]) -> dict[str, Any]:
     """Items as plain data."""
     return {
         name: {
@@ -314,7 +320,7 @@ def items_json(items: Mapping[str, Item]) -> dict[str, Any]:
     }
 
 
-def items_from(data: Any) -> dict[str, Item]:
+def decode_items(data: Any) -> dict[str, Item]:
     """What `items_json` was given; a wrong form raises."""
     return {
         str(name): Item(
@@ -325,12 +331,12 @@ def items_from(data: Any) -> dict[str, Item]:
     }
 
 
-def _read_contents(data: Any) -> Contents:
+def _decode_contents(data: Any) -> Contents:
     try:
         return Contents(
-            items=items_from(data["items"]),
+            items=decode_items(data["items"]),
             processes=int(data.get("processes", 1)),
-            local={int(index): items_from(items) for index, items in data.get("local", {}).items()},
+            local={int(index): decode_items(items) for index, items in data.get("local", {}).items()},
             triggers=data["triggers"],
             outputs=data["outputs"],
             state_version=int(data.get("state_version", 1)),
@@ -355,6 +361,6 @@ def _parse(line: bytes) -> Any:
         ) from error
 
 
-def _plain_float(value: float) -> float | str:
+def _encode_float(value: float) -> float | str:
     # JSON has no NaN; `float` reads these words back.
     return value if math.isfinite(value) else str(value)

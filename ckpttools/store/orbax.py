@@ -31,7 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.multihost import multihost
 
 from ..errors import StorageError
-from ..tree.leaves import Path, Record, host_shape, key_dtype
+from ..tree.leaves import Path, Record, get_host_shape, get_key_dtype
 
 _PACKAGE = str(pathlib.Path(str(v0.__file__)).parent)
 
@@ -47,7 +47,7 @@ type HostArrays = dict[str, dict[Path, np.ndarray[Any, Any]]]
 
 
 def write(
-    folder: pathlib.Path,
+    directory: pathlib.Path,
     records: Mapping[str, tuple[Record, ...]],
     arrays: HostArrays,
     *,
@@ -61,49 +61,49 @@ def write(
         arrays: The array of each leaf that Orbax stores.
         compression: Whether to compress with zstd.
     """
-    items = _trees(records, arrays)
+    items = _build_trees(records, arrays)
     if not items:
-        folder.mkdir(parents=True)
+        directory.mkdir(parents=True)
         return
     context = ocp.Context()
     context.array.saving.use_compression = compression
     context.array.saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES
     context.memory.deepcopy_host_arrays = False
     with context:
-        ocp.save_checkpointables(folder, items)
-    _require_index(folder, items)
+        ocp.save_checkpointables(directory, items)
+    _require_index(directory, items)
 
 
-def _require_index(folder: pathlib.Path, items: Iterable[str]) -> None:
+def _require_index(directory: pathlib.Path, items: Iterable[str]) -> None:
     """Raise `StorageError` if an item has no index of its arrays.
 
     Orbax looks for what it has to merge with `Path.glob`, which takes a folder that cannot be listed (a bad disk, too
     many open files) for an empty one: it merged nothing, said nothing, and nobody could read the step.
     """
-    lacking = [item for item in items if not (folder / item / "manifest.ocdbt").is_file()]
+    lacking = [item for item in items if not (directory / item / "manifest.ocdbt").is_file()]
     if lacking:
         raise StorageError(
-            what=f"Orbax has left {', '.join(lacking)} of {folder.name} without the index of its arrays.",
+            what=f"Orbax has left {', '.join(lacking)} of {directory.name} without the index of its arrays.",
             why="it could not list what it had just written; without the index the step could not be read.",
             fix="look at the disk and at the limit of open files (ulimit -n); the next save tries anew.",
         )
 
 
-def _trees(records: Mapping[str, tuple[Record, ...]], arrays: Mapping[str, Mapping[Path, Any]]) -> dict[str, Any]:
+def _build_trees(records: Mapping[str, tuple[Record, ...]], arrays: Mapping[str, Mapping[Path, Any]]) -> dict[str, Any]:
     """The leaves that Orbax stores as nested dicts, for each item that has any."""
     items: dict[str, Any] = {}
     for item, leaves in records.items():
         tree: dict[str, Any] = {}
         for record in leaves:
-            if record.in_orbax and record.path in arrays[item]:
-                _put(tree, record.path, _native(record, arrays[item][record.path]))
+            if record.is_in_orbax and record.path in arrays[item]:
+                _put(tree, record.path, _to_native(record, arrays[item][record.path]))
         if tree:
             items[item] = tree
     return items
 
 
-def write_part(
-    folder: pathlib.Path,
+def write_shards(
+    directory: pathlib.Path,
     records: Mapping[str, tuple[Record, ...]],
     arrays: Mapping[str, Mapping[Path, Any]],
     *,
@@ -117,36 +117,36 @@ def write_part(
         arrays: The array of each leaf that is to be written. Host arrays are written by process 0 only.
         compression: Whether to compress with zstd.
     """
-    for item, tree in _trees(records, arrays).items():
+    for item, tree in _build_trees(records, arrays).items():
         args = v0.args.PyTreeSave(tree, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
-        _part_handler(compression).save(_orbax_path(folder / item), args=args)
+        _make_shard_handler(compression).save(_to_orbax_path(directory / item), args=args)
 
 
-def finish_parts(folder: pathlib.Path, items: Sequence[str]) -> None:
+def finalize_shards(directory: pathlib.Path, items: Sequence[str]) -> None:
     """Make one checkpoint of the parts that all processes have written; called by process 0."""
     for item in items:
-        _part_handler(compression=False).finalize(_orbax_path(folder / item))
-    _require_index(folder, items)
+        _make_shard_handler(compression=False).finalize(_to_orbax_path(directory / item))
+    _require_index(directory, items)
     kind = ocp.handlers.PyTreeHandler
     handlers = dict.fromkeys(items, f"{kind.__module__}.{kind.__qualname__}")
     store = v0.metadata.metadata_store(enable_write=True, blocking_write=True)
-    store.write(_orbax_path(folder / "_CHECKPOINT_METADATA"), {"item_handlers": handlers})
+    store.write(_to_orbax_path(directory / "_CHECKPOINT_METADATA"), {"item_handlers": handlers})
 
 
-def _part_handler(compression: bool) -> Any:
+def _make_shard_handler(compression: bool) -> Any:
     return v0.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=compression)
 
 
-def _orbax_path(path: pathlib.Path) -> Any:
+def _to_orbax_path(path: pathlib.Path) -> Any:
     return ocp.Context().file_options.path_class(path)
 
 
-def coordination_store() -> Any:
+def get_coordination_store() -> Any:
     """The key-value store of `jax.distributed`; JAX itself has no public name for it."""
     return multihost.get_jax_distributed_client()
 
 
-def read(folder: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> HostArrays:
+def read(directory: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> HostArrays:
     """Read the given leaves, and nothing else, to the host.
 
     Raises:
@@ -157,32 +157,38 @@ def read(folder: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> Hos
     for item, leaves in records.items():
         tree: dict[str, Any] = {}
         for record in leaves:
-            if record.kind == "key" and record.in_orbax:
-                _put(tree, record.path, jax.ShapeDtypeStruct(record.shape, key_dtype(record.dtype), sharding=sharding))
-            elif record.in_orbax:
-                _put(tree, record.path, np.empty(*host_shape(record)))
+            if record.kind == "key" and record.is_in_orbax:
+                _put(
+                    tree,
+                    record.path,
+                    jax.ShapeDtypeStruct(record.shape, get_key_dtype(record.dtype), sharding=sharding),
+                )
+            elif record.is_in_orbax:
+                _put(tree, record.path, np.empty(*get_host_shape(record)))
         if tree:
             items[item] = tree
     if not items:
         return {item: {} for item in records}
     try:
-        loaded = _load(_reading(partly=True), folder, items)
+        loaded = _load(_make_read_context(is_partial=True), directory, items)
     except ReadError:
         # We write dicts only. An adopted step may hold lists and tuples, which Orbax does not take a dict for.
-        if not _holds_sequences(folder, items) or not (shaped := _as_stored(folder, items)):
+        if not _has_sequences(directory, items) or not (shaped := _match_stored_containers(directory, items)):
             raise
-        loaded = _load(_reading(partly=True), folder, shaped)
+        loaded = _load(_make_read_context(is_partial=True), directory, shaped)
     return {
-        item: {record.path: _on_host(record, _get(loaded[item], record.path)) for record in leaves if record.in_orbax}
+        item: {
+            record.path: _to_host(record, _get(loaded[item], record.path)) for record in leaves if record.is_in_orbax
+        }
         for item, leaves in records.items()
     }
 
 
-def _holds_sequences(folder: pathlib.Path, items: Iterable[str]) -> bool:
+def _has_sequences(directory: pathlib.Path, items: Iterable[str]) -> bool:
     """Whether Orbax's own files speak of entries of lists or tuples; without Orbax, since the step may be damaged."""
     for item in items:
         try:
-            text = (folder / item / "_METADATA").read_text(errors="replace")
+            text = (directory / item / "_METADATA").read_text(errors="replace")
         except OSError:
             continue
         if re.search(rf'"key_type":\s*{_SEQUENCE}\b', text):
@@ -190,29 +196,29 @@ def _holds_sequences(folder: pathlib.Path, items: Iterable[str]) -> bool:
     return False
 
 
-def _as_stored(folder: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
+def _match_stored_containers(directory: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
     """The same trees with lists and tuples where the file has them; empty if it has none."""
 
-    def shaped(stored: Any, wanted: Any) -> Any:
+    def match_containers(stored: Any, target: Any) -> Any:
         if isinstance(stored, list | tuple):
-            entries = [shaped(each, wanted.get(str(at), {})) for at, each in enumerate(stored)]
+            entries = [match_containers(each, target.get(str(at), {})) for at, each in enumerate(stored)]
             found.append(True)
             return entries if isinstance(stored, list) else tuple(entries)
-        if isinstance(stored, Mapping) and isinstance(wanted, dict):
-            return {name: shaped(stored[name], each) for name, each in wanted.items()}
+        if isinstance(stored, Mapping) and isinstance(target, dict):
+            return {name: match_containers(stored[name], each) for name, each in target.items()}
         # Of a sequence Orbax reads all or nothing, so a neighbour that nobody asked for is read too.
-        return np.empty(stored.shape, stored.dtype) if isinstance(wanted, dict) else wanted
+        return np.empty(stored.shape, stored.dtype) if isinstance(target, dict) else target
 
     found: list[bool] = []
     try:
-        described = _describe(folder)
-        trees = {name: shaped(described[name], tree) for name, tree in items.items()}
+        described = _read_metadata(directory)
+        trees = {name: match_containers(described[name], tree) for name, tree in items.items()}
     except (ReadError, KeyError, TypeError, AttributeError):
         return {}
     return trees if found else {}
 
 
-def read_foreign(folder: pathlib.Path) -> dict[str, Any]:
+def read_foreign(directory: pathlib.Path) -> dict[str, Any]:
     """Read all items of a step that plain Orbax wrote, by what its own metadata says.
 
     Raises:
@@ -221,10 +227,12 @@ def read_foreign(folder: pathlib.Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         # Without a template Orbax warns that it takes the sharding from the file, which is what is wanted here.
         warnings.filterwarnings("ignore", message="Sharding info not provided")
-        return _load(_reading(), folder, {name: None for name in _describe(folder) if name != "metrics"})
+        return _load(
+            _make_read_context(), directory, {name: None for name in _read_metadata(directory) if name != "metrics"}
+        )
 
 
-def describe_foreign(folder: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
+def describe_foreign(directory: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
     """Name, shape and dtype of each leaf of a step that plain Orbax wrote; reads metadata only.
 
     What is no array has the dtype "": Orbax's metadata does not hold its value.
@@ -233,7 +241,7 @@ def describe_foreign(folder: pathlib.Path) -> list[tuple[str, tuple[int, ...], s
         ReadError: If Orbax cannot read it.
     """
     found = []
-    for item, tree in _describe(folder).items():
+    for item, tree in _read_metadata(directory).items():
         for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))[0]:
             name = ".".join([item, *(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)])
             is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
@@ -255,37 +263,37 @@ class ReadError(Exception):
         self.errno: int | None = getattr(error, "errno", None)
 
 
-def _describe(folder: pathlib.Path) -> Mapping[str, Any]:
+def _read_metadata(directory: pathlib.Path) -> Mapping[str, Any]:
     """Orbax's own metadata of each item."""
-    return _told(_reading(), lambda: dict(ocp.checkpointables_metadata(folder).metadata))
+    return _call_orbax(_make_read_context(), lambda: dict(ocp.checkpointables_metadata(directory).metadata))
 
 
-def _reading(*, partly: bool = False) -> ocp.Context:
+def _make_read_context(*, is_partial: bool = False) -> ocp.Context:
     """A context in which this process reads on its own, without waiting for others, and perhaps only some leaves."""
     context = ocp.Context()
-    context.pytree.loading.partial_load = partly
+    context.pytree.loading.partial_load = is_partial
     if jax.process_count() > 1:
         here = ocp.multihost.process_index()
         context.multiprocessing.primary_host, context.multiprocessing.active_processes = here, {here}
     return context
 
 
-def _load(context: ocp.Context, folder: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
+def _load(context: ocp.Context, directory: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
     """Load item by item: of several in one call, the failure of one drops the coroutines of the others unawaited."""
 
     def load() -> dict[str, Any]:
         loaded: dict[str, Any] = {}
         for name, tree in items.items():
-            loaded.update(ocp.load_checkpointables(folder, {name: tree}))
+            loaded.update(ocp.load_checkpointables(directory, {name: tree}))
         return loaded
 
-    return _told(context, load)
+    return _call_orbax(context, load)
 
 
-def _told[T](context: ocp.Context, read: Callable[[], T]) -> T:
+def _call_orbax[T](context: ocp.Context, read: Callable[[], T]) -> T:
     """What `read` returns; its failure is told once, as a `ReadError`, and not again by what it leaves behind."""
     failure = None
-    with context, _leftovers_muted():
+    with context, _mute_leftovers():
         try:
             return read()
         except Exception as error:
@@ -295,7 +303,7 @@ def _told[T](context: ocp.Context, read: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def _leftovers_muted() -> Iterator[None]:
+def _mute_leftovers() -> Iterator[None]:
     """Without complaints about what a failed load leaves: coroutines that nobody awaits and a loop that is closed.
 
     The failure itself is reported by us, with what it means. A coroutine of Orbax's may also raise while it is
@@ -304,14 +312,14 @@ def _leftovers_muted() -> Iterator[None]:
     """
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
 
-    def unraisable(event: Any) -> None:
+    def handle_unraisable(event: Any) -> None:
         lost_loop = isinstance(event.exc_value, RuntimeError) and "loop is closed" in str(event.exc_value)
         of_orbax = isinstance(event.object, types.CoroutineType) and _PACKAGE in event.object.cr_code.co_filename
         if not (lost_loop or of_orbax):
             hook(event)
 
     disabled, logger.disabled = logger.disabled, True
-    sys.unraisablehook = unraisable
+    sys.unraisablehook = handle_unraisable
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
@@ -321,14 +329,14 @@ def _leftovers_muted() -> Iterator[None]:
         logger.disabled, sys.unraisablehook = disabled, hook
 
 
-def _native(record: Record, array: Any) -> Any:
+def _to_native(record: Record, array: Any) -> Any:
     """The array in the form that Orbax stores natively, so that plain Orbax reads typed keys as such."""
     if record.kind != "key":
         return array
     return jax.random.wrap_key_data(array if isinstance(array, jax.Array) else jnp.asarray(array), impl=record.dtype)
 
 
-def _on_host(record: Record, loaded: Any) -> np.ndarray[Any, Any]:
+def _to_host(record: Record, loaded: Any) -> np.ndarray[Any, Any]:
     if isinstance(loaded, jax.ShapeDtypeStruct):  # asked for by a name that the step's metadata does not have
         raise ReadError(KeyError(f"Orbax did not find {'.'.join(map(str, record.path))}"))
     return np.asarray(jax.random.key_data(loaded) if record.kind == "key" else loaded)
@@ -351,13 +359,13 @@ policies = v0.checkpoint_managers
 """Orbax's policies of when to save and what to keep."""
 
 
-def manager_options(**fields: Any) -> Any:
+def make_manager_options(**fields: Any) -> Any:
     """Orbax's `CheckpointManagerOptions`; `timeout_s` stands for its options of background saves."""
     timeout_s = fields.pop("timeout_s")
     return v0.CheckpointManagerOptions(async_options=v0.AsyncOptions(timeout_secs=timeout_s), **fields)
 
 
-def changed_options(options: Any) -> dict[str, Any]:
+def get_changed_options(options: Any) -> dict[str, Any]:
     """The fields of `CheckpointManagerOptions` that differ from their defaults.
 
     Raises:
@@ -370,7 +378,7 @@ def changed_options(options: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value != getattr(default, name)}
 
 
-def items_of(args: Any) -> tuple[dict[str, Any], bool]:
+def get_items(args: Any) -> tuple[dict[str, Any], bool]:
     """Items by name out of what Orbax's managers are given to save or to restore, and whether they had names.
 
     A single argument without a name is the item "default", as it is for Orbax.
@@ -381,6 +389,6 @@ def items_of(args: Any) -> tuple[dict[str, Any], bool]:
     return items, named
 
 
-def composite(items: Mapping[str, Any]) -> Any:
+def make_composite(items: Mapping[str, Any]) -> Any:
     """Items as Orbax's managers return them: by key and by attribute."""
     return v0.args.Composite(**items)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import StorageError, TensorFileError
-from ..tree.leaves import numpy_dtype
+from ..tree.leaves import parse_dtype
 
 DTYPES = {
     "F64": "float64",
@@ -46,7 +46,7 @@ DTYPES = {
 """The format's names of dtypes, and ours."""
 
 CODES = {name: code for code, name in DTYPES.items()}
-_LARGEST_HEADER = 100_000_000
+_MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
 
@@ -67,13 +67,13 @@ class Tensor:
     @property
     def bytes(self) -> int:
         """Bytes it takes."""
-        return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
+        return math.prod(self.shape) * parse_dtype(self.dtype).itemsize
 
 
 def write(
     path: pathlib.Path,
     tensors: Mapping[str, Tensor],
-    arrays: Callable[[Sequence[str]], Mapping[str, np.ndarray[Any, Any]]],
+    read_batch: Callable[[Sequence[str]], Mapping[str, np.ndarray[Any, Any]]],
     metadata: Mapping[str, str],
     *,
     batch_bytes: int,
@@ -91,7 +91,7 @@ def write(
         StorageError: If the disk refused.
     """
     # The widest dtypes first, so that each tensor is aligned to its own; the format's own writer does the same.
-    order = sorted(tensors, key=lambda name: (-numpy_dtype(tensors[name].dtype).itemsize, name))
+    order = sorted(tensors, key=lambda name: (-parse_dtype(tensors[name].dtype).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
@@ -104,8 +104,8 @@ def write(
     try:
         with temporary.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for batch in _batches(order, tensors, batch_bytes):
-                handed = arrays(batch)
+            for batch in _split_batches(order, tensors, batch_bytes):
+                handed = read_batch(batch)
                 for name in batch:
                     file.write(np.ascontiguousarray(handed[name]).reshape(-1).view(np.uint8))
             file.flush()
@@ -123,7 +123,7 @@ def write(
         temporary.unlink(missing_ok=True)
 
 
-def _batches(order: Sequence[str], tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+def _split_batches(order: Sequence[str], tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
     batches: list[list[str]] = []
     room = 0
     for name in order:
@@ -146,9 +146,9 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_LARGEST_HEADER, size - 8):
-                raise _refused(path, "it does not begin with the length of a header")
-            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+            if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+                raise _make_format_error(path, "it does not begin with the length of a header")
+            header = json.loads(file.read(length), object_pairs_hook=_reject_duplicates)
     except OSError as error:
         raise StorageError(
             what=f"{path} cannot be read: {error}.",
@@ -158,50 +158,50 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, TensorFileError):
             raise
-        raise _refused(path, f"its header cannot be read: {error}") from error
+        raise _make_format_error(path, f"its header cannot be read: {error}") from error
     if not isinstance(header, dict):
-        raise _refused(path, "its header is no table")
+        raise _make_format_error(path, "its header is no table")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise _refused(path, "its metadata are not texts")
-    return _tensors(path, header, 8 + length, size), metadata
+        raise _make_format_error(path, "its metadata are not texts")
+    return _parse_tensors(path, header, 8 + length, size), metadata
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name stands in it twice")
     return table
 
 
-def _tensors(path: pathlib.Path, header: Mapping[str, Any], base: int, size: int) -> dict[str, Tensor]:
+def _parse_tensors(path: pathlib.Path, header: Mapping[str, Any], base: int, size: int) -> dict[str, Tensor]:
     tensors, spans = {}, []
     for name, entry in header.items():
         try:
             code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
-            raise _refused(path, f"its entry for {name!r} has another form") from error
+            raise _make_format_error(path, f"its entry for {name!r} has another form") from error
         if not isinstance(code, str) or code not in DTYPES:
-            raise _refused(path, f"the tensor {name!r} is of the dtype {code!r}, which is not known here")
+            raise _make_format_error(path, f"the tensor {name!r} is of the dtype {code!r}, which is not known here")
         if not all(type(number) is int and 0 <= number < 2**56 for number in (*shape, begin, end)):
-            raise _refused(path, f"its entry for {name!r} makes no sense")
+            raise _make_format_error(path, f"its entry for {name!r} makes no sense")
         tensors[name] = Tensor(DTYPES[code], shape, base + begin)
         if end - begin != tensors[name].bytes:
-            raise _refused(path, f"the tensor {name!r} has {end - begin} bytes where its shape needs others")
+            raise _make_format_error(path, f"the tensor {name!r} has {end - begin} bytes where its shape needs others")
         spans.append((begin, end))
     place = 0
     for begin, end in sorted(spans):
         if begin != place:
-            raise _refused(path, "its tensors overlap or leave holes")
+            raise _make_format_error(path, "its tensors overlap or leave holes")
         place = end
     if base + place != size:
-        raise _refused(path, f"it has {size:,} bytes and its header tells of {base + place:,}")
+        raise _make_format_error(path, f"it has {size:,} bytes and its header tells of {base + place:,}")
     return tensors
 
 
 def read(path: pathlib.Path, tensor: Tensor) -> np.ndarray[Any, Any]:
     """The array of one tensor."""
-    array = np.empty(tensor.shape, numpy_dtype(tensor.dtype))
+    array = np.empty(tensor.shape, parse_dtype(tensor.dtype))
     view = memoryview(array.reshape(-1).view(np.uint8))
     try:
         with path.open("rb", buffering=0) as file:
@@ -210,7 +210,7 @@ def read(path: pathlib.Path, tensor: Tensor) -> np.ndarray[Any, Any]:
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
-                    raise _refused(path, "it became shorter while it was read")
+                    raise _make_format_error(path, "it became shorter while it was read")
                 done += count
     except OSError as error:
         if isinstance(error, StorageError):
@@ -223,7 +223,7 @@ def read(path: pathlib.Path, tensor: Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
-def _refused(path: pathlib.Path, why: str) -> TensorFileError:
+def _make_format_error(path: pathlib.Path, why: str) -> TensorFileError:
     return TensorFileError(
         what=f"{path} is no whole safetensors file.", why=f"{why}.", fix="fetch or export it again; nothing was read."
     )

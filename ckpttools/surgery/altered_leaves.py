@@ -4,8 +4,8 @@
 import dataclasses
 
 from ..spec.operations import Cast
-from ..tree.match import form
-from .plan import Placed, Plan, Source
+from ..tree.match import format_form
+from .plan import PlacedLeaf, RestorePlan, SourceLeaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,17 +38,17 @@ class AlteredLeaf:
         return f"{self.name or self.source}: {self.action or 'restored'}{origin}, {forms}"
 
 
-def altered(plan: Plan) -> tuple[AlteredLeaf, ...]:
+def list_altered_leaves(plan: RestorePlan) -> tuple[AlteredLeaf, ...]:
     """The leaves that are not restored as they are."""
-    return tuple(leaf for leaf in all_leaves(plan) if leaf.action)
+    return tuple(leaf for leaf in list_leaves(plan) if leaf.action)
 
 
-def all_leaves(plan: Plan) -> tuple[AlteredLeaf, ...]:
+def list_leaves(plan: RestorePlan) -> tuple[AlteredLeaf, ...]:
     """Every leaf of the state, and every leaf on disk that is dropped."""
-    return (*map(_placed, plan.placed), *map(_dropped, plan.dropped))
+    return (*map(_describe_leaf, plan.placed_leaves), *map(_describe_dropped_leaf, plan.dropped_leaves))
 
 
-def _placed(leaf: Placed) -> AlteredLeaf:
+def _describe_leaf(leaf: PlacedLeaf) -> AlteredLeaf:
     name, source, target = ".".join(leaf.path), leaf.source, leaf.target
     if source is None or target is None:
         return AlteredLeaf(name=name, action="kept")
@@ -63,10 +63,12 @@ def _placed(leaf: Placed) -> AlteredLeaf:
         name=name,
         action=", ".join(actions),
         source=".".join(source.stored_path),
-        before=form(source.record),
-        after=form(target),
+        before=format_form(source.record),
+        after=format_form(target),
     )
 
 
-def _dropped(source: Source) -> AlteredLeaf:
-    return AlteredLeaf(name="", action="dropped", source=".".join(source.stored_path), before=form(source.record))
+def _describe_dropped_leaf(source: SourceLeaf) -> AlteredLeaf:
+    return AlteredLeaf(
+        name="", action="dropped", source=".".join(source.stored_path), before=format_form(source.record)
+    )

@@ -12,13 +12,13 @@ import numpy as np
 
 from ..errors import StructureError
 from ..spec.operations import Cast, Operation, Pad, Slice, as_code
-from ..tree.leaves import Record, host_shape, numpy_dtype
+from ..tree.leaves import Record, get_host_shape, parse_dtype
 
 type Array = np.ndarray[Any, Any]
 type Shape = tuple[int, ...]
 
 
-def shape_after(name: str, operations: Sequence[Operation], shape: Shape, wanted: Shape) -> Shape:
+def compute_shape(name: str, operations: Sequence[Operation], shape: Shape, target_shape: Shape) -> Shape:
     """The shape that an array has after the resizing among `operations`.
 
     Args:
@@ -31,11 +31,11 @@ def shape_after(name: str, operations: Sequence[Operation], shape: Shape, wanted
         StructureError: If a block would not lie inside its array.
     """
     for operation in operations:
-        if isinstance(operation, Pad | Slice) and len(shape) == len(wanted):
+        if isinstance(operation, Pad | Slice) and len(shape) == len(target_shape):
             bend = max if isinstance(operation, Pad) else min
-            after = tuple(map(bend, shape, wanted))
+            after = tuple(map(bend, shape, target_shape))
             small, large = (shape, after) if isinstance(operation, Pad) else (after, shape)
-            start = _start(operation, len(shape))
+            start = _get_start(operation, len(shape))
             beyond = [axis for axis in range(len(shape)) if start[axis] + small[axis] > large[axis]]
             if after != shape and (beyond or len(operation.start) > len(shape)):
                 raise StructureError(
@@ -63,9 +63,9 @@ def apply(
     Raises:
         StructureError: If a value cannot be held by the new dtype.
     """
-    found = np.zeros(*host_shape(record)) if array is None else array
+    found = np.zeros(*get_host_shape(record)) if array is None else array
     for operation in operations:
-        if isinstance(operation, Cast) and found.dtype == numpy_dtype(operation.from_dtype):
+        if isinstance(operation, Cast) and found.dtype == parse_dtype(operation.from_dtype):
             found = _cast(name, operation, found)
     if len(found.shape) != len(target.shape):
         return found
@@ -73,24 +73,24 @@ def apply(
     for operation in operations:
         if isinstance(operation, Slice) and any(map(operator.gt, found.shape, target.shape)):
             sizes = map(min, found.shape, target.shape)
-            found = found[tuple(slice(at, at + size) for at, size in zip(_start(operation, found.ndim), sizes))]
+            found = found[tuple(slice(at, at + size) for at, size in zip(_get_start(operation, found.ndim), sizes))]
     for operation in operations:
         if isinstance(operation, Pad) and found.shape != target.shape:
-            block = tuple(slice(at, at + size) for at, size in zip(_start(operation, found.ndim), found.shape))
-            padded = _filled(name, operation, target.shape, found.dtype, template)
+            block = tuple(slice(at, at + size) for at, size in zip(_get_start(operation, found.ndim), found.shape))
+            padded = _make_filled_array(name, operation, target.shape, found.dtype, template)
             padded[block] = found
             found = padded
     return np.ascontiguousarray(found) if found.ndim else found
 
 
-def _start(operation: Operation, rank: int) -> Shape:
+def _get_start(operation: Operation, rank: int) -> Shape:
     given = operation.start if isinstance(operation, Pad | Slice) else ()
     return (*given, *(0 for _ in range(rank - len(given))))[:rank]
 
 
-def _filled(name: str, operation: Pad, shape: Shape, dtype: np.dtype[Any], template: Any) -> Array:
+def _make_filled_array(name: str, operation: Pad, shape: Shape, dtype: np.dtype[Any], template: Any) -> Array:
     if operation.fill != "template":
-        return np.full(shape, _fill_value(name, operation, dtype), dtype)
+        return np.full(shape, _make_fill_value(name, operation, dtype), dtype)
     return require_values(name, template, as_code(operation)).astype(dtype)
 
 
@@ -111,12 +111,12 @@ def require_values(name: str, template: Any, code: str) -> Array:
     return np.asarray(template)
 
 
-def _fill_value(name: str, operation: Pad, dtype: np.dtype[Any]) -> Array:
+def _make_fill_value(name: str, operation: Pad, dtype: np.dtype[Any]) -> Array:
     """The number to fill with; raises `StructureError` if the array cannot hold it."""
     given = np.asarray(operation.fill)
     with np.errstate(all="ignore"):
         value = given.astype(dtype)
-        whole = _is_whole(dtype) and not np.array_equal(value.astype(given.dtype), given)
+        whole = _is_integer(dtype) and not np.array_equal(value.astype(given.dtype), given)
         if whole or (np.isfinite(given) and not np.isfinite(value)):
             raise StructureError(
                 what=f"{as_code(operation)} on {name}: {dtype} cannot hold {operation.fill!r}.",
@@ -126,17 +126,17 @@ def _fill_value(name: str, operation: Pad, dtype: np.dtype[Any]) -> Array:
     return value
 
 
-def _is_whole(dtype: np.dtype[Any]) -> bool:
+def _is_integer(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "b" or jnp.issubdtype(dtype, jnp.integer)
 
 
 def _cast(name: str, operation: Cast, array: Array) -> Array:
-    dtype = numpy_dtype(operation.to_dtype)
+    dtype = parse_dtype(operation.to_dtype)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         # Of an imaginary part that is lost more is said below.
         warnings.simplefilter("ignore", np.exceptions.ComplexWarning)
         new = array.astype(dtype)
-        if _is_whole(dtype) or _is_whole(array.dtype) or (array.dtype.kind == "c" and dtype.kind != "c"):
+        if _is_integer(dtype) or _is_integer(array.dtype) or (array.dtype.kind == "c" and dtype.kind != "c"):
             lost = new.astype(array.dtype) != array
         else:
             lost = np.isfinite(array) & ~np.isfinite(new)

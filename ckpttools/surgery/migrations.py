@@ -10,7 +10,7 @@ from ..store.catalogue import Entry
 from .plan import Changes
 
 
-def changes(spec: CheckpointSpec, entry: Entry, surgery: Surgery) -> Changes:
+def get_changes(spec: CheckpointSpec, entry: Entry, surgery: Surgery) -> Changes:
     """What is done to a step of the run itself.
 
     Raises:
@@ -18,27 +18,27 @@ def changes(spec: CheckpointSpec, entry: Entry, surgery: Surgery) -> Changes:
     """
     done = entry.manifest.contents.surgery if entry.manifest else ()
     left = Surgery(operation for operation in surgery if as_code(operation) not in done)
-    return Changes(migrations=migrations(as_state_version(spec.state_version), entry), surgery=left)
+    return Changes(migrations=get_migrations(as_state_version(spec.state_version), entry), surgery=left)
 
 
-def migrations(known: StateVersion, entry: Entry) -> tuple[Surgery, ...]:
+def get_migrations(target: StateVersion, entry: Entry) -> tuple[Surgery, ...]:
     """The surgery that brings the state of a step up to a version.
 
     Raises:
         VersionError: If there is no way to it.
     """
-    version = entry.manifest.contents.state_version if entry.manifest else known.number
-    if version > known.number:
+    version = entry.manifest.contents.state_version if entry.manifest else target.number
+    if version > target.number:
         raise VersionError(
             what=f"the state of step {entry.step} has version {version}; this program knows versions up to "
-            f"{known.number}.",
+            f"{target.number}.",
             why="a newer program saved it, and what has changed since is not known here. Nothing was changed.",
             fix="run the newer program, or restore(step=...) an older step by its number.",
         )
-    if version < known.oldest:
+    if version < target.oldest:
         raise VersionError(
-            what=f"the state of step {entry.step} has version {version}; the migrations begin at {known.oldest}.",
+            what=f"the state of step {entry.step} has version {version}; the migrations begin at {target.oldest}.",
             why="without the steps in between it is not known what its leaves mean now. Nothing was changed.",
-            fix=f"StateVersion({known.number}, migrations=[ct.Migration({version}, surgery=[...]), ...])",
+            fix=f"StateVersion({target.number}, migrations=[ct.Migration({version}, surgery=[...]), ...])",
         )
-    return known.since(version)
+    return target.get_surgery_since(version)

@@ -29,19 +29,19 @@ class Parts:
         self.paths = [tuple(int(part) if part.isdecimal() else part for part in node) for node in self._nodes]
         self._universe = Universe(self.paths)
 
-    def matched(self, pattern: str) -> frozenset[Names]:
+    def match(self, pattern: str) -> frozenset[Names]:
         """The parts that a pattern matches."""
         return frozenset(self._nodes[index] for index in self._universe.match(Pattern.parse(pattern)))
 
 
-def outermost(leaf: Names, parts: frozenset[Names]) -> int:
+def find_outermost_depth(leaf: Names, parts: frozenset[Names]) -> int:
     """How many segments of `leaf` the outermost of the parts above it (or itself) takes; 0 if there is none."""
     return next((depth for depth in range(1, len(leaf) + 1) if leaf[:depth] in parts), 0)
 
 
-def renamed(operation: Rename, part: Names) -> Names:
+def rename_part(operation: Rename, part: Names) -> Names:
     """The new name of a part that the operation's pattern matches."""
-    regex = _regex(operation.pattern)
+    regex = _compile_pattern(operation.pattern)
     found = regex.fullmatch("".join(_MARK + segment for segment in part))
     assert found is not None  # It says no more than the pattern: of a slice only that there is a segment.
     taken = iter(found.groups()[1:])
@@ -55,7 +55,7 @@ def renamed(operation: Rename, part: Names) -> Names:
 
 
 @functools.lru_cache(maxsize=1024)
-def _regex(pattern: str) -> re.Pattern[str]:
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
     """A regex whose first group is what stands before a pattern without a dot, and the others its wildcards."""
     segments = split_segments(pattern)
     free = len(segments) == 1 and segments != ["**"]
@@ -64,21 +64,21 @@ def _regex(pattern: str) -> re.Pattern[str]:
         if segment == "**":
             text += f"((?:{_MARK}[^{_MARK}]*)*?)"
         else:
-            text += _MARK + _segment(segment)
+            text += _MARK + _translate_segment(segment)
     return re.compile(text)
 
 
-def _segment(segment: str) -> str:
+def _translate_segment(segment: str) -> str:
     text, end = "", 0
     for found in WILDCARD.finditer(segment):
         text += re.escape(segment[end : found.start()])
         end = found.end()
         if found[0].startswith("{"):
-            text += "(" + "|".join(map(_alternative, found[0][1:-1].split(","))) + ")"
+            text += "(" + "|".join(map(_translate_alternative, found[0][1:-1].split(","))) + ")"
         else:
             text += f"([^{_MARK}]*)"
     return text + re.escape(segment[end:])
 
 
-def _alternative(text: str) -> str:
+def _translate_alternative(text: str) -> str:
     return re.escape(text).replace(r"\*", f"[^{_MARK}]*").replace(r"\.", _MARK)

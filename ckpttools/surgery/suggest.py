@@ -18,21 +18,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..errors import CheckpointError, StructureError
-from ..spec.operations import DTYPES, Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, wildcards
-from ..tree.match import Difference, Names, folded, form, is_turned
-from .plan import Plan
-from .renaming import Parts, outermost, renamed
+from ..spec.operations import DTYPES, Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, find_wildcards
+from ..tree.match import Difference, Names, format_form, is_transposed, mask_numbers
+from .plan import RestorePlan
+from .renaming import Parts, find_outermost_depth, rename_part
 
-type Retry = Callable[[Sequence[Operation]], Plan]
+type Replan = Callable[[Sequence[Operation]], RestorePlan]
 """The plan with more operations after those that were asked for."""
 
-_MOST_LINES = 100
+_MAX_LINES = 100
 """More leaves than this are shown by kind."""
-_MOST_KINDS = 300
+_MAX_KINDS = 300
 """Of more kinds of names than this on either side, no renames are guessed."""
 
 
-def require_match(step: int, plan: Plan, here: Sequence[Names], retry: Retry, asked: Sequence[Operation] = ()) -> None:
+def require_match(
+    step: int,
+    plan: RestorePlan,
+    state_names: Sequence[Names],
+    replan: Replan,
+    requested_operations: Sequence[Operation] = (),
+) -> None:
     """Raise `StructureError` if there are differences.
 
     Args:
@@ -45,10 +51,10 @@ def require_match(step: int, plan: Plan, here: Sequence[Names], retry: Retry, as
     differences = plan.differences
     if not differences:
         return
-    operations = proved(plan, here, retry)
+    operations = find_fix(plan, state_names, replan)
     if operations:
-        operations = (*asked, *operations)
-    shown = "".join(f"\n    {line}" for line in lines(differences))
+        operations = (*requested_operations, *operations)
+    shown = "".join(f"\n    {line}" for line in format_differences(differences))
     surgery = "".join(f"\n    {as_code(each)}," for each in operations)
     offer = f"surgery=[{surgery}\n  ] mends it, if that is what is meant; or " if operations else ""
     error = StructureError(
@@ -61,24 +67,24 @@ def require_match(step: int, plan: Plan, here: Sequence[Names], retry: Retry, as
     raise error
 
 
-def lines(differences: Sequence[Difference]) -> list[str]:
+def format_differences(differences: Sequence[Difference]) -> list[str]:
     """One line for each difference, or for each kind where they are hundreds."""
-    if len(differences) <= _MOST_LINES:
+    if len(differences) <= _MAX_LINES:
         return list(map(str, differences))
     kinds: dict[tuple[Names, str], list[Difference]] = {}
     for each in differences:
-        kinds.setdefault((folded(each.path), each.text.partition(";")[0]), []).append(each)
+        kinds.setdefault((mask_numbers(each.path), each.text.partition(";")[0]), []).append(each)
     shown = []
     for (_, text), same in kinds.items():
         first = ".".join(same[0].path)
         more = f" (and {len(same) - 1} more of its kind, to {'.'.join(same[-1].path)})" if len(same) > 1 else ""
         shown.append(f"{first}: {text}{more}")
-    rest = len(shown) - _MOST_LINES
+    rest = len(shown) - _MAX_LINES
     tail = [f"... and {rest} more kinds; all are in the error's mismatches"] if rest > 0 else []
-    return [*shown[:_MOST_LINES], *tail]
+    return [*shown[:_MAX_LINES], *tail]
 
 
-def proved(plan: Plan, here: Sequence[Names], retry: Retry) -> tuple[Operation, ...]:
+def find_fix(plan: RestorePlan, state_names: Sequence[Names], replan: Replan) -> tuple[Operation, ...]:
     """Operations after which the differences are gone and nothing else is changed; none if none are found.
 
     Args:
@@ -87,28 +93,32 @@ def proved(plan: Plan, here: Sequence[Names], retry: Retry) -> tuple[Operation, 
         retry: Makes the plan with more operations.
     """
     for whole in (True, False):
-        operations = suggested(plan.differences, here, plan.stored, whole=whole)
-        if operations and _mends(operations, plan, retry):
+        operations = suggest_operations(plan.differences, state_names, plan.stored_names, allow_parts=whole)
+        if operations and _is_fix(operations, plan, replan):
             return operations
     return ()
 
 
-def _mends(operations: Sequence[Operation], plan: Plan, retry: Retry) -> bool:
+def _is_fix(operations: Sequence[Operation], plan: RestorePlan, replan: Replan) -> bool:
     try:
-        after = retry(operations)
+        after = replan(operations)
     except CheckpointError:
         return False
     unfit = {each.path for each in plan.differences}
-    sources = {leaf.path: leaf.source and leaf.source.stored_path for leaf in after.placed}
+    sources = {leaf.path: leaf.source and leaf.source.stored_path for leaf in after.placed_leaves}
     return not after.differences and all(
         sources.get(leaf.path) == (leaf.source and leaf.source.stored_path)
-        for leaf in plan.placed
+        for leaf in plan.placed_leaves
         if leaf.path not in unfit
     )
 
 
-def suggested(
-    differences: Sequence[Difference], here: Iterable[Names], there: Iterable[Names], *, whole: bool = True
+def suggest_operations(
+    differences: Sequence[Difference],
+    state_names: Iterable[Names],
+    stored_names: Iterable[Names],
+    *,
+    allow_parts: bool = True,
 ) -> tuple[Operation, ...]:
     """Operations after which the differences should be gone.
 
@@ -120,16 +130,16 @@ def suggested(
     """
     missing = {each.path: each for each in differences if each.kind == "missing"}
     extra = {each.path: each for each in differences if each.kind == "unexpected"}
-    taken = set(there)
-    items = _renamed_items(differences, set(here), taken)
+    taken = set(stored_names)
+    items = _find_renamed_items(differences, set(state_names), taken)
     found: list[Operation] = list(items)
     for item in items:
         missing.pop((item.new.removesuffix(".**"),), None)
     resizing: list[tuple[Names, str, Operation]] = []
-    for rule in _renames(missing, extra, Parts(taken), whole=whole):
-        matched = Parts(extra).matched(rule.pattern)
-        depths = {path: outermost(path, matched) for path in extra}
-        moved = {path: (*renamed(rule, path[:depth]), *path[depth:]) for path, depth in depths.items() if depth}
+    for rule in _find_renames(missing, extra, Parts(taken), allow_parts=allow_parts):
+        matched = Parts(extra).match(rule.pattern)
+        depths = {path: find_outermost_depth(path, matched) for path in extra}
+        moved = {path: (*rename_part(rule, path[:depth]), *path[depth:]) for path, depth in depths.items() if depth}
         collide = set(moved.values()) & (taken - moved.keys()) or len(set(moved.values())) < len(moved)
         if collide or not missing.keys() & set(moved.values()):
             continue
@@ -139,13 +149,15 @@ def suggested(
             old, wanted = extra.pop(path), missing.pop(new, None)
             if wanted is None:
                 extra[new] = dataclasses.replace(old, path=new)  # Another leaf of the part, and nobody misses it.
-            elif old.stored is not None and wanted.here is not None:
-                both = Difference(kind="reshaped", path=new, here=wanted.here, stored=old.stored)
-                resizing += [(new, type(each).__name__, each) for each in _mended(both)]
+            elif old.stored is not None and wanted.expected is not None:
+                both = Difference(kind="reshaped", path=new, expected=wanted.expected, stored=old.stored)
+                resizing += [(new, type(each).__name__, each) for each in _suggest_leaf_operations(both)]
     for each in differences:
         if each.kind in ("reshaped", "recast", "other"):
-            resizing += [(each.path, type(operation).__name__, operation) for operation in _mended(each)]
-    found += [Drop(pattern) for pattern in _covering(extra, taken, keep=set(here))]
+            resizing += [
+                (each.path, type(operation).__name__, operation) for operation in _suggest_leaf_operations(each)
+            ]
+    found += [Drop(pattern) for pattern in _find_covering_patterns(extra, taken, kept_names=set(state_names))]
     grouped: dict[tuple[str, ...], list[Names]] = {}
     for path, kind, operation in resizing:
         dtypes = (operation.from_dtype, operation.to_dtype) if isinstance(operation, Cast) else ()
@@ -153,24 +165,34 @@ def suggested(
     kinds: dict[str, type[Any]] = {"Cast": Cast, "Pad": Pad, "Slice": Slice, "Reinit": Reinit}
     for (kind, *rest), paths in grouped.items():
         # A cast means leaves of its own dtype only, so a part that is cast as a whole may be named as such.
-        patterns = _covering(paths, set(here), keep=set()) if kind == "Cast" else _kinds_of(paths, set(here))
+        patterns = (
+            _find_covering_patterns(paths, set(state_names), kept_names=set())
+            if kind == "Cast"
+            else _make_patterns(paths, set(state_names))
+        )
         found += [kinds[kind](pattern, *rest) for pattern in patterns]
-    found += [Reinit(pattern) for pattern in _covering(missing, set(here), keep=taken - set(extra))]
+    found += [
+        Reinit(pattern) for pattern in _find_covering_patterns(missing, set(state_names), kept_names=taken - set(extra))
+    ]
     return tuple(found)
 
 
-def _mended(difference: Difference) -> list[Operation]:
-    here, stored = difference.here, difference.stored
+def _suggest_leaf_operations(difference: Difference) -> list[Operation]:
+    here, stored = difference.expected, difference.stored
     kinds = {record.kind for record in (here, stored) if record is not None}
     if here is None or stored is None or not kinds <= {"array", "empty"}:
-        return [] if here is not None and stored is not None and form(here) == form(stored) else [Reinit("**")]
+        return (
+            []
+            if here is not None and stored is not None and format_form(here) == format_form(stored)
+            else [Reinit("**")]
+        )
     mended: list[Operation] = []
     if here.dtype != stored.dtype:
         if not {here.dtype, stored.dtype} <= set(DTYPES):
             return [Reinit("**")]
         mended.append(Cast("**", stored.dtype, here.dtype))
     if here.shape != stored.shape:
-        if len(here.shape) != len(stored.shape) or is_turned(stored.shape, here.shape):
+        if len(here.shape) != len(stored.shape) or is_transposed(stored.shape, here.shape):
             return [Reinit("**")]
         pairs = list(zip(stored.shape, here.shape))
         mended += [Pad("**")] if any(old < new for old, new in pairs) else []
@@ -178,14 +200,16 @@ def _mended(difference: Difference) -> list[Operation]:
     return mended
 
 
-def _renamed_items(differences: Sequence[Difference], here: set[Names], there: set[Names]) -> list[Rename]:
+def _find_renamed_items(
+    differences: Sequence[Difference], state_names: set[Names], stored_names: set[Names]
+) -> list[Rename]:
     """Items that are on disk under another name: those that hold mostly the same leaves."""
-    found, used = [], {path[0] for path in here}
+    found, used = [], {path[0] for path in state_names}
     for each in differences:
         if each.kind != "missing" or len(each.path) > 1:
             continue
-        wanted = {path[1:] for path in here if path[0] == each.path[0]}
-        shared: collections.Counter[str] = collections.Counter(path[0] for path in there if path[1:] in wanted)
+        wanted = {path[1:] for path in state_names if path[0] == each.path[0]}
+        shared: collections.Counter[str] = collections.Counter(path[0] for path in stored_names if path[1:] in wanted)
         best = next(
             (item for item, count in shared.most_common() if item not in used and 2 * count > len(wanted)), None
         )
@@ -195,19 +219,19 @@ def _renamed_items(differences: Sequence[Difference], here: set[Names], there: s
     return found
 
 
-def _renames(
-    missing: dict[Names, Difference], extra: dict[Names, Difference], there: Parts, *, whole: bool
+def _find_renames(
+    missing: dict[Names, Difference], extra: dict[Names, Difference], stored_parts: Parts, *, allow_parts: bool
 ) -> list[Rename]:
     """Rules that give unexpected leaves the names of missing ones, in the order in which they are applied."""
-    wanted, unused = _by_kind(missing), _by_kind(extra)
-    if not wanted or not unused or max(len(wanted), len(unused)) > _MOST_KINDS:
+    wanted, unused = _group_by_kind(missing), _group_by_kind(extra)
+    if not wanted or not unused or max(len(wanted), len(unused)) > _MAX_KINDS:
         return []
 
     @functools.cache
-    def meant(pattern: str) -> frozenset[Names]:
+    def match_leaves(pattern: str) -> frozenset[Names]:
         """The leaves on disk that a pattern means."""
-        matched = there.matched(pattern)
-        return frozenset(leaf for leaf in there.leaves if outermost(leaf, matched))
+        matched = stored_parts.match(pattern)
+        return frozenset(leaf for leaf in stored_parts.leaves if find_outermost_depth(leaf, matched))
 
     likeness = []
     for new in wanted:
@@ -223,8 +247,8 @@ def _renames(
         if ("old", *old) in done or ("new", *new) in done:
             continue
         done |= {("old", *old), ("new", *new)}
-        sides = _rules(old[0], new[0], whole=whole)
-        rule = next((rule for rule in sides if meant(rule[0]) <= extra.keys()), None)
+        sides = _generate_rules(old[0], new[0], allow_parts=allow_parts)
+        rule = next((rule for rule in sides if match_leaves(rule[0]) <= extra.keys()), None)
         if rule is not None:
             rules[rule] += len(wanted[new])
     # What lies deeper first: after that, a part above it can be renamed as a whole.
@@ -232,56 +256,56 @@ def _renames(
     return [Rename(*rule) for rule in ordered]
 
 
-def _by_kind(differences: dict[Names, Difference]) -> dict[tuple[Names, str], list[Names]]:
+def _group_by_kind(differences: dict[Names, Difference]) -> dict[tuple[Names, str], list[Names]]:
     kinds: dict[tuple[Names, str], list[Names]] = {}
     for path, each in differences.items():
-        record = each.here or each.stored
+        record = each.expected or each.stored
         if record is not None:
-            kinds.setdefault((folded(path), form(record)), []).append(path)
+            kinds.setdefault((mask_numbers(path), format_form(record)), []).append(path)
     return kinds
 
 
-def _rules(old: Names, new: Names, *, whole: bool) -> Iterator[tuple[str, str]]:
+def _generate_rules(old: Names, new: Names, *, allow_parts: bool) -> Iterator[tuple[str, str]]:
     """What differs between two kinds of names, as the two sides of a rename, those without the common end first."""
     end = 0
-    while whole and end < min(len(old), len(new)) - 1 and old[-1 - end] == new[-1 - end]:
+    while allow_parts and end < min(len(old), len(new)) - 1 and old[-1 - end] == new[-1 - end]:
         end += 1
     for left in range(end, -1, -1):
-        sides = _text(old[: len(old) - left]), _text(new[: len(new) - left])
-        if wildcards(sides[0]) == wildcards(sides[1]):
+        sides = _format_pattern(old[: len(old) - left]), _format_pattern(new[: len(new) - left])
+        if find_wildcards(sides[0]) == find_wildcards(sides[1]):
             yield sides
 
 
-def _text(path: Names) -> str:
+def _format_pattern(path: Names) -> str:
     """A name as a pattern; what the pattern language gives a meaning becomes a star, and numbers do too."""
     parts = [re.sub(r"[#\[\]{}:.*\s]+", "*", part) for part in path]
     # One word alone would mean that name at any depth.
     return ".".join(parts) if len(parts) > 1 else f"{parts[0]}.**"
 
 
-def _covering(wanted: Iterable[Names], everything: set[Names], *, keep: set[Names]) -> list[str]:
+def _find_covering_patterns(targets: Iterable[Names], all_names: set[Names], *, kept_names: set[Names]) -> list[str]:
     """Patterns that cover the wanted names and nothing else: parts that are wanted as a whole are named as such."""
-    wanted = list(wanted)
-    lost = set(wanted)
-    others = (everything | keep) - lost
+    targets = list(targets)
+    lost = set(targets)
+    others = (all_names | kept_names) - lost
     blocked = {other[:depth] for other in others for depth in range(1, len(other) + 1)}
     parts: dict[Names, list[Names]] = {}
-    for path in wanted:
+    for path in targets:
         depth = next((depth for depth in range(1, len(path)) if path[:depth] not in blocked), len(path))
         parts.setdefault(path[:depth], []).append(path)
-    return _kinds_of(list(parts), others)
+    return _make_patterns(list(parts), others)
 
 
-def _kinds_of(paths: list[Names], everything: set[Names]) -> list[str]:
+def _make_patterns(paths: list[Names], other_names: set[Names]) -> list[str]:
     """Patterns for names: one for each kind if it means nothing else, else one for each name."""
     kinds: dict[Names, list[Names]] = {}
     for path in paths:
-        kinds.setdefault(folded(path), []).append(path)
+        kinds.setdefault(mask_numbers(path), []).append(path)
     patterns: list[str] = []
-    parts = Parts([*everything, *paths]) if any(len(same) > 1 for same in kinds.values()) else None
+    parts = Parts([*other_names, *paths]) if any(len(same) > 1 for same in kinds.values()) else None
     for kind, same in kinds.items():
-        if parts is not None and len(same) > 1 and parts.matched(_text(kind)) == set(same):
-            patterns.append(_text(kind))
+        if parts is not None and len(same) > 1 and parts.match(_format_pattern(kind)) == set(same):
+            patterns.append(_format_pattern(kind))
         else:
-            patterns += [_text(path) for path in same]
+            patterns += [_format_pattern(path) for path in same]
     return patterns

@@ -15,7 +15,7 @@ from ..errors import StorageError
 from ..save.write_step import describe_files
 from ..store import catalogue, commit, digest, manifest, orbax
 from ..store.lock import WriterLock
-from ..store.run_directory import existing_folder
+from ..store.run_directory import require_run_directory
 from ..tree import snapshot
 
 
@@ -33,14 +33,14 @@ def adopt(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[
         StorageError: If a step cannot be read; those before it are taken over.
         RunInUseError: If a process writes to the run.
     """
-    root = existing_folder(directory)
+    root = require_run_directory(directory)
     foreign = [entry for entry in catalogue.scan(root).entries if entry.state == "unverified"]
     if dry_run:
         for entry in foreign:
             try:
                 orbax.describe_foreign(entry.path)
             except orbax.ReadError as error:
-                raise _unreadable(entry, str(error)) from error
+                raise _make_unreadable_error(entry, str(error)) from error
     if not foreign or dry_run:
         return tuple(entry.step for entry in foreign)
     lock = WriterLock(root)
@@ -59,16 +59,16 @@ def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage
     try:
         state = orbax.read_foreign(entry.path)
     except orbax.ReadError as error:
-        raise _unreadable(entry, str(error)) from error
+        raise _make_unreadable_error(entry, str(error)) from error
     if not state:
-        raise _unreadable(entry, "it has no items")
+        raise _make_unreadable_error(entry, "it has no items")
     taken = snapshot.take(state, None)
     algorithm = "xxh3"
     items = {
         item: manifest.Item(
             records=tuple(
-                dataclasses.replace(record, digest=digest.of_array(algorithm, taken.arrays[item][record.path]))
-                if record.in_orbax
+                dataclasses.replace(record, digest=digest.hash_array(algorithm, taken.arrays[item][record.path]))
+                if record.is_in_orbax
                 else record
                 for record in records
             ),
@@ -81,7 +81,7 @@ def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage
         sequence=sequence,
         saved_at=(entry.path / "_CHECKPOINT_METADATA").stat().st_mtime,
         run_s=0.0,
-        metrics=_metrics(entry.path),
+        metrics=_read_metrics(entry.path),
         lineage=lineage,
         reason="adopted from plain Orbax",
         spec="",
@@ -91,7 +91,7 @@ def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage
     commit.sync_tree(entry.path)
 
 
-def _unreadable(entry: catalogue.Entry, text: str) -> StorageError:
+def _make_unreadable_error(entry: catalogue.Entry, text: str) -> StorageError:
     return StorageError(
         what=f"step {entry.step} cannot be taken over: {text.rstrip('.')}.",
         why="Orbax cannot read it as named items.",
@@ -99,10 +99,10 @@ def _unreadable(entry: catalogue.Entry, text: str) -> StorageError:
     )
 
 
-def _metrics(folder: pathlib.Path) -> dict[str, float]:
+def _read_metrics(directory: pathlib.Path) -> dict[str, float]:
     """Metrics as Orbax's managers write them; none if they cannot be read, for they decide nothing here."""
     try:
-        found = json.loads((folder / "metrics" / "metrics").read_bytes())
+        found = json.loads((directory / "metrics" / "metrics").read_bytes())
         return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}
     except (OSError, ValueError, AttributeError):
         return {}

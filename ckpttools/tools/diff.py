@@ -17,13 +17,13 @@ import numpy as np
 from ..errors import CheckpointError
 from ..store import integrity, layout
 from ..store.catalogue import Entry
-from ..text import table_text
-from ..tree.leaves import Record, decode_value, host_bytes
-from ..tree.match import Names, form, names
+from ..text import format_table
+from ..tree.leaves import Record, count_host_bytes, decode_value
+from ..tree.match import Names, format_form, to_names
 from .show import find_step
 
 _BATCH_BYTES = 256 << 20
-_MOST_ROWS = 20
+_MAX_ROWS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,10 @@ class DiffReport:
         lines += [f"! {leaf.name}: {leaf.before} to {leaf.after}" for leaf in self.reformed]
         if self.changed:
             columns = ["leaf", "form", "max abs", "relative", "elements"]
-            rows = [_row(leaf) for leaf in self.changed[:_MOST_ROWS]]
-            lines.append(table_text(columns, rows, right=columns[2:]))
-        if len(self.changed) > _MOST_ROWS:
-            lines.append(f"... and {len(self.changed) - _MOST_ROWS} smaller changes")
+            rows = [_format_row(leaf) for leaf in self.changed[:_MAX_ROWS]]
+            lines.append(format_table(columns, rows, numeric=columns[2:]))
+        if len(self.changed) > _MAX_ROWS:
+            lines.append(f"... and {len(self.changed) - _MAX_ROWS} smaller changes")
         return "\n".join(lines)
 
 
@@ -111,35 +111,36 @@ def diff(
         StepNotFoundError: If a step is not there.
         StepDamagedError: If a step is damaged.
     """
-    first, second = _entry(a, steps[0]), _entry(b, steps[1])
-    left, right = _records(first), _records(second)
+    first, second = _find_entry(a, steps[0]), _find_entry(b, steps[1])
+    left, right = _collect_records(first), _collect_records(second)
     both = [path for path in left if path in right]
     pairs = [(path, left[path], right[path]) for path in both]
-    alike = [pair for pair in pairs if _same_form(pair[1][1], pair[2][1])]
-    reformed = [pair for pair in pairs if not _same_form(pair[1][1], pair[2][1])]
-    other = [pair for pair in alike if not _same_bits(pair[1][1], pair[2][1])]
-    found = [leaf for leaf in _compared(first, second, other, progress) if leaf is not None]
+    alike = [pair for pair in pairs if _has_same_form(pair[1][1], pair[2][1])]
+    reformed = [pair for pair in pairs if not _has_same_form(pair[1][1], pair[2][1])]
+    other = [pair for pair in alike if not _has_same_digest(pair[1][1], pair[2][1])]
+    found = [leaf for leaf in _compare_leaves(first, second, other, progress) if leaf is not None]
     return DiffReport(
         a=str(first.path),
         b=str(second.path),
-        removed=tuple(_name(path) for path in left if path not in right),
-        added=tuple(_name(path) for path in right if path not in left),
+        removed=tuple(_format_name(path) for path in left if path not in right),
+        added=tuple(_format_name(path) for path in right if path not in left),
         reformed=tuple(
-            ChangedLeaf(name=_name(path), before=form(old), after=form(new)) for path, (_, old), (_, new) in reformed
+            ChangedLeaf(name=_format_name(path), before=format_form(old), after=format_form(new))
+            for path, (_, old), (_, new) in reformed
         ),
-        changed=tuple(sorted(found, key=_size, reverse=True)),
+        changed=tuple(sorted(found, key=_get_sort_key, reverse=True)),
         equal=len(alike) - len(found),
     )
 
 
-type Located = tuple[str, Record]
+type ItemRecord = tuple[str, Record]
 """An item and one of its leaves."""
-type Pair = tuple[Names, Located, Located]
+type RecordPair = tuple[Names, ItemRecord, ItemRecord]
 
 
-def _entry(source: str | os.PathLike[str], step: int | None) -> Entry:
+def _find_entry(source: str | os.PathLike[str], step: int | None) -> Entry:
     folder = pathlib.Path(os.path.abspath(source))
-    number = layout.step_number(folder.name)
+    number = layout.parse_step_number(folder.name)
     is_step = number is not None and (folder / layout.MANIFEST).exists()
     entry = find_step(folder.parent, number) if is_step else find_step(folder, step)
     if entry.manifest is None:
@@ -151,45 +152,47 @@ def _entry(source: str | os.PathLike[str], step: int | None) -> Entry:
     return entry
 
 
-def _records(entry: Entry) -> dict[Names, Located]:
+def _collect_records(entry: Entry) -> dict[Names, ItemRecord]:
     items = entry.manifest.contents.items if entry.manifest else {}
-    return {(item, *names(record.path)): (item, record) for item, stored in items.items() for record in stored.records}
+    return {
+        (item, *to_names(record.path)): (item, record) for item, stored in items.items() for record in stored.records
+    }
 
 
-def _same_form(old: Record, new: Record) -> bool:
+def _has_same_form(old: Record, new: Record) -> bool:
     return (old.kind, old.shape, old.dtype) == (new.kind, new.shape, new.dtype)
 
 
-def _same_bits(old: Record, new: Record) -> bool:
+def _has_same_digest(old: Record, new: Record) -> bool:
     """Whether two leaves are known to be equal without reading them; digests of two algorithms say nothing."""
-    if not old.in_orbax:
+    if not old.is_in_orbax:
         return bool(old.value == new.value)
     return (old.digest, old.slices) == (new.digest, new.slices)
 
 
-def _compared(
-    first: Entry, second: Entry, pairs: Sequence[Pair], progress: Callable[[int, int], None] | None
+def _compare_leaves(
+    first: Entry, second: Entry, pairs: Sequence[RecordPair], progress: Callable[[int, int], None] | None
 ) -> Iterator[ChangedLeaf | None]:
-    total, done = host_bytes(pair[1][1] for pair in pairs), 0
-    for batch in _batches(pairs):
+    total, done = count_host_bytes(pair[1][1] for pair in pairs), 0
+    for batch in _split_batches(pairs):
         old = _read(first, [pair[1] for pair in batch])
         new = _read(second, [pair[2] for pair in batch])
-        done += host_bytes(pair[1][1] for pair in batch)
+        done += count_host_bytes(pair[1][1] for pair in batch)
         if progress is not None:
             progress(done, total)
         for path, (_, before), (_, after) in batch:
-            if before.in_orbax:
-                yield _array_change(path, before, old.pop(path), new.pop(path))
+            if before.is_in_orbax:
+                yield _compare_arrays(path, before, old.pop(path), new.pop(path))
             else:
                 values = repr(decode_value(before.value)), repr(decode_value(after.value))
-                yield ChangedLeaf(name=_name(path), before=values[0][:80], after=values[1][:80])
+                yield ChangedLeaf(name=_format_name(path), before=values[0][:80], after=values[1][:80])
 
 
-def _batches(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    batch: list[Pair] = []
+def _split_batches(pairs: Sequence[RecordPair]) -> Iterator[list[RecordPair]]:
+    batch: list[RecordPair] = []
     total = 0
     for pair in pairs:
-        size = host_bytes([pair[1][1]])
+        size = count_host_bytes([pair[1][1]])
         if batch and total + size > _BATCH_BYTES:
             yield batch
             batch, total = [], 0
@@ -199,24 +202,24 @@ def _batches(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
         yield batch
 
 
-def _read(entry: Entry, leaves: Sequence[Located]) -> dict[Names, np.ndarray[Any, Any]]:
+def _read(entry: Entry, leaves: Sequence[ItemRecord]) -> dict[Names, np.ndarray[Any, Any]]:
     wanted: dict[str, list[Record]] = {}
     for item, record in leaves:
-        if record.in_orbax:
+        if record.is_in_orbax:
             wanted.setdefault(item, []).append(record)
-    arrays: Mapping[str, Mapping[Any, Any]] = integrity.read_proved(entry, {k: tuple(v) for k, v in wanted.items()})
-    return {(item, *names(path)): array for item, found in arrays.items() for path, array in found.items()}
+    arrays: Mapping[str, Mapping[Any, Any]] = integrity.read_verified(entry, {k: tuple(v) for k, v in wanted.items()})
+    return {(item, *to_names(path)): array for item, found in arrays.items() for path, array in found.items()}
 
 
-def _array_change(
+def _compare_arrays(
     path: Names, record: Record, old: np.ndarray[Any, Any], new: np.ndarray[Any, Any]
 ) -> ChangedLeaf | None:
     """How two arrays of one form differ; None if they are equal bit for bit."""
     if old.tobytes() == new.tobytes():
         return None
-    shown = form(record)
+    shown = format_form(record)
     if record.kind == "key":
-        return ChangedLeaf(name=_name(path), before=shown, after=shown)
+        return ChangedLeaf(name=_format_name(path), before=shown, after=shown)
     count = int(np.count_nonzero(old != new))
     wide = np.complex128 if old.dtype.kind == "c" else np.float64
     with np.errstate(all="ignore"):
@@ -225,22 +228,24 @@ def _array_change(
         norm, base = float(np.linalg.norm(delta)), float(np.linalg.norm(before))
         largest = float(np.abs(delta).max(initial=0.0))
     relative = norm / base if base else (math.inf if norm else 0.0)
-    return ChangedLeaf(name=_name(path), before=shown, after=shown, max_abs=largest, relative=relative, changed=count)
+    return ChangedLeaf(
+        name=_format_name(path), before=shown, after=shown, max_abs=largest, relative=relative, changed=count
+    )
 
 
-def _size(leaf: ChangedLeaf) -> float:
+def _get_sort_key(leaf: ChangedLeaf) -> float:
     """By what changes are sorted: what became NaN comes first, what has no number last."""
     if leaf.relative is None:
         return -1.0
     return math.inf if math.isnan(leaf.relative) else leaf.relative
 
 
-def _row(leaf: ChangedLeaf) -> list[str]:
+def _format_row(leaf: ChangedLeaf) -> list[str]:
     if leaf.max_abs is None or leaf.relative is None:
         same = leaf.before == leaf.after
         return [leaf.name, leaf.before if same else f"{leaf.before} to {leaf.after}", "", "", ""]
     return [leaf.name, leaf.before, f"{leaf.max_abs:.3g}", f"{leaf.relative:.3g}", str(leaf.changed)]
 
 
-def _name(path: Names) -> str:
+def _format_name(path: Names) -> str:
     return ".".join(path)

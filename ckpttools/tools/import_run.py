@@ -14,9 +14,9 @@ from ..session.session import Session
 from ..spec.spec import CheckpointSpec
 from ..spec.storage import Storage
 from ..store import safetensors_format
-from ..store.run_directory import RunFolder
+from ..store.run_directory import RunDirectory
 from ..tree.leaves import Path, Record, decode_value
-from .safetensors_exchange import KEY, VALUE, NameMap, left_in, named_leaves, read_value, tree_name
+from .safetensors_exchange import KEY, VALUE, NameMap, exclude_skipped, format_tensor_name, name_leaves, read_value
 
 
 def import_run(
@@ -47,7 +47,7 @@ def import_run(
         TensorFileError: If it is no whole safetensors file.
         NotRestoredError: If the folder holds steps.
     """
-    path, run = pathlib.Path(file), RunFolder(pathlib.Path(directory).absolute())
+    path, run = pathlib.Path(file), RunDirectory(pathlib.Path(directory).absolute())
     if run.is_used():
         raise NotRestoredError(
             what=f"{directory} holds steps.",
@@ -59,14 +59,16 @@ def import_run(
     records = [Record(path=tuple(name.split(".")), kind="array") for name in (*tensors, *values)]
     back = {target: pattern for pattern, target in (names or {}).items()}
     leaves: dict[Path, str] = {
-        tuple(leaf.split(".")): tree_name("", record) for leaf, record in named_leaves(records, back).items()
+        tuple(leaf.split(".")): format_tensor_name("", record) for leaf, record in name_leaves(records, back).items()
     }
-    kept = {record.path for record in left_in([Record(path=leaf, kind="array") for leaf in leaves], skip)}
+    kept = {record.path for record in exclude_skipped([Record(path=leaf, kind="array") for leaf in leaves], skip)}
     state: dict[str, Any] = {}
     done = 0
     for leaf in sorted(kept, key=len, reverse=True):
         name = leaves[leaf]
-        value = _decoded(name, values[name]) if name in values else safetensors_format.read(path, tensors[name])
+        value = (
+            _decode_stored_value(name, values[name]) if name in values else safetensors_format.read(path, tensors[name])
+        )
         done += getattr(value, "nbytes", 0)
         if progress is not None:
             progress(done, path.stat().st_size)
@@ -78,7 +80,7 @@ def import_run(
     return len(kept)
 
 
-def _decoded(name: str, text: str) -> Any:
+def _decode_stored_value(name: str, text: str) -> Any:
     record, line = read_value(name, Record(path=(), kind="value"), {VALUE + name: text})
     if line is not None:
         raise TensorFileError(

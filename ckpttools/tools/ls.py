@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from ..spec.retention import Retention, Verdict
 from ..store import catalogue
-from ..store.run_directory import RunFolder, existing_folder
-from ..text import readable_bytes, table_text
+from ..store.run_directory import RunDirectory, require_run_directory
+from ..text import format_bytes, format_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,11 @@ class Listing(tuple[ListedStep, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        columns, rows = rows_of(self)
-        return table_text(columns, rows, right=right_of(columns)) if self else "there are no steps"
+        columns, rows = make_rows(self)
+        return format_table(columns, rows, numeric=find_numeric_columns(columns)) if self else "there are no steps"
 
 
-def rows_of(steps: Sequence[ListedStep]) -> tuple[list[str], list[list[str]]]:
+def make_rows(steps: Sequence[ListedStep]) -> tuple[list[str], list[list[str]]]:
     """The head and the rows of the table of steps; each metric has a column."""
     names = sorted({name for step in steps for name in step.metrics})
     rows = [
@@ -59,7 +59,7 @@ def rows_of(steps: Sequence[ListedStep]) -> tuple[list[str], list[list[str]]]:
             str(step.step),
             step.state + (", pinned" if step.pinned else ""),
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(step.saved_at)) if step.saved_at else "",
-            readable_bytes(step.total_bytes) if step.total_bytes else "",
+            format_bytes(step.total_bytes) if step.total_bytes else "",
             *(f"{step.metrics[name]:.6g}" if name in step.metrics else "" for name in names),
             f"{step.branch} after {step.began_after}" if step.began_after else step.branch,
             step.reason,
@@ -69,7 +69,7 @@ def rows_of(steps: Sequence[ListedStep]) -> tuple[list[str], list[list[str]]]:
     return ["step", "state", "saved", "size", *names, "branch", "reason"], rows
 
 
-def right_of(columns: Sequence[str]) -> list[str]:
+def find_numeric_columns(columns: Sequence[str]) -> list[str]:
     """The columns of `rows_of` that hold numbers."""
     return [columns[0], *columns[3:-2]]
 
@@ -82,14 +82,14 @@ def ls(directory: str | os.PathLike[str]) -> Listing:
     """
     known = catalogue.scan(pathlib.Path(directory).absolute())
     entries = sorted(
-        (*known.entries, *known.set_aside),
+        (*known.entries, *known.moved_entries),
         key=lambda entry: (entry.info is None, entry.info.sequence if entry.info else entry.step),
     )
     # A step that the run's own process deletes at this moment looks damaged; it is gone.
-    return Listing(_listed(entry) for entry in entries if entry.state == "committed" or entry.path.exists())
+    return Listing(_make_listed_step(entry) for entry in entries if entry.state == "committed" or entry.path.exists())
 
 
-def _listed(entry: catalogue.Entry) -> ListedStep:
+def _make_listed_step(entry: catalogue.Entry) -> ListedStep:
     if entry.manifest is None or entry.info is None:
         return ListedStep(step=entry.step, state=entry.state, reason=entry.error.what if entry.error else "")
     summary = entry.manifest.summary
@@ -124,9 +124,9 @@ def empty_quarantine(directory: str | os.PathLike[str], *, dry_run: bool = False
     Raises:
         RunInUseError: If a process writes to the run.
     """
-    run = RunFolder(existing_folder(directory))
+    run = RunDirectory(require_run_directory(directory))
     if dry_run:
-        return tuple(path.name for path in run.quarantined())
+        return tuple(path.name for path in run.list_quarantined())
     run.lock_for_writing()
     try:
         return run.empty_quarantine()
@@ -145,11 +145,11 @@ def prune(directory: str | os.PathLike[str], keep: Retention, *, dry_run: bool =
     Raises:
         RunInUseError: If a process writes to the run.
     """
-    run = RunFolder(existing_folder(directory))
+    run = RunDirectory(require_run_directory(directory))
     if not dry_run:
         run.lock_for_writing()
     try:
-        verdicts = tuple(run.verdicts(keep))
+        verdicts = tuple(run.decide_retention(keep))
         if not dry_run:
             run.prune(keep)
         return verdicts

@@ -16,7 +16,7 @@ import stat
 from ..errors import StepDamagedError
 from ..store import catalogue, commit, digest, integrity, layout, manifest
 from ..store.lock import WriterLock
-from ..store.run_directory import existing_folder
+from ..store.run_directory import require_run_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,27 +64,27 @@ def repair(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Repai
     Raises:
         RunInUseError: If a process writes to the run.
     """
-    root = existing_folder(directory)
+    root = require_run_directory(directory)
     lock = WriterLock(root)
     if not dry_run:
         lock.acquire()
     try:
-        found = [*_pins(root, dry_run)]
+        found = [*_repair_pins(root, dry_run)]
         for entry in catalogue.scan(root).entries:
             # What plain Orbax wrote has no manifest and no second copy; that is no damage.
-            found += [] if entry.state == "unverified" else _step(root, entry.path, entry.step, dry_run)
-        quarantined = layout.control(root, "quarantine")
+            found += [] if entry.state == "unverified" else _repair_step(root, entry.path, entry.step, dry_run)
+        quarantined = layout.get_control_path(root, "quarantine")
         for path in sorted(quarantined.iterdir()) if quarantined.is_dir() else ():
-            step = layout.step_number(path.name.partition("-")[0])
+            step = layout.parse_step_number(path.name.partition("-")[0])
             if step is not None:
-                found += _step(root, path, step, dry_run)
+                found += _repair_step(root, path, step, dry_run)
         return RepairReport(tuple(found), dry_run)
     finally:
         lock.release()
 
 
-def _pins(root: pathlib.Path, dry_run: bool) -> list[Repair]:
-    if catalogue.pins_are_whole(root):
+def _repair_pins(root: pathlib.Path, dry_run: bool) -> list[Repair]:
+    if catalogue.has_intact_pins(root):
         return []
     pins = catalogue.read_pins(root)
     if not dry_run:
@@ -93,60 +93,62 @@ def _pins(root: pathlib.Path, dry_run: bool) -> list[Repair]:
     return [Repair("pins.json", "the list of pinned steps is damaged", done)]
 
 
-def _step(root: pathlib.Path, folder: pathlib.Path, step: int, dry_run: bool) -> list[Repair]:
+def _repair_step(root: pathlib.Path, directory: pathlib.Path, step: int, dry_run: bool) -> list[Repair]:
     """Put back what is damaged in one step's folder, and the folder itself if it is in quarantine."""
-    spare = _spare_of(root, folder, step)
-    in_quarantine = folder.parent.name == "quarantine"
-    damaged = _damaged(folder, spare)
+    spare = _find_spare(root, directory, step)
+    in_quarantine = directory.parent.name == "quarantine"
+    damaged = _find_damaged(directory, spare)
     if not damaged and not in_quarantine:
         return []
-    where = folder.relative_to(root).as_posix()
-    lost = [name for name in damaged if not _can_replace(spare, name)]
+    where = directory.relative_to(root).as_posix()
+    lost = [name for name in damaged if not _is_replaceable(spare, name)]
     if spare is None or lost:
         what = ", ".join(lost or damaged) or "everything"
         return [Repair(where, f"damaged: {what}")]
-    link = _link_in(folder, damaged)
+    link = _find_link(directory, damaged)
     if link is not None:
         return [Repair(where, f"{link} is a link, which could lead out of the run")]
     repairs = [Repair(f"{where}/{name}", "damaged or missing", "put back from its second copy") for name in damaged]
     if not dry_run:
         for name in damaged:
-            target = folder / name
-            commit.make_folder(target.parent)
+            target = directory / name
+            commit.make_directory(target.parent)
             if os.path.lexists(target) and not _is_regular(target):
                 # Whatever stands there is nobody's file of this step; nothing is written through it or deleted.
-                aside = layout.free_name(layout.control(root, "quarantine"), f"stray-{step}-{target.name}")
+                aside = layout.find_free_path(
+                    layout.get_control_path(root, "quarantine"), f"stray-{step}-{target.name}"
+                )
                 commit.move(target, aside)
             shutil.copyfile(spare / name, target)
-        commit.sync_tree(folder)
+        commit.sync_tree(directory)
     if in_quarantine:
-        if layout.step_folder(root, step).exists():
+        if layout.get_step_directory(root, step).exists():
             return [*repairs, Repair(where, f"whole, but there is another step {step}", "left in quarantine")]
         repairs.append(Repair(where, "whole again", f"moved back to {step}"))
         if not dry_run:
-            commit.move(folder, layout.step_folder(root, step))
+            commit.move(directory, layout.get_step_directory(root, step))
     return repairs
 
 
-def _spare_of(root: pathlib.Path, folder: pathlib.Path, step: int) -> pathlib.Path | None:
+def _find_spare(root: pathlib.Path, directory: pathlib.Path, step: int) -> pathlib.Path | None:
     """The second copies that belong to a folder: by its own manifest, or, if that is damaged, by its files."""
     candidates = []
-    spares = layout.control(root, "spare")
+    spares = layout.get_control_path(root, "spare")
     for spare in spares.iterdir() if spares.is_dir() else ():
         try:
             summary = manifest.read_sealed(spare).summary
         except (StepDamagedError, OSError):
             continue
         if summary.step == step:
-            intact = sum(_is_intact(folder / name, size, mark) for name, (size, mark) in summary.files.items())
+            intact = sum(_is_intact(directory / name, size, mark) for name, (size, mark) in summary.files.items())
             candidates.append((intact, summary.sequence, spare))
     return max(candidates)[2] if candidates else None
 
 
-def _link_in(folder: pathlib.Path, names: list[str]) -> str | None:
+def _find_link(directory: pathlib.Path, names: list[str]) -> str | None:
     """The first link among a step's folder and the folders of the files that are to be put back."""
     for name in names:
-        for place in (folder, *(folder / parent for parent in reversed(pathlib.PurePath(name).parents))):
+        for place in (directory, *(directory / parent for parent in reversed(pathlib.PurePath(name).parents))):
             if place.is_symlink():
                 return place.name
     return None
@@ -159,33 +161,33 @@ def _is_regular(path: pathlib.Path) -> bool:
         return False
 
 
-def _is_intact(path: pathlib.Path, size: int, mark: str) -> bool:
+def _is_intact(path: pathlib.Path, size: int, expected_digest: str) -> bool:
     try:
         return (
             _is_regular(path)
             and path.stat().st_size == size
-            and digest.of_file(digest.algorithm_of(mark), path) == mark
+            and digest.hash_file(digest.get_algorithm(expected_digest), path) == expected_digest
         )
     except OSError:
         return False
 
 
-def _damaged(folder: pathlib.Path, spare: pathlib.Path | None) -> list[str]:
+def _find_damaged(directory: pathlib.Path, spare: pathlib.Path | None) -> list[str]:
     """Damaged files of a step, the manifest first; judged by the second copy of the manifest where there is one."""
     if spare is None:
         try:
-            entry = catalogue.Entry(step=0, path=folder, state="committed", manifest=manifest.read(folder))
+            entry = catalogue.Entry(step=0, path=directory, state="committed", manifest=manifest.read(directory))
         except StepDamagedError:
             return [layout.MANIFEST]
-        return list(integrity.damaged_files(entry))
+        return list(integrity.find_damaged_files(entry))
     files = manifest.read_sealed(spare).summary.files
     seal = (spare / layout.MANIFEST).read_bytes()
-    own = folder / layout.MANIFEST
+    own = directory / layout.MANIFEST
     damaged = [] if _is_regular(own) and own.read_bytes() == seal else [layout.MANIFEST]
-    return damaged + [name for name, (size, mark) in files.items() if not _is_intact(folder / name, size, mark)]
+    return damaged + [name for name, (size, mark) in files.items() if not _is_intact(directory / name, size, mark)]
 
 
-def _can_replace(spare: pathlib.Path | None, name: str) -> bool:
+def _is_replaceable(spare: pathlib.Path | None, name: str) -> bool:
     if spare is None:
         return False
     if name == layout.MANIFEST:

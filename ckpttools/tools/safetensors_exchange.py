@@ -21,8 +21,8 @@ from ..store import integrity, layout, safetensors_format
 from ..store.catalogue import Entry
 from ..store.safetensors_format import CODES, Tensor
 from ..tree import flatten, snapshot
-from ..tree.leaves import Path, Record, decode_value, describe, host_bytes, host_shape, numpy_dtype
-from ..tree.match import names as names_of
+from ..tree.leaves import Path, Record, count_host_bytes, decode_value, describe, get_host_shape, parse_dtype
+from ..tree.match import to_names as names_of
 from ..tree.write_back import HostItem, fill_state
 from .show import find_step
 
@@ -66,36 +66,38 @@ def export_safetensors(
         StorageError: If the disk refused.
     """
     if isinstance(source, str | os.PathLike):
-        records, load, note = _of_step(pathlib.Path(source), item)
+        records, load, note = _open_step(pathlib.Path(source), item)
     else:
-        records, load, note = _of_state(source, item)
-    records = left_in(records, skip)
-    named = named_leaves(records, names)
-    tensors = {name: _tensor(item, record) for name, record in named.items() if record.kind != "value"}
-    total, done = host_bytes(named.values()), 0
+        records, load, note = _open_state(source, item)
+    records = exclude_skipped(records, skip)
+    named = name_leaves(records, names)
+    tensors = {name: _make_tensor(item, record) for name, record in named.items() if record.kind != "value"}
+    total, done = count_host_bytes(named.values()), 0
 
-    def arrays(batch: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+    def load_batch(batch: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
         nonlocal done
-        loaded = load([named[name] for name in batch if named[name].in_orbax])
-        done += host_bytes(named[name] for name in batch)
+        loaded = load([named[name] for name in batch if named[name].is_in_orbax])
+        done += count_host_bytes(named[name] for name in batch)
         if progress is not None:
             progress(done, total)
-        return {name: loaded.get(named[name].path, np.empty(*host_shape(named[name]))) for name in batch}
+        return {name: loaded.get(named[name].path, np.empty(*get_host_shape(named[name]))) for name in batch}
 
     texts = {"format": "pt"} if metadata is None else dict(metadata)
     texts |= {KEY + name: record.dtype for name, record in named.items() if record.kind == "key"}
     texts |= {VALUE + name: json.dumps(record.value) for name, record in named.items() if record.kind == "value"}
-    safetensors_format.write(pathlib.Path(file), tensors, arrays, {**note, **texts}, batch_bytes=_BATCH_BYTES)
+    safetensors_format.write(pathlib.Path(file), tensors, load_batch, {**note, **texts}, batch_bytes=_BATCH_BYTES)
     return tuple(tensors)
 
 
-type Load = Callable[[Sequence[Record]], Mapping[Path, np.ndarray[Any, Any]]]
+type LoadArrays = Callable[[Sequence[Record]], Mapping[Path, np.ndarray[Any, Any]]]
 
 
-def _of_step(folder: pathlib.Path, item: str) -> tuple[tuple[Record, ...], Load, dict[str, str]]:
-    step = layout.step_number(folder.absolute().name)
-    is_step = step is not None and any((folder / name).exists() for name in (layout.MANIFEST, "_CHECKPOINT_METADATA"))
-    entry: Entry = find_step(folder.absolute().parent, step) if is_step else find_step(folder)
+def _open_step(directory: pathlib.Path, item: str) -> tuple[tuple[Record, ...], LoadArrays, dict[str, str]]:
+    step = layout.parse_step_number(directory.absolute().name)
+    is_step = step is not None and any(
+        (directory / name).exists() for name in (layout.MANIFEST, "_CHECKPOINT_METADATA")
+    )
+    entry: Entry = find_step(directory.absolute().parent, step) if is_step else find_step(directory)
     if entry.manifest is None:
         raise CheckpointError(
             what=f"step {entry.step} was written by plain Orbax and never proved.",
@@ -111,28 +113,28 @@ def _of_step(folder: pathlib.Path, item: str) -> tuple[tuple[Record, ...], Load,
         )
 
     def load(records: Sequence[Record]) -> Mapping[Path, np.ndarray[Any, Any]]:
-        return integrity.read_proved(entry, {item: tuple(records)})[item] if records else {}
+        return integrity.read_verified(entry, {item: tuple(records)})[item] if records else {}
 
     return stored[item].records, load, {"ckpttools.step": str(entry.step)}
 
 
-def _of_state(state: Any, item: str) -> tuple[tuple[Record, ...], Load, dict[str, str]]:
+def _open_state(state: Any, item: str) -> tuple[tuple[Record, ...], LoadArrays, dict[str, str]]:
     taken = snapshot.take({item: state}, None)
     return taken.records[item], lambda records: taken.arrays[item], {}
 
 
-def _tensor(item: str, record: Record) -> Tensor:
-    shape, dtype = host_shape(record)
+def _make_tensor(item: str, record: Record) -> Tensor:
+    shape, dtype = get_host_shape(record)
     if dtype.name not in CODES:
         raise LeafError(
-            what=f"{tree_name(item, record)} is of dtype {dtype.name}, which safetensors does not have.",
+            what=f"{format_tensor_name(item, record)} is of dtype {dtype.name}, which safetensors does not have.",
             why="to store it as another would change what it means to whoever reads it.",
-            fix=f"leave it out with skip=({tree_name('', record)!r},), or cast it first to one of {', '.join(CODES)}.",
+            fix=f"leave it out with skip=({format_tensor_name('', record)!r},), or cast it first to one of {', '.join(CODES)}.",
         )
     return Tensor(dtype.name, shape)
 
 
-def tree_name(item: str, record: Record) -> str:
+def format_tensor_name(item: str, record: Record) -> str:
     """A leaf's path as text, with the item in front if there is one."""
     return ".".join([*([item] if item else []), *map(str, record.path)])
 
@@ -163,7 +165,7 @@ def import_safetensors(
     """
     path = pathlib.Path(file)
     tensors, texts = safetensors_format.read_header(path)
-    flat = flatten.flatten(state, template=True)
+    flat = flatten.flatten_item(state, template=True)
     if flat.skeletons:
         raise StructureError(
             what="the state holds objects with get_state and set_state.",
@@ -171,29 +173,29 @@ def import_safetensors(
             fix="pass the model without its data iterator.",
         )
     records = tuple(describe("", leaf) for leaf in flat.leaves)
-    wanted = named_leaves(left_in(records, skip), names)
+    wanted = name_leaves(exclude_skipped(records, skip), names)
     lines, placed = [], {}
     for name, record in wanted.items():
-        placed[record.path], line = _match(name, record, tensors, texts)
+        placed[record.path], line = _match_leaf(name, record, tensors, texts)
         lines += [line] if line else []
     extra = [name for name in tensors if name not in wanted]
     lines += [] if allow_extra else [f"{name}: in the file, not in the state" for name in extra]
     if lines:
-        raise _mismatch(path, lines, extra)
+        raise _make_mismatch_error(path, lines, extra)
     source = {record.path: tensors[name] for name, record in wanted.items() if name in tensors}
-    arrays = _LeafByLeaf(path, source, _kept(state, [each for each in records if each.path not in placed]))
+    arrays = _LazyArrays(path, source, _take_arrays(state, [each for each in records if each.path not in placed]))
     used = [placed.get(record.path, record) for record in records]
     filled = HostItem(
-        records={names_of(record.path): record for record in used}, stored=used, skeletons={}, arrays=arrays
+        records={names_of(record.path): record for record in used}, restored_records=used, skeletons={}, arrays=arrays
     )
     return fill_state({"state": state}, {"state": filled})["state"]
 
 
-class _LeafByLeaf(dict[Path, np.ndarray[Any, Any]]):
+class _LazyArrays(dict[Path, np.ndarray[Any, Any]]):
     """Arrays that are read when they are taken out, so that the host holds one at a time."""
 
-    def __init__(self, file: pathlib.Path, tensors: Mapping[Path, Tensor], kept: Mapping[Path, Any]) -> None:
-        super().__init__(kept)
+    def __init__(self, file: pathlib.Path, tensors: Mapping[Path, Tensor], arrays: Mapping[Path, Any]) -> None:
+        super().__init__(arrays)
         self._file, self._tensors = file, tensors
 
     def pop(self, path: Path) -> np.ndarray[Any, Any]:  # type: ignore[override]
@@ -201,33 +203,33 @@ class _LeafByLeaf(dict[Path, np.ndarray[Any, Any]]):
         return safetensors_format.read(self._file, self._tensors[path]) if path in self._tensors else super().pop(path)
 
 
-def _kept(state: Any, records: Sequence[Record]) -> dict[Path, np.ndarray[Any, Any]]:
+def _take_arrays(state: Any, records: Sequence[Record]) -> dict[Path, np.ndarray[Any, Any]]:
     if not records:
         return {}
     arrays = snapshot.take({"state": state}, None).arrays["state"]
-    return {record.path: arrays[record.path] for record in records if record.in_orbax}
+    return {record.path: arrays[record.path] for record in records if record.is_in_orbax}
 
 
-def _match(
-    name: str, record: Record, tensors: Mapping[str, Tensor], texts: Mapping[str, str]
+def _match_leaf(
+    name: str, record: Record, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[Record, str | None]:
     """The record of what the file holds for a leaf, or a line that says why it does not fit."""
     if record.kind == "value":
-        return read_value(name, record, texts)
+        return read_value(name, record, metadata)
     if name not in tensors:
         near = did_you_mean(name, tensors)
         return record, f"{name}: not in the file{'; ' + near if near.startswith('did') else ''}"
-    shape, dtype = host_shape(record)
+    shape, dtype = get_host_shape(record)
     found = tensors[name]
-    if (found.shape, numpy_dtype(found.dtype)) != (shape, dtype):
+    if (found.shape, parse_dtype(found.dtype)) != (shape, dtype):
         here = f"{dtype.name}[{','.join(map(str, shape))}]"
         return record, f"{name}: {found.dtype}[{','.join(map(str, found.shape))}] in the file, {here} in the state"
     return record, None
 
 
-def read_value(name: str, record: Record, texts: Mapping[str, str]) -> tuple[Record, str | None]:
+def read_value(name: str, record: Record, metadata: Mapping[str, str]) -> tuple[Record, str | None]:
     """A plain value from the file's notes; a file from elsewhere has none, and the state keeps its own."""
-    text = texts.get(VALUE + name)
+    text = metadata.get(VALUE + name)
     if text is None:
         return record, None
     try:
@@ -238,7 +240,7 @@ def read_value(name: str, record: Record, texts: Mapping[str, str]) -> tuple[Rec
     return Record(path=record.path, kind="value", value=encoded), None
 
 
-def _mismatch(path: pathlib.Path, lines: Sequence[str], extra: Sequence[str]) -> StructureError:
+def _make_mismatch_error(path: pathlib.Path, lines: Sequence[str], extra: Sequence[str]) -> StructureError:
     shown = "".join(f"\n    {line}" for line in lines[:40])
     error = StructureError(
         what=f"{path} does not fit the state:{shown}" + ("\n    ..." if len(lines) > 40 else ""),
@@ -249,7 +251,7 @@ def _mismatch(path: pathlib.Path, lines: Sequence[str], extra: Sequence[str]) ->
     return error
 
 
-def left_in(records: Iterable[Record], skip: Sequence[str]) -> tuple[Record, ...]:
+def exclude_skipped(records: Iterable[Record], skip: Sequence[str]) -> tuple[Record, ...]:
     """The leaves that no pattern of `skip` matches.
 
     Raises:
@@ -263,27 +265,27 @@ def left_in(records: Iterable[Record], skip: Sequence[str]) -> tuple[Record, ...
             raise SpecError(
                 what=f"skip={text!r} matches no leaf.",
                 why="a mistyped pattern would leave nothing out without a word.",
-                fix=did_you_mean(text, [tree_name("", record) for record in left]),
+                fix=did_you_mean(text, [format_tensor_name("", record) for record in left]),
             )
         left = tuple(record for record in left if record.path not in skipped)
     return left
 
 
-def named_leaves(records: Iterable[Record], names: NameMap | None) -> dict[str, Record]:
+def name_leaves(records: Iterable[Record], names: NameMap | None) -> dict[str, Record]:
     """Leaves by the names of their tensors."""
-    rules = [(_regex(pattern), pattern, target) for pattern, target in (names or {}).items()]
+    rules = [(_compile_pattern(pattern), pattern, target) for pattern, target in (names or {}).items()]
     unused = {pattern for _, pattern, _ in rules}
     found: dict[str, Record] = {}
     for record in records:
-        name = tree_name("", record) or "value"
+        name = format_tensor_name("", record) or "value"
         for regex, pattern, target in rules:
             if match := regex.fullmatch(name):
                 unused.discard(pattern)
-                name = _substituted(pattern, target, match)
+                name = _substitute(pattern, target, match)
                 break
         if name in found:
             raise StructureError(
-                what=f"two leaves would be called {name!r}: {tree_name('', found[name])} and {tree_name('', record)}.",
+                what=f"two leaves would be called {name!r}: {format_tensor_name('', found[name])} and {format_tensor_name('', record)}.",
                 why="a file holds one tensor under each name.",
                 fix="let names={...} tell them apart.",
             )
@@ -292,17 +294,17 @@ def named_leaves(records: Iterable[Record], names: NameMap | None) -> dict[str, 
         raise SpecError(
             what=f"names has {', '.join(map(repr, sorted(unused)))}, which no leaf is called.",
             why="a mistyped name would leave its leaf under the old one without a word.",
-            fix=did_you_mean(min(unused), [tree_name("", record) for record in found.values()]),
+            fix=did_you_mean(min(unused), [format_tensor_name("", record) for record in found.values()]),
         )
     return found
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(\*\*|\*)", pattern)
     return re.compile("".join({"*": r"([^.]*)", "**": r"(.*)"}.get(part, re.escape(part)) for part in parts))
 
 
-def _substituted(pattern: str, target: str, match: re.Match[str]) -> str:
+def _substitute(pattern: str, target: str, match: re.Match[str]) -> str:
     parts = re.split(r"\*\*|\*", target)
     if len(parts) - 1 != len(match.groups()):
         raise SpecError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, StepNotFoundError
 from ..store import catalogue, orbax
-from ..tree.leaves import Record, decode_value, dotted, host_shape
+from ..tree.leaves import Record, decode_value, format_leaf_name, get_host_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +64,10 @@ class ShownStep:
 
     def __str__(self) -> str:
         head = f"step {self.step}: {self.state}, {len(self.leaves)} leaves, {self.total_bytes:,} bytes"
-        return "\n".join([head, *(f"  {leaf.name}: {form_of(leaf)}" for leaf in self.leaves)])
+        return "\n".join([head, *(f"  {leaf.name}: {format_leaf(leaf)}" for leaf in self.leaves)])
 
 
-def form_of(leaf: ShownLeaf) -> str:
+def format_leaf(leaf: ShownLeaf) -> str:
     """A leaf's dtype and shape, or its value, as one reads them."""
     if leaf.kind == "value":
         return repr(leaf.value) if leaf.dtype else str(leaf.value)
@@ -83,11 +83,11 @@ def find_step(directory: str | os.PathLike[str], step: int | None = None) -> cat
     """
     known = catalogue.scan(pathlib.Path(directory).absolute())
     if step is None:
-        newest = max(known.live, key=lambda entry: entry.step, default=None)
+        newest = max(known.live_entries, key=lambda entry: entry.step, default=None)
         foreign = [entry for entry in known.entries if entry.state == "unverified"]
         found = newest or max(foreign, key=lambda entry: entry.step, default=None)
     else:
-        found = next((entry for entry in (*known.entries, *known.set_aside) if entry.step == step), None)
+        found = next((entry for entry in (*known.entries, *known.moved_entries) if entry.step == step), None)
     if found is None:
         raise StepNotFoundError(
             what=f"{directory} has no {'step that can be read' if step is None else f'step {step}'}.",
@@ -112,10 +112,12 @@ def show(directory: str | os.PathLike[str], step: int | None = None) -> ShownSte
     """
     entry = find_step(directory, step)
     if entry.manifest is None:
-        return _foreign(entry)
+        return _show_foreign_step(entry)
     summary = entry.manifest.summary
     leaves = (
-        _leaf(item, record) for item, stored in entry.manifest.contents.items.items() for record in stored.records
+        _make_shown_leaf(item, record)
+        for item, stored in entry.manifest.contents.items.items()
+        for record in stored.records
     )
     return ShownStep(
         step=entry.step,
@@ -127,18 +129,18 @@ def show(directory: str | os.PathLike[str], step: int | None = None) -> ShownSte
     )
 
 
-def _leaf(item: str, record: Record) -> ShownLeaf:
-    name = dotted(item, record.path)
+def _make_shown_leaf(item: str, record: Record) -> ShownLeaf:
+    name = format_leaf_name(item, record.path)
     if record.kind == "value":
         value = decode_value(record.value)
         return ShownLeaf(name=name, kind="value", dtype=type(value).__name__, value=value)
-    shape, dtype = host_shape(record)
+    shape, dtype = get_host_shape(record)
     return ShownLeaf(
         name=name, kind=record.kind, shape=record.shape, dtype=record.dtype, bytes=math.prod(shape) * dtype.itemsize
     )
 
 
-def _foreign(entry: catalogue.Entry) -> ShownStep:
+def _show_foreign_step(entry: catalogue.Entry) -> ShownStep:
     try:
         described: Sequence[tuple[str, tuple[int, ...], str]] = orbax.describe_foreign(entry.path)
     except orbax.ReadError as error:
@@ -153,7 +155,7 @@ def _foreign(entry: catalogue.Entry) -> ShownStep:
             kind="array" if dtype else "value",
             shape=shape,
             dtype=dtype,
-            bytes=math.prod(shape) * _itemsize(dtype) if dtype else 0,
+            bytes=math.prod(shape) * _get_itemsize(dtype) if dtype else 0,
             value=None if dtype else "(not read)",
         )
         for name, shape, dtype in described
@@ -163,8 +165,8 @@ def _foreign(entry: catalogue.Entry) -> ShownStep:
     return ShownStep(step=entry.step, state="unverified", reason=reason, total_bytes=total, leaves=leaves)
 
 
-def _itemsize(dtype: str) -> int:
+def _get_itemsize(dtype: str) -> int:
     try:
-        return host_shape(Record(path=(), kind="array", dtype=dtype))[1].itemsize
+        return get_host_shape(Record(path=(), kind="array", dtype=dtype))[1].itemsize
     except CheckpointError:
         return 0

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import StepDamagedError, StepNotFoundError, StorageError
 from ..store import catalogue, integrity
-from ..store.run_directory import existing_folder
-from ..text import health_text
+from ..store.run_directory import require_run_directory
+from ..text import format_health
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class StepHealth:
     leaves: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return health_text(self.step, self.state, self.reason, leaves=self.leaves, files=self.files)
+        return format_health(self.step, self.state, self.reason, leaves=self.leaves, files=self.files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,42 +73,42 @@ def verify(
         StepNotFoundError: If `step` is not there.
         StorageError: If there is no such folder.
     """
-    root = existing_folder(directory)
+    root = require_run_directory(directory)
     known = catalogue.scan(root)
-    entries = [entry for entry in (*known.entries, *known.set_aside) if step is None or entry.step == step]
+    entries = [entry for entry in (*known.entries, *known.moved_entries) if step is None or entry.step == step]
     if step is not None and not entries:
         raise StepNotFoundError(
             what=f"there is no step {step} in {root}.",
             why="it was never saved, or retention has deleted it.",
             fix=f"there are {', '.join(str(entry.step) for entry in known.entries) or 'no steps'}.",
         )
-    total = sum(_bytes(entry) for entry in entries)
+    total = sum(_get_total_bytes(entry) for entry in entries)
     done = 0
 
-    def seen(size: int) -> None:
+    def add_bytes(size: int) -> None:
         nonlocal done
         done += size
         if progress is not None:
             progress(done, total)
 
-    examined = [(entry, _examine(entry, seen)) for entry in entries]
+    examined = [(entry, _examine(entry, add_bytes)) for entry in entries]
     return VerifyReport(tuple(health for entry, health in examined if entry.path.is_dir()))
 
 
-def _bytes(entry: catalogue.Entry) -> int:
+def _get_total_bytes(entry: catalogue.Entry) -> int:
     return entry.manifest.summary.total_bytes if entry.manifest else 0
 
 
-def _examine(entry: catalogue.Entry, seen: Callable[[int], None]) -> StepHealth:
+def _examine(entry: catalogue.Entry, on_bytes: Callable[[int], None]) -> StepHealth:
     if entry.manifest is None:
         error = entry.error
         named = error.files if isinstance(error, StepDamagedError) else ()
         return StepHealth(step=entry.step, state=entry.state, reason=error.what if error else "", files=named)
     files: tuple[str, ...] = ()
     try:
-        files = integrity.damaged_files(entry, seen)
+        files = integrity.find_damaged_files(entry, on_bytes)
         items = entry.manifest.contents.items
-        integrity.read_proved(entry, {item: stored.records for item, stored in items.items()})
+        integrity.read_verified(entry, {item: stored.records for item, stored in items.items()})
     except StepDamagedError as error:
         return StepHealth(step=entry.step, state="corrupt", reason=error.what, files=files, leaves=error.leaves)
     except StorageError as error:

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import CorruptStepError, LeafError
 from .leaves import Leaf, Path
 
-_DEEPEST = 100
+_MAX_DEPTH = 100
 
 
 def pack(value: Any, prefix: Path) -> tuple[Any, list[Leaf]]:
@@ -26,14 +26,16 @@ def pack(value: Any, prefix: Path) -> tuple[Any, list[Leaf]]:
     leaves: list[Leaf] = []
 
     def visit(part: Any, path: Path) -> Any:
-        if len(path) - len(prefix) > _DEEPEST:
+        if len(path) - len(prefix) > _MAX_DEPTH:
             raise LeafError(
-                what=f"the state is nested deeper than {_DEEPEST} levels at {path[:6]!r}...",
+                what=f"the state is nested deeper than {_MAX_DEPTH} levels at {path[:6]!r}...",
                 why="it most likely holds itself.",
                 fix="hand out a flat state from get_state().",
             )
         if isinstance(part, Mapping):
-            return {"dict": [[_key(key), visit(entry, (*path, _key(key)))] for key, entry in part.items()]}
+            return {
+                "dict": [[_require_key(key), visit(entry, (*path, _require_key(key)))] for key, entry in part.items()]
+            }
         if type(part) in (list, tuple):
             kind = "list" if type(part) is list else "tuple"
             return {kind: [visit(entry, (*path, index)) for index, entry in enumerate(part)]}
@@ -43,7 +45,7 @@ def pack(value: Any, prefix: Path) -> tuple[Any, list[Leaf]]:
     return visit(value, prefix), leaves
 
 
-def _key(key: Any) -> str | int:
+def _require_key(key: Any) -> str | int:
     if type(key) not in (str, int):
         raise LeafError(
             what=f"a state handed out by get_state() has a key {key!r} of type {type(key).__name__}.",
@@ -57,8 +59,8 @@ def unpack(skeleton: Any, values: Sequence[Any]) -> Any:
     """The containers again; `values` are the leaves in the order of `pack`."""
 
     def visit(part: Any, depth: int) -> Any:
-        if depth > _DEEPEST:
-            raise CorruptStepError(what=f"a stored state is nested deeper than {_DEEPEST} levels.")
+        if depth > _MAX_DEPTH:
+            raise CorruptStepError(what=f"a stored state is nested deeper than {_MAX_DEPTH} levels.")
         if type(part) is int and 0 <= part < len(values):
             return values[part]
         match part if isinstance(part, dict) and len(part) == 1 else None:

@@ -35,10 +35,10 @@ class Stateful(Protocol):
         """Take a state that `get_state` returned."""
 
 
-type Place = Callable[[Path, Any], Any]
+type PlaceLeaf = Callable[[Path, Any], Any]
 """Given a leaf's path and the template's value, returns the restored value."""
 
-type Stored = Mapping[Path, tuple[Any, Sequence[Any]]]
+type StoredStates = Mapping[Path, tuple[Any, Sequence[Any]]]
 """For each stateful object, by its path, its skeleton and the values of its leaves."""
 
 
@@ -53,7 +53,7 @@ def _is_unit(value: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flat:
+class FlatItem:
     """An item taken apart.
 
     Attributes:
@@ -65,7 +65,7 @@ class Flat:
     skeletons: dict[Path, Any]
 
 
-def flatten(item: Any, *, template: bool = False) -> Flat:
+def flatten_item(item: Any, *, template: bool = False) -> FlatItem:
     """The leaves of one item.
 
     Args:
@@ -73,19 +73,19 @@ def flatten(item: Any, *, template: bool = False) -> Flat:
         template: Do not ask stateful objects for their state: theirs is rebuilt from what was stored, not compared
             with it, since an iterator may hold nothing before its first batch and a buffer after it.
     """
-    flat = Flat([], {})
-    _flatten(item, (), flat, template)
+    flat = FlatItem([], {})
+    _flatten_into(item, (), flat, template)
     return flat
 
 
-def _flatten(value: Any, prefix: Path, flat: Flat, template: bool) -> None:
+def _flatten_into(value: Any, prefix: Path, flat: FlatItem, template: bool) -> None:
     if isinstance(value, nnx.Pytree):
         value = nnx.state(value)
     if isinstance(value, nnx.State):
-        for path, entry in _flat_state(value):
-            _flatten(entry, (*prefix, *path), flat, template)
+        for path, entry in _flatten_state(value):
+            _flatten_into(entry, (*prefix, *path), flat, template)
     elif isinstance(value, nnx.Variable):
-        _flatten(value.get_raw_value(), prefix, flat, template)
+        _flatten_into(value.get_raw_value(), prefix, flat, template)
     elif is_stateful(value):
         flat.skeletons[prefix], leaves = (None, []) if template else pack(value.get_state(), prefix)
         flat.leaves.extend(leaves)
@@ -94,11 +94,11 @@ def _flatten(value: Any, prefix: Path, flat: Flat, template: bool) -> None:
         if entries is None:
             flat.leaves.append(Leaf(prefix, value))
         for keys, entry in entries or ():
-            _flatten(entry, (*prefix, *keys), flat, template)
+            _flatten_into(entry, (*prefix, *keys), flat, template)
 
 
-def _flat_state(state: Any) -> list[tuple[Path, Any]]:
-    return [(tuple(map(_checked, path)), entry) for path, entry in nnx.to_flat_state(state)]
+def _flatten_state(state: Any) -> list[tuple[Path, Any]]:
+    return [(tuple(map(_require_key, path)), entry) for path, entry in nnx.to_flat_state(state)]
 
 
 def open_pytree(value: Any) -> tuple[list[tuple[Path, Any]] | None, Any]:
@@ -115,18 +115,18 @@ def open_pytree(value: Any) -> tuple[list[tuple[Path, Any]] | None, Any]:
         ) from error
     if len(entries) == 1 and entries[0][0] == ():
         return None, None
-    return [(tuple(map(_segment, keys)), entry) for keys, entry in entries], treedef
+    return [(tuple(map(_convert_key, keys)), entry) for keys, entry in entries], treedef
 
 
-def _segment(key: Any) -> str | int:
+def _convert_key(key: Any) -> str | int:
     """One key of a pytree path as a str or int."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
-            return _checked(getattr(key, attribute))
+            return _require_key(getattr(key, attribute))
     return str(key)
 
 
-def _checked(name: Any) -> str | int:
+def _require_key(name: Any) -> str | int:
     if isinstance(name, str | int) and not isinstance(name, bool):
         if isinstance(name, str) and not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
             raise LeafError(
@@ -142,7 +142,7 @@ def _checked(name: Any) -> str | int:
     )
 
 
-def fill(item: Any, place: Place, stored: Stored) -> Any:
+def fill(item: Any, place: PlaceLeaf, stored: StoredStates) -> Any:
     """The item with restored leaves: live objects are filled in place, all else is rebuilt.
 
     Args:
@@ -156,20 +156,20 @@ def fill(item: Any, place: Place, stored: Stored) -> Any:
     return _fill(item, (), place, stored)
 
 
-def _fill(value: Any, prefix: Path, place: Place, stored: Stored) -> Any:
+def _fill(value: Any, prefix: Path, place: PlaceLeaf, stored: StoredStates) -> Any:
     if isinstance(value, nnx.Pytree):
-        for path, entry in _flat_state(nnx.state(value)):
+        for path, entry in _flatten_state(nnx.state(value)):
             # One leaf at a time, so that the old array is freed before the next one needs its room.
-            nnx.update(value, _nested(path, _restored_entry(entry, (*prefix, *path), place, stored)))
+            nnx.update(value, _nest(path, _fill_entry(entry, (*prefix, *path), place, stored)))
         return value
     if isinstance(value, nnx.State):
         rebuilt = []
-        for path, entry in _flat_state(value):
-            new = _restored_entry(entry, (*prefix, *path), place, stored)
+        for path, entry in _flatten_state(value):
+            new = _fill_entry(entry, (*prefix, *path), place, stored)
             rebuilt.append((path, entry.replace(new) if isinstance(entry, nnx.Variable) else new))
         return nnx.from_flat_state(rebuilt)
     if isinstance(value, nnx.Variable):
-        value.set_raw_value(_restored_entry(value, prefix, place, stored))
+        value.set_raw_value(_fill_entry(value, prefix, place, stored))
         return value
     if is_stateful(value):
         if prefix not in stored:
@@ -184,11 +184,11 @@ def _fill(value: Any, prefix: Path, place: Place, stored: Stored) -> Any:
     return jax.tree_util.tree_unflatten(treedef, children)
 
 
-def _restored_entry(entry: Any, path: Path, place: Place, stored: Stored) -> Any:
+def _fill_entry(entry: Any, path: Path, place: PlaceLeaf, stored: StoredStates) -> Any:
     return _fill(entry.get_raw_value() if isinstance(entry, nnx.Variable) else entry, path, place, stored)
 
 
-def functional(item: Any) -> tuple[Any, Callable[[Any], Any]]:
+def split_item(item: Any) -> tuple[Any, Callable[[Any], Any]]:
     """An item without live objects at its root, and the function that makes it again from such a value."""
     if isinstance(item, nnx.Pytree):
         graphdef, state = nnx.split(item)
@@ -196,13 +196,13 @@ def functional(item: Any) -> tuple[Any, Callable[[Any], Any]]:
     return item, lambda filled: filled
 
 
-def _nested(path: Path, value: Any) -> Any:
+def _nest(path: Path, value: Any) -> Any:
     for key in reversed(path):
         value = {key: value}
     return value
 
 
-def check_names(item: str, paths: list[Path]) -> None:
+def require_unique_names(item: str, paths: list[Path]) -> None:
     """Refuse paths that Orbax would store under one name.
 
     Orbax joins keys with dots and, of two equal names, silently keeps one: `{"a.b": x, "a": {"b": y}}` came back

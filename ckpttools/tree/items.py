@@ -6,9 +6,9 @@ from typing import Any
 
 from ..errors import LeafError
 
-_RESERVED = frozenset({"metrics", "descriptor", "_CHECKPOINT_METADATA"})
+_RESERVED_NAMES = frozenset({"metrics", "descriptor", "_CHECKPOINT_METADATA"})
 """Names that Orbax gives a meaning of its own."""
-_LONGEST = 200
+_MAX_NAME_LENGTH = 200
 """File systems stop at 255 bytes for a name, and Orbax appends to it while it writes."""
 
 
@@ -21,8 +21,8 @@ def require_items(state: Mapping[str, Any]) -> None:
             fix='{"model": model, "optimizer": optimizer}',
         )
     for name in state:
-        legal = isinstance(name, str) and name.isidentifier() and name.isascii() and name not in _RESERVED
-        legal = legal and len(name) <= _LONGEST
+        legal = isinstance(name, str) and name.isidentifier() and name.isascii() and name not in _RESERVED_NAMES
+        legal = legal and len(name) <= _MAX_NAME_LENGTH
         if not legal:
             raise LeafError(
                 what=f"an item of the state is named {name!r}.",

@@ -25,7 +25,7 @@ type Slice = tuple[tuple[int, int], ...]
 """A part of an array: where it begins and ends in each dimension."""
 
 
-def dotted(item: str, path: Path) -> str:
+def format_leaf_name(item: str, path: Path) -> str:
     """The name by which a leaf is shown: `model.layers.0.kernel`."""
     return ".".join([item, *map(str, path)])
 
@@ -63,7 +63,7 @@ class Record:
     slices: tuple[tuple[Slice, str], ...] = ()
 
     @property
-    def in_orbax(self) -> bool:
+    def is_in_orbax(self) -> bool:
         """Whether Orbax stores this leaf."""
         return self.value is None and (self.kind == "array" or (self.kind == "key" and 0 not in self.shape))
 
@@ -80,7 +80,7 @@ class Record:
         """Read what `to_json` wrote; a wrong form raises `CorruptStepError`."""
         try:
             plain = {**data, "path": tuple(data["path"]), "shape": tuple(data.get("shape", ()))}
-            plain["slices"] = tuple(_slice(entry, plain["shape"]) for entry in data.get("slices", ()))
+            plain["slices"] = tuple(_parse_slice(entry, plain["shape"]) for entry in data.get("slices", ()))
             record = cls(**plain)
             legal = (
                 record.kind in ("array", "key", "empty", "value")
@@ -94,8 +94,8 @@ class Record:
             # Values and dtypes are read once here, so that nothing can fail when the live state is being replaced.
             decode_value(record.value)
             if record.kind != "value":
-                host_shape(record)
-                inline_array(record)
+                get_host_shape(record)
+                read_inline_array(record)
         except (TypeError, KeyError, ValueError) as error:
             raise CorruptStepError(what=f"a leaf of the manifest cannot be read: {error}.") from error
         if not legal:
@@ -122,26 +122,26 @@ def describe(item: str, leaf: Leaf) -> Record:
     """
     value = leaf.value
     if not is_array(value):
-        return Record(path=leaf.path, kind="value", value=encode_value(dotted(item, leaf.path), value))
+        return Record(path=leaf.path, kind="value", value=encode_value(format_leaf_name(item, leaf.path), value))
     shape = tuple(value.shape)
     if is_key(value):
-        return Record(path=leaf.path, kind="key", shape=shape, dtype=_implementation(value))
+        return Record(path=leaf.path, kind="key", shape=shape, dtype=_get_key_implementation(value))
     if isinstance(value, np.ma.MaskedArray):
         raise LeafError(
-            what=f"{dotted(item, leaf.path)} is a masked array.",
+            what=f"{format_leaf_name(item, leaf.path)} is a masked array.",
             why="only its data would be stored, and its mask lost.",
             fix="store both as arrays: {'data': x.data, 'mask': np.ma.getmaskarray(x)}.",
         )
     dtype = np.dtype(value.dtype)
     if dtype.hasobject or (dtype.kind in "SUVmM" and dtype.name not in _ML_DTYPES):
         raise LeafError(
-            what=f"{dotted(item, leaf.path)} is an array of dtype {dtype}.",
+            what=f"{format_leaf_name(item, leaf.path)} is an array of dtype {dtype}.",
             why="only numbers and booleans have one form on every machine; an object array would need pickle.",
             fix="store numbers, or turn the array into a list of strings.",
         )
-    if math.prod(shape) and dtype.name not in _WRITABLE:
+    if math.prod(shape) and dtype.name not in _WRITABLE_DTYPES:
         raise LeafError(
-            what=f"{dotted(item, leaf.path)} is an array of dtype {dtype}.",
+            what=f"{format_leaf_name(item, leaf.path)} is an array of dtype {dtype}.",
             why="TensorStore, which writes the arrays, has no such type.",
             fix="keep it in a wider type, such as uint8 for uint4 or float64 for longdouble.",
         )
@@ -158,7 +158,7 @@ _ML_DTYPES = frozenset(
     name for name in dir(jnp) if name.startswith(("bfloat", "float", "int", "uint")) and hasattr(jnp, name)
 )
 
-_WRITABLE = frozenset(
+_WRITABLE_DTYPES = frozenset(
     {"bool", "bfloat16", "float4_e2m1fn", "complex64", "complex128"}
     | {f"int{bits}" for bits in (2, 4, 8, 16, 32, 64)}
     | {f"uint{bits}" for bits in (8, 16, 32, 64)}
@@ -168,7 +168,7 @@ _WRITABLE = frozenset(
 """Dtypes that TensorStore writes; for any other it fails in a thread of its own, with no leaf named."""
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
+def parse_dtype(name: str) -> np.dtype[Any]:
     """The dtype of a record; only names of numbers are known, so nothing can be imported by a manifest."""
     try:
         dtype = np.dtype(getattr(jnp, name)) if name in _ML_DTYPES else np.dtype(name)
@@ -179,16 +179,16 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return dtype
 
 
-def host_shape(record: Record) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def get_host_shape(record: Record) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and dtype of the array that stands on the host for a record (key data, for a key)."""
     if record.kind != "key":
-        return record.shape, numpy_dtype(record.dtype)
-    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(record.shape, key_dtype(record.dtype)))
+        return record.shape, parse_dtype(record.dtype)
+    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(record.shape, get_key_dtype(record.dtype)))
     return tuple(data.shape), np.dtype(data.dtype)
 
 
 @functools.cache
-def key_dtype(implementation: str) -> Any:
+def get_key_dtype(implementation: str) -> Any:
     """The dtype of typed keys of an implementation such as "threefry2x32"."""
     try:
         return jax.eval_shape(lambda: jax.random.key(0, impl=implementation)).dtype
@@ -196,12 +196,12 @@ def key_dtype(implementation: str) -> Any:
         raise CorruptStepError(what=f"the manifest names an unknown key implementation {implementation!r}.") from error
 
 
-def _implementation(key: Any) -> str:
+def _get_key_implementation(key: Any) -> str:
     """The name of a key's implementation, also of an abstract one, whose dtype only shows a tag of it."""
     if isinstance(key, jax.Array):
         return str(jax.random.key_impl(key))
     for name in ("threefry2x32", "rbg", "unsafe_rbg"):
-        if key_dtype(name) == key.dtype:
+        if get_key_dtype(name) == key.dtype:
             return name
     raise LeafError(
         what=f"an abstract key has the unknown dtype {key.dtype}.",
@@ -210,17 +210,17 @@ def _implementation(key: Any) -> str:
     )
 
 
-def host_bytes(records: Iterable[Record]) -> int:
+def count_host_bytes(records: Iterable[Record]) -> int:
     """Bytes that the arrays of `records` take, on the host and, uncompressed, on the disk."""
     total = 0
     for record in records:
-        if record.in_orbax:
-            shape, dtype = host_shape(record)
+        if record.is_in_orbax:
+            shape, dtype = get_host_shape(record)
             total += math.prod(shape) * dtype.itemsize
     return total
 
 
-def _slice(entry: Any, shape: tuple[int, ...]) -> tuple[Slice, str]:
+def _parse_slice(entry: Any, shape: tuple[int, ...]) -> tuple[Slice, str]:
     ranges, mark = entry
     part = tuple((int(start), int(stop)) for start, stop in ranges)
     # A key's data has a dimension more than the key.
@@ -229,7 +229,7 @@ def _slice(entry: Any, shape: tuple[int, ...]) -> tuple[Slice, str]:
     return part, mark
 
 
-def inline_array(record: Record) -> np.ndarray[Any, Any] | None:
+def read_inline_array(record: Record) -> np.ndarray[Any, Any] | None:
     """The host array of a record that stands in the manifest; None if it is stored elsewhere or a plain value.
 
     Raises:
@@ -237,7 +237,7 @@ def inline_array(record: Record) -> np.ndarray[Any, Any] | None:
     """
     if record.value is None or record.kind not in ("array", "key"):
         return None
-    shape, dtype = host_shape(record)
+    shape, dtype = get_host_shape(record)
     data = decode_value(record.value)
     if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
         raise CorruptStepError(what=f"an array of the manifest has not the bytes of {record.dtype}{list(shape)}.")

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from .containers import unpack
-from .flatten import Flat
-from .leaves import Leaf, Path, Record, describe, dotted, encode_value, is_array
+from .flatten import FlatItem
+from .leaves import Leaf, Path, Record, describe, encode_value, format_leaf_name, is_array
 
 type Names = tuple[str, ...]
 """A path with all keys as strings: Orbax keeps no ints, so `0` and `"0"` are one key."""
 
 
-def names(path: Path) -> Names:
+def to_names(path: Path) -> Names:
     """The form in which paths are compared."""
     return tuple(map(str, path))
 
@@ -40,7 +40,7 @@ class Difference:
 
     kind: Literal["missing", "unexpected", "reshaped", "recast", "other"]
     path: Names
-    here: Record | None = None
+    expected: Record | None = None
     stored: Record | None = None
     text: str = ""
 
@@ -54,62 +54,68 @@ def compare(item: str, leaf: Leaf, stored: Record) -> Difference | None:
     Raises:
         LeafError: If the leaf of the state is nothing that could be stored.
     """
-    path = names((item, *leaf.path))
+    path = to_names((item, *leaf.path))
     if not is_array(leaf.value):
-        encode_value(dotted(item, leaf.path), leaf.value)  # A template with an object in it is refused like a state.
+        encode_value(
+            format_leaf_name(item, leaf.path), leaf.value
+        )  # A template with an object in it is refused like a state.
         # jit turns the numbers of a state into arrays: a fresh state has 0 where a trained one has int32[].
         number = isinstance(leaf.value, int | float | complex) and stored.kind == "array" and stored.shape == ()
         if stored.kind == "value" or number:
             return None
-        return Difference(kind="other", path=path, stored=stored, text=f"{form(stored)} on disk, a plain value here")
+        return Difference(
+            kind="other", path=path, stored=stored, text=f"{format_form(stored)} on disk, a plain value here"
+        )
     here = describe(item, leaf)
     if stored.kind == "value":
-        return Difference(kind="other", path=path, here=here, text=f"a plain value on disk, {form(here)} here")
+        return Difference(
+            kind="other", path=path, expected=here, text=f"a plain value on disk, {format_form(here)} here"
+        )
     keys = here.kind == "key", stored.kind == "key"
     if keys[0] == keys[1] and (here.shape, here.dtype) == (stored.shape, stored.dtype):
         return None
-    text = f"{form(stored)} on disk, {form(here)} here"
+    text = f"{format_form(stored)} on disk, {format_form(here)} here"
     if any(keys):
-        return Difference(kind="other", path=path, here=here, stored=stored, text=text)
-    text += "; its axes are in another order" if is_turned(stored.shape, here.shape) else ""
+        return Difference(kind="other", path=path, expected=here, stored=stored, text=text)
+    text += "; its axes are in another order" if is_transposed(stored.shape, here.shape) else ""
     kind: Literal["recast", "reshaped"] = "recast" if here.shape == stored.shape else "reshaped"
-    return Difference(kind=kind, path=path, here=here, stored=stored, text=text)
+    return Difference(kind=kind, path=path, expected=here, stored=stored, text=text)
 
 
-def is_turned(stored: Sequence[int], here: Sequence[int]) -> bool:
+def is_transposed(stored: Sequence[int], expected: Sequence[int]) -> bool:
     """Whether two shapes differ in the order of their axes only: a block of a transposed array means nothing."""
-    return tuple(stored) != tuple(here) and sorted(stored) == sorted(here)
+    return tuple(stored) != tuple(expected) and sorted(stored) == sorted(expected)
 
 
-def folded(path: Names) -> Names:
+def mask_numbers(path: Names) -> Names:
     """The kind of a name: equal blocks differ in their numbers only."""
     return tuple(_DIGITS.sub("#", part) for part in path)
 
 
-def with_closest(differences: Sequence[Difference]) -> list[Difference]:
+def add_closest_names(differences: Sequence[Difference]) -> list[Difference]:
     """Missing leaves with the closest names that are on disk and not in the state."""
     unexpected = {each.path for each in differences if each.kind == "unexpected"}
     if not unexpected:
         return list(differences)
-    kinds = {".".join(folded(path)): ".".join(path) for path in unexpected}
+    kinds = {".".join(mask_numbers(path)): ".".join(path) for path in unexpected}
     known = {".".join(path) for path in unexpected}
 
     @functools.cache
-    def nearest(kind: str) -> tuple[str, ...]:
+    def find_nearest(kind: str) -> tuple[str, ...]:
         return tuple(difflib.get_close_matches(kind, kinds, n=3, cutoff=0.5))
 
     told = []
     for each in differences:
-        if each.kind == "missing" and (near := nearest(".".join(folded(each.path)))):
+        if each.kind == "missing" and (near := find_nearest(".".join(mask_numbers(each.path)))):
             numbers = _DIGITS.findall(".".join(each.path))
-            same = [_numbered(kind, numbers) for kind in near]
+            same = [_fill_numbers(kind, numbers) for kind in near]
             shown = dict.fromkeys(name if name in known else kinds[kind] for kind, name in zip(near, same))
             each = dataclasses.replace(each, text=f"{each.text}; did you mean {', '.join(map(repr, shown))}?")
         told.append(each)
     return told
 
 
-def _numbered(kind: str, numbers: Sequence[str]) -> str:
+def _fill_numbers(kind: str, numbers: Sequence[str]) -> str:
     """A kind of name with the numbers of another."""
     rest = iter(numbers)
     return re.sub("#", lambda _: next(rest, "#"), kind)
@@ -118,7 +124,7 @@ def _numbered(kind: str, numbers: Sequence[str]) -> str:
 _DIGITS = re.compile(r"\d+")
 
 
-def form(record: Record) -> str:
+def format_form(record: Record) -> str:
     """A leaf's dtype and shape as one reads them; for a plain value the word."""
     if record.kind == "value":
         return "a plain value"
@@ -126,18 +132,18 @@ def form(record: Record) -> str:
     return f"{prefix}{record.dtype}[{','.join(map(str, record.shape))}]"
 
 
-def require_legal_skeletons(template: Flat, records: Sequence[Record], skeletons: Mapping[Path, Any]) -> None:
+def require_legal_skeletons(template: FlatItem, records: Sequence[Record], skeletons: Mapping[Path, Any]) -> None:
     """Take the stored containers of stateful objects together once, so that it cannot fail half way later on.
 
     Raises:
         CorruptStepError: If they cannot be rebuilt.
     """
-    wanted = {names(root) for root in template.skeletons}
+    wanted = {to_names(root) for root in template.skeletons}
     for root, skeleton in skeletons.items():
-        if names(root) in wanted:
-            unpack(skeleton, [None for record in records if below(record.path, [root])])
+        if to_names(root) in wanted:
+            unpack(skeleton, [None for record in records if is_below(record.path, [root])])
 
 
-def below(path: Path, roots: Iterable[Path]) -> bool:
+def is_below(path: Path, roots: Iterable[Path]) -> bool:
     """Whether a leaf belongs to one of the objects at `roots`."""
-    return any(names(path)[: len(root)] == names(root) for root in roots)
+    return any(to_names(path)[: len(root)] == to_names(root) for root in roots)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import LeafError
 from . import flatten
-from .leaves import Leaf, Path, Record, describe, dotted, is_key
+from .leaves import Leaf, Path, Record, describe, format_leaf_name, is_key
 
 type Buffers = dict[tuple[str, Path], np.ndarray[Any, Any]]
 
@@ -36,7 +36,7 @@ class Snapshot:
     records: dict[str, tuple[Record, ...]]
     skeletons: dict[str, dict[Path, Any]]
     arrays: dict[str, dict[Path, np.ndarray[Any, Any]]]
-    spread: dict[str, dict[Path, jax.Array]]
+    sharded: dict[str, dict[Path, jax.Array]]
 
 
 def take(state: Mapping[str, Any], buffers: Buffers | None) -> Snapshot:
@@ -57,25 +57,25 @@ def take(state: Mapping[str, Any], buffers: Buffers | None) -> Snapshot:
     spread: dict[str, dict[Path, jax.Array]] = {}
     used: Buffers = {}
     for item, value in state.items():
-        flat = flatten.flatten(value)
+        flat = flatten.flatten_item(value)
         skeletons[item] = flat.skeletons
         records[item] = tuple(describe(item, leaf) for leaf in flat.leaves)
-        flatten.check_names(item, [record.path for record in records[item]])
+        flatten.require_unique_names(item, [record.path for record in records[item]])
         arrays[item], spread[item] = {}, {}
         for leaf, record in zip(flat.leaves, records[item], strict=True):
-            if record.in_orbax and not getattr(leaf.value, "is_fully_addressable", True):
-                spread[item][leaf.path] = _shares(item, leaf, copy=buffers is not None)
-            elif record.in_orbax:
+            if record.is_in_orbax and not getattr(leaf.value, "is_fully_addressable", True):
+                spread[item][leaf.path] = _take_sharded(item, leaf, copy=buffers is not None)
+            elif record.is_in_orbax:
                 kept = None if buffers is None else buffers.get((item, leaf.path))
-                array = _to_host(item, leaf, copy=buffers is not None, kept=kept)
+                array = _to_host(item, leaf, copy=buffers is not None, buffer=kept)
                 arrays[item][leaf.path] = used[item, leaf.path] = array
     if buffers is not None:
         buffers.clear()
         buffers.update(used)
-    return Snapshot(records=records, skeletons=skeletons, arrays=arrays, spread=spread)
+    return Snapshot(records=records, skeletons=skeletons, arrays=arrays, sharded=spread)
 
 
-def _shares(item: str, leaf: Leaf, *, copy: bool) -> jax.Array:
+def _take_sharded(item: str, leaf: Leaf, *, copy: bool) -> jax.Array:
     """An array that several processes hold, for a save in the background as a copy in the memory of the host."""
     _require_values(item, leaf)
     value: jax.Array = jax.random.key_data(leaf.value) if is_key(leaf.value) else leaf.value
@@ -91,19 +91,19 @@ def _shares(item: str, leaf: Leaf, *, copy: bool) -> jax.Array:
 def _require_values(item: str, leaf: Leaf) -> None:
     if isinstance(leaf.value, jax.ShapeDtypeStruct):
         raise LeafError(
-            what=f"{dotted(item, leaf.path)} is abstract.",
+            what=f"{format_leaf_name(item, leaf.path)} is abstract.",
             why="it has a shape and no values, so there is nothing to save.",
             fix="pass the trained state, not the result of nnx.eval_shape.",
         )
     if isinstance(leaf.value, jax.Array) and leaf.value.is_deleted():
         raise LeafError(
-            what=f"{dotted(item, leaf.path)} was deleted.",
+            what=f"{format_leaf_name(item, leaf.path)} was deleted.",
             why="its memory was given away, most often by donating the state to a jitted function.",
             fix="pass the state that the function returned, not the one that it was given.",
         )
 
 
-def _to_host(item: str, leaf: Leaf, *, copy: bool, kept: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
+def _to_host(item: str, leaf: Leaf, *, copy: bool, buffer: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
     _require_values(item, leaf)
     value = jax.random.key_data(leaf.value) if is_key(leaf.value) else leaf.value
     if not isinstance(value, jax.Array) or _is_host_memory(value):
@@ -111,11 +111,11 @@ def _to_host(item: str, leaf: Leaf, *, copy: bool, kept: np.ndarray[Any, Any] | 
         source = np.asarray(value, dtype=np.dtype(value.dtype).newbyteorder("="))
         if not copy:
             return source
-        target = _buffer(kept, source.shape, source.dtype)
+        target = _get_buffer(buffer, source.shape, source.dtype)
         np.copyto(target, source)
         return target
     # Shard by shard: `np.asarray(value)` would leave a second host copy cached inside the array.
-    target = _buffer(kept, value.shape, np.dtype(value.dtype))
+    target = _get_buffer(buffer, value.shape, np.dtype(value.dtype))
     for shard in value.addressable_shards:
         if shard.replica_id == 0:
             target[shard.index] = np.asarray(shard.data)
@@ -127,7 +127,9 @@ def _is_host_memory(value: jax.Array) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-def _buffer(kept: np.ndarray[Any, Any] | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    if kept is not None and kept.shape == shape and kept.dtype == dtype and kept.flags.owndata:
-        return kept
+def _get_buffer(
+    buffer: np.ndarray[Any, Any] | None, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> np.ndarray[Any, Any]:
+    if buffer is not None and buffer.shape == shape and buffer.dtype == dtype and buffer.flags.owndata:
+        return buffer
     return np.empty(shape, dtype)

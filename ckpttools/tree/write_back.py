@@ -11,8 +11,8 @@ import numpy as np
 
 from ..errors import StructureError
 from . import flatten
-from .leaves import Path, Record, decode_value, host_shape, inline_array, is_array, is_key
-from .match import Names, below, names
+from .leaves import Path, Record, decode_value, get_host_shape, is_array, is_key, read_inline_array
+from .match import Names, is_below, to_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class HostItem:
     """
 
     records: dict[Names, Record]
-    stored: list[Record]
+    restored_records: list[Record]
     skeletons: Mapping[Path, Any]
     arrays: dict[Path, np.ndarray[Any, Any]]
 
@@ -35,7 +35,7 @@ class HostItem:
 def fill_state(state: Mapping[str, Any], items: Mapping[str, HostItem]) -> dict[str, Any]:
     """The whole state with its leaves replaced: live objects in place, all else rebuilt."""
     # Objects that take their state back themselves come first: should one of them refuse, the model is untouched.
-    roots = {item: flatten.flatten(value, template=True).skeletons for item, value in state.items()}
+    roots = {item: flatten.flatten_item(value, template=True).skeletons for item, value in state.items()}
     ordered = sorted(state, key=lambda item: () not in roots[item])
     filled = {item: _fill_item(state[item], items[item], list(roots[item])) for item in ordered}
     return {item: filled[item] for item in state}
@@ -43,7 +43,7 @@ def fill_state(state: Mapping[str, Any], items: Mapping[str, HostItem]) -> dict[
 
 def _fill_item(value: Any, source: HostItem, roots: list[Path], *, copy: bool = False) -> Any:
     def place(path: Path, template: Any) -> Any:
-        record = source.records.get(names(path))
+        record = source.records.get(to_names(path))
         if record is None:
             return template.copy() if copy and isinstance(template, jax.Array) else template
         host = _take(source, record)
@@ -55,32 +55,32 @@ def _fill_item(value: Any, source: HostItem, roots: list[Path], *, copy: bool = 
             return jnp.asarray(host)
         sharding = getattr(template, "sharding", None)
         if sharding is not None and not sharding.is_fully_addressable:
-            return _spread(host, sharding)
+            return _make_global_array(host, sharding)
         # An array that was free to follow others must not come back tied to a device.
         return jax.device_put(host, template.sharding if getattr(template, "committed", True) else None)
 
-    skeletons = {names(root): skeleton for root, skeleton in source.skeletons.items()}
+    skeletons = {to_names(root): skeleton for root, skeleton in source.skeletons.items()}
     packed = {
         root: (
-            skeletons[names(root)],
-            [_take(source, record) for record in source.stored if below(record.path, [root])],
+            skeletons[to_names(root)],
+            [_take(source, record) for record in source.restored_records if is_below(record.path, [root])],
         )
         for root in roots
-        if names(root) in skeletons
+        if to_names(root) in skeletons
     }
     return flatten.fill(value, place, packed)
 
 
-def _spread(host: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def _make_global_array(host: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """A global array of which each process puts its own part in place; all of them hold the same host array."""
     if is_key(host):
         implementation = str(jax.random.key_impl(host))
         data = np.asarray(jax.random.key_data(host))
-        return jax.random.wrap_key_data(_spread(data, _of_key_data(sharding)), impl=implementation)
+        return jax.random.wrap_key_data(_make_global_array(data, _get_key_data_sharding(sharding)), impl=implementation)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def _of_key_data(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+def _get_key_data_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     """The sharding of keys for their data, which has a dimension more; a spec leaves that one whole."""
     if isinstance(sharding, jax.sharding.NamedSharding):
         return sharding
@@ -95,24 +95,24 @@ def _take(source: HostItem, record: Record) -> Any:
     """The value of a record, on the host; its array leaves the item, so that it can be freed."""
     if record.kind == "value":
         return decode_value(record.value)
-    array = source.arrays.pop(record.path) if record.in_orbax else inline_array(record)
+    array = source.arrays.pop(record.path) if record.is_in_orbax else read_inline_array(record)
     if array is None:
-        array = np.zeros(*host_shape(record))
+        array = np.zeros(*get_host_shape(record))
     if record.kind == "key":
         return jax.random.wrap_key_data(jnp.asarray(array), impl=record.dtype)
     return array[()] if record.scalar == "numpy" else array
 
 
-def fresh_copy(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = None) -> dict[str, Any]:
+def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = None) -> dict[str, Any]:
     """A copy that shares nothing with the state, of its own leaves or of those of `items`.
 
     Objects with `get_state`/`set_state` are left out: they cannot be copied in general.
     """
     copies = {}
     for item, value in state.items():
-        if () in flatten.flatten(value, template=True).skeletons:
+        if () in flatten.flatten_item(value, template=True).skeletons:
             continue
-        functional, back = flatten.functional(value)
+        functional, back = flatten.split_item(value)
         if items is None:
             copies[item] = back(
                 jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, functional)

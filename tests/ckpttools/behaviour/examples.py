@@ -79,7 +79,7 @@ def leaves(state: dict) -> dict[str, object]:
     """Every leaf by name, arrays as (dtype, shape, bytes), so that equality is equality of bits."""
     found = {}
     for item, value in state.items():
-        for leaf in flatten.flatten(value).leaves:
+        for leaf in flatten.flatten_item(value).leaves:
             found[".".join([item, *map(str, leaf.path)])] = _bits(leaf.value)
     return found
 

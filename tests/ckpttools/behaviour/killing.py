@@ -71,13 +71,13 @@ def train(folder: pathlib.Path, tell: int | None = None, *, mirrored: bool = Fal
 
 
 def _slow_down_the_mirror() -> None:
-    send = RemoteStore._send
+    send = RemoteStore._upload_file
 
     def slow(*args) -> None:
         send(*args)
         time.sleep(0.005)
 
-    RemoteStore._send = slow
+    RemoteStore._upload_file = slow
 
 
 def _tell(pipe: int | None, step: int) -> None:
@@ -131,7 +131,7 @@ def _check(root: pathlib.Path, durable: int) -> list[str]:
     """Nothing that was called durable is lost, and every numbered folder is a whole step."""
     known = catalogue.scan(root)
     problems = [f"step {entry.step} is {entry.state}" for entry in known.entries if entry.state != "committed"]
-    latest = max((entry.step for entry in known.live), default=0)
+    latest = max((entry.step for entry in known.live_entries), default=0)
     if latest < durable:
         problems.append(f"step {durable} was durable, and {latest} is the latest")
     return problems
@@ -139,7 +139,7 @@ def _check(root: pathlib.Path, durable: int) -> list[str]:
 
 def _copies(root: pathlib.Path) -> set[int]:
     store = RemoteStore(f"file://{mirror_of(root)}", {})
-    return {copy.manifest.summary.step for copy in store.copies()}
+    return {copy.manifest.summary.step for copy in store.list_copies()}
 
 
 def _check_mirror(root: pathlib.Path) -> list[str]:
@@ -147,7 +147,7 @@ def _check_mirror(root: pathlib.Path) -> list[str]:
     if not mirror_of(root).exists():
         return []
     store = RemoteStore(f"file://{mirror_of(root)}", {})
-    damaged = {copy.name: files for copy in store.copies() if (files := store.damaged_files(copy))}
+    damaged = {copy.name: files for copy in store.list_copies() if (files := store.find_damaged_files(copy))}
     return [f"the mirror's {name} lacks {', '.join(files)}" for name, files in damaged.items()]
 
 

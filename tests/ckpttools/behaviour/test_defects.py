@@ -55,7 +55,7 @@ def our(folder, **changes):
 def failure_of_orbax(folder, template):
     """Type and text of the error of a plain load; the error itself holds coroutines that complain when collected."""
     text = ""
-    with array_io._leftovers_muted():
+    with array_io._mute_leftovers():
         try:
             v1.load_checkpointables(folder, {"model": template})
         except Exception as error:

@@ -39,7 +39,7 @@ def test_too_little_room_raises_before_anything_is_written(tmp_path, monkeypatch
     [("2x", 2000), ("1.5x", 1500), ("0.1x", 1000), (0, 1000), (5000, 5000)],
 )
 def test_the_room_that_is_asked_for(min_free, needed):
-    assert ct.Storage(min_free=min_free).needed_bytes(1000) == needed
+    assert ct.Storage(min_free=min_free).compute_required_bytes(1000) == needed
 
 
 def test_with_prune_what_retention_allows_is_deleted_first(tmp_path, monkeypatch):

@@ -204,7 +204,7 @@ def test_prune_without_a_retention_or_with_a_wrong_one(run, capsys):
 
 @pytest.mark.filterwarnings("ignore:.*damaged step.*were passed over")
 def test_prune_empties_quarantine_when_asked(run, capsys):
-    quarantine = layout.control(run, "quarantine")
+    quarantine = layout.get_control_path(run, "quarantine")
     assert call(capsys, "prune", run, "--quarantine")[:2] == (commands.OK, "nothing to delete in quarantine\n")
     damage(run, 30)
     with ct.open(spec_for(run)) as ckpt:
@@ -310,7 +310,7 @@ def test_a_live_run_can_be_looked_at_and_not_changed(run, capsys):
 def test_a_step_that_vanishes_under_a_look_is_not_called_damaged(run, monkeypatch):
     from ckpttools.store import commit, integrity
 
-    original = integrity.damaged_files
+    original = integrity.find_damaged_files
 
     def and_then_gone(entry, *args):
         if entry.step == 10 and entry.path.exists():
@@ -369,7 +369,7 @@ def test_an_interrupt_and_a_disk_that_does_not_answer_have_exit_codes(run, capsy
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 40, "3.0 TiB")])
 def test_sizes_read_well(count, text):
-    assert output.readable_bytes(count) == text
+    assert output.format_bytes(count) == text
 
 
 def test_weights_go_out_and_come_in(run, tmp_path, capsys):

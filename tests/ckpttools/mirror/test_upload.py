@@ -128,7 +128,9 @@ def test_on_s3_a_truncated_object_is_found_and_the_next_copy_taken(on_s3, s3, re
     verdicts = [(each.step, each.source, each.verdict) for each in report.candidates]
     assert verdicts == [(3, "local", "corrupt"), (3, "mirror", "corrupt"), (2, "local", "used")]
     assert report.candidates[1].files == (largest.split("/", 2)[2],)
-    assert not list(layout.control(on_s3.directory, "staging").iterdir()), "what was fetched in vain is removed"
+    assert not list(layout.get_control_path(on_s3.directory, "staging").iterdir()), (
+        "what was fetched in vain is removed"
+    )
 
 
 def test_on_s3_a_connection_that_is_cut_half_way_never_stops_the_training(on_s3, way, s3, request):
@@ -268,13 +270,13 @@ def test_a_step_that_is_damaged_here_is_fetched(on_disk):
     report = restore(on_disk)
     assert report.step == 2
     assert [(each.source, each.verdict) for each in report.candidates] == [("local", "corrupt"), ("mirror", "used")]
-    assert report.candidates[0].moved_to == layout.control(on_disk.directory, "quarantine") / "2"
+    assert report.candidates[0].moved_to == layout.get_control_path(on_disk.directory, "quarantine") / "2"
     assert ct.verify(on_disk.directory).ok
     damage(on_disk, 2)
     assert restore(on_disk, step=2).step == 2, "asked for by number"
     shutil.rmtree(on_disk.directory / "2")
     assert restore(on_disk, step=2).step == 2
-    assert layout.spare(on_disk.directory, 2).is_dir(), "with its second copies"
+    assert layout.get_spare_directory(on_disk.directory, 2).is_dir(), "with its second copies"
 
 
 def test_a_step_that_was_asked_for_and_is_intact_nowhere_is_an_error(on_disk):
@@ -399,7 +401,7 @@ def test_a_past_that_the_run_has_left_does_not_come_back(on_disk, tmp_path):
 
 def test_a_step_is_copied_whole_though_retention_deletes_it_meanwhile(on_disk, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
-    send = remote.RemoteStore._send
+    send = remote.RemoteStore._upload_file
 
     def slow(store, source, name, file):
         started.set()
@@ -424,7 +426,7 @@ def test_a_step_is_copied_whole_though_retention_deletes_it_meanwhile(on_disk, m
         with pytest.warns(ct.CheckpointWarning, match=r"deleted step\(s\) 2 before they were copied"):
             ckpt.step(5, STATE)
     assert restore(spec, step=1).step == 1
-    assert not list(layout.control(spec.directory, "outbox").iterdir())
+    assert not list(layout.get_control_path(spec.directory, "outbox").iterdir())
 
 
 def summaries_alive():
@@ -434,7 +436,7 @@ def summaries_alive():
 
 def test_a_mirror_that_is_slower_than_the_saves_takes_no_more_memory_and_loses_nothing_at_the_end(on_disk, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
-    send = remote.RemoteStore._send
+    send = remote.RemoteStore._upload_file
 
     def slow(store, source, name, file):
         started.set()
@@ -455,7 +457,7 @@ def test_a_mirror_that_is_slower_than_the_saves_takes_no_more_memory_and_loses_n
                 assert started.wait(20)
                 alive.append(summaries_alive())
             assert alive[-1] <= alive[4], "what waits does not grow with the steps"
-            assert [path.name[0] for path in layout.control(spec.directory, "outbox").iterdir()] == ["1"]
+            assert [path.name[0] for path in layout.get_control_path(spec.directory, "outbox").iterdir()] == ["1"]
             assert ckpt.mirror_status.pending == (23, 24)
             assert ckpt.mirror_status.missed == (22,)
             go_on.set()
@@ -495,7 +497,7 @@ def test_a_store_that_hangs_is_waited_for_no_longer_than_agreed(on_disk, monkeyp
 
 
 def test_a_store_that_changes_bytes_is_found_out(on_disk, monkeypatch):
-    send = remote.RemoteStore._send
+    send = remote.RemoteStore._upload_file
 
     def flipping(store, source, name, file):
         send(store, source, name, file)
@@ -527,10 +529,10 @@ def test_names_from_a_store_never_leave_the_run(on_disk, tmp_path, monkeypatch):
     body = hostile + b"\n" + lines[2]
     from ckpttools.store import digest
 
-    seal = b'{"ckpttools":1,"digest":"%s"}' % digest.of_bytes("xxh3", body).encode()
+    seal = b'{"ckpttools":1,"digest":"%s"}' % digest.hash_bytes("xxh3", body).encode()
     data = seal + b"\n" + body
     with pytest.raises(ct.UntrustedStepError):
-        remote.name_of(data)
+        remote.get_copy_name(data)
     (copy / layout.MANIFEST).write_bytes(data)
     assert restore(on_disk).step is None, "a manifest that leads outside is no copy"
     assert not secret.exists()
@@ -543,9 +545,9 @@ def test_names_from_a_store_never_leave_the_run(on_disk, tmp_path, monkeypatch):
 def test_nothing_is_fetched_through_a_link_out_of_the_run(on_disk, tmp_path):
     save(on_disk, 1)
     shutil.rmtree(on_disk.directory / "1")
-    shutil.rmtree(layout.control(on_disk.directory, "staging"))
+    shutil.rmtree(layout.get_control_path(on_disk.directory, "staging"))
     (tmp_path / "outside").mkdir()
-    layout.control(on_disk.directory, "staging").symlink_to(tmp_path / "outside")
+    layout.get_control_path(on_disk.directory, "staging").symlink_to(tmp_path / "outside")
     with pytest.raises(ct.StorageError, match="is a link"):
         restore(on_disk)
     assert not list((tmp_path / "outside").iterdir())
@@ -591,7 +593,7 @@ def test_a_reader_beside_the_run_fetches_and_leaves_nothing(on_disk):
         with ct.open(dataclasses.replace(on_disk)) as reader:
             assert reader.restore(STATE).step == 2
         assert not (on_disk.directory / "2").exists()
-        assert not list(layout.control(on_disk.directory, "staging").iterdir())
+        assert not list(layout.get_control_path(on_disk.directory, "staging").iterdir())
 
 
 def test_without_fsspec_the_error_says_what_to_install(on_disk, monkeypatch):
@@ -599,7 +601,7 @@ def test_without_fsspec_the_error_says_what_to_install(on_disk, monkeypatch):
     status, _ = save(on_disk, 1)
     assert "needs the package fsspec" in status.error
     with pytest.raises(ct.MirrorError, match=r"nnx-checkpointing\[mirror\]"):
-        remote.RemoteStore("s3://bucket/run", {}).names()
+        remote.RemoteStore("s3://bucket/run", {}).list_names()
 
 
 def test_an_unknown_kind_of_address_is_reported(tmp_path):
@@ -637,7 +639,9 @@ def summary(step, saved_at, lineage=(("a", 0),)):
 def test_the_plan_copies_the_newest_first_and_deletes_what_nothing_keeps():
     local = {f"{step}-x": summary(step, step) for step in (3, 4, 5)}
     there = {f"{step}-x": summary(step, step) for step in (1, 2, 3)}
-    todo = upload.plan(local, there, [*there, "9-y"], ct.Latest(3), lineage=(("a", 0),), gone={}, pins=frozenset({1}))
-    assert todo.copy == ("5-x", "4-x")
-    assert todo.delete == ("2-x", "9-y")
-    assert not todo.missed
+    todo = upload.make_sync_plan(
+        local, there, [*there, "9-y"], ct.Latest(3), lineage=(("a", 0),), deleted={}, pins=frozenset({1})
+    )
+    assert todo.names_to_copy == ("5-x", "4-x")
+    assert todo.names_to_delete == ("2-x", "9-y")
+    assert not todo.missed_names

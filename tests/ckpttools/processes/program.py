@@ -152,12 +152,12 @@ def one_cannot(folder: pathlib.Path) -> dict:
         ckpt.save(1, {"model": model(1)})
         ckpt.wait()
         copying = failure(lambda: ckpt.save(2, {"model": model(2), "data": Broken()}))
-        write = orbax.write_part
+        write = orbax.write_shards
         if ME == 1:
-            orbax.write_part = refuse
+            orbax.write_shards = refuse
         ckpt.save(3, {"model": model(3)})
         writing = failure(ckpt.wait)
-        orbax.write_part = write
+        orbax.write_shards = write
         other = failure(lambda: ckpt.save(4, {"model": model(4) | ({"extra": 1} if ME else {})}) and ckpt.wait())
         after = ckpt.all_steps()
         ckpt.save(5, {"model": model(5)})
@@ -171,7 +171,7 @@ def refuse(*args: object, **kwargs: object) -> None:
 
 def without_meetings(folder: pathlib.Path) -> dict:
     """The control: a slow process is waited for, and is not if nobody meets."""
-    write = orbax.write_part
+    write = orbax.write_shards
 
     def slowly(*args: object, **kwargs: object) -> None:
         time.sleep(1.0)
@@ -182,15 +182,15 @@ def without_meetings(folder: pathlib.Path) -> dict:
             work()
 
     told = {}
-    meet = multiprocess_save._Save.meet
+    meet = multiprocess_save._MultiprocessSave.run_phase
     for name in ("met", "rash"):
         with ct.open(spec(folder, name)) as ckpt:
-            orbax.write_part = slowly if ME else write
-            multiprocess_save._Save.meet = rashly if name == "rash" else meet
+            orbax.write_shards = slowly if ME else write
+            multiprocess_save._MultiprocessSave.run_phase = rashly if name == "rash" else meet
             ckpt.save(1, {"model": model(1)})
             told[name] = failure(ckpt.wait)
             told[f"{name} steps"] = ckpt.all_steps()
-        multiprocess_save._Save.meet, orbax.write_part = meet, write
+        multiprocess_save._MultiprocessSave.run_phase, orbax.write_shards = meet, write
         time.sleep(1.5)
     return told
 
@@ -257,7 +257,7 @@ def one_dies(folder: pathlib.Path) -> dict:
         ckpt.save(1, {"model": model(1)})
         ckpt.wait()
         if ME == 1:
-            orbax.write_part = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+            orbax.write_shards = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
         ckpt.save(2, {"model": model(2)})
         told = {"error": failure(ckpt.wait), "steps": ckpt.all_steps()}
         told["staging"] = len(list((folder / "dies" / ".ckpttools" / "staging").iterdir()))

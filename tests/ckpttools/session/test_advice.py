@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import ckpttools as ct
-from ckpttools.session.advice import MetricWatch, StallMeter, sparse_retention
+from ckpttools.session.advice import MetricWatch, StallMeter, advise_on_retention
 from tests.ckpttools.restore.test_recovery import STATE, flip_bit, largest_file
 
 
@@ -47,8 +47,8 @@ def test_few_steps_left_after_damage_warns(tmp_path):
     flip_bit(largest_file(tmp_path / "2"))
     with ct.open(spec) as ckpt, pytest.warns(ct.CheckpointWarning, match=r"keep=Latest\(4\)"):
         assert ckpt.restore(STATE).step == 1
-    assert sparse_retention(rejected=0, intact=1) is None
-    assert sparse_retention(rejected=1, intact=2) is None
+    assert advise_on_retention(rejected_count=0, intact_count=1) is None
+    assert advise_on_retention(rejected_count=1, intact_count=2) is None
 
 
 def test_save_now_saves_the_step_that_was_last_passed(tmp_path):
@@ -64,7 +64,7 @@ def test_save_now_saves_the_step_that_was_last_passed(tmp_path):
 
 def watched(steps, *, last=False):
     watch = MetricWatch({"val_loss"})
-    texts = [watch.add(names, last=last and number == len(steps)) for number, names in enumerate(steps, start=1)]
+    texts = [watch.add(names, is_last=last and number == len(steps)) for number, names in enumerate(steps, start=1)]
     return [text for text in texts if text]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpttools as ct
-from ckpttools.spec.retention import StepInfo, Union, decide, ranked
+from ckpttools.spec.retention import StepInfo, Union, decide_retention, rank_steps
 
 NAN = math.nan
 
@@ -22,7 +22,7 @@ def infos(*losses, **changes):
 
 def kept(retention, steps):
     newest = max((step.sequence for step in steps), default=None)
-    return [verdict.step.step for verdict in decide(retention, steps, newest_verified=newest) if verdict.keep]
+    return [verdict.step.step for verdict in decide_retention(retention, steps, newest_verified=newest) if verdict.keep]
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,11 @@ def test_after_a_rollback_the_latest_are_those_committed_last():
 
 def test_superseded_steps_do_not_compete_for_best():
     steps = [*infos(0.5, 0.4), StepInfo(step=30, sequence=3, metrics={"loss": 0.1}, superseded=True)]
-    assert ranked(steps, "loss", "min")[0].step == 20
+    assert rank_steps(steps, "loss", "min")[0].step == 20
 
 
 def test_every_verdict_has_a_reason():
-    for verdict in decide(ct.Latest(1), infos(1, 2, 3), newest_verified=3):
+    for verdict in decide_retention(ct.Latest(1), infos(1, 2, 3), newest_verified=3):
         assert verdict.reason
 
 
@@ -84,7 +84,7 @@ def test_no_spec_can_delete_what_the_run_needs(retention, rows, verified):
         for n, (step, loss, pinned, superseded) in enumerate(rows, start=1)
     ]
     newest = 1 + verified % len(steps) if steps else None
-    verdicts = decide(retention, steps, newest_verified=newest)
+    verdicts = decide_retention(retention, steps, newest_verified=newest)
     keeps = {verdict.step.sequence for verdict in verdicts if verdict.keep}
     assert len(verdicts) == len(steps)
     assert len(keeps) >= min(2, len(steps))
@@ -120,4 +120,4 @@ def test_only_retention_values_combine():
 def test_a_clock_that_was_set_back_does_not_end_the_trail():
     clocks = (1000.0, 2000.0, 9_000_000.0, 2500.0, 2600.0, 3600.0)
     steps = [StepInfo(step=n, sequence=n, saved_at=clock) for n, clock in enumerate(clocks, start=1)]
-    assert set(ct.EveryNSeconds(1000).wanted(steps)) == {1, 2, 3, 4, 6}
+    assert set(ct.EveryNSeconds(1000).select_steps(steps)) == {1, 2, 3, 4, 6}

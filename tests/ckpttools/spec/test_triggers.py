@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpttools as ct
-from ckpttools.spec.trigger_memory import recalled, written
-from ckpttools.spec.triggers import AllOf, AnyOf, Decision, Moment
+from ckpttools.spec.trigger_memory import decode_memory, encode_memory
+from ckpttools.spec.triggers import AllOf, AnyOf, Decision, StepContext
 
 
 def moments(losses, seconds_per_step=1.0):
     for step, loss in enumerate(losses, start=1):
-        yield Moment(
-            step=step, run_s=step * seconds_per_step, metric=lambda name, v=loss: v if name == "loss" else None
+        yield StepContext(
+            step=step, run_s=step * seconds_per_step, get_metric=lambda name, v=loss: v if name == "loss" else None
         )
 
 
@@ -121,12 +121,12 @@ def memory_after(trigger, losses):
 @pytest.mark.parametrize("before", EACH, ids=str)
 def test_a_memory_survives_being_written_and_no_other_trigger_takes_it_for_its_own(before):
     memory = memory_after(before, [3.0, 2.0, 1.0])
-    stored = json.loads(json.dumps(written(before, memory)))
+    stored = json.loads(json.dumps(encode_memory(before, memory)))
     moment = next(moments([0.5]))
-    again = recalled(before, stored)
+    again = decode_memory(before, stored)
     assert before.decide(moment, again) == before.decide(moment, memory)
     for after in EACH:
-        own = recalled(after, stored)
+        own = decode_memory(after, stored)
         after.decide(moment, after.saved(moment, after.observe(moment, own)))
         if before in (ct.EverySeconds(1.0), ct.Adaptive("loss")) and after == EACH[2]:
             assert own is None
@@ -134,18 +134,18 @@ def test_a_memory_survives_being_written_and_no_other_trigger_takes_it_for_its_o
 
 def test_a_trigger_goes_on_with_its_memory_wherever_it_stands():
     best = ct.OnImprovement("loss", mode="min")
-    stored = written(ct.EverySteps(2) | best, memory_after(ct.EverySteps(2) | best, [3.0, 1.0]))
-    assert recalled(best, stored) == 1.0
-    assert recalled(ct.AtSteps((5,)) | (ct.EverySteps(9) & best), stored) == [None, [None, 1.0]]
-    assert recalled(ct.OnImprovement("loss", mode="max"), stored) is None
+    stored = encode_memory(ct.EverySteps(2) | best, memory_after(ct.EverySteps(2) | best, [3.0, 1.0]))
+    assert decode_memory(best, stored) == 1.0
+    assert decode_memory(ct.AtSteps((5,)) | (ct.EverySteps(9) & best), stored) == [None, [None, 1.0]]
+    assert decode_memory(ct.OnImprovement("loss", mode="max"), stored) is None
 
 
 @pytest.mark.parametrize("hostile", [5, "x", [], {"a": 1}, None, [[[]]]])
 def test_a_memory_of_a_strange_form_is_forgotten(hostile):
     moment = next(moments([0.5]))
     for trigger in EACH:
-        for stored in (hostile, dict.fromkeys(written(trigger, memory_after(trigger, [1.0])), hostile)):
-            trigger.decide(moment, trigger.observe(moment, recalled(trigger, stored)))
+        for stored in (hostile, dict.fromkeys(encode_memory(trigger, memory_after(trigger, [1.0])), hostile)):
+            trigger.decide(moment, trigger.observe(moment, decode_memory(trigger, stored)))
 
 
 def test_a_trigger_of_ones_own_needs_no_dataclass():
@@ -153,7 +153,7 @@ def test_a_trigger_of_ones_own_needs_no_dataclass():
         def decide(self, moment, memory):
             return Decision(True, "always")
 
-    assert recalled(Always(), written(Always(), [1, 2])) == [1, 2]
+    assert decode_memory(Always(), encode_memory(Always(), [1, 2])) == [1, 2]
 
 
 def test_combinations_are_flat_and_compare_equal():
@@ -161,7 +161,7 @@ def test_combinations_are_flat_and_compare_equal():
     assert (a | b | c) == AnyOf(a, b, c)
     assert (a & b & c) == AllOf(a, b, c)
     assert hash(a | b) == hash(AnyOf(a, b))
-    assert (a | b).metrics() == frozenset()
+    assert (a | b).get_metric_names() == frozenset()
 
 
 @pytest.mark.parametrize(

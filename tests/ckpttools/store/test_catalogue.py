@@ -86,7 +86,7 @@ def test_opening_a_run_of_a_thousand_steps_reads_their_summaries_and_no_leaf(tmp
         folder = tmp_path / str(step)
         shutil.copytree(tmp_path / "1", folder)
         body = json.dumps({**summary, "step": step, "sequence": step}).encode() + b"\n" + lines[2]
-        seal = json.dumps({"ckpttools": 1, "digest": digest.of_bytes("xxh3", body)}).encode()
+        seal = json.dumps({"ckpttools": 1, "digest": digest.hash_bytes("xxh3", body)}).encode()
         (folder / layout.MANIFEST).write_bytes(seal + b"\n" + body)
     parsed = []
     monkeypatch.setattr(
@@ -100,15 +100,15 @@ def test_opening_a_run_of_a_thousand_steps_reads_their_summaries_and_no_leaf(tmp
 
 @pytest.mark.parametrize("damage", ["{", "[" * 100_000, '{"steps": [30], "digest": "xxh3:0"}', "[1e400]"])
 def test_a_damaged_list_of_pins_is_read_from_its_second_copy(run, damage):
-    assert catalogue.pins_are_whole(run)
+    assert catalogue.has_intact_pins(run)
     catalogue.write_pins(run, frozenset({20}))
-    layout.control(run, "pins.json").write_text(damage)
+    layout.get_control_path(run, "pins.json").write_text(damage)
     assert catalogue.read_pins(run) == frozenset({20})
-    assert not catalogue.pins_are_whole(run)
+    assert not catalogue.has_intact_pins(run)
 
 
 def test_without_a_whole_list_of_pins_the_run_still_opens(run):
-    layout.control(run, "pins.json").write_text("{")
+    layout.get_control_path(run, "pins.json").write_text("{")
     assert catalogue.read_pins(run) == frozenset()
     with ct.open(spec_for(run)) as ckpt:
         assert ckpt.latest_step() == 100
@@ -150,8 +150,8 @@ def test_what_is_damaged_and_in_the_way_of_a_commit_goes_to_quarantine(run):
         (run / "70" / layout.MANIFEST).write_bytes(b"{}")
         ckpt.save(70, state(-70))
         ckpt.save(80, state(-80))
-    assert (layout.control(run, "quarantine") / "70").is_dir()
-    assert [path.name for path in layout.control(run, "superseded").iterdir()] == ["80"]
+    assert (layout.get_control_path(run, "quarantine") / "70").is_dir()
+    assert [path.name for path in layout.get_control_path(run, "superseded").iterdir()] == ["80"]
 
 
 def test_a_kill_between_the_two_moves_of_a_commit_supersedes_nothing(run):
@@ -159,7 +159,7 @@ def test_a_kill_between_the_two_moves_of_a_commit_supersedes_nothing(run):
         ckpt.restore(state(), step=60)
         ckpt.save(100, state(-100))
     shutil.rmtree(run / "100")
-    shutil.rmtree(layout.spare(run, 5))
+    shutil.rmtree(layout.get_spare_directory(run, 5))
     with ct.open(spec_for(run)) as ckpt:
         assert ckpt.latest_step() == 100
         assert float(ckpt.restore(state()).state["model"]["w"][0]) == 100

@@ -68,16 +68,16 @@ def test_what_a_killed_process_left_is_swept_by_the_next_writer(tmp_path):
     with ct.open(spec) as ckpt:
         ckpt.save(1, {"w": jnp.ones(2)})
     for part in ("staging/2-abcd/2", "trash/1"):
-        folder = layout.control(tmp_path, part)
+        folder = layout.get_control_path(tmp_path, part)
         folder.mkdir(parents=True)
         (folder / "left").write_text("x")
-    layout.control(tmp_path, "pins.json.new").write_text("x")
+    layout.get_control_path(tmp_path, "pins.json.new").write_text("x")
     with ct.open(spec) as ckpt:
         ckpt.restore({"w": jnp.ones(2)})
         ckpt.steps(5)
-    assert not layout.control(tmp_path, "pins.json.new").exists()
-    assert not list(layout.control(tmp_path, "staging").iterdir())
-    assert not list(layout.control(tmp_path, "trash").iterdir())
+    assert not layout.get_control_path(tmp_path, "pins.json.new").exists()
+    assert not list(layout.get_control_path(tmp_path, "staging").iterdir())
+    assert not list(layout.get_control_path(tmp_path, "trash").iterdir())
 
 
 def test_a_reader_sweeps_nothing(tmp_path):
@@ -85,7 +85,7 @@ def test_a_reader_sweeps_nothing(tmp_path):
     with ct.open(spec) as writer:
         writer.save(1, {"w": jnp.ones(2)})
         writer.wait()
-        folder = layout.control(tmp_path, "staging/9-live")
+        folder = layout.get_control_path(tmp_path, "staging/9-live")
         folder.mkdir(parents=True)
         with ct.open(spec) as reader:
             reader.restore({"w": jnp.ones(2)})
@@ -102,4 +102,4 @@ def test_small_files_are_replaced_in_one_step(tmp_path):
 
 @pytest.mark.parametrize("name", ["07", "1.5", "-1", "x", "1e3", "", "1" * 19])
 def test_only_plain_numbers_are_steps(name):
-    assert layout.step_number(name) is None
+    assert layout.parse_step_number(name) is None

@@ -24,7 +24,7 @@ def test_a_link_in_the_control_folder_is_refused_and_its_target_untouched(tmp_pa
     save(run, 1)
     (outside / "staging" / "gold").mkdir(parents=True)
     (outside / "file").write_text("gold")
-    place = layout.control(run, name)
+    place = layout.get_control_path(run, name)
     if place.exists():
         place.rename(tmp_path / "before")
     place.symlink_to(outside / "file" if name in ("lock", "pins.json.new") else outside)
@@ -53,15 +53,15 @@ def test_second_copies_are_not_written_through_a_link(tmp_path):
     run, outside = tmp_path / "run", tmp_path / "outside"
     save(run, 1)
     outside.mkdir()
-    layout.spare(run, 2).symlink_to(outside)
-    layout.spare(run, 3).mkdir()
+    layout.get_spare_directory(run, 2).symlink_to(outside)
+    layout.get_spare_directory(run, 3).mkdir()
     (outside / "file").write_text("gold")
-    (layout.spare(run, 3) / layout.MANIFEST).symlink_to(outside / "file")
+    (layout.get_spare_directory(run, 3) / layout.MANIFEST).symlink_to(outside / "file")
     for step in (2, 3):
         save(run, step)
     assert [path.name for path in outside.iterdir()] == ["file"]
     assert (outside / "file").read_text() == "gold"
-    assert (layout.spare(run, 3) / layout.MANIFEST).is_file()
+    assert (layout.get_spare_directory(run, 3) / layout.MANIFEST).is_file()
 
 
 @pytest.mark.parametrize("name", ["x" * 201, "_CHECKPOINT_METADATA", "metrics"])

@@ -13,20 +13,20 @@ def test_every_byte_counts_whatever_the_size(tmp_path, monkeypatch, algorithm, s
     monkeypatch.setattr(digest, "_BUFFER_BYTES", 30)
     path, data = tmp_path / "file", bytearray(range(200)) + bytearray(150)
     path.write_bytes(data[:size])
-    seen = {digest.of_file(algorithm, path)}
+    seen = {digest.hash_file(algorithm, path)}
     for position in range(size):
         changed = data[:size]
         changed[position] ^= 1
         path.write_bytes(changed)
-        seen.add(digest.of_file(algorithm, path))
+        seen.add(digest.hash_file(algorithm, path))
     assert len(seen) == size + 1
     path.write_bytes(data[:size] + b"\0")
-    assert digest.of_file(algorithm, path) not in seen
+    assert digest.hash_file(algorithm, path) not in seen
 
 
 def test_a_small_file_and_an_array_have_the_digest_of_their_bytes(tmp_path):
     array = np.arange(10.0)
     (tmp_path / "file").write_bytes(array.tobytes())
-    expected = digest.of_bytes("xxh3", array.tobytes())
-    assert digest.of_file("xxh3", tmp_path / "file") == digest.of_array("xxh3", array) == expected
-    assert digest.algorithm_of(expected) == "xxh3"
+    expected = digest.hash_bytes("xxh3", array.tobytes())
+    assert digest.hash_file("xxh3", tmp_path / "file") == digest.hash_array("xxh3", array) == expected
+    assert digest.get_algorithm(expected) == "xxh3"

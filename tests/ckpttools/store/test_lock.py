@@ -38,7 +38,7 @@ def test_a_file_system_without_locks_is_no_other_writer(tmp_path, monkeypatch):
     with pytest.raises(ct.StorageError, match="cannot be locked") as caught:
         lock.acquire()
     assert not isinstance(caught.value, ct.RunInUseError)
-    assert not lock.held
+    assert not lock.is_held
     monkeypatch.undo()
     lock.acquire()
     lock.release()

@@ -29,7 +29,7 @@ def reseal(step, change, *, line):
     lines = [json.loads(text) for text in path.read_bytes().split(b"\n")]
     lines[line] = change(lines[line]) or lines[line]
     body = b"\n".join(json.dumps(entry).encode() for entry in lines[1:])
-    seal = {**lines[0], "digest": digest.of_bytes("xxh3", body)}
+    seal = {**lines[0], "digest": digest.hash_bytes("xxh3", body)}
     path.write_bytes(json.dumps(seal).encode() + b"\n" + body)
 
 
@@ -95,7 +95,7 @@ def test_deep_nesting_is_refused(step):
     path = step / layout.MANIFEST
     lines = path.read_bytes().split(b"\n")
     body = b"\n".join([lines[1], b"[" * 100_000 + b"]" * 100_000])
-    seal = {"ckpttools": 1, "digest": digest.of_bytes("xxh3", body)}
+    seal = {"ckpttools": 1, "digest": digest.hash_bytes("xxh3", body)}
     path.write_bytes(json.dumps(seal).encode() + b"\n" + body)
     with pytest.raises(ct.CorruptStepError):
         restore(step)
@@ -119,11 +119,11 @@ def test_leaves_of_unknown_form_are_refused(step, leaf):
 
 
 def test_unknown_dtypes_and_keys_are_refused():
-    from ckpttools.tree.leaves import host_shape
+    from ckpttools.tree.leaves import get_host_shape
 
     for record in (Record(path=("x",), kind="array", dtype="os.system"), Record(path=("x",), kind="key", dtype="evil")):
         with pytest.raises(ct.CorruptStepError, match="unknown"):
-            host_shape(record)
+            get_host_shape(record)
 
 
 def test_nothing_is_imported_because_a_checkpoint_names_it(step, tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_nothing_is_imported_because_a_checkpoint_names_it(step, tmp_path, monke
     data = json.loads(path.read_bytes())
     data["item_handlers"] = dict.fromkeys(data["item_handlers"], "evil_handler.Handler")
     path.write_bytes(json.dumps(data).encode())
-    mark = [path.stat().st_size, digest.of_file("xxh3", path)]
+    mark = [path.stat().st_size, digest.hash_file("xxh3", path)]
     reseal(step, lambda entry: entry["files"].update({"_CHECKPOINT_METADATA": mark}), line=1)
     with contextlib.suppress(ct.CheckpointError):
         restore(step)

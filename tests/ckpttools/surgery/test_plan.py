@@ -14,21 +14,23 @@ from ckpttools.surgery import array_operations, suggest
 from ckpttools.surgery import plan as surgery_plan
 from ckpttools.tree import flatten
 from ckpttools.tree.leaves import Record, describe
-from ckpttools.tree.match import names
+from ckpttools.tree.match import to_names
 
 
 def stored(state):
     items = {}
     for item, value in state.items():
-        flat = flatten.flatten(value)
+        flat = flatten.flatten_item(value)
         records = tuple(describe(item, leaf) for leaf in flat.leaves)
         items[item] = types.SimpleNamespace(records=records, skeletons=flat.skeletons)
     return items
 
 
 def plan(disk, state, operations=(), **options):
-    templates = {item: flatten.flatten(value, template=True) for item, value in state.items()}
-    return surgery_plan.plan(stored(disk), templates, surgery_plan.Changes(surgery=ct.Surgery(operations), **options))
+    templates = {item: flatten.flatten_item(value, template=True) for item, value in state.items()}
+    return surgery_plan.make_restore_plan(
+        stored(disk), templates, surgery_plan.Changes(surgery=ct.Surgery(operations), **options)
+    )
 
 
 def sources(made):
@@ -89,14 +91,14 @@ def test_what_is_dropped_or_kept_is_not_read():
     state = {"m": jax.tree.map(lambda each: jnp.ones(each.shape), state["m"])}
     made = plan(disk, state, [ct.Drop("m.old"), ct.Reinit("{head,lora}")])
     assert made.differences == ()
-    assert [record.path for record in made.needed()["m"]] == [("enc", "w")]
-    assert {".".join(source.stored_path) for source in made.dropped} == {"m.old.w", "m.head.w"}
+    assert [record.path for record in made.collect_records()["m"]] == [("enc", "w")]
+    assert {".".join(source.stored_path) for source in made.dropped_leaves} == {"m.old.w", "m.head.w"}
 
 
 def test_only_looks_at_nothing_else():
     disk, state = nested("m.enc.w", "m.old.w"), nested("m.enc.w", "m.new.w", "opt.mu.w")
     made = plan(disk, state, only=("m.enc",))
-    assert (made.differences, list(made.needed())) == ((), ["m"])
+    assert (made.differences, list(made.collect_records())) == ((), ["m"])
     lacking = plan(disk, nested("m.enc.w", "m.enc.b"), only=("m.enc",))
     assert [str(each) for each in lacking.differences] == ["m.enc.b: not on disk"]
 
@@ -144,7 +146,7 @@ def test_a_migration_passes_over_what_a_run_does_not_have():
 
 def altered(array, operations, template):
     record = Record(path=("w",), kind="array", shape=array.shape, dtype=array.dtype.name)
-    shape = array_operations.shape_after("m.w", operations, array.shape, template.shape)
+    shape = array_operations.compute_shape("m.w", operations, array.shape, template.shape)
     target = Record(path=("w",), kind="array", shape=shape, dtype=template.dtype.name)
     return array_operations.apply("m.w", operations, record, array, target, template)
 
@@ -204,7 +206,7 @@ def test_a_block_that_leaves_its_array_is_refused(operation, shape):
 def test_an_abstract_state_has_no_values_to_keep(operation):
     def restore():
         made = plan(nested("m.w"), {"m": {"w": leaf(5)}}, [operation])
-        made.host_items(["m"], {"m": {("w",): np.zeros(2, np.float32)}})
+        made.make_host_items(["m"], {"m": {("w",): np.zeros(2, np.float32)}})
 
     with pytest.raises(ct.StructureError, match="abstract") as caught:
         restore()
@@ -215,7 +217,9 @@ def test_an_abstract_state_has_no_values_to_keep(operation):
 
 
 def mismatch(disk, state, asked=()):
-    here = [names((item, *part.path)) for item, value in state.items() for part in flatten.flatten(value).leaves]
+    here = [
+        to_names((item, *part.path)) for item, value in state.items() for part in flatten.flatten_item(value).leaves
+    ]
     with pytest.raises(ct.StructureError) as caught:
         suggest.require_match(3, plan(disk, state, asked), here, lambda more: plan(disk, state, [*asked, *more]), asked)
     return caught.value

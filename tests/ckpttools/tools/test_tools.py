@@ -92,20 +92,20 @@ def test_repair_leaves_a_quarantined_step_whose_number_is_taken(run):
 def test_repair_says_what_it_cannot_rebuild(run):
     flip_bit(largest_file(run / "30"))
     name = largest_file(run / "30").relative_to(run / "30").as_posix()
-    (layout.spare(run, 3) / name).unlink()
+    (layout.get_spare_directory(run, 3) / name).unlink()
     report = ct.repair(run)
     assert f"damaged: {name}; cannot be rebuilt" in str(report)
 
 
 def test_repair_puts_the_list_of_pins_back_or_begins_a_new_one(run):
     catalogue.write_pins(run, frozenset({20}))
-    layout.control(run, "pins.json").write_text("{")
+    layout.get_control_path(run, "pins.json").write_text("{")
     assert "put back from its second copy: [20]" in str(ct.repair(run))
-    assert catalogue.pins_are_whole(run)
+    assert catalogue.has_intact_pins(run)
     for name in ("pins.json", "pins.second.json"):
-        layout.control(run, name).write_text("{")
+        layout.get_control_path(run, name).write_text("{")
     assert "an empty list begun" in str(ct.repair(run))
-    assert catalogue.pins_are_whole(run)
+    assert catalogue.has_intact_pins(run)
 
 
 def test_repair_of_no_folder_and_of_a_run_in_use(run, tmp_path):
@@ -125,7 +125,7 @@ def test_prune_says_what_it_would_delete_and_why(run):
     assert (run / "10").exists()
     ct.prune(run, ct.Latest(1))
     assert not (run / "10").exists()
-    assert not layout.spare(run, 1).exists()
+    assert not layout.get_spare_directory(run, 1).exists()
 
 
 class Plain(nnx.Module):
@@ -225,8 +225,8 @@ def test_repair_writes_nothing_through_a_linked_folder(run, tmp_path_factory):
 
 
 def test_a_lock_that_cannot_be_opened_is_an_error_of_the_disk(run):
-    layout.control(run, "lock").unlink()
-    layout.control(run, "lock").mkdir()
+    layout.get_control_path(run, "lock").unlink()
+    layout.get_control_path(run, "lock").mkdir()
     with pytest.raises(ct.StorageError, match="cannot be opened"):
         ct.repair(run)
 
@@ -247,10 +247,10 @@ def test_quarantine_is_emptied_when_asked_and_not_before_the_run_went_on(run):
         ckpt.restore(STATE)
         ckpt.save(25, STATE)
     assert ct.empty_quarantine(run, dry_run=True) == ("30",)
-    assert (layout.control(run, "quarantine") / "30").is_dir()
+    assert (layout.get_control_path(run, "quarantine") / "30").is_dir()
     assert ct.empty_quarantine(run) == ("30",)
-    assert not list(layout.control(run, "quarantine").iterdir())
-    assert sorted(path.name for path in layout.control(run, "spare").iterdir()) == ["1", "2", "4"]
+    assert not list(layout.get_control_path(run, "quarantine").iterdir())
+    assert sorted(path.name for path in layout.get_control_path(run, "spare").iterdir()) == ["1", "2", "4"]
     assert [row.step for row in ct.ls(run)] == [10, 20, 25]
 
 

@@ -27,8 +27,8 @@ def round_trip(folder, value, template):
 def test_paths_of_a_module_and_of_its_split_state_are_equal():
     model = Net(nnx.Rngs(0))
     split = nnx.split(model)[1]
-    assert [leaf.path for leaf in flatten.flatten(model).leaves] == [
-        leaf.path for leaf in flatten.flatten(split).leaves
+    assert [leaf.path for leaf in flatten.flatten_item(model).leaves] == [
+        leaf.path for leaf in flatten.flatten_item(split).leaves
     ]
 
 
@@ -212,11 +212,11 @@ def test_packing_goes_both_ways():
 
 def test_digests_of_unknown_kind_and_strange_values_are_refused():
     with pytest.raises(ct.CorruptStepError, match="unknown kind"):
-        digest.of_bytes("md5", b"")
+        digest.hash_bytes("md5", b"")
     with pytest.raises(ct.CorruptStepError):
         leaf_forms.decode_value({"float": 3})
     with pytest.raises(ct.LeafError, match="unknown dtype"):
-        leaf_forms._implementation(jax.ShapeDtypeStruct((), jnp.float32))
+        leaf_forms._get_key_implementation(jax.ShapeDtypeStruct((), jnp.float32))
 
 
 def test_an_empty_string_comes_back_as_one(tmp_path):
