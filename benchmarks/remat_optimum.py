@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.model.op_cost import rates_of
-from remattools.planner.model.outline import outline
+from remattools.planner.model.op_cost import get_rates
+from remattools.planner.model.outline import build_outline
 
 TARGET = "tpu:v5e:2x2"
 WITHIN = 1.03
@@ -204,7 +204,7 @@ class Program:
 def everything(case: Case, cache: pathlib.Path) -> list[Program]:
     """The plain model, and every subset of the block's names."""
     model, x = abstract(case)
-    (problem,) = outline(loss, model, (x,), rates_of(TARGET)).problems
+    (problem,) = build_outline(loss, model, (x,), get_rates(TARGET)).problems
     names = list(problem.names)
     subsets = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1))
     found = []

@@ -8,11 +8,11 @@ not answer are raised, since an older step would not help and starting afresh wo
 
 from typing import Any
 
-from remattools.errors import Explained as Explained
-from remattools.errors import did_you_mean as did_you_mean
+from remattools.errors import ExplainedError as ExplainedError
+from remattools.errors import suggest_names as suggest_names
 
 
-class CheckpointError(Explained):
+class CheckpointError(ExplainedError):
     """Base of every error that ckpttools raises on purpose."""
 
 

@@ -15,7 +15,7 @@ _TABLE_WIDTH = 160
 
 
 def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Sequence[str] = ()) -> str:
-    """Rows under a head; the columns named in `right` are numbers."""
+    """Rows under a head; the columns named in `numeric` are numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(

@@ -19,22 +19,22 @@ SAVEABLE: Any = partial_eval.Saveable
 RECOMPUTE: Any = partial_eval.Recompute
 
 
-def offloadable(source: str, target: str) -> Any:
+def make_offloadable(source: str, target: str) -> Any:
     """What a policy returns to move a value from one memory kind to another."""
     return partial_eval.Offloadable(src=source, dst=target)
 
 
-def offload_of(answer: Any) -> tuple[str, str] | None:
+def parse_offload(decision: Any) -> tuple[str, str] | None:
     """Source and target memory kind, if a policy's answer is to offload."""
-    return (answer.src, answer.dst) if isinstance(answer, partial_eval.Offloadable) else None
+    return (decision.src, decision.dst) if isinstance(decision, partial_eval.Offloadable) else None
 
 
-def compiler_options(lowered: Any) -> tuple[Any, ...]:
+def get_compiler_options(lowered: Any) -> tuple[Any, ...]:
     """The `compiler_options` of the `jax.jit` behind a lowered program, which its text does not show."""
     inner = getattr(getattr(lowered, "lowered", lowered), "_lowering", None)  # nnx wraps JAX's
     return tuple(getattr(inner, "_compiler_options_kvs", None) or ())
 
 
-def current_trace() -> weakref.ref[Any]:
+def get_current_trace() -> weakref.ref[Any]:
     """The trace that runs the caller's code: one for each call of `jit`'s, `grad`'s or `vmap`'s function."""
     return weakref.ref(core.trace_ctx.trace)

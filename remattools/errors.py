@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class Explained(Exception):
+class ExplainedError(Exception):
     """An error in three parts, each also an attribute.
 
     Attributes:
@@ -28,7 +28,7 @@ class Explained(Exception):
         return (type(self), (self.what, self.why, self.fix), self.__dict__)
 
 
-class RematError(Explained):
+class RematError(ExplainedError):
     """Base of every error that remattools raises on purpose."""
 
 
@@ -76,11 +76,11 @@ class BudgetError(RematError, ValueError):
     """A budget that cannot be read, or that no plan reaches."""
 
 
-def did_you_mean(name: str, choices: Iterable[str], *, most: int = 3) -> str:
+def suggest_names(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
     """The closest of `choices` as a half sentence, or all of a few, or ""."""
     known = sorted(set(choices))
-    close = difflib.get_close_matches(name, known, n=most, cutoff=0.5)
-    shown = close or known[: most * 2]
+    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
+    shown = close or known[: limit * 2]
     if not shown:
         return ""
     listing = ", ".join(map(repr, shown)) + ("" if close or len(known) == len(shown) else ", ...")

@@ -210,7 +210,7 @@ def test_a_way_around_it_is_found(file, source):
         ("remattools/planner/model/block_ilp.py", "from ...rules import paths\nfrom . import graph"),
         (
             "ckpttools/session/session.py",
-            "from remattools.rules.paths import Pattern\nfrom remattools.errors import Explained",
+            "from remattools.rules.paths import Pattern\nfrom remattools.errors import ExplainedError",
         ),
         ("ckpttools/mirror/remote.py", "def f():\n    import fsspec"),
         ("ckpttools/store/orbax.py", "import orbax.checkpoint as ocp"),

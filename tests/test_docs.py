@@ -14,7 +14,7 @@ import pytest
 
 import ckpttools
 import remattools
-from remattools.errors import Explained
+from remattools.errors import ExplainedError
 from tests.pages import PAGES, ROOT, PageError, blocks_of, missing_names, prove
 
 WITH_CODE = [page for page in PAGES if blocks_of(page.read_text())]
@@ -129,7 +129,7 @@ def test_every_error_is_public(package):
         for name, value in vars(errors).items()
         if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == errors.__name__
     }
-    assert kinds - set(vars(package)) <= {"Explained"}
+    assert kinds - set(vars(package)) <= {"ExplainedError"}
 
 
 def errors_without_a_part(source, kinds):
@@ -150,7 +150,7 @@ def explained(package):
     """The error classes of a package, each with the parts that it has of itself."""
     errors = importlib.import_module(f"{package.__name__}.errors")
     kinds = {
-        name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Explained)
+        name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, ExplainedError)
     }
     return {
         name: {part for part in ("why", "fix") if getattr(kind, f"usual_{part}", "")} for name, kind in kinds.items()
@@ -160,7 +160,7 @@ def explained(package):
 @pytest.mark.parametrize("package", [remattools, ckpttools], ids=lambda package: package.__name__)
 def test_every_error_says_what_why_and_how_to_fix_it(package):
     kinds = explained(package)
-    assert "Explained" in kinds
+    assert "ExplainedError" in kinds
     files = sorted(pathlib.Path(package.__file__).parent.rglob("*.py"))
     lacking = [(path.name, *each) for path in files for each in errors_without_a_part(path.read_text(), kinds)]
     assert lacking == []

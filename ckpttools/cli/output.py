@@ -35,7 +35,7 @@ class _Console(Console):
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Sequence[str] = ()) -> None:
-    """Print rows under a head; the columns named in `right` are numbers."""
+    """Print rows under a head; the columns named in `numeric` are numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")

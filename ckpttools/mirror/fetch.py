@@ -27,7 +27,7 @@ from .remote import Copy, RemoteStore
 
 
 class Fetcher:
-    """The copies of one restore, from `candidates` to `clean`.
+    """The copies of one restore, from `list_candidates` to `clean_up`.
 
     Attributes:
         error: Why the store could not be asked; None if it answered.
@@ -168,7 +168,7 @@ def merge_copies(steps: Catalogue, copies: Sequence[tuple[Copy, Entry]]) -> Cata
     """The steps of a run and their copies in one list, local ones first, for choosing among them.
 
     Args:
-        known: The run's steps.
+        steps: The run's steps.
         copies: Finished copies, each with the entry that fetches it.
     """
     newest = steps.newest_entry.manifest.summary if steps.newest_entry and steps.newest_entry.manifest else None

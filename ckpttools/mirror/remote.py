@@ -37,7 +37,7 @@ class Copy:
     Attributes:
         name: Its folder, below the mirror's address.
         manifest: The step's manifest, whose seal was checked.
-        data: The manifest's bytes.
+        manifest_bytes: The manifest's bytes.
     """
 
     name: str
@@ -156,9 +156,9 @@ class RemoteStore:
         """Copy a committed step, its manifest last; what is there already in the right size is not sent again.
 
         Args:
-            folder: The step, or links to its files, which do not change.
+            directory: The step, or links to its files, which do not change.
             readback: Whether to read each file back and compare.
-            stop: Asked before each file; a copy that is stopped goes on with the next call.
+            should_stop: Asked before each file; a copy that is stopped goes on with the next call.
 
         Raises:
             MirrorError: If the store does not take it.
@@ -293,7 +293,7 @@ class RemoteStore:
 
     @contextlib.contextmanager
     def _wrap_errors(self, action: str, *, allow_missing: bool = False) -> Iterator[None]:
-        """Errors of the store as `MirrorError`; with `absent`, that a file is not there is left to the caller."""
+        """Errors of the store as `MirrorError`; with `allow_missing`, that a file is not there is left to the caller."""
         try:
             yield
         except MirrorError:

@@ -75,10 +75,10 @@ class SyncPlan:
     """What would bring a mirror up to date.
 
     Attributes:
-        copy: Names of the local steps that are missing there, the newest first.
-        delete: Names of copies that the mirror's retention does not keep, and of unfinished ones.
-        missed: Names of steps that it would keep, and that are neither there nor here any more.
-        foreign: Names of copies of another run, which are never touched.
+        names_to_copy: Names of the local steps that are missing there, the newest first.
+        names_to_delete: Names of copies that the mirror's retention does not keep, and of unfinished ones.
+        missed_names: Names of steps that it would keep, and that are neither there nor here any more.
+        foreign_names: Names of copies of another run, which are never touched.
     """
 
     names_to_copy: tuple[str, ...]
@@ -124,7 +124,7 @@ def make_sync_plan(
         names: All names at the mirror, also of unfinished copies.
         keep: The mirror's retention, which decides over the steps of both places.
         lineage: That of the run.
-        gone: Steps that were committed here, and deleted again.
+        deleted: Steps that were committed here, and deleted again.
         pins: Steps that are pinned.
     """
     run = lineage[0][0] if lineage else ""

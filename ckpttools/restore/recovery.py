@@ -86,9 +86,9 @@ def load_first_intact(
         check: A further check.
         run: The run; its damaged steps are moved out of the way unless another process writes to it. None to move
             nothing.
-        asked: Whether the candidates are copies of one step that was asked for.
-        alter: What may be done to the leaves of a step so that they fit.
-        together: Makes one outcome of those of all processes.
+        is_explicit: Whether the candidates are copies of one step that was asked for.
+        get_changes: What may be done to the leaves of a step so that they fit.
+        coordinate: Makes one outcome of those of all processes.
 
     Raises:
         StepDamagedError: If a step was asked for and no copy of it is intact.

@@ -14,7 +14,7 @@ class Worker:
     Attributes:
         step: The step that is being saved.
         stall_s: How long the training stood still for it.
-        abandoned: Set when a wait timed out and the program went on, so that the arrays may change under the save.
+        is_abandoned: Set when a wait timed out and the program went on, so that the arrays may change under the save.
     """
 
     def __init__(self, step: int, run: Callable[["Worker"], Saved]) -> None:

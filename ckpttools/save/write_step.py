@@ -60,11 +60,11 @@ def save_step(run: RunDirectory, spec: CheckpointSpec, job: Job, worker: Worker,
     """The part of a save that may go on in the background: write, commit, and only then delete.
 
     Args:
-        folder: The run.
+        run: The run.
         spec: Its spec.
         job: What to save.
         worker: The thread that this runs in.
-        began: `time.monotonic()` when the save was asked for.
+        start_time: `time.monotonic()` when the save was asked for.
     """
     try:
         path = write_step(run.directory, spec, job, is_abandoned=worker.is_abandoned.is_set)
@@ -148,7 +148,7 @@ def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, is_abandon
         root: The run's folder.
         spec: The run's spec.
         job: What to save.
-        abandoned: Asked right before the commit: whether the caller has given up waiting and gone on, so that the
+        is_abandoned: Asked right before the commit: whether the caller has given up waiting and gone on, so that the
             arrays may have changed under the save.
 
     Returns:

@@ -64,9 +64,9 @@ class MetricWatch:
     """Notices that a metric which the spec names never comes: with a misspelt one a run would save nothing.
 
     Attributes:
-        missing: Names that no step has had so far.
-        others: Names that came instead.
-        steps: How many steps were seen.
+        missing_names: Names that no step has had so far.
+        other_names: Names that came instead.
+        step_count: How many steps were seen.
     """
 
     missing_names: set[str]
@@ -78,7 +78,7 @@ class MetricWatch:
 
         Args:
             names: Names of the metrics of the step.
-            last: Whether it is the run's last step.
+            is_last: Whether it is the run's last step.
         """
         if not self.missing_names:
             return None

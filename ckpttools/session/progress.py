@@ -65,7 +65,7 @@ class RunProgress:
         Args:
             step: Completed updates, none of them undone.
             metrics: Values of this step; each is read when a trigger asks for it.
-            first: The smallest step.
+            minimum: The smallest step.
 
         Raises:
             StepOrderError: If the step is no such count.

@@ -29,9 +29,9 @@ class Saver:
         spec: The session's spec.
         run: Its folder.
         group: Its processes.
-        copier: Of its mirror, if it has one.
+        uploader: Of its mirror, if it has one.
         validate: Its validation function, if it has one.
-        course: Where it stands; told of each save.
+        run_progress: Where it stands; told of each save.
 
     Attributes:
         worker: The save in progress, or one that has ended and whose result nobody has fetched; None without.
@@ -80,11 +80,11 @@ class Saver:
         """Take the state and save it in a thread; the save before it must have been waited for.
 
         Args:
-            moment: The step.
+            context: The step.
             state: Items by name.
             metrics: To be recorded.
             reason: To be recorded.
-            began: `time.monotonic()` when the save was asked for.
+            start_time: `time.monotonic()` when the save was asked for.
             asynchronous: Whether the live arrays may change before the save has ended, so that copies are saved.
 
         Returns:

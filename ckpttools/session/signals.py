@@ -20,12 +20,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop, from `listen` to `forget`.
+    """Whether somebody asked this process to stop, from `install_handlers` to `restore_handlers`.
 
     Attributes:
         reason: Who asked, as half a sentence; None as long as nobody did.
         number: The signal that asked; None if it was none.
-        insisted: Whether a second one came.
+        is_repeated: Whether a second one came.
     """
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from ..errors import SpecError
 
 
 def require_count(owner: str, field: str, value: object, *, minimum: int = 1) -> None:
-    """Raise `SpecError` unless `value` is an int of at least `least` (bool is no number here)."""
+    """Raise `SpecError` unless `value` is an int of at least `minimum` (bool is no number here)."""
     if type(value) is not int or value < minimum:
         raise SpecError(
             what=f"{owner}({field}={value!r}) cannot be honoured.",
@@ -57,7 +57,7 @@ def require_choice(owner: str, field: str, value: object, choices: tuple[str, ..
 
 
 def require_steps(owner: str, value: object, *, minimum: int = 0) -> None:
-    """Raise `SpecError` unless `value` is a tuple of at least `least` step numbers, increasing, without repeats."""
+    """Raise `SpecError` unless `value` is a tuple of at least `minimum` step numbers, increasing, without repeats."""
     if (
         not isinstance(value, tuple)
         or len(value) < minimum

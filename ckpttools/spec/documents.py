@@ -13,7 +13,7 @@ def read_text(path: pathlib.Path, *, description: str) -> str:
 
     Args:
         path: The file.
-        holds: What stands in it, for the error: "the spec of the run".
+        description: What stands in it, for the error: "the spec of the run".
 
     Raises:
         SpecFileError: If it cannot be read, or is not UTF-8.

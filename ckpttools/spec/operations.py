@@ -13,7 +13,7 @@ from typing import Any, Literal
 from remattools.errors import PatternError
 from remattools.rules.paths import Pattern
 
-from ..errors import SpecError, did_you_mean
+from ..errors import SpecError, suggest_names
 
 WILDCARD = re.compile(r"\*\*|\*|\{[^{}]*\}|^\[[^\]]*\]$")
 """What stands for more than itself in one segment of a pattern."""
@@ -134,7 +134,7 @@ class Cast(Operation):
                 raise SpecError(
                     what=f"ct.Cast({self.pattern!r}, {self.from_dtype!r}, {self.to_dtype!r}) names no dtype {dtype!r}.",
                     why="a cast is allowed from one dtype to one other, each by its name.",
-                    fix=did_you_mean(str(dtype), DTYPES) or f'ct.Cast({self.pattern!r}, "float32", "bfloat16")',
+                    fix=suggest_names(str(dtype), DTYPES) or f'ct.Cast({self.pattern!r}, "float32", "bfloat16")',
                 )
 
 

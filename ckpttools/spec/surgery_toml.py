@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import SpecError, SpecFileError, did_you_mean
+from ..errors import SpecError, SpecFileError, suggest_names
 from . import documents
 from .operations import OPERATIONS, Operation
 
@@ -57,14 +57,14 @@ def _decode_table(table: Any) -> Operation:
                 table, "a table holds one operation.", f"a [[{TABLE}]] for each of {' and '.join(found)}."
             )
         why = "each table begins with the name of its operation."
-        raise _make_error(table, why, did_you_mean(next(iter(table)), OPERATIONS))
+        raise _make_error(table, why, suggest_names(next(iter(table)), OPERATIONS))
     kind: type[Any] = OPERATIONS[found[0]]
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
     pattern = fields.pop(found[0])
     known = {field.name: field.default for field in dataclasses.fields(kind)[1:]}
     wrong = [name for name in fields if name not in known]
     if wrong:
-        raise _make_error(table, f"{found[0]} has no field {wrong[0]!r}.", did_you_mean(wrong[0], known))
+        raise _make_error(table, f"{found[0]} has no field {wrong[0]!r}.", suggest_names(wrong[0], known))
     lacking = [name for name, value in known.items() if value is dataclasses.MISSING and name not in fields]
     if lacking:
         raise _make_error(table, f"{found[0]} needs {' and '.join(lacking)}.", f'{lacking[0]} = "..."')

@@ -23,7 +23,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import SpecError, SpecFileError, did_you_mean
+from ..errors import SpecError, SpecFileError, suggest_names
 from . import documents, retention, surgery_toml, triggers
 from .mirror import Mirror
 from .state_version import Migration, StateVersion
@@ -174,7 +174,7 @@ def _decode_value(data: Any, group: str, *, key: str) -> Any:
             first,
             f"{first!r} is not known under {group!r}." if not names else f"{' and '.join(names)} in one table.",
             "each table holds one value; a list of tables combines them.",
-            did_you_mean(first, choices),
+            suggest_names(first, choices),
         )
     name, kind = names[0], choices[names[0]]
     rest = {field: value for field, value in data.items() if field != name}
@@ -217,7 +217,7 @@ def _require_known(data: Mapping[str, Any], known_names: typing.Iterable[str], w
                 name,
                 f"{name!r} is not known in {where}.",
                 "an entry that nothing reads would be taken for one that has an effect.",
-                did_you_mean(name, known_names),
+                suggest_names(name, known_names),
             )
 
 
@@ -241,7 +241,7 @@ def read(text: str, *, source: str) -> dict[str, Any]:
         raise SpecFileError(
             what=f"{source} has no [{TABLE}] table.",
             why="the spec of a run stands in that table, beside the other tables of the run.",
-            fix=did_you_mean(TABLE, document) or f'[{TABLE}]\ndirectory = "runs/exp1"',
+            fix=suggest_names(TABLE, document) or f'[{TABLE}]\ndirectory = "runs/exp1"',
         )
     return _decode_table(document[TABLE], source, lambda key: _find_line(text, key))
 

@@ -30,7 +30,7 @@ class StepContext:
     Attributes:
         step: Completed updates, from 1.
         run_s: Seconds that the run has been training, pauses between processes left out.
-        metric: Looks up a metric of this step by name; None where the step has no such metric.
+        get_metric: Looks up a metric of this step by name; None where the step has no such metric.
     """
 
     step: int

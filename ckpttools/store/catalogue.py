@@ -64,7 +64,7 @@ class Catalogue:
 
     Attributes:
         entries: Every numbered folder, committed or not.
-        set_aside: Superseded steps whose number was needed again.
+        moved_entries: Superseded steps whose number was needed again.
         last_sequence: The greatest number of a commit that has left a trace, be it of a damaged step.
     """
 

@@ -23,7 +23,7 @@ MAX_SPARE_BYTES = 1 << 16
 
 @contextlib.contextmanager
 def wrap_os_errors(what: str, fix: str = "mend the cause and try again; no step was changed.") -> Iterator[None]:
-    """Turn what the disk raises into a `StorageError` that begins with `failed`."""
+    """Turn what the disk raises into a `StorageError` that begins with `what`."""
     try:
         yield
     except StorageError:
@@ -49,7 +49,7 @@ def sync_file(path: pathlib.Path) -> None:
 
 
 def sync_tree(directory: pathlib.Path) -> None:
-    """Force every file and folder below `folder`, and itself, to the disk; children before parents."""
+    """Force every file and folder below `directory`, and itself, to the disk; children before parents."""
     for parent, _, names in os.walk(directory, topdown=False, onerror=raise_for_os_error):
         for name in names:
             sync_file(pathlib.Path(parent, name))

@@ -76,7 +76,7 @@ def find_damaged_files(entry: Entry, on_bytes: Callable[[int], None] = lambda si
 
     Args:
         entry: The step.
-        seen: Called with the size of each file before it is read.
+        on_bytes: Called with the size of each file before it is read.
     """
     damaged = []
     for name, (size, expected) in entry.manifest.summary.files.items() if entry.manifest else ():

@@ -47,7 +47,7 @@ def get_spare_directory(root: pathlib.Path, sequence: int) -> pathlib.Path:
 
 
 def find_free_path(directory: pathlib.Path, stem: str) -> pathlib.Path:
-    """A path in `folder` that does not exist yet: `stem`, `stem-2`, `stem-3`, ..."""
+    """A path in `directory` that does not exist yet: `stem`, `stem-2`, `stem-3`, ..."""
     candidate, number = directory / stem, 2
     while candidate.exists():
         candidate, number = directory / f"{stem}-{number}", number + 1

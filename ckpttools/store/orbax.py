@@ -53,10 +53,10 @@ def write(
     *,
     compression: bool,
 ) -> None:
-    """Write an Orbax checkpoint to `folder`, which must not exist yet.
+    """Write an Orbax checkpoint to `directory`, which must not exist yet.
 
     Args:
-        folder: Absolute path.
+        directory: Absolute path.
         records: All leaves, by item; those that Orbax does not store are passed over.
         arrays: The array of each leaf that Orbax stores.
         compression: Whether to compress with zstd.
@@ -112,7 +112,7 @@ def write_shards(
     """Write what this process holds of arrays that are spread over several processes; waits for nobody.
 
     Args:
-        folder: Absolute path; it has a folder for each item.
+        directory: Absolute path; it has a folder for each item.
         records: All leaves, by item.
         arrays: The array of each leaf that is to be written. Host arrays are written by process 0 only.
         compression: Whether to compress with zstd.

@@ -83,7 +83,7 @@ def write(
     Args:
         path: The file.
         tensors: Dtype and shape of each tensor.
-        arrays: Hands over the arrays of some tensors.
+        read_batch: Hands over the arrays of some tensors.
         metadata: Texts for the header.
         batch_bytes: How many bytes are asked for at once, if a single tensor is not larger.
 

@@ -25,7 +25,7 @@ def compute_shape(name: str, operations: Sequence[Operation], shape: Shape, targ
         name: Name of the leaf, for errors.
         operations: All operations on this leaf.
         shape: Shape on disk.
-        wanted: Shape in the state; of another rank, nothing is done.
+        target_shape: Shape in the state; of another rank, nothing is done.
 
     Raises:
         StructureError: If a block would not lie inside its array.

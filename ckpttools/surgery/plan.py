@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import jax
 import numpy as np
 
-from remattools.rules.paths import closest
+from remattools.rules.paths import find_closest
 
 from ..errors import StructureError
 from ..spec.operations import Cast, Drop, Operation, Reinit, Rename, as_code, find_wildcards, split_segments
@@ -101,8 +101,8 @@ class RestorePlan:
     """What a restore will do.
 
     Attributes:
-        placed: Every leaf of the state, and every leaf of the stateful objects that are restored.
-        dropped: Leaves on disk that are not read because somebody said so.
+        placed_leaves: Every leaf of the state, and every leaf of the stateful objects that are restored.
+        dropped_leaves: Leaves on disk that are not read because somebody said so.
         differences: What does not fit; empty if the restore can go on.
         skeletons: Containers of stateful objects, by item of the state and path.
         stored: The names that all leaves on disk have after the operations.
@@ -256,7 +256,7 @@ def _rename_pattern(reinit: Reinit, operation: Rename) -> Reinit:
 def make_unmatched_error(operation: Operation | str, parts: Parts, where: str) -> StructureError:
     """The error for a pattern that means nothing; names the closest real names."""
     pattern = operation if isinstance(operation, str) else operation.pattern
-    near = closest(pattern, parts.paths)
+    near = find_closest(pattern, parts.paths)
     code = f"only={pattern!r}" if isinstance(operation, str) else as_code(operation)
     return StructureError(
         what=f"{code} matches nothing {where}.",

@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Iterable
 
-from remattools.rules.paths import Pattern, Universe
+from remattools.rules.paths import PathIndex, Pattern
 
 from ..spec.operations import WILDCARD, Rename, split_segments
 from ..tree.match import Names
@@ -27,7 +27,7 @@ class Parts:
         self._nodes = list(nodes)
         # Orbax keeps no ints, and slices pick integers.
         self.paths = [tuple(int(part) if part.isdecimal() else part for part in node) for node in self._nodes]
-        self._universe = Universe(self.paths)
+        self._universe = PathIndex(self.paths)
 
     def match(self, pattern: str) -> frozenset[Names]:
         """The parts that a pattern matches."""

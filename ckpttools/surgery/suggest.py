@@ -44,9 +44,9 @@ def require_match(
     Args:
         step: The step's number.
         plan: What the restore would do.
-        here: Names of all leaves of the state.
-        retry: Makes the plan with more operations.
-        asked: The operations that were asked for; what is suggested begins with them.
+        state_names: Names of all leaves of the state.
+        replan: Makes the plan with more operations.
+        requested_operations: The operations that were asked for; what is suggested begins with them.
     """
     differences = plan.differences
     if not differences:
@@ -89,8 +89,8 @@ def find_fix(plan: RestorePlan, state_names: Sequence[Names], replan: Replan) ->
 
     Args:
         plan: What the restore would do.
-        here: Names of all leaves of the state.
-        retry: Makes the plan with more operations.
+        state_names: Names of all leaves of the state.
+        replan: Makes the plan with more operations.
     """
     for whole in (True, False):
         operations = suggest_operations(plan.differences, state_names, plan.stored_names, allow_parts=whole)
@@ -124,9 +124,9 @@ def suggest_operations(
 
     Args:
         differences: What does not fit.
-        here: Names of all leaves of the state.
-        there: Names of all leaves on disk.
-        whole: Whether parts may be renamed as a whole, and not only leaves.
+        state_names: Names of all leaves of the state.
+        stored_names: Names of all leaves on disk.
+        allow_parts: Whether parts may be renamed as a whole, and not only leaves.
     """
     missing = {each.path: each for each in differences if each.kind == "missing"}
     extra = {each.path: each for each in differences if each.kind == "unexpected"}

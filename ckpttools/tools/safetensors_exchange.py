@@ -16,7 +16,7 @@ import numpy as np
 
 from remattools.rules.paths import Pattern
 
-from ..errors import CheckpointError, LeafError, SpecError, StructureError, did_you_mean
+from ..errors import CheckpointError, LeafError, SpecError, StructureError, suggest_names
 from ..store import integrity, layout, safetensors_format
 from ..store.catalogue import Entry
 from ..store.safetensors_format import CODES, Tensor
@@ -109,7 +109,7 @@ def _open_step(directory: pathlib.Path, item: str) -> tuple[tuple[Record, ...], 
         raise StructureError(
             what=f"step {entry.step} has no item {item!r}.",
             why=f"it holds {', '.join(stored) or 'nothing'}.",
-            fix=did_you_mean(item, stored) or f"item={next(iter(stored), 'model')!r}",
+            fix=suggest_names(item, stored) or f"item={next(iter(stored), 'model')!r}",
         )
 
     def load(records: Sequence[Record]) -> Mapping[Path, np.ndarray[Any, Any]]:
@@ -217,7 +217,7 @@ def _match_leaf(
     if record.kind == "value":
         return read_value(name, record, metadata)
     if name not in tensors:
-        near = did_you_mean(name, tensors)
+        near = suggest_names(name, tensors)
         return record, f"{name}: not in the file{'; ' + near if near.startswith('did') else ''}"
     shape, dtype = get_host_shape(record)
     found = tensors[name]
@@ -260,12 +260,12 @@ def exclude_skipped(records: Iterable[Record], skip: Sequence[str]) -> tuple[Rec
     given, left = (skip,) if isinstance(skip, str) else tuple(skip), tuple(records)
     for text in given:
         pattern = Pattern.parse(text)
-        skipped = {record.path for record in left if pattern.matches(record.path)}
+        skipped = {record.path for record in left if pattern.is_match(record.path)}
         if not skipped:
             raise SpecError(
                 what=f"skip={text!r} matches no leaf.",
                 why="a mistyped pattern would leave nothing out without a word.",
-                fix=did_you_mean(text, [format_tensor_name("", record) for record in left]),
+                fix=suggest_names(text, [format_tensor_name("", record) for record in left]),
             )
         left = tuple(record for record in left if record.path not in skipped)
     return left
@@ -294,7 +294,7 @@ def name_leaves(records: Iterable[Record], names: NameMap | None) -> dict[str, R
         raise SpecError(
             what=f"names has {', '.join(map(repr, sorted(unused)))}, which no leaf is called.",
             why="a mistyped name would leave its leaf under the old one without a word.",
-            fix=did_you_mean(min(unused), [format_tensor_name("", record) for record in found.values()]),
+            fix=suggest_names(min(unused), [format_tensor_name("", record) for record in found.values()]),
         )
     return found
 

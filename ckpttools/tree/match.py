@@ -33,7 +33,7 @@ class Difference:
         kind: What is wrong with it: "missing" on disk; "unexpected", on disk and not in the state; "reshaped";
             "recast"; "other" for a thing of another kind.
         path: Its names, the item first; the names on disk if it is unexpected.
-        here: The leaf of the state as a record; None if it is unexpected.
+        expected: The leaf of the state as a record; None if it is unexpected.
         stored: The leaf on disk as a record, after surgery; None if it is missing.
         text: What is wrong, in words, after the leaf's name.
     """

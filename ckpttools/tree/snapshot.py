@@ -30,7 +30,7 @@ class Snapshot:
         records: Leaves by item, without digests.
         skeletons: Containers of stateful objects, by item and path.
         arrays: The host array of each leaf that Orbax stores and this process holds all of.
-        spread: The arrays that are spread over several processes, by item and path; their data, for typed keys.
+        sharded: The arrays that are spread over several processes, by item and path; their data, for typed keys.
     """
 
     records: dict[str, tuple[Record, ...]]

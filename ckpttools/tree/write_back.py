@@ -21,7 +21,7 @@ class HostItem:
 
     Attributes:
         records: The record for each leaf of the template; leaves without one keep their value.
-        stored: The records of all leaves that are restored, in their order.
+        restored_records: The records of all leaves that are restored, in their order.
         skeletons: Containers of the stateful objects on disk.
         arrays: Arrays on the host by the path of their record; taken out as they are placed.
     """

@@ -24,23 +24,23 @@ from ..rules.paths import format_path
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
 from ..tracing import pure_call
-from ..tracing.origins import located, loss_or_floats, named_program
+from ..tracing.origins import locate, select_loss_or_floats, trace_with_paths
 from ..transform import apply as application
 from ..transform import explain as explaining
-from ..transform.modules import modules_of
+from ..transform.modules import find_modules
 from ..transform.naming import scopes
-from .compare import model_of, rules_for, under
+from .compare import find_model, make_rules, use_rules
 from .compile import measure
-from .residuals import linearised, report_of, residuals
-from .timeline import timeline_of
+from .residuals import linearize_call, make_report, residuals
+from .timeline import make_timeline
 
-_PLAIN = Rules({".": False, "**": False})
+_REGIONS_OFF = Rules({".": False, "**": False})
 # Of what was to be freed, this share has to be gone from the compiled program; the compiler packs what remains.
-_LEAST_SHARE = 0.25
+_MIN_FREED_SHARE = 0.25
 # Differences below this share of the plain program's temporaries are left to the compiler.
 _NOISE = 0.02
 
-Code = Literal[
+FindingCode = Literal[
     "no_region", "nothing_freed", "no_lower_peak", "undone", "offload_ignored", "useless_rule", "repeated", "warning"
 ]
 
@@ -54,11 +54,11 @@ class Finding:
         message: What is wrong, and what to do.
     """
 
-    code: Code
+    code: FindingCode
     message: str
 
 
-_NO_RULES = (
+_NO_RULES_FINDINGS = (
     Finding(
         code="no_region",
         message="no rule is in force on the model, so nothing is rematerialised: check(..., rules=...), or apply some.",
@@ -95,7 +95,7 @@ class CheckReport:
         return not self.findings
 
     @property
-    def _counts_temporaries(self) -> bool:
+    def _has_temporaries_in_peak(self) -> bool:
         return all(peak >= temp for peak, temp in zip(self.compiled_peak_bytes, self.temp_bytes, strict=True))
 
     def as_dict(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class CheckReport:
             (f"temp on {self.target}", self.temp_bytes),
             (f"peak on {self.target}", self.compiled_peak_bytes),
         ):
-            if label.startswith("peak on") and not self._counts_temporaries:
+            if label.startswith("peak on") and not self._has_temporaries_in_peak:
                 continue
             lines.append(f"{label:<22}{format_bytes(plain):>12}{format_bytes(ruled):>12}")
         if self.host_bytes:
@@ -143,54 +143,56 @@ def check(
         UnmatchedRuleError: If a rule matches nothing.
     """
     where = find_target(target)
-    model = model_of(fn, args)
-    planned = None if rules is None else rules_for(model, rules)
-    with under(model, _PLAIN):
-        plain = _figures(fn, args, where, cache)
-    with under(model, planned):
-        ruled = _figures(fn, args, where, cache)
-        regions = list(_regions_in(_program_of(fn, args)))
-        in_force = any(application.in_force(modules_of(model)))
-        warnings = _explained(model)
+    model = find_model(fn, args)
+    planned = None if rules is None else make_rules(model, rules)
+    with use_rules(model, _REGIONS_OFF):
+        plain = _measure_memory(fn, args, where, cache)
+    with use_rules(model, planned):
+        ruled = _measure_memory(fn, args, where, cache)
+        regions = list(_find_regions(_trace_jaxpr(fn, args)))
+        in_force = any(application.get_active_actions(find_modules(model)))
+        warnings = _collect_warnings(model)
     if in_force or regions:
-        found = [*_findings(plain, ruled, len(regions), where), *_repeated(regions), *warnings]
+        found = [*_find_problems(plain, ruled, len(regions), where), *_find_repeated_regions(regions), *warnings]
     else:
-        found = [*_NO_RULES, *warnings]
+        found = [*_NO_RULES_FINDINGS, *warnings]
     if planned is not None and regions:
-        found += _useless_rules(fn, args, model, planned)
+        found += _find_useless_rules(fn, args, model, planned)
     return CheckReport(
         target=where.name,
         residual_bytes=(plain.residual_bytes, ruled.residual_bytes),
         planned_peak_bytes=(plain.peak_bytes, ruled.peak_bytes),
-        temp_bytes=(plain.measured.temp_bytes, ruled.measured.temp_bytes),
-        compiled_peak_bytes=(plain.measured.peak_bytes, ruled.measured.peak_bytes),
+        temp_bytes=(plain.measurement.temp_bytes, ruled.measurement.temp_bytes),
+        compiled_peak_bytes=(plain.measurement.peak_bytes, ruled.measurement.peak_bytes),
         host_bytes=ruled.host_bytes,
         findings=tuple(found),
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Figures:
+class _ProgramMemory:
     residual_bytes: int
     host_bytes: int
     peak_bytes: int
-    measured: Measurement
+    measurement: Measurement
 
 
-def _figures(fn: Any, args: tuple[Any, ...], target: Target, cache: Any) -> _Figures:
-    call = pure_call.stage(pure_call.unjitted(fn), args)
+def _measure_memory(fn: Any, args: tuple[Any, ...], target: Target, cache: Any) -> _ProgramMemory:
+    call = pure_call.stage(pure_call.unwrap_jit(fn), args)
     pure_call.check_differentiable(call)
-    program, count = linearised(call)
-    kept = report_of(call, program, count)
-    return _Figures(
+    program, count = linearize_call(call)
+    kept = make_report(call, program, count)
+    return _ProgramMemory(
         kept.computed_bytes,
         kept.host_bytes,
-        timeline_of(program, count).peak_bytes,
+        make_timeline(program, count).peak_bytes,
         measure(fn, *args, target=target, differentiate=True, cache=cache),
     )
 
 
-def _findings(plain: _Figures, ruled: _Figures, regions: int, target: Target) -> Iterator[Finding]:
+def _find_problems(
+    plain: _ProgramMemory, with_rules: _ProgramMemory, regions: int, target: Target
+) -> Iterator[Finding]:
     if not regions:
         yield Finding(
             code="no_region",
@@ -198,20 +200,20 @@ def _findings(plain: _Figures, ruled: _Figures, regions: int, target: Target) ->
             "on: split the graphdef (nnx.split) after remattools.apply, not before, and call the ruled methods.",
         )
         return
-    if ruled.residual_bytes >= plain.residual_bytes:
+    if with_rules.residual_bytes >= plain.residual_bytes:
         yield Finding(
             code="nothing_freed",
-            message=f"the rules keep {format_bytes(ruled.residual_bytes)} from forward to backward, the plain model "
+            message=f"the rules keep {format_bytes(with_rules.residual_bytes)} from forward to backward, the plain model "
             f"{format_bytes(plain.residual_bytes)}: save less in the regions, or make them larger.",
         )
-    intended = plain.peak_bytes - ruled.peak_bytes
-    on_chip = plain.measured.temporaries_on_chip or ruled.measured.temporaries_on_chip
+    intended = plain.peak_bytes - with_rules.peak_bytes
+    on_chip = plain.measurement.temporaries_on_chip or with_rules.measurement.temporaries_on_chip
     memory = "peak" if on_chip else "temp"
-    before = getattr(plain.measured, f"{memory}_bytes")
-    freed = before - getattr(ruled.measured, f"{memory}_bytes")
-    less_kept = plain.residual_bytes - ruled.residual_bytes
-    compiled = plain.measured.fits and ruled.measured.fits
-    if compiled and intended > _NOISE * plain.peak_bytes and freed < _LEAST_SHARE * intended:
+    before = getattr(plain.measurement, f"{memory}_bytes")
+    freed = before - getattr(with_rules.measurement, f"{memory}_bytes")
+    less_kept = plain.residual_bytes - with_rules.residual_bytes
+    compiled = plain.measurement.fits and with_rules.measurement.fits
+    if compiled and intended > _NOISE * plain.peak_bytes and freed < _MIN_FREED_SHARE * intended:
         subject = "the peak" if on_chip else "the size of the temporaries"
         change = f"{'fell' if freed >= 0 else 'rose'} by {format_bytes(abs(freed))}"
         yield Finding(
@@ -227,16 +229,16 @@ def _findings(plain: _Figures, ruled: _Figures, regions: int, target: Target) ->
             f"{target.name} is not lower: a region is recomputed as a whole and needs what it freed. Put the rules "
             "on smaller modules, such as the blocks instead of the model.",
         )
-    if compiled and ruled.host_bytes and not ruled.measured.host_temp_bytes:
+    if compiled and with_rules.host_bytes and not with_rules.measurement.host_temp_bytes:
         yield Finding(
             code="offload_ignored",
-            message=f"{format_bytes(ruled.host_bytes)} were to wait in host memory, but the program compiled for "
+            message=f"{format_bytes(with_rules.host_bytes)} were to wait in host memory, but the program compiled for "
             f"{target.name} uses none of it: on this target offloading does nothing.",
         )
 
 
-def _program_of(fn: Any, args: tuple[Any, ...]) -> Any:
-    return named_program(pure_call.stage(pure_call.unjitted(fn), args), loss_or_floats)
+def _trace_jaxpr(fn: Any, args: tuple[Any, ...]) -> Any:
+    return trace_with_paths(pure_call.stage(pure_call.unwrap_jit(fn), args), select_loss_or_floats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,31 +248,31 @@ class _Region:
     path: str
     place: tuple[int, ...]  # equal blocks share a program, and so the variables in it
     inputs: tuple[Any, ...]
-    program: Any
+    jaxpr: Any
 
 
-def _regions_in(program: Any, outside: tuple[str, ...] = (), place: tuple[int, ...] = ()) -> Iterator[_Region]:
+def _find_regions(jaxpr: Any, outer_stacks: tuple[str, ...] = (), place: tuple[int, ...] = ()) -> Iterator[_Region]:
     """Regions made by rules: their operations carry the mark, a hand-written `jax.checkpoint` carries none."""
-    for number, equation in enumerate(jaxprs.open_program(program).eqns):
-        stacks = (*outside, str(equation.source_info.name_stack))
-        for index, (_, nested) in enumerate(jaxprs.nested(equation)):
-            inner = jaxprs.open_program(nested)
+    for number, equation in enumerate(jaxprs.open_jaxpr(jaxpr).eqns):
+        stacks = (*outer_stacks, str(equation.source_info.name_stack))
+        for index, (_, nested) in enumerate(jaxprs.find_subjaxprs(equation)):
+            inner = jaxprs.open_jaxpr(nested)
             inside = [str(e.source_info.name_stack) for e in inner.eqns]
             marked = next((stack for stack in inside if scopes.REGION in stack), None)
             if jaxprs.is_region(equation) and marked is not None:
-                path = located([*stacks, marked])[1]
+                path = locate([*stacks, marked])[1]
                 inputs = tuple(atom if isinstance(atom, core.Var) else str(atom) for atom in equation.invars)
                 yield _Region(format_path(path or ()), place, inputs, inner)
-            yield from _regions_in(nested, stacks, (*place, number, index))
+            yield from _find_regions(nested, stacks, (*place, number, index))
 
 
-def _repeated(regions: list[_Region]) -> Iterator[Finding]:
+def _find_repeated_regions(regions: list[_Region]) -> Iterator[Finding]:
     """Regions that recompute what another one recomputes: called again with what they were called with."""
     groups: dict[tuple[Any, ...], list[_Region]] = {}
     for region in regions:
         groups.setdefault((region.place, region.inputs), []).append(region)
     for group in groups.values():
-        same = [region for region in group if str(region.program) == str(group[0].program)]
+        same = [region for region in group if str(region.jaxpr) == str(group[0].jaxpr)]
         if len(same) > 1:
             yield Finding(
                 code="repeated",
@@ -279,7 +281,7 @@ def _repeated(regions: list[_Region]) -> Iterator[Finding]:
             )
 
 
-def _explained(model: Any) -> list[Finding]:
+def _collect_warnings(model: Any) -> list[Finding]:
     notes: dict[str, list[str]] = {}
     for row in explaining.explain(model).rows:
         for warning in row.warnings:
@@ -292,17 +294,17 @@ def _explained(model: Any) -> list[Finding]:
     ]
 
 
-def _useless_rules(fn: Any, args: tuple[Any, ...], model: Any, rules: Rules) -> Iterator[Finding]:
+def _find_useless_rules(fn: Any, args: tuple[Any, ...], model: Any, rules: Rules) -> Iterator[Finding]:
     """Rules without which no more would be kept; a lone rule is judged by `nothing_freed`."""
     pairs = list(rules)
     remats = [number for number, (_, action) in enumerate(pairs) if isinstance(action, Remat)]
     if len(remats) < 2:
         return
-    with under(model, rules):
+    with use_rules(model, rules):
         kept = residuals(fn, *args).computed_bytes
     for number in remats:
         rest = Rules(pair for index, pair in enumerate(pairs) if index != number)
-        with under(model, rest):
+        with use_rules(model, rest):
             without = residuals(fn, *args).computed_bytes
         if without <= kept:
             yield Finding(

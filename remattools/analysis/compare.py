@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..compiler.cache import Cache
-from ..compiler.measurement import Measurement, format_bytes, format_count, trimmed
+from ..compiler.measurement import Measurement, format_bytes, format_count, strip_padding
 from ..compiler.targets import Target, find_target
 from ..errors import MeasureError
 from ..rules.paths import format_path
@@ -28,14 +28,14 @@ from ..rules.policy import Policy
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
 from ..tracing import pure_call
-from ..tracing.origins import named_program, takes_gradient
+from ..tracing.origins import has_gradient, trace_with_paths
 from ..transform import apply as application
-from ..transform.modules import modules_of
+from ..transform.modules import find_modules
 from . import plot
 from .compile import measure
 
 # What tells the time, the best first: the clock, the compiler's estimate, the number of operations.
-_COSTS = (("step_s", "step"), ("estimated_cycles", "cycles"), ("flops", "flops"))
+_COST_FIELDS = (("step_s", "step"), ("estimated_cycles", "cycles"), ("flops", "flops"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """The table as Markdown."""
-        titles, lines = self._cells()
+        titles, lines = self._format_cells()
         rule = ["---"] + ["---:"] * (len(titles) - 1)
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, rule, *lines)) + "\n"
 
@@ -117,9 +117,9 @@ class Comparison:
         Raises:
             MeasureError: If matplotlib is not installed.
         """
-        points = [(row, *_coordinates(row.measurement, self.memory, self.cost)) for row in self.rows]
+        points = [(row, *_get_coordinates(row.measurement, self.memory, self.cost)) for row in self.rows]
         drawn = [(row, memory, time) for row, memory, time in points if memory is not None and time is not None]
-        with plot.figure(path) as axes:
+        with plot.open_figure(path) as axes:
             frontier = sorted((memory, time) for row, memory, time in drawn if row.frontier)
             steps = tuple(zip(*frontier, strict=True)) or ((), ())  # nothing may fit
             axes.step(*steps, where="post", color="gray", linewidth=1, label="frontier")
@@ -137,17 +137,17 @@ class Comparison:
     def __str__(self) -> str:
         console = Console(width=140, no_color=True, highlight=False)
         with console.capture() as captured:
-            console.print(self._table())
-        return "\n".join([*trimmed(captured.get()), *self._remarks()])
+            console.print(self._make_table())
+        return "\n".join([*strip_padding(captured.get()), *self._format_notes()])
 
     def __rich__(self) -> Group:
-        return Group(self._table(), *map(Text, self._remarks()))
+        return Group(self._make_table(), *map(Text, self._format_notes()))
 
-    def _remarks(self) -> list[str]:
+    def _format_notes(self) -> list[str]:
         return [f"note: {note}" for note in self.notes]
 
-    def _table(self) -> Table:
-        titles, lines = self._cells()
+    def _make_table(self) -> Table:
+        titles, lines = self._format_cells()
         table = Table(box=None, pad_edge=False, header_style="bold")
         for index, title in enumerate(titles):
             table.add_column(title, justify="right" if index else "left", overflow="fold")
@@ -155,23 +155,23 @@ class Comparison:
             table.add_row(*map(Text, line))  # as it is: a name in brackets is no markup
         return table
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        cost = dict(_COSTS)[self.cost]
+    def _format_cells(self) -> tuple[list[str], list[list[str]]]:
+        cost = dict(_COST_FIELDS)[self.cost]
         # A peak that leaves the temporaries out, as the CPU compiler's does, would look like a gain that is none.
         beside = "peak" if all(row.measurement.temporaries_in_peak for row in self.rows) else "total"
         memory = self.memory.removesuffix("_bytes")
         beside = beside if memory == "temp" else "temp"
         titles = ["candidate", memory, "of first", beside, cost, "of first", "compile s", ""]
-        return titles, [[*self._line(row, memory, beside)] for row in self.rows]
+        return titles, [[*self._format_row(row, memory, beside)] for row in self.rows]
 
-    def _line(self, row: ComparisonRow, memory: str, beside: str) -> Iterator[str]:
+    def _format_row(self, row: ComparisonRow, memory: str, second_memory: str) -> Iterator[str]:
         measured = row.measurement
         time = getattr(measured, self.cost)
         known = measured.refusal is None
         yield row.name
         yield format_bytes(getattr(measured, f"{memory}_bytes") if known else None)
         yield "-" if row.memory_ratio is None else f"{row.memory_ratio:.3f}"
-        yield format_bytes(getattr(measured, f"{beside}_bytes") if known else None)
+        yield format_bytes(getattr(measured, f"{second_memory}_bytes") if known else None)
         yield f"{time * 1e3:.3f} ms" if self.cost == "step_s" and time is not None else format_count(time)
         yield "-" if row.time_ratio is None else f"{row.time_ratio:.3f}"
         yield f"{measured.compile_s:.1f}"
@@ -218,9 +218,9 @@ def compare(
             fix='candidates={"plain": None, "full": "nothing_saveable"}.',
         )
     where = find_target(target)
-    model = model_of(fn, args) if any(rules is not None for rules in candidates.values()) else None
+    model = find_model(fn, args) if any(rules is not None for rules in candidates.values()) else None
     candidates = {str(name): rules for name, rules in candidates.items()}
-    plans = {name: None if rules is None else rules_for(model, rules) for name, rules in candidates.items()}
+    plans = {name: None if rules is None else make_rules(model, rules) for name, rules in candidates.items()}
     for plan in plans.values():  # a rule without effect is to be known before the first long compile
         if plan is not None:
             application.decide(model, plan)
@@ -229,22 +229,22 @@ def compare(
     for number, (name, plan) in enumerate(plans.items()):
         if progress is not None:
             progress(name, number, len(plans))
-        with under(model, plan):
+        with use_rules(model, plan):
             try:
                 measured[name] = measure(fn, *args, target=where, differentiate=differentiate, run=run, cache=cache)
             except jax.errors.JaxRuntimeError as error:  # the others are not to be lost for it
                 refused[name] = error
-                measured[name] = _refused(str(error), where)
+                measured[name] = _make_refusal(str(error), where)
     if len(refused) == len(plans):
         raise next(iter(refused.values()))
     notes = (
         *(f"{name} does not compile: {str(error).splitlines()[0]}" for name, error in refused.items()),
-        *_notes(fn, args, model, candidates, plans, differentiate=differentiate),
+        *_collect_notes(fn, args, model, candidates, plans, differentiate=differentiate),
     )
-    return _comparison(measured, notes)
+    return _build_comparison(measured, notes)
 
 
-def _refused(words: str, target: Target) -> Measurement:
+def _make_refusal(message: str, target: Target) -> Measurement:
     return Measurement(
         target=target.name,
         argument_bytes=0,
@@ -252,28 +252,28 @@ def _refused(words: str, target: Target) -> Measurement:
         alias_bytes=0,
         temp_bytes=0,
         peak_bytes=0,
-        refusal=words,
+        refusal=message,
     )
 
 
-def _notes(
+def _collect_notes(
     fn: Any, args: Any, model: Any, candidates: Mapping[str, Any], plans: Mapping[str, Any], *, differentiate: bool
 ) -> Iterator[str]:
     """What the table does not show: rules that had nothing to change, and what an action alone was put on."""
     if model is None:
         return
-    if not differentiate and not _takes_gradient(fn, args):
+    if not differentiate and not _has_gradient(fn, args):
         yield (
             "the function takes no gradient, and rules change nothing but gradients: for a loss say "
             "differentiate=True (on the command line: leave out --as-is)."
         )
-    lone = [name for name, rules in candidates.items() if _is_lone(rules)]
+    lone = [name for name, rules in candidates.items() if _is_bare_action(rules)]
     if lone:
         patterns = ", ".join(pattern.text for pattern, _ in plans[lone[0]])
         yield f"{', '.join(lone)} {'is' if len(lone) == 1 else 'are'} put on {patterns}."
 
 
-def model_of(fn: Any, args: tuple[Any, ...]) -> Any:
+def find_model(fn: Any, args: tuple[Any, ...]) -> Any:
     """The first model that a call is passed, or closes over.
 
     Raises:
@@ -289,42 +289,44 @@ def model_of(fn: Any, args: tuple[Any, ...]) -> Any:
     return models[0]
 
 
-def rules_for(model: Any, rules: Any) -> Rules:
+def make_rules(model: Any, rules: Any) -> Rules:
     """Rules from what a candidate may be.
 
     Raises:
         MeasureError: If it is a policy, and the model has no sequence of blocks.
     """
-    if not _is_lone(rules):
+    if not _is_bare_action(rules):
         return Rules.coerce(rules)
-    sequences = application.outermost_sequences(model)
+    sequences = application.find_outermost_sequences(model)
     if not sequences:
         raise MeasureError(
             what=f"the candidate {rules!r} does not say which modules it is for.",
             why="an action alone is put onto every block, and the model has no sequence of blocks.",
-            fix=f'{{"{_first_child(model)}": {rules!r}}}, with the path of a module or a pattern.',
+            fix=f'{{"{_find_first_child(model)}": {rules!r}}}, with the path of a module or a pattern.',
         )
     return Rules(dict.fromkeys(sequences, rules))
 
 
-def _takes_gradient(fn: Any, args: Any) -> bool:
-    return takes_gradient(named_program(pure_call.stage(pure_call.unjitted(fn), args), lambda evaluated: evaluated[1]))
+def _has_gradient(fn: Any, args: Any) -> bool:
+    return has_gradient(
+        trace_with_paths(pure_call.stage(pure_call.unwrap_jit(fn), args), lambda evaluated: evaluated[1])
+    )
 
 
-def _is_lone(rules: Any) -> bool:
+def _is_bare_action(rules: Any) -> bool:
     """An action that does not say what it is for."""
     if isinstance(rules, str):
         return not rules.endswith(".toml")
     return isinstance(rules, Remat | Policy) or (callable(rules) and not isinstance(rules, Rules))
 
 
-def _first_child(model: Any) -> str:
-    paths = [format_path(entry.path) for entry in modules_of(model) if entry.path]
+def _find_first_child(model: Any) -> str:
+    paths = [format_path(entry.path) for entry in find_modules(model) if entry.path]
     return paths[0] if paths else "."
 
 
 @contextmanager
-def under(model: Any, rules: Rules | None) -> Iterator[None]:
+def use_rules(model: Any, rules: Rules | None) -> Iterator[None]:
     """The model under rules for the length of a block; None leaves it as it is."""
     if rules is None:
         yield
@@ -333,22 +335,22 @@ def under(model: Any, rules: Rules | None) -> Iterator[None]:
         yield
 
 
-def _comparison(measured: dict[str, Measurement], notes: tuple[str, ...]) -> Comparison:
-    fitting = [m for m in measured.values() if m.fits]
-    told = [field for field, _ in _COSTS if fitting and all(getattr(m, field) is not None for m in fitting)]
+def _build_comparison(measurements: dict[str, Measurement], notes: tuple[str, ...]) -> Comparison:
+    fitting = [m for m in measurements.values() if m.fits]
+    told = [field for field, _ in _COST_FIELDS if fitting and all(getattr(m, field) is not None for m in fitting)]
     cost = told[0] if told else "flops"
     memory = "peak_bytes" if any(m.temporaries_on_chip for m in fitting) else "temp_bytes"
-    points = {name: _coordinates(m, memory, cost) for name, m in measured.items()}
+    points = {name: _get_coordinates(m, memory, cost) for name, m in measurements.items()}
     first = next(iter(points.values()))
     rows = tuple(
         ComparisonRow(
             name=name,
             measurement=m,
-            memory_ratio=_ratio(points[name][0], first[0]),
-            time_ratio=_ratio(points[name][1], first[1]),
-            frontier=m.fits and not any(_dominates(other, points[name]) for other in points.values()),
+            memory_ratio=_compute_ratio(points[name][0], first[0]),
+            time_ratio=_compute_ratio(points[name][1], first[1]),
+            frontier=m.fits and not any(_is_dominating(other, points[name]) for other in points.values()),
         )
-        for name, m in measured.items()
+        for name, m in measurements.items()
     )
     return Comparison(rows=rows, cost=cost, memory=memory, notes=notes)
 
@@ -356,17 +358,17 @@ def _comparison(measured: dict[str, Measurement], notes: tuple[str, ...]) -> Com
 _SCALES = {"step_s": 1e3, "estimated_cycles": 1e-6, "flops": 1e-9}
 
 
-def _coordinates(measured: Measurement, memory: str, cost: str) -> tuple[float | None, float | None]:
+def _get_coordinates(measurement: Measurement, memory: str, cost: str) -> tuple[float | None, float | None]:
     """Memory in MiB and time in the plot's unit."""
-    time, count = getattr(measured, cost), getattr(measured, memory)
-    return count / 2**20 if measured.fits or count else None, None if time is None else time * _SCALES[cost]
+    time, count = getattr(measurement, cost), getattr(measurement, memory)
+    return count / 2**20 if measurement.fits or count else None, None if time is None else time * _SCALES[cost]
 
 
-def _ratio(value: float | None, first: float | None) -> float | None:
+def _compute_ratio(value: float | None, first: float | None) -> float | None:
     return None if value is None or not first else value / first
 
 
-def _dominates(other: tuple[float | None, float | None], point: tuple[float | None, float | None]) -> bool:
+def _is_dominating(other: tuple[float | None, float | None], point: tuple[float | None, float | None]) -> bool:
     if None in other or None in point or other == point:
         return False
     return all(a <= b for a, b in zip(other, point, strict=True) if a is not None and b is not None)

@@ -18,26 +18,26 @@ import jax.numpy as jnp
 
 from .. import compat
 from ..compiler import placement
-from ..compiler.cache import Cache, find_cache, key_of
-from ..compiler.hlo_cycles import estimated_cycles
+from ..compiler.cache import Cache, compute_key, find_cache
+from ..compiler.hlo_cycles import estimate_cycles
 from ..compiler.measurement import Measurement, OutOfMemory
 from ..compiler.targets import Target
 from ..errors import MeasureError
 from ..jaxpr import jaxprs
 from ..tracing import pure_call
-from ..tracing.origins import check_no_step, loss_or_floats, named_program
+from ..tracing.origins import check_no_gradient, select_loss_or_floats, trace_with_paths
 from ..transform.capture import walk as cap
 from .timeline import timeline
 
 # As the TPU compiler and the allocators of live devices put it.
-_NEEDED = re.compile(
+_NEEDED_BYTES = re.compile(
     r"total memory required[^(]*\(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?)(?:iB)? of|"
     r"(?:allocat\w+|request\w*) (?:of )?([\d.]+)\s*([KMGT]?)(?:iB| ?bytes|B)?"
 )
-_LIMIT = re.compile(r"available HBM \(([\d.]+)([KMGT]?)\)|Used [\d.]+[KMGT]?(?:iB)? of ([\d.]+)([KMGT]?)")
+_LIMIT_BYTES = re.compile(r"available HBM \(([\d.]+)([KMGT]?)\)|Used [\d.]+[KMGT]?(?:iB)? of ([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_WARMUP = 2
-_LARGEST = 8
+_WARMUP_RUNS = 2
+_MAX_ALLOCATIONS = 8
 
 
 def measure(
@@ -84,82 +84,82 @@ def measure(
         262144
     """
     call = pure_call.stage(fn, args)
-    where = placement.choose(call, target)
+    where = placement.choose_target(call, target)
     if differentiate:
         pure_call.check_differentiable(call)
     if run:
         _check_runnable(where, call, repeats)
     program = _lower(call, where, differentiate=differentiate)
     store = None if run else find_cache(cache)
-    key = _key(program, where) if store is not None else ""
+    key = _compute_program_key(program, where) if store is not None else ""
     known = store.get(key) if store is not None else None
     if known is not None:
         return known
-    measured = _compiled(program, call, where, repeats if run else 0, differentiate=differentiate)
+    measured = _compile(program, call, where, repeats if run else 0, differentiate=differentiate)
     if store is not None:
         store.put(key, measured)
     return measured
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
+class _LoweredCall:
     """A lowered call.
 
     Attributes:
         lowered: JAX's (or nnx's) lowered stage.
-        inputs: From leaves to the arguments that the compiled program is called with.
+        make_inputs: From leaves to the arguments that the compiled program is called with.
     """
 
     lowered: Any
-    inputs: Callable[[list[Any]], tuple[Any, ...]]
+    make_inputs: Callable[[list[Any]], tuple[Any, ...]]
 
 
-def _key(program: _Program, target: Target) -> str:
-    options = compat.compiler_options(program.lowered)
-    return key_of(program.lowered.as_text(), target.name, target.devices[0], options)
+def _compute_program_key(program: _LoweredCall, target: Target) -> str:
+    options = compat.get_compiler_options(program.lowered)
+    return compute_key(program.lowered.as_text(), target.name, target.devices[0], options)
 
 
-def _lower(call: pure_call.Call, target: Target, *, differentiate: bool) -> _Program:
-    abstract = call.abstract_leaves()
+def _lower(call: pure_call.Call, target: Target, *, differentiate: bool) -> _LoweredCall:
+    abstract = call.abstractify_leaves()
     leaves = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type)
         for leaf, sharding in zip(abstract, target.placements([leaf.sharding for leaf in abstract]), strict=True)
     ]
 
-    def as_given(leaves: list[Any]) -> tuple[Any, ...]:
+    def rebuild_inputs(leaves: list[Any]) -> tuple[Any, ...]:
         rebuilt: tuple[Any, ...] = cap.rebuild(call.spec, leaves, [])[: call.arity]
         return rebuilt
 
     if not differentiate and _is_jitted(call.fn):
         fn: Any = call.fn
-        inputs: Callable[[list[Any]], tuple[Any, ...]] = as_given
+        inputs: Callable[[list[Any]], tuple[Any, ...]] = rebuild_inputs
     elif not differentiate and _is_plain(call):
-        fn, inputs = jax.jit(call.fn), as_given
+        fn, inputs = jax.jit(call.fn), rebuild_inputs
     else:
-        fn, inputs = jax.jit(pure_call.pure(call, differentiate=differentiate)), lambda leaves: (leaves,)
-    with pure_call.explained(call):
+        fn, inputs = jax.jit(pure_call.make_pure(call, differentiate=differentiate)), lambda leaves: (leaves,)
+    with pure_call.explain_errors(call):
         traced = fn.trace(*inputs(leaves))
-    if differentiate and _differentiates_a_gradient(traced.jaxpr):
-        check_no_step(
-            named_program(call, loss_or_floats),
+    if differentiate and _has_nested_gradient(traced.jaxpr):
+        check_no_gradient(
+            trace_with_paths(call, select_loss_or_floats),
             "differentiate=True takes the gradient of a loss; leave it out to measure a whole step (CLI: --as-is).",
         )
-    lowered = traced.lower(lowering_platforms=(_lowering(target),))
-    return _Program(lowered, inputs)
+    lowered = traced.lower(lowering_platforms=(_get_lowering_platform(target),))
+    return _LoweredCall(lowered, inputs)
 
 
-def _differentiates_a_gradient(program: Any, outside: str = "") -> bool:
+def _has_nested_gradient(jaxpr: Any, outer_stack: str = "") -> bool:
     """Whether a way back lies inside of what is differentiated; name stacks start afresh in nested programs."""
-    for equation in jaxprs.open_program(program).eqns:
-        stack = f"{outside}/{equation.source_info.name_stack}"
+    for equation in jaxprs.open_jaxpr(jaxpr).eqns:
+        stack = f"{outer_stack}/{equation.source_info.name_stack}"
         if 0 <= stack.find("jvp(") < stack.find("transpose("):
             return True
-        if any(_differentiates_a_gradient(inner, stack) for _, inner in jaxprs.nested(equation)):
+        if any(_has_nested_gradient(inner, stack) for _, inner in jaxprs.find_subjaxprs(equation)):
             return True
     return False
 
 
-def _lowering(target: Target) -> str:
+def _get_lowering_platform(target: Target) -> str:
     # A live GPU's platform is called gpu, the lowering rules are registered by vendor.
     if target.platform != "gpu":
         return target.platform
@@ -178,29 +178,29 @@ def _is_plain(call: pure_call.Call) -> bool:
     return len(leaves) == len(call.leaves) and all(a is b for a, b in zip(leaves, call.leaves, strict=True))
 
 
-def _compiled(
-    program: _Program, call: pure_call.Call, target: Target, repeats: int, *, differentiate: bool
+def _compile(
+    program: _LoweredCall, call: pure_call.Call, target: Target, repeats: int, *, differentiate: bool
 ) -> Measurement:
     start = time.perf_counter()
     try:
         compiled = program.lowered.compile()
-        measured = _read(compiled, target, time.perf_counter() - start)
+        measured = _read_measurement(compiled, target, time.perf_counter() - start)
         if not repeats:
             return measured
         return dataclasses.replace(measured, **_run(compiled, program, call, target, repeats, measured))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
-        refused = _refused(str(error), program, target, time.perf_counter() - start)
+        refused = _make_refusal(str(error), program, target, time.perf_counter() - start)
         # Other memories than the main one (a kernel's scratch) are not filled by the program's values.
         in_main_memory = target.platform != "tpu" or "hbm" in str(error).lower()
-        return _with_largest(refused, call, differentiate=differentiate) if in_main_memory else refused
+        return _add_largest_allocations(refused, call, differentiate=differentiate) if in_main_memory else refused
 
 
-def _read(compiled: Any, target: Target, compile_s: float) -> Measurement:
+def _read_measurement(compiled: Any, target: Target, compile_s: float) -> Measurement:
     memory = compiled.memory_analysis()
-    costs = _costs(compiled)
-    cycles = estimated_cycles(compiled.as_text()) if target.platform == "tpu" else None
+    costs = _read_costs(compiled)
+    cycles = estimate_cycles(compiled.as_text()) if target.platform == "tpu" else None
     notes: tuple[str, ...] = ()
     if cycles is not None and cycles.unknown_loops:
         notes = (f"the trip counts of the loops {', '.join(cycles.unknown_loops)} are unknown; each body counts once.",)
@@ -220,18 +220,18 @@ def _read(compiled: Any, target: Target, compile_s: float) -> Measurement:
     )
 
 
-def _costs(compiled: Any) -> dict[str, float]:
+def _read_costs(compiled: Any) -> dict[str, float]:
     costs = compiled.cost_analysis()
     return dict(costs[0] if isinstance(costs, list) else costs or {})
 
 
-def _refused(message: str, program: _Program, target: Target, compile_s: float) -> Measurement:
-    reason = refusal_of(message)
-    arguments = _total_bytes(program.lowered.in_avals) if hasattr(program.lowered, "in_avals") else 0
+def _make_refusal(message: str, program: _LoweredCall, target: Target, compile_s: float) -> Measurement:
+    reason = parse_out_of_memory(message)
+    arguments = _count_total_bytes(program.lowered.in_avals) if hasattr(program.lowered, "in_avals") else 0
     return Measurement(
         target=target.name,
         argument_bytes=arguments,
-        output_bytes=_total_bytes(program.lowered.out_info),
+        output_bytes=_count_total_bytes(program.lowered.out_info),
         alias_bytes=0,
         temp_bytes=reason.needed_bytes or 0,
         peak_bytes=reason.needed_bytes or 0,
@@ -240,28 +240,30 @@ def _refused(message: str, program: _Program, target: Target, compile_s: float) 
     )
 
 
-def refusal_of(message: str) -> OutOfMemory:
+def parse_out_of_memory(message: str) -> OutOfMemory:
     """What the words of a compiler or an allocator say of a program that does not fit."""
     return OutOfMemory(
-        needed_bytes=_amount(_NEEDED, message), limit_bytes=_amount(_LIMIT, message), message=message.strip()
+        needed_bytes=_parse_bytes(_NEEDED_BYTES, message),
+        limit_bytes=_parse_bytes(_LIMIT_BYTES, message),
+        message=message.strip(),
     )
 
 
-def _with_largest(refused: Measurement, call: pure_call.Call, *, differentiate: bool) -> Measurement:
+def _add_largest_allocations(measurement: Measurement, call: pure_call.Call, *, differentiate: bool) -> Measurement:
     """Name the values that fill the memory; the compiler's message does not."""
-    reason = refused.out_of_memory
+    reason = measurement.out_of_memory
     assert reason is not None  # only called on refusals
     alive = timeline(call.fn, *call.values[: call.arity], differentiate=differentiate)
-    largest = alive.largest[:_LARGEST]
-    return dataclasses.replace(refused, out_of_memory=dataclasses.replace(reason, largest=largest))
+    largest = alive.largest[:_MAX_ALLOCATIONS]
+    return dataclasses.replace(measurement, out_of_memory=dataclasses.replace(reason, largest=largest))
 
 
-def _total_bytes(tree: Any) -> int:
+def _count_total_bytes(tree: Any) -> int:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
     return sum(int(getattr(leaf.dtype, "itemsize", 8)) * leaf.size for leaf in leaves)
 
 
-def _amount(pattern: re.Pattern[str], message: str) -> int | None:
+def _parse_bytes(pattern: re.Pattern[str], message: str) -> int | None:
     found = pattern.search(message)
     if found is None:
         return None
@@ -276,9 +278,11 @@ def _check_runnable(target: Target, call: pure_call.Call, repeats: int) -> None:
             why="a step time needs a step.",
             fix="leave run out and compare estimated_cycles, or name a live target.",
         )
-    placement.check_on(call, target)
+    placement.check_placement(call, target)
     abstract = [
-        info.text for leaf, info in zip(call.leaves, call.infos, strict=True) if isinstance(leaf, jax.ShapeDtypeStruct)
+        info.label
+        for leaf, info in zip(call.leaves, call.leaf_infos, strict=True)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
     ]
     if abstract:
         raise MeasureError(
@@ -287,8 +291,8 @@ def _check_runnable(target: Target, call: pure_call.Call, repeats: int) -> None:
             fix="build the model and the batch, or leave run out.",
         )
     deleted = [
-        info.text
-        for leaf, info in zip(call.leaves, call.infos, strict=True)
+        info.label
+        for leaf, info in zip(call.leaves, call.leaf_infos, strict=True)
         if isinstance(leaf, jax.Array) and leaf.is_deleted()
     ]
     if deleted:
@@ -304,23 +308,23 @@ def _check_runnable(target: Target, call: pure_call.Call, repeats: int) -> None:
 
 
 def _run(
-    compiled: Any, program: _Program, call: pure_call.Call, target: Target, repeats: int, measured: Measurement
+    compiled: Any, program: _LoweredCall, call: pure_call.Call, target: Target, repeats: int, measurement: Measurement
 ) -> dict[str, Any]:
     places = target.placements([getattr(leaf, "sharding", None) for leaf in call.leaves])
     leaves = [jax.device_put(leaf, place) for leaf, place in zip(call.leaves, places, strict=True)]
     device = target.devices[0]
-    before = _allocator_peak(device)
+    before = _read_allocator_peak(device)
     seconds = []
-    for turn in range(_WARMUP + repeats):
+    for turn in range(_WARMUP_RUNS + repeats):
         # Copies, since a step may donate its arguments or change the objects around them.
-        inputs = program.inputs([jnp.copy(leaf) for leaf in leaves] if measured.alias_bytes else leaves)
+        inputs = program.make_inputs([jnp.copy(leaf) for leaf in leaves] if measurement.alias_bytes else leaves)
         jax.block_until_ready(leaves)
         start = time.perf_counter()
         jax.block_until_ready(jax.tree.leaves(compiled(*inputs)))
-        if turn >= _WARMUP:
+        if turn >= _WARMUP_RUNS:
             seconds.append(time.perf_counter() - start)
-    peak = _allocator_peak(device)
-    notes = measured.notes
+    peak = _read_allocator_peak(device)
+    notes = measurement.notes
     if peak is not None and peak == before:
         notes += (
             "the allocator's peak was reached before this run: it is an upper bound; measure in a fresh process.",
@@ -334,6 +338,6 @@ def _run(
     }
 
 
-def _allocator_peak(device: Any) -> int | None:
+def _read_allocator_peak(device: Any) -> int | None:
     counted = device.memory_stats()  # None where the allocator does not count
     return counted.get("peak_bytes_in_use") if counted else None

@@ -12,13 +12,13 @@ from ..errors import MeasureError
 
 
 @contextlib.contextmanager
-def figure(path: str | os.PathLike[str]) -> Iterator[Any]:
+def open_figure(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Axes to draw on; written to `path` at the end, PNG, SVG or PDF by its ending.
 
     Raises:
         MeasureError: If matplotlib is not installed, or the ending means no picture.
     """
-    check(path)
+    check_path(path)
     # Not at the top: importing the package must not import an extra. The object interface opens no window.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ def figure(path: str | os.PathLike[str]) -> Iterator[Any]:
     drawing.savefig(path, dpi=150)
 
 
-def check(path: str | os.PathLike[str]) -> None:
+def check_path(path: str | os.PathLike[str]) -> None:
     """See that a figure can be drawn into that file, before what it is to show is measured.
 
     Raises:

@@ -19,11 +19,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..compiler.measurement import format_bytes, trimmed
+from ..compiler.measurement import format_bytes, strip_padding
 from ..jaxpr import jaxprs
-from ..rules.fold_paths import masked, slice_text, stem
+from ..rules.fold_paths import format_paths, mask_path, mask_text
 from ..tracing import pure_call
-from ..tracing.origins import Origins, check_no_step, in_host_memory, is_backward, loss_or_floats, named_program
+from ..tracing.origins import (
+    OriginFinder,
+    check_no_gradient,
+    is_backward,
+    is_in_host_memory,
+    select_loss_or_floats,
+    trace_with_paths,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,15 +89,15 @@ class ResidualReport:
         """Rows of equal layers as one (`layers.[0:32].mlp`), the largest first."""
         groups: dict[Any, list[Residual]] = {}
         for row in self.rows:
-            key = (stem(row.path), row.name, row.shape, row.dtype, row.kind, row.host, masked(row.reason))
+            key = (mask_path(row.path), row.name, row.shape, row.dtype, row.kind, row.host, mask_text(row.reason))
             groups.setdefault(key, []).append(row)
         rows = [
             dataclasses.replace(
                 group[0],
-                path=slice_text(list(dict.fromkeys(row.path for row in group))),
+                path=format_paths(list(dict.fromkeys(row.path for row in group))),
                 bytes=sum(row.bytes for row in group),
                 count=len(group),
-                reason=_folded_reason([row.reason for row in group]),
+                reason=_merge_reasons([row.reason for row in group]),
             )
             for group in groups.values()
         ]
@@ -117,7 +124,7 @@ class ResidualReport:
         console = Console(width=140, no_color=True, highlight=False)
         with console.capture() as captured:
             console.print(self.__rich__())
-        return "\n".join(trimmed(captured.get()))
+        return "\n".join(strip_padding(captured.get()))
 
     def __rich__(self) -> Table:
         shown = [row for row in self.folded() if row.kind == "computed"]
@@ -128,17 +135,17 @@ class ResidualReport:
         table = Table(box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left")
         for title, right in (("bytes", True), ("module", False), ("name", False), ("shape", False), ("kept", False)):
             table.add_column(title, justify="right" if right else "left", overflow="fold")
-        for row in shown[:_SHOWN]:
+        for row in shown[:_MAX_ROWS]:
             times = f" x{row.count}" if row.count > 1 else ""
             shape = f"{row.dtype}[{','.join(map(str, row.shape))}]{times}"
             table.add_row(*map(Text, (format_bytes(row.bytes), row.path, row.name, shape, row.reason)))
-        if len(shown) > _SHOWN:
-            rest = sum(row.bytes for row in shown[_SHOWN:])
-            table.add_row(format_bytes(rest), f"{len(shown) - _SHOWN} smaller rows", "", "", "")
+        if len(shown) > _MAX_ROWS:
+            rest = sum(row.bytes for row in shown[_MAX_ROWS:])
+            table.add_row(format_bytes(rest), f"{len(shown) - _MAX_ROWS} smaller rows", "", "", "")
         return table
 
 
-_SHOWN = 30
+_MAX_ROWS = 30
 
 
 def residuals(fn: Callable[..., Any], *args: Any) -> ResidualReport:
@@ -162,46 +169,46 @@ def residuals(fn: Callable[..., Any], *args: Any) -> ResidualReport:
         >>> rt.residuals(lambda x: jnp.sum(jnp.sin(x)), x).total_bytes  # the cosine
         32
     """
-    call = pure_call.stage(pure_call.unjitted(fn), args)
+    call = pure_call.stage(pure_call.unwrap_jit(fn), args)
     pure_call.check_differentiable(call)
-    return report_of(call, *linearised(call))
+    return make_report(call, *linearize_call(call))
 
 
-def report_of(call: pure_call.Call, program: Any, count: int) -> ResidualReport:
+def make_report(call: pure_call.Call, jaxpr: Any, num_residuals: int) -> ResidualReport:
     """The report of a program from `linearised`."""
-    origins = Origins(program, call)
-    kept = list(dict.fromkeys(v for v in origins.top.outvars[:count] if isinstance(v, core.Var)))
-    consumers = _consumers(origins.top, kept)
-    return ResidualReport(rows=tuple(_row(var, origins, consumers.get(var)) for var in kept))
+    origins = OriginFinder(jaxpr, call)
+    kept = list(dict.fromkeys(v for v in origins.jaxpr.outvars[:num_residuals] if isinstance(v, core.Var)))
+    consumers = _find_consumers(origins.jaxpr, kept)
+    return ResidualReport(rows=tuple(_make_row(var, origins, consumers.get(var)) for var in kept))
 
 
-def linearised(call: pure_call.Call) -> tuple[Any, int]:
+def linearize_call(call: pure_call.Call) -> tuple[Any, int]:
     """The gradient's program with the residuals as its first results, and their number.
 
     Raises:
         MeasureError: If the call takes a gradient itself, or returns nothing to differentiate.
     """
-    program = named_program(call, loss_or_floats)
-    check_no_step(program, "residuals are what a loss hands to its backward pass; a train step is another program.")
-    indices = call.differentiated
+    program = trace_with_paths(call, select_loss_or_floats)
+    check_no_gradient(program, "residuals are what a loss hands to its backward pass; a train step is another program.")
+    indices = call.differentiable_indices
     counts: list[int] = []
 
-    def gradients(leaves: list[Any]) -> Any:
-        def forward(chosen: list[Any]) -> list[Any]:
-            return jaxprs.run(program, pure_call.replaced(leaves, indices, chosen))
+    def compute_gradients(leaves: list[Any]) -> Any:
+        def run_forward(chosen: list[Any]) -> list[Any]:
+            return jaxprs.run(program, pure_call.replace_leaves(leaves, indices, chosen))
 
-        out, backward = jax.vjp(forward, [leaves[i] for i in indices])
+        out, backward = jax.vjp(run_forward, [leaves[i] for i in indices])
         kept = jax.tree.leaves(backward)
         counts.append(len(kept))
         return kept, backward([jax.numpy.ones_like(value) for value in out])
 
-    return jax.make_jaxpr(gradients)(call.abstract_leaves()), counts[0]
+    return jax.make_jaxpr(compute_gradients)(call.abstractify_leaves()), counts[0]
 
 
-def _consumers(program: Any, kept: Sequence[Any]) -> dict[Any, Any]:
+def _find_consumers(jaxpr: Any, saved: Sequence[Any]) -> dict[Any, Any]:
     """For each residual the first equation of the backward pass that reads it."""
-    wanted, found = set(kept), dict[Any, Any]()
-    for equation in program.eqns:
+    wanted, found = set(saved), dict[Any, Any]()
+    for equation in jaxpr.eqns:
         if not is_backward(equation):
             continue
         for atom in equation.invars:
@@ -210,35 +217,35 @@ def _consumers(program: Any, kept: Sequence[Any]) -> dict[Any, Any]:
     return found
 
 
-def _row(var: Any, origins: Origins, consumer: Any) -> Residual:
-    origin = origins.of(var)
+def _make_row(var: Any, origins: OriginFinder, consumer: Any) -> Residual:
+    origin = origins.find_origin(var)
     if origin.kind == "computed":
         reason = (
             "handed to the backward pass, which does not read it"
             if consumer is None
-            else f"for the gradient of {origins.where(consumer)}"
+            else f"for the gradient of {origins.format_location(consumer)}"
         )
         if origin.region is not None:
             reason = f"saved in the region {origin.region}"
-        if in_host_memory(var.aval):
+        if is_in_host_memory(var.aval):
             reason = "offloaded to host memory"
     else:
         reason = {"parameter": "is a parameter", "argument": "is an argument"}.get(origin.kind, "is a constant")
-    if origin.turns > 1:
-        reason += f", in each of {origin.turns} turns"
+    if origin.iterations > 1:
+        reason += f", in each of {origin.iterations} turns"
     return Residual(
         path=origin.path,
         name=origin.name,
         shape=tuple(var.aval.shape),
         dtype=str(var.aval.dtype),
-        bytes=jaxprs.aval_bytes(var.aval),
+        bytes=jaxprs.count_aval_bytes(var.aval),
         kind=origin.kind,
         reason=reason,
-        host=in_host_memory(var.aval),
+        host=is_in_host_memory(var.aval),
     )
 
 
-def _folded_reason(reasons: list[str]) -> str:
+def _merge_reasons(reasons: list[str]) -> str:
     """One reason for all, with the indices in which they differ replaced."""
     distinct = list(dict.fromkeys(reasons))
-    return distinct[0] if len(distinct) == 1 else masked(distinct[0], "*")
+    return distinct[0] if len(distinct) == 1 else mask_text(distinct[0], "*")

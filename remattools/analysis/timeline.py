@@ -17,14 +17,14 @@ from jax.extend import core
 
 from ..compiler.measurement import Allocation, format_bytes
 from ..jaxpr import jaxprs
-from ..rules.fold_paths import slice_text, stem
+from ..rules.fold_paths import format_paths, mask_path
 from ..rules.paths import format_path
 from ..tracing import pure_call
-from ..tracing.origins import in_host_memory, is_backward, located, named_program
+from ..tracing.origins import is_backward, is_in_host_memory, locate, trace_with_paths
 from . import plot
-from .residuals import linearised
+from .residuals import linearize_call
 
-_SHOWN = 12
+_MAX_ROWS = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Timeline:
         ]
         lines += [
             f"{format_bytes(a.bytes):>11}  {a.path}  {a.name}  {a.shape}" + (f" x{a.count}" if a.count > 1 else "")
-            for a in self.largest[:_SHOWN]
+            for a in self.largest[:_MAX_ROWS]
         ]
         return "\n".join(lines)
 
@@ -75,7 +75,7 @@ class Timeline:
         Raises:
             MeasureError: If matplotlib is not installed.
         """
-        with plot.figure(path) as axes:
+        with plot.open_figure(path) as axes:
             axes.fill_between(range(len(self.bytes)), [count / 2**20 for count in self.bytes], alpha=0.4, linewidth=0)
             if self.backward is not None:
                 axes.axvline(self.backward, linestyle=":", color="gray")
@@ -106,81 +106,81 @@ def timeline(fn: Callable[..., Any], *args: Any, differentiate: bool = False) ->
         >>> rt.timeline(lambda x: jnp.sin(x) + jnp.cos(x), x).peak_bytes  # both and the sum
         96
     """
-    call = pure_call.stage(pure_call.unjitted(fn), args)
+    call = pure_call.stage(pure_call.unwrap_jit(fn), args)
     if differentiate:
         pure_call.check_differentiable(call)
-        return timeline_of(*linearised(call))
-    return timeline_of(named_program(call, lambda evaluated: evaluated[1]), 0)
+        return make_timeline(*linearize_call(call))
+    return make_timeline(trace_with_paths(call, lambda evaluated: evaluated[1]), 0)
 
 
-def timeline_of(program: Any, kept: int) -> Timeline:
-    """The timeline of a program whose first `kept` results are not held to its end, as from `linearised`."""
-    top = jaxprs.open_program(program)
-    top = top.replace(outvars=top.outvars[kept:], debug_info=top.debug_info._replace(result_paths=None))
-    points, peak = _Walk().walk(top)
+def make_timeline(jaxpr: Any, num_residuals: int) -> Timeline:
+    """The timeline of a program whose first `num_residuals` results are not held to its end, as from `linearised`."""
+    top = jaxprs.open_jaxpr(jaxpr)
+    top = top.replace(outvars=top.outvars[num_residuals:], debug_info=top.debug_info._replace(result_paths=None))
+    points, peak = _LivenessWalk().walk(top)
     backward = next((i for i, e in enumerate(top.eqns) if is_backward(e)), None)
     return Timeline(
         bytes=tuple(points),
         backward=backward,
-        argument_bytes=sum(jaxprs.aval_bytes(var.aval) for var in top.invars),
-        largest=_folded([_allocation(aval, name, stacks) for aval, name, stacks in peak]),
+        argument_bytes=sum(jaxprs.count_aval_bytes(var.aval) for var in top.invars),
+        largest=_merge_allocations([_make_allocation(aval, name, stacks) for aval, name, stacks in peak]),
     )
 
 
 # A value that is alive: its aval, what computes it, and the name stacks around that, outermost first.
-_Alive = tuple[Any, str, list[str]]
+_LiveBuffer = tuple[Any, str, list[str]]
 
 
-class _Walk:
+class _LivenessWalk:
     """Liveness of a program and the programs nested in it; equal ones are walked once."""
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[int, list[_Alive], Any]] = {}
+        self.memo: dict[int, tuple[int, list[_LiveBuffer], Any]] = {}
 
-    def walk(self, program: Any) -> tuple[list[int], list[_Alive]]:
+    def walk(self, jaxpr: Any) -> tuple[list[int], list[_LiveBuffer]]:
         """Bytes alive after each equation, and what is alive at the fullest moment; inputs do not count."""
-        last = _last_reads(program)
-        alive: dict[Any, _Alive] = {}
+        last = _find_last_reads(jaxpr)
+        alive: dict[Any, _LiveBuffer] = {}
         total, most = 0, -1
         points: list[int] = []
-        fullest: list[_Alive] = []
-        for number, equation in enumerate(program.eqns):
+        fullest: list[_LiveBuffer] = []
+        for number, equation in enumerate(jaxpr.eqns):
             stack = str(equation.source_info.name_stack)
             for var in equation.outvars:
                 if not _is_dropped(var):
                     alive[var] = (var.aval, equation.primitive.name, [stack])
-                    total += _device_bytes(var.aval)
-            inside, below = self.inside(equation)
+                    total += _count_device_bytes(var.aval)
+            inside, below = self.walk_nested(equation)
             points.append(total + inside)
             if total + inside > most:
                 most = total + inside
                 fullest = [*alive.values(), *((aval, name, [stack, *stacks]) for aval, name, stacks in below)]
             for var in [*equation.invars, *equation.outvars]:
                 if isinstance(var, core.Var) and var in alive and last.get(var, -1) <= number:
-                    total -= _device_bytes(alive.pop(var)[0])
+                    total -= _count_device_bytes(alive.pop(var)[0])
         return points, fullest
 
-    def inside(self, equation: Any) -> tuple[int, list[_Alive]]:
+    def walk_nested(self, equation: Any) -> tuple[int, list[_LiveBuffer]]:
         """What the programs of an equation need beyond its results, and what that is."""
-        best: tuple[int, list[_Alive]] = (0, [])
-        for _, nested in jaxprs.nested(equation):
-            inner = jaxprs.open_program(nested)
-            if id(inner) not in self.known:
+        best: tuple[int, list[_LiveBuffer]] = (0, [])
+        for _, nested in jaxprs.find_subjaxprs(equation):
+            inner = jaxprs.open_jaxpr(nested)
+            if id(inner) not in self.memo:
                 points, fullest = self.walk(inner)
                 # The program is kept so that its id stays its own.
-                self.known[id(inner)] = (max(points, default=0), fullest, inner)
-            peak, fullest, _ = self.known[id(inner)]
-            extra = peak - sum(_device_bytes(var.aval) for var in inner.outvars)
+                self.memo[id(inner)] = (max(points, default=0), fullest, inner)
+            peak, fullest, _ = self.memo[id(inner)]
+            extra = peak - sum(_count_device_bytes(var.aval) for var in inner.outvars)
             if extra > best[0]:
                 best = (extra, fullest)
         return best
 
 
-def _last_reads(program: Any) -> dict[Any, int]:
+def _find_last_reads(jaxpr: Any) -> dict[Any, int]:
     last: dict[Any, int] = {}
-    for number, equation in enumerate(program.eqns):
+    for number, equation in enumerate(jaxpr.eqns):
         last.update((var, number) for var in equation.invars if isinstance(var, core.Var))
-    last.update((var, len(program.eqns)) for var in program.outvars if isinstance(var, core.Var))
+    last.update((var, len(jaxpr.eqns)) for var in jaxpr.outvars if isinstance(var, core.Var))
     return last
 
 
@@ -188,23 +188,23 @@ def _is_dropped(var: Any) -> bool:
     return type(var).__name__ == "DropVar"
 
 
-def _device_bytes(aval: Any) -> int:
-    return 0 if in_host_memory(aval) else jaxprs.aval_bytes(aval)
+def _count_device_bytes(aval: Any) -> int:
+    return 0 if is_in_host_memory(aval) else jaxprs.count_aval_bytes(aval)
 
 
-def _allocation(aval: Any, name: str, stacks: list[str]) -> Allocation:
-    path, _ = located(stacks)
-    return Allocation(path=format_path(path), name=name, shape=aval.str_short(), bytes=_device_bytes(aval))
+def _make_allocation(aval: Any, name: str, stacks: list[str]) -> Allocation:
+    path, _ = locate(stacks)
+    return Allocation(path=format_path(path), name=name, shape=aval.str_short(), bytes=_count_device_bytes(aval))
 
 
-def _folded(allocations: list[Allocation]) -> tuple[Allocation, ...]:
+def _merge_allocations(allocations: list[Allocation]) -> tuple[Allocation, ...]:
     groups: dict[Any, list[Allocation]] = {}
     for item in allocations:
-        groups.setdefault((stem(item.path), item.name, item.shape), []).append(item)
+        groups.setdefault((mask_path(item.path), item.name, item.shape), []).append(item)
     rows = [
         dataclasses.replace(
             group[0],
-            path=slice_text(list(dict.fromkeys(item.path for item in group))),
+            path=format_paths(list(dict.fromkeys(item.path for item in group))),
             bytes=sum(item.bytes for item in group),
             count=len(group),
         )

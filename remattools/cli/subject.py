@@ -20,10 +20,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from ..errors import MeasureError, did_you_mean
+from ..errors import MeasureError, suggest_names
 from ..tracing import pure_call
 
-_EXAMPLE = "def factory(): return loss, (nnx.eval_shape(build), jax.ShapeDtypeStruct((8, 512), jnp.int32))"
+_FACTORY_EXAMPLE = "def factory(): return loss, (nnx.eval_shape(build), jax.ShapeDtypeStruct((8, 512), jnp.int32))"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +41,20 @@ class Subject:
     inputs: tuple[Any, ...] | None = None
 
 
-def load_subject(text: str, *, lone: bool = False) -> Subject:
+def load_subject(spec: str, *, allow_model: bool = False) -> Subject:
     """Import the module and call the factory.
 
     Args:
-        text: `module:function` or `file.py:function`.
-        lone: Whether a model without inputs will do, since it is not called.
+        spec: `module:function` or `file.py:function`.
+        allow_model: Whether a model without inputs will do, since it is not called.
 
     Raises:
         MeasureError: If there is no such factory, it raises, or returns something else.
     """
-    module_name, _, name = text.partition(":")
+    module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise MeasureError(
-            what=f"{text!r} does not name a factory.",
+            what=f"{spec!r} does not name a factory.",
             why="it takes a module and a function in it that builds what to look at.",
             fix="my_package.my_module:factory, or train.py:factory.",
         )
@@ -66,19 +66,19 @@ def load_subject(text: str, *, lone: bool = False) -> Subject:
         raise MeasureError(
             what=f"{module_name} has no function {name!r}.",
             why="a factory is called to build the function and its arguments.",
-            fix=did_you_mean(name, names) or _EXAMPLE,
+            fix=suggest_names(name, names) or _FACTORY_EXAMPLE,
         )
     try:
         made = factory()
     except (Exception, SystemExit) as error:  # an exit would look like an answer
         raise MeasureError(
-            what=f"the factory {text} raised {_said(error)}",
+            what=f"the factory {spec} raised {_describe_error(error)}",
             why="it has to run here, before anything can be looked at.",
-            fix=f"run it alone: {_alone(module_name, name)}",
+            fix=f"run it alone: {_format_command(module_name, name)}",
         ) from error
-    if lone and isinstance(made, nnx.Module):
-        return Subject(_summed, (made,))
-    return _subject(text, made)
+    if allow_model and isinstance(made, nnx.Module):
+        return Subject(_sum_outputs, (made,))
+    return _make_subject(spec, made)
 
 
 def _import(name: str) -> ModuleType:
@@ -91,7 +91,7 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         raise MeasureError(
-            what=f"{name} cannot be imported: {_said(error)}",
+            what=f"{name} cannot be imported: {_describe_error(error)}",
             why="the factory lies in it.",
             fix="run the command where `import` finds the module, with the packages that it needs.",
         ) from error
@@ -108,40 +108,42 @@ def _import_file(path: pathlib.Path) -> ModuleType:
     return module
 
 
-def _said(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """Type, words and place of an error."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
     return f"{type(error).__name__}: {error}{place}"
 
 
-def _alone(module: str, name: str) -> str:
+def _format_command(module: str, name: str) -> str:
     if module.endswith(".py"):
         return f"python -c \"import runpy; runpy.run_path('{module}')['{name}']()\""
     return f'python -c "import {module}; {module}.{name}()"'
 
 
-def _subject(text: str, made: Any) -> Subject:
-    if isinstance(made, tuple) and len(made) == 2 and callable(made[0]):
-        first, second = made
+def _make_subject(spec: str, result: Any) -> Subject:
+    if isinstance(result, tuple) and len(result) == 2 and callable(result[0]):
+        first, second = result
         args = second if isinstance(second, tuple) else (second,)
         if isinstance(first, nnx.Module):
-            return Subject(_summed, (first, *args), args)
+            return Subject(_sum_outputs, (first, *args), args)
         return Subject(first, args)
-    items = f"({', '.join(type(item).__name__ for item in made)})" if isinstance(made, tuple) else type(made).__name__
+    items = (
+        f"({', '.join(type(item).__name__ for item in result)})" if isinstance(result, tuple) else type(result).__name__
+    )
     raise MeasureError(
-        what=f"the factory {text} returned {items}, not a function and its arguments.",
+        what=f"the factory {spec} returned {items}, not a function and its arguments.",
         why="it has to return a pair: a function and the tuple of its arguments, or a model and its inputs.",
-        fix=_fix(made),
+        fix=_suggest_fix(result),
     )
 
 
-def _fix(made: Any) -> str:
-    if isinstance(made, nnx.Module):
+def _suggest_fix(result: Any) -> str:
+    if isinstance(result, nnx.Module):
         return "return model, (x,) with the inputs of its call; explain without --names takes a model alone."
-    return "return fn, (model, batch)" if isinstance(made, tuple) and len(made) > 2 else _EXAMPLE
+    return "return fn, (model, batch)" if isinstance(result, tuple) and len(result) > 2 else _FACTORY_EXAMPLE
 
 
-def _summed(model: Any, *inputs: Any) -> Any:
-    floats = [leaf for leaf in pure_call.arrays_of(model(*inputs)) if pure_call.is_float(leaf)]
+def _sum_outputs(model: Any, *inputs: Any) -> Any:
+    floats = [leaf for leaf in pure_call.collect_arrays(model(*inputs)) if pure_call.is_float(leaf)]
     return sum((jnp.sum(leaf, dtype=jnp.float32) for leaf in floats), start=jnp.zeros(()))

@@ -25,10 +25,10 @@ from ..errors import CacheWarning
 from .measurement import Measurement
 
 # Changes with the meaning of the stored fields.
-_FORMAT = "2"
-_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_FORMAT_VERSION = "2"
+_FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # JAX's settings that change what a compiler makes of one program; the others change the program's text.
-_SETTINGS = (
+_CONFIG_NAMES = (
     "jax_enable_x64",
     "jax_compiler_enable_remat_pass",
     "jax_disable_most_optimizations",
@@ -54,14 +54,14 @@ class Cache:
         try:
             stored = json.loads((self.directory / f"{key}.json").read_text())
             measured = stored["measurement"]
-            return Measurement.from_dict(measured) if stored["digest"] == _digest(measured) else None
+            return Measurement.from_dict(measured) if stored["digest"] == _compute_digest(measured) else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def put(self, key: str, measurement: Measurement) -> None:
         """Store it under its key; where that fails, a warning says so."""
         measured = measurement.as_dict()
-        self.write(f"{key}.json", json.dumps({"measurement": measured, "digest": _digest(measured)}))
+        self.write(f"{key}.json", json.dumps({"measurement": measured, "digest": _compute_digest(measured)}))
 
     def write(self, name: str, text: str) -> None:
         """Write a file of this folder whole or not at all; where that fails, a warning says so."""
@@ -79,8 +79,8 @@ class Cache:
             warnings.warn(f"what was measured is not kept in {self.directory}: {error}", CacheWarning, stacklevel=4)
 
 
-def _digest(measured: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
+def _compute_digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def find_cache(cache: "Cache | str | os.PathLike[str] | None") -> Cache | None:
@@ -91,13 +91,13 @@ def find_cache(cache: "Cache | str | os.PathLike[str] | None") -> Cache | None:
     return Cache(pathlib.Path(directory)) if directory else None
 
 
-def user_cache() -> Cache:
+def open_user_cache() -> Cache:
     """Where the command line keeps its measurements."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Cache(pathlib.Path(base) / "remattools")
 
 
-def key_of(program: str, target: str, device: Any, options: Any = ()) -> str:
+def compute_key(program: str, target: str, device: Any, options: Any = ()) -> str:
     """Digest of a lowered program, where it is compiled for, and by what.
 
     Args:
@@ -106,17 +106,17 @@ def key_of(program: str, target: str, device: Any, options: Any = ()) -> str:
         device: One of the target's devices.
         options: What the program asks its compiler for, beside the flags of the process.
     """
-    versions = [f"{name}={_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
+    versions = [f"{name}={_get_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
     # Of a GPU this names the driver and the toolkit; a topology has no client.
     versions.append(str(getattr(getattr(device, "client", None), "platform_version", "")))
-    flags = [f"{name}={os.environ.get(name, '')}" for name in _FLAGS]
-    settings = [f"{name}={getattr(jax.config, name, '')}" for name in _SETTINGS]
+    flags = [f"{name}={os.environ.get(name, '')}" for name in _FLAG_VARIABLES]
+    settings = [f"{name}={getattr(jax.config, name, '')}" for name in _CONFIG_NAMES]
     kind = str(getattr(device, "device_kind", ""))
-    parts = [_FORMAT, target, kind, *versions, *flags, *settings, repr(options), program]
+    parts = [_FORMAT_VERSION, target, kind, *versions, *flags, *settings, repr(options), program]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _version(distribution: str) -> str:
+def _get_version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -158,21 +158,23 @@ class Measurement:
             )
         lines.append(f"{'compile':<18}{self.compile_s:.2f} s")
         if self.out_of_memory is not None:
-            lines += _refusal(self.out_of_memory)
+            lines += _format_out_of_memory(self.out_of_memory)
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def _refusal(refused: OutOfMemory) -> list[str]:
-    if refused.excess_bytes is None:
-        lines = ["OUT OF MEMORY:", *(f"  {line}" for line in refused.message.splitlines()[:4])]
+def _format_out_of_memory(out_of_memory: OutOfMemory) -> list[str]:
+    if out_of_memory.excess_bytes is None:
+        lines = ["OUT OF MEMORY:", *(f"  {line}" for line in out_of_memory.message.splitlines()[:4])]
     else:
         lines = [
-            f"OUT OF MEMORY: needs {format_bytes(refused.needed_bytes)} of {format_bytes(refused.limit_bytes)}, "
-            f"{format_bytes(refused.excess_bytes)} too much"
+            f"OUT OF MEMORY: needs {format_bytes(out_of_memory.needed_bytes)} of {format_bytes(out_of_memory.limit_bytes)}, "
+            f"{format_bytes(out_of_memory.excess_bytes)} too much"
         ]
-    if refused.largest:
+    if out_of_memory.largest:
         lines.append("largest values at the peak:")
-        lines += [f"  {format_bytes(a.bytes):>11}  {a.path}  {a.name}  {a.shape} x{a.count}" for a in refused.largest]
+        lines += [
+            f"  {format_bytes(a.bytes):>11}  {a.path}  {a.name}  {a.shape} x{a.count}" for a in out_of_memory.largest
+        ]
     return lines
 
 
@@ -198,6 +200,6 @@ def format_count(count: float | None) -> str:
     return f"{size:.4g}{units[0]}"
 
 
-def trimmed(table: str) -> list[str]:
+def strip_padding(table: str) -> list[str]:
     """The lines of a table without the blanks that fill them up."""
     return [line.rstrip() for line in table.rstrip().splitlines()]

@@ -27,9 +27,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from ..errors import TargetError
 
-_LIVE = ("cpu", "gpu", "tpu", "cuda", "rocm")
+_LIVE_PLATFORMS = ("cpu", "gpu", "tpu", "cuda", "rocm")
 # Smallest topology of each generation and the accelerator type under which libtpu loads without a machine.
-_TOPOLOGIES = {
+_DEFAULT_TOPOLOGIES = {
     "v2": "2x2",
     "v3": "2x2",
     "v4": "2x2x1",
@@ -38,7 +38,7 @@ _TOPOLOGIES = {
     "v6e": "2x2",
     "tpu7x": "2x2x1",
 }
-_ENVIRONMENT = {
+_LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -70,7 +70,7 @@ class Target:
         Raises:
             TargetError: If it has fewer devices.
         """
-        return Mesh(np.array(self._first(int(np.prod(shape)))).reshape(shape), tuple(names))
+        return Mesh(np.array(self._take_devices(int(np.prod(shape)))).reshape(shape), tuple(names))
 
     def placements(self, shardings: Sequence[Any]) -> list[Any]:
         """The same shardings on this target's devices.
@@ -80,20 +80,20 @@ class Target:
         meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1]
         if not meshes:
             return [SingleDeviceSharding(self.devices[0])] * len(shardings)
-        mesh = self._own(meshes[0])
+        mesh = self._move_mesh(meshes[0])
         return [
-            NamedSharding(self._own(s.mesh), s.spec)
+            NamedSharding(self._move_mesh(s.mesh), s.spec)
             if isinstance(s, NamedSharding) and s.mesh.size > 1
             else NamedSharding(mesh, PartitionSpec())
             for s in shardings
         ]
 
-    def _own(self, mesh: Any) -> Mesh:
+    def _move_mesh(self, mesh: Any) -> Mesh:
         if isinstance(mesh, Mesh) and not set(mesh.devices.flat) - set(self.devices):
             return mesh
         return self.mesh(tuple(mesh.shape.values()), mesh.axis_names)
 
-    def _first(self, count: int) -> list[Any]:
+    def _take_devices(self, count: int) -> list[Any]:
         if count > len(self.devices):
             raise TargetError(
                 what=f"a mesh of {count} devices does not fit {self.name}, which has {len(self.devices)}.",
@@ -113,9 +113,14 @@ def find_target(target: "str | Target | jax.Device | None" = None) -> Target:
         return target
     if target is None:  # all of them, for arguments that are spread over several
         devices = jax.devices()
-        return Target(name=_name(devices[0].platform), platform=devices[0].platform, devices=tuple(devices), live=True)
+        return Target(
+            name=_get_platform_name(devices[0].platform),
+            platform=devices[0].platform,
+            devices=tuple(devices),
+            live=True,
+        )
     if isinstance(target, jax.Device):
-        return _of_device(target)
+        return _make_device_target(target)
     if not isinstance(target, str):
         raise TargetError(
             what=f"target={target!r} is of the type {type(target).__name__}.",
@@ -124,33 +129,33 @@ def find_target(target: "str | Target | jax.Device | None" = None) -> Target:
         )
     platform, _, topology = target.partition(":")
     if platform == "tpu" and topology:
-        return _without_device(topology)
-    if platform not in _LIVE or topology:
-        raise _unknown(target)
-    return _live(platform)
+        return _load_topology(topology)
+    if platform not in _LIVE_PLATFORMS or topology:
+        raise _make_unknown_error(target)
+    return _find_live_target(platform)
 
 
-def _of_device(device: Any) -> Target:
-    return Target(name=_name(device.platform), platform=device.platform, devices=(device,), live=True)
+def _make_device_target(device: Any) -> Target:
+    return Target(name=_get_platform_name(device.platform), platform=device.platform, devices=(device,), live=True)
 
 
-def _name(platform: str) -> str:
+def _get_platform_name(platform: str) -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
-def _live(platform: str) -> Target:
+def _find_live_target(platform: str) -> Target:
     try:
         devices = jax.devices(platform)
     except RuntimeError as error:
         raise TargetError(
             what=f"there is no {platform} on this machine: {str(error).splitlines()[0]}",
             why="a live target is compiled for by its own driver.",
-            fix=_live_fix(platform),
+            fix=_suggest_live_fix(platform),
         ) from error
-    return Target(name=_name(platform), platform=devices[0].platform, devices=tuple(devices), live=True)
+    return Target(name=_get_platform_name(platform), platform=devices[0].platform, devices=tuple(devices), live=True)
 
 
-def _live_fix(platform: str) -> str:
+def _suggest_live_fix(platform: str) -> str:
     if platform == "tpu":
         return 'name a topology, such as "tpu:v5e:2x2": its compiler needs no device.'
     if platform == "cpu":
@@ -160,44 +165,44 @@ def _live_fix(platform: str) -> str:
     )
 
 
-def _unknown(target: str) -> TargetError:
+def _make_unknown_error(target: str) -> TargetError:
     return TargetError(
         what=f"there is no target {target!r}.",
         why="a program is compiled for one kind of machine.",
-        fix=_nearest(target),
+        fix=_suggest_target(target),
     )
 
 
-def _nearest(target: str) -> str:
+def _suggest_target(target: str) -> str:
     """The target that was meant, if one is near; all kinds of them else."""
     platform = target.lower().partition(":")[0]
-    if platform in _LIVE and platform != "tpu":
+    if platform in _LIVE_PLATFORMS and platform != "tpu":
         return f"did you mean {platform!r}?"
     generation = re.sub(r"^tpu[:_-]*|:.*$", "", target.lower())
     generation = "v5e" if generation.startswith("v5lite") else generation  # as the cloud calls it
-    near = difflib.get_close_matches(generation, _TOPOLOGIES, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(generation, _DEFAULT_TOPOLOGIES, n=1, cutoff=0.75)
     if near:
-        return f"did you mean 'tpu:{near[0]}:{_TOPOLOGIES[near[0]]}'?"
-    topologies = ", ".join(f"tpu:{name}:{shape}" for name, shape in _TOPOLOGIES.items())
-    return f"one of {', '.join(_LIVE[:3])} (live), or without a device {topologies}, and larger ones of each."
+        return f"did you mean 'tpu:{near[0]}:{_DEFAULT_TOPOLOGIES[near[0]]}'?"
+    topologies = ", ".join(f"tpu:{name}:{shape}" for name, shape in _DEFAULT_TOPOLOGIES.items())
+    return f"one of {', '.join(_LIVE_PLATFORMS[:3])} (live), or without a device {topologies}, and larger ones of each."
 
 
 @functools.cache
-def _without_device(topology: str) -> Target:
+def _load_topology(topology: str) -> Target:
     generation, _, shape = topology.partition(":")
-    known = generation in _TOPOLOGIES
+    known = generation in _DEFAULT_TOPOLOGIES
     if importlib.util.find_spec("libtpu") is None:
         raise TargetError(
             what=f"tpu:{topology} needs libtpu, which is not installed.",
             why="it holds the TPU's compiler, which runs on any machine.",
-            fix='pip install "nnx-checkpointing[tpu]"' + ("" if known else f"; {_nearest(f'tpu:{topology}')}"),
+            fix='pip install "nnx-checkpointing[tpu]"' + ("" if known else f"; {_suggest_target(f'tpu:{topology}')}"),
         )
-    shape = shape or _TOPOLOGIES.get(generation, "")
+    shape = shape or _DEFAULT_TOPOLOGIES.get(generation, "")
     if not re.fullmatch(r"\w+", generation) or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise _unknown(f"tpu:{topology}")
+        raise _make_unknown_error(f"tpu:{topology}")
     name = f"{generation}:{shape}"
     try:
-        with _told_where_it_is():
+        with _set_libtpu_environment():
             description = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         if "lockfile" in str(error):
@@ -209,15 +214,15 @@ def _without_device(topology: str) -> Target:
         raise TargetError(
             what=f"libtpu knows no topology {name!r}: {str(error).splitlines()[0]}",
             why="only generations and shapes that are built can be compiled for.",
-            fix=_nearest(f"tpu:{name}"),
+            fix=_suggest_target(f"tpu:{name}"),
         ) from error
     return Target(name=f"tpu:{name}", platform="tpu", devices=tuple(description.devices), live=False)
 
 
 @contextlib.contextmanager
-def _told_where_it_is() -> Iterator[None]:
+def _set_libtpu_environment() -> Iterator[None]:
     """The environment that libtpu needs to load on a machine that is no TPU host; what the user set is kept."""
-    added = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
+    added = {key: value for key, value in _LIBTPU_ENVIRONMENT.items() if key not in os.environ}
     os.environ.update(added)
     try:
         yield

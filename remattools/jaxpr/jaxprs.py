@@ -14,48 +14,50 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 # Primitives whose nested programs a policy sees through: their partial evaluation asks the policy for every equation.
-_TRANSPARENT = frozenset({"jit", "pjit", "closed_call", "core_call", "scan", "cond", "shard_map", "while", "xla_call"})
-_REGIONS = frozenset({"remat2", "checkpoint", "remat", "remat3"})
+_TRANSPARENT_PRIMITIVES = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "scan", "cond", "shard_map", "while", "xla_call"}
+)
+_REGION_PRIMITIVES = frozenset({"remat2", "checkpoint", "remat", "remat3"})
 
 Place = tuple[str, int]  # parameter and index in it, where the parameter is a tuple of programs
 
 
-def is_program(value: Any) -> bool:
+def is_jaxpr(value: Any) -> bool:
     """Whether `value` is a jaxpr, open or closed."""
     return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
 
 
-def nested(equation: Any) -> Iterator[tuple[Place, Any]]:
+def find_subjaxprs(equation: Any) -> Iterator[tuple[Place, Any]]:
     """Programs among the parameters of an equation, with their places."""
     for key, value in equation.params.items():
-        if is_program(value):
+        if is_jaxpr(value):
             yield (key, -1), value
-        elif isinstance(value, tuple) and value and all(map(is_program, value)):
+        elif isinstance(value, tuple) and value and all(map(is_jaxpr, value)):
             for index, item in enumerate(value):
                 yield (key, index), item
     primitive = equation.params.get("_prim")  # how jax_remat3 stages a region
-    if primitive is not None and is_program(getattr(primitive, "jaxpr", None)):
+    if primitive is not None and is_jaxpr(getattr(primitive, "jaxpr", None)):
         yield ("_prim", -1), primitive.jaxpr
 
 
 def is_region(equation: Any) -> bool:
     """A rematerialised region: `jax.checkpoint`, old or new."""
-    return equation.primitive.name in _REGIONS or type(equation.params.get("_prim")).__name__ == "RematTraced"
+    return equation.primitive.name in _REGION_PRIMITIVES or type(equation.params.get("_prim")).__name__ == "RematTraced"
 
 
 def is_opaque(equation: Any) -> bool:
     """Holds a program that no policy sees: a custom derivative, a kernel, a callback's body."""
-    if equation.primitive.name in _TRANSPARENT or is_region(equation):
+    if equation.primitive.name in _TRANSPARENT_PRIMITIVES or is_region(equation):
         return False
-    return any(True for _ in nested(equation))
+    return any(True for _ in find_subjaxprs(equation))
 
 
-def open_program(program: Any) -> Any:
+def open_jaxpr(jaxpr: Any) -> Any:
     """The jaxpr with equations; older releases wrap it in a closed one."""
-    return program if hasattr(program, "eqns") else program.jaxpr
+    return jaxpr if hasattr(jaxpr, "eqns") else jaxpr.jaxpr
 
 
-def name_of(equation: Any) -> str | None:
+def get_checkpoint_name(equation: Any) -> str | None:
     """The name, if the equation is a `checkpoint_name`."""
     if equation.primitive.name == "name":
         return str(equation.params["name"])
@@ -65,7 +67,7 @@ def name_of(equation: Any) -> str | None:
     return None
 
 
-def named_after(equation: Any, name: str, results: Sequence[Any] | None = None) -> list[Any]:
+def add_checkpoint_name(equation: Any, name: str, results: Sequence[Any] | None = None) -> list[Any]:
     """The equation, followed by a `checkpoint_name` of each of its results; `results` instead of their variables."""
     targets = equation.outvars if results is None else results
     fresh = [core.Var(var.aval) if is_array(var.aval) else var for var in equation.outvars]
@@ -73,29 +75,29 @@ def named_after(equation: Any, name: str, results: Sequence[Any] | None = None) 
         mark
         for inner, outer in zip(fresh, targets, strict=True)
         if is_array(inner.aval)
-        for mark in _name_equations(inner, outer, name, equation)
+        for mark in _make_name_equations(inner, outer, name, equation)
     ]
     return [equation.replace(outvars=fresh), *marks]
 
 
-def renamed(equation: Any, name: str) -> list[Any]:
+def replace_checkpoint_name(equation: Any, name: str) -> list[Any]:
     """What a `checkpoint_name` equation is under another name."""
     (source,), (target,) = equation.invars, equation.outvars
-    return _name_equations(source, target, name, equation)
+    return _make_name_equations(source, target, name, equation)
 
 
-def _name_equations(source: Any, target: Any, name: str, like: Any) -> list[Any]:
+def _make_name_equations(source: Any, target: Any, name: str, like: Any) -> list[Any]:
     aval = target.aval
     # JAX cannot keep complex values by name: their parts are kept, which loses nothing.
     in_parts = jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating) and not is_placed(aval)
 
-    def named(x: Any) -> Any:
+    def add_name(x: Any) -> Any:
         if in_parts:
             return jax.lax.complex(checkpoint_name(jax.lax.real(x), name), checkpoint_name(jax.lax.imag(x), name))
         return checkpoint_name(x, name)
 
     # JAX builds the equations (their form differs under jax_remat3); only the variables are replaced.
-    template = open_program(jax.make_jaxpr(named)(jax.ShapeDtypeStruct(aval.shape, aval.dtype)))
+    template = open_jaxpr(jax.make_jaxpr(add_name)(jax.ShapeDtypeStruct(aval.shape, aval.dtype)))
     same = {template.invars[0]: source, template.outvars[0]: target}
     made = []
     for one in template.eqns:
@@ -126,7 +128,7 @@ def is_array(aval: Any) -> bool:
     return isinstance(aval, jax.core.ShapedArray)
 
 
-def aval_bytes(aval: Any) -> int:
+def count_aval_bytes(aval: Any) -> int:
     """Bytes of an array of this shape and dtype; 0 for tokens."""
     if not is_array(aval):
         return 0
@@ -137,17 +139,17 @@ def aval_bytes(aval: Any) -> int:
     return size * int(getattr(aval.dtype, "itemsize", 8))
 
 
-def with_equations(program: Any, equations: list[Any], outvars: list[Any] | None = None) -> Any:
+def replace_equations(jaxpr: Any, equations: list[Any], outvars: list[Any] | None = None) -> Any:
     """The program with other equations (and results)."""
-    inner = open_program(program)
+    inner = open_jaxpr(jaxpr)
     new = inner.replace(eqns=equations, outvars=inner.outvars if outvars is None else outvars)
-    return new if program is inner else program.replace(jaxpr=new)
+    return new if jaxpr is inner else jaxpr.replace(jaxpr=new)
 
 
-def with_nested(equation: Any, programs: dict[Place, Any]) -> Any:
+def replace_subjaxprs(equation: Any, subjaxprs: dict[Place, Any]) -> Any:
     """The equation with some of its nested programs replaced."""
     params = dict(equation.params)
-    for (key, index), program in programs.items():
+    for (key, index), program in subjaxprs.items():
         if index < 0:
             params[key] = program
         else:
@@ -155,34 +157,34 @@ def with_nested(equation: Any, programs: dict[Place, Any]) -> Any:
     return equation.replace(params=params)
 
 
-def run(program: Any, leaves: list[Any]) -> list[Any]:
+def run(jaxpr: Any, leaves: list[Any]) -> list[Any]:
     """Evaluate a closed program."""
-    results: list[Any] = core.jaxpr_as_fun(program)(*leaves)
+    results: list[Any] = core.jaxpr_as_fun(jaxpr)(*leaves)
     return results
 
 
-def run_stretches(program: Any, leaves: Sequence[Any], stretches: Sequence[tuple[range, Callable[[Any], Any]]]) -> Any:
+def run_segments(jaxpr: Any, leaves: Sequence[Any], segments: Sequence[tuple[range, Callable[[Any], Any]]]) -> Any:
     """Evaluate a closed program piece by piece.
 
     Args:
-        program: A closed program.
+        jaxpr: A closed program.
         leaves: Its arguments.
-        stretches: Disjoint ranges of equations in order, together all of them; each with what to make of its piece:
+        segments: Disjoint ranges of equations in order, together all of them; each with what to make of its piece:
             a function from a closed program to a callable of its arguments.
 
     Returns:
         The program's results, as a list.
     """
-    inner = open_program(program)
-    values: dict[Any, Any] = dict(zip(inner.constvars, program.consts, strict=True))
+    inner = open_jaxpr(jaxpr)
+    values: dict[Any, Any] = dict(zip(inner.constvars, jaxpr.consts, strict=True))
     values.update(zip(inner.invars, leaves, strict=True))
-    used_later = _used_after(inner)
-    for span, make in stretches:
+    used_later = _find_last_reads(inner)
+    for span, make in segments:
         equations = inner.eqns[span.start : span.stop]
         if not equations:
             continue
         defined = {var for equation in equations for var in equation.outvars}
-        reads = variables(atom for equation in equations for atom in equation.invars)
+        reads = collect_variables(atom for equation in equations for atom in equation.invars)
         inputs = [var for var in reads if var not in defined]
         outputs = [var for var in defined if used_later.get(var, -1) >= span.stop]
         piece = core.Jaxpr(
@@ -193,30 +195,30 @@ def run_stretches(program: Any, leaves: Sequence[Any], stretches: Sequence[tuple
             effects=frozenset().union(*(equation.effects for equation in equations)),
             debug_info=inner.debug_info._replace(arg_names=None, result_paths=None),
         )
-        results = make(_closed(piece))(*(values[var] for var in inputs))
+        results = make(_close_jaxpr(piece))(*(values[var] for var in inputs))
         values.update(zip(outputs, results, strict=True))
-    return [value_of(atom, values) for atom in inner.outvars]
+    return [read_atom(atom, values) for atom in inner.outvars]
 
 
-def value_of(atom: Any, values: Mapping[Any, Any]) -> Any:
+def read_atom(atom: Any, values: Mapping[Any, Any]) -> Any:
     """The value of a variable, or of a literal."""
     return values[atom] if isinstance(atom, core.Var) else atom.val
 
 
-def _closed(piece: Any) -> Any:
+def _close_jaxpr(piece: Any) -> Any:
     return core.ClosedJaxpr(piece, [])  # type: ignore[attr-defined]  # public, but not in its stub
 
 
-def _used_after(inner: Any) -> dict[Any, int]:
+def _find_last_reads(inner: Any) -> dict[Any, int]:
     """For each variable the index of the last equation that reads it; results count as read at the end."""
     last: dict[Any, int] = {}
     for number, equation in enumerate(inner.eqns):
-        last.update(dict.fromkeys(variables(equation.invars), number))
-    last.update(dict.fromkeys(variables(inner.outvars), len(inner.eqns)))
+        last.update(dict.fromkeys(collect_variables(equation.invars), number))
+    last.update(dict.fromkeys(collect_variables(inner.outvars), len(inner.eqns)))
     return last
 
 
-def variables(atoms: Iterable[Any]) -> list[Any]:
+def collect_variables(atoms: Iterable[Any]) -> list[Any]:
     """The variables among `atoms`, each once, in order."""
     return list(dict.fromkeys(atom for atom in atoms if isinstance(atom, core.Var)))
 
@@ -227,22 +229,22 @@ class Scan:
 
     Attributes:
         body: Closed program of one turn: constants, carry, one slice of each scanned array.
-        consts: How many of its operands are constants.
-        carry: How many follow as the carry; the rest is scanned.
+        num_consts: How many of its operands are constants.
+        num_carry: How many follow as the carry; the rest is scanned.
         length: Turns.
         reverse: Whether it runs from the end.
         unroll: As in `jax.lax.scan`.
     """
 
     body: Any
-    consts: int
-    carry: int
+    num_consts: int
+    num_carry: int
     length: int
     reverse: bool
     unroll: int
 
 
-def scan_of(equation: Any) -> Scan | None:
+def parse_scan(equation: Any) -> Scan | None:
     """The scan that an equation is, or None."""
     if equation.primitive.name != "scan":
         return None

@@ -18,90 +18,92 @@ from jax.extend import core
 from . import jaxprs
 
 
-def reads_its_result(equation: Any) -> bool:
+def is_result_in_derivative(equation: Any) -> bool:
     """Whether the derivative of an equation takes the equation's own result, which a name behind it would miss."""
-    if next(jaxprs.nested(equation), None) is not None:
+    if next(jaxprs.find_subjaxprs(equation), None) is not None:
         return False  # what defines its own derivative, or holds others
     avals = tuple(atom.aval for atom in equation.invars)
     if not all(map(jaxprs.is_array, avals)) or not all(_is_float(var.aval) for var in equation.outvars):
         return False
     if any(map(jaxprs.is_placed, avals)):
         return False  # types with axes of a mesh: constants in a derivative would have to be of the same
-    question = _Question(equation)
+    question = _EquationKey(equation)
     try:
-        return _asked(question)
+        return _is_result_read_cached(question)
     except TypeError:  # parameters that cannot be hashed
-        return _reads(question)
+        return _is_result_read(question)
 
 
-class _Question:
+class _EquationKey:
     """An equation as a key: equal where primitive, parameters and types are."""
 
     def __init__(self, equation: Any) -> None:
-        self.call = _call_of(equation)
-        self.shapes = tuple(_like(atom) for atom in equation.invars)
+        self.call = _make_callable(equation)
+        self.shapes = tuple(_make_shape_struct(atom) for atom in equation.invars)
         types = tuple((like.shape, like.dtype, like.weak_type) for like in self.shapes)
-        self.key = (equation.primitive, tuple(sorted(equation.params.items(), key=lambda item: item[0])), types)
+        self.parts = (equation.primitive, tuple(sorted(equation.params.items(), key=lambda item: item[0])), types)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Question) and self.key == other.key
+        return isinstance(other, _EquationKey) and self.parts == other.parts
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return hash(self.parts)
 
 
 @functools.lru_cache(maxsize=4096)
-def _asked(question: _Question) -> bool:
-    return _reads(question)
+def _is_result_read_cached(key: _EquationKey) -> bool:
+    return _is_result_read(key)
 
 
-def _reads(question: _Question) -> bool:
-    given = question.shapes
+def _is_result_read(key: _EquationKey) -> bool:
+    given = key.shapes
     moving = [number for number, like in enumerate(given) if jax.numpy.issubdtype(like.dtype, jax.numpy.inexact)]
     if not moving:
         return False
     try:
-        program, count = _derivative(question.call, given, moving, [given[number] for number in moving])
+        program, count = _trace_derivative(key.call, given, moving, [given[number] for number in moving])
     except (NameError, NotImplementedError, TypeError, ValueError):
         # No derivative, or one that is only known where the equation runs (collectives over named axes): these are
         # linear, or nobody differentiates them.
         return False
-    inner = jaxprs.open_program(program)
-    results = set(jaxprs.variables(inner.outvars[:count]))
+    inner = jaxprs.open_jaxpr(program)
+    results = set(jaxprs.collect_variables(inner.outvars[:count]))
     if len(results) < count:
         return False  # a constant, as the product over nothing
     if any(results.intersection(one.outvars) and not results.issuperset(one.outvars) for one in inner.eqns):
         return False  # made together with more that the derivative reads, as the values of an svd with its vectors
-    return any(atom in results for equation in inner.eqns for atom in jaxprs.variables(equation.invars))
+    return any(atom in results for equation in inner.eqns for atom in jaxprs.collect_variables(equation.invars))
 
 
-def named_with_derivative(equation: Any, name: str) -> list[Any]:
+def name_with_derivative(equation: Any, name: str) -> list[Any]:
     """The equation, a `checkpoint_name` behind it, and its derivative from the named result."""
-    call = _call_of(equation)
+    call = _make_callable(equation)
     count, kept = len(equation.invars), len(equation.outvars)
 
     @jax.custom_jvp
-    def derived(*leaves: Any) -> list[Any]:
+    def return_results(*leaves: Any) -> list[Any]:
         return list(leaves[count:])
 
-    def derivative(leaves: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    def compute_jvp(leaves: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         given, named = leaves[:count], leaves[count:]
         moving = [number for number in range(count) if not isinstance(tangents[number], SymbolicZero)]
         moved = [tangents[number] for number in moving]
         if not moving:
             return list(named), [jax.numpy.zeros_like(result) for result in named]
-        program = _derivative(call, given, moving, moved)[0]
-        inner = jaxprs.open_program(program)
+        program = _trace_derivative(call, given, moving, moved)[0]
+        inner = jaxprs.open_jaxpr(program)
         made, rest = inner.outvars[:kept], inner.outvars[kept:]
         later = [one for one in inner.eqns if not set(one.outvars).intersection(made)]
         alone = inner.replace(eqns=later, invars=[*inner.invars, *made], outvars=rest)
         alone = alone if program is inner else program.replace(jaxpr=alone)
         return list(named), jaxprs.run(alone, [*given, *moved, *named])
 
-    derived.defjvp(derivative, symbolic_zeros=True)
+    return_results.defjvp(compute_jvp, symbolic_zeros=True)
     fresh = [core.Var(var.aval) for var in equation.outvars]
-    named = jaxprs.named_after(equation, name, fresh)
-    template = jaxprs.open_program(jax.make_jaxpr(derived)(*map(_like, [*equation.invars, *equation.outvars])))
+    named = jaxprs.add_checkpoint_name(equation, name, fresh)
+    template = jaxprs.open_jaxpr(
+        jax.make_jaxpr(return_results)(*map(_make_shape_struct, [*equation.invars, *equation.outvars]))
+    )
     last = template.eqns[0].replace(
         invars=[*equation.invars, *fresh],
         outvars=equation.outvars,
@@ -111,40 +113,40 @@ def named_with_derivative(equation: Any, name: str) -> list[Any]:
     return [*named, last]
 
 
-def _derivative(
-    call: Callable[..., list[Any]], given: Sequence[Any], moving: Sequence[int], moved: Sequence[Any]
+def _trace_derivative(
+    call: Callable[..., list[Any]], primals: Sequence[Any], indices: Sequence[int], input_tangents: Sequence[Any]
 ) -> tuple[Any, int]:
     """The program that makes results and tangents of the arguments and the tangents of some, and how many results."""
     counts: list[int] = []
 
-    def both(*leaves: Any) -> Any:
-        arguments = list(leaves[: len(given)])
+    def run_jvp(*leaves: Any) -> Any:
+        arguments = list(leaves[: len(primals)])
 
-        def of(*chosen: Any) -> list[Any]:
+        def run_primal(*chosen: Any) -> list[Any]:
             full = list(arguments)
-            for number, value in zip(moving, chosen, strict=True):
+            for number, value in zip(indices, chosen, strict=True):
                 full[number] = value
             return call(*full)
 
-        results, tangents = jax.jvp(of, [arguments[number] for number in moving], list(leaves[len(given) :]))
+        results, tangents = jax.jvp(run_primal, [arguments[number] for number in indices], list(leaves[len(primals) :]))
         counts.append(len(results))
         return [*results, *tangents]
 
-    program = jax.make_jaxpr(both)(*given, *moved)
+    program = jax.make_jaxpr(run_jvp)(*primals, *input_tangents)
     return program, counts[0]
 
 
-def _call_of(equation: Any) -> Callable[..., list[Any]]:
+def _make_callable(equation: Any) -> Callable[..., list[Any]]:
     """What an equation computes, as a function."""
 
-    def call(*given: Any) -> list[Any]:
-        found = equation.primitive.bind(*given, **equation.params)
+    def call(*operands: Any) -> list[Any]:
+        found = equation.primitive.bind(*operands, **equation.params)
         return list(found) if equation.primitive.multiple_results else [found]
 
     return call
 
 
-def _like(atom: Any) -> jax.ShapeDtypeStruct:
+def _make_shape_struct(atom: Any) -> jax.ShapeDtypeStruct:
     aval = atom.aval
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(aval.weak_type))
 

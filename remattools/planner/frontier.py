@@ -12,9 +12,9 @@ from typing import Any
 from ..compiler.measurement import format_bytes
 from ..compiler.targets import Target
 from ..errors import BudgetError
-from .budget import Of, budget_bytes, require_budget, require_positive
-from .result import Plan, Point, plot_of, table_of, told_below, unbeaten
-from .search.acquisition import best_point
+from .budget import BudgetKind, compute_budget_bytes, require_budget, require_positive
+from .result import Plan, Point, find_frontier, format_footer, format_table, plot_points
+from .search.acquisition import find_best_point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Frontier:
     """
 
     points: tuple[Point, ...]
-    of: Of
+    of: BudgetKind
     time_by: str
     subject: str
     target: Target = dataclasses.field(repr=False)
@@ -42,7 +42,7 @@ class Frontier:
     @property
     def best(self) -> tuple[Point, ...]:
         """The points that no other beats in both, by rising memory."""
-        return unbeaten(self.points)
+        return find_frontier(self.points)
 
     @property
     def least_bytes(self) -> int:
@@ -65,10 +65,12 @@ class Frontier:
             BudgetError: If the budget cannot be read, or no point keeps it.
         """
         check_limits(budget, max_cycles)
-        limit = None if budget is None else budget_bytes(budget, target=self.target, plain_bytes=self.plain_bytes)
-        best = best_point(self.points, limit, max_cycles)
+        limit = (
+            None if budget is None else compute_budget_bytes(budget, target=self.target, plain_bytes=self.plain_bytes)
+        )
+        best = find_best_point(self.points, limit, max_cycles)
         if best is None:
-            raise self._unreachable(limit, max_cycles)
+            raise self._make_unreachable_error(limit, max_cycles)
         return Plan(
             rules=best.rules,
             predicted=best.predicted,
@@ -88,7 +90,7 @@ class Frontier:
 
     def table(self) -> str:
         """All points by memory; those that no other beats are marked."""
-        return table_of(self.points, self.of, None)
+        return format_table(self.points, self.of, None)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw cycles against memory; PNG or SVG, by the file's ending.
@@ -96,12 +98,12 @@ class Frontier:
         Raises:
             MeasureError: If matplotlib is not installed.
         """
-        plot_of(self.points, path, of=self.of, time_by=self.time_by, budget_bytes=None)
+        plot_points(self.points, path, of=self.of, time_by=self.time_by, budget_bytes=None)
 
     def __str__(self) -> str:
-        return f"{self.table()}\n{told_below(self.points, self.time_by, self.ended)}"
+        return f"{self.table()}\n{format_footer(self.points, self.time_by, self.ended)}"
 
-    def _unreachable(self, limit: int | None, max_cycles: float | None) -> BudgetError:
+    def _make_unreachable_error(self, limit: int | None, max_cycles: float | None) -> BudgetError:
         kept = [point for point in self.points if limit is None or point.bytes <= limit]
         number = f"{len(self.points)} point{'s' * (len(self.points) != 1)}"
         compiles = f"more compiles than for {number} (max_compiles=, --max-compiles)"

@@ -20,20 +20,20 @@ from ..compiler.targets import Target, find_target
 from ..errors import BudgetError
 from ..rules.ruleset import Rules
 from ..transform import apply as application
-from .budget import Of, budget_bytes, require_positive
+from .budget import BudgetKind, compute_budget_bytes, require_positive
 from .frontier import Frontier, check_limits
-from .model.op_cost import rates_of
-from .model.outline import outline
+from .model.op_cost import get_rates
+from .model.outline import build_outline
 from .result import Plan, Point
 from .search.acquisition import Exploration
 from .search.candidates import Space
-from .search.history import Notebook
+from .search.history import RuleHistory
 
-_OFF = Rules(((".", False), ("**", False)))
+_REGIONS_OFF = Rules(((".", False), ("**", False)))
 # From this on the head of a rule file says how many arrays an argument has, not which.
-_MANY_ARRAYS = 8
+_MAX_LISTED_ARRAYS = 8
 Progress = Callable[[str], None]
-_Next = Callable[[Exploration], int | None]
+_ProposeNext = Callable[[Exploration], int | None]
 
 
 def plan(
@@ -41,7 +41,7 @@ def plan(
     model: Any,
     *batch: Any,
     budget: int | float | str | None = None,
-    of: Of = "peak",
+    of: BudgetKind = "peak",
     max_cycles: float | None = None,
     differentiate: bool = True,
     target: str | Target | jax.Device | None = None,
@@ -82,13 +82,13 @@ def plan(
 
     def choose(search: Exploration) -> int | None:
         plain = next(iter(search.points.values()))
-        limit = None if budget is None else budget_bytes(budget, target=where, plain_bytes=plain.bytes)
+        limit = None if budget is None else compute_budget_bytes(budget, target=where, plain_bytes=plain.bytes)
         return search.propose(limit, max_cycles)
 
-    found = _explored(
+    found = _explore(
         (loss_fn, model, batch),
         choose,
-        known_count=False,
+        count_cached=False,
         of=of,
         differentiate=differentiate,
         target=where,
@@ -109,7 +109,7 @@ def frontier(
     loss_fn: Callable[..., Any],
     model: Any,
     *batch: Any,
-    of: Of = "peak",
+    of: BudgetKind = "peak",
     differentiate: bool = True,
     target: str | Target | jax.Device | None = None,
     max_compiles: int = 8,
@@ -137,10 +137,10 @@ def frontier(
     Raises:
         MeasureError: If no block of the model has a backward pass here, or there is nothing to differentiate.
     """
-    return _explored(
+    return _explore(
         (loss_fn, model, batch),
-        Exploration.propose_anywhere,
-        known_count=True,
+        Exploration.propose_for_frontier,
+        count_cached=True,
         of=of,
         differentiate=differentiate,
         target=find_target(target),
@@ -151,12 +151,12 @@ def frontier(
     )
 
 
-def _explored(
+def _explore(
     subject: tuple[Callable[..., Any], Any, tuple[Any, ...]],
-    choose: _Next,
+    choose: _ProposeNext,
     *,
-    known_count: bool,
-    of: Of,
+    count_cached: bool,
+    of: BudgetKind,
     differentiate: bool,
     target: Target,
     max_compiles: int,
@@ -165,43 +165,43 @@ def _explored(
     progress: Progress | None,
 ) -> Frontier:
     """Compile what `choose` says until it says nothing more."""
-    _check(of, max_compiles, time_limit_s)
+    _check_options(of, max_compiles, time_limit_s)
     loss_fn, model, batch = subject
     store = find_cache(cache)
     start = time.monotonic()
-    shape = outline(loss_fn, model, batch, rates_of(target.name), differentiate=differentiate)
+    shape = build_outline(loss_fn, model, batch, get_rates(target.name), differentiate=differentiate)
 
-    def measured_by(rules: Rules, where: Cache | None = store) -> Measurement:
-        with application.applied(model, _OFF), application.applied(model, rules):
-            return measure(loss_fn, model, *batch, target=target, differentiate=differentiate, cache=where)
+    def measure_rules(rules: Rules, rules_cache: Cache | None = store) -> Measurement:
+        with application.applied(model, _REGIONS_OFF), application.applied(model, rules):
+            return measure(loss_fn, model, *batch, target=target, differentiate=differentiate, cache=rules_cache)
 
     search = Exploration(
         space=Space(shape),
-        measured_by=measured_by,
+        measure_rules=measure_rules,
         of=of,
-        plain_cycles=shape.plain_cycles(),
+        plain_cycles=shape.count_plain_cycles(),
         progress=progress or (lambda _: None),
     )
-    notes = Notebook(store, shape, target.name)
-    before = notes.measurements(measured_by)
+    notes = RuleHistory(store, shape, target.name)
+    before = notes.load_measurements(measure_rules)
     compiled, ended = 0, "converged"
 
-    def stopped() -> str | None:
-        if (len(search.points) if known_count else compiled) >= max_compiles:
+    def find_stop_reason() -> str | None:
+        if (len(search.points) if count_cached else compiled) >= max_compiles:
             return "max_compiles"
         late = time_limit_s is not None and time.monotonic() - start > time_limit_s
         return "time_limit" if late else None
 
     try:
-        search.compile(search.space.assignments.index(search.space.plain))
+        search.compile_assignment(search.space.assignments.index(search.space.plain))
         compiled = 1
-        search.recall(before)
+        search.add_known(before)
         notes.remember(point.rules for point in search.points.values())
         while (number := choose(search)) is not None:
-            if (reason := stopped()) is not None:
+            if (reason := find_stop_reason()) is not None:
                 ended = reason
                 break
-            search.compile(number)
+            search.compile_assignment(number)
             compiled += 1
             notes.remember(point.rules for point in search.points.values())
     except KeyboardInterrupt:
@@ -209,8 +209,8 @@ def _explored(
             raise
         ended = "interrupted"
 
-    def holding(point: Point) -> str:
-        with application.applied(model, _OFF), application.applied(model, point.rules):
+    def describe_largest(point: Point) -> str:
+        with application.applied(model, _REGIONS_OFF), application.applied(model, point.rules):
             alive = timeline(loss_fn, model, *batch, differentiate=differentiate).largest[:3]
         return "; ".join(f"{a.path} {a.name} {a.shape}: {format_bytes(a.bytes)}" for a in alive)
 
@@ -220,14 +220,14 @@ def _explored(
         points=points,
         of=of,
         time_by="model" if no_cycles else "estimated_cycles",
-        subject=_subject(model, batch),
+        subject=_describe_subject(model, batch),
         target=target,
-        holding=holding,
+        holding=describe_largest,
         ended=ended,
     )
 
 
-def _check(of: str, max_compiles: int, time_limit_s: float | None) -> None:
+def _check_options(of: str, max_compiles: int, time_limit_s: float | None) -> None:
     if of not in ("peak", "temp"):
         raise BudgetError(
             what=f"of={of!r} is no figure of a program.",
@@ -244,11 +244,11 @@ def _check(of: str, max_compiles: int, time_limit_s: float | None) -> None:
         require_positive("time_limit_s", time_limit_s, "seconds", "600.0", or_zero=True)
 
 
-def _subject(model: Any, batch: tuple[Any, ...]) -> str:
+def _describe_subject(model: Any, batch: tuple[Any, ...]) -> str:
     """A model and what comes with it, for people; of an argument with many arrays the number."""
     told = []
     for argument in batch:
         arrays = [leaf for leaf in jax.tree.leaves(argument) if hasattr(leaf, "shape")]
         shapes = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in arrays]
-        told += [f"{type(argument).__name__} of {len(arrays)} arrays"] if len(arrays) > _MANY_ARRAYS else shapes
+        told += [f"{type(argument).__name__} of {len(arrays)} arrays"] if len(arrays) > _MAX_LISTED_ARRAYS else shapes
     return f"{type(model).__name__}, batch {', '.join(told) or 'none'}"

@@ -9,7 +9,7 @@ from typing import Any
 from ..analysis import plot
 from ..compiler.measurement import Measurement, format_bytes, format_count
 from ..rules.ruleset import Rules
-from .budget import Of
+from .budget import BudgetKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Plan:
     measured: Measurement
     points: tuple[Point, ...]
     budget_bytes: int | None
-    of: Of
+    of: BudgetKind
     time_by: str
     subject: str
     ended: str = "converged"
@@ -88,7 +88,7 @@ class Plan:
     @property
     def frontier(self) -> tuple[Point, ...]:
         """The compiled points that no other beats in both, by rising memory."""
-        return unbeaten(self.points)
+        return find_frontier(self.points)
 
     def to_toml(self) -> str:
         """The rules as a rule file that says where it comes from."""
@@ -107,8 +107,8 @@ class Plan:
             lines.append(
                 f"transfers to the host, by the planner's model: {beyond:.0f} cycles beyond what runs meanwhile"
             )
-        if cut_short(self.ended):
-            lines.append(cut_short(self.ended).removeprefix("; "))
+        if describe_early_end(self.ended):
+            lines.append(describe_early_end(self.ended).removeprefix("; "))
         if not len(self.rules):
             lines.append("the plain model keeps the budget: no rule is needed")
         return "\n".join([*(f"# {line}" for line in lines), "", self.rules.to_toml()])
@@ -126,7 +126,7 @@ class Plan:
 
     def table(self) -> str:
         """All compiled points by memory; the plan's own is marked."""
-        return table_of(self.points, self.of, self.rules)
+        return format_table(self.points, self.of, self.rules)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw cycles against memory of all compiled points; PNG or SVG, by the file's ending.
@@ -134,22 +134,22 @@ class Plan:
         Raises:
             MeasureError: If matplotlib is not installed.
         """
-        plot_of(self.points, path, of=self.of, time_by=self.time_by, budget_bytes=self.budget_bytes)
+        plot_points(self.points, path, of=self.of, time_by=self.time_by, budget_bytes=self.budget_bytes)
 
     def __str__(self) -> str:
-        return f"{self.table()}\n{told_below(self.points, self.time_by, self.ended)}"
+        return f"{self.table()}\n{format_footer(self.points, self.time_by, self.ended)}"
 
 
-def cut_short(ended: str) -> str:
+def describe_early_end(ended: str) -> str:
     """What to say of a search that was ended from outside; nothing of others."""
     reasons = {"interrupted": "Ctrl-C", "time_limit": "its time limit"}
     return f"; the search was ended by {reasons[ended]}: more compiles may find better" if ended in reasons else ""
 
 
-def told_below(points: Iterable[Point], time_by: str, ended: str) -> str:
+def format_footer(points: Iterable[Point], time_by: str, ended: str) -> str:
     """What to say below a table of points."""
     points = tuple(points)
-    below = f"time by {time_by}; target {points[0].measured.target}{cut_short(ended)}"
+    below = f"time by {time_by}; target {points[0].measured.target}{describe_early_end(ended)}"
     on_chip = sum(point.measured.temporaries_on_chip for point in points)
     if on_chip:
         below += (
@@ -159,7 +159,7 @@ def told_below(points: Iterable[Point], time_by: str, ended: str) -> str:
     return below
 
 
-def unbeaten(points: Iterable[Point]) -> tuple[Point, ...]:
+def find_frontier(points: Iterable[Point]) -> tuple[Point, ...]:
     """The points that no other beats in both, by rising memory."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.bytes, p.cycles)):
@@ -168,14 +168,14 @@ def unbeaten(points: Iterable[Point]) -> tuple[Point, ...]:
     return tuple(best)
 
 
-def table_of(points: Iterable[Point], of: Of, chosen: Rules | None) -> str:
+def format_table(points: Iterable[Point], of: BudgetKind, chosen: Rules | None) -> str:
     """Points by memory, those of the frontier and the chosen one marked."""
     points = tuple(points)
     lines = [f"{'':2}{of:>12}{'cycles':>10}{'predicted':>14}{'':>10}  rules"]
-    frontier = unbeaten(points)
+    frontier = find_frontier(points)
     for point in sorted(points, key=lambda p: p.bytes):
         mark = "->" if point.rules == chosen else "* " if point in frontier else "  "
-        rules = "; ".join(_line(pattern.text, action) for pattern, action in point.rules) or "plain"
+        rules = "; ".join(_format_rule(pattern.text, action) for pattern, action in point.rules) or "plain"
         if point.link_cycles:
             rules += f" (transfers by the planner's model: {format_count(point.link_cycles)} cycles)"
         size = format_bytes(point.bytes) if point.measured.fits else "no fit"
@@ -186,15 +186,15 @@ def table_of(points: Iterable[Point], of: Of, chosen: Rules | None) -> str:
     return "\n".join(lines)
 
 
-def plot_of(
-    points: Iterable[Point], path: str | os.PathLike[str], *, of: Of, time_by: str, budget_bytes: int | None
+def plot_points(
+    points: Iterable[Point], path: str | os.PathLike[str], *, of: BudgetKind, time_by: str, budget_bytes: int | None
 ) -> None:
     """Draw cycles against memory."""
     points = tuple(points)
-    with plot.figure(path) as axes:
+    with plot.open_figure(path) as axes:
         drawn = [point for point in points if point.measured.fits]
         axes.plot([p.bytes / 2**20 for p in drawn], [p.cycles / 1e6 for p in drawn], "o", color="tab:orange")
-        line = unbeaten(points)
+        line = find_frontier(points)
         axes.step([p.bytes / 2**20 for p in line], [p.cycles / 1e6 for p in line], where="post", color="gray")
         if budget_bytes is not None:
             axes.axvline(budget_bytes / 2**20, linestyle=":", color="black")
@@ -202,7 +202,7 @@ def plot_of(
         axes.set_ylabel("million cycles" + (" by the planner's model" if time_by == "model" else ""))
 
 
-def _line(pattern: str, action: Any) -> str:
+def _format_rule(pattern: str, action: Any) -> str:
     kept = f"keep {len(action.save)} names" if action.save else "nothing"
     kept = f"offload {len(action.offload)} names" if action.offload else kept
     return f"{pattern}: {kept}" + (f", {action.group} in a region" if action.group != 1 else "")

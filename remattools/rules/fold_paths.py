@@ -10,20 +10,20 @@ import re
 from collections.abc import Sequence
 
 _INDEX = re.compile(r"\d+$")
-_INDEX_IN_TEXT = re.compile(r"\d+(?=[.:,;\s]|$)")
+_INDEX_IN_SENTENCE = re.compile(r"\d+(?=[.:,;\s]|$)")
 
 
-def stem(path: str) -> tuple[str, ...]:
+def mask_path(path: str) -> tuple[str, ...]:
     """The parts of a path with "#" for each index: equal for paths that one line can stand for."""
     return tuple(_INDEX.sub("#", part) for part in path.split("."))
 
 
-def masked(text: str, mark: str = "#") -> str:
+def mask_text(text: str, mark: str = "#") -> str:
     """A sentence with a mark for each index in it."""
-    return _INDEX_IN_TEXT.sub(mark, text)
+    return _INDEX_IN_SENTENCE.sub(mark, text)
 
 
-def slice_text(paths: Sequence[str]) -> str:
+def format_paths(paths: Sequence[str]) -> str:
     """One text for paths that differ in indices only: it means these paths and no others."""
     if len(paths) == 1:
         return paths[0]
@@ -34,10 +34,10 @@ def slice_text(paths: Sequence[str]) -> str:
             others = (*block[:column], *block[column + 1 :])
             merged[others] = merged.get(others, frozenset()) | block[column]
         blocks = [(*others[:column], values, *others[column:]) for others, values in merged.items()]
-    return ", ".join(".".join(map(_indices_text, block)) for block in blocks)
+    return ", ".join(".".join(map(_format_indices, block)) for block in blocks)
 
 
-def _indices_text(parts: frozenset[str]) -> str:
+def _format_indices(parts: frozenset[str]) -> str:
     """One part of a path: a name or an index, a slice of indices, or the indices one by one."""
     if len(parts) == 1:
         return next(iter(parts))

@@ -24,7 +24,7 @@ from ..errors import PatternError
 Path = tuple[str | int, ...]
 
 _SEPARATOR = "\x1f"  # stands before every segment in the text a regex sees; in no attribute name
-_MAX_ALTERNATIVES = 1024
+_MAX_BRACE_ALTERNATIVES = 1024
 _SLICE = re.compile(r"\[(-?\d*)(?:(:)(-?\d*)(?::(-?\d*))?)?\]")
 _DIGITS = re.compile(r"(\d+)")
 _INDEX = re.compile(r"(?P<rest>.*[^.\s])\[(?P<index>\d+)\]\Z", re.DOTALL)
@@ -42,7 +42,7 @@ def parse_path(text: str) -> Path:
     return tuple(int(part) if part.isdecimal() else part for part in text.split("."))
 
 
-def natural_key(path: Path) -> tuple[Any, ...]:
+def make_natural_key(path: Path) -> tuple[Any, ...]:
     """Sorting key under which `layer2` comes before `layer10`."""
     return tuple(
         tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _DIGITS.split(str(segment)) if part)
@@ -66,8 +66,8 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):  # here, since a list is no key of the cache below
-            raise _bad(self.text, "it is no text", 'a pattern such as "layers.*".')
-        _compiled(self.text)
+            raise _make_pattern_error(self.text, "it is no text", 'a pattern such as "layers.*".')
+        _compile_pattern(self.text)
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
@@ -78,7 +78,7 @@ class Pattern:
         """
         return cls(text)
 
-    def matches(self, path: Path, class_names: Sequence[str] = (), lengths: Mapping[Path, int] | None = None) -> bool:
+    def is_match(self, path: Path, class_names: Sequence[str] = (), lengths: Mapping[Path, int] | None = None) -> bool:
         """Whether one path matches.
 
         Args:
@@ -86,7 +86,9 @@ class Pattern:
             class_names: Names of the class and its bases of what stands there.
             lengths: Length of the sequence at each path, for slices that count from the end.
         """
-        return any(alternative.matches(path, class_names, lengths or {}) for alternative in _compiled(self.text))
+        return any(
+            alternative.is_match(path, class_names, lengths or {}) for alternative in _compile_pattern(self.text)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +99,15 @@ class _Alternative:
     regex: re.Pattern[str] | None  # None if a slice needs the sequence's length
     cls: re.Pattern[str] | None
 
-    def matches(self, path: Path, class_names: Sequence[str], lengths: Mapping[Path, int]) -> bool:
+    def is_match(self, path: Path, class_names: Sequence[str], lengths: Mapping[Path, int]) -> bool:
         if self.cls is not None and not any(map(self.cls.fullmatch, class_names)):
             return False
         if self.regex is not None:
-            return self.regex.fullmatch(_joined(path)) is not None
-        return _walk(self.tokens, path, 0, lengths)
+            return self.regex.fullmatch(_join_path(path)) is not None
+        return _is_match_from(self.tokens, path, 0, lengths)
 
 
-class Universe:
+class PathIndex:
     """All paths of a tree, prepared for many patterns.
 
     Args:
@@ -116,7 +118,7 @@ class Universe:
     def __init__(self, paths: Sequence[Path], class_names: Sequence[Sequence[str]] | None = None) -> None:
         self.paths = list(paths)
         self.class_names = [()] * len(self.paths) if class_names is None else list(class_names)
-        self._joined = [_joined(path) for path in self.paths]
+        self._joined_paths = [_join_path(path) for path in self.paths]
 
     @functools.cached_property
     def lengths(self) -> dict[Path, int]:
@@ -132,18 +134,18 @@ class Universe:
     def match(self, pattern: Pattern) -> tuple[int, ...]:
         """Indices of the paths that match, in order."""
         hits: set[int] = set()
-        for alternative in _compiled(pattern.text):
-            hits.update(self._match(alternative))
+        for alternative in _compile_pattern(pattern.text):
+            hits.update(self._match_alternative(alternative))
         return tuple(sorted(hits))
 
-    def _match(self, alternative: _Alternative) -> Iterator[int]:
+    def _match_alternative(self, alternative: _Alternative) -> Iterator[int]:
         if alternative.regex is None:
             for index, path in enumerate(self.paths):
-                if alternative.matches(path, self.class_names[index], self.lengths):
+                if alternative.is_match(path, self.class_names[index], self.lengths):
                     yield index
             return
         full, cls = alternative.regex.fullmatch, alternative.cls
-        for index, text in enumerate(self._joined):
+        for index, text in enumerate(self._joined_paths):
             if full(text) and (cls is None or any(map(cls.fullmatch, self.class_names[index]))):
                 yield index
 
@@ -152,10 +154,10 @@ def match(
     pattern: Pattern, paths: Sequence[Path], class_names: Sequence[Sequence[str]] | None = None
 ) -> tuple[int, ...]:
     """Indices of the `paths` that match; for many patterns build a `Universe` once."""
-    return Universe(paths, class_names).match(pattern)
+    return PathIndex(paths, class_names).match(pattern)
 
 
-def closest(pattern: Pattern | str, paths: Sequence[Path], most: int = 3) -> tuple[str, ...]:
+def find_closest(pattern: Pattern | str, paths: Sequence[Path], limit: int = 3) -> tuple[str, ...]:
     """The real paths nearest to a pattern that matched none, as texts."""
     text = pattern if isinstance(pattern, str) else pattern.text
     text = text.rpartition(":")[0] or text
@@ -167,9 +169,9 @@ def closest(pattern: Pattern | str, paths: Sequence[Path], most: int = 3) -> tup
             representatives.setdefault(folded, format_path(path))
     if "." not in text:
         last = {folded.rpartition(".")[2]: folded for folded in reversed(representatives)}
-        near = [last[name] for name in difflib.get_close_matches(text, last, n=most, cutoff=0.4)]
+        near = [last[name] for name in difflib.get_close_matches(text, last, n=limit, cutoff=0.4)]
     else:
-        near = difflib.get_close_matches(re.sub(r"\[[^]]*\]|\d+", "*", text), representatives, n=most, cutoff=0.4)
+        near = difflib.get_close_matches(re.sub(r"\[[^]]*\]|\d+", "*", text), representatives, n=limit, cutoff=0.4)
     return tuple(representatives[folded] for folded in near)
 
 
@@ -188,7 +190,7 @@ class NamePattern:
     text: str
 
     def __post_init__(self) -> None:
-        _compiled_name(self.text)
+        _compile_name(self.text)
 
     @classmethod
     def parse(cls, text: str) -> "NamePattern":
@@ -199,7 +201,7 @@ class NamePattern:
         """
         return cls(text)
 
-    def matches(self, kind: str, path: Path, primitive: str, index: int) -> bool:
+    def is_match(self, kind: str, path: Path, primitive: str, index: int) -> bool:
         """Whether it names a value.
 
         Args:
@@ -208,49 +210,53 @@ class NamePattern:
             primitive: Name of the primitive or of the `checkpoint_name`; "" for a module's output.
             index: Which one in trace order.
         """
-        wanted, where, what, number = _compiled_name(self.text)
+        wanted, where, what, number = _compile_name(self.text)
         if kind != wanted or (number is not None and number != index):
             return False
         if what is not None and not what.fullmatch(primitive):
             return False
-        return where is None or where.matches(path)
+        return where is None or where.is_match(path)
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled_name(text: str) -> tuple[str, Pattern | None, re.Pattern[str] | None, int | None]:
+def _compile_name(text: str) -> tuple[str, Pattern | None, re.Pattern[str] | None, int | None]:
     if not isinstance(text, str) or not text.strip():
-        raise _bad(text, "it is empty", 'a name such as "attn.qkv", "mlp:dot_general" or "@my_name".')
+        raise _make_pattern_error(text, "it is empty", 'a name such as "attn.qkv", "mlp:dot_general" or "@my_name".')
     indexed = _INDEX.match(text)
     body, number = (indexed["rest"], int(indexed["index"])) if indexed else (text, None)
     if body.startswith("@"):
-        return "user", None, _glob(body[1:], text), number
+        return "user", None, _compile_glob(body[1:], text), number
     path, colon, primitive = _split_colon(body)
     if not colon:
         return "module", Pattern(path), None, number
     if not primitive:
-        raise _bad(text, "nothing follows the colon", f'"{path}:*" for every operation written in {path or "."}.')
-    return "op", Pattern(path or "."), _glob(primitive, text), number
+        raise _make_pattern_error(
+            text, "nothing follows the colon", f'"{path}:*" for every operation written in {path or "."}.'
+        )
+    return "op", Pattern(path or "."), _compile_glob(primitive, text), number
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(text: str) -> tuple[_Alternative, ...]:
+def _compile_pattern(text: str) -> tuple[_Alternative, ...]:
     if not text.strip():
-        raise _bad(text, "it is empty", '"." for the root, "**" for everything.')
+        raise _make_pattern_error(text, "it is empty", '"." for the root, "**" for everything.')
     if text != text.strip() or any(character in text for character in "\n\t" + _SEPARATOR):
-        raise _bad(text, "it has white space around it or control characters inside", f"{text.strip()!r}.")
-    return tuple(_alternative(expanded, text) for expanded in _expand(text, text))
+        raise _make_pattern_error(
+            text, "it has white space around it or control characters inside", f"{text.strip()!r}."
+        )
+    return tuple(_compile_alternative(expanded, text) for expanded in _expand_braces(text, text))
 
 
-def _alternative(expanded: str, text: str) -> _Alternative:
+def _compile_alternative(expanded: str, text: str) -> _Alternative:
     body, colon, cls = _split_colon(expanded)
     if colon and not cls:
-        raise _bad(text, "nothing follows the colon", f'"{body}" for any class, or "{body}:Linear".')
-    tokens = tuple(_tokens(body, text))
+        raise _make_pattern_error(text, "nothing follows the colon", f'"{body}" for any class, or "{body}:Linear".')
+    tokens = tuple(_tokenize(body, text))
     has_slice = any(isinstance(token, slice | int) for token in tokens)
     return _Alternative(
         tokens=tokens,
-        regex=None if has_slice else re.compile("".join(map(_regex_of, tokens))),
-        cls=_glob(cls, text) if colon else None,
+        regex=None if has_slice else re.compile("".join(map(_make_regex, tokens))),
+        cls=_compile_glob(cls, text) if colon else None,
     )
 
 
@@ -260,7 +266,7 @@ def _split_colon(text: str) -> tuple[str, str, str]:
     return (text, "", "") if not colon or "]" in tail else (head, colon, tail)
 
 
-def _tokens(body: str, text: str) -> Iterator[_Token]:
+def _tokenize(body: str, text: str) -> Iterator[_Token]:
     if body == ".":
         return
     if body in ("", "**"):  # "" where only a class was asked for
@@ -273,57 +279,65 @@ def _tokens(body: str, text: str) -> Iterator[_Token]:
         if segment == "**":
             yield "**"
         elif segment.startswith("["):
-            yield _slice(segment, text)
+            yield _parse_slice(segment, text)
         elif not segment:
-            raise _bad(text, "two dots enclose an empty segment", '"**" to cross any number of segments.')
+            raise _make_pattern_error(
+                text, "two dots enclose an empty segment", '"**" to cross any number of segments.'
+            )
         else:
-            yield _glob(segment, text)
+            yield _compile_glob(segment, text)
 
 
-def _slice(segment: str, text: str) -> slice | int:
+def _parse_slice(segment: str, text: str) -> slice | int:
     found = _SLICE.fullmatch(segment)
     if found is None or (not found[2] and not found[1]):
-        raise _bad(text, f"{segment!r} is no slice", '"[0]", "[-1]", "[:-2]" or "[::2]" as a whole segment.')
+        raise _make_pattern_error(
+            text, f"{segment!r} is no slice", '"[0]", "[-1]", "[:-2]" or "[::2]" as a whole segment.'
+        )
     if not found[2]:
         return int(found[1])
     start, stop, step = (int(part) if part else None for part in (found[1], found[3], found[4]))
     if step == 0:
-        raise _bad(text, "a slice cannot step by 0", '"[::2]" for every second.')
+        raise _make_pattern_error(text, "a slice cannot step by 0", '"[::2]" for every second.')
     return slice(start, stop, step)
 
 
-def _glob(segment: str, text: str) -> re.Pattern[str]:
+def _compile_glob(segment: str, text: str) -> re.Pattern[str]:
     if any(character in segment for character in "[]{}"):
-        raise _bad(text, "brackets stand inside a segment", "a slice as a segment of its own: layers.[0].")
+        raise _make_pattern_error(
+            text, "brackets stand inside a segment", "a slice as a segment of its own: layers.[0]."
+        )
     if "**" in segment:
-        raise _bad(text, "** stands beside other characters", "** as a segment of its own: encoder.**.attn.")
+        raise _make_pattern_error(
+            text, "** stands beside other characters", "** as a segment of its own: encoder.**.attn."
+        )
     return re.compile(re.escape(segment).replace(r"\*", f"[^{_SEPARATOR}]*"))
 
 
-def _regex_of(token: _Token) -> str:
+def _make_regex(token: _Token) -> str:
     if isinstance(token, str):
         return f"(?:{_SEPARATOR}[^{_SEPARATOR}]*)*"
     assert isinstance(token, re.Pattern)
     return _SEPARATOR + token.pattern
 
 
-def _joined(path: Path) -> str:
+def _join_path(path: Path) -> str:
     return "".join(_SEPARATOR + str(segment) for segment in path)
 
 
-def _walk(tokens: tuple[_Token, ...], path: Path, depth: int, lengths: Mapping[Path, int]) -> bool:
+def _is_match_from(tokens: tuple[_Token, ...], path: Path, depth: int, lengths: Mapping[Path, int]) -> bool:
     """Match `tokens` against `path` from `depth` on; only needed where slices look at lengths."""
     if not tokens:
         return depth == len(path)
     token, rest = tokens[0], tokens[1:]
     if isinstance(token, str):
-        return any(_walk(rest, path, end, lengths) for end in range(depth, len(path) + 1))
-    if depth == len(path) or not _fits(token, path, depth, lengths):
+        return any(_is_match_from(rest, path, end, lengths) for end in range(depth, len(path) + 1))
+    if depth == len(path) or not _is_token_match(token, path, depth, lengths):
         return False
-    return _walk(rest, path, depth + 1, lengths)
+    return _is_match_from(rest, path, depth + 1, lengths)
 
 
-def _fits(token: _Token, path: Path, depth: int, lengths: Mapping[Path, int]) -> bool:
+def _is_token_match(token: _Token, path: Path, depth: int, lengths: Mapping[Path, int]) -> bool:
     segment = path[depth]
     if isinstance(token, re.Pattern):
         return token.fullmatch(str(segment)) is not None
@@ -336,12 +350,14 @@ def _fits(token: _Token, path: Path, depth: int, lengths: Mapping[Path, int]) ->
     return segment == (token if token >= 0 else token + length)
 
 
-def _expand(text: str, whole: str) -> list[str]:
+def _expand_braces(text: str, pattern: str) -> list[str]:
     """All texts that the braces of `text` stand for."""
     start = text.find("{")
     if start < 0:
         if "}" in text:
-            raise _bad(whole, "a brace is closed that was never opened", "{a,b} around the alternatives.")
+            raise _make_pattern_error(
+                pattern, "a brace is closed that was never opened", "{a,b} around the alternatives."
+            )
         return [text]
     depth, parts, begin = 0, [], start + 1
     for position in range(start, len(text)):
@@ -353,13 +369,15 @@ def _expand(text: str, whole: str) -> list[str]:
         if depth == 0:
             break
     else:
-        raise _bad(whole, "a brace is opened and never closed", "{a,b} around the alternatives.")
-    tails = _expand(text[position + 1 :], whole)
-    heads = [text[:start] + inner for part in parts for inner in _expand(part, whole)]
-    if len(heads) * len(tails) > _MAX_ALTERNATIVES:
-        raise _bad(whole, f"its braces stand for more than {_MAX_ALTERNATIVES} patterns", "several rules, or a *.")
+        raise _make_pattern_error(pattern, "a brace is opened and never closed", "{a,b} around the alternatives.")
+    tails = _expand_braces(text[position + 1 :], pattern)
+    heads = [text[:start] + inner for part in parts for inner in _expand_braces(part, pattern)]
+    if len(heads) * len(tails) > _MAX_BRACE_ALTERNATIVES:
+        raise _make_pattern_error(
+            pattern, f"its braces stand for more than {_MAX_BRACE_ALTERNATIVES} patterns", "several rules, or a *."
+        )
     return [head + tail for head in heads for tail in tails]
 
 
-def _bad(text: object, problem: str, fix: str) -> PatternError:
+def _make_pattern_error(text: object, problem: str, fix: str) -> PatternError:
     return PatternError(what=f"{text!r} is no pattern: {problem}.", why="it could match nothing as it stands.", fix=fix)

@@ -17,13 +17,22 @@ from typing import Any
 
 import jax
 
-from ..errors import PolicyError, did_you_mean
-from .policy import AllBut, Bare, Lowered, Named, Names, OffloadDots, Policy, listed
+from ..errors import PolicyError, suggest_names
+from .policy import (
+    AllExceptNames,
+    CallablePolicy,
+    JaxPolicy,
+    LoweredPolicy,
+    NamePolicy,
+    OffloadDots,
+    Policy,
+    format_names,
+)
 
-_JAX = jax.checkpoint_policies
+_JAX_POLICIES = jax.checkpoint_policies
 
 
-def _texts(values: Iterable[Any], where: str) -> frozenset[str]:
+def _require_strings(values: Iterable[Any], where: str) -> frozenset[str]:
     names = list(values)
     for name in names:
         if not isinstance(name, str):
@@ -35,20 +44,20 @@ def _texts(values: Iterable[Any], where: str) -> frozenset[str]:
     return frozenset(names)
 
 
-everything_saveable = Named("everything_saveable")
-nothing_saveable = Named("nothing_saveable")
-dots_saveable = checkpoint_dots = Named("dots_saveable")
-dots_with_no_batch_dims_saveable = checkpoint_dots_with_no_batch_dims = Named("dots_with_no_batch_dims_saveable")
+everything_saveable = JaxPolicy("everything_saveable")
+nothing_saveable = JaxPolicy("nothing_saveable")
+dots_saveable = checkpoint_dots = JaxPolicy("dots_saveable")
+dots_with_no_batch_dims_saveable = checkpoint_dots_with_no_batch_dims = JaxPolicy("dots_with_no_batch_dims_saveable")
 
 
 def save_only_these_names(*names: str) -> Policy:
     """Save only values with these `checkpoint_name`s."""
-    return Names(saved=_texts(names, "save_only_these_names"))
+    return NamePolicy(saved_names=_require_strings(names, "save_only_these_names"))
 
 
 def save_any_names_but_these(*names: str) -> Policy:
     """Save every named value except these; unnamed ones are recomputed."""
-    return AllBut(_texts(names, "save_any_names_but_these"), named_only=True)
+    return AllExceptNames(_require_strings(names, "save_any_names_but_these"), is_named_only=True)
 
 
 def save_anything_except_these_names(*names: str) -> Policy:
@@ -56,7 +65,7 @@ def save_anything_except_these_names(*names: str) -> Policy:
 
     JAX's policy of this name saves everything since jax#37888.
     """
-    return AllBut(_texts(names, "save_anything_except_these_names"), named_only=False)
+    return AllExceptNames(_require_strings(names, "save_anything_except_these_names"), is_named_only=False)
 
 
 def save_from_both_policies(first: Any, second: Any) -> Policy:
@@ -81,18 +90,18 @@ def save_and_offload_only_these_names(
     Raises:
         PolicyError: If a name is in both lists.
     """
-    saved = _texts(names_which_can_be_saved, "names_which_can_be_saved")
-    offloaded = _texts(names_which_can_be_offloaded, "names_which_can_be_offloaded")
+    saved = _require_strings(names_which_can_be_saved, "names_which_can_be_saved")
+    offloaded = _require_strings(names_which_can_be_offloaded, "names_which_can_be_offloaded")
     if saved & offloaded:
         raise PolicyError(
-            what=f"{listed(saved & offloaded)} is to be saved and offloaded.",
+            what=f"{format_names(saved & offloaded)} is to be saved and offloaded.",
             why="a value is kept in one place.",
             fix="name it in one of the two lists.",
         )
-    return Names(saved, offloaded, offload_src, offload_dst)
+    return NamePolicy(saved, offloaded, offload_src, offload_dst)
 
 
-_VALUES: dict[str, Policy] = {
+_POLICIES: dict[str, Policy] = {
     "everything_saveable": everything_saveable,
     "nothing_saveable": nothing_saveable,
     "dots_saveable": dots_saveable,
@@ -112,7 +121,7 @@ _FACTORIES: dict[str, Callable[..., Policy]] = {
 
 def names() -> tuple[str, ...]:
     """Names of all policies; those that take arguments are functions of this module."""
-    return tuple(sorted((*_VALUES, *_FACTORIES)))
+    return tuple(sorted((*_POLICIES, *_FACTORIES)))
 
 
 def resolve(value: Any) -> Policy:
@@ -126,12 +135,12 @@ def resolve(value: Any) -> Policy:
     if isinstance(value, str):
         return parse_policy(value)
     if callable(value):
-        for name, policy in _VALUES.items():
-            if getattr(_JAX, name) is value:
+        for name, policy in _POLICIES.items():
+            if getattr(_JAX_POLICIES, name) is value:
                 return policy
-        if any(value is factory or value is getattr(_JAX, name) for name, factory in _FACTORIES.items()):
-            raise _no_arguments(value.__name__)
-        return value.policy if isinstance(value, Lowered) else Bare(value)
+        if any(value is factory or value is getattr(_JAX_POLICIES, name) for name, factory in _FACTORIES.items()):
+            raise _make_no_arguments_error(value.__name__)
+        return value.policy if isinstance(value, LoweredPolicy) else CallablePolicy(value)
     raise PolicyError(
         what=f"{value!r} is no policy.",
         why="a region has to know which of its values to keep.",
@@ -139,7 +148,7 @@ def resolve(value: Any) -> Policy:
     )
 
 
-def _no_arguments(name: str) -> PolicyError:
+def _make_no_arguments_error(name: str) -> PolicyError:
     return PolicyError(
         what=f"{name} was given without its arguments.",
         why="it makes a policy, and is none itself: JAX would take its result, a function, for True.",
@@ -154,14 +163,14 @@ def parse_policy(text: str) -> Policy:
         PolicyError: If the text is no expression of known policies.
     """
     try:
-        return _built(ast.parse(text.strip(), mode="eval").body, text)
+        return _build_policy(ast.parse(text.strip(), mode="eval").body, text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, PolicyError):
             raise
-        raise _unreadable(text) from None
+        raise _make_unreadable_error(text) from None
 
 
-def _unreadable(text: str) -> PolicyError:
+def _make_unreadable_error(text: str) -> PolicyError:
     return PolicyError(
         what=f"{text!r} is no policy.",
         why="policies are names, combined by |, & and ~, with names of values in quotes.",
@@ -169,29 +178,29 @@ def _unreadable(text: str) -> PolicyError:
     )
 
 
-def _built(node: ast.expr, text: str) -> Policy:
+def _build_policy(node: ast.expr, text: str) -> Policy:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _built(node.left, text) | _built(node.right, text)
+        return _build_policy(node.left, text) | _build_policy(node.right, text)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
-        return _built(node.left, text) & _built(node.right, text)
+        return _build_policy(node.left, text) & _build_policy(node.right, text)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
-        return ~_built(node.operand, text)
+        return ~_build_policy(node.operand, text)
     if isinstance(node, ast.Name):
-        if node.id in _VALUES:
-            return _VALUES[node.id]
+        if node.id in _POLICIES:
+            return _POLICIES[node.id]
         if node.id in _FACTORIES:
-            raise _no_arguments(node.id)
-        raise _unknown(node.id)
+            raise _make_no_arguments_error(node.id)
+        raise _make_unknown_error(node.id)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return _called(node.func.id, node, text)
-    raise _unreadable(text)
+        return _call_factory(node.func.id, node, text)
+    raise _make_unreadable_error(text)
 
 
-def _called(name: str, node: ast.Call, text: str) -> Policy:
+def _call_factory(name: str, node: ast.Call, text: str) -> Policy:
     factory = _FACTORIES.get(name)
     if factory is None:
-        raise _unreadable(text) if name in _VALUES else _unknown(name)
-    read = _built if name == "save_from_both_policies" else _literal
+        raise _make_unreadable_error(text) if name in _POLICIES else _make_unknown_error(name)
+    read = _build_policy if name == "save_from_both_policies" else _evaluate_literal
     try:
         return factory(
             *(read(argument, text) for argument in node.args),
@@ -203,16 +212,16 @@ def _called(name: str, node: ast.Call, text: str) -> Policy:
         ) from None
 
 
-def _literal(node: ast.expr, text: str) -> Any:
+def _evaluate_literal(node: ast.expr, text: str) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise _unreadable(text) from None
+        raise _make_unreadable_error(text) from None
 
 
-def _unknown(name: str) -> PolicyError:
+def _make_unknown_error(name: str) -> PolicyError:
     return PolicyError(
         what=f"there is no policy {name!r}.",
         why="a misspelt policy would otherwise save nothing, or everything.",
-        fix=did_you_mean(name, names()),
+        fix=suggest_names(name, names()),
     )

@@ -16,7 +16,7 @@ import jax
 
 from .. import compat
 
-_JAX = jax.checkpoint_policies
+_JAX_POLICIES = jax.checkpoint_policies
 
 
 class Decision(enum.IntEnum):
@@ -39,61 +39,61 @@ class Policy:
             *avals: Abstract values of its operands.
             **params: Its parameters.
         """
-        return self._answer(primitive, *avals, **params)[0]
+        return self._classify(primitive, *avals, **params)[0]
 
-    def _answer(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
+    def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
         raise NotImplementedError  # every policy below says how
 
     def lower(self) -> Callable[..., Any]:
         """The policy as JAX takes it; equal policies give equal callables, so that JAX's caches hit."""
-        return Lowered(self)
+        return LoweredPolicy(self)
 
     @property
-    def needs_lowering_to_names(self) -> bool:
+    def is_lowered_to_names(self) -> bool:
         """Whether jax_remat3 would not ask it: that knows JAX's own policies over names and matrix products only."""
         return True
 
     def __or__(self, other: "Policy") -> "Policy":
-        return _combined(Union, self, other)
+        return _combine(Union, self, other)
 
     def __and__(self, other: "Policy") -> "Policy":
-        return _combined(Intersection, self, other)
+        return _combine(Intersection, self, other)
 
     def __invert__(self) -> "Policy":
         return self.policy if isinstance(self, Complement) else Complement(self)
 
 
 @functools.cache
-def _jax_policy(factory: str, args: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+def _make_jax_policy(factory: str, args: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     """A policy made by JAX, one object for equal arguments: JAX's caches compare policies."""
-    policy: Callable[..., Any] = getattr(_JAX, factory)(*args, **dict(keywords))
+    policy: Callable[..., Any] = getattr(_JAX_POLICIES, factory)(*args, **dict(keywords))
     return policy
 
 
 @dataclasses.dataclass(frozen=True)
-class Lowered:
+class LoweredPolicy:
     """A policy with JAX's calling convention."""
 
     policy: Policy
 
     def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
         """What JAX's own policies return."""
-        decision, kinds = self.policy._answer(primitive, *avals, **params)
+        decision, kinds = self.policy._classify(primitive, *avals, **params)
         if decision is Decision.SAVE:
             return compat.SAVEABLE
-        return compat.RECOMPUTE if kinds is None else compat.offloadable(*kinds)
+        return compat.RECOMPUTE if kinds is None else compat.make_offloadable(*kinds)
 
 
-def _translated(answer: Any) -> tuple[Decision, tuple[str, str] | None]:
+def _parse_decision(decision: Any) -> tuple[Decision, tuple[str, str] | None]:
     """A JAX policy's answer: a bool or one of JAX's classes."""
-    kinds = compat.offload_of(answer)
+    kinds = compat.parse_offload(decision)
     if kinds is not None:
         return Decision.OFFLOAD, kinds
-    return (Decision.SAVE if answer is True or answer is compat.SAVEABLE else Decision.RECOMPUTE), None
+    return (Decision.SAVE if decision is True or decision is compat.SAVEABLE else Decision.RECOMPUTE), None
 
 
 @dataclasses.dataclass(frozen=True)
-class Named(Policy):
+class JaxPolicy(Policy):
     """One of JAX's policies without arguments.
 
     Attributes:
@@ -102,16 +102,16 @@ class Named(Policy):
 
     name: str
 
-    def _answer(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
-        return _translated(self.lower()(primitive, *avals, **params))
+    def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
+        return _parse_decision(self.lower()(primitive, *avals, **params))
 
     def lower(self) -> Callable[..., Any]:
         """JAX's own object."""
-        policy: Callable[..., Any] = getattr(_JAX, self.name)
+        policy: Callable[..., Any] = getattr(_JAX_POLICIES, self.name)
         return policy
 
     @property
-    def needs_lowering_to_names(self) -> bool:
+    def is_lowered_to_names(self) -> bool:
         """False: JAX handles its own under jax_remat3 too."""
         return False
 
@@ -120,85 +120,85 @@ class Named(Policy):
 
 
 @dataclasses.dataclass(frozen=True)
-class Names(Policy):
+class NamePolicy(Policy):
     """Saves and offloads values by their `checkpoint_name`.
 
     Attributes:
-        saved: Names to keep on the device.
-        offloaded: Names to keep in host memory.
+        saved_names: Names to keep on the device.
+        offloaded_names: Names to keep in host memory.
         src: Memory kind on the device.
         dst: Memory kind of the host.
     """
 
-    saved: frozenset[str] = frozenset()
-    offloaded: frozenset[str] = frozenset()
+    saved_names: frozenset[str] = frozenset()
+    offloaded_names: frozenset[str] = frozenset()
     src: str = "device"
     dst: str = "pinned_host"
 
-    def _answer(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
+    def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
         name = params.get("name") if primitive is compat.NAME_PRIMITIVE else None
-        if name in self.saved:
+        if name in self.saved_names:
             return Decision.SAVE, None
-        return (Decision.OFFLOAD, (self.src, self.dst)) if name in self.offloaded else (Decision.RECOMPUTE, None)
+        return (Decision.OFFLOAD, (self.src, self.dst)) if name in self.offloaded_names else (Decision.RECOMPUTE, None)
 
     def lower(self) -> Callable[..., Any]:
         """What JAX's factory makes of it."""
-        if not self.offloaded:
-            return _jax_policy("save_only_these_names", tuple(sorted(self.saved)), ())
+        if not self.offloaded_names:
+            return _make_jax_policy("save_only_these_names", tuple(sorted(self.saved_names)), ())
         keywords = (
-            ("names_which_can_be_saved", tuple(sorted(self.saved))),
-            ("names_which_can_be_offloaded", tuple(sorted(self.offloaded))),
+            ("names_which_can_be_saved", tuple(sorted(self.saved_names))),
+            ("names_which_can_be_offloaded", tuple(sorted(self.offloaded_names))),
             ("offload_src", self.src),
             ("offload_dst", self.dst),
         )
-        return _jax_policy("save_and_offload_only_these_names", (), keywords)
+        return _make_jax_policy("save_and_offload_only_these_names", (), keywords)
 
     @property
-    def needs_lowering_to_names(self) -> bool:
+    def is_lowered_to_names(self) -> bool:
         """False: it is about names."""
         return False
 
     def __str__(self) -> str:
-        if not self.offloaded:
-            return f"save_only_these_names({listed(self.saved)})"
+        if not self.offloaded_names:
+            return f"save_only_these_names({format_names(self.saved_names)})"
         return (
-            f"save_and_offload_only_these_names(names_which_can_be_saved=[{listed(self.saved)}], "
-            f"names_which_can_be_offloaded=[{listed(self.offloaded)}], "
+            f"save_and_offload_only_these_names(names_which_can_be_saved=[{format_names(self.saved_names)}], "
+            f"names_which_can_be_offloaded=[{format_names(self.offloaded_names)}], "
             f"offload_src={self.src!r}, offload_dst={self.dst!r})"
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class AllBut(Policy):
+class AllExceptNames(Policy):
     """Saves everything except the values of some names.
 
     Attributes:
         names: The exceptions.
-        named_only: Save only named values, as `save_any_names_but_these` does.
+        is_named_only: Save only named values, as `save_any_names_but_these` does.
     """
 
     names: frozenset[str]
-    named_only: bool
+    is_named_only: bool
 
-    def _answer(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
+    def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
         if primitive is compat.NAME_PRIMITIVE:
             return (Decision.RECOMPUTE if params["name"] in self.names else Decision.SAVE), None
-        return (Decision.RECOMPUTE if self.named_only else Decision.SAVE), None
+        return (Decision.RECOMPUTE if self.is_named_only else Decision.SAVE), None
 
     def lower(self) -> Callable[..., Any]:
         """What JAX's factory makes of it, if that does what its name says."""
-        if self.named_only:
-            return _jax_policy("save_any_names_but_these", tuple(sorted(self.names)), ())
+        if self.is_named_only:
+            return _make_jax_policy("save_any_names_but_these", tuple(sorted(self.names)), ())
         return super().lower()
 
     @property
-    def needs_lowering_to_names(self) -> bool:
+    def is_lowered_to_names(self) -> bool:
         """Whether unnamed values count too."""
-        return not self.named_only
+        return not self.is_named_only
 
     def __str__(self) -> str:
-        kind = "save_any_names_but_these" if self.named_only else "save_anything_except_these_names"
-        return f"{kind}({listed(self.names)})"
+        kind = "save_any_names_but_these" if self.is_named_only else "save_anything_except_these_names"
+        return f"{kind}({format_names(self.names)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,17 +213,17 @@ class OffloadDots(Policy):
     src: str = "device"
     dst: str = "pinned_host"
 
-    def _answer(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
-        if _JAX.dots_with_no_batch_dims_saveable(primitive, *avals, **params):
+    def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
+        if _JAX_POLICIES.dots_with_no_batch_dims_saveable(primitive, *avals, **params):
             return Decision.OFFLOAD, (self.src, self.dst)
         return Decision.RECOMPUTE, None
 
     def lower(self) -> Callable[..., Any]:
         """What JAX's factory makes of it."""
-        return _jax_policy("offload_dot_with_no_batch_dims", (self.src, self.dst), ())
+        return _make_jax_policy("offload_dot_with_no_batch_dims", (self.src, self.dst), ())
 
     @property
-    def needs_lowering_to_names(self) -> bool:
+    def is_lowered_to_names(self) -> bool:
         """False: it is about matrix products."""
         return False
 
@@ -232,7 +232,7 @@ class OffloadDots(Policy):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bare(Policy):
+class CallablePolicy(Policy):
     """A policy callable of the user, compared by identity; it has no text.
 
     Attributes:
@@ -241,8 +241,8 @@ class Bare(Policy):
 
     function: Callable[..., Any]
 
-    def _answer(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
-        return _translated(self.function(primitive, *avals, **params))
+    def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
+        return _parse_decision(self.function(primitive, *avals, **params))
 
     def lower(self) -> Callable[..., Any]:
         """The callable itself."""
@@ -258,8 +258,8 @@ class Union(Policy):
 
     parts: tuple[Policy, ...]
 
-    def _answer(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
-        return max((part._answer(primitive, *avals, **params) for part in self.parts), key=_strength)
+    def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
+        return max((part._classify(primitive, *avals, **params) for part in self.parts), key=_get_strength)
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.parts))
@@ -271,8 +271,8 @@ class Intersection(Policy):
 
     parts: tuple[Policy, ...]
 
-    def _answer(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
-        return min((part._answer(primitive, *avals, **params) for part in self.parts), key=_strength)
+    def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
+        return min((part._classify(primitive, *avals, **params) for part in self.parts), key=_get_strength)
 
     def __str__(self) -> str:
         return " & ".join(f"({part})" if isinstance(part, Union) else str(part) for part in self.parts)
@@ -284,8 +284,8 @@ class Complement(Policy):
 
     policy: Policy
 
-    def _answer(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
-        kept = self.policy._answer(primitive, *avals, **params)[0] is not Decision.RECOMPUTE
+    def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
+        kept = self.policy._classify(primitive, *avals, **params)[0] is not Decision.RECOMPUTE
         return (Decision.RECOMPUTE if kept else Decision.SAVE), None
 
     def __str__(self) -> str:
@@ -293,11 +293,11 @@ class Complement(Policy):
         return f"~({inner})" if isinstance(self.policy, Union | Intersection) else f"~{inner}"
 
 
-def _strength(answer: tuple[Decision, Any]) -> int:
-    return answer[0]
+def _get_strength(decision: tuple[Decision, Any]) -> int:
+    return decision[0]
 
 
-def _combined(kind: type[Union] | type[Intersection], first: Policy, second: Policy) -> Policy:
+def _combine(kind: type[Union] | type[Intersection], first: Policy, second: Policy) -> Policy:
     if not isinstance(second, Policy):
         return NotImplemented
     parts: list[Policy] = []
@@ -307,6 +307,6 @@ def _combined(kind: type[Union] | type[Intersection], first: Policy, second: Pol
     return parts[0] if len(parts) == 1 else kind(tuple(parts))
 
 
-def listed(names: Iterable[str]) -> str:
+def format_names(names: Iterable[str]) -> str:
     """Names as they stand in a call."""
     return ", ".join(map(repr, sorted(names)))

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from ..errors import RuleError, UnmatchedRuleError, UnmatchedRuleWarning
-from .paths import Path, Pattern, Universe, closest, format_path, natural_key
+from .paths import Path, PathIndex, Pattern, find_closest, format_path, make_natural_key
 from .rule import Remat
 from .ruleset import Rules
 
@@ -20,7 +20,7 @@ _NUMBERED = re.compile(r"(.*?)(\d+)\Z")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Node:
+class ModuleNode:
     """What the rules may know of one module.
 
     Attributes:
@@ -35,7 +35,7 @@ class Node:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decision:
+class ModuleDecision:
     """The verdict on one module.
 
     Attributes:
@@ -51,7 +51,7 @@ class Decision:
     path: Path = ()
 
 
-def resolve(rules: Rules, nodes: Sequence[Node], *, strict: bool = True) -> list[Decision]:
+def resolve(rules: Rules, nodes: Sequence[ModuleNode], *, strict: bool = True) -> list[ModuleDecision]:
     """Decide over every node.
 
     Args:
@@ -66,49 +66,49 @@ def resolve(rules: Rules, nodes: Sequence[Node], *, strict: bool = True) -> list
     universe = [(path, index) for index, node in enumerate(nodes) for path in node.paths]
     paths = [path for path, _ in universe]
     class_names = [nodes[index].class_names for _, index in universe]
-    everything = Universe(paths, class_names)
+    everything = PathIndex(paths, class_names)
     taken: list[list[tuple[int, Path]]] = [[] for _ in nodes]
     for number, (pattern, action) in enumerate(rules):
         hits = everything.match(pattern)
         found = {universe[hit][1]: paths[hit] for hit in reversed(hits)}
-        fitting = {i: path for i, path in found.items() if _fits(nodes[i], action)}
+        fitting = {i: path for i, path in found.items() if _has_methods(nodes[i], action)}
         if not fitting:
-            _unmatched(pattern.text, action, found, nodes, paths, strict=strict)
+            _report_unmatched(pattern.text, action, found, nodes, paths, strict=strict)
         for index, path in fitting.items():
-            if isinstance(action, Remat) and not _counted(action, pattern.text, path, paths):
+            if isinstance(action, Remat) and not _is_counted(action, pattern.text, path, paths):
                 continue
             taken[index].append((number, path))
     return [_decide(rules, entry) for entry in taken]
 
 
-def _decide(rules: Rules, taken: list[tuple[int, Path]]) -> Decision:
-    if not taken:
-        return Decision()
-    *shadowed, (winner, path) = taken
-    return Decision(
+def _decide(rules: Rules, matches: list[tuple[int, Path]]) -> ModuleDecision:
+    if not matches:
+        return ModuleDecision()
+    *shadowed, (winner, path) = matches
+    return ModuleDecision(
         action=tuple(rules)[winner][1], rule=winner, shadowed=tuple(number for number, _ in shadowed), path=path
     )
 
 
-def _fits(node: Node, action: Remat | bool) -> bool:
+def _has_methods(node: ModuleNode, action: Remat | bool) -> bool:
     if not isinstance(action, Remat):
         return True
     return set(action.methods) <= node.methods
 
 
-def _unmatched(
+def _report_unmatched(
     text: str,
     action: Remat | bool,
     found: dict[int, Path],
-    nodes: Sequence[Node],
+    nodes: Sequence[ModuleNode],
     paths: Sequence[Path],
     *,
     strict: bool,
 ) -> None:
     if found:
-        error = _nothing_to_call(text, action, found, nodes)
+        error = _make_no_method_error(text, action, found, nodes)
     else:
-        near = _anywhere(text, paths) or closest_text(text, paths)
+        near = _suggest_anywhere(text, paths) or format_closest(text, paths)
         error = UnmatchedRuleError(
             what=f"the rule {text!r} matches no module of this model.",
             why="it would silently do nothing, and the memory would be as without it.",
@@ -120,8 +120,8 @@ def _unmatched(
     warnings.warn(UnmatchedRuleWarning(str(error)), stacklevel=4)
 
 
-def _nothing_to_call(
-    text: str, action: Remat | bool, found: dict[int, Path], nodes: Sequence[Node]
+def _make_no_method_error(
+    text: str, action: Remat | bool, found: dict[int, Path], nodes: Sequence[ModuleNode]
 ) -> UnmatchedRuleError:
     index, path = min(found.items(), key=lambda item: len(item[1]))
     wanted = ", ".join(action.methods) if isinstance(action, Remat) else "a call"
@@ -143,26 +143,26 @@ def _nothing_to_call(
     )
 
 
-def _anywhere(text: str, paths: Sequence[Path]) -> str:
+def _suggest_anywhere(text: str, paths: Sequence[Path]) -> str:
     """A pattern with a dot starts at the root: if it would match further down, the sentence that says so, else ""."""
     deeper = f"**.{text}"
     if "." not in text or text.startswith((".", "**")):
         return ""
-    found = next((path for path in paths if Pattern.parse(deeper).matches(path)), None)
+    found = next((path for path in paths if Pattern.parse(deeper).is_match(path)), None)
     return "" if found is None else f'a pattern with a dot starts at the root: "{deeper}" matches {format_path(found)}.'
 
 
-def closest_text(text: str, paths: Sequence[Path]) -> str:
+def format_closest(text: str, paths: Sequence[Path]) -> str:
     """The nearest real paths as a sentence, or ""."""
-    from_text = closest(text, paths)
+    from_text = find_closest(text, paths)
     return f"the closest paths are {', '.join(from_text)}." if from_text else ""
 
 
-def _counted(action: Remat, text: str, path: Path, paths: Sequence[Path]) -> bool:
+def _is_counted(action: Remat, text: str, path: Path, paths: Sequence[Path]) -> bool:
     """Whether `every_n` and `offset` take the module at `path`."""
     if action.every_n == 1:
         return True
-    index = sequence_index(path, paths)
+    index = find_sequence_index(path, paths)
     if index is None:
         raise RuleError(
             what=f"the rule {text!r} has every_n={action.every_n}, but {format_path(path)} stands in no sequence.",
@@ -173,7 +173,7 @@ def _counted(action: Remat, text: str, path: Path, paths: Sequence[Path]) -> boo
     return index % action.every_n == action.offset
 
 
-def sequence_index(path: Path, paths: Sequence[Path]) -> int | None:
+def find_sequence_index(path: Path, paths: Sequence[Path]) -> int | None:
     """Index of a module in its nearest sequence, else among its numbered siblings, else None."""
     for segment in reversed(path):
         if isinstance(segment, int):
@@ -185,13 +185,13 @@ def sequence_index(path: Path, paths: Sequence[Path]) -> int | None:
         siblings = {
             other[depth]
             for other in paths
-            if len(other) > depth and other[:depth] == path[:depth] and _stem(other[depth]) == stem[1]
+            if len(other) > depth and other[:depth] == path[:depth] and _strip_number(other[depth]) == stem[1]
         }
         if len(siblings) > 1:
-            return sorted(siblings, key=lambda name: natural_key((name,))).index(path[depth])
+            return sorted(siblings, key=lambda name: make_natural_key((name,))).index(path[depth])
     return None
 
 
-def _stem(segment: str | int) -> str | None:
+def _strip_number(segment: str | int) -> str | None:
     numbered = _NUMBERED.match(str(segment))
     return numbered[1] if numbered else None

@@ -46,7 +46,7 @@ class Remat:
         if self.policy is not None:
             object.__setattr__(self, "policy", resolve(self.policy))
         for field in ("save", "offload", "methods"):
-            object.__setattr__(self, field, self._texts(field))
+            object.__setattr__(self, field, self._require_strings(field))
         for name in (*self.save, *self.offload):
             NamePattern.parse(name)
         both = set(self.save) & set(self.offload)
@@ -69,7 +69,7 @@ class Remat:
                 fix="True, or False for a region inside a scan.",
             )
 
-    def _texts(self, field: str) -> tuple[str, ...]:
+    def _require_strings(self, field: str) -> tuple[str, ...]:
         value = getattr(self, field)
         if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
             raise RuleError(
@@ -117,7 +117,7 @@ class Remat:
 Action = Remat | Literal[False]
 
 
-def as_action(value: Any) -> Action:
+def coerce_action(value: Any) -> Action:
     """An action from a policy (name, value or callable), a `Remat`, or False.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import RuleError
 from . import toml
 from .paths import Pattern
-from .rule import Action, Remat, as_action
+from .rule import Action, Remat, coerce_action
 
 _PRESETS = pathlib.Path(__file__).with_name("presets")
 
@@ -39,7 +39,7 @@ class Rules:
     def __init__(self, rules: "Mapping[str, Any] | Iterable[tuple[str | Pattern, Any]] | Rules" = ()) -> None:
         pairs = rules.items() if isinstance(rules, Mapping) else rules
         self._pairs: tuple[tuple[Pattern, Action], ...] = tuple(
-            (pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern), as_action(action))
+            (pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern), coerce_action(action))
             for pattern, action in pairs
         )
 

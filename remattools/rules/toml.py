@@ -25,9 +25,9 @@ import tomllib
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import RematError, RuleError, RuleFileError, did_you_mean
+from ..errors import RematError, RuleError, RuleFileError, suggest_names
 from .paths import Pattern
-from .policy import Bare, Complement, Intersection, Policy, Union
+from .policy import CallablePolicy, Complement, Intersection, Policy, Union
 from .rule import Action, Remat
 
 _FIELDS = ("policy", "save", "offload", "every_n", "offset", "group", "methods", "prevent_cse")
@@ -60,56 +60,60 @@ def loads(text: str, source: str) -> list[tuple[str, Action]]:
         found = _POSITION.search(str(error))
         line = int(found[1]) if found else len(text.splitlines())
         problem = _POSITION.sub("", str(error)).strip()
-        raise _error(source, line, f"no TOML: {problem}.", "the line, as TOML has it.") from None
+        raise _make_error(source, line, f"no TOML: {problem}.", "the line, as TOML has it.") from None
     except ValueError as error:  # a number too long for Python
-        raise _error(source, 1, f"no TOML that Python reads: {error}.", "numbers of sensible size.") from None
+        raise _make_error(source, 1, f"no TOML that Python reads: {error}.", "numbers of sensible size.") from None
     table = document.get("remat", {})
     if not isinstance(table, dict):
-        raise _error(source, _line(text, "remat"), "`remat` is no table.", "[remat.rules] above the rules.")
+        raise _make_error(source, _find_line(text, "remat"), "`remat` is no table.", "[remat.rules] above the rules.")
     for key in table:
         if key not in ("rule", "rules"):
-            raise _error(
+            raise _make_error(
                 source,
-                _line(text, key),
+                _find_line(text, key),
                 f"[remat] has no entry {key!r}.",
-                did_you_mean(key, ("rule", "rules")) + " [remat.rules] is a table, [[remat.rule]] an array of tables.",
+                suggest_names(key, ("rule", "rules")) + " [remat.rules] is a table, [[remat.rule]] an array of tables.",
             )
-    return [*_from_table(table.get("rules", {}), text, source), *_from_array(table.get("rule", []), text, source)]
+    return [*_parse_table(table.get("rules", {}), text, source), *_parse_array(table.get("rule", []), text, source)]
 
 
-def _from_table(table: Any, text: str, source: str) -> list[tuple[str, Action]]:
+def _parse_table(table: Any, text: str, source: str) -> list[tuple[str, Action]]:
     if not isinstance(table, dict):
-        raise _error(source, _line(text, "rules"), "[remat.rules] is no table.", '"layers.*" = "nothing_saveable".')
-    return [_rule(pattern, value, source, text) for pattern, value in table.items()]
+        raise _make_error(
+            source, _find_line(text, "rules"), "[remat.rules] is no table.", '"layers.*" = "nothing_saveable".'
+        )
+    return [_parse_rule(pattern, value, source, text) for pattern, value in table.items()]
 
 
-def _from_array(array: Any, text: str, source: str) -> list[tuple[str, Action]]:
+def _parse_array(array: Any, text: str, source: str) -> list[tuple[str, Action]]:
     headers = [n for n, line in enumerate(text.splitlines(), 1) if _HEADER.match(line)]
     if not isinstance(array, list) or not all(isinstance(entry, dict) for entry in array):
-        raise _error(source, _line(text, "rule"), "`rule` is no array of tables.", "[[remat.rule]] above each rule.")
+        raise _make_error(
+            source, _find_line(text, "rule"), "`rule` is no array of tables.", "[[remat.rule]] above each rule."
+        )
     rules = []
     for number, entry in enumerate(array):
         first = headers[number] if number < len(headers) else 1
         if "pattern" not in entry:
-            raise _error(source, first, "a rule without a pattern.", 'pattern = "layers.*".')
+            raise _make_error(source, first, "a rule without a pattern.", 'pattern = "layers.*".')
         rest = {key: value for key, value in entry.items() if key != "pattern"}
         if not rest:
-            raise _error(source, first, "a rule without an action.", 'policy = "nothing_saveable", or off = true.')
-        rules.append(_rule(entry["pattern"], rest, source, text, first))
+            raise _make_error(source, first, "a rule without an action.", 'policy = "nothing_saveable", or off = true.')
+        rules.append(_parse_rule(entry["pattern"], rest, source, text, first))
     return rules
 
 
-def _rule(pattern: Any, value: Any, source: str, text: str, first: int | None = None) -> tuple[str, Action]:
+def _parse_rule(pattern: Any, value: Any, source: str, text: str, first: int | None = None) -> tuple[str, Action]:
     """A rule; `first` is the line of its header in an array of tables."""
     try:
-        action = _action(value)
+        action = _parse_action(value)
         Pattern.parse(pattern)
     except RematError as error:
         # Looked for only now: it reads the whole text.
-        line = _line(text, pattern) if first is None else _line(text, "pattern", first)
+        line = _find_line(text, pattern) if first is None else _find_line(text, "pattern", first)
         if isinstance(error, _UnknownKeyError) and first is not None:
-            line = _line(text, error.key, first)
-        raise _error(source, line, error.what, error.fix, error.why) from None
+            line = _find_line(text, error.key, first)
+        raise _make_error(source, line, error.what, error.fix, error.why) from None
     return pattern, action
 
 
@@ -119,7 +123,7 @@ class _UnknownKeyError(RuleError):
     key: str = ""
 
 
-def _action(value: Any) -> Action:
+def _parse_action(value: Any) -> Action:
     if value is False:
         return False
     if isinstance(value, str):
@@ -135,7 +139,7 @@ def _action(value: Any) -> Action:
             error = _UnknownKeyError(
                 what=f"a rule has no entry {key!r}.",
                 why="a misspelt entry would silently do nothing.",
-                fix=did_you_mean(key, (*_FIELDS, "pattern", "off")),
+                fix=suggest_names(key, (*_FIELDS, "pattern", "off")),
             )
             error.key = key
             raise error
@@ -150,7 +154,7 @@ def _action(value: Any) -> Action:
     return Remat(**value)
 
 
-def _line(text: str, key: str, start: int = 1) -> int:
+def _find_line(text: str, key: str, start: int = 1) -> int:
     """The line on which `key` is set, from `start` on; 1 if it cannot be told."""
     quoted = {key, json.dumps(key), f"'{key}'"}
     for number, line in enumerate(text.splitlines(), 1):
@@ -160,7 +164,7 @@ def _line(text: str, key: str, start: int = 1) -> int:
     return start
 
 
-def _error(source: str, line: int, what: str, fix: str, why: str = "") -> RuleFileError:
+def _make_error(source: str, line: int, what: str, fix: str, why: str = "") -> RuleFileError:
     return RuleFileError(
         what=f"{source}, line {line}: {what}",
         why=why or "the rules would not be the ones that were meant.",
@@ -170,42 +174,42 @@ def _error(source: str, line: int, what: str, fix: str, why: str = "") -> RuleFi
 
 def dumps(rules: Iterable[tuple[str, Action]]) -> str:
     """Write rules as `[[remat.rule]]` tables."""
-    return "\n".join(_table(pattern, action) for pattern, action in rules)
+    return "\n".join(_format_table(pattern, action) for pattern, action in rules)
 
 
-def _table(pattern: str, action: Action) -> str:
-    lines = ["[[remat.rule]]", f"pattern = {_text(pattern)}"]
+def _format_table(pattern: str, action: Action) -> str:
+    lines = ["[[remat.rule]]", f"pattern = {_format_string(pattern)}"]
     if action is False:
         return "\n".join([*lines, "off = true", ""])
     if action.policy is not None:
         _check_writable(action.policy, pattern)
-        lines.append(f"policy = {_text(str(action.policy))}")
+        lines.append(f"policy = {_format_string(str(action.policy))}")
     default = Remat()
     for field in _FIELDS[1:]:
         value = getattr(action, field)
         if value != getattr(default, field):
-            lines.append(f"{field} = {_value(value)}")
+            lines.append(f"{field} = {_format_value(value)}")
     if len(lines) == 2:
         # An explicit policy that saves nothing is another value than none; the shortest entry says none.
         lines.append("every_n = 1")
     return "\n".join([*lines, ""])
 
 
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_text, value))}]"
-    return _text(value) if isinstance(value, str) else str(value)
+        return f"[{', '.join(map(_format_string, value))}]"
+    return _format_string(value) if isinstance(value, str) else str(value)
 
 
-def _text(value: str) -> str:
+def _format_string(value: str) -> str:
     # JSON's escapes are TOML's, but for surrogates (which no TOML may hold) and DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _check_writable(policy: Policy, pattern: str) -> None:
-    if isinstance(policy, Bare):
+    if isinstance(policy, CallablePolicy):
         raise RuleError(
             what=f"the rule {pattern!r} has the callable {policy} as its policy.",
             why="a function has no text, and no code is ever read from a rule file.",

@@ -22,10 +22,10 @@ from flax import nnx
 _LIBRARIES = frozenset({"jax", "jaxlib", "flax", "numpy", "optax", "functools", "remattools"})
 _MAX_DEPTH = 16
 
-Replace = Callable[[str, Any], Any]
+ReplaceModel = Callable[[str, Any], Any]
 
 
-def captured_models(fn: Any) -> list[tuple[str, Any]]:
+def find_captured_models(fn: Any) -> list[tuple[str, Any]]:
     """Names and values of everything with nnx objects in it that `fn` refers to without being passed it."""
     found: dict[int, tuple[str, Any]] = {}
 
@@ -33,87 +33,89 @@ def captured_models(fn: Any) -> list[tuple[str, Any]]:
         found.setdefault(id(value), (name, value))
         return value
 
-    _Rebinding(note).visit("fn", fn, 0)
+    _Rebinder(note).visit("fn", fn, 0)
     return list(found.values())
 
 
-def with_models(fn: Any, models: dict[int, Any]) -> Any:
+def replace_models(fn: Any, models: dict[int, Any]) -> Any:
     """`fn` with the models replaced, by the id of the original; the same object if there are none."""
     if not models:
         return fn
-    return _Rebinding(lambda _, value: models.get(id(value), value)).visit("fn", fn, 0)
+    return _Rebinder(lambda _, value: models.get(id(value), value)).visit("fn", fn, 0)
 
 
-def holds_models(value: Any, depth: int = 0) -> bool:
+def has_models(value: Any, depth: int = 0) -> bool:
     """Whether `value` is, or is a plain container of, nnx objects."""
     if isinstance(value, nnx.Pytree | nnx.Variable | nnx.State):
         return True
     if depth < 4 and type(value) in (tuple, list):
-        return any(holds_models(item, depth + 1) for item in value)
+        return any(has_models(item, depth + 1) for item in value)
     if depth < 4 and type(value) is dict:
-        return any(holds_models(item, depth + 1) for item in value.values())
+        return any(has_models(item, depth + 1) for item in value.values())
     return False
 
 
-class _Rebinding:
+class _Rebinder:
     """One walk over functions and what they refer to; `replace` decides over each value with models in it."""
 
-    def __init__(self, replace: Replace) -> None:
+    def __init__(self, replace: ReplaceModel) -> None:
         self.replace = replace
         self.seen: dict[int, Any] = {}
 
     def visit(self, name: str, value: Any, depth: int) -> Any:
         """The value to use instead of `value`: itself where nothing below it changed."""
-        if holds_models(value):
+        if has_models(value):
             return self.replace(name, value)
         if depth > _MAX_DEPTH or not callable(value) or isinstance(value, type):
             return value
         if id(value) not in self.seen:
             self.seen[id(value)] = value  # a function that refers to itself keeps the old one
-            self.seen[id(value)] = self.callable(value, depth + 1)
+            self.seen[id(value)] = self.visit_callable(value, depth + 1)
         return self.seen[id(value)]
 
-    def callable(self, value: Any, depth: int) -> Any:
+    def visit_callable(self, value: Any, depth: int) -> Any:
         if isinstance(value, types.FunctionType):
-            return self.function(value, depth)
+            return self.visit_function(value, depth)
         if isinstance(value, functools.partial):
-            parts = self.items([("fn", value.func), *_numbered(value.args), *value.keywords.items()], depth)
+            parts = self.visit_items([("fn", value.func), *_number_values(value.args), *value.keywords.items()], depth)
             if parts is None:
                 return value
             count = 1 + len(value.args)
             return functools.partial(parts[0], *parts[1:count], **dict(zip(value.keywords, parts[count:], strict=True)))
         if isinstance(value, types.MethodType):
-            owner = self.owner(value.__self__, depth)
+            owner = self.visit_owner(value.__self__, depth)
             return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
         if hasattr(value, "lower") and hasattr(value, "__wrapped__"):  # jitted: inside another trace it is inlined
             inner = self.visit("fn", value.__wrapped__, depth)
             return value if inner is value.__wrapped__ else inner
         users = isinstance(getattr(type(value), "__call__", None), types.FunctionType)  # noqa: B004
         if users and type(value).__module__.partition(".")[0] not in _LIBRARIES:
-            return self.owner(value, depth)
+            return self.visit_owner(value, depth)
         return value
 
-    def owner(self, value: Any, depth: int) -> Any:
+    def visit_owner(self, value: Any, depth: int) -> Any:
         """The object of a bound method: a model, or something like a trainer that has one."""
-        if holds_models(value):
+        if has_models(value):
             return self.visit("self", value, depth)
         if not hasattr(value, "__dict__") or isinstance(value, type | types.ModuleType):
             return value
-        attributes = self.items(vars(value).items(), depth)
+        attributes = self.visit_items(vars(value).items(), depth)
         if attributes is None:
             return value
         new = copy.copy(value)
         vars(new).update(zip(vars(value), attributes, strict=True))
         return new
 
-    def function(self, function: types.FunctionType, depth: int) -> Any:
+    def visit_function(self, function: types.FunctionType, depth: int) -> Any:
         cells = function.__closure__ or ()
-        filled = [(name, cell) for name, cell in zip(function.__code__.co_freevars, cells, strict=True) if _full(cell)]
-        captured = self.items([(name, cell.cell_contents) for name, cell in filled], depth)
-        defaults = self.items(_numbered(function.__defaults__ or ()), depth)
-        keywords = self.items((function.__kwdefaults__ or {}).items(), depth)
-        used = dict(_globals_used(function))
-        replaced = self.items(used.items(), depth)
+        filled = [
+            (name, cell) for name, cell in zip(function.__code__.co_freevars, cells, strict=True) if _is_filled(cell)
+        ]
+        captured = self.visit_items([(name, cell.cell_contents) for name, cell in filled], depth)
+        defaults = self.visit_items(_number_values(function.__defaults__ or ()), depth)
+        keywords = self.visit_items((function.__kwdefaults__ or {}).items(), depth)
+        used = dict(_find_globals(function))
+        replaced = self.visit_items(used.items(), depth)
         if captured is None and defaults is None and keywords is None and replaced is None:
             return function
         contents = {} if captured is None else dict(zip((n for n, _ in filled), captured, strict=True))
@@ -134,18 +136,18 @@ class _Rebinding:
         new.__dict__.update(function.__dict__)
         return new
 
-    def items(self, pairs: Any, depth: int) -> list[Any] | None:
+    def visit_items(self, pairs: Any, depth: int) -> list[Any] | None:
         """What to use instead of each value, or None if all stay."""
         pairs = list(pairs)
         new = [self.visit(name, value, depth) for name, value in pairs]
         return None if all(value is item for value, (_, item) in zip(new, pairs, strict=True)) else new
 
 
-def _numbered(values: tuple[Any, ...]) -> list[tuple[str, Any]]:
+def _number_values(values: tuple[Any, ...]) -> list[tuple[str, Any]]:
     return [(f"arg{index}", value) for index, value in enumerate(values)]
 
 
-def _full(cell: types.CellType) -> bool:
+def _is_filled(cell: types.CellType) -> bool:
     try:
         _ = cell.cell_contents
     except ValueError:  # not assigned yet
@@ -153,18 +155,18 @@ def _full(cell: types.CellType) -> bool:
     return True
 
 
-def _globals_used(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def _find_globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     if function.__module__ is None or function.__module__.partition(".")[0] in _LIBRARIES:
         return
-    for name in sorted(_names(function.__code__)):
+    for name in sorted(_find_names(function.__code__)):
         if name in function.__globals__:
             yield name, function.__globals__[name]
 
 
-def _names(code: types.CodeType) -> set[str]:
+def _find_names(code: types.CodeType) -> set[str]:
     """Names that the code, or a function defined in it, may look up among the globals."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names |= _names(constant)
+            names |= _find_names(constant)
     return names

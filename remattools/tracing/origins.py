@@ -23,9 +23,9 @@ from ..transform.naming import names, scopes
 from . import pure_call
 
 # Looked through: they move, round or mark a value, and are not what computes it.
-_TRANSPARENT = frozenset({"reduce_precision", "optimization_barrier", "copy", "copy_p", "device_put"})
-_BEGINNINGS = re.compile(f"({scopes.REGION}|{scopes.RELATIVE})")
-_MARKS = frozenset({names.SAVED, names.OFFLOADED})
+_TRANSPARENT_PRIMITIVES = frozenset({"reduce_precision", "optimization_barrier", "copy", "copy_p", "device_put"})
+_ROOT_MARKS = re.compile(f"({scopes.REGION}|{scopes.RELATIVE})")
+_REGION_MARKS = frozenset({names.SAVED, names.OFFLOADED})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,17 +37,17 @@ class Origin:
         path: Module that computes it, or the leaf's own path.
         name: Primitive, or `@name` where the model's author named it; "" for arguments.
         region: Path of the innermost region it lies in, or None.
-        turns: Turns of the scans around it; each keeps one.
+        iterations: Turns of the scans around it; each keeps one.
     """
 
     kind: str
     path: str
     name: str = ""
     region: str | None = None
-    turns: int = 1
+    iterations: int = 1
 
 
-def named_program(call: pure_call.Call, select: Callable[[Any], Any]) -> Any:
+def trace_with_paths(call: pure_call.Call, select: Callable[[Any], Any]) -> Any:
     """The program of a call with module paths.
 
     Args:
@@ -55,49 +55,49 @@ def named_program(call: pure_call.Call, select: Callable[[Any], Any]) -> Any:
         select: From what `staging.evaluate` gives to what the program is to return.
     """
 
-    def traced(leaves: list[Any]) -> Any:
-        return select(pure_call.evaluate(call, leaves, named=True))
+    def run_selected(leaves: list[Any]) -> Any:
+        return select(pure_call.evaluate(call, leaves, with_paths=True))
 
-    return names.marked(jax.make_jaxpr(traced)(call.abstract_leaves()), {})
+    return names.mark_equations(jax.make_jaxpr(run_selected)(call.abstractify_leaves()), {})
 
 
-def loss_or_floats(evaluated: tuple[Any, list[Any]]) -> list[Any]:
+def select_loss_or_floats(result: tuple[Any, list[Any]]) -> list[Any]:
     """What a gradient is taken of: the scalar that comes first, or all floats that the function returns.
 
     Raises:
         MeasureError: If it returns no floats.
     """
-    out, _ = evaluated
+    out, _ = result
     first = out[0] if isinstance(out, tuple) and out else out
     if getattr(first, "shape", None) == ():
-        return [pure_call.loss_of(evaluated)[0]]
-    floats = [leaf for leaf in pure_call.arrays_of(out) if pure_call.is_float(leaf)]
-    return floats or [pure_call.loss_of(evaluated)[0]]
+        return [pure_call.split_loss(result)[0]]
+    floats = [leaf for leaf in pure_call.collect_arrays(out) if pure_call.is_float(leaf)]
+    return floats or [pure_call.split_loss(result)[0]]
 
 
-def takes_gradient(program: Any) -> bool:
+def has_gradient(jaxpr: Any) -> bool:
     """Whether a program holds operations of a backward pass."""
     return any(
         "transpose(" in str(equation.source_info.name_stack)
-        or any(takes_gradient(inner) for _, inner in jaxprs.nested(equation))
-        for equation in jaxprs.open_program(program).eqns
+        or any(has_gradient(inner) for _, inner in jaxprs.find_subjaxprs(equation))
+        for equation in jaxprs.open_jaxpr(jaxpr).eqns
     )
 
 
-def check_no_step(program: Any, purpose: str) -> None:
+def check_no_gradient(jaxpr: Any, purpose: str) -> None:
     """Refuse a train step or a gradient's function in the place of a loss.
 
     A loss may well use a gradient (a penalty on it, forces from an energy): then its result comes from one.
 
     Args:
-        program: Of what `loss_or_floats` selects.
+        jaxpr: Of what `loss_or_floats` selects.
         purpose: Why a loss is wanted.
 
     Raises:
         MeasureError: If the function takes a gradient that is not a part of its loss.
     """
-    top = jaxprs.open_program(program)
-    if takes_gradient(top) and not (_is_loss(top) and _comes_from_gradient(top, set(range(len(top.outvars))))):
+    top = jaxprs.open_jaxpr(jaxpr)
+    if has_gradient(top) and not (_is_loss(top) and _is_from_gradient(top, set(range(len(top.outvars))))):
         raise MeasureError(
             what="the function takes a gradient itself.",
             why=purpose,
@@ -112,127 +112,129 @@ def is_backward(equation: Any) -> bool:
     return bool(found) and "jvp(" not in before  # else a gradient inside of what is differentiated
 
 
-def _is_loss(program: Any) -> bool:
-    return [var.aval.shape for var in program.outvars] == [()]
+def _is_loss(jaxpr: Any) -> bool:
+    return [var.aval.shape for var in jaxpr.outvars] == [()]
 
 
-def _comes_from_gradient(program: Any, wanted: set[int]) -> bool:
+def _is_from_gradient(jaxpr: Any, indices: set[int]) -> bool:
     """Whether the wanted results of a program are computed from what a backward pass computes."""
-    inner = jaxprs.open_program(program)
-    live = {inner.outvars[index] for index in wanted if isinstance(inner.outvars[index], core.Var)}
+    inner = jaxprs.open_jaxpr(jaxpr)
+    live = {inner.outvars[index] for index in indices if isinstance(inner.outvars[index], core.Var)}
     for equation in reversed(inner.eqns):
         used = {index for index, var in enumerate(equation.outvars) if var in live}
         if not used:
             continue
         if "transpose(" in str(equation.source_info.name_stack):
             return True
-        for _, nested in jaxprs.nested(equation):
-            results = len(jaxprs.open_program(nested).outvars)
+        for _, nested in jaxprs.find_subjaxprs(equation):
+            results = len(jaxprs.open_jaxpr(nested).outvars)
             exact = results == len(equation.outvars) and equation.primitive.name not in ("scan", "while")
-            if _comes_from_gradient(nested, used if exact else set(range(results))):
+            if _is_from_gradient(nested, used if exact else set(range(results))):
                 return True
         live.update(atom for atom in equation.invars if isinstance(atom, core.Var))
     return False
 
 
-class Origins:
+class OriginFinder:
     """Finds where the values of one program come from.
 
     Args:
-        program: A closed program.
+        jaxpr: A closed program.
         call: The call it was traced from.
     """
 
-    def __init__(self, program: Any, call: pure_call.Call) -> None:
+    def __init__(self, jaxpr: Any, call: pure_call.Call) -> None:
         self.call = call
-        self.top = jaxprs.open_program(program)
-        self.leaves = {var: index for index, var in enumerate(self.top.invars)}
+        self.jaxpr = jaxprs.open_jaxpr(jaxpr)
+        self.leaves = {var: index for index, var in enumerate(self.jaxpr.invars)}
         self.producers: dict[int, dict[Any, tuple[Any, int]]] = {}
 
-    def of(self, atom: Any) -> Origin:
+    def find_origin(self, atom: Any) -> Origin:
         """The origin of a value of the outermost program."""
-        return self._of(self.top, atom, [], 1)
+        return self._find_origin(self.jaxpr, atom, [], 1)
 
-    def where(self, equation: Any) -> str:
+    def format_location(self, equation: Any) -> str:
         """Module and primitive of an equation of the outermost program, as `path:primitive`."""
-        path, _ = located([str(equation.source_info.name_stack)])
+        path, _ = locate([str(equation.source_info.name_stack)])
         return f"{format_path(path)}:{equation.primitive.name}"
 
-    def _of(self, program: Any, atom: Any, stacks: list[str], turns: int) -> Origin:
+    def _find_origin(self, jaxpr: Any, atom: Any, stacks: list[str], iterations: int) -> Origin:
         if not isinstance(atom, core.Var):
             return Origin(kind="constant", path=".", name="literal")
-        found = self._producer(program, atom)
+        found = self._find_producer(jaxpr, atom)
         if found is None:
-            return self._input(atom)
+            return self._find_input_origin(atom)
         equation, index = found
-        if equation.primitive.name in _TRANSPARENT or jaxprs.name_of(equation) in _MARKS:
-            return self._of(program, equation.invars[index], stacks, turns)
+        if equation.primitive.name in _TRANSPARENT_PRIMITIVES or jaxprs.get_checkpoint_name(equation) in _REGION_MARKS:
+            return self._find_origin(jaxpr, equation.invars[index], stacks, iterations)
         stacks = [*stacks, str(equation.source_info.name_stack)]
-        inner = self._inside(program, equation, index, stacks, turns)
+        inner = self._find_nested_origin(jaxpr, equation, index, stacks, iterations)
         if inner is not None:
             return inner
-        name = jaxprs.name_of(equation)
-        path, region = located(stacks)
+        name = jaxprs.get_checkpoint_name(equation)
+        path, region = locate(stacks)
         return Origin(
             kind="computed",
             path=format_path(path),
-            name=_label(equation) if name is None else f"@{name}",
+            name=_get_label(equation) if name is None else f"@{name}",
             region=None if region is None else format_path(region),
-            turns=turns,
+            iterations=iterations,
         )
 
-    def _input(self, var: Any) -> Origin:
+    def _find_input_origin(self, var: Any) -> Origin:
         index = self.leaves.get(var)
         if index is None:
             return Origin(kind="constant", path=".", name="constant")
-        info = self.call.infos[index]
-        return Origin(kind="parameter" if info.parameter else "argument", path=info.text)
+        info = self.call.leaf_infos[index]
+        return Origin(kind="parameter" if info.parameter else "argument", path=info.label)
 
-    def _inside(self, program: Any, equation: Any, index: int, stacks: list[str], turns: int) -> Origin | None:
+    def _find_nested_origin(
+        self, jaxpr: Any, equation: Any, index: int, stacks: list[str], iterations: int
+    ) -> Origin | None:
         """The origin in a nested program, if the equation only passes on what one computes."""
-        nested = list(jaxprs.nested(equation))
+        nested = list(jaxprs.find_subjaxprs(equation))
         if not nested:
             return None
-        inner = jaxprs.open_program(nested[0][1])
+        inner = jaxprs.open_jaxpr(nested[0][1])
         if len(inner.outvars) != len(equation.outvars):
             return None
-        scan = jaxprs.scan_of(equation)
-        if scan is not None and index >= scan.carry:
-            turns *= scan.length
+        scan = jaxprs.parse_scan(equation)
+        if scan is not None and index >= scan.num_carry:
+            iterations *= scan.length
         result = inner.outvars[index]
         if isinstance(result, core.Var) and result in inner.invars:
             position = list(inner.invars).index(result)
             if len(inner.invars) == len(equation.invars):
-                if scan is not None and position >= scan.consts:
+                if scan is not None and position >= scan.num_consts:
                     return None  # a carry or a slice, stacked: a value of its own
-                return self._of(program, equation.invars[position], stacks[:-1], turns)
+                return self._find_origin(jaxpr, equation.invars[position], stacks[:-1], iterations)
             return None
-        return self._of(inner, result, stacks, turns)
+        return self._find_origin(inner, result, stacks, iterations)
 
-    def _producer(self, program: Any, var: Any) -> tuple[Any, int] | None:
-        table = self.producers.get(id(program))
+    def _find_producer(self, jaxpr: Any, var: Any) -> tuple[Any, int] | None:
+        table = self.producers.get(id(jaxpr))
         if table is None:
-            table = {out: (equation, index) for equation in program.eqns for index, out in enumerate(equation.outvars)}
-            self.producers[id(program)] = table
+            table = {out: (equation, index) for equation in jaxpr.eqns for index, out in enumerate(equation.outvars)}
+            self.producers[id(jaxpr)] = table
         return table.get(var)
 
 
-def in_host_memory(aval: Any) -> bool:
+def is_in_host_memory(aval: Any) -> bool:
     """Whether a value lies in host memory: it was offloaded."""
     return str(getattr(aval, "memory_space", "")).endswith("Host")
 
 
-def _label(equation: Any) -> str:
+def _get_label(equation: Any) -> str:
     # What a scan computes itself is the carry of each turn.
     return "scan carry" if equation.primitive.name == "scan" else str(equation.primitive.name)
 
 
-def located(stacks: list[str]) -> tuple[Path, Path | None]:
+def locate(stacks: list[str]) -> tuple[Path, Path | None]:
     """Module path and innermost region of an operation, from the name stacks around it, outermost first."""
     path: Path = ()
     region: Path | None = None
-    *outer, last = _BEGINNINGS.split("/".join(stacks))
+    *outer, last = _ROOT_MARKS.split("/".join(stacks))
     for part, mark in zip(outer[::2], outer[1::2], strict=True):
-        path = (*path, *(scopes.path_of(part) or ()))
+        path = (*path, *(scopes.find_path(part) or ()))
         region = path if mark == scopes.REGION else region
-    return (*path, *(scopes.path_of(last) or ())), region
+    return (*path, *(scopes.find_path(last) or ())), region

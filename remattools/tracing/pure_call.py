@@ -42,7 +42,7 @@ class Leaf:
     parameter: bool
 
     @property
-    def text(self) -> str:
+    def label(self) -> str:
         """The path as text."""
         return format_path(self.path)
 
@@ -57,9 +57,9 @@ class Call:
         arity: How many of `values` are arguments.
         spec: How to rebuild `values`.
         leaves: Their arrays, in order; abstract or real.
-        infos: What each leaf is.
+        leaf_infos: What each leaf is.
         roots: Module paths start here: a path and a position in `values`.
-        differentiated: Indices of the leaves that a gradient is taken of.
+        differentiable_indices: Indices of the leaves that a gradient is taken of.
     """
 
     fn: Callable[..., Any]
@@ -67,7 +67,7 @@ class Call:
     arity: int
     spec: Any
     leaves: list[Any]
-    infos: tuple[Leaf, ...]
+    leaf_infos: tuple[Leaf, ...]
     roots: tuple[tuple[Path, int], ...]
 
     @property
@@ -76,16 +76,16 @@ class Call:
         return [self.values[position] for _, position in self.roots]
 
     @property
-    def differentiated(self) -> tuple[int, ...]:
+    def differentiable_indices(self) -> tuple[int, ...]:
         """Parameters of the first model; without one, the floats of the first argument."""
         first = self.roots[0][1] if self.roots else 0
-        inside = [i for i, info in enumerate(self.infos) if info.position == first and is_float(self.leaves[i])]
-        parameters = [i for i in inside if self.infos[i].parameter]
+        inside = [i for i, info in enumerate(self.leaf_infos) if info.position == first and is_float(self.leaves[i])]
+        parameters = [i for i in inside if self.leaf_infos[i].parameter]
         return tuple(parameters or inside)
 
-    def abstract_leaves(self) -> list[Any]:
+    def abstractify_leaves(self) -> list[Any]:
         """Shape, dtype and sharding of each leaf."""
-        return [abstract(leaf) for leaf in self.leaves]
+        return [abstractify(leaf) for leaf in self.leaves]
 
 
 def stage(fn: Any, args: Sequence[Any]) -> Call:
@@ -101,11 +101,11 @@ def stage(fn: Any, args: Sequence[Any]) -> Call:
             fix="measure(loss, model, batch): the function first, then its arguments.",
         )
     _check_call(fn, args)
-    models = closed_over.captured_models(fn)
-    passed = tuple(_as_arrays(value) for value in args)
+    models = closed_over.find_captured_models(fn)
+    passed = tuple(_convert_numpy(value) for value in args)
     values = (*passed, *(value for _, value in models))
     captured = cap.capture(values)
-    names = [*_argument_names(fn, len(args)), *(name for name, _ in models)]
+    names = [*_get_argument_names(fn, len(args)), *(name for name, _ in models)]
     holders = [i for i, value in enumerate(values) if _has_modules(value)]
     prefixes: list[Path] = [(name,) for name in names]
     if holders:
@@ -116,61 +116,61 @@ def stage(fn: Any, args: Sequence[Any]) -> Call:
         arity=len(args),
         spec=captured.spec,
         leaves=captured.leaves,
-        infos=_leaf_infos(captured, prefixes),
+        leaf_infos=_locate_leaves(captured, prefixes),
         roots=tuple((prefixes[i], i) for i in holders),
     )
 
 
-def unjitted(fn: Any) -> Any:
+def unwrap_jit(fn: Any) -> Any:
     """The Python function behind a jitted one: to be traced afresh, past JAX's cache of traces."""
     return getattr(fn, "__wrapped__", fn) if callable(getattr(fn, "lower", None)) else fn
 
 
-def pure(call: Call, *, differentiate: bool = False) -> Callable[[list[Any]], Any]:
+def make_pure(call: Call, *, differentiate: bool = False) -> Callable[[list[Any]], Any]:
     """A function of the call's leaves that computes what the call computes.
 
     Args:
         call: From `stage`.
         differentiate: Compute the gradients of the (first) result instead, and the rest as it is.
     """
-    indices = call.differentiated
+    indices = call.differentiable_indices
 
-    def plain(leaves: list[Any]) -> Any:
+    def run_plain(leaves: list[Any]) -> Any:
         return evaluate(call, leaves)[1]
 
-    def gradients(leaves: list[Any]) -> Any:
-        def loss(chosen: list[Any]) -> Any:
-            return loss_of(evaluate(call, replaced(leaves, indices, chosen)))
+    def compute_gradients(leaves: list[Any]) -> Any:
+        def compute_loss(chosen: list[Any]) -> Any:
+            return split_loss(evaluate(call, replace_leaves(leaves, indices, chosen)))
 
-        return jax.grad(loss, has_aux=True)([leaves[i] for i in indices])
+        return jax.grad(compute_loss, has_aux=True)([leaves[i] for i in indices])
 
-    return gradients if differentiate else plain
+    return compute_gradients if differentiate else run_plain
 
 
-def evaluate(call: Call, leaves: list[Any], *, named: bool = False) -> tuple[Any, list[Any]]:
+def evaluate(call: Call, leaves: list[Any], *, with_paths: bool = False) -> tuple[Any, list[Any]]:
     """Run the call on other leaves: what it returned, and all arrays that it returned or changed.
 
     Args:
         call: From `stage`.
         leaves: In the place of the call's own.
-        named: Put module paths on the operations, inside regions too.
+        with_paths: Put module paths on the operations, inside regions too.
     """
     objects: list[Any] = []
     rebuilt = cap.rebuild(call.spec, leaves, objects)
     before = effects.snapshot(objects)
     replacements = {id(old): new for old, new in zip(call.values[call.arity :], rebuilt[call.arity :], strict=True)}
-    fn = closed_over.with_models(call.fn, replacements)
+    fn = closed_over.replace_models(call.fn, replacements)
     with contextlib.ExitStack() as stack:
-        if named:
-            stack.enter_context(region.named())
-            stack.enter_context(scopes.recorded((path, rebuilt[position]) for path, position in call.roots))
-        stack.enter_context(explained(call))
+        if with_paths:
+            stack.enter_context(region.record_region_paths())
+            stack.enter_context(scopes.record_paths((path, rebuilt[position]) for path, position in call.roots))
+        stack.enter_context(explain_errors(call))
         out = fn(*rebuilt[: call.arity])
-    return out, effects.changes(objects, before, out)[0]
+    return out, effects.collect_effects(objects, before, out)[0]
 
 
 @contextlib.contextmanager
-def explained(call: Call) -> Iterator[None]:
+def explain_errors(call: Call) -> Iterator[None]:
     """What the user's function raises says with what it was called.
 
     Raises:
@@ -182,15 +182,15 @@ def explained(call: Call) -> Iterator[None]:
         raise
     except Exception as error:
         args = call.values[: call.arity]
-        shown = f"{_name_of(call.fn)}({_shown_arguments(call.fn, args)})"
-        misplaced = _function_last(call.fn, args)
+        shown = f"{_get_name(call.fn)}({_format_arguments(call.fn, args)})"
+        misplaced = _find_misplaced_function(call.fn, args)
         if misplaced is not None:
             raise misplaced from error
         if _is_swapped(call, error):
             raise MeasureError(
                 what=f"{shown} raised {type(error).__name__}: {error}",
                 why="an array stands where the function expects the model.",
-                fix=f"give the arguments in the function's own order: {_name_of(call.fn)}{_signature(call.fn) or ''}.",
+                fix=f"give the arguments in the function's own order: {_get_name(call.fn)}{_get_signature(call.fn) or ''}.",
             ) from error
         note = f"remattools traced the call {shown}."
         if note not in getattr(error, "__notes__", ()):
@@ -206,71 +206,71 @@ def _is_swapped(call: Call, error: Exception) -> bool:
     return missed and ("Tracer" in str(error) or "JitWrapped" in str(error))
 
 
-def _function_last(fn: Any, args: Sequence[Any]) -> MeasureError | None:
+def _find_misplaced_function(fn: Any, args: Sequence[Any]) -> MeasureError | None:
     """For a model that was given first, and the function after it."""
     functions = [value for value in args if inspect.isroutine(value) or hasattr(value, "__wrapped__")]
     if not isinstance(fn, nnx.Module) or not functions:
         return None
     return MeasureError(
-        what=f"the model {type(fn).__name__} stands in the place of the function, {_name_of(functions[0])} after it.",
+        what=f"the model {type(fn).__name__} stands in the place of the function, {_get_name(functions[0])} after it.",
         why="what is looked at is the call of a function; the function comes first.",
-        fix=f"({_name_of(functions[0])}, model, batch), in this order.",
+        fix=f"({_get_name(functions[0])}, model, batch), in this order.",
     )
 
 
 def _check_call(fn: Any, args: Sequence[Any]) -> None:
     """Refuse what the function's signature does not take, before anything is traced."""
-    signature = _signature(fn)
+    signature = _get_signature(fn)
     if signature is None:
         return
     try:
         signature.bind(*args)
     except TypeError as error:
-        raise _function_last(fn, args) or MeasureError(
-            what=f"{_name_of(fn)}{signature} cannot be called with ({_shown_arguments(fn, args)}): {error}.",
+        raise _find_misplaced_function(fn, args) or MeasureError(
+            what=f"{_get_name(fn)}{signature} cannot be called with ({_format_arguments(fn, args)}): {error}.",
             why="the function is called with the arguments that follow it, in their order.",
             fix="give all of its arguments, each by itself; functools.partial(fn, key=value) sets those with a name.",
         ) from error
 
 
-def _signature(fn: Any) -> inspect.Signature | None:
+def _get_signature(fn: Any) -> inspect.Signature | None:
     try:
         return inspect.signature(fn)
     except (TypeError, ValueError):  # written in C
         return None
 
 
-def _name_of(fn: Any) -> str:
+def _get_name(fn: Any) -> str:
     return str(getattr(fn, "__name__", type(fn).__name__))
 
 
-def _shown_arguments(fn: Any, values: Sequence[Any]) -> str:
-    names = _argument_names(fn, len(values))
-    return ", ".join(f"{name}={_shown(value)}" for name, value in zip(names, values, strict=True))
+def _format_arguments(fn: Any, values: Sequence[Any]) -> str:
+    names = _get_argument_names(fn, len(values))
+    return ", ".join(f"{name}={_format_value(value)}" for name, value in zip(names, values, strict=True))
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A short text: the type and size of arrays, the class of other objects."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return reprlib.repr(value) if isinstance(value, str | int | float | type(None)) else type(value).__name__
 
 
-def replaced(leaves: Sequence[Any], indices: Sequence[int], chosen: Sequence[Any]) -> list[Any]:
+def replace_leaves(leaves: Sequence[Any], indices: Sequence[int], new_leaves: Sequence[Any]) -> list[Any]:
     """The leaves with those at `indices` replaced."""
     new = list(leaves)
-    for index, value in zip(indices, chosen, strict=True):
+    for index, value in zip(indices, new_leaves, strict=True):
         new[index] = value
     return new
 
 
-def loss_of(evaluated: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+def split_loss(result: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
     """Split a result into the scalar to differentiate and the other arrays.
 
     Raises:
         MeasureError: If there is no such scalar.
     """
-    out, leaves = evaluated
+    out, leaves = result
     loss = out[0] if isinstance(out, tuple) and out else out
     shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
     if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -289,7 +289,7 @@ def check_differentiable(call: Call) -> None:
     Raises:
         MeasureError: If no argument holds floating-point arrays.
     """
-    if not call.differentiated:
+    if not call.differentiable_indices:
         raise MeasureError(
             what="no argument of the function can be differentiated.",
             why="a gradient is taken of the parameters of the first model, or of the floats of the first argument.",
@@ -297,7 +297,7 @@ def check_differentiable(call: Call) -> None:
         )
 
 
-def abstract(leaf: Any) -> Any:
+def abstractify(leaf: Any) -> Any:
     """Shape, dtype and, if it has one, sharding."""
     sharding = getattr(leaf, "sharding", None)
     settled = isinstance(leaf, jax.ShapeDtypeStruct) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
@@ -310,24 +310,24 @@ def is_float(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
-def arrays_of(value: Any) -> list[Any]:
+def collect_arrays(value: Any) -> list[Any]:
     """All arrays in a result."""
     return cap.capture(value).leaves
 
 
-def _as_arrays(value: Any) -> Any:
+def _convert_numpy(value: Any) -> Any:
     """numpy arrays are data here, not constants."""
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return jnp.asarray(value)
     if type(value) in (tuple, list):
-        return type(value)(_as_arrays(item) for item in value)
+        return type(value)(_convert_numpy(item) for item in value)
     if type(value) is dict:
-        return {key: _as_arrays(item) for key, item in value.items()}
+        return {key: _convert_numpy(item) for key, item in value.items()}
     return value
 
 
-def _argument_names(fn: Any, count: int) -> list[str]:
-    signature = _signature(fn)
+def _get_argument_names(fn: Any, count: int) -> list[str]:
+    signature = _get_signature(fn)
     names = [
         parameter.name
         for parameter in (signature.parameters.values() if signature is not None else ())
@@ -344,7 +344,7 @@ def _has_modules(value: Any) -> bool:
     return isinstance(value, dict) and any(map(_has_modules, value.values()))
 
 
-def _leaf_infos(captured: cap.Capture, prefixes: Sequence[Path]) -> tuple[Leaf, ...]:
+def _locate_leaves(captured: cap.Capture, prefixes: Sequence[Path]) -> tuple[Leaf, ...]:
     """Where each leaf lies, seen on a rebuilt copy whose leaves are recognised by identity."""
     marks = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in captured.leaves]
     indices = {id(mark): index for index, mark in enumerate(marks)}
@@ -359,7 +359,7 @@ def _leaf_infos(captured: cap.Capture, prefixes: Sequence[Path]) -> tuple[Leaf, 
         if id(value) in seen:
             return
         seen.add(id(value))
-        for key, child in _children(value):
+        for key, child in _get_children(value):
             visit(child, path if key is None else (*path, key), position, parameter or isinstance(value, nnx.Param))
 
     for position, value in enumerate(cap.rebuild(captured.spec, marks, [])):
@@ -367,11 +367,11 @@ def _leaf_infos(captured: cap.Capture, prefixes: Sequence[Path]) -> tuple[Leaf, 
     return tuple(infos)
 
 
-def _children(value: Any) -> list[tuple[Any, Any]]:
+def _get_children(value: Any) -> list[tuple[Any, Any]]:
     if isinstance(value, nnx.Variable):
         return [(None, value.get_raw_value())]
     if isinstance(value, nnx.Pytree):
-        return [(key, child) for key, child in cap.node_content(value).items() if not _private(key)]
+        return [(key, child) for key, child in cap.get_node_content(value).items() if not _is_private(key)]
     if isinstance(value, dict):
         return list(value.items())
     if isinstance(value, tuple | list):
@@ -379,14 +379,14 @@ def _children(value: Any) -> list[tuple[Any, Any]]:
     if isinstance(value, str | int | float | type(None) | jax.ShapeDtypeStruct):
         return []
     paths, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda item: item is not value)
-    return [(_key(path), child) for path, child in paths if child is not value]
+    return [(_unwrap_key(path), child) for path, child in paths if child is not value]
 
 
-def _private(key: Any) -> bool:
+def _is_private(key: Any) -> bool:
     return isinstance(key, str) and key.startswith("_pytree__")
 
 
-def _key(path: Any) -> Any:
+def _unwrap_key(path: Any) -> Any:
     entry = path[0]
     for field in ("key", "name", "idx"):
         if hasattr(entry, field):

@@ -12,13 +12,13 @@ from typing import Any
 
 from ..errors import RuleError
 from ..rules.paths import Path, format_path
-from ..rules.resolve import Decision, Node, resolve
+from ..rules.resolve import ModuleDecision, ModuleNode, resolve
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
 from . import swap
-from .derive import base_class
+from .derive import get_base_class
 from .group import Group
-from .modules import ModuleEntry, modules_of
+from .modules import ModuleEntry, find_modules
 
 
 def apply[M](model: M, rules: Any, *, on: str | None = None, strict: bool = True) -> M:
@@ -52,42 +52,42 @@ def apply[M](model: M, rules: Any, *, on: str | None = None, strict: bool = True
         True
     """
     entries, decisions = decide(model, rules, on=on, strict=strict)
-    plan = _plan(entries, decisions)
+    plan = _plan_modules(entries, decisions)
     for entry, (action, _) in zip(entries, plan, strict=True):
         if action is not None:
-            swap.check(type(entry.module), action)
+            swap.check_class(type(entry.module), action)
     for entry, (action, groups) in zip(entries, plan, strict=True):
-        if (action, groups) != (swap.action_of(entry.module), swap.groups_of(entry.module)):
+        if (action, groups) != (swap.get_action(entry.module), swap.get_groups(entry.module)):
             swap.swap(entry.module, action, groups)
     return model
 
 
-type _Assignment = tuple[Remat | None, tuple[Group, ...]]
+type _ModuleAssignment = tuple[Remat | None, tuple[Group, ...]]
 
 
-def _plan(entries: list[ModuleEntry], decisions: list[Decision]) -> list[_Assignment]:
+def _plan_modules(entries: list[ModuleEntry], decisions: list[ModuleDecision]) -> list[_ModuleAssignment]:
     """What each module is to run under: its own action, and the groups of the sequences it holds."""
     actions: list[Remat | None] = []
     grouped: dict[int, dict[tuple[Path, Remat], list[int]]] = {}
     spoken: set[Path] = set()
     for entry, decision in zip(entries, decisions, strict=True):
         if decision.rule is None:
-            actions.append(swap.action_of(entry.module))
+            actions.append(swap.get_action(entry.module))
             continue
         spoken.update(entry.paths)
         action = decision.action if isinstance(decision.action, Remat) else None
         if action is not None and action.group != 1:
-            holder = _holder(entries, decision.path)
-            _join(grouped.setdefault(holder, {}), decision.path[len(entries[holder].path) :], action)
+            holder = _find_holder(entries, decision.path)
+            _add_to_group(grouped.setdefault(holder, {}), decision.path[len(entries[holder].path) :], action)
             action = None
         actions.append(action)
     return [
-        (action, _merged(swap.groups_of(entry.module), grouped.get(index, {}), entry, spoken))
+        (action, _merge_groups(swap.get_groups(entry.module), grouped.get(index, {}), entry, spoken))
         for index, (entry, action) in enumerate(zip(entries, actions, strict=True))
     ]
 
 
-def _join(groups: dict[tuple[Path, Remat], list[int]], path: Path, action: Remat) -> None:
+def _add_to_group(groups: dict[tuple[Path, Remat], list[int]], path: Path, action: Remat) -> None:
     """Add the module at `path`, relative to the holder, to its group."""
     if isinstance(path[-1], int):
         groups.setdefault((path[:-1], action), []).append(path[-1])
@@ -95,21 +95,21 @@ def _join(groups: dict[tuple[Path, Remat], list[int]], path: Path, action: Remat
         groups.setdefault((path, action), [])  # stacked layers, run by a scan
 
 
-def _merged(
-    before: tuple[Group, ...], new: dict[tuple[Path, Remat], list[int]], entry: ModuleEntry, spoken: set[Path]
+def _merge_groups(
+    before: tuple[Group, ...], new: dict[tuple[Path, Remat], list[int]], entry: ModuleEntry, ruled_paths: set[Path]
 ) -> tuple[Group, ...]:
     """The new groups, and what is left of the old ones where no rule spoke."""
     kept = []
     for group in before:
         root = (*entry.path, *group.sequence)
-        members = tuple(index for index in group.members if (*root, index) not in spoken)
-        if members or (not group.members and root not in spoken):
+        members = tuple(index for index in group.members if (*root, index) not in ruled_paths)
+        if members or (not group.members and root not in ruled_paths):
             kept.append(Group(group.sequence, members, group.action))
     made = [Group(sequence, tuple(sorted(members)), action) for (sequence, action), members in new.items()]
     return (*kept, *made)
 
 
-def _holder(entries: list[ModuleEntry], path: Path) -> int:
+def _find_holder(entries: list[ModuleEntry], path: Path) -> int:
     """Index of the nearest module above `path` that has code of its own."""
     known = {p: index for index, entry in enumerate(entries) for p in entry.paths if not entry.container}
     for depth in range(len(path) - 1, -1, -1):
@@ -124,7 +124,7 @@ def _holder(entries: list[ModuleEntry], path: Path) -> int:
 
 def revert[M](model: M) -> M:
     """Take every action off `model`, in place, and return it; each module gets its own class back."""
-    for entry in modules_of(model):
+    for entry in find_modules(model):
         swap.unswap(entry.module)
     return model
 
@@ -142,7 +142,7 @@ def applied[M](model: M, rules: Any, *, on: str | None = None, strict: bool = Tr
     Yields:
         `model` itself, under the rules.
     """
-    before = [(e.module, swap.action_of(e.module), swap.groups_of(e.module)) for e in modules_of(model)]
+    before = [(e.module, swap.get_action(e.module), swap.get_groups(e.module)) for e in find_modules(model)]
     apply(model, rules, on=on, strict=strict)
     try:
         yield model
@@ -153,15 +153,15 @@ def applied[M](model: M, rules: Any, *, on: str | None = None, strict: bool = Tr
 
 def decide(
     model: Any, rules: Any, *, on: str | None = None, strict: bool = True
-) -> tuple[list[ModuleEntry], list[Decision]]:
+) -> tuple[list[ModuleEntry], list[ModuleDecision]]:
     """The modules of `model` and the verdict on each; changes nothing."""
-    entries = modules_of(model)
+    entries = find_modules(model)
     if not entries:
-        raise _no_model(model)
-    return entries, resolve(as_rules(rules, on), [_node(entry) for entry in entries], strict=strict)
+        raise _make_no_model_error(model)
+    return entries, resolve(coerce_rules(rules, on), [_make_node(entry) for entry in entries], strict=strict)
 
 
-def _no_model(value: Any) -> RuleError:
+def _make_no_model_error(value: Any) -> RuleError:
     if isinstance(value, type):
         return RuleError(
             what=f"{value.__name__} is a class, not a model.",
@@ -176,7 +176,7 @@ def _no_model(value: Any) -> RuleError:
     )
 
 
-def as_rules(rules: Any, on: str | None) -> Rules:
+def coerce_rules(rules: Any, on: str | None) -> Rules:
     """`rules` in any of the accepted forms."""
     if on is not None:
         if isinstance(rules, Rules | dict):
@@ -189,32 +189,32 @@ def as_rules(rules: Any, on: str | None) -> Rules:
     return Rules.coerce(rules)
 
 
-def _node(entry: ModuleEntry) -> Node:
-    methods = frozenset() if entry.container else _methods(base_class(type(entry.module)))
-    return Node(paths=tuple(entry.paths), class_names=entry.class_names, methods=methods)
+def _make_node(entry: ModuleEntry) -> ModuleNode:
+    methods = frozenset() if entry.container else _find_methods(get_base_class(type(entry.module)))
+    return ModuleNode(paths=tuple(entry.paths), class_names=entry.class_names, methods=methods)
 
 
 @functools.lru_cache(maxsize=4096)
-def _methods(cls: type) -> frozenset[str]:
-    return frozenset(swap.methods_of(cls))
+def _find_methods(cls: type) -> frozenset[str]:
+    return frozenset(swap.find_methods(cls))
 
 
-def outermost_sequences(model: Any) -> list[str]:
+def find_outermost_sequences(model: Any) -> list[str]:
     """Patterns for the children of each sequence of modules that lies in no other sequence."""
     found: dict[str, None] = {}
-    for entry in modules_of(model):
+    for entry in find_modules(model):
         indices = [depth for depth, segment in enumerate(entry.path) if isinstance(segment, int)]
         if len(indices) == 1 and indices[0] == len(entry.path) - 1:
             found[format_path((*entry.path[:-1], "*"))] = None
     return list(found)
 
 
-def in_force(entries: list[ModuleEntry]) -> list[Remat | None]:
+def get_active_actions(entries: list[ModuleEntry]) -> list[Remat | None]:
     """The action each module runs under now, its own or its group's."""
-    actions = [swap.action_of(entry.module) for entry in entries]
+    actions = [swap.get_action(entry.module) for entry in entries]
     known = {path: index for index, entry in enumerate(entries) for path in entry.paths}
     for entry in entries:
-        for group in swap.groups_of(entry.module):
+        for group in swap.get_groups(entry.module):
             root = (*entry.path, *group.sequence)
             for path in [(*root, index) for index in group.members] or [root]:
                 actions[known[path]] = group.action

@@ -18,10 +18,10 @@ from . import apply as application
 from . import region, swap
 
 # Attribute of a decorated function that holds its action, so that `explain` can see it.
-DECORATED = "__remattools_action__"
+ACTION_ATTRIBUTE = "__remattools_action__"
 
 
-class _Function:
+class _FunctionTarget:
     """Target of a decorated function; two decorations of one function are one."""
 
     __slots__ = ("function",)
@@ -33,7 +33,7 @@ class _Function:
         return self.function(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Function) and self.function is other.function
+        return isinstance(other, _FunctionTarget) and self.function is other.function
 
     def __hash__(self) -> int:
         return hash(self.function)
@@ -121,14 +121,14 @@ def remat(
 
 
 def _decorate_function(function: Callable[..., Any], action: Remat) -> Callable[..., Any]:
-    target = _Function(function)
+    target = _FunctionTarget(function)
 
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def call_as_region(*args: Any, **kwargs: Any) -> Any:
         return region.call(target, action, args, kwargs)
 
-    setattr(wrapper, DECORATED, action)
-    return wrapper
+    setattr(call_as_region, ACTION_ATTRIBUTE, action)
+    return call_as_region
 
 
 def _decorate_class(cls: type, action: Remat, rules: Any) -> type:
@@ -139,11 +139,11 @@ def _decorate_class(cls: type, action: Remat, rules: Any) -> type:
             fix="derive it from nnx.Module, or decorate its method.",
         )
     if rules is None and action.every_n == 1 and action.group == 1:
-        swap.check(cls, action)
+        swap.check_class(cls, action)
         for name in action.methods:
             setattr(cls, name, _decorate_function(getattr(cls, name), action))
         return cls
-    _apply_when_built(cls, action if rules is None else application.as_rules(rules, None))
+    _apply_when_built(cls, action if rules is None else application.coerce_rules(rules, None))
     return cls
 
 
@@ -154,14 +154,14 @@ def _apply_when_built(cls: type, rules: Any) -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         # A subclass goes on building after this; its own __init__ applies nothing it does not have yet.
-        application.apply(self, rules if not isinstance(rules, Remat) else _sequence_rules(self, rules))
+        application.apply(self, rules if not isinstance(rules, Remat) else _make_sequence_rules(self, rules))
 
     cls.__init__ = __init__  # type: ignore[misc]
 
 
-def _sequence_rules(model: Any, action: Remat) -> dict[str, Remat]:
+def _make_sequence_rules(model: Any, action: Remat) -> dict[str, Remat]:
     """One rule for each outermost sequence of modules in `model`."""
-    sequences = application.outermost_sequences(model)
+    sequences = application.find_outermost_sequences(model)
     if not sequences:
         raise RuleError(
             what=f"{type(model).__qualname__} holds no sequence of modules for every_n={action.every_n}.",

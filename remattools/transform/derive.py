@@ -33,12 +33,12 @@ def is_swapped(cls: type) -> bool:
     return BASE in cls.__dict__
 
 
-def base_class(cls: type) -> type:
+def get_base_class(cls: type) -> type:
     """The user's class behind a generated one; any other class itself."""
     return cls.__dict__[BASE] if is_swapped(cls) else cls
 
 
-def methods_in(bases: Iterable[type]) -> dict[str, Any]:
+def collect_methods(bases: Iterable[type]) -> dict[str, Any]:
     """Methods by name, the first of `bases` that has a name deciding what it is.
 
     A function is one, and so is what binds to an instance like one: a jitted function,
@@ -81,14 +81,14 @@ def derive(base: type, namespace: dict[str, Any]) -> type:
     """
     names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
     cls: type = abc.ABCMeta.__new__(
-        _metaclass(type(base)), base.__name__, (base,), {**names, _GENERATED: True, **namespace}
+        _make_metaclass(type(base)), base.__name__, (base,), {**names, _GENERATED: True, **namespace}
     )
     _register(cls, base)
     return cls
 
 
 @functools.cache
-def _metaclass(meta: type) -> type:
+def _make_metaclass(meta: type) -> type:
     """A metaclass of ours for each of theirs: places the shield, and tells pickle of the reducer below."""
 
     def mro(cls: Any) -> list[type]:

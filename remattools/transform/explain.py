@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import RuleError
-from ..rules.fold_paths import masked, slice_text, stem
+from ..rules.fold_paths import format_paths, mask_path, mask_text
 from ..rules.paths import Path, format_path
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
 from . import apply as application
 from . import region_view
-from .derive import base_class
-from .modules import ModuleEntry, modules_of
+from .derive import get_base_class
+from .modules import ModuleEntry, find_modules
 from .naming.names import NamedValue
 
 
@@ -72,11 +72,11 @@ class Explanation:
         console = Console(width=120, no_color=True, highlight=False, soft_wrap=False)
         with console.capture() as captured:
             console.print(self.__rich__())
-            for path, warning in _folded_warnings(self.rows):
+            for path, warning in _merge_warnings(self.rows):
                 console.print(f"{path}: {warning}")
             for row in self.rows:
                 if row.values:
-                    console.print(_values_table(row))
+                    console.print(_make_values_table(row))
         return captured.get().rstrip()
 
     def __rich__(self) -> Table:
@@ -86,7 +86,7 @@ class Explanation:
             titles[3:3] = ["rule", "shadowed"]
         for title in titles:
             table.add_column(title, overflow="fold")
-        for path, row in _folded(self.rows):
+        for path, row in _merge_rows(self.rows):
             cells = {
                 "module": path,
                 "class": row.cls,
@@ -118,12 +118,12 @@ def explain(model: Any, rules: Any = None, *, names: bool = False, args: Sequenc
         RuleError: If `names=True` and no `args` were given.
     """
     if rules is None:
-        entries, rows = _in_force(model)
+        entries, rows = _explain_active(model)
     else:
-        entries, rows = _planned(model, application.as_rules(rules, None))
-    rows = _with_shares(entries, rows)
+        entries, rows = _explain_rules(model, application.coerce_rules(rules, None))
+    rows = _add_shares(entries, rows)
     if names or args is not None:
-        rows = _with_contents(model, entries, rows, args, names=names)
+        rows = _add_contents(model, entries, rows, args, names=names)
     shown = [row for entry, row in zip(entries, rows, strict=True) if not entry.container]
     return Explanation(rows=tuple(shown))
 
@@ -141,22 +141,22 @@ def describe(action: Remat) -> str:
     return ", ".join(parts)
 
 
-def _in_force(model: Any) -> tuple[list[ModuleEntry], list[ExplanationRow]]:
-    entries = modules_of(model)
-    actions = application.in_force(entries)
-    return entries, [_row(entry, action=action) for entry, action in zip(entries, actions, strict=True)]
+def _explain_active(model: Any) -> tuple[list[ModuleEntry], list[ExplanationRow]]:
+    entries = find_modules(model)
+    actions = application.get_active_actions(entries)
+    return entries, [_make_row(entry, action=action) for entry, action in zip(entries, actions, strict=True)]
 
 
-def _planned(model: Any, rules: Rules) -> tuple[list[ModuleEntry], list[ExplanationRow]]:
+def _explain_rules(model: Any, rules: Rules) -> tuple[list[ModuleEntry], list[ExplanationRow]]:
     entries, decisions = application.decide(model, rules)
     patterns = [pattern.text for pattern, _ in rules]
     rows = []
-    for entry, decision, before in zip(entries, decisions, application.in_force(entries), strict=True):
+    for entry, decision, before in zip(entries, decisions, application.get_active_actions(entries), strict=True):
         action = decision.action if isinstance(decision.action, Remat) else None
         if decision.rule is None:
             action = before
         rows.append(
-            _row(
+            _make_row(
                 entry,
                 action=action,
                 rule="" if decision.rule is None else patterns[decision.rule],
@@ -166,21 +166,23 @@ def _planned(model: Any, rules: Rules) -> tuple[list[ModuleEntry], list[Explanat
     return entries, rows
 
 
-def _row(entry: ModuleEntry, *, action: Remat | None, rule: str = "", shadowed: tuple[str, ...] = ()) -> ExplanationRow:
+def _make_row(
+    entry: ModuleEntry, *, action: Remat | None, rule: str = "", shadowed: tuple[str, ...] = ()
+) -> ExplanationRow:
     return ExplanationRow(
         path=format_path(entry.path),
         aliases=tuple(format_path(path) for path in entry.paths[1:]),
-        cls=base_class(type(entry.module)).__name__,
+        cls=get_base_class(type(entry.module)).__name__,
         action=action,
         rule=rule,
         shadowed=shadowed,
     )
 
 
-def _with_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list[ExplanationRow]:
+def _add_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list[ExplanationRow]:
     """Count equal regions, and warn of regions inside regions."""
     regions = {i: entry for i, entry in enumerate(entries) if rows[i].action is not None}
-    keys = {i: region_view.structure_key(entry.module, rows[i].action) for i, entry in regions.items()}
+    keys = {i: region_view.make_structure_key(entry.module, rows[i].action) for i, entry in regions.items()}
     counts: dict[Any, int] = {}
     for key in keys.values():
         if key is not None:
@@ -188,7 +190,7 @@ def _with_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list
     rows = list(rows)
     for i, entry in regions.items():
         notes = list(rows[i].warnings)
-        outer = _enclosing(entry, regions, i)
+        outer = _find_enclosing_region(entry, regions, i)
         if outer is not None:
             notes.append(
                 f"lies inside the region {format_path(outer)}: on the way back it is recomputed with that region and "
@@ -200,7 +202,7 @@ def _with_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list
     return rows
 
 
-def _with_contents(
+def _add_contents(
     model: Any, entries: list[ModuleEntry], rows: list[ExplanationRow], args: Sequence[Any] | None, *, names: bool
 ) -> list[ExplanationRow]:
     """Add what a trace of the model's call shows."""
@@ -212,18 +214,18 @@ def _with_contents(
         )
     program = region_view.trace(lambda module, *inputs: module(*inputs), (model, *args))
     regions = [i for i, row in enumerate(rows) if row.action is not None]
-    views = region_view.regions_of(program, [entries[i].path for i in regions])
+    views = region_view.view_regions(program, [entries[i].path for i in regions])
     rows = list(rows)
     for i, view in zip(regions, views, strict=True):
         values = view.values if names else ()
-        notes = rows[i].warnings + view.warnings + _stacked(rows[i].action, view)
+        notes = rows[i].warnings + view.warnings + _find_stacked_warnings(rows[i].action, view)
         rows[i] = dataclasses.replace(rows[i], values=values, warnings=notes)
-    return _without_activations(rows, dict(zip(regions, views, strict=True)))
+    return _add_useless_warnings(rows, dict(zip(regions, views, strict=True)))
 
 
-def _stacked(action: Remat | None, view: region_view.RegionView) -> tuple[str, ...]:
+def _find_stacked_warnings(action: Remat | None, view: region_view.RegionView) -> tuple[str, ...]:
     """`every_n` over stacked layers: it counts along a list further out, never along the scan."""
-    if action is None or action.every_n == 1 or not view.stacked:
+    if action is None or action.every_n == 1 or not view.is_stacked:
         return ()
     return (
         f"is run by a scan over stacked layers, which are one module: every_n={action.every_n} takes all of them or "
@@ -231,9 +233,9 @@ def _stacked(action: Remat | None, view: region_view.RegionView) -> tuple[str, .
     )
 
 
-def _without_activations(rows: list[ExplanationRow], views: dict[int, region_view.RegionView]) -> list[ExplanationRow]:
+def _add_useless_warnings(rows: list[ExplanationRow], views: dict[int, region_view.RegionView]) -> list[ExplanationRow]:
     """Warn of rules whose every module computes nothing that could be freed, or is not called at all."""
-    useful = {rows[i].rule for i, view in views.items() if view.activations}
+    useful = {rows[i].rule for i, view in views.items() if view.has_activations}
     rows = list(rows)
     for i, view in views.items():
         if rows[i].rule in useful:
@@ -244,33 +246,33 @@ def _without_activations(rows: list[ExplanationRow], views: dict[int, region_vie
     return rows
 
 
-def _enclosing(entry: ModuleEntry, regions: dict[int, ModuleEntry], own: int) -> Path | None:
+def _find_enclosing_region(entry: ModuleEntry, regions: dict[int, ModuleEntry], index: int) -> Path | None:
     for i, other in regions.items():
         path = other.path
-        if i != own and len(path) < len(entry.path) and entry.path[: len(path)] == path:
+        if i != index and len(path) < len(entry.path) and entry.path[: len(path)] == path:
             return path
     return None
 
 
-def _folded(rows: Sequence[ExplanationRow]) -> list[tuple[str, ExplanationRow]]:
+def _merge_rows(rows: Sequence[ExplanationRow]) -> list[tuple[str, ExplanationRow]]:
     """Consecutive equal rows of a sequence as one: `layers.[0:32].attn`."""
     groups: dict[Any, list[ExplanationRow]] = {}
     for row in rows:
-        key = (stem(row.path), row.cls, row.action, row.rule, row.shadowed, row.shares)
+        key = (mask_path(row.path), row.cls, row.action, row.rule, row.shadowed, row.shares)
         groups.setdefault(key, []).append(row)
-    return [(slice_text([row.path for row in group]), group[0]) for group in groups.values()]
+    return [(format_paths([row.path for row in group]), group[0]) for group in groups.values()]
 
 
-def _folded_warnings(rows: Sequence[ExplanationRow]) -> list[tuple[str, str]]:
+def _merge_warnings(rows: Sequence[ExplanationRow]) -> list[tuple[str, str]]:
     """Warnings that differ in indices only as one, for all their modules; its text is that of the first."""
     groups: dict[Any, list[tuple[str, str]]] = {}
     for row in rows:
         for warning in row.warnings:
-            groups.setdefault((stem(row.path), masked(warning)), []).append((row.path, warning))
-    return [(slice_text([path for path, _ in group]), group[0][1]) for group in groups.values()]
+            groups.setdefault((mask_path(row.path), mask_text(warning)), []).append((row.path, warning))
+    return [(format_paths([path for path, _ in group]), group[0][1]) for group in groups.values()]
 
 
-def _values_table(row: ExplanationRow) -> Table:
+def _make_values_table(row: ExplanationRow) -> Table:
     table = Table(title=f"names in {row.path}", box=None, pad_edge=False, title_justify="left")
     for title in ("name", "index", "shape", "bytes", ""):
         table.add_column(title, justify="right" if title in ("index", "bytes") else "left")

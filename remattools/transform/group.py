@@ -44,13 +44,13 @@ class Group:
     members: tuple[int, ...]
     action: Remat
 
-    def size(self, length: int) -> int:
+    def get_size(self, length: int) -> int:
         """Modules per region in a sequence of `length`."""
         if isinstance(self.action.group, int):
             return self.action.group
         return max(1, round(math.sqrt(length)))  # as many boundaries as modules between two of them
 
-    def chunk_of(self, path: Path) -> int | None:
+    def find_chunk(self, path: Path) -> int | None:
         """Which region an operation at `path` belongs to, None if to none."""
         depth = len(self.sequence)
         if path[:depth] != self.sequence or len(path) == depth:
@@ -59,7 +59,7 @@ class Group:
 
     @functools.cached_property
     def _chunks(self) -> dict[Any, int]:
-        size, chunk, chunks = self.size(len(self.members)), -1, dict[Any, int]()
+        size, chunk, chunks = self.get_size(len(self.members)), -1, dict[Any, int]()
         filled, previous = size, None
         for index in sorted(self.members):
             # Modules that a rule left out split a group: a region is a stretch without a gap.
@@ -77,30 +77,30 @@ def call(target: Callable[..., Any], groups: Sequence[Group], module: Any, args:
         return target(module, *args, **kwargs)
     found: list[Any] = []
 
-    def traced(leaves: list[Any]) -> list[Any]:
+    def run_target(leaves: list[Any]) -> list[Any]:
         objects: list[Any] = []
         inner_args, inner_kwargs = cap.rebuild(captured.spec, leaves, objects)
         before = effects.snapshot(objects)
-        with scopes.recorded([((), inner_args[0])]):
+        with scopes.record_paths([((), inner_args[0])]):
             out = target(*inner_args, **inner_kwargs)
-        results, done = effects.changes(objects, before, out)
+        results, done = effects.collect_effects(objects, before, out)
         found.append(done)
         return results
 
-    program = jax.make_jaxpr(traced)(captured.leaves)
+    program = jax.make_jaxpr(run_target)(captured.leaves)
     results = _run(program, groups, captured.leaves)
     return effects.replay(found[0], results, captured.objects)
 
 
-def _run(program: Any, groups: Sequence[Group], leaves: list[Any]) -> list[Any]:
-    results: list[Any] = jaxprs.run_stretches(program, leaves, _stretches(program, groups))
+def _run(jaxpr: Any, groups: Sequence[Group], leaves: list[Any]) -> list[Any]:
+    results: list[Any] = jaxprs.run_segments(jaxpr, leaves, _split_segments(jaxpr, groups))
     return results
 
 
-def _stretches(program: Any, groups: Sequence[Group]) -> list[tuple[range, Callable[[Any], Any]]]:
+def _split_segments(jaxpr: Any, groups: Sequence[Group]) -> list[tuple[range, Callable[[Any], Any]]]:
     """All equations in order, cut into regions and what lies outside of them."""
-    equations = jaxprs.open_program(program).eqns
-    labels = [_label(equation, groups) for equation in equations]
+    equations = jaxprs.open_jaxpr(jaxpr).eqns
+    labels = [_label_equation(equation, groups) for equation in equations]
     first: dict[tuple[int, int], int] = {}
     last: dict[tuple[int, int], int] = {}
     for number, label in enumerate(labels):
@@ -119,30 +119,30 @@ def _stretches(program: Any, groups: Sequence[Group]) -> list[tuple[range, Calla
         stop = first[following] if following and following[0] == label[0] else last[label] + 1
         if following:
             stop = min(stop, first[following])
-        pieces += [(range(done, start), _plainly), (range(start, stop), functools.partial(_as_region, group))]
+        pieces += [(range(done, start), _make_plain_call), (range(start, stop), functools.partial(_make_region, group))]
         done = stop
-    return [*pieces, (range(done, len(equations)), _plainly)]
+    return [*pieces, (range(done, len(equations)), _make_plain_call)]
 
 
-def _label(equation: Any, groups: Sequence[Group]) -> tuple[int, int] | None:
+def _label_equation(equation: Any, groups: Sequence[Group]) -> tuple[int, int] | None:
     """Group and region of an equation."""
-    path = scopes.path_of(str(equation.source_info.name_stack))
+    path = scopes.find_path(str(equation.source_info.name_stack))
     for number, group in enumerate(groups):
         if group.members:
-            chunk = None if path is None else group.chunk_of(path)
+            chunk = None if path is None else group.find_chunk(path)
             if chunk is not None:
                 return number, chunk
-        elif jaxprs.scan_of(equation) is not None and _mentions(equation, group.sequence):
+        elif jaxprs.parse_scan(equation) is not None and _has_sequence(equation, group.sequence):
             return number, id(equation)
     return None
 
 
-def _mentions(equation: Any, sequence: Path) -> bool:
+def _has_sequence(equation: Any, sequence: Path) -> bool:
     """Whether a scan's body runs operations of the stacked module at `sequence`."""
-    scan = jaxprs.scan_of(equation)
+    scan = jaxprs.parse_scan(equation)
     if scan is None:
         return False
-    values = names.named_values(scan.body)
+    values = names.find_named_values(scan.body)
     return any(value.path[: len(sequence)] == sequence for value in values)
 
 
@@ -156,109 +156,109 @@ def _require_found(groups: Sequence[Group], first: dict[tuple[int, int], int]) -
             )
 
 
-def _plainly(piece: Any) -> Callable[..., Any]:
-    return lambda *leaves: _run_under(scopes.RELATIVE, names.marked(piece, {}), leaves)
+def _make_plain_call(piece: Any) -> Callable[..., Any]:
+    return lambda *leaves: _run_with_mark(scopes.RELATIVE, names.mark_equations(piece, {}), leaves)
 
 
-def _begun(mark: str) -> contextlib.AbstractContextManager[Any]:
+def _begin_scope(mark: str) -> contextlib.AbstractContextManager[Any]:
     """Inside, paths start at the holder: where they are asked for, a mark says so."""
-    return jax.named_scope(mark) if region.is_named() else contextlib.nullcontext()
+    return jax.named_scope(mark) if region.is_recording_paths() else contextlib.nullcontext()
 
 
-def _run_under(mark: str, program: Any, leaves: Sequence[Any]) -> list[Any]:
-    with _begun(mark):
-        return jaxprs.run(program, list(leaves))
+def _run_with_mark(mark: str, jaxpr: Any, leaves: Sequence[Any]) -> list[Any]:
+    with _begin_scope(mark):
+        return jaxprs.run(jaxpr, list(leaves))
 
 
-def _as_region(group: Group, piece: Any) -> Callable[..., Any]:
+def _make_region(group: Group, piece: Any) -> Callable[..., Any]:
     if not group.members:
-        return _grouped_scan(group, piece)
-    return _checkpointed(group, piece)
+        return _make_grouped_scan(group, piece)
+    return _checkpoint_piece(group, piece)
 
 
-def _checkpointed(group: Group, piece: Any) -> Callable[..., Any]:
+def _checkpoint_piece(group: Group, piece: Any) -> Callable[..., Any]:
     """A piece as one region; names in `save` and `offload` are relative to each of its modules."""
     action = group.action
     marks = {}
-    if names.needed(action):
-        marks = names.select(functools.partial(_relative, group, piece), action)
-    marked = names.marked(piece, marks)
+    if names.is_naming_needed(action):
+        marks = names.select_marks(functools.partial(_find_relative_values, group, piece), action)
+    marked = names.mark_equations(piece, marks)
     return jax.checkpoint(
-        lambda *leaves: _run_under(scopes.REGION, marked, leaves),
-        policy=names.lowered_policy(action),
+        lambda *leaves: _run_with_mark(scopes.REGION, marked, leaves),
+        policy=names.lower_policy(action),
         prevent_cse=action.prevent_cse,
     )
 
 
-def _relative(group: Group, piece: Any, *, deeper: bool = False) -> Iterator[names.NamedValue]:
+def _find_relative_values(group: Group, piece: Any, *, deeper: bool = False) -> Iterator[names.NamedValue]:
     depth = len(group.sequence) + (1 if group.members else 0)
-    for value in names.named_values(piece, deeper=deeper):
+    for value in names.find_named_values(piece, deeper=deeper):
         if value.path[: len(group.sequence)] == group.sequence and len(value.path) >= depth:
             yield dataclasses.replace(value, path=value.path[depth:])
 
 
-def _grouped_scan(group: Group, piece: Any) -> Callable[..., Any]:
+def _make_grouped_scan(group: Group, piece: Any) -> Callable[..., Any]:
     """The piece, which is one scan, as a scan over checkpointed scans."""
-    (equation,) = jaxprs.open_program(piece).eqns
-    scan = jaxprs.scan_of(equation)
+    (equation,) = jaxprs.open_jaxpr(piece).eqns
+    scan = jaxprs.parse_scan(equation)
     assert scan is not None  # labelled as one
-    size = group.size(scan.length)
-    body = _checkpointed_body(group, scan)
+    size = group.get_size(scan.length)
+    body = _make_checkpointed_body(group, scan)
 
     def run(*leaves: Any) -> list[Any]:
         # The piece's arguments are the scan's operands, but each variable once and no literals.
-        known = dict(zip(jaxprs.open_program(piece).invars, leaves, strict=True))
-        operands = [jaxprs.value_of(atom, known) for atom in equation.invars]
-        consts, rest = operands[: scan.consts], operands[scan.consts :]
-        carry, xs = rest[: scan.carry], rest[scan.carry :]
-        policy = names.lowered_policy(group.action)
-        carry, ys = _nested_scan(functools.partial(body, consts), carry, xs, scan, size, policy)
+        known = dict(zip(jaxprs.open_jaxpr(piece).invars, leaves, strict=True))
+        operands = [jaxprs.read_atom(atom, known) for atom in equation.invars]
+        consts, rest = operands[: scan.num_consts], operands[scan.num_consts :]
+        carry, xs = rest[: scan.num_carry], rest[scan.num_carry :]
+        policy = names.lower_policy(group.action)
+        carry, ys = _run_nested_scan(functools.partial(body, consts), carry, xs, scan, size, policy)
         produced = dict(zip(equation.outvars, [*carry, *ys], strict=True))
-        return [produced[var] for var in jaxprs.open_program(piece).outvars]
+        return [produced[var] for var in jaxprs.open_jaxpr(piece).outvars]
 
     return run
 
 
-def _checkpointed_body(group: Group, scan: jaxprs.Scan) -> Callable[..., Any]:
+def _make_checkpointed_body(group: Group, scan: jaxprs.Scan) -> Callable[..., Any]:
     marks = {}
-    if names.needed(group.action):
-        marks = names.select(functools.partial(_relative, group, scan.body), group.action)
-    marked = names.marked(scan.body, marks)
+    if names.is_naming_needed(group.action):
+        marks = names.select_marks(functools.partial(_find_relative_values, group, scan.body), group.action)
+    marked = names.mark_equations(scan.body, marks)
 
-    def body(consts: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+    def run_body(consts: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         out = jaxprs.run(marked, [*consts, *carry, *x])
-        return list(out[: scan.carry]), list(out[scan.carry :])
+        return list(out[: scan.num_carry]), list(out[scan.num_carry :])
 
-    return body
+    return run_body
 
 
-def _nested_scan(
+def _run_nested_scan(
     body: Any, carry: list[Any], xs: list[Any], scan: jaxprs.Scan, size: int, policy: Any
 ) -> tuple[Any, Any]:
     """`scan` in regions of `size` turns; a remainder comes last in running order."""
     whole = scan.length // size
     split = whole * size
 
-    def checkpointed(carry: Any, part: Any) -> Any:
+    def run_chunk(carry: Any, part: Any) -> Any:
         length = None if part else size
-        with _begun(scopes.REGION):
+        with _begin_scope(scopes.REGION):
             return jax.lax.scan(body, carry, part, length=length, reverse=scan.reverse, unroll=scan.unroll)
 
     # Inside a scan the compiler cannot merge the recomputation with the first computation.
-    inner = jax.checkpoint(checkpointed, policy=policy, prevent_cse=False)
+    inner = jax.checkpoint(run_chunk, policy=policy, prevent_cse=False)
     start = scan.length - split if scan.reverse else 0
     main = [x[start : start + split].reshape(whole, size, *x.shape[1:]) for x in xs]
     rest = [x[:start] if scan.reverse else x[split:] for x in xs]
     carry, ys = jax.lax.scan(inner, carry, main, length=whole, reverse=scan.reverse)
     ys = [y.reshape(split, *y.shape[2:]) for y in ys]
     if split < scan.length:
-        tail = jax.checkpoint(functools.partial(_tail, body, scan, scan.length - split), policy=policy)
+        tail = jax.checkpoint(functools.partial(_run_remainder, body, scan, scan.length - split), policy=policy)
         carry, more = tail(carry, rest)
         pairs = zip(more, ys, strict=True) if scan.reverse else zip(ys, more, strict=True)
         ys = [jnp.concatenate(pair) for pair in pairs]
     return carry, ys
 
 
-def _tail(body: Any, scan: jaxprs.Scan, length: int, carry: Any, part: Any) -> Any:
-    with _begun(scopes.REGION):
+def _run_remainder(body: Any, scan: jaxprs.Scan, length: int, carry: Any, part: Any) -> Any:
+    with _begin_scope(scopes.REGION):
         return jax.lax.scan(body, carry, part, length=length, reverse=scan.reverse, unroll=scan.unroll)

@@ -13,11 +13,11 @@ from flax import nnx
 
 from ..rules.paths import Path
 from .capture import walk
-from .derive import base_class
+from .derive import get_base_class
 
 # A module shared by very many parents is known by its first paths only.
 _MAX_PATHS = 64
-_CONTAINERS = (nnx.List, nnx.Dict)
+_CONTAINER_TYPES = (nnx.List, nnx.Dict)
 
 
 @dataclasses.dataclass
@@ -42,7 +42,7 @@ class ModuleEntry:
         return self.paths[0]
 
 
-def modules_of(model: Any) -> list[ModuleEntry]:
+def find_modules(model: Any) -> list[ModuleEntry]:
     """All modules reachable from `model`, itself first, in attribute order.
 
     Args:
@@ -50,7 +50,7 @@ def modules_of(model: Any) -> list[ModuleEntry]:
     """
     entries: dict[int, ModuleEntry] = {}
     cls: type = type(model)
-    if _may_hold_modules(cls):
+    if _is_module_holder(cls):
         _visit(model, (), (), entries)
     return list(entries.values())
 
@@ -59,29 +59,29 @@ def _visit(value: Any, path: Path, above: tuple[int, ...], entries: dict[int, Mo
     if id(value) in above:  # a module that refers to its parent: the path would go on for ever
         return
     if isinstance(value, nnx.Pytree):
-        if isinstance(value, nnx.Module) and not _add(value, path, entries):
+        if isinstance(value, nnx.Module) and not _add_path(value, path, entries):
             return
-        children: Any = walk.node_content(value).items()
+        children: Any = walk.get_node_content(value).items()
     elif isinstance(value, dict):
         children = value.items()
     else:
         children = enumerate(value)
     for key, child in children:
         cls: type = type(child)
-        if _may_hold_modules(cls) and not (isinstance(key, str) and key.startswith("_pytree__")):
+        if _is_module_holder(cls) and not (isinstance(key, str) and key.startswith("_pytree__")):
             _visit(child, (*path, key), (*above, id(value)), entries)
 
 
 @functools.lru_cache(maxsize=4096)
-def _may_hold_modules(cls: type) -> bool:
+def _is_module_holder(cls: type) -> bool:
     return issubclass(cls, nnx.Pytree | dict | list | tuple)
 
 
-def _add(module: nnx.Module, path: Path, entries: dict[int, ModuleEntry]) -> bool:
+def _add_path(module: nnx.Module, path: Path, entries: dict[int, ModuleEntry]) -> bool:
     """Note a path; False where the module needs no second look."""
     entry = entries.get(id(module))
     if entry is None:
-        entries[id(module)] = ModuleEntry(module, [path], *_of_class(base_class(type(module))))
+        entries[id(module)] = ModuleEntry(module, [path], *_inspect_class(get_base_class(type(module))))
         return True
     if len(entry.paths) >= _MAX_PATHS:
         return False
@@ -90,11 +90,11 @@ def _add(module: nnx.Module, path: Path, entries: dict[int, ModuleEntry]) -> boo
 
 
 @functools.lru_cache(maxsize=4096)
-def _of_class(cls: type) -> tuple[tuple[str, ...], bool]:
+def _inspect_class(cls: type) -> tuple[tuple[str, ...], bool]:
     """Names of a class and its bases, and whether it is a container."""
     return tuple(base.__name__ for base in cls.__mro__ if base is not object), is_container(cls)
 
 
 def is_container(cls: type) -> bool:
     """nnx's own containers, and subclasses that add no call."""
-    return issubclass(cls, _CONTAINERS) and not any("__call__" in vars(base) for base in cls.__mro__)
+    return issubclass(cls, _CONTAINER_TYPES) and not any("__call__" in vars(base) for base in cls.__mro__)

@@ -35,14 +35,14 @@ from .naming import names, scopes
 
 # A target is how a region finds the code to run: `target(*args, **kwargs)`, where the first of `args` may be the
 # rebuilt module. It must be hashable and compare by value.
-Target = Callable[..., Any]
+RegionTarget = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class _StaticInputs:
     """What a trace depends on besides the arrays' shapes; the aux data of `_Inputs`."""
 
-    target: Target
+    target: RegionTarget
     action: Remat
     spec: Any
     # A fresh object where the trace may not be shared, else None.
@@ -62,13 +62,13 @@ class _Inputs:
     """Arrays of a call, with all else as the tree structure."""
 
     leaves: list[Any]
-    static: _Static
+    static: _StaticInputs
 
-    def tree_flatten(self) -> tuple[list[Any], _Static]:
+    def tree_flatten(self) -> tuple[list[Any], _StaticInputs]:
         return self.leaves, self.static
 
     @classmethod
-    def tree_unflatten(cls, static: _Static, leaves: Any) -> "_Inputs":
+    def tree_unflatten(cls, static: _StaticInputs, leaves: Any) -> "_Inputs":
         return cls(list(leaves), static)
 
 
@@ -76,30 +76,30 @@ class _Inputs:
 @dataclasses.dataclass
 class _Outputs:
     leaves: list[Any]
-    done: effects.Done
+    call_effects: effects.CallEffects
 
-    def tree_flatten(self) -> tuple[list[Any], effects.Done]:
-        return self.leaves, self.done
+    def tree_flatten(self) -> tuple[list[Any], effects.CallEffects]:
+        return self.leaves, self.call_effects
 
     @classmethod
-    def tree_unflatten(cls, done: effects.Done, leaves: Any) -> "_Outputs":
-        return cls(list(leaves), done)
+    def tree_unflatten(cls, call_effects: effects.CallEffects, leaves: Any) -> "_Outputs":
+        return cls(list(leaves), call_effects)
 
 
 # What takes a region's place: `stand_in(run, inputs, path)` returns what `run(inputs)` would, for the module at `path`.
-StandIn = Callable[[Callable[[Any], Any], Any, Path], Any]
+Replacement = Callable[[Callable[[Any], Any], Any, Path], Any]
 
 
 class _Mode(threading.local):
     disabled = False
-    named = False
-    stand_in: tuple[Policy, StandIn] | None = None
+    with_paths = False
+    replacement: tuple[Policy, Replacement] | None = None
 
 
 _mode = _Mode()
 
 
-class _Shared(threading.local):
+class _SharedBodies(threading.local):
     """The function objects whose traces equal blocks share, one for each trace around them."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class _Shared(threading.local):
 
     def get(self, body: Callable[[_Inputs], _Outputs]) -> Callable[[_Inputs], _Outputs]:
         """The object for `body` in the trace that is on."""
-        key = (body, compat.current_trace())
+        key = (body, compat.get_current_trace())
         run = self.runs.pop(key, None)
         if run is None:
             run = functools.partial(body)
@@ -119,16 +119,16 @@ class _Shared(threading.local):
 
     def forget(self, body: Callable[[_Inputs], _Outputs]) -> None:
         """Let the next block of the trace that is on be traced by itself."""
-        self.runs.pop((body, compat.current_trace()), None)
+        self.runs.pop((body, compat.get_current_trace()), None)
 
 
 # Traces that stand around each other: a model's, and one for each level of regions in regions.
 _MAX_SHARED = 64
-_shared = _Shared()
+_shared = _SharedBodies()
 
 
 @contextlib.contextmanager
-def disabled() -> Iterator[None]:
+def disable_regions() -> Iterator[None]:
     """Inside, regions run plainly: for looking at what a model computes."""
     before, _mode.disabled = _mode.disabled, True
     try:
@@ -138,26 +138,26 @@ def disabled() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def named() -> Iterator[None]:
+def record_region_paths() -> Iterator[None]:
     """Inside, the operations of regions carry module paths: for looking at what regions keep."""
-    before, _mode.named = _mode.named, True
+    before, _mode.with_paths = _mode.with_paths, True
     try:
         yield
     finally:
-        _mode.named = before
+        _mode.with_paths = before
 
 
 @contextlib.contextmanager
-def replaced(policy: Policy, stand_in: StandIn) -> Iterator[None]:
-    """Inside, `stand_in` computes each region under `policy`: for looking at the program around them.
+def replace_regions(policy: Policy, replacement: Replacement) -> Iterator[None]:
+    """Inside, `replacement` computes each region under `policy`: for looking at the program around them.
 
     JAX keeps what it traces of inner jits for later calls, so the policy must be nobody else's: a callable of its own.
     """
-    before, _mode.stand_in = _mode.stand_in, (policy, stand_in)
+    before, _mode.replacement = _mode.replacement, (policy, replacement)
     try:
         yield
     finally:
-        _mode.stand_in = before
+        _mode.replacement = before
 
 
 def is_disabled() -> bool:
@@ -165,12 +165,12 @@ def is_disabled() -> bool:
     return _mode.disabled
 
 
-def is_named() -> bool:
+def is_recording_paths() -> bool:
     """Whether the operations of regions carry module paths just now."""
-    return _mode.named
+    return _mode.with_paths
 
 
-def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call(target: RegionTarget, action: Remat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `target(*args, **kwargs)` as one rematerialised region.
 
     Args:
@@ -186,7 +186,7 @@ def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str,
     captured = cap.capture((args, kwargs))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in captured.leaves):
         return target(*args, **kwargs)
-    body: Callable[[_Inputs], _Outputs] = _run_named if _mode.named else _run
+    body: Callable[[_Inputs], _Outputs] = _run_with_paths if _mode.with_paths else _run
     run: Callable[[_Inputs], _Outputs]
     token = None
     if captured.unshareable is not None:
@@ -194,67 +194,67 @@ def call(target: Target, action: Remat, args: tuple[Any, ...], kwargs: dict[str,
         run, token = functools.partial(body), object()
     else:
         run = _shared.get(body)
-    static = _Static(target, action, captured.spec, token)
+    static = _StaticInputs(target, action, captured.spec, token)
     inputs = _Inputs(captured.leaves, static)
-    if _mode.stand_in is not None and _mode.stand_in[0] == action.policy:
-        outputs = _mode.stand_in[1](run, inputs, _path_of(args))
+    if _mode.replacement is not None and _mode.replacement[0] == action.policy:
+        outputs = _mode.replacement[1](run, inputs, _find_path(args))
     else:
-        outputs = _checkpointed(run, action)(inputs)
-    if outputs.done.once:
+        outputs = _checkpoint(run, action)(inputs)
+    if outputs.call_effects.is_single_use:
         _shared.forget(body)
-    return effects.replay(outputs.done, outputs.leaves, captured.objects)
+    return effects.replay(outputs.call_effects, outputs.leaves, captured.objects)
 
 
-def _checkpointed(run: Callable[[_Inputs], _Outputs], action: Remat) -> Callable[[_Inputs], _Outputs]:
-    policy = names.lowered_policy(action)
+def _checkpoint(run: Callable[[_Inputs], _Outputs], action: Remat) -> Callable[[_Inputs], _Outputs]:
+    policy = names.lower_policy(action)
     return jax.checkpoint(run, policy=policy, prevent_cse=action.prevent_cse)
 
 
-def _path_of(args: tuple[Any, ...]) -> Path:
+def _find_path(args: tuple[Any, ...]) -> Path:
     """Where the module that is called lies, while paths are recorded."""
     return parse_path(vars(args[0]).get(cap.SCOPE_KEY, "."))
 
 
 def _run(inputs: _Inputs) -> _Outputs:
     """The body of every region; JAX traces it once per distinct structure."""
-    return _traced(inputs, named=names.needed(inputs.static.action))
+    return _trace_body(inputs, with_paths=names.is_naming_needed(inputs.static.action))
 
 
-def _run_named(inputs: _Inputs) -> _Outputs:
+def _run_with_paths(inputs: _Inputs) -> _Outputs:
     """The same with module paths; another function, since JAX's cache of traces goes by it."""
     with jax.named_scope(scopes.REGION):
-        return _traced(inputs, named=True)
+        return _trace_body(inputs, with_paths=True)
 
 
-def _traced(inputs: _Inputs, *, named: bool) -> _Outputs:
+def _trace_body(inputs: _Inputs, *, with_paths: bool) -> _Outputs:
     static = inputs.static
-    if not named:
-        return _body(inputs.leaves, static, named=False)
+    if not with_paths:
+        return _run_body(inputs.leaves, static, with_paths=False)
     # The names are put onto the traced operations, where a pattern can see them all.
-    found: list[effects.Done] = []
+    found: list[effects.CallEffects] = []
 
-    def traced(leaves: list[Any]) -> list[Any]:
-        outputs = _body(leaves, static, named=True)
-        found.append(outputs.done)
+    def run_body(leaves: list[Any]) -> list[Any]:
+        outputs = _run_body(leaves, static, with_paths=True)
+        found.append(outputs.call_effects)
         return outputs.leaves
 
-    leaves = names.evaluate(traced, inputs.leaves, static.action)
+    leaves = names.evaluate(run_body, inputs.leaves, static.action)
     return _Outputs(leaves, found[0])
 
 
-def _body(leaves: list[Any], static: _Static, *, named: bool) -> _Outputs:
+def _run_body(leaves: list[Any], static: _StaticInputs, *, with_paths: bool) -> _Outputs:
     objects: list[Any] = []
     args, kwargs = cap.rebuild(static.spec, leaves, objects)
     before = effects.snapshot(objects)
-    if named:
-        with scopes.recorded(_roots(args, kwargs)):
+    if with_paths:
+        with scopes.record_paths(_find_roots(args, kwargs)):
             out = static.target(*args, **kwargs)
     else:
         out = static.target(*args, **kwargs)
-    return _Outputs(*effects.changes(objects, before, out))
+    return _Outputs(*effects.collect_effects(objects, before, out))
 
 
-def _roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
+def _find_roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
     """Where names start: at the region's own module, or at the first argument of a function."""
     for index, value in enumerate(args):
         yield (() if index == 0 else (f"arg{index}",)), value

@@ -32,14 +32,14 @@ class RegionView:
     Attributes:
         values: Its named values, paths relative to the region.
         warnings: Side effects and random operations inside.
-        stacked: Whether it is called by a scan, so that one module stands for many layers.
-        activations: Whether it computes any floating value besides what it returns.
+        is_stacked: Whether it is called by a scan, so that one module stands for many layers.
+        has_activations: Whether it computes any floating value besides what it returns.
     """
 
     values: tuple[names.NamedValue, ...]
     warnings: tuple[str, ...]
-    stacked: bool
-    activations: bool
+    is_stacked: bool
+    has_activations: bool
 
 
 def trace(fn: Callable[..., Any], args: Sequence[Any], *, roots: Sequence[tuple[Path, int]] = (((), 0),)) -> Any:
@@ -52,34 +52,34 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], *, roots: Sequence[tuple[
     """
     captured = cap.capture(tuple(args))
 
-    def traced(leaves: list[Any]) -> list[Any]:
+    def run_plain(leaves: list[Any]) -> list[Any]:
         rebuilt = cap.rebuild(captured.spec, leaves, [])
         # A plain object that holds no arrays is the caller's own, not a copy.
         with (
-            effects.restored(captured.objects),
-            region.disabled(),
-            scopes.recorded((path, rebuilt[position]) for path, position in roots),
+            effects.restore_objects(captured.objects),
+            region.disable_regions(),
+            scopes.record_paths((path, rebuilt[position]) for path, position in roots),
         ):
             out = fn(*rebuilt)
         return cap.capture(out).leaves
 
-    return jax.make_jaxpr(traced)(captured.leaves)
+    return jax.make_jaxpr(run_plain)(captured.leaves)
 
 
-def regions_of(program: Any, paths: Sequence[Path]) -> list[RegionView]:
+def view_regions(jaxpr: Any, paths: Sequence[Path]) -> list[RegionView]:
     """What regions at `paths` would hold, from a trace of the whole model."""
-    values = list(names.named_values(program))
-    return [_view(program, values, path) for path in paths]
+    values = list(names.find_named_values(jaxpr))
+    return [_view_region(jaxpr, values, path) for path in paths]
 
 
-def _view(program: Any, values: Sequence[names.NamedValue], path: Path) -> RegionView:
+def _view_region(jaxpr: Any, values: Sequence[names.NamedValue], path: Path) -> RegionView:
     inside = [value for value in values if value.path[: len(path)] == path]
     counts: dict[Any, int] = {}
     relative = []
     stacked = False
     for value in inside:
         if value.kind == "module" and value.path == path:
-            stacked = any(_in_scan(program, position) for position in value.where)
+            stacked = any(_is_in_scan(jaxpr, position) for position in value.where)
             continue  # what the region itself returns is outside of it
         key = (value.kind, value.path, value.primitive)
         index = counts.get(key, 0)
@@ -87,18 +87,20 @@ def _view(program: Any, values: Sequence[names.NamedValue], path: Path) -> Regio
         relative.append(dataclasses.replace(value, path=value.path[len(path) :], index=index))
     floating = [v for v in relative if v.kind == "op" and any(_is_floating(aval) for aval in v.avals)]
     # The last operation computes what the region returns, and that is kept outside of it.
-    return RegionView(tuple(relative), tuple(_effects(relative)), stacked=stacked, activations=len(floating) > 1)
+    return RegionView(
+        tuple(relative), tuple(_describe_effects(relative)), is_stacked=stacked, has_activations=len(floating) > 1
+    )
 
 
-def _in_scan(program: Any, position: names.Position) -> bool:
+def _is_in_scan(jaxpr: Any, position: names.Position) -> bool:
     for step in position:
         if isinstance(step, int):
             return False
         number, place = step
-        equation = jaxprs.open_program(program).eqns[number]
+        equation = jaxprs.open_jaxpr(jaxpr).eqns[number]
         if equation.primitive.name == "scan":
             return True
-        program = dict(jaxprs.nested(equation))[place]
+        jaxpr = dict(jaxprs.find_subjaxprs(equation))[place]
     return False
 
 
@@ -106,9 +108,9 @@ def _is_floating(aval: Any) -> bool:
     return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
-def _effects(values: Sequence[names.NamedValue]) -> list[str]:
-    callbacks = _where(values, _CALLBACKS)
-    random = _where(values, _RANDOM)
+def _describe_effects(values: Sequence[names.NamedValue]) -> list[str]:
+    callbacks = _format_labels(values, _CALLBACKS)
+    random = _format_labels(values, _RANDOM)
     notes = []
     if callbacks:
         notes.append(f"calls back to Python in {callbacks}: under remat it runs twice, or not at all.")
@@ -117,12 +119,12 @@ def _effects(values: Sequence[names.NamedValue]) -> list[str]:
     return notes
 
 
-def _where(values: Sequence[names.NamedValue], kinds: tuple[str, ...]) -> str:
+def _format_labels(values: Sequence[names.NamedValue], kinds: tuple[str, ...]) -> str:
     labels = [v.label for v in values if v.kind == "op" and any(kind in v.primitive for kind in kinds)]
     return ", ".join(dict.fromkeys(labels))
 
 
-def structure_key(module: Any, action: Remat | None) -> Any:
+def make_structure_key(module: Any, action: Remat | None) -> Any:
     """Equal for modules that share one trace; None for a module that shares with none."""
     captured = cap.capture(module)
     if captured.unshareable is not None:

@@ -22,11 +22,11 @@ from typing import Any
 
 from flax import nnx
 
-from ..errors import RuleError, did_you_mean
+from ..errors import RuleError, suggest_names
 from ..rules.rule import Remat
 from . import group, region
-from .derive import BASE, RECIPE, derive, is_swapped, methods_in
-from .derive import base_class as base_class
+from .derive import BASE, RECIPE, collect_methods, derive, is_swapped
+from .derive import get_base_class as get_base_class
 from .group import Group
 
 # nnx's containers skip attributes of this prefix when they iterate over themselves.
@@ -48,78 +48,78 @@ def swap(module: Any, action: Remat | None, groups: tuple[Group, ...] = ()) -> N
     """
     methods: tuple[str, ...] = ()
     if action is not None:
-        check(type(module), action)
+        check_class(type(module), action)
         methods = action.methods
     if groups:
-        methods += holder_methods(base_class(type(module)))
+        methods += find_holder_methods(get_base_class(type(module)))
     # Past nnx's __setattr__, which refuses changes on other trace levels and classifies attributes.
     for key, value in ((_ACTION, action), (_GROUPS, groups or None)):
         if value is None:
             vars(module).pop(key, None)
         else:
             object.__setattr__(module, key, value)
-    cls = _subclass(base_class(type(module)), methods) if methods else base_class(type(module))
+    cls = _subclass(get_base_class(type(module)), methods) if methods else get_base_class(type(module))
     object.__setattr__(module, "__class__", cls)
 
 
-def holder_methods(cls: type) -> tuple[str, ...]:
+def find_holder_methods(cls: type) -> tuple[str, ...]:
     """The methods in which a module may call the sequence it holds: its call, or else all that a user wrote."""
-    methods = tuple(methods_of(cls))
+    methods = tuple(find_methods(cls))
     return ("__call__",) if "__call__" in methods else methods
 
 
-def check(cls: type, action: Remat) -> None:
+def check_class(cls: type, action: Remat) -> None:
     """Raise if an instance of `cls` cannot run under `action`."""
     for name in action.methods:
-        _check_method(base_class(cls), name)
+        _check_method(get_base_class(cls), name)
 
 
 def unswap(module: Any) -> None:
     """Give `module` its own class back; no effect on one that has it."""
     if is_swapped(type(module)):
-        object.__setattr__(module, "__class__", base_class(type(module)))
+        object.__setattr__(module, "__class__", get_base_class(type(module)))
     for key in (_ACTION, _GROUPS):
         vars(module).pop(key, None)
 
 
-def groups_of(module: Any) -> tuple[Group, ...]:
+def get_groups(module: Any) -> tuple[Group, ...]:
     """The groups in force on the sequences that `module` holds."""
     groups: tuple[Group, ...] = vars(module).get(_GROUPS, ()) if is_swapped(type(module)) else ()
     return groups
 
 
-def action_of(module: Any) -> Remat | None:
+def get_action(module: Any) -> Remat | None:
     """The action `module` runs under, or None."""
     return vars(module).get(_ACTION) if is_swapped(type(module)) else None
 
 
-_HANDS_BACK = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+_LAZY_FUNCTION_CHECKS = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
 
 # A model has thousands of modules and a handful of classes. What raises is not kept.
 @functools.lru_cache(maxsize=4096)
 def _check_method(cls: type, name: str) -> None:
-    if callable(getattr(cls, name, None)) or name in methods_of(cls):
+    if callable(getattr(cls, name, None)) or name in find_methods(cls):
         function = inspect.unwrap(getattr(cls, name))
-        if any(test(function) for test in _HANDS_BACK):
+        if any(test(function) for test in _LAZY_FUNCTION_CHECKS):
             raise RuleError(
                 what=f"{cls.__qualname__}.{name} is a generator or a coroutine.",
                 why="a region runs a call from start to end; this call hands control back in the middle.",
                 fix="name the method that does the work inside it: Remat(methods=(...,)).",
             )
         return
-    own = list(methods_of(cls))
+    own = list(find_methods(cls))
     raise RuleError(
         what=f"{cls.__qualname__} has no method {name!r}.",
         why="a region is a method call; without the method nothing would be rematerialised.",
-        fix=f"Remat(methods=({own[0]!r},))." if len(own) == 1 else f"Remat(methods=...): {did_you_mean(name, own)}",
+        fix=f"Remat(methods=({own[0]!r},))." if len(own) == 1 else f"Remat(methods=...): {suggest_names(name, own)}",
     )
 
 
-def methods_of(cls: type) -> dict[str, Any]:
+def find_methods(cls: type) -> dict[str, Any]:
     """Public methods that a user wrote: those of the bases below nnx's own classes."""
     bases = [base for base in cls.__mro__ if base not in (nnx.Module, nnx.Pytree, nnx.Object, object)]
-    found = methods_in(bases)
+    found = collect_methods(bases)
     return {name: value for name, value in found.items() if not name.startswith("_") or name == "__call__"}
 
 
@@ -130,13 +130,13 @@ def _reduce_instance(self: Any, protocol: Any) -> Any:
     if isinstance(reduced, str) or not is_swapped(cls):
         return reduced
     function, args, *rest = reduced
-    args = tuple(base_class(cls) if item is cls else item for item in args)
+    args = tuple(get_base_class(cls) if item is cls else item for item in args)
     return (_revive, (cls.__dict__[_METHODS], function, args), *rest)
 
 
 def _revive(methods: tuple[str, ...], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     instance = function(*args)
-    object.__setattr__(instance, "__class__", _subclass(base_class(type(instance)), methods))
+    object.__setattr__(instance, "__class__", _subclass(get_base_class(type(instance)), methods))
     return instance
 
 
@@ -151,11 +151,11 @@ def _create(base: type, methods: tuple[str, ...]) -> type:
     namespace = {BASE: base, RECIPE: recipe, _METHODS: methods, "__reduce_ex__": _reduce_instance}
     cls = derive(base, namespace)
     for name in methods:
-        type.__setattr__(cls, name, _region_method(cls, name))
+        type.__setattr__(cls, name, _make_region_method(cls, name))
     return cls
 
 
-class _Original:
+class _OriginalMethod:
     """Target of a swapped method: the base class's own, looked up when called."""
 
     __slots__ = ("implementation", "name", "owner")
@@ -163,36 +163,36 @@ class _Original:
     def __init__(self, owner: type, name: str) -> None:
         self.owner, self.name = owner, name
         # A method replaced on the class after a trace is another target.
-        self.implementation = inspect.getattr_static(base_class(owner), name)
+        self.implementation = inspect.getattr_static(get_base_class(owner), name)
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         # From the instance, as the action: while operations are named (`scopes`), its class is one below the generated.
         groups: tuple[Group, ...] = vars(module).get(_GROUPS, ())
-        if groups and self.name in holder_methods(base_class(self.owner)):
-            return group.call(self.plain, groups, module, args, kwargs)
-        return self.plain(module, *args, **kwargs)
+        if groups and self.name in find_holder_methods(get_base_class(self.owner)):
+            return group.call(self.run_plain, groups, module, args, kwargs)
+        return self.run_plain(module, *args, **kwargs)
 
-    def plain(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def run_plain(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The base class's own method."""
         return getattr(super(self.owner, module), self.name)(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Original) and self._key() == other._key()
+        return isinstance(other, _OriginalMethod) and self._make_key() == other._make_key()
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash(self._make_key())
 
-    def _key(self) -> tuple[type, str, int]:
+    def _make_key(self) -> tuple[type, str, int]:
         return (self.owner, self.name, id(self.implementation))
 
 
-def _region_method(owner: type, name: str) -> Callable[..., Any]:
-    @functools.wraps(getattr(base_class(owner), name))
-    def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+def _make_region_method(owner: type, name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(get_base_class(owner), name))
+    def call_as_region(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         action = vars(self).get(_ACTION)
-        target = _Original(owner, name)
+        target = _OriginalMethod(owner, name)
         if action is None or name not in action.methods:
             return target(self, *args, **kwargs)
         return region.call(target, action, (self, *args), kwargs)
 
-    return method
+    return call_as_region

@@ -122,8 +122,8 @@ def regions(subject: Subject, model: Any) -> int:
 
 
 def _count(program: Any) -> int:
-    equations = jaxprs.open_program(program).eqns
-    inside = sum(_count(inner) for equation in equations for _, inner in jaxprs.nested(equation))
+    equations = jaxprs.open_jaxpr(program).eqns
+    inside = sum(_count(inner) for equation in equations for _, inner in jaxprs.find_subjaxprs(equation))
     return inside + sum(map(jaxprs.is_region, equations))
 
 

@@ -12,10 +12,10 @@ from collections.abc import Container, Iterable, Sequence
 import numpy as np
 import scipy  # its submodules come when they are first used: importing the solver takes a second
 
-from .graph import Graph, Step, alive
+from .graph import Graph, Step, compute_live_bytes
 from .op_cost import Rates
 
-_KINDS = ("matrix", "reduction", "elementwise", "other")
+_WORK_KINDS = ("matrix", "reduction", "elementwise", "other")
 # The solver is stopped by its own count, so that a busy machine gives no other plan; the time is for giants only.
 _NODES, _SOLVER_S = 2000, 30.0
 
@@ -26,7 +26,7 @@ class Choice:
 
     Attributes:
         names: Values kept, as rules name them; None for a block without a region.
-        kept_bytes: From forward to backward, the block's inputs apart.
+        saved_bytes: From forward to backward, the block's inputs apart.
         forward_bytes: The most that its forward pass needs besides.
         backward_bytes: The most that its backward pass needs, recomputation included, what is kept included.
         cycles: Of recomputation, by kind of operation: matrix, reduction, elementwise, other.
@@ -34,7 +34,7 @@ class Choice:
     """
 
     names: tuple[str, ...] | None
-    kept_bytes: int
+    saved_bytes: int
     forward_bytes: int
     backward_bytes: int
     cycles: tuple[float, ...]
@@ -56,10 +56,10 @@ class BlockProblem:
     """
 
     def __init__(self, graph: Graph, rates: Rates, *, stacked: bool = False) -> None:
-        self.graph = graph = graph.compiled_for(rates)
+        self.graph = graph = graph.adapt_to(rates)
         self.stacked = stacked
-        self.costs = [graph.cycles(step, rates) for step in graph.forward]
-        self.steps = self._closure(())  # what a backward pass could have to recompute
+        self.costs = [graph.count_cycles(step, rates) for step in graph.forward]
+        self.steps = self._find_recomputed_steps(())  # what a backward pass could have to recompute
         used = {v for number in self.steps for v in (*graph.forward[number].reads, *graph.forward[number].writes)}
         self.names: dict[str, list[int]] = {}
         self.bytes: dict[str, int] = {}
@@ -69,66 +69,68 @@ class BlockProblem:
                 self.bytes[candidate.name] = self.bytes.get(candidate.name, 0) + candidate.bytes
 
     @functools.cached_property
-    def plain(self) -> Choice:
+    def plain_choice(self) -> Choice:
         """No region: everything that the backward pass reads is kept."""
         graph = self.graph
         if self.stacked:  # between two loops no compiler makes anything again
-            return self._without_region(graph.needed)
+            return self._make_plain_choice(graph.residuals)
         if graph.fuses_products:
-            return self._without_region(graph.crossing)
+            return self._make_plain_choice(graph.materialized_residuals)
         # A compiler makes fused values again from others rather than keep them, but repeats no matrix product.
         fusible = [graph.forward[number].work.kind in ("elementwise", "free") for number in range(len(self.costs))]
         costs = [1e-3 * cost if fuses else cost for cost, fuses in zip(self.costs, fusible, strict=True)]
-        return self._without_region({v for name in self._cheapest(costs, 1e-4, np.inf) for v in self.names[name]})
-
-    def _without_region(self, kept: Iterable[int]) -> Choice:
-        graph, kept = self.graph, set(kept)
-        return Choice(
-            names=None,
-            kept_bytes=graph.size(kept),
-            forward_bytes=self._forward_bytes(kept),
-            backward_bytes=max(alive(graph, self._backward_with(kept), held=kept), default=0),
-            cycles=(0.0,) * len(_KINDS),
+        return self._make_plain_choice(
+            {v for name in self._find_cheapest_names(costs, 1e-4, np.inf) for v in self.names[name]}
         )
 
-    def choice(self, names: Iterable[str]) -> Choice:
+    def _make_plain_choice(self, saved: Iterable[int]) -> Choice:
+        graph, saved = self.graph, set(saved)
+        return Choice(
+            names=None,
+            saved_bytes=graph.count_bytes(saved),
+            forward_bytes=self._compute_forward_bytes(saved),
+            backward_bytes=max(compute_live_bytes(graph, self._order_backward(saved), live_at_start=saved), default=0),
+            cycles=(0.0,) * len(_WORK_KINDS),
+        )
+
+    def make_choice(self, names: Iterable[str]) -> Choice:
         """What follows from keeping these; names of values that are not read then are left out."""
         graph, given = self.graph, tuple(dict.fromkeys(names))
         kept = {value for name in given for value in self.names[name]}
-        again = self._closure(kept)
+        again = self._find_recomputed_steps(kept)
         # What nobody reads any more is not kept, whatever the rule says: JAX drops it.
-        read = graph.needed.union(*(graph.forward[number].reads for number in again))
+        read = graph.residuals.union(*(graph.forward[number].reads for number in again))
         kept_names = tuple(name for name in given if read.intersection(self.names[name]))
         kept &= read
-        cycles = dict.fromkeys(_KINDS, 0.0)
+        cycles = dict.fromkeys(_WORK_KINDS, 0.0)
         for number in again:
             kind = graph.forward[number].work.kind
             cycles[kind if kind in cycles else "other"] += self.costs[number]
         return Choice(
             names=kept_names,
-            kept_bytes=sum(self.bytes[name] for name in kept_names),
-            forward_bytes=self._forward_bytes(kept),
-            backward_bytes=max(alive(graph, self._backward_with(kept), held=kept), default=0),
+            saved_bytes=sum(self.bytes[name] for name in kept_names),
+            forward_bytes=self._compute_forward_bytes(kept),
+            backward_bytes=max(compute_live_bytes(graph, self._order_backward(kept), live_at_start=kept), default=0),
             cycles=tuple(cycles.values()),
             output_cycles=sum(
-                self.costs[number] for number in self._closure(kept, outputs=True) if number not in again
+                self.costs[number] for number in self._find_recomputed_steps(kept, outputs=True) if number not in again
             ),
         )
 
-    def cheapest(self, price: float, limit_bytes: float = np.inf) -> Choice:
+    def find_cheapest(self, price: float, limit_bytes: float = np.inf) -> Choice:
         """The choice with the least of recomputation cycles plus `price` times the kept bytes.
 
         Args:
             price: Cycles that a kept byte is worth.
             limit_bytes: The most that may be kept.
         """
-        return self.choice(self._cheapest(self.costs, price, limit_bytes))
+        return self.make_choice(self._find_cheapest_names(self.costs, price, limit_bytes))
 
-    def _cheapest(self, costs: Sequence[float], price: float, limit_bytes: float) -> list[str]:
+    def _find_cheapest_names(self, costs: Sequence[float], price: float, limit_bytes: float) -> list[str]:
         names, steps = list(self.names), list(self.steps)
         if not names or not steps:
             return []
-        rows = self._rows(names, steps)
+        rows = self._build_constraints(names, steps)
         sizes = np.array([self.bytes[name] for name in names], float)
         # Cycles and bytes differ by orders of magnitude between models; the solver's tolerances do not.
         scale = max(max(costs[number] for number in steps), 1.0)
@@ -150,7 +152,9 @@ class BlockProblem:
             return []
         return [name for name, taken in zip(names, found.x, strict=False) if taken > 0.5]
 
-    def _rows(self, names: Sequence[str], steps: Sequence[int]) -> "tuple[scipy.sparse.csr_array, list[float]]":
+    def _build_constraints(
+        self, names: Sequence[str], steps: Sequence[int]
+    ) -> "tuple[scipy.sparse.csr_array, list[float]]":
         """For each value that is read: kept, or made again, if its reader runs."""
         by_value: dict[int, list[int]] = {}
         for column, name in enumerate(names):
@@ -163,48 +167,48 @@ class BlockProblem:
         def require(value: int, reader: int | None) -> None:
             row = len(lower)
             entries.extend((row, column, 1.0) for column in by_value.get(value, ()))
-            entries.append((row, column_of[self.graph.makers[value]], 1.0))
+            entries.append((row, column_of[self.graph.producers[value]], 1.0))
             if reader is not None:
                 entries.append((row, column_of[reader], -1.0))
             lower.append(1.0 if reader is None else 0.0)
 
-        for value in self.graph.needed:
+        for value in self.graph.residuals:
             require(value, None)
         for number in steps:
             for value in self.graph.forward[number].reads:
-                if value in self.graph.makers:
+                if value in self.graph.producers:
                     require(value, number)
         row_numbers, columns, data = zip(*entries, strict=True)
         matrix = scipy.sparse.csr_array((data, (row_numbers, columns)), shape=(len(lower), len(names) + len(steps)))
         return matrix, lower
 
-    def _closure(self, kept: Container[int], *, outputs: bool = False) -> tuple[int, ...]:
-        """Forward steps that have to run again if only `kept` is there, in order; those for the outputs if asked."""
+    def _find_recomputed_steps(self, saved: Container[int], *, outputs: bool = False) -> tuple[int, ...]:
+        """Forward steps that have to run again if only `saved` is there, in order; those for the outputs if asked."""
         graph = self.graph
-        made = {value for value in graph.outputs if value in graph.makers} if outputs else set()
-        wanted = [value for value in graph.needed | made if value not in kept]
+        made = {value for value in graph.outputs if value in graph.producers} if outputs else set()
+        wanted = [value for value in graph.residuals | made if value not in saved]
         found: set[int] = set()
         while wanted:
-            number = graph.makers[wanted.pop()]
+            number = graph.producers[wanted.pop()]
             if number not in found:
                 found.add(number)
-                wanted += [v for v in graph.forward[number].reads if v in graph.makers and v not in kept]
+                wanted += [v for v in graph.forward[number].reads if v in graph.producers and v not in saved]
         return tuple(sorted(found))
 
-    def _backward_with(self, kept: Container[int]) -> list[Step]:
+    def _order_backward(self, saved: Container[int]) -> list[Step]:
         """The backward pass, and forward steps made again where they are first needed."""
         graph, order = self.graph, list[Step]()
-        waiting = set(self._closure(kept))
+        waiting = set(self._find_recomputed_steps(saved))
         for step in graph.backward:
             wanted, found = list(step.reads), set[int]()
             while wanted:
-                number = graph.makers.get(wanted.pop())
+                number = graph.producers.get(wanted.pop())
                 if number in waiting:
                     waiting.remove(number)
                     found.add(number)
                     wanted += graph.forward[number].reads
             order += [*(graph.forward[number] for number in sorted(found)), step]
-        return [dataclasses.replace(step, writes=tuple(v for v in step.writes if v not in kept)) for step in order]
+        return [dataclasses.replace(step, writes=tuple(v for v in step.writes if v not in saved)) for step in order]
 
-    def _forward_bytes(self, kept: Iterable[int]) -> int:
-        return max(alive(self.graph, self.graph.forward, keep=kept), default=0)
+    def _compute_forward_bytes(self, saved: Iterable[int]) -> int:
+        return max(compute_live_bytes(self.graph, self.graph.forward, live_at_end=saved), default=0)

@@ -15,38 +15,38 @@ from ...jaxpr import jaxprs
 from ...rules.paths import Path, format_path
 from ...transform import swap
 from ...transform.capture import walk as cap
-from ...transform.modules import ModuleEntry, modules_of
+from ...transform.modules import ModuleEntry, find_modules
 from ...transform.naming import scopes
-from .opaque_blocks import PRIMITIVE
+from .opaque_blocks import BLOCK_PRIMITIVE
 
 # With this share of a module's parameters the blocks inside it are taken instead of the module.
-_MOST = 0.9
+_MIN_INNER_SHARE = 0.9
 
-Pattern = tuple[str, tuple[str, ...]]
+BlockPattern = tuple[str, tuple[str, ...]]
 
 
-def blocks_of(model: Any, looped: Iterable[Path] = ()) -> list[Pattern]:
+def find_blocks(model: Any, loop_paths: Iterable[Path] = ()) -> list[BlockPattern]:
     """Patterns of the blocks, each with the methods that are regions.
 
     Args:
         model: An nnx model, real or abstract.
-        looped: Paths of modules that a loop calls, from `called_in_loops`.
+        loop_paths: Paths of modules that a loop calls, from `called_in_loops`.
     """
-    entries = modules_of(model)
-    found = _refined(entries, members_of(model), looped)
+    entries = find_modules(model)
+    found = _refine_blocks(entries, find_members(model), loop_paths)
     return found or [
-        (format_path(entry.path), (str(_method(entry.module)),))
+        (format_path(entry.path), (str(_find_method(entry.module)),))
         for entry in entries
-        if len(entry.path) == 1 and not entry.container and _method(entry.module) is not None
+        if len(entry.path) == 1 and not entry.container and _find_method(entry.module) is not None
     ]
 
 
-def members_of(model: Any) -> list[Pattern]:
+def find_members(model: Any) -> list[BlockPattern]:
     """Members of lists and dicts that lie in no other block, by patterns.
 
     A list may hold lists or dicts; each of these is a sequence of blocks of its own.
     """
-    entries = modules_of(model)
+    entries = find_modules(model)
     owners = {entry.path for entry in entries if not entry.container}
     blocks: set[Path] = set()
     holders: dict[Path, set[str | None]] = {}
@@ -58,7 +58,7 @@ def members_of(model: Any) -> list[Pattern]:
         owner = max((n for n in range(len(path)) if path[:n] in owners), default=-1 if entries[0].path == () else 0)
         if len(path) - owner < 2:
             continue
-        method = _method(entry.module)
+        method = _find_method(entry.module)
         holders.setdefault(path[:-1], set()).add(method)
         if method is not None:
             blocks.add(path)
@@ -69,50 +69,52 @@ def members_of(model: Any) -> list[Pattern]:
     ]
 
 
-def called_in_loops(program: Any) -> set[Path]:
+def find_loop_modules(jaxpr: Any) -> set[Path]:
     """The outermost modules that each scan of a traced program calls, those of inner scans included."""
-    return set(_called(program, False, None, ()))
+    return set(_walk_loop_calls(jaxpr, False, None, ()))
 
 
-def _called(program: Any, inside: bool, outermost: Path | None, prefix: Path) -> Iterator[Path]:
-    for equation in jaxprs.open_program(program).eqns:
+def _walk_loop_calls(jaxpr: Any, in_loop: bool, outermost: Path | None, prefix: Path) -> Iterator[Path]:
+    for equation in jaxprs.open_jaxpr(jaxpr).eqns:
         found = outermost
-        if inside and found is None:
-            found = next(((*prefix, *path) for path in scopes.paths_of(str(equation.source_info.name_stack))), None)
+        if in_loop and found is None:
+            found = next(((*prefix, *path) for path in scopes.find_paths(str(equation.source_info.name_stack))), None)
         if found:  # a loop around the root, such as one over parts of a batch, is none over its layers
             yield found
-        if equation.primitive is PRIMITIVE:
+        if equation.primitive is BLOCK_PRIMITIVE:
             block = equation.params["block"]
-            if inside and found is None:
+            if in_loop and found is None:
                 yield block.path
-            yield from _called(block.program, False, None, block.path)
+            yield from _walk_loop_calls(block.program, False, None, block.path)
         is_scan = equation.primitive.name == "scan"
-        for _, below in jaxprs.nested(equation):
-            yield from _called(below, inside or is_scan, None if is_scan else found, prefix)
+        for _, below in jaxprs.find_subjaxprs(equation):
+            yield from _walk_loop_calls(below, in_loop or is_scan, None if is_scan else found, prefix)
 
 
-def _refined(entries: list[ModuleEntry], patterns: list[Pattern], looped: Iterable[Path]) -> list[Pattern]:
+def _refine_blocks(
+    entries: list[ModuleEntry], patterns: list[BlockPattern], loop_paths: Iterable[Path]
+) -> list[BlockPattern]:
     """The blocks of lists and those that loops call; where they lie in each other, one of both."""
     by_path = {entry.path: entry for entry in entries}
-    calls = [p for p in looped if p in by_path and not by_path[p].container and _method(by_path[p].module)]
-    listed = {path: pattern for pattern in patterns for path in by_path if _matches(pattern[0], path)}
+    calls = [p for p in loop_paths if p in by_path and not by_path[p].container and _find_method(by_path[p].module)]
+    listed = {path: pattern for pattern in patterns for path in by_path if _is_member(pattern[0], path)}
     kept = set(listed) | set(calls)
     for path in sorted(kept, key=len):
         inner = {other for other in kept if len(other) > len(path) and other[: len(path)] == path}
         if path not in kept or not inner:
             continue
-        share = sum(_size(by_path[other]) for other in inner) / max(_size(by_path[path]), 1)
-        kept -= {path} if share >= _MOST else inner
+        share = sum(_count_parameters(by_path[other]) for other in inner) / max(_count_parameters(by_path[path]), 1)
+        kept -= {path} if share >= _MIN_INNER_SHARE else inner
     whole = [p for p in patterns if all(path in kept for path, pattern in listed.items() if pattern == p)]
     alone = [path for path in by_path if path in kept and listed.get(path) not in whole]
-    found = {text: _method(by_path[path].module) for text, path in _together(alone, listed).items()}
+    found = {text: _find_method(by_path[path].module) for text, path in _merge_paths(alone, listed).items()}
     return [*whole, *((text, (str(method),)) for text, method in found.items())]
 
 
-def _together(paths: list[Path], listed: Iterable[Path]) -> dict[str, Path]:
+def _merge_paths(paths: list[Path], member_paths: Iterable[Path]) -> dict[str, Path]:
     """Patterns with a path of each: one for what lies at the same place in all members of a list."""
     members: dict[Path, set[Path]] = {}
-    for path in listed:
+    for path in member_paths:
         members.setdefault(path[:-1], set()).add(path)
     found: dict[str, Path] = {}
     for path in paths:
@@ -126,21 +128,21 @@ def _together(paths: list[Path], listed: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def _matches(pattern: str, path: Path) -> bool:
+def _is_member(pattern: str, path: Path) -> bool:
     return bool(path) and pattern == format_path((*path[:-1], "*"))
 
 
-def _size(entry: ModuleEntry) -> int:
+def _count_parameters(entry: ModuleEntry) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in cap.capture(entry.module).leaves)
 
 
-def _method(module: Any) -> str | None:
-    return _method_of(swap.base_class(type(module)))
+def _find_method(module: Any) -> str | None:
+    return _find_class_method(swap.get_base_class(type(module)))
 
 
 @functools.lru_cache(maxsize=4096)
-def _method_of(cls: type) -> str | None:
-    methods = list(swap.methods_of(cls))
+def _find_class_method(cls: type) -> str | None:
+    methods = list(swap.find_methods(cls))
     if "__call__" in methods:
         return "__call__"
     return methods[0] if len(methods) == 1 else None

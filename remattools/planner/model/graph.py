@@ -16,11 +16,11 @@ from jax.extend import core
 
 from ...jaxpr import jaxprs
 from ...transform.naming import names
-from .op_cost import Rates, Work, work_of
+from .op_cost import Rates, Work, estimate_work
 
 # Programs that an equation of these only holds.
-INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
-_CANDIDATE = "plan:"
+INLINED_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
+_CANDIDATE_PREFIX = "plan:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Step:
         work: What it does.
         tag: "forward" or "backward" and the number of the visit, if it is a block with a backward pass.
         label: For people.
-        turns: How often it runs: turns of the loops around it.
+        iterations: How often it runs: turns of the loops around it.
     """
 
     reads: tuple[int, ...]
@@ -41,7 +41,7 @@ class Step:
     work: Work
     tag: Any = None
     label: str = ""
-    turns: int = 1
+    iterations: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Graph:
         bytes: Size of each value.
         inputs: Numbers of the arguments.
         outputs: Of the results of both passes.
-        needed: Values that the backward pass takes from the forward pass, arguments apart.
+        residuals: Values that the backward pass takes from the forward pass, arguments apart.
         candidates: Values with names.
-        single: Values of float32.
+        float32_values: Values of float32.
         fuses_products: Whether products and what is computed between them run inside of the one product that reads it.
     """
 
@@ -80,13 +80,13 @@ class Graph:
     bytes: tuple[int, ...]
     inputs: frozenset[int]
     outputs: frozenset[int]
-    needed: frozenset[int]
+    residuals: frozenset[int]
     candidates: tuple[Candidate, ...] = ()
-    single: frozenset[int] = frozenset()
+    float32_values: frozenset[int] = frozenset()
     fuses_products: bool = False
 
     @functools.cached_property
-    def makers(self) -> dict[int, int]:
+    def producers(self) -> dict[int, int]:
         """Forward step that makes each value."""
         return {value: number for number, step in enumerate(self.forward) for value in step.writes}
 
@@ -99,18 +99,18 @@ class Graph:
         return readers
 
     @functools.cached_property
-    def fused(self) -> frozenset[int]:
+    def fused_values(self) -> frozenset[int]:
         """Values that exist only inside of fused operations, if nothing is made again."""
-        return self.fused_in((*self.forward, *self.backward))
+        return self.find_fused_values((*self.forward, *self.backward))
 
-    def fused_in(self, order: Sequence[Step], whole: Iterable[int] = ()) -> frozenset[int]:
+    def find_fused_values(self, order: Sequence[Step], materialized: Iterable[int] = ()) -> frozenset[int]:
         """Values that exist only inside of fused operations when these steps run.
 
         Args:
             order: Steps as they run.
-            whole: Values that are kept all the same.
+            materialized: Values that are kept all the same.
         """
-        whole = self.outputs.union(whole)
+        materialized = self.outputs.union(materialized)
         readers: dict[int, list[int]] = {}
         for number, step in enumerate(order):
             for value in step.reads:
@@ -126,7 +126,7 @@ class Graph:
             if self.fuses_products and len(within) == 1 and "other" not in kinds:
                 inside |= step.work.kind == "elementwise"
                 inside |= step.work.kind == "matrix" and "matrix" not in kinds
-            if whole.intersection(step.writes):
+            if materialized.intersection(step.writes):
                 inside = False
             roots[number] = within if inside else frozenset((number,))
             if inside:
@@ -134,13 +134,13 @@ class Graph:
         return frozenset(found)
 
     @property
-    def crossing(self) -> frozenset[int]:
+    def materialized_residuals(self) -> frozenset[int]:
         """Values that the forward pass leaves in memory for the backward pass, if nothing is made again."""
-        runs = _runs((*self.forward, *self.backward), self.fused)
+        runs = _compute_accesses((*self.forward, *self.backward), self.fused_values)
         read = frozenset[int]().union(*(reads for reads, _ in runs[len(self.forward) :]))
-        return read.intersection(self.makers)
+        return read.intersection(self.producers)
 
-    def compiled_for(self, rates: Rates) -> "Graph":
+    def adapt_to(self, rates: Rates) -> "Graph":
         """The same as a target's compiler keeps it: values that only matrix units read in the units' own precision."""
         if not rates.fuses_products:
             return self
@@ -149,31 +149,33 @@ class Graph:
             for value in step.writes:
                 readers = self._readers.get(value, ())
                 passed = all(
-                    reader.work.narrows or (reader.work.kind == "free" and narrow.issuperset(reader.writes))
+                    reader.work.is_narrowing or (reader.work.kind == "free" and narrow.issuperset(reader.writes))
                     for reader in readers
                 )
-                if value in self.single and value not in self.outputs and readers and passed:
+                if value in self.float32_values and value not in self.outputs and readers and passed:
                     narrow.add(value)
         sizes = tuple(size // 2 if value in narrow else size for value, size in enumerate(self.bytes))
         candidates = tuple(dataclasses.replace(one, bytes=sizes[one.value]) for one in self.candidates)
         return dataclasses.replace(self, bytes=sizes, candidates=candidates, fuses_products=True)
 
-    def size(self, values: Iterable[int]) -> int:
+    def count_bytes(self, values: Iterable[int]) -> int:
         """Bytes of all values."""
         return sum(self.bytes[value] for value in values)
 
-    def cycles(self, step: Step, rates: Rates) -> float:
+    def count_cycles(self, step: Step, rates: Rates) -> float:
         """The time that a step takes, all its turns together."""
         if step.work.kind == "free":
             return 0.0
         rate = rates.matrix_flops if step.work.kind in ("matrix", "other") else rates.vector_flops
         arithmetic = step.work.flops / rate
-        if step.work.kind == "elementwise" and all(value in self.fused for value in step.writes):
-            return step.turns * arithmetic
+        if step.work.kind == "elementwise" and all(value in self.fused_values for value in step.writes):
+            return step.iterations * arithmetic
         sources = frozenset[int]().union(*(self._sources.get(value, frozenset((value,))) for value in step.reads))
-        moved = self.size(sources) + self.size(value for value in step.writes if value not in self.fused)
+        moved = self.count_bytes(sources) + self.count_bytes(
+            value for value in step.writes if value not in self.fused_values
+        )
         overhead = 0.0 if step.work.kind == "elementwise" else rates.overhead
-        return step.turns * (max(arithmetic, moved / rates.traffic_bytes) + overhead)
+        return step.iterations * (max(arithmetic, moved / rates.traffic_bytes) + overhead)
 
     @functools.cached_property
     def _sources(self) -> dict[int, frozenset[int]]:
@@ -185,43 +187,47 @@ class Graph:
             below = frozenset[int]().union(*(found.get(value, frozenset((value,))) for value in step.reads))
             if step.work.kind == "matrix":  # read once, by the product
                 below = frozenset()
-            found.update((value, below if value in self.fused else frozenset((value,))) for value in step.writes)
+            found.update((value, below if value in self.fused_values else frozenset((value,))) for value in step.writes)
         return found
 
-    def total_cycles(self, rates: Rates) -> float:
+    def count_total_cycles(self, rates: Rates) -> float:
         """Both passes, nothing recomputed."""
-        return sum(self.cycles(step, rates) for step in (*self.forward, *self.backward))
+        return sum(self.count_cycles(step, rates) for step in (*self.forward, *self.backward))
 
 
-def _runs(order: Sequence[Step], inside: frozenset[int]) -> list[tuple[frozenset[int], tuple[int, ...]]]:
+def _compute_accesses(
+    order: Sequence[Step], fused_values: frozenset[int]
+) -> list[tuple[frozenset[int], tuple[int, ...]]]:
     """What each step reads from memory and writes there; what runs inside of its readers reads when they do."""
     sources: dict[int, frozenset[int]] = {}
     found: list[tuple[frozenset[int], tuple[int, ...]]] = []
     for step in order:
         reads = frozenset[int]().union(*(sources.get(value, frozenset((value,))) for value in step.reads))
-        sources.update((value, reads if value in inside else frozenset((value,))) for value in step.writes)
-        fused = bool(step.writes) and inside.issuperset(step.writes)
+        sources.update((value, reads if value in fused_values else frozenset((value,))) for value in step.writes)
+        fused = bool(step.writes) and fused_values.issuperset(step.writes)
         found.append((frozenset(), ()) if fused else (reads, step.writes))
     return found
 
 
-def alive(graph: Graph, order: Sequence[Step], held: Iterable[int] = (), keep: Iterable[int] = ()) -> list[int]:
+def compute_live_bytes(
+    graph: Graph, order: Sequence[Step], live_at_start: Iterable[int] = (), live_at_end: Iterable[int] = ()
+) -> list[int]:
     """Bytes of materialised values alive at each step.
 
     Args:
         graph: Where the sizes are.
         order: Steps as they run.
-        held: Values that are there from the start; they count until they are last read.
-        keep: Values that stay until the end.
+        live_at_start: Values that are there from the start; they count until they are last read.
+        live_at_end: Values that stay until the end.
     """
-    held, keep = set(held), set(keep)
-    inside = graph.fused_in(order, held | keep)
+    live_at_start, live_at_end = set(live_at_start), set(live_at_end)
+    inside = graph.find_fused_values(order, live_at_start | live_at_end)
     uncounted = inside | graph.inputs | graph.outputs
-    runs = _runs(order, inside)
+    runs = _compute_accesses(order, inside)
     last = {value: number for number, (reads, writes) in enumerate(runs) for value in (*writes, *reads)}
-    last.update(dict.fromkeys(keep, len(order)))
-    living = {value for value in held if value in last}
-    total = graph.size(living)
+    last.update(dict.fromkeys(live_at_end, len(order)))
+    living = {value for value in live_at_start if value in last}
+    total = graph.count_bytes(living)
     points = []
     for number, (reads, writes) in enumerate(runs):
         for value in writes:
@@ -236,21 +242,21 @@ def alive(graph: Graph, order: Sequence[Step], held: Iterable[int] = (), keep: I
     return points
 
 
-def inlined(program: Any, leaves: Sequence[Any]) -> list[Any]:
+def run_inlined(jaxpr: Any, leaves: Sequence[Any]) -> list[Any]:
     """Evaluate a program with its jits dissolved, so that one flat list of operations is traced.
 
     Args:
-        program: Open or closed.
+        jaxpr: Open or closed.
         leaves: Its arguments.
     """
-    inner = jaxprs.open_program(program)
-    values: dict[Any, Any] = dict(zip(inner.constvars, getattr(program, "consts", ()), strict=False))
+    inner = jaxprs.open_jaxpr(jaxpr)
+    values: dict[Any, Any] = dict(zip(inner.constvars, getattr(jaxpr, "consts", ()), strict=False))
     values.update(zip(inner.invars, leaves, strict=True))
     for equation in inner.eqns:
-        args = [jaxprs.value_of(atom, values) for atom in equation.invars]
-        nested = [below for _, below in jaxprs.nested(equation)]
-        if equation.primitive.name in INLINED and len(nested) == 1:
-            out = inlined(nested[0], args)
+        args = [jaxprs.read_atom(atom, values) for atom in equation.invars]
+        nested = [below for _, below in jaxprs.find_subjaxprs(equation)]
+        if equation.primitive.name in INLINED_PRIMITIVES and len(nested) == 1:
+            out = run_inlined(nested[0], args)
         else:
             closed = core.Jaxpr(
                 constvars=[],
@@ -262,14 +268,14 @@ def inlined(program: Any, leaves: Sequence[Any]) -> list[Any]:
             )
             out = jaxprs.run(core.ClosedJaxpr(closed, []), [values[v] for v in closed.invars])  # type: ignore[attr-defined]  # public, but not in its stub
         values.update(zip(equation.outvars, out, strict=True))
-    return [jaxprs.value_of(atom, values) for atom in inner.outvars]
+    return [jaxprs.read_atom(atom, values) for atom in inner.outvars]
 
 
-def graph_of(
+def build_graph(
     run: Callable[[list[Any]], list[Any]],
     avals: Sequence[Any],
     labels: Mapping[str, str],
-    wanted: Sequence[bool] | None = None,
+    gradient_mask: Sequence[bool] | None = None,
 ) -> Graph:
     """The graph of a function of arrays and its gradient in its floats.
 
@@ -277,72 +283,72 @@ def graph_of(
         run: From arrays to arrays; candidates are marked in it by `checkpoint_name`s.
         avals: Shapes of its arguments.
         labels: From the marks to the names that rules use.
-        wanted: For each float whether its gradient is meant; all by default.
+        gradient_mask: For each float whether its gradient is meant; all by default.
     """
     floats = [i for i, aval in enumerate(avals) if jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)]
-    if wanted is not None:
-        floats = [i for i, meant in zip(floats, wanted, strict=True) if meant]
+    if gradient_mask is not None:
+        floats = [i for i, meant in zip(floats, gradient_mask, strict=True) if meant]
     counts: list[int] = []
 
-    def both(leaves: list[Any]) -> Any:
-        def forward(chosen: list[Any]) -> list[Any]:
+    def run_both_passes(leaves: list[Any]) -> Any:
+        def run_forward(chosen: list[Any]) -> list[Any]:
             new = list(leaves)
             for index, value in zip(floats, chosen, strict=True):
                 new[index] = value
             out = run(new)
             return [leaf for leaf in out if jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)]
 
-        out, backward = jax.vjp(forward, [leaves[i] for i in floats])
+        out, backward = jax.vjp(run_forward, [leaves[i] for i in floats])
         kept = jax.tree.leaves(backward)
         counts.append(len(kept))
         return kept, out, backward([jax.numpy.ones_like(value) for value in out])
 
     shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    return _numbered(jaxprs.open_program(jax.make_jaxpr(both)(shapes)), counts[0], labels)
+    return _convert_jaxpr(jaxprs.open_jaxpr(jax.make_jaxpr(run_both_passes)(shapes)), counts[0], labels)
 
 
-def block_graph(program: Any, wanted: Sequence[bool] | None = None) -> Graph:
-    """The graph of a region's program, with all values that a rule can name; `wanted` as in `graph_of`."""
-    values = [value for value in names.named_values(program) if value.reachable and value.kind != "module"]
-    marks = {position: f"{_CANDIDATE}{n}" for n, value in enumerate(values) for position in value.where}
-    labels = {f"{_CANDIDATE}{n}": f"{value.label}[{value.index}]" for n, value in enumerate(values)}
-    marked = names.marked(program, marks)
-    avals = [var.aval for var in jaxprs.open_program(program).invars]
-    return graph_of(lambda leaves: inlined(marked, leaves), avals, labels, wanted)
+def build_block_graph(jaxpr: Any, gradient_mask: Sequence[bool] | None = None) -> Graph:
+    """The graph of a region's program, with all values that a rule can name; `gradient_mask` as in `graph_of`."""
+    values = [value for value in names.find_named_values(jaxpr) if value.reachable and value.kind != "module"]
+    marks = {position: f"{_CANDIDATE_PREFIX}{n}" for n, value in enumerate(values) for position in value.where}
+    labels = {f"{_CANDIDATE_PREFIX}{n}": f"{value.label}[{value.index}]" for n, value in enumerate(values)}
+    marked = names.mark_equations(jaxpr, marks)
+    avals = [var.aval for var in jaxprs.open_jaxpr(jaxpr).invars]
+    return build_graph(lambda leaves: run_inlined(marked, leaves), avals, labels, gradient_mask)
 
 
-def _numbered(top: Any, kept: int, labels: Mapping[str, str]) -> Graph:
+def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str]) -> Graph:
     numbers: dict[Any, int] = {}
     sizes: list[int] = []
     single: set[int] = set()
 
-    def number(var: Any) -> int:
+    def get_number(var: Any) -> int:
         if var not in numbers:
             numbers[var] = len(sizes)
-            if is_single(var.aval):
+            if is_float32(var.aval):
                 single.add(len(sizes))
-            sizes.append(jaxprs.aval_bytes(var.aval))
+            sizes.append(jaxprs.count_aval_bytes(var.aval))
         return numbers[var]
 
-    inputs = frozenset(number(var) for var in top.invars)
+    inputs = frozenset(get_number(var) for var in jaxpr.invars)
     forward: list[Step] = []
     backward: list[Step] = []
     candidates = []
-    residuals = {var for var in top.outvars[:kept] if isinstance(var, core.Var)}
-    for equation in top.eqns:
-        name = jaxprs.name_of(equation)
+    residuals = {var for var in jaxpr.outvars[:num_residuals] if isinstance(var, core.Var)}
+    for equation in jaxpr.eqns:
+        name = jaxprs.get_checkpoint_name(equation)
         if name is not None:
             # A mark is another word for the value it marks.
             (source,), (target,) = equation.invars, equation.outvars
             if isinstance(source, core.Var):
-                numbers[target] = number(source)
+                numbers[target] = get_number(source)
                 if name in labels:
-                    candidates.append(Candidate(labels[name], numbers[target], jaxprs.aval_bytes(target.aval)))
+                    candidates.append(Candidate(labels[name], numbers[target], jaxprs.count_aval_bytes(target.aval)))
             continue
         step = Step(
-            reads=tuple(dict.fromkeys(number(atom) for atom in equation.invars if isinstance(atom, core.Var))),
-            writes=tuple(number(var) for var in equation.outvars),
-            work=work_of(equation),
+            reads=tuple(dict.fromkeys(get_number(atom) for atom in equation.invars if isinstance(atom, core.Var))),
+            writes=tuple(get_number(var) for var in equation.outvars),
+            work=estimate_work(equation),
             label=equation.primitive.name,
         )
         late = "transpose(" in str(equation.source_info.name_stack)
@@ -350,19 +356,19 @@ def _numbered(top: Any, kept: int, labels: Mapping[str, str]) -> Graph:
     made = {value for step in forward for value in step.writes}
     read_back = {value for step in backward for value in step.reads}
     needed = ({numbers[var] for var in residuals if var in numbers} | (read_back & made)) & made
-    outputs = {numbers[var] for var in top.outvars[kept:] if isinstance(var, core.Var) and var in numbers}
+    outputs = {numbers[var] for var in jaxpr.outvars[num_residuals:] if isinstance(var, core.Var) and var in numbers}
     return Graph(
         forward=tuple(forward),
         backward=tuple(backward),
         bytes=tuple(sizes),
         inputs=inputs,
         outputs=frozenset(outputs),
-        needed=frozenset(needed & (read_back | outputs)) if backward else frozenset(),
+        residuals=frozenset(needed & (read_back | outputs)) if backward else frozenset(),
         candidates=tuple(candidates),
-        single=frozenset(single),
+        float32_values=frozenset(single),
     )
 
 
-def is_single(aval: Any) -> bool:
+def is_float32(aval: Any) -> bool:
     """Whether a value is an array of float32."""
     return jaxprs.is_array(aval) and aval.dtype == jax.numpy.float32

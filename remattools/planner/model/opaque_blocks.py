@@ -18,8 +18,8 @@ from ...errors import MeasureError
 from ...jaxpr import jaxprs
 from ...rules.paths import Path
 
-PRIMITIVE = core.Primitive("plan_block")
-PRIMITIVE.multiple_results = True
+BLOCK_PRIMITIVE = core.Primitive("plan_block")
+BLOCK_PRIMITIVE.multiple_results = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,40 +29,40 @@ class Block:
     Attributes:
         number: Shared by what the transforms make of it.
         path: Of its module.
-        program: What it computes; equal blocks share the object.
+        jaxpr: What it computes; equal blocks share the object.
     """
 
     number: int
     path: Path
-    program: Any
+    jaxpr: Any
 
 
-class Blocks:
+class BlockTracer:
     """Takes the place of regions while a program is traced."""
 
     def __init__(self) -> None:
-        self._traced: dict[Any, tuple[Any, Any]] = {}
+        self._jaxprs: dict[Any, tuple[Any, Any]] = {}
         self._count = 0
 
     def __call__(self, run: Callable[[Any], Any], inputs: Any, path: Path) -> Any:
         """What `run(inputs)` returns, computed by opaque operations."""
         leaves, tree = jax.tree.flatten(inputs)
         key = (run, tree, tuple(map(jax.typeof, leaves)))
-        program, made = self._traced.get(key, (None, None))
+        program, made = self._jaxprs.get(key, (None, None))
         consts: list[Any] = []
         if program is None:
             closed, shape = jax.make_jaxpr(run, return_shape=True)(inputs)
-            program, made, consts = _without_constants(closed), jax.tree.structure(shape), list(closed.consts)
+            program, made, consts = _hoist_constants(closed), jax.tree.structure(shape), list(closed.consts)
             if not consts:  # those may be tracers of this very call
-                self._traced[key] = program, made
+                self._jaxprs[key] = program, made
         self._count += 1
-        results = _opaque(Block(self._count, path, program))(*consts, *leaves)
+        results = _make_block_call(Block(self._count, path, program))(*consts, *leaves)
         return jax.tree.unflatten(made, results)
 
 
-def _without_constants(closed: Any) -> Any:
+def _hoist_constants(closed_jaxpr: Any) -> Any:
     """The program with its constants as its first arguments."""
-    inner = jaxprs.open_program(closed)
+    inner = jaxprs.open_jaxpr(closed_jaxpr)
     return inner.replace(
         constvars=[],
         invars=[*inner.constvars, *inner.invars],
@@ -70,50 +70,50 @@ def _without_constants(closed: Any) -> Any:
     )
 
 
-def _opaque(block: Block) -> Callable[..., Any]:
+def _make_block_call(block: Block) -> Callable[..., Any]:
     @jax.custom_vjp
     def call(*leaves: Any) -> Any:
-        return PRIMITIVE.bind(*leaves, avals=_results(block.program), late=False, block=block)
+        return BLOCK_PRIMITIVE.bind(*leaves, avals=_get_result_avals(block.jaxpr), late=False, block=block)
 
-    def forward(*leaves: Any) -> Any:
+    def run_forward(*leaves: Any) -> Any:
         return call(*leaves), leaves
 
-    def backward(leaves: Any, cotangents: Any) -> Any:
+    def run_backward(leaves: Any, cotangents: Any) -> Any:
         floats = [jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact) for leaf in leaves]
         wanted = tuple(jax.typeof(leaf) for leaf, is_float in zip(leaves, floats, strict=True) if is_float)
         given = [cotangent for cotangent in cotangents if cotangent.dtype != jax.dtypes.float0]
-        made = iter(PRIMITIVE.bind(*leaves, *given, avals=wanted, late=True, block=block))
+        made = iter(BLOCK_PRIMITIVE.bind(*leaves, *given, avals=wanted, late=True, block=block))
         return tuple(next(made) if is_float else None for is_float in floats)
 
-    call.defvjp(forward, backward)
+    call.defvjp(run_forward, run_backward)
     return call
 
 
-def _results(program: Any) -> tuple[Any, ...]:
-    return tuple(atom.aval for atom in program.outvars)
+def _get_result_avals(jaxpr: Any) -> tuple[Any, ...]:
+    return tuple(atom.aval for atom in jaxpr.outvars)
 
 
-PRIMITIVE.def_abstract_eval(lambda *_, avals, late, block: list(avals))
+BLOCK_PRIMITIVE.def_abstract_eval(lambda *_, avals, late, block: list(avals))
 
 
-def _batched(args: Any, dims: Any, *, avals: Any, late: bool, block: Block) -> Any:
+def _batch_block(args: Any, dims: Any, *, avals: Any, late: bool, block: Block) -> Any:
     """A block under `vmap` is a block of the batch."""
     size = next(arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if dim is not None)
     if late:
         made = tuple(aval.update(shape=(size, *aval.shape)) for aval in avals)
     else:
-        closed = core.ClosedJaxpr(block.program, [])  # type: ignore[attr-defined]  # public, but not in its stub
+        closed = core.ClosedJaxpr(block.jaxpr, [])  # type: ignore[attr-defined]  # public, but not in its stub
         run = jax.vmap(core.jaxpr_as_fun(closed), in_axes=tuple(dims), out_axes=0)
-        program = _without_constants(jax.make_jaxpr(run)(*args))
-        made, block = _results(program), Block(block.number, block.path, program)
-    return PRIMITIVE.bind(*args, avals=made, late=late, block=block), [0] * len(made)
+        program = _hoist_constants(jax.make_jaxpr(run)(*args))
+        made, block = _get_result_avals(program), Block(block.number, block.path, program)
+    return BLOCK_PRIMITIVE.bind(*args, avals=made, late=late, block=block), [0] * len(made)
 
 
-def _differentiated(*_: Any, block: Block, **__: Any) -> Any:
-    raise twice(block.path)
+def _refuse_jvp(*_: Any, block: Block, **__: Any) -> Any:
+    raise make_differentiation_error(block.path)
 
 
-def twice(path: Path) -> MeasureError:
+def make_differentiation_error(path: Path) -> MeasureError:
     """A block is differentiated in a way that the planner has no model of."""
     where = ".".join(map(str, path)) or "a block"
     return MeasureError(
@@ -124,5 +124,5 @@ def twice(path: Path) -> MeasureError:
     )
 
 
-batching.primitive_batchers[PRIMITIVE] = _batched
-ad.primitive_jvps[PRIMITIVE] = _differentiated
+batching.primitive_batchers[BLOCK_PRIMITIVE] = _batch_block
+ad.primitive_jvps[BLOCK_PRIMITIVE] = _refuse_jvp

@@ -19,7 +19,7 @@ import numpy as np
 from ...errors import MeasureError
 from ...jaxpr import jaxprs
 from ...rules.paths import Path
-from ...rules.policy import Bare
+from ...rules.policy import CallablePolicy
 from ...rules.rule import Remat
 from ...rules.ruleset import Rules
 from ...tracing import pure_call
@@ -27,11 +27,11 @@ from ...transform import apply as application
 from ...transform import region
 from ...transform.naming import names
 from .block_ilp import BlockProblem
-from .blocks import Pattern, blocks_of, called_in_loops, members_of
-from .graph import Graph, alive, block_graph
+from .blocks import BlockPattern, find_blocks, find_loop_modules, find_members
+from .graph import Graph, build_block_graph, compute_live_bytes
 from .op_cost import Rates
-from .opaque_blocks import Blocks, twice
-from .schedule import BLOCK, Visit, schedule_of
+from .opaque_blocks import BlockTracer, make_differentiation_error
+from .schedule import BLOCK_LABEL, Visit, build_schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Outline:
         rates: Of the target.
     """
 
-    rules: tuple[Pattern, ...]
+    rules: tuple[BlockPattern, ...]
     problems: tuple[BlockProblem, ...]
     visits: tuple[tuple[Path, int], ...]
     calls: tuple[Visit, ...]
@@ -55,12 +55,12 @@ class Outline:
     rates: Rates
 
     @property
-    def turns(self) -> np.ndarray:
+    def iterations(self) -> np.ndarray:
         """How often the backward pass of each visit runs."""
-        return np.array([call.turns for call in self.calls])
+        return np.array([call.iterations for call in self.calls])
 
     @functools.cached_property
-    def boundaries(self) -> tuple[int, ...]:
+    def boundary_bytes(self) -> tuple[int, ...]:
         """For each visit the bytes of its inputs that nothing else reads: there for its backward pass alone."""
         readers: dict[int, set[int]] = {}
         for number, step in enumerate(self.around.forward):
@@ -71,10 +71,12 @@ class Outline:
         for visit, call in enumerate(self.calls):
             # What is added to the block's own output on the way (a residual stream) is read by the block alone.
             inputs = self.around.forward[call.forward].reads
-            found.append(self.around.size(v for v in inputs if v in self.around.makers and readers[v] == {visit}))
+            found.append(
+                self.around.count_bytes(v for v in inputs if v in self.around.producers and readers[v] == {visit})
+            )
         return tuple(found)
 
-    def timetable(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def build_timetable(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Moments that can be the fullest.
 
         Returns:
@@ -82,7 +84,7 @@ class Outline:
             is there then; and one of which visit runs: 1 forward, 2 backward.
         """
         order = self.around.forward
-        points = alive(self.around, order)
+        points = compute_live_bytes(self.around, order)
         ends = {number for call in self.calls for number in (call.first, call.forward, call.backward, call.last)}
         chosen = {number for call in self.calls for number in (call.forward, call.backward)}
         for left, right in itertools.pairwise(sorted({*ends, 0, len(order)})):
@@ -93,14 +95,16 @@ class Outline:
         runs = np.array([[float(t == c.forward) + 2 * (t == c.backward) for c in self.calls] for t in moments])
         return np.array([float(points[t]) for t in moments]), kept, runs
 
-    def plain_cycles(self) -> float:
+    def count_plain_cycles(self) -> float:
         """The time of the whole without regions."""
-        costs = [problem.graph.total_cycles(self.rates) for problem in self.problems]
-        inside = sum(call.turns * costs[kind] for call, (_, kind) in zip(self.calls, self.visits, strict=True))
-        return inside + sum(self.around.cycles(step, self.rates) for step in self.around.forward if step.tag is None)
+        costs = [problem.graph.count_total_cycles(self.rates) for problem in self.problems]
+        inside = sum(call.iterations * costs[kind] for call, (_, kind) in zip(self.calls, self.visits, strict=True))
+        return inside + sum(
+            self.around.count_cycles(step, self.rates) for step in self.around.forward if step.tag is None
+        )
 
 
-def outline(
+def build_outline(
     fn: Callable[..., Any], model: Any, args: Sequence[Any], rates: Rates, *, differentiate: bool = True
 ) -> Outline:
     """Take a loss or a whole step apart into blocks.
@@ -115,25 +119,29 @@ def outline(
     Raises:
         MeasureError: If no block of the model runs in it, or none has a backward pass.
     """
-    patterns = members_of(model)
-    program = _traced(fn, model, args, patterns, differentiate=differentiate)
-    better = blocks_of(model, called_in_loops(program))
+    patterns = find_members(model)
+    program = _trace_blocks(fn, model, args, patterns, differentiate=differentiate)
+    better = find_blocks(model, find_loop_modules(program))
     if better != patterns:
         patterns = better
-        program = _traced(fn, model, args, patterns, differentiate=differentiate)
-    around, calls = schedule_of(program)
+        program = _trace_blocks(fn, model, args, patterns, differentiate=differentiate)
+    around, calls = build_schedule(program)
     if not calls:
-        raise _no_blocks(ran=any(step.label == BLOCK for step in around.forward), differentiate=differentiate)
-    texts = {id(inner): _signature(inner) for inner in {id(v.block.program): v.block.program for v in calls}.values()}
+        raise _make_no_blocks_error(
+            has_calls=any(step.label == BLOCK_LABEL for step in around.forward), differentiate=differentiate
+        )
+    texts = {
+        id(inner): _compute_signature(inner) for inner in {id(v.block.jaxpr): v.block.jaxpr for v in calls}.values()
+    }
     # Equal blocks are one problem: a gradient that one of them has to make counts for all.
-    keys = [(texts[id(visit.block.program)], visit.copies > 1) for visit in calls]
+    keys = [(texts[id(visit.block.jaxpr)], visit.copies > 1) for visit in calls]
     wanted: dict[Any, tuple[bool, ...]] = {}
     for key, visit in zip(keys, calls, strict=True):
-        wanted[key] = tuple(map(max, wanted.get(key, visit.wanted), visit.wanted))
+        wanted[key] = tuple(map(max, wanted.get(key, visit.gradient_mask), visit.gradient_mask))
     kinds = {key: number for number, key in enumerate(wanted)}
-    firsts = [calls[keys.index(key)].block.program for key in kinds]
+    firsts = [calls[keys.index(key)].block.jaxpr for key in kinds]
     problems = [
-        BlockProblem(block_graph(inner, wanted[key]), rates, stacked=key[1])
+        BlockProblem(build_block_graph(inner, wanted[key]), rates, stacked=key[1])
         for key, inner in zip(kinds, firsts, strict=True)
     ]
     visits = [(visit.block.path, kinds[key]) for visit, key in zip(calls, keys, strict=True)]
@@ -142,52 +150,54 @@ def outline(
         problems=tuple(problems),
         visits=tuple(visits),
         calls=calls,
-        around=around.compiled_for(rates),
+        around=around.adapt_to(rates),
         rates=rates,
     )
 
 
-def _traced(
-    fn: Callable[..., Any], model: Any, args: Sequence[Any], patterns: Sequence[Pattern], *, differentiate: bool
+def _trace_blocks(
+    fn: Callable[..., Any], model: Any, args: Sequence[Any], patterns: Sequence[BlockPattern], *, differentiate: bool
 ) -> Any:
     """The program with the modules of these patterns opaque, and with module paths."""
     # JAX keeps traces of inner jits, so that the opaque blocks need a policy that nobody else has.
-    policy = Bare(lambda *_, **__: False)
+    policy = CallablePolicy(lambda *_, **__: False)
     rules = Rules((pattern, Remat(policy, methods=methods)) for pattern, methods in patterns)
     with (
         application.applied(model, Rules(((".", False), ("**", False)))),
         application.applied(model, rules),
-        region.replaced(policy, Blocks()),
+        region.replace_regions(policy, BlockTracer()),
     ):
-        call = pure_call.stage(pure_call.unjitted(fn), (model, *args))
+        call = pure_call.stage(pure_call.unwrap_jit(fn), (model, *args))
         if differentiate:
             pure_call.check_differentiable(call)
         try:
-            program = jax.make_jaxpr(_named(call, differentiate=differentiate))(call.abstract_leaves())
+            program = jax.make_jaxpr(_make_pure_with_paths(call, differentiate=differentiate))(
+                call.abstractify_leaves()
+            )
         except (TypeError, NotImplementedError) as error:
             if "custom_vjp" in str(error) or "custom_lin" in str(error):  # JAX's own refusals to go forward
-                raise twice(()) from error
+                raise make_differentiation_error(()) from error
             raise
-    return names.marked(program, {})
+    return names.mark_equations(program, {})
 
 
-def _named(call: pure_call.Call, *, differentiate: bool) -> Callable[[list[Any]], Any]:
+def _make_pure_with_paths(call: pure_call.Call, *, differentiate: bool) -> Callable[[list[Any]], Any]:
     """As `staging.pure`, with module paths on the operations."""
-    indices = call.differentiated if differentiate else ()
+    indices = call.differentiable_indices if differentiate else ()
 
-    def evaluated(leaves: list[Any], chosen: list[Any]) -> tuple[Any, list[Any]]:
-        return pure_call.evaluate(call, pure_call.replaced(leaves, indices, chosen), named=True)
+    def evaluate_leaves(leaves: list[Any], chosen: list[Any]) -> tuple[Any, list[Any]]:
+        return pure_call.evaluate(call, pure_call.replace_leaves(leaves, indices, chosen), with_paths=True)
 
-    def gradient(leaves: list[Any]) -> Any:
-        loss = functools.partial(evaluated, leaves)
-        return jax.grad(lambda chosen: pure_call.loss_of(loss(chosen)), has_aux=True)([leaves[i] for i in indices])
+    def compute_gradient(leaves: list[Any]) -> Any:
+        loss = functools.partial(evaluate_leaves, leaves)
+        return jax.grad(lambda chosen: pure_call.split_loss(loss(chosen)), has_aux=True)([leaves[i] for i in indices])
 
-    return gradient if differentiate else lambda leaves: evaluated(leaves, [])[1]
+    return compute_gradient if differentiate else lambda leaves: evaluate_leaves(leaves, [])[1]
 
 
-def _no_blocks(*, ran: bool, differentiate: bool) -> MeasureError:
+def _make_no_blocks_error(*, has_calls: bool, differentiate: bool) -> MeasureError:
     why = "a plan says what the blocks keep: members of lists and dicts, layers in a scan, or the root's own children."
-    if differentiate or not ran:
+    if differentiate or not has_calls:
         fix = "pass a loss that calls the model." if differentiate else "pass a step that calls the model."
         return MeasureError(what="no block of the model runs in this function.", why=why, fix=fix)
     return MeasureError(
@@ -197,7 +207,7 @@ def _no_blocks(*, ran: bool, differentiate: bool) -> MeasureError:
     )
 
 
-def _signature(inner: Any) -> Any:
+def _compute_signature(jaxpr: Any) -> Any:
     """Equal for blocks that compute the same; those that JAX could not share are compared by their text."""
-    opened = jaxprs.open_program(inner)
+    opened = jaxprs.open_jaxpr(jaxpr)
     return (str(opened), tuple(str(e.source_info.name_stack) for e in opened.eqns))

@@ -15,11 +15,11 @@ from jax.extend import core
 from ...errors import MeasureError
 from ...jaxpr import jaxprs
 from ...rules.paths import format_path
-from .graph import INLINED, Graph, Step, is_single
-from .op_cost import Work, work_of
-from .opaque_blocks import PRIMITIVE, Block
+from .graph import INLINED_PRIMITIVES, Graph, Step, is_float32
+from .op_cost import Work, estimate_work
+from .opaque_blocks import BLOCK_PRIMITIVE, Block
 
-BLOCK = "block"  # the label of the steps that are blocks
+BLOCK_LABEL = "block"  # the label of the steps that are blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class Visit:
         first: The step that makes room for what it keeps: its own, or the first of a loop.
         last: The step that needs it last: its backward pass's, or the last of a loop.
         copies: How often that is kept: turns of the loops that end between both passes; 0 in a region of the user's.
-        turns: How often the backward pass runs.
-        wanted: For each float that the block takes, whether anything reads its gradient.
+        iterations: How often the backward pass runs.
+        gradient_mask: For each float that the block takes, whether anything reads its gradient.
     """
 
     block: Block
@@ -43,14 +43,14 @@ class Visit:
     first: int
     last: int
     copies: int
-    turns: int
-    wanted: tuple[bool, ...] = ()
+    iterations: int
+    gradient_mask: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(eq=False)
 class _Loop:
     first: int
-    turns: int
+    iterations: int
     last: int = -1
 
 
@@ -64,21 +64,23 @@ class _Call:
     in_region: bool
 
 
-def schedule_of(program: Any) -> tuple[Graph, tuple[Visit, ...]]:
+def build_schedule(jaxpr: Any) -> tuple[Graph, tuple[Visit, ...]]:
     """The steps of a program with its blocks as single ones, and those blocks that have a backward pass.
 
     Raises:
         MeasureError: If blocks run where the planner cannot follow them.
     """
-    walk = _Walk()
-    inner = jaxprs.open_program(program)
-    inputs = [walk.new(var.aval) for var in (*inner.constvars, *inner.invars)]
+    walk = _ScheduleBuilder()
+    inner = jaxprs.open_jaxpr(jaxpr)
+    inputs = [walk.add_value(var.aval) for var in (*inner.constvars, *inner.invars)]
     results = walk.walk(inner, inputs)
-    visits = sorted((_visit(*pair) for pair in walk.pairs), key=lambda visit: visit.forward)
+    visits = sorted((_make_visit(*pair) for pair in walk.pairs), key=lambda visit: visit.forward)
     used = {value for step in walk.steps for value in step.reads} | set(results)
     steps = list(walk.steps)
     for number, visit in enumerate(visits):
-        visits[number] = dataclasses.replace(visit, wanted=tuple(v in used for v in steps[visit.backward].writes))
+        visits[number] = dataclasses.replace(
+            visit, gradient_mask=tuple(v in used for v in steps[visit.backward].writes)
+        )
         for place, tag in ((visit.forward, "forward"), (visit.backward, "backward")):
             # A compiler leaves out what nobody reads, such as the batch's gradient, of which a block knows nothing.
             writes = tuple(value for value in steps[place].writes if value in used)
@@ -89,146 +91,149 @@ def schedule_of(program: Any) -> tuple[Graph, tuple[Visit, ...]]:
         bytes=tuple(walk.sizes),
         inputs=frozenset(inputs),
         outputs=frozenset(results),
-        needed=frozenset(),
-        single=frozenset(walk.single),
+        residuals=frozenset(),
+        float32_values=frozenset(walk.float32_values),
     )
     return graph, tuple(visits)
 
 
-class _Walk:
+class _ScheduleBuilder:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.sizes: list[int] = []
-        self.single: set[int] = set()
+        self.float32_values: set[int] = set()
         self.pairs: list[tuple[_Call, _Call]] = []
-        self._around: tuple[_Loop, ...] = ()
+        self._loops: tuple[_Loop, ...] = ()
         self._in_region = False
         # Calls that wait for their backward pass; the last one that ran comes back first.
-        self._open: dict[int, list[_Call]] = {}
+        self._open_calls: dict[int, list[_Call]] = {}
         # The programs are kept so that their ids stay their own.
-        self._holding: dict[int, tuple[bool, Any]] = {}
+        self._block_memo: dict[int, tuple[bool, Any]] = {}
 
-    def new(self, aval: Any) -> int:
+    def add_value(self, aval: Any) -> int:
         """A number for a value."""
-        self.sizes.append(jaxprs.aval_bytes(aval))
-        if is_single(aval):
-            self.single.add(len(self.sizes) - 1)
+        self.sizes.append(jaxprs.count_aval_bytes(aval))
+        if is_float32(aval):
+            self.float32_values.add(len(self.sizes) - 1)
         return len(self.sizes) - 1
 
-    def step(self, reads: Any, writes: Any, work: Work, label: str) -> None:
+    def add_step(self, reads: Any, writes: Any, work: Work, label: str) -> None:
         """The next step."""
-        turns = math.prod(loop.turns for loop in self._around)
+        turns = math.prod(loop.iterations for loop in self._loops)
         self.steps.append(Step(tuple(dict.fromkeys(reads)), tuple(writes), work, None, label, turns))
 
-    def holds_blocks(self, program: Any) -> bool:
+    def has_blocks(self, jaxpr: Any) -> bool:
         """Whether a block runs somewhere in it."""
-        inner = jaxprs.open_program(program)
-        if id(inner) not in self._holding:
+        inner = jaxprs.open_jaxpr(jaxpr)
+        if id(inner) not in self._block_memo:
             found = any(
-                equation.primitive is PRIMITIVE or any(self.holds_blocks(p) for _, p in jaxprs.nested(equation))
+                equation.primitive is BLOCK_PRIMITIVE
+                or any(self.has_blocks(p) for _, p in jaxprs.find_subjaxprs(equation))
                 for equation in inner.eqns
             )
-            self._holding[id(inner)] = (found, inner)
-        return self._holding[id(inner)][0]
+            self._block_memo[id(inner)] = (found, inner)
+        return self._block_memo[id(inner)][0]
 
-    def walk(self, inner: Any, arguments: list[int]) -> list[int]:
+    def walk(self, jaxpr: Any, arguments: list[int]) -> list[int]:
         """Append the steps of an open program; the numbers of its results."""
-        values: dict[Any, int] = dict(zip((*inner.constvars, *inner.invars), arguments, strict=True))
+        values: dict[Any, int] = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
 
-        def number(atom: Any) -> int:
+        def get_number(atom: Any) -> int:
             if not isinstance(atom, core.Var):
-                return self.new(atom.aval)
+                return self.add_value(atom.aval)
             if atom not in values:
-                values[atom] = self.new(atom.aval)
+                values[atom] = self.add_value(atom.aval)
             return values[atom]
 
-        for equation in inner.eqns:
-            operands = [number(atom) for atom in equation.invars]
-            if jaxprs.name_of(equation) is not None:  # another word for the value it marks
+        for equation in jaxpr.eqns:
+            operands = [get_number(atom) for atom in equation.invars]
+            if jaxprs.get_checkpoint_name(equation) is not None:  # another word for the value it marks
                 results = operands
-            elif equation.primitive is PRIMITIVE:
-                results = self._block(equation, operands)
+            elif equation.primitive is BLOCK_PRIMITIVE:
+                results = self._add_block(equation, operands)
             else:
-                results = self._other(equation, operands)
+                results = self._walk_equation(equation, operands)
             values.update(zip(equation.outvars, results, strict=True))
-        return [number(atom) for atom in inner.outvars]
+        return [get_number(atom) for atom in jaxpr.outvars]
 
-    def _other(self, equation: Any, operands: list[int]) -> list[int]:
+    def _walk_equation(self, equation: Any, operands: list[int]) -> list[int]:
         name = equation.primitive.name
-        nested = [jaxprs.open_program(program) for _, program in jaxprs.nested(equation)]
-        holding = [program for program in nested if self.holds_blocks(program)]
+        nested = [jaxprs.open_jaxpr(program) for _, program in jaxprs.find_subjaxprs(equation)]
+        holding = [program for program in nested if self.has_blocks(program)]
         lone = len(nested) == 1 and len(nested[0].constvars) + len(nested[0].invars) == len(operands)
-        if lone and name != "scan" and (holding or name in INLINED):
+        if lone and name != "scan" and (holding or name in INLINED_PRIMITIVES):
             before, self._in_region = self._in_region, self._in_region or jaxprs.is_region(equation)
             results = self.walk(nested[0], operands)
             self._in_region = before
             return results
         if not holding:
-            results = [self.new(var.aval) for var in equation.outvars]
-            self.step(operands, results, work_of(equation), name)
+            results = [self.add_value(var.aval) for var in equation.outvars]
+            self.add_step(operands, results, estimate_work(equation), name)
             return results
         if name == "scan":
-            scan = jaxprs.scan_of(equation)
+            scan = jaxprs.parse_scan(equation)
             assert scan is not None  # just asked
-            body = jaxprs.open_program(scan.body)
-            return self._loop(equation, body, operands[: scan.consts], operands[scan.consts :], scan.length, scan.carry)
-        if name == "while" and holding == [jaxprs.open_program(equation.params["body_jaxpr"])]:
+            body = jaxprs.open_jaxpr(scan.body)
+            return self._walk_loop(
+                equation, body, operands[: scan.num_consts], operands[scan.num_consts :], scan.length, scan.num_carry
+            )
+        if name == "while" and holding == [jaxprs.open_jaxpr(equation.params["body_jaxpr"])]:
             # How often it turns is not known: its body counts once. It has no backward pass but what is in the body.
             skipped, consts = equation.params["cond_nconsts"], equation.params["body_nconsts"]
             start = operands[skipped + consts :]
-            return self._loop(equation, holding[0], operands[skipped:][:consts], start, 1, len(start))
+            return self._walk_loop(equation, holding[0], operands[skipped:][:consts], start, 1, len(start))
         if name == "cond":
             # Either branch may run; what both keep has its place.
             ends = [end for branch in nested for end in self.walk(branch, operands[1:])]
-            results = [self.new(var.aval) for var in equation.outvars]
-            self.step((*ends, *operands), results, Work("elementwise", 0.0), name)
+            results = [self.add_value(var.aval) for var in equation.outvars]
+            self.add_step((*ends, *operands), results, Work("elementwise", 0.0), name)
             return results
         raise MeasureError(
-            what=f"{self._some_block(holding[0])} runs inside a {name}, which is not planned.",
+            what=f"{self._find_block_path(holding[0])} runs inside a {name}, which is not planned.",
             why="what its blocks keep, and how often, cannot be told from the program.",
             fix='rules by hand: compare(..., candidates={"none": None, "all": "nothing_saveable"}).',
         )
 
-    def _loop(
-        self, equation: Any, body: Any, consts: list[int], operands: list[int], turns: int, carry: int
+    def _walk_loop(
+        self, equation: Any, body: Any, consts: list[int], operands: list[int], iterations: int, carry: int
     ) -> list[int]:
-        results = [self.new(var.aval) for var in equation.outvars]
+        results = [self.add_value(var.aval) for var in equation.outvars]
         stacked = operands[carry:]
-        loop = _Loop(len(self.steps), turns)
-        self.step(operands, results, Work("other", 0.0), equation.primitive.name)
-        outer, self._around = self._around, (*self._around, loop)
-        slices = [self.new(var.aval) for var in body.invars[len(consts) + carry :]]
-        self.step(stacked, slices, Work("free", 0.0), "slices")
+        loop = _Loop(len(self.steps), iterations)
+        self.add_step(operands, results, Work("other", 0.0), equation.primitive.name)
+        outer, self._loops = self._loops, (*self._loops, loop)
+        slices = [self.add_value(var.aval) for var in body.invars[len(consts) + carry :]]
+        self.add_step(stacked, slices, Work("free", 0.0), "slices")
         ends = self.walk(body, [*consts, *results[:carry], *slices])
-        self._around = outer
+        self._loops = outer
         loop.last = len(self.steps)
-        self.step((*ends, *consts, *operands, *results), (), Work("free", 0.0), "end of the loop")
+        self.add_step((*ends, *consts, *operands, *results), (), Work("free", 0.0), "end of the loop")
         return results
 
-    def _block(self, equation: Any, operands: list[int]) -> list[int]:
+    def _add_block(self, equation: Any, operands: list[int]) -> list[int]:
         block: Block = equation.params["block"]
         late: bool = equation.params["late"]
         here = len(self.steps)
-        results = [self.new(var.aval) for var in equation.outvars]
-        self.step(operands, results, Work("other", 0.0), BLOCK)
-        waiting = self._open.setdefault(block.number, [])
+        results = [self.add_value(var.aval) for var in equation.outvars]
+        self.add_step(operands, results, Work("other", 0.0), BLOCK_LABEL)
+        waiting = self._open_calls.setdefault(block.number, [])
         if not late:
-            waiting.append(_Call(block, here, self._around, self._in_region))
+            waiting.append(_Call(block, here, self._loops, self._in_region))
         elif waiting:
-            self.pairs.append((waiting.pop(), _Call(block, here, self._around, self._in_region)))
+            self.pairs.append((waiting.pop(), _Call(block, here, self._loops, self._in_region)))
         return results
 
-    def _some_block(self, program: Any) -> str:
-        for equation in program.eqns:
-            if equation.primitive is PRIMITIVE:
+    def _find_block_path(self, jaxpr: Any) -> str:
+        for equation in jaxpr.eqns:
+            if equation.primitive is BLOCK_PRIMITIVE:
                 return format_path(equation.params["block"].path)
-            for _, below in jaxprs.nested(equation):
-                if self.holds_blocks(below):
-                    return self._some_block(jaxprs.open_program(below))
+            for _, below in jaxprs.find_subjaxprs(equation):
+                if self.has_blocks(below):
+                    return self._find_block_path(jaxprs.open_jaxpr(below))
         return "a block"
 
 
-def _visit(forward: _Call, backward: _Call) -> Visit:
+def _make_visit(forward: _Call, backward: _Call) -> Visit:
     shared = sum(a is b for a, b in zip(forward.loops, backward.loops, strict=False))
     there, back = forward.loops[shared:], backward.loops[shared:]
     return Visit(
@@ -238,6 +243,6 @@ def _visit(forward: _Call, backward: _Call) -> Visit:
         first=there[0].first if there else forward.step,
         last=back[0].last if back else backward.step,
         # What the user's own remat makes again is kept by no rule.
-        copies=0 if backward.in_region else math.prod(loop.turns for loop in there),
-        turns=math.prod(loop.turns for loop in backward.loops),
+        copies=0 if backward.in_region else math.prod(loop.iterations for loop in there),
+        iterations=math.prod(loop.iterations for loop in backward.loops),
     )

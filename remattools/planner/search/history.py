@@ -16,25 +16,29 @@ from ...rules.ruleset import Rules
 from ..model.outline import Outline
 
 
-class Notebook:
+class RuleHistory:
     """The rules compiled for one outline and target.
 
     Args:
         cache: Where the measurements are; None remembers nothing.
-        shape: The outline.
+        outline: The outline.
         target: Its name.
     """
 
-    def __init__(self, cache: Cache | None, shape: Outline, target: str) -> None:
+    def __init__(self, cache: Cache | None, outline: Outline, target: str) -> None:
         self.cache = cache
-        digest = hashlib.sha256(repr((target, shape.visits, shape.rules, shape.around.bytes)).encode()).hexdigest()
+        digest = hashlib.sha256(
+            repr((target, outline.visits, outline.rules, outline.around.bytes)).encode()
+        ).hexdigest()
         self.name = f"plan-{digest[:32]}.json"
 
-    def measurements(self, measured_by: Callable[[Rules, Cache], Measurement]) -> list[tuple[Rules, Measurement]]:
+    def load_measurements(
+        self, measure_rules: Callable[[Rules, Cache], Measurement]
+    ) -> list[tuple[Rules, Measurement]]:
         """What is remembered and still measured.
 
         Args:
-            measured_by: Measures rules with a cache.
+            measure_rules: Measures rules with a cache.
         """
         if self.cache is None:
             return []
@@ -48,7 +52,7 @@ class Notebook:
         for text in texts:
             try:
                 rules = Rules.from_toml(text)
-                found.append((rules, measured_by(rules, _Known(self.cache.directory))))
+                found.append((rules, measure_rules(rules, _ReadOnlyCache(self.cache.directory))))
             except (LookupError, RematError):  # of another program, or of another version's rules
                 continue
         return found
@@ -59,7 +63,7 @@ class Notebook:
             self.cache.write(self.name, json.dumps([one.to_toml() for one in rules]))
 
 
-class _Known(Cache):
+class _ReadOnlyCache(Cache):
     """Only what is stored: nothing is compiled."""
 
     def get(self, key: str) -> Measurement | None:

@@ -18,51 +18,51 @@ from .candidates import Assignment, Space
 _INDEXED = re.compile(r"(.*)\[\d+\]\Z", re.DOTALL)
 
 
-def rules_of(space: Space, assignment: Assignment) -> Rules:
+def write_rules(space: Space, assignment: Assignment) -> Rules:
     """The rules that put an assignment into force; none where no block is a region."""
     kinds = dict(space.outline.visits)
     methods = dict(space.outline.rules)
     groups: dict[Any, list[Path]] = {}
     for number, path in enumerate(space.members):
-        choice = space.levels[space.level_of(assignment, number)][kinds[path]]
-        pattern = _pattern_for(path, methods)
-        names = None if choice.names is None else _short(space.outline.problems[kinds[path]], choice.names)
-        group = assignment.group if number < assignment.split and path[:-1] in space.groupable else 1
+        choice = space.levels[space.get_level(assignment, number)][kinds[path]]
+        pattern = _find_pattern(path, methods)
+        names = None if choice.names is None else _shorten_names(space.outline.problems[kinds[path]], choice.names)
+        group = assignment.group if number < assignment.split and path[:-1] in space.groupable_paths else 1
         groups.setdefault((pattern, names, group), []).append(path)
     pairs: list[tuple[str, Any]] = []
     for (pattern, names, group), paths in groups.items():
         if names is not None:
-            everyone = [path for path in space.members if _pattern_for(path, methods) == pattern]
+            everyone = [path for path in space.members if _find_pattern(path, methods) == pattern]
             stacked = space.outline.problems[kinds[paths[0]]].stacked
             kept: dict[str, Any] = {"offload" if assignment.offload and stacked else "save": names}
             action = Remat(methods=methods[pattern], group=group, **kept)
-            pairs.append((_written(pattern, paths, everyone), action))
+            pairs.append((_format_pattern(pattern, paths, everyone), action))
     return Rules(pairs)
 
 
-def _pattern_for(path: Path, methods: dict[str, tuple[str, ...]]) -> str:
+def _find_pattern(path: Path, methods: dict[str, tuple[str, ...]]) -> str:
     texts = (format_path((*path[:n], "*", *path[n + 1 :])) for n in reversed(range(len(path))))
     return next((text for text in (format_path(path), *texts) if text in methods), format_path(path))
 
 
-def _written(pattern: str, paths: Sequence[Path], everyone: Sequence[Path]) -> str:
+def _format_pattern(pattern: str, paths: Sequence[Path], all_paths: Sequence[Path]) -> str:
     segments = pattern.split(".")
-    if len(paths) == len(everyone) or "*" not in segments:
+    if len(paths) == len(all_paths) or "*" not in segments:
         return pattern
     place = segments.index("*")
-    chosen = _alternatives([path[place] for path in paths], [path[place] for path in everyone])
+    chosen = _format_segment([path[place] for path in paths], [path[place] for path in all_paths])
     return ".".join([*segments[:place], chosen, *segments[place + 1 :]])
 
 
-def _alternatives(chosen: Sequence[str | int], everyone: Sequence[str | int]) -> str:
+def _format_segment(chosen: Sequence[str | int], all_segments: Sequence[str | int]) -> str:
     numbers = [segment for segment in chosen if isinstance(segment, int)]
-    if len(numbers) == len(chosen) and all(isinstance(segment, int) for segment in everyone):
-        return _slice(numbers, max(int(segment) for segment in everyone) + 1)
+    if len(numbers) == len(chosen) and all(isinstance(segment, int) for segment in all_segments):
+        return _format_slice(numbers, max(int(segment) for segment in all_segments) + 1)
     names = [str(segment) for segment in chosen]
     return names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
 
 
-def _slice(indices: list[int], length: int) -> str:
+def _format_slice(indices: list[int], length: int) -> str:
     """A slice, where the indices are one; else alternatives."""
     start, step = indices[0], indices[1] - indices[0] if len(indices) > 1 else 1
     if indices == list(range(start, indices[-1] + 1, step)):
@@ -74,17 +74,19 @@ def _slice(indices: list[int], length: int) -> str:
     return "{" + ",".join(map(str, indices)) + "}"
 
 
-def _short(problem: BlockProblem, names: Sequence[str]) -> tuple[str, ...]:
+def _shorten_names(problem: BlockProblem, names: Sequence[str]) -> tuple[str, ...]:
     """Names in the program's order; without the index where every value of that name is kept."""
     everything = [candidate.name for candidate in problem.graph.candidates]
     stems: dict[str, set[str]] = {}
     for name in everything:
-        stems.setdefault(_stem(name), set()).add(name)
+        stems.setdefault(_strip_index(name), set()).add(name)
     chosen = set(names)
-    short = [_stem(name) if stems[_stem(name)] <= chosen else name for name in everything if name in chosen]
+    short = [
+        _strip_index(name) if stems[_strip_index(name)] <= chosen else name for name in everything if name in chosen
+    ]
     return tuple(dict.fromkeys(short))
 
 
-def _stem(name: str) -> str:
+def _strip_index(name: str) -> str:
     found = _INDEXED.match(name)
     return found[1] if found else name

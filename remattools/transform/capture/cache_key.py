@@ -25,7 +25,7 @@ from . import plain_objects
 # Containers nested deeper than this, or cyclic ones, are not shared.
 _MAX_DEPTH = 24
 # Immutable leaves that compare by value (floats have their own rule).
-_PLAIN = (type(None), bool, int, str, bytes, type(Ellipsis), range)
+_PLAIN_TYPES = (type(None), bool, int, str, bytes, type(Ellipsis), range)
 
 
 class Identity:
@@ -57,20 +57,20 @@ class Freezer:
     def freeze(self, value: Any, depth: int = 0) -> Any:
         """A hashable key of `value`; equal keys mean interchangeable values."""
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in _PLAIN_TYPES:
             return (kind, value)
         if kind in (float, complex):
             # repr tells -0.0 from 0.0 and makes a NaN equal to itself.
             return (kind, repr(value))
         if depth > _MAX_DEPTH:
-            return self._opaque(value)
+            return self._freeze_by_identity(value)
         if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType | enum.Enum):
             return Identity(value)
         if isinstance(value, jax.Array | nnx.Variable | nnx.Pytree):
-            return self._opaque(value)
+            return self._freeze_by_identity(value)
         below = depth + 1
         if isinstance(value, np.ndarray | np.generic):
-            return self._numpy(value)
+            return self._freeze_numpy(value)
         if kind in (list, tuple, set, frozenset):
             # Equal sets may be run through in different orders: those are two keys.
             return (kind, tuple(self.freeze(item, below) for item in value))
@@ -81,25 +81,25 @@ class Freezer:
         if kind in (dict, types.MappingProxyType):
             return (kind, tuple((self.freeze(k, below), self.freeze(v, below)) for k, v in value.items()))
         if isinstance(value, types.FunctionType):
-            return self._function(value, below)
+            return self._freeze_function(value, below)
         if isinstance(value, types.MethodType):
             return (kind, self.freeze(value.__func__, below), self.freeze(value.__self__, below))
         if isinstance(value, functools.partial):
             parts = (value.func, value.args, value.keywords)
             return (kind, tuple(self.freeze(part, below) for part in parts))
-        return self._object(value, below)
+        return self._freeze_object(value, below)
 
-    def _numpy(self, value: Any) -> Any:
+    def _freeze_numpy(self, value: Any) -> Any:
         if value.dtype.hasobject:
-            return self._opaque(value)
+            return self._freeze_by_identity(value)
         return (type(value), value.dtype, value.shape, value.tobytes())
 
-    def _function(self, function: types.FunctionType, depth: int) -> Any:
+    def _freeze_function(self, function: types.FunctionType, depth: int) -> Any:
         """Two functions are one if code, globals and everything they captured are."""
         try:
             cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
         except ValueError:  # a cell that is still empty: a function that refers to itself
-            return self._opaque(function)
+            return self._freeze_by_identity(function)
         captured = (cells, function.__defaults__, function.__kwdefaults__)
         attributes = {k: v for k, v in vars(function).items() if k != "__wrapped__"}
         return (
@@ -110,7 +110,7 @@ class Freezer:
             self.freeze(attributes, depth) if attributes else None,
         )
 
-    def _object(self, value: Any, depth: int) -> Any:
+    def _freeze_object(self, value: Any, depth: int) -> Any:
         kind = type(value)
         package = kind.__module__.partition(".")[0]
         # Trusted instances are treated as immutable when hashable: their own `__eq__` decides.
@@ -119,19 +119,19 @@ class Freezer:
             # none that changes.
             own_hash: Any = kind.__hash__
             if own_hash is None or (own_hash is object.__hash__ and not callable(value)):
-                return self._opaque(value)
+                return self._freeze_by_identity(value)
             try:
                 hash(value)
             except TypeError:  # a tuple-like value that holds something unhashable
-                return self._opaque(value)
+                return self._freeze_by_identity(value)
             # A jitted function is immutable but for what its Python function captured.
             wrapped = getattr(value, "__wrapped__", None)
             return (kind, value) if wrapped is None else (kind, value, self.freeze(wrapped, depth))
-        content = plain_objects.content_of(value)
+        content = plain_objects.get_content(value)
         if content is None:
-            return self._opaque(value)
+            return self._freeze_by_identity(value)
         return (Identity(kind), self.freeze(content.attributes, depth), self.freeze(content.items, depth))
 
-    def _opaque(self, value: object) -> Any:
+    def _freeze_by_identity(self, value: object) -> Any:
         self.unshareable = value
         return Identity(value)

@@ -17,7 +17,7 @@ from flax import nnx
 from flax.nnx import graphlib
 
 from . import plain_objects
-from .walk import STATE_KEY, Build, Walk, init_node, node_content, one_level, walked
+from .walk import STATE_KEY, Builder, Walk, flatten_one_level, get_node_content, init_node, run_walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Edit:
 
 def snapshot(objects: Iterable[Any]) -> list[Any]:
     """Shallow content of every object, to tell later which ones a call changed."""
-    return [_shallow(item) for item in objects]
+    return [_copy_shallow(item) for item in objects]
 
 
-def _shallow(item: Any) -> Any:
+def _copy_shallow(item: Any) -> Any:
     if isinstance(item, nnx.Variable):
         return (item.get_raw_value(), item.get_metadata())
     if isinstance(graphlib.get_node_impl(item), graphlib.GraphNodeImpl):
-        return node_content(item)
+        return get_node_content(item)
     if type(item) is list:
         return list(item)
     if type(item) is dict:
@@ -53,27 +53,27 @@ def _shallow(item: Any) -> Any:
     if type(item) in (set, collections.deque):
         return list(item)
     if graphlib.is_node(item):
-        return one_level(item)
-    return plain_objects.content_of(item)
+        return flatten_one_level(item)
+    return plain_objects.get_content(item)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Done:
+class CallEffects:
     """What a call did and returned but for the arrays; hashes by identity, JAX never compares it.
 
     Attributes:
         edits: What it changed.
         out: Spec of what it returned.
-        once: Whether it leaves an object behind that is not built anew for each call of the trace, such as a plain
+        is_single_use: Whether it leaves an object behind that is not built anew for each call of the trace, such as a plain
             object without arrays: a second call would hand out the same one.
     """
 
     edits: tuple[Edit, ...]
     out: Any
-    once: bool
+    is_single_use: bool
 
 
-def changes(objects: list[Any], before: list[Any], out: Any) -> tuple[list[Any], Done]:
+def collect_effects(objects: list[Any], before: list[Any], out: Any) -> tuple[list[Any], CallEffects]:
     """What a call did: the arrays it leaves behind, and all else.
 
     Args:
@@ -82,68 +82,68 @@ def changes(objects: list[Any], before: list[Any], out: Any) -> tuple[list[Any],
         out: What the call returned; may be or hold any of the objects.
     """
     # What leaves the region must not hold values of its trace.
-    walk, (edits, spec) = walked(
-        lambda walk: (_edits(walk, objects, before), walk.visit(out)),
-        keep=lambda item: not plain_objects.holds_arrays(item),
+    walk, (edits, spec) = run_walk(
+        lambda walk: (_collect_edits(walk, objects, before), walk.visit(out)),
+        is_whole=lambda item: not plain_objects.has_arrays(item),
         objects=objects,
     )
     new = walk.objects[len(objects) :]
-    once = any(plain_objects.is_mutable(item) and id(item) not in walk.apart for item in new)
-    return walk.leaves, Done(edits, spec, once)
+    once = any(plain_objects.is_mutable(item) and id(item) not in walk.copied_ids for item in new)
+    return walk.leaves, CallEffects(edits, spec, once)
 
 
-def _edits(walk: Walk, objects: list[Any], before: list[Any]) -> tuple[Edit, ...]:
+def _collect_edits(walk: Walk, objects: list[Any], before: list[Any]) -> tuple[Edit, ...]:
     edits = []
     for index, (item, old) in enumerate(zip(objects, before, strict=True)):
-        new = _shallow(item)
-        if old is None or _same(old, new):
+        new = _copy_shallow(item)
+        if old is None or _is_same(old, new):
             continue
         if isinstance(old, plain_objects.Content):
-            edits.append(_plain_edit(walk, index, old, new))
+            edits.append(_make_plain_edit(walk, index, old, new))
         elif isinstance(old, dict) and type(item) is not dict:
             changed = {key: value for key, value in new.items() if key not in old or value is not old[key]}
             changed.pop(STATE_KEY, None)
             deleted = tuple(key for key in old if key not in new)
-            edits.append(Edit(index, walk.attributes(changed), deleted))
+            edits.append(Edit(index, walk.visit_attributes(changed), deleted))
         else:
-            edits.append(Edit(index, walk.content(item)))
+            edits.append(Edit(index, walk.visit_content(item)))
     return tuple(edits)
 
 
-def _plain_edit(walk: Walk, index: int, old: plain_objects.Content, new: plain_objects.Content) -> Edit:
+def _make_plain_edit(walk: Walk, index: int, old: plain_objects.Content, new: plain_objects.Content) -> Edit:
     changed = {
         key: value
         for key, value in new.attributes.items()
         if key not in old.attributes or value is not old.attributes[key]
     }
-    items = None if new.items is None or _same(old.items, new.items) else new.items
+    items = None if new.items is None or _is_same(old.items, new.items) else new.items
     deleted = tuple(key for key in old.attributes if key not in new.attributes)
-    return Edit(index, walk.plain_content(plain_objects.Content(changed, items)), deleted)
+    return Edit(index, walk.visit_plain_content(plain_objects.Content(changed, items)), deleted)
 
 
-def _same(old: Any, new: Any) -> bool:
+def _is_same(old: Any, new: Any) -> bool:
     """Identity of every child; an array that was not replaced is the same object."""
     if isinstance(old, plain_objects.Content):
-        return _same(old.attributes, new.attributes) and (old.items is None or _same(old.items, new.items))
+        return _is_same(old.attributes, new.attributes) and (old.items is None or _is_same(old.items, new.items))
     if isinstance(old, dict):
         return list(old) == list(new) and all(old[key] is new[key] for key in old)
     if isinstance(old, list):
         return len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True))
     value, extra = old  # a Variable's raw value and metadata, or a pytree's children and treedef
     if isinstance(value, list):
-        return _same(value, new[0]) and bool(extra == new[1])
-    return value is new[0] and _same(extra, new[1])
+        return _is_same(value, new[0]) and bool(extra == new[1])
+    return value is new[0] and _is_same(extra, new[1])
 
 
-def replay(done: Done, leaves: Iterable[Any], objects: list[Any]) -> Any:
+def replay(call_effects: CallEffects, leaves: Iterable[Any], objects: list[Any]) -> Any:
     """Do to the caller's `objects` what the call did to its copies; returns the output."""
-    build = Build(iter(leaves), objects)
-    for edit in done.edits:
-        _apply(edit, objects[edit.index], build)
-    return build.build(done.out)
+    build = Builder(iter(leaves), objects)
+    for edit in call_effects.edits:
+        _apply_edit(edit, objects[edit.index], build)
+    return build.build(call_effects.out)
 
 
-def _apply(edit: Edit, target: Any, build: Build) -> None:
+def _apply_edit(edit: Edit, target: Any, build: Builder) -> None:
     if isinstance(target, nnx.Variable):
         raw, metadata = edit.content
         value = build.build(raw)
@@ -159,20 +159,20 @@ def _apply(edit: Edit, target: Any, build: Build) -> None:
     elif type(target) is list:
         target[:] = [build.build(item) for item in edit.content]
     elif type(target) is dict:
-        _refill(target, build.items(edit.content))
+        _refill(target, build.build_items(edit.content))
     elif type(target) in (set, collections.deque):
         plain_objects.set_items(target, [build.build(item) for item in edit.content])
     elif not graphlib.is_node(target):
         attributes, items = edit.content
-        plain_objects.set_attributes(target, build.attributes(attributes), edit.deleted)
+        plain_objects.set_attributes(target, build.build_attributes(attributes), edit.deleted)
         if items is not None:
-            plain_objects.set_items(target, build.plain_items(type(target), items))
+            plain_objects.set_items(target, build.build_plain_items(type(target), items))
     else:
-        _become(target, build.pytree(edit.content))
+        _replace_content(target, build.build_pytree(edit.content))
 
 
 @contextlib.contextmanager
-def restored(objects: Iterable[Any]) -> Iterator[None]:
+def restore_objects(objects: Iterable[Any]) -> Iterator[None]:
     """Afterwards what a call wrote into lists, dicts and plain objects themselves is undone: for looking at a trace."""
     kept = list(objects)
     before = snapshot(kept)
@@ -180,13 +180,13 @@ def restored(objects: Iterable[Any]) -> Iterator[None]:
         yield
     finally:
         for item, old in zip(kept, before, strict=True):
-            if old is not None and not _same(old, _shallow(item)):
+            if old is not None and not _is_same(old, _copy_shallow(item)):
                 _restore(item, old)
 
 
 def _restore(item: Any, old: Any) -> None:
     if isinstance(old, plain_objects.Content):
-        now = plain_objects.content_of(item)
+        now = plain_objects.get_content(item)
         new = now.attributes if now is not None else {}
         plain_objects.set_attributes(item, old.attributes, [name for name in new if name not in old.attributes])
         if old.items is not None:
@@ -207,7 +207,7 @@ def _refill(target: MutableMapping[Any, Any], content: dict[Any, Any]) -> None:
     target.update(content)
 
 
-def _become(target: Any, new: Any) -> None:
+def _replace_content(target: Any, new: Any) -> None:
     """Give a mutable pytree (an OrderedDict, a dataclass) the content of another."""
     if isinstance(target, MutableMapping):
         _refill(target, dict(new))

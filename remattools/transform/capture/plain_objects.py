@@ -23,11 +23,18 @@ from flax import nnx
 TRUSTED_PACKAGES = frozenset({"jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes"})
 # Classes written in C of which Python shows all.
 _CONTAINERS = (dict, list, tuple, collections.OrderedDict)
-_IN_SIGHT = (object, *_CONTAINERS, types.SimpleNamespace, typing.Generic)
-_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, enum.Enum)
-NNX = (nnx.Variable, nnx.Pytree)
-_ARRAYS = (jax.Array, *NNX)
+_VISIBLE_BASES = (object, *_CONTAINERS, types.SimpleNamespace, typing.Generic)
+_CODE_TYPES = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    functools.partial,
+)
+_ATOM_TYPES = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, enum.Enum)
+NNX_TYPES = (nnx.Variable, nnx.Pytree)
+_ARRAY_TYPES = (jax.Array, *NNX_TYPES)
 _MAX_DEPTH = 24
 # Flags of a class in CPython.
 _HEAP, _IMMUTABLE, _NO_INSTANCES = 1 << 9, 1 << 8, 1 << 7
@@ -46,13 +53,13 @@ class Content:
     items: dict[Any, Any] | list[Any] | None
 
 
-def content_of(value: Any) -> Content | None:
+def get_content(value: Any) -> Content | None:
     """State of a plain Python object, or None if it is none or some of it is out of sight."""
     if not is_plain(value):
         return None
     attributes: dict[str, Any] = dict(getattr(value, "__dict__", {}))
     kind: Any = type(value)
-    for name in _slots(kind):
+    for name in _collect_slots(kind):
         try:
             attributes[name] = object.__getattribute__(value, name)
         except AttributeError:  # not set
@@ -65,22 +72,22 @@ def content_of(value: Any) -> Content | None:
 def is_plain(value: Any) -> bool:
     """Whether `content_of` shows the state of `value`."""
     kind: Any = type(value)
-    return _in_sight(kind)
+    return _is_visible(kind)
 
 
 @functools.lru_cache(maxsize=4096)
-def _in_sight(kind: type) -> bool:
+def _is_visible(kind: type) -> bool:
     """Whether instances keep all their state in attributes, or in a container that Python shows."""
     if kind in (object, *_CONTAINERS) or kind.__module__.partition(".")[0] in TRUSTED_PACKAGES:
         return False
-    if issubclass(kind, (*_ATOMS, *_CODE, *_ARRAYS, np.ndarray, np.generic)):
+    if issubclass(kind, (*_ATOM_TYPES, *_CODE_TYPES, *_ARRAY_TYPES, np.ndarray, np.generic)):
         return False
     # What happens at an object's end must not happen at a copy's.
-    bases = [base for base in kind.__mro__ if base not in _IN_SIGHT]
-    return not any(_written_in_c(base) or "__del__" in vars(base) for base in bases)
+    bases = [base for base in kind.__mro__ if base not in _VISIBLE_BASES]
+    return not any(_is_written_in_c(base) or "__del__" in vars(base) for base in bases)
 
 
-def _written_in_c(kind: type) -> bool:
+def _is_written_in_c(kind: type) -> bool:
     """Whether a class may keep state where Python cannot see it."""
     # Classes of Python are made at run time, can be changed, and can be instantiated.
     if not kind.__flags__ & _HEAP or kind.__flags__ & (_IMMUTABLE | _NO_INSTANCES):
@@ -94,7 +101,7 @@ def _written_in_c(kind: type) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _slots(kind: type) -> tuple[str, ...]:
+def _collect_slots(kind: type) -> tuple[str, ...]:
     names = []
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
@@ -107,7 +114,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 def create(kind: Any) -> Any:
     """An empty object of a class, past its `__init__`; not for tuples."""
-    base = next(base for base in kind.__mro__ if base in _IN_SIGHT and base is not typing.Generic)
+    base = next(base for base in kind.__mro__ if base in _VISIBLE_BASES and base is not typing.Generic)
     return base.__new__(kind)
 
 
@@ -134,7 +141,7 @@ def set_items(target: Any, items: Any) -> None:
             target.add(item) if isinstance(target, set) else target.append(item)
 
 
-def children_of(value: Any) -> list[Any]:
+def get_children(value: Any) -> list[Any]:
     """What a value that is not traced refers to."""
     kind = type(value)
     if isinstance(value, types.FunctionType):
@@ -153,7 +160,7 @@ def children_of(value: Any) -> list[Any]:
         return list(value.values())
     if kind in (list, tuple, collections.deque):
         return list(value)
-    content = content_of(value)
+    content = get_content(value)
     if content is None:
         return []
     items = content.items.values() if isinstance(content.items, dict) else content.items or ()
@@ -165,21 +172,21 @@ def is_mutable(value: Any) -> bool:
     return type(value) in (list, dict, set, collections.deque) or is_plain(value)
 
 
-def holds_arrays(value: Any) -> bool:
+def has_arrays(value: Any) -> bool:
     """Whether arrays, Variables or modules are among what a plain object holds, at any depth."""
-    return holds(value, _ARRAYS)
+    return has_instances(value, _ARRAY_TYPES)
 
 
-def holds(value: Any, kinds: tuple[type, ...]) -> bool:
+def has_instances(value: Any, kinds: tuple[type, ...]) -> bool:
     """Whether instances of `kinds` are among what a plain object or container holds, at any depth."""
     seen: set[int] = set()
 
     def search(item: Any, depth: int) -> bool:
         if isinstance(item, kinds):
             return True
-        if depth > _MAX_DEPTH or id(item) in seen or isinstance(item, (*_ATOMS, *_CODE)):
+        if depth > _MAX_DEPTH or id(item) in seen or isinstance(item, (*_ATOM_TYPES, *_CODE_TYPES)):
             return False
         seen.add(id(item))
-        return any(search(child, depth + 1) for child in children_of(item))
+        return any(search(child, depth + 1) for child in get_children(item))
 
     return search(value, 0)

@@ -43,7 +43,7 @@ SCOPE_KEY = "_pytree__remattools_scope"
 SCOPE_OF = "_remattools_scope_of"
 
 
-def own_class(value: Any) -> type:
+def get_own_class(value: Any) -> type:
     """The class of `value` but for the temporary one that names its operations."""
     kind = type(value)
     own: type = kind.__dict__.get(SCOPE_OF, kind)
@@ -88,54 +88,55 @@ class Capture:
 def capture(value: Any) -> Capture:
     """Split `value` (any nest of nnx objects, pytrees and statics) into arrays and a spec."""
     # What a hook writes into is the caller's own, arrays included; modules are always the region's.
-    walk, spec = walked(
-        lambda walk: walk.visit(value), keep=lambda item: not plain_objects.holds(item, plain_objects.NNX)
+    walk, spec = run_walk(
+        lambda walk: walk.visit(value),
+        is_whole=lambda item: not plain_objects.has_instances(item, plain_objects.NNX_TYPES),
     )
     return Capture(walk.leaves, walk.objects, spec, walk.freezer.unshareable)
 
 
 def rebuild(spec: Any, leaves: Iterable[Any], objects: list[Any]) -> Any:
     """Build a value from its spec; objects already in `objects` are used, new ones appended."""
-    return Build(iter(leaves), objects).build(spec)
+    return Builder(iter(leaves), objects).build(spec)
 
 
-def walked[R](
-    visit: Callable[["Walk"], R], *, keep: Callable[[Any], bool], objects: Sequence[Any] = ()
+def run_walk[R](
+    visit: Callable[["Walk"], R], *, is_whole: Callable[[Any], bool], objects: Sequence[Any] = ()
 ) -> tuple["Walk", R]:
     """A walk and what `visit` makes of it, once more where a list would be one object here and another there.
 
     A static value stays itself, and so does what it refers to. A list that is also
-    met by itself would be copied; it is kept then, if `keep` says so.
+    met by itself would be copied; it is kept then, if `is_whole` says so.
     """
     kept: frozenset[int] = frozenset()
     while True:
         walk = Walk(objects, kept)
         result = visit(walk)
-        found = frozenset(id(item) for item in walk.torn if keep(item))
+        found = frozenset(id(item) for item in walk.split_containers if is_whole(item))
         if found <= kept:
             return walk, result
         kept |= found
 
 
 class Walk:
-    """Depth-first walk; `known` maps the id of an object to its index.
+    """Depth-first walk; `indices` maps the id of an object to its index.
 
-    `kept` are the ids of containers that are not taken apart; `torn` are those that were,
+    `whole_ids` are the ids of containers that are not taken apart; `split_containers` are those that were,
     though a static value refers to them.
     """
 
-    def __init__(self, objects: Iterable[Any] = (), kept: frozenset[int] = frozenset()) -> None:
-        self.kept = kept
-        self.apart: set[int] = set()
-        self.torn: list[Any] = []
+    def __init__(self, objects: Iterable[Any] = (), whole_ids: frozenset[int] = frozenset()) -> None:
+        self.whole_ids = whole_ids
+        self.copied_ids: set[int] = set()
+        self.split_containers: list[Any] = []
         self.objects: list[Any] = list(objects)
-        self.known = {id(item): index for index, item in enumerate(self.objects)}
+        self.indices = {id(item): index for index, item in enumerate(self.objects)}
         self.leaves: list[Any] = []
         self.freezer = Freezer()
 
     def visit(self, value: Any) -> Any:
         """Spec of a value and of all it reaches."""
-        index = self.known.get(id(value))
+        index = self.indices.get(id(value))
         if index is not None:
             return (_REF, index)
         kind = type(value)
@@ -146,83 +147,87 @@ class Walk:
             return (_LEAF,)
         if isinstance(value, nnx.Variable):
             self.register(value)
-            return (_VARIABLE, value.var_type, *self.variable_content(value))
+            return (_VARIABLE, value.var_type, *self.visit_variable(value))
         impl = graphlib.get_node_impl(value)
         if isinstance(impl, graphlib.GraphNodeImpl):
             self.register(value)
-            return (_NODE, own_class(value), self.attributes(node_content(value)))
-        if id(value) in self.kept:
-            return self.static(value)
+            return (_NODE, get_own_class(value), self.visit_attributes(get_node_content(value)))
+        if id(value) in self.whole_ids:
+            return self.visit_static(value)
         if kind is list:
             self.take_apart(value)
             return (_LIST, tuple(map(self.visit, value)))
         if kind is dict:
             self.take_apart(value)
-            return (_DICT, self.items(value))
+            return (_DICT, self.visit_items(value))
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return (_TUPLE, kind, tuple(map(self.visit, value)))
         if impl is not None and value is not None:
             self.take_apart(value)
-            return (_PYTREE, *self.pytree_content(value))
+            return (_PYTREE, *self.visit_pytree(value))
         if nnx.variablelib.is_array_ref(value):
             self.leaves.append(value)
             return (_LEAF,)
-        if plain_objects.is_plain(value) and plain_objects.holds_arrays(value):
-            content = plain_objects.content_of(value)
+        if plain_objects.is_plain(value) and plain_objects.has_arrays(value):
+            content = plain_objects.get_content(value)
             assert content is not None  # it is plain
             self.take_apart(value)
-            return (_OBJECT, kind, *self.plain_content(content))
-        return self.static(value)
+            return (_OBJECT, kind, *self.visit_plain_content(content))
+        return self.visit_static(value)
 
     def register(self, value: Any) -> int:
         """Give an object the next index."""
         index = len(self.objects)
         self.objects.append(value)
-        self.known[id(value)] = index
+        self.indices[id(value)] = index
         return index
 
     def take_apart(self, value: Any) -> None:
         """Register an object of which there will be a copy."""
         self.register(value)
-        self.apart.add(id(value))
+        self.copied_ids.add(id(value))
 
-    def static(self, value: Any) -> Any:
+    def visit_static(self, value: Any) -> Any:
         """Spec of a value that is not traced."""
         key = self.freezer.freeze(value)
-        if isinstance(value, (*_UNIQUE, type)):
+        if isinstance(value, (*_VALUE_TYPES, type)):
             return (_STATIC, _Static(key, value), ())
         # By index, so that a returned argument is the caller's own object.
         first = self.register(value)
-        shape = self.references(value)
+        shape = self.visit_references(value)
         return (_STATIC, _Static(key, value, tuple(self.objects[first:])), shape)
 
-    def references(self, value: Any, depth: int = 0) -> Any:
+    def visit_references(self, value: Any, depth: int = 0) -> Any:
         """Give all that a static value refers to, and that a call may change, an index; returns which are which."""
-        if depth > _MAX_DEPTH or isinstance(value, _UNIQUE):
+        if depth > _MAX_DEPTH or isinstance(value, _VALUE_TYPES):
             return ()
         shape: list[Any] = []
-        for child in plain_objects.children_of(value):
-            index = self.known.get(id(child))
+        for child in plain_objects.get_children(value):
+            index = self.indices.get(id(child))
             if index is not None:
                 shape.append(index)
-                if id(child) in self.apart:
-                    self.torn.append(child)
+                if id(child) in self.copied_ids:
+                    self.split_containers.append(child)
                 continue
             if plain_objects.is_mutable(child):
                 self.register(child)
-            below = self.references(child, depth + 1)
+            below = self.visit_references(child, depth + 1)
             if below:
                 shape.append(below)
         return tuple(shape)
 
-    def plain_content(self, content: plain_objects.Content) -> tuple[Any, Any]:
+    def visit_plain_content(self, content: plain_objects.Content) -> tuple[Any, Any]:
         """Specs of the attributes and the items of a plain object."""
         items = content.items
-        return self.attributes(content.attributes), (
-            None if items is None else self.items(items) if isinstance(items, dict) else tuple(map(self.visit, items))
+        return self.visit_attributes(content.attributes), (
+            None
+            if items is None
+            else self.visit_items(items)
+            if isinstance(items, dict)
+            else tuple(map(self.visit, items))
         )
 
-    def variable_content(self, variable: Any) -> tuple[Any, Any]:
+    def visit_variable(self, variable: Any) -> tuple[Any, Any]:
         """Spec of a Variable's raw value, and its metadata."""
         raw = variable.get_raw_value()
         if isinstance(raw, np.ndarray | np.generic) and not raw.dtype.hasobject:
@@ -234,20 +239,20 @@ class Walk:
         metadata = variable.get_metadata()
         return spec, _Static(self.freezer.freeze(metadata), metadata)
 
-    def attributes(self, content: dict[Any, Any]) -> Any:
+    def visit_attributes(self, content: dict[Any, Any]) -> Any:
         """Specs of an nnx object's attributes."""
         return tuple(
-            (key, (_STATE, _static_treedef(value)) if key == STATE_KEY else self.visit(value))
+            (key, (_STATE, _make_static_treedef(value)) if key == STATE_KEY else self.visit(value))
             for key, value in content.items()
         )
 
-    def items(self, value: Any) -> Any:
+    def visit_items(self, value: Any) -> Any:
         """Specs of a dict's items, in its order."""
         return tuple((_Static(self.freezer.freeze(key), key), self.visit(item)) for key, item in value.items())
 
-    def pytree_content(self, value: Any) -> tuple[Any, Any]:
+    def visit_pytree(self, value: Any) -> tuple[Any, Any]:
         """Treedef and specs of the children of any other pytree."""
-        children, treedef = one_level(value)
+        children, treedef = flatten_one_level(value)
         try:
             hash(treedef)
             static = _Static(treedef, treedef)
@@ -256,30 +261,30 @@ class Walk:
             static = _Static(id(treedef), treedef)
         return static, tuple(map(self.visit, children))
 
-    def content(self, value: Any) -> Any:
+    def visit_content(self, value: Any) -> Any:
         """Spec of what an object holds now; for edits."""
         if isinstance(value, nnx.Variable):
-            return self.variable_content(value)
+            return self.visit_variable(value)
         if type(value) is list:
             return tuple(map(self.visit, value))
         if type(value) is dict:
-            return self.items(value)
+            return self.visit_items(value)
         if isinstance(value, set | collections.deque):
             return tuple(map(self.visit, value))
-        return self.pytree_content(value)
+        return self.visit_pytree(value)
 
 
 _MAX_DEPTH = 24
 # Values without an identity of their own that a caller could miss.
-_UNIQUE = (type(None), bool, int, float, complex, str, bytes)
+_VALUE_TYPES = (type(None), bool, int, float, complex, str, bytes)
 
 
-def one_level(value: Any) -> tuple[list[Any], Any]:
+def flatten_one_level(value: Any) -> tuple[list[Any], Any]:
     """Children and treedef of a pytree, without going deeper."""
     return jax.tree_util.tree_flatten(value, is_leaf=lambda item: item is not value)
 
 
-def node_content(node: Any) -> dict[Any, Any]:
+def get_node_content(node: Any) -> dict[Any, Any]:
     """Attributes of an nnx object, static ones included, in nnx's order."""
     impl = graphlib.get_node_impl(node)
     assert impl is not None  # only called on registered nodes
@@ -290,12 +295,12 @@ def node_content(node: Any) -> dict[Any, Any]:
     return content
 
 
-def _static_treedef(state: Any) -> _Static:
+def _make_static_treedef(state: Any) -> _Static:
     treedef = jax.tree.structure(state)
     return _Static(treedef, treedef)
 
 
-class Build:
+class Builder:
     """Inverse of `Walk`."""
 
     def __init__(self, leaves: Any, objects: list[Any]) -> None:
@@ -337,41 +342,41 @@ class Build:
             result.extend(self.build(item) for item in spec[1])
         elif tag == _DICT:
             self.objects[index] = result = {}
-            result.update(self.items(spec[1]))
+            result.update(self.build_items(spec[1]))
         elif tag == _OBJECT:
-            result = self.plain_object(index, *spec[1:])
+            result = self.build_plain_object(index, *spec[1:])
         else:
-            result = self.pytree(spec[1:])
+            result = self.build_pytree(spec[1:])
         self.objects[index] = result
         return result
 
-    def plain_object(self, index: int, kind: Any, attributes: Any, items: Any) -> Any:
+    def build_plain_object(self, index: int, kind: Any, attributes: Any, items: Any) -> Any:
         """A plain Python object, past its constructor."""
         if issubclass(kind, tuple):
-            content = self.attributes(attributes)
-            result = tuple.__new__(kind, self.plain_items(kind, items))
+            content = self.build_attributes(attributes)
+            result = tuple.__new__(kind, self.build_plain_items(kind, items))
         else:
             # Before its content, which may refer to it.
             self.objects[index] = result = plain_objects.create(kind)
-            content = self.attributes(attributes)
+            content = self.build_attributes(attributes)
             if items is not None:
-                plain_objects.set_items(result, self.plain_items(kind, items))
+                plain_objects.set_items(result, self.build_plain_items(kind, items))
         plain_objects.set_attributes(result, content)
         return result
 
-    def attributes(self, content: Any) -> dict[Any, Any]:
+    def build_attributes(self, content: Any) -> dict[Any, Any]:
         """Attributes by name, from `Walk.attributes`."""
         return {key: self.build(item) for key, item in content}
 
-    def plain_items(self, kind: type, content: Any) -> Any:
+    def build_plain_items(self, kind: type, content: Any) -> Any:
         """Items of a plain container, from `Walk.plain_content` or `Walk.content`."""
-        return self.items(content) if issubclass(kind, dict) else [self.build(item) for item in content]
+        return self.build_items(content) if issubclass(kind, dict) else [self.build(item) for item in content]
 
-    def items(self, content: Any) -> dict[Any, Any]:
+    def build_items(self, content: Any) -> dict[Any, Any]:
         """A dict from `Walk.items`."""
         return {key.value: self.build(item) for key, item in content}
 
-    def pytree(self, content: Any) -> Any:
+    def build_pytree(self, content: Any) -> Any:
         """A pytree from `Walk.pytree_content`."""
         treedef, children = content
         return jax.tree.unflatten(treedef.value, [self.build(child) for child in children])

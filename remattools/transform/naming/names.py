@@ -24,7 +24,7 @@ import jax
 from jax.extend import core
 
 from ... import compat
-from ...errors import UnmatchedRuleError, did_you_mean
+from ...errors import UnmatchedRuleError, suggest_names
 from ...jaxpr import jaxprs, result_derivatives
 from ...rules import policies
 from ...rules.paths import NamePattern, Path, format_path
@@ -72,24 +72,24 @@ class NamedValue:
     @property
     def bytes(self) -> int:
         """Size of all its arrays."""
-        return sum(jaxprs.aval_bytes(aval) for aval in self.avals)
+        return sum(jaxprs.count_aval_bytes(aval) for aval in self.avals)
 
 
-def needed(action: Remat) -> bool:
+def is_naming_needed(action: Remat) -> bool:
     """Whether a region under `action` has to know the names of its values."""
-    return bool(action.save or action.offload) or _by_names_alone(action)
+    return bool(action.save or action.offload) or _is_policy_by_names(action)
 
 
-def _by_names_alone(action: Remat) -> bool:
+def _is_policy_by_names(action: Remat) -> bool:
     """Whether the policy itself has to become names: `jax_remat3` asks no combined policy and no bare callable."""
-    if action.policy is None or not _remat3():
+    if action.policy is None or not _is_remat3():
         return False
-    return action.policy.needs_lowering_to_names or bool(action.save or action.offload)
+    return action.policy.is_lowered_to_names or bool(action.save or action.offload)
 
 
-def lowered_policy(action: Remat) -> Callable[..., Any] | None:
+def lower_policy(action: Remat) -> Callable[..., Any] | None:
     """The JAX policy of `action`; JAX's own object where it has one, so that the program is JAX's."""
-    if not needed(action):
+    if not is_naming_needed(action):
         return None if action.policy is None else action.policy.lower()
     marks: Policy = policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[SAVED],
@@ -99,7 +99,7 @@ def lowered_policy(action: Remat) -> Callable[..., Any] | None:
     )
     if not action.offload:
         marks = policies.save_only_these_names(SAVED)
-    if action.policy is None or _by_names_alone(action):
+    if action.policy is None or _is_policy_by_names(action):
         return marks.lower()
     return (action.policy | marks).lower()
 
@@ -111,41 +111,41 @@ def evaluate(fn: Callable[[list[Any]], list[Any]], leaves: list[Any], action: Re
         UnmatchedRuleError: If a pattern of `save` or `offload` names nothing here.
     """
     program = jax.make_jaxpr(fn)(leaves)
-    marks = select(functools.partial(named_values, program), action)
-    if action.policy is not None and _by_names_alone(action):
-        marks = {**_decided(program, action.policy), **marks}
-    results: list[Any] = jaxprs.run(marked(program, marks), leaves)
+    marks = select_marks(functools.partial(find_named_values, program), action)
+    if action.policy is not None and _is_policy_by_names(action):
+        marks = {**_decide_marks(program, action.policy), **marks}
+    results: list[Any] = jaxprs.run(mark_equations(program, marks), leaves)
     return results
 
 
-def select(named: Callable[..., Iterable[NamedValue]], action: Remat) -> dict[Position, str]:
+def select_marks(find_values: Callable[..., Iterable[NamedValue]], action: Remat) -> dict[Position, str]:
     """Which equations' results are saved or offloaded; later patterns do not override, `save` comes first.
 
     Args:
-        named: The values by name; `named(deeper=True)` looks into inner regions, too.
+        find_values: The values by name; `named(deeper=True)` looks into inner regions, too.
         action: What is saved and offloaded.
 
     Raises:
         UnmatchedRuleError: If a pattern names nothing that can be kept.
     """
-    values = list(named())
+    values = list(find_values())
     marks: dict[Position, str] = {}
     for patterns, mark in ((action.offload, OFFLOADED), (action.save, SAVED)):
         for text in patterns:
             pattern = NamePattern.parse(text)
-            found = [v for v in values if pattern.matches(v.kind, v.path, v.primitive, v.index)]
+            found = [v for v in values if pattern.is_match(v.kind, v.path, v.primitive, v.index)]
             reachable = [v for v in found if v.reachable]
             if not reachable:
-                raise _unmatched(pattern, found, values, list(named(deeper=True)))
+                raise _make_unmatched_error(pattern, found, values, list(find_values(deeper=True)))
             marks.update({position: mark for value in reachable for position in value.where})
     return marks
 
 
-def _unmatched(
+def _make_unmatched_error(
     pattern: NamePattern, found: Sequence[NamedValue], values: Sequence[NamedValue], deeper: Sequence[NamedValue]
 ) -> UnmatchedRuleError:
     text = pattern.text
-    inner = [v for v in deeper if pattern.matches(v.kind, v.path, v.primitive, v.index)]
+    inner = [v for v in deeper if pattern.is_match(v.kind, v.path, v.primitive, v.index)]
     if inner and not found:
         return UnmatchedRuleError(
             what=f"the name {text!r} matches only values inside another region ({inner[0].label}).",
@@ -162,18 +162,18 @@ def _unmatched(
     return UnmatchedRuleError(
         what=f"the name {text!r} matches no value of this region.",
         why="it would silently save nothing; names are relative to the region.",
-        fix=did_you_mean(text, labels),
+        fix=suggest_names(text, labels),
     )
 
 
-def named_values(program: Any, *, deeper: bool = False) -> Iterator[NamedValue]:
+def find_named_values(jaxpr: Any, *, deeper: bool = False) -> Iterator[NamedValue]:
     """All values of a traced program by name, in trace order; `deeper` looks into regions inside it, too."""
     counts: dict[tuple[str, Path, str], int] = {}
     outputs: dict[tuple[Path, int], NamedValue] = {}
-    for position, equation, path, reachable in _equations(program, (), (), True, deeper=deeper):
-        name = jaxprs.name_of(equation)
+    for position, equation, path, reachable in _walk_equations(jaxpr, (), (), True, deeper=deeper):
+        name = jaxprs.get_checkpoint_name(equation)
         avals = tuple(var.aval for var in equation.outvars)
-        output = scopes.output_of(name) if name is not None else None
+        output = scopes.parse_output(name) if name is not None else None
         if output is not None:
             earlier = outputs.get(output)
             outputs[output] = NamedValue(
@@ -202,57 +202,57 @@ def named_values(program: Any, *, deeper: bool = False) -> Iterator[NamedValue]:
     yield from (value for (path, _), value in outputs.items() if path)
 
 
-def _equations(
-    program: Any, prefix: Position, outer: Path, reachable: bool, *, deeper: bool = False
+def _walk_equations(
+    jaxpr: Any, prefix: Position, outer: Path, reachable: bool, *, deeper: bool = False
 ) -> Iterator[tuple[Position, Any, Path, bool]]:
     """Equations that compute something, depth first; the wrappers around nested programs are passed over."""
-    for number, equation in enumerate(jaxprs.open_program(program).eqns):
-        path = scopes.path_of(str(equation.source_info.name_stack))
+    for number, equation in enumerate(jaxprs.open_jaxpr(jaxpr).eqns):
+        path = scopes.find_path(str(equation.source_info.name_stack))
         path = outer if path is None else path
-        nested = list(jaxprs.nested(equation))
+        nested = list(jaxprs.find_subjaxprs(equation))
         opaque = jaxprs.is_opaque(equation)
         if not nested or opaque or jaxprs.is_region(equation):
             yield (*prefix, number), equation, path, reachable
         if jaxprs.is_region(equation) and not deeper:
             continue  # a region of its own, with names of its own
         for place, inner in nested:
-            yield from _equations(inner, (*prefix, (number, place)), path, reachable and not opaque, deeper=deeper)
+            yield from _walk_equations(inner, (*prefix, (number, place)), path, reachable and not opaque, deeper=deeper)
 
 
-def marked(program: Any, marks: dict[Position, str], prefix: Position = ()) -> Any:
+def mark_equations(jaxpr: Any, marks: dict[Position, str], prefix: Position = ()) -> Any:
     """The program with a `checkpoint_name` behind every marked equation and no marks of `scopes`."""
     equations: list[Any] = []
     same: dict[Any, Any] = {}  # result of a dropped mark -> the value it marked
-    inner = jaxprs.open_program(program)
-    placed = _placed(inner, marks, prefix)
+    inner = jaxprs.open_jaxpr(jaxpr)
+    placed = _place_marks(inner, marks, prefix)
     for number, equation in enumerate(inner.eqns):
         if same:
-            equation = equation.replace(invars=[_looked_up(same, atom) for atom in equation.invars])
-        name, mark = jaxprs.name_of(equation), placed.get(number)
-        equation = _marked_inside(equation, marks, prefix, number)
-        if mark in (SAVED, OFFLOADED) and name is None and result_derivatives.reads_its_result(equation):
-            equations.extend(result_derivatives.named_with_derivative(equation, mark))
+            equation = equation.replace(invars=[_resolve_atom(same, atom) for atom in equation.invars])
+        name, mark = jaxprs.get_checkpoint_name(equation), placed.get(number)
+        equation = _mark_nested(equation, marks, prefix, number)
+        if mark in (SAVED, OFFLOADED) and name is None and result_derivatives.is_result_in_derivative(equation):
+            equations.extend(result_derivatives.name_with_derivative(equation, mark))
         elif name is not None and mark is not None:
-            equations.extend(jaxprs.renamed(equation, mark))
-        elif name is not None and scopes.output_of(name) is not None:
+            equations.extend(jaxprs.replace_checkpoint_name(equation, mark))
+        elif name is not None and scopes.parse_output(name) is not None:
             same[equation.outvars[0]] = equation.invars[0]
         elif mark is not None:
-            equations.extend(jaxprs.named_after(equation, mark))
+            equations.extend(jaxprs.add_checkpoint_name(equation, mark))
         else:
             equations.append(equation)
     if all(new is old for new, old in zip(equations, inner.eqns, strict=False)) and len(equations) == len(inner.eqns):
-        return program  # the same object, so that JAX lowers a function called twice only once
-    return jaxprs.with_equations(program, equations, [_looked_up(same, atom) for atom in inner.outvars])
+        return jaxpr  # the same object, so that JAX lowers a function called twice only once
+    return jaxprs.replace_equations(jaxpr, equations, [_resolve_atom(same, atom) for atom in inner.outvars])
 
 
-def _placed(inner: Any, marks: dict[Position, str], prefix: Position) -> dict[int, str]:
+def _place_marks(inner: Any, marks: dict[Position, str], prefix: Position) -> dict[int, str]:
     """Marks by the equations of one program; a kept name's goes to what made the value, where only that can keep it."""
     found = {number: marks[*prefix, number] for number in range(len(inner.eqns)) if (*prefix, number) in marks}
     if not found:
         return found
     makers: dict[Any, int] = {}
     for number, equation in enumerate(inner.eqns):
-        name = jaxprs.name_of(equation)
+        name = jaxprs.get_checkpoint_name(equation)
         if name is None:
             makers.update(dict.fromkeys(equation.outvars, number))
             continue
@@ -261,30 +261,37 @@ def _placed(inner: Any, marks: dict[Position, str], prefix: Position) -> dict[in
             continue
         makers[equation.outvars[0]] = maker
         kept = found.get(number) in (SAVED, OFFLOADED)
-        if kept and len(inner.eqns[maker].outvars) == 1 and result_derivatives.reads_its_result(inner.eqns[maker]):
+        if (
+            kept
+            and len(inner.eqns[maker].outvars) == 1
+            and result_derivatives.is_result_in_derivative(inner.eqns[maker])
+        ):
             mark = found.pop(number)
             found[maker] = SAVED if found.get(maker) == SAVED else mark
     return found
 
 
-def _marked_inside(equation: Any, marks: dict[Position, str], prefix: Position, number: int) -> Any:
+def _mark_nested(equation: Any, marks: dict[Position, str], prefix: Position, number: int) -> Any:
     if jaxprs.is_region(equation) or jaxprs.is_opaque(equation):
         return equation
-    new = {place: (below, marked(below, marks, (*prefix, (number, place)))) for place, below in jaxprs.nested(equation)}
+    new = {
+        place: (below, mark_equations(below, marks, (*prefix, (number, place))))
+        for place, below in jaxprs.find_subjaxprs(equation)
+    }
     changed = {place: rewritten for place, (below, rewritten) in new.items() if rewritten is not below}
-    return jaxprs.with_nested(equation, changed) if changed else equation
+    return jaxprs.replace_subjaxprs(equation, changed) if changed else equation
 
 
-def _looked_up(same: dict[Any, Any], atom: Any) -> Any:
+def _resolve_atom(same: dict[Any, Any], atom: Any) -> Any:
     return same.get(atom, atom) if isinstance(atom, core.Var) else atom
 
 
-def _decided(program: Any, policy: Policy) -> dict[Position, str]:
+def _decide_marks(jaxpr: Any, policy: Policy) -> dict[Position, str]:
     """Marks for a policy that `jax_remat3` would not ask."""
     marks = {}
-    for position, equation, _, reachable in _equations(program, (), (), True):
-        name = jaxprs.name_of(equation)
-        if not reachable or (name is not None and scopes.output_of(name) is not None):
+    for position, equation, _, reachable in _walk_equations(jaxpr, (), (), True):
+        name = jaxprs.get_checkpoint_name(equation)
+        if not reachable or (name is not None and scopes.parse_output(name) is not None):
             continue
         avals = [atom.aval for atom in equation.invars]
         if name is None:
@@ -296,5 +303,5 @@ def _decided(program: Any, policy: Policy) -> dict[Position, str]:
     return marks
 
 
-def _remat3() -> bool:
+def _is_remat3() -> bool:
     return bool(getattr(jax.config, "jax_remat3", False))

@@ -317,7 +317,7 @@ def test_a_step_that_vanishes_under_a_look_is_not_called_damaged(run, monkeypatc
             commit.discard(run, entry.path)
         return original(entry, *args)
 
-    monkeypatch.setattr(integrity, "damaged_files", and_then_gone)
+    monkeypatch.setattr(integrity, "find_damaged_files", and_then_gone)
     report = ct.verify(run)
     assert [step.step for step in report.steps] == [20, 30]
     assert report.ok

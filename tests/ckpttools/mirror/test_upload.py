@@ -409,7 +409,7 @@ def test_a_step_is_copied_whole_though_retention_deletes_it_meanwhile(on_disk, m
             go_on.wait(20)
         send(store, source, name, file)
 
-    monkeypatch.setattr(remote.RemoteStore, "_send", slow)
+    monkeypatch.setattr(remote.RemoteStore, "_upload_file", slow)
     spec = dataclasses.replace(on_disk, keep=ct.Latest(2), mirror=dataclasses.replace(on_disk.mirror, keep=ct.All()))
     with ct.open(spec) as ckpt:
         ckpt.save(1, state_at(1))
@@ -443,7 +443,7 @@ def test_a_mirror_that_is_slower_than_the_saves_takes_no_more_memory_and_loses_n
         assert go_on.wait(60)
         send(store, source, name, file)
 
-    monkeypatch.setattr(remote.RemoteStore, "_send", slow)
+    monkeypatch.setattr(remote.RemoteStore, "_upload_file", slow)
     spec = dataclasses.replace(
         on_disk, keep=ct.Latest(2), mirror=dataclasses.replace(on_disk.mirror, keep=ct.Latest(3))
     )
@@ -487,7 +487,7 @@ def test_a_mirror_of_many_steps_is_known_by_summaries_only(on_disk):
 
 def test_a_store_that_hangs_is_waited_for_no_longer_than_agreed(on_disk, monkeypatch):
     hang = threading.Event()
-    monkeypatch.setattr(remote.RemoteStore, "names", lambda store: hang.wait(20) and ())
+    monkeypatch.setattr(remote.RemoteStore, "list_names", lambda store: hang.wait(20) and ())
     began = time.monotonic()
     status, warned = save(changed(on_disk, wait_s=0.2), 1)
     hang.set()
@@ -505,7 +505,7 @@ def test_a_store_that_changes_bytes_is_found_out(on_disk, monkeypatch):
         if not file.startswith("_") and copy.stat().st_size:
             flip_bit(copy)
 
-    monkeypatch.setattr(remote.RemoteStore, "_send", flipping)
+    monkeypatch.setattr(remote.RemoteStore, "_upload_file", flipping)
     status, _ = save(on_disk, 1)
     assert "came back" in status.error
     assert status.copied == ()

@@ -29,8 +29,8 @@ def test_no_advice_without_a_reason():
 
 
 def test_the_session_warns(tmp_path, monkeypatch):
-    monkeypatch.setattr("ckpttools.session.advice._SHORTEST_S", 0.0)
-    monkeypatch.setattr("ckpttools.session.advice.TOO_MUCH", 0.0)
+    monkeypatch.setattr("ckpttools.session.advice._MIN_STALL_S", 0.0)
+    monkeypatch.setattr("ckpttools.session.advice.MAX_STALL_FRACTION", 0.0)
     spec = ct.CheckpointSpec(directory=tmp_path, save=ct.EverySteps(1), storage=ct.Storage(asynchronous=False))
     with ct.open(spec) as ckpt:
         for step in range(1, 4):

@@ -70,7 +70,7 @@ def test_a_manifest_that_is_a_link_is_refused(step, tmp_path_factory):
 
 
 def test_an_absurdly_large_manifest_is_not_read(step, monkeypatch):
-    monkeypatch.setattr(manifest, "LARGEST_BYTES", 100)
+    monkeypatch.setattr(manifest, "MAX_BYTES", 100)
     with pytest.raises(ct.UntrustedStepError, match="are not read"):
         restore(step)
 

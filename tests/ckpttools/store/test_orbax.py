@@ -106,7 +106,7 @@ def test_a_damaged_step_of_ours_is_not_looked_at_by_orbax_again(run, tmp_path, m
     """Another look fails as well, and leaves behind what complains at any later moment."""
     step = shutil.copytree(run / "3", tmp_path / "3")
     looked = []
-    monkeypatch.setattr(orbax, "_describe", lambda folder: looked.append(folder) or {})
+    monkeypatch.setattr(orbax, "_read_metadata", lambda folder: looked.append(folder) or {})
 
     def failing(folder, items):
         raise OSError("half way")

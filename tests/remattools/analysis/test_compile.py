@@ -327,6 +327,6 @@ def test_temporaries_in_the_tpus_own_memory_are_told_apart(tpu):
     ],
 )
 def test_amounts_in_the_compilers_words_are_read(message, needed, limit):
-    refused = compiling.refusal_of(message)
+    refused = compiling.parse_out_of_memory(message)
     assert (refused.needed_bytes, refused.limit_bytes) == (needed, limit)
     assert refused.message == message

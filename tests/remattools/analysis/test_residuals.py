@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import remattools as rt
 from remattools.rules.paths import format_path
-from remattools.transform.modules import modules_of
+from remattools.transform.modules import find_modules
 from tests.remattools.models import Tower, inputs, loss
 
 
@@ -159,7 +159,7 @@ def test_totals_of_groups_are_those_of_the_linearised_program(make, pattern, gro
     report = rt.residuals(loss, model, x)
     assert report.total_bytes == _model_bytes(model, x)
     assert report.computed_bytes < 0.7 * plain.computed_bytes
-    modules = {format_path(entry.path) for entry in modules_of(model)}
+    modules = {format_path(entry.path) for entry in find_modules(model)}
     computed = {row.path for row in report.rows if row.kind == "computed"}
     assert computed <= modules
     assert pattern.replace("*", "1") in computed or group != 2

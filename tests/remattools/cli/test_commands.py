@@ -254,7 +254,7 @@ def test_answers_are_said_before_files_are_written(run, tmp_path):
 
 
 def test_json_has_no_nan():
-    assert commands._finite({"a": [float("nan"), 1.5], "b": (float("inf"), "x", None)}) == {
+    assert commands._replace_nonfinite({"a": [float("nan"), 1.5], "b": (float("inf"), "x", None)}) == {
         "a": [None, 1.5],
         "b": [None, "x", None],
     }

@@ -77,10 +77,11 @@ def test_an_interrupt_without_a_plan_says_so(
             raise KeyboardInterrupt
         compile_(self, number)
 
-    compile_ = Exploration.compile
-    monkeypatch.setattr(Exploration, "compile", interrupted)
+    compile_ = Exploration.compile_assignment
+    monkeypatch.setattr(Exploration, "compile_assignment", interrupted)
     subject = f"{tmp_path / 'subject.py'}:training"
     assert (
-        commands.main(["plan", subject, "--budget", "0.3", "--of", "temp", "--target", "cpu"]) == commands.INTERRUPTED
+        commands.main(["plan", subject, "--budget", "0.3", "--of", "temp", "--target", "cpu"])
+        == commands.EXIT_INTERRUPTED
     )
     assert "before any compiled rules kept the budget" in capsys.readouterr().err

@@ -75,12 +75,12 @@ def test_a_damaged_entry_is_no_hit(tmp_path, content):
 
 def test_flags_of_the_compiler_belong_to_the_key(monkeypatch):
     device = jax.devices("cpu")[0]
-    before = caching.key_of("program", "cpu", device)
-    assert caching.key_of("program", "cpu", device) == before  # control
+    before = caching.compute_key("program", "cpu", device)
+    assert caching.compute_key("program", "cpu", device) == before  # control
     monkeypatch.setenv("XLA_FLAGS", "--xla_something")
-    flagged = caching.key_of("program", "cpu", device)
-    monkeypatch.setattr(caching, "_version", lambda name: "9.9")
-    assert len({before, flagged, caching.key_of("program", "cpu", device)}) == 3
+    flagged = caching.compute_key("program", "cpu", device)
+    monkeypatch.setattr(caching, "_get_version", lambda name: "9.9")
+    assert len({before, flagged, caching.compute_key("program", "cpu", device)}) == 3
 
 
 def test_options_of_a_jitted_function_belong_to_the_key(tmp_path):
@@ -96,9 +96,9 @@ def test_options_of_a_jitted_function_belong_to_the_key(tmp_path):
 
 def test_settings_of_jax_belong_to_the_key():
     device = jax.devices("cpu")[0]
-    before = caching.key_of("program", "cpu", device)
+    before = caching.compute_key("program", "cpu", device)
     with jax.enable_x64(not jax.config.jax_enable_x64):
-        assert caching.key_of("program", "cpu", device) != before
+        assert caching.compute_key("program", "cpu", device) != before
 
 
 def test_a_refusal_survives_storing(tmp_path):
@@ -116,4 +116,4 @@ def test_a_refusal_survives_storing(tmp_path):
 
 def test_the_users_folder_follows_the_desktop_convention(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert caching.user_cache().directory == tmp_path / "remattools"
+    assert caching.open_user_cache().directory == tmp_path / "remattools"

@@ -3,7 +3,7 @@
 
 import pytest
 
-from remattools.compiler.hlo_cycles import estimated_cycles
+from remattools.compiler.hlo_cycles import estimate_cycles
 
 TEXT = """HloModule jit_f, is_scheduled=true
 
@@ -61,14 +61,14 @@ def _text(step="1", direction="LT", trips=""):
     ],
 )
 def test_bodies_count_as_often_as_the_loop_turns_and_branches_by_the_dearest(text, turns):
-    found = estimated_cycles(text)
+    found = estimate_cycles(text)
     assert (found.total, found.unknown_loops) == (turns * 100 + 30 + 5, ())
 
 
 def test_a_loop_that_cannot_be_read_counts_once_and_is_named():
-    found = estimated_cycles(_text(direction="NE"))
+    found = estimate_cycles(_text(direction="NE"))
     assert (found.total, found.unknown_loops) == (135, ("loop",))
 
 
 def test_a_text_without_estimates_has_none():
-    assert estimated_cycles("HloModule m\nENTRY %main (x: f32[8]) -> f32[8] {\n}\n") is None
+    assert estimate_cycles("HloModule m\nENTRY %main (x: f32[8]) -> f32[8] {\n}\n") is None

@@ -38,10 +38,10 @@ def test_arguments_on_different_devices_are_refused_as_jax_refuses_them(target):
 def test_what_was_put_on_a_device_is_measured_there(target):
     device = jax.devices()[3]
     call = pure_call.stage(apply, (linear(device), jnp.ones((2, 8))))
-    assert placement.choose(call, target).devices == (device,)
+    assert placement.choose_target(call, target).devices == (device,)
     assert rt.measure(apply, linear(device), jnp.ones((2, 8)), target=target, run=True, repeats=1).step_s > 0
     untouched = pure_call.stage(apply, (linear(), jnp.ones((2, 8))))  # control
-    assert placement.choose(untouched, target).devices == tuple(jax.devices())
+    assert placement.choose_target(untouched, target).devices == tuple(jax.devices())
 
 
 def test_nothing_is_run_where_the_arguments_are_not():

@@ -34,7 +34,7 @@ def test_without_a_name_all_devices_are_there_for_what_is_spread():
 
 def test_topologies_without_a_device(tpu):
     before = dict(os.environ)
-    targets._without_device.cache_clear()
+    targets._load_topology.cache_clear()
     target = rt.find_target(tpu)
     assert (len(target.devices), target.live, target.name) == (4, False, tpu)
     assert rt.find_target("tpu:v6e").name == "tpu:v6e:2x2"
@@ -105,7 +105,7 @@ def test_devices_that_are_not_there_say_what_to_do(name, fix, monkeypatch):
 
 def test_a_missing_compiler_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    targets._without_device.cache_clear()
+    targets._load_topology.cache_clear()
     with pytest.raises(rt.TargetError) as caught:
         rt.find_target("tpu:v5e:2x2")
     assert caught.value.fix == 'pip install "nnx-checkpointing[tpu]"'
@@ -125,7 +125,7 @@ def test_a_lock_of_another_process_is_not_taken_for_a_wrong_name(tpu, monkeypatc
         raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
 
     monkeypatch.setattr(targets.topologies, "get_topology_desc", locked)
-    targets._without_device.cache_clear()
+    targets._load_topology.cache_clear()
     with pytest.raises(rt.TargetError) as caught:
         rt.find_target(tpu)
     assert "ALLOW_MULTIPLE_LIBTPU_LOAD" in caught.value.fix

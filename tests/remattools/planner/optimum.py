@@ -67,7 +67,7 @@ def least_cycles(shape: Outline, budget: float, seconds: float = 20.0) -> float:
     """A lower bound of the recomputation cycles of all choices that the model sees within the budget."""
     program = Program()
     visits = [_block(program, shape.problems[kind]) for _, kind in shape.visits]
-    base, kept, runs = shape.timetable()
+    base, kept, runs = shape.build_timetable()
     for fixed, keeps, running in zip(base, kept, runs, strict=True):
         terms = [
             (column, -factor)
@@ -84,7 +84,7 @@ def least_cycles(shape: Outline, budget: float, seconds: float = 20.0) -> float:
 
 def _block(program: Program, problem: BlockProblem) -> tuple[tuple[int, float], ...]:
     """Columns of what one block keeps, and of the most that its passes need, in mebibytes."""
-    graph, plain = problem.graph, problem.plain
+    graph, plain = problem.graph, problem.plain_choice
     free = program.column(whole=True)  # no region
     names = {name: program.column(whole=True) for name in problem.names}
     run = {number: program.column(cost=problem.costs[number]) for number in problem.steps}
@@ -93,18 +93,18 @@ def _block(program: Program, problem: BlockProblem) -> tuple[tuple[int, float], 
     top = sum(sizes) + 1.0
     kept, forward, backward = (program.column(top=top) for _ in range(3))
     stored = [(by_value[value], -sizes[value]) for value in by_value]
-    program.at_least([(kept, 1.0), *stored, (free, -plain.kept_bytes / _UNIT)], 0.0)
+    program.at_least([(kept, 1.0), *stored, (free, -plain.saved_bytes / _UNIT)], 0.0)
     for column, size in ((forward, plain.forward_bytes), (backward, plain.backward_bytes)):
         program.at_least([(column, 1.0), (free, -size / _UNIT)], 0.0)
 
-    for value in graph.needed:
+    for value in graph.residuals:
         columns = [(by_value[value], 1.0)] if value in by_value else []
-        program.at_least([*columns, (run[graph.makers[value]], 1.0), (free, 1.0)], 1.0)
+        program.at_least([*columns, (run[graph.producers[value]], 1.0), (free, 1.0)], 1.0)
     for number in problem.steps:
         for value in graph.forward[number].reads:
-            if value in graph.makers:
+            if value in graph.producers:
                 columns = [(by_value[value], 1.0)] if value in by_value else []
-                program.at_least([*columns, (run[graph.makers[value]], 1.0), (run[number], -1.0)], 0.0)
+                program.at_least([*columns, (run[graph.producers[value]], 1.0), (run[number], -1.0)], 0.0)
 
     _forward_rows(program, graph, sizes, by_value, forward, free, top)
     _backward_rows(program, problem, sizes, by_value, run, backward, free, top)
@@ -177,7 +177,7 @@ def _backward_rows(
         for value in step.reads:
             read_at[value].append(number)
         while wanted:
-            maker = graph.makers.get(wanted.pop())
+            maker = graph.producers.get(wanted.pop())
             if maker is not None and maker not in needed_at:
                 needed_at[maker] = number
                 wanted += graph.forward[maker].reads
@@ -187,7 +187,7 @@ def _backward_rows(
         for value, start in born.items():
             if value in there and start <= now <= max([start, *read_at[value]]):
                 fixed += sizes[value]
-        for value, maker in graph.makers.items():
+        for value, maker in graph.producers.items():
             later = [reader for read, reader in readers if read == value and needed_at.get(reader, -1) >= now]
             keep, reads = by_value.get(value), read_at[value]
             if value in graph.inputs or value in graph.outputs:

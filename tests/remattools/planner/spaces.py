@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from remattools.planner.model.op_cost import rates_of
-from remattools.planner.model.outline import outline
+from remattools.planner.model.op_cost import get_rates
+from remattools.planner.model.outline import build_outline
 from remattools.planner.search.acquisition import Exploration
 from remattools.planner.search.candidates import Space
 
@@ -40,7 +40,7 @@ class Gated(nnx.Module):
 
 def space_of(make: Any, shape: tuple[int, ...] = SHAPE) -> tuple[Any, Space]:
     model = nnx.eval_shape(make)
-    return model, Space(outline(loss, model, (jax.ShapeDtypeStruct(shape, jnp.float32),), rates_of("cpu")))
+    return model, Space(build_outline(loss, model, (jax.ShapeDtypeStruct(shape, jnp.float32),), get_rates("cpu")))
 
 
 def light_tower() -> Tower:
@@ -50,8 +50,8 @@ def light_tower() -> Tower:
 def exploration(space: Space, measured_by: Any) -> Exploration:
     return Exploration(
         space=space,
-        measured_by=measured_by,
+        measure_rules=measured_by,
         of="temp",
-        plain_cycles=space.outline.plain_cycles(),
+        plain_cycles=space.outline.count_plain_cycles(),
         progress=lambda _: None,
     )

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.model.op_cost import rates_of
-from remattools.planner.model.outline import Outline, outline
+from remattools.planner.model.op_cost import get_rates
+from remattools.planner.model.outline import Outline, build_outline
 from remattools.planner.search.candidates import Assignment, Space
-from remattools.planner.search.to_rules import rules_of
+from remattools.planner.search.to_rules import write_rules
 
 from ..exactness import assert_exact
 from ..models import MLP, Block, inputs, loss
@@ -173,7 +173,9 @@ class Branches(Listed):
 
 
 def outlined(make: Any, fn: Any = loss) -> Outline:
-    return outline(fn, nnx.eval_shape(make), (jax.ShapeDtypeStruct((4, 6, WIDTH), jnp.float32),), rates_of("cpu"))
+    return build_outline(
+        fn, nnx.eval_shape(make), (jax.ShapeDtypeStruct((4, 6, WIDTH), jnp.float32),), get_rates("cpu")
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def outlined(make: Any, fn: Any = loss) -> Outline:
 def test_blocks_in_loops_are_found_with_how_often_they_run(make: Any, found: dict[str, tuple[int, int]]) -> None:
     shape = outlined(make)
     seen = {
-        ".".join(map(str, path)): (call.copies, call.turns)
+        ".".join(map(str, path)): (call.copies, call.iterations)
         for (path, _), call in zip(shape.visits, shape.calls, strict=True)
     }
     assert seen == found
@@ -205,7 +207,7 @@ def test_blocks_in_loops_are_found_with_how_often_they_run(make: Any, found: dic
 def test_rules_of_blocks_in_loops_are_few() -> None:
     def written(make: Any, split: int) -> list[str]:
         space = Space(outlined(make))
-        rules = rules_of(space, Assignment(0, len(space.levels) - 1, split))
+        rules = write_rules(space, Assignment(0, len(space.levels) - 1, split))
         rt.apply(nnx.eval_shape(make), rules)  # every rule matches
         return [pattern.text for pattern, _ in rules]
 
@@ -218,9 +220,9 @@ def test_rules_of_blocks_in_loops_are_few() -> None:
 def test_what_a_loop_stacks_counts_as_often_as_it_turns() -> None:
     def kept_bytes(length: int) -> float:
         shape = outlined(lambda: Scanned(length))
-        _, kept, _ = shape.timetable()
-        (plain,) = (problem.plain for problem in shape.problems)
-        return float(kept.max() * plain.kept_bytes)
+        _, kept, _ = shape.build_timetable()
+        (plain,) = (problem.plain_choice for problem in shape.problems)
+        return float(kept.max() * plain.saved_bytes)
 
     assert kept_bytes(8) == 2 * kept_bytes(4) > 0
 

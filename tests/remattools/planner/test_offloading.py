@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.model.op_cost import rates_of
-from remattools.planner.model.outline import outline
+from remattools.planner.model.op_cost import get_rates
+from remattools.planner.model.outline import build_outline
 from remattools.planner.search.candidates import Space
-from remattools.planner.search.to_rules import rules_of
+from remattools.planner.search.to_rules import write_rules
 
 from ..models import loss
 from .test_loops import Listed, Scanned
@@ -24,8 +24,8 @@ X = jax.ShapeDtypeStruct((4, 6, 16), jnp.float32)
 
 
 def space_with(link_bytes: float, make: Any = Scanned) -> Space:
-    rates = dataclasses.replace(rates_of("tpu:v5e:2x2"), link_bytes=link_bytes)
-    return Space(outline(loss, nnx.eval_shape(make), (X,), rates))
+    rates = dataclasses.replace(get_rates("tpu:v5e:2x2"), link_bytes=link_bytes)
+    return Space(build_outline(loss, nnx.eval_shape(make), (X,), rates))
 
 
 def test_the_link_is_the_price() -> None:
@@ -43,9 +43,9 @@ def test_the_link_is_the_price() -> None:
 
 def test_rules_say_offload() -> None:
     space = space_with(10.0)
-    written = [rules_of(space, a) for a in space.assignments if a.offload]
+    written = [write_rules(space, a) for a in space.assignments if a.offload]
     assert all(action.offload and not action.save for rules in written for _, action in rules)
-    assert not any(action.offload for a in space.assignments if not a.offload for _, action in rules_of(space, a))
+    assert not any(action.offload for a in space.assignments if not a.offload for _, action in write_rules(space, a))
 
 
 def test_what_is_learnt_of_the_others_does_not_change() -> None:
@@ -56,7 +56,9 @@ def test_what_is_learnt_of_the_others_does_not_change() -> None:
     # Of several figures, since from one alone only a constant is learnt.
     measured = {number: 1e6 * (number + 1) for number in (0, 1, count - 1)}
     for kind in ("bytes", "cycles"):
-        for alone, together in zip(without.corrected(kind, measured), beside.corrected(kind, measured), strict=True):
+        for alone, together in zip(
+            without.correct_predictions(kind, measured), beside.correct_predictions(kind, measured), strict=True
+        ):
             np.testing.assert_allclose(together[:count], alone, rtol=1e-6)
 
 
@@ -74,8 +76,8 @@ def test_a_plan_offloads_where_the_link_is_fast(monkeypatch: pytest.MonkeyPatch,
     model = nnx.eval_shape(lambda: Wide(6))
     x = jax.ShapeDtypeStruct((4096, 512), jnp.float32)
 
-    rates = dataclasses.replace(rates_of(tpu), link_bytes=1e9)
-    monkeypatch.setattr(planner, "rates_of", lambda _: rates)
+    rates = dataclasses.replace(get_rates(tpu), link_bytes=1e9)
+    monkeypatch.setattr(planner, "get_rates", lambda _: rates)
     points = rt.frontier(loss, model, x, of="temp", target=tpu, max_compiles=4).points
     offloading = [point for point in points if any(action.offload for _, action in point.rules)]
     assert offloading

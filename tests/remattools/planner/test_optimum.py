@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.model.op_cost import rates_of
-from remattools.planner.model.outline import outline
+from remattools.planner.model.op_cost import get_rates
+from remattools.planner.model.outline import build_outline
 from remattools.planner.search.candidates import Space
 
 from ..models import loss
@@ -67,7 +67,7 @@ def test_small_plans_are_near_the_best_of_all_programs(tmp_path: pathlib.Path) -
     """Memory by the compiler, for every subset of the names and for no region; time by the planner's model."""
     model = nnx.eval_shape(lambda: Stack(Small, 1, 32))
     x = jax.ShapeDtypeStruct((512, 32), jnp.float32)
-    shape = outline(loss, model, (x,), rates_of("cpu"))
+    shape = build_outline(loss, model, (x,), get_rates("cpu"))
     (problem,) = shape.problems
     names = list(problem.names)
     assert 4 <= len(names) <= 6  # else trying everything proves nothing, or does not end
@@ -76,9 +76,9 @@ def test_small_plans_are_near_the_best_of_all_programs(tmp_path: pathlib.Path) -
     for subset in subsets:
         with rt.applied(model, {"layers.*": rt.Remat(save=subset)}):
             measured = rt.measure(loss, model, x, target="cpu", differentiate=True, cache=tmp_path)
-        tried.append((problem.choice(subset).total_cycles, measured.temp_bytes))
+        tried.append((problem.make_choice(subset).total_cycles, measured.temp_bytes))
     found = rt.frontier(loss, model, x, of="temp", target="cpu", cache=tmp_path)
-    plain, most = shape.plain_cycles(), 0.0
+    plain, most = shape.count_plain_cycles(), 0.0
     for budget in {size for _, size in tried if size >= found.least_bytes}:
         best = plain + min(cycles for cycles, size in tried if size <= budget)
         most = max(most, (plain + max(cycles for cycles, size in tried if size <= budget)) / best)
@@ -96,14 +96,14 @@ def test_small_plans_are_near_the_best_of_all_programs(tmp_path: pathlib.Path) -
 def test_the_search_is_near_the_integer_optimum(share: float) -> None:
     model = nnx.eval_shape(lambda: Stack(Transformer, 2, 512))
     x = jax.ShapeDtypeStruct((2, 1024, 512), jnp.float32)
-    shape = outline(loss, model, (x,), rates_of("tpu:v5e:2x2"))
+    shape = build_outline(loss, model, (x,), get_rates("tpu:v5e:2x2"))
     space = Space(shape)
     assert 40 <= 2 * len(shape.problems[0].names) <= 90
     least, most = space.bytes.min(), space.bytes[space.assignments.index(space.plain)]
     budget = least + share * (most - least)
     reached = float(space.cycles[space.bytes <= budget].min())
     best = least_cycles(shape, budget)
-    plain = shape.plain_cycles()
+    plain = shape.count_plain_cycles()
     assert plain + reached <= WITHIN * (plain + best)
     assert best <= reached * 1.001  # control: the bound is one
     if share < 0.5:
@@ -113,7 +113,7 @@ def test_the_search_is_near_the_integer_optimum(share: float) -> None:
 def test_the_bound_is_the_search_where_both_see_everything() -> None:
     """One block, its budget at each level's own bytes: the program finds nothing worse than the level."""
     model = nnx.eval_shape(lambda: Stack(Small, 1, 32))
-    shape = outline(loss, model, (jax.ShapeDtypeStruct((512, 32), jnp.float32),), rates_of("tpu:v5e:2x2"))
+    shape = build_outline(loss, model, (jax.ShapeDtypeStruct((512, 32), jnp.float32),), get_rates("tpu:v5e:2x2"))
     space = Space(shape)
     for size, cycles in zip(space.bytes, space.cycles, strict=True):
         assert least_cycles(shape, float(size) + 1.0) <= cycles * 1.001 + 1e-6

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.plan import _subject
+from remattools.planner.plan import _describe_subject
 
 from ..exactness import assert_exact
 from ..models import MLP, Block, Tower, inputs, loss
@@ -171,7 +171,7 @@ class _Spectral(nnx.Module):
 def test_of_an_argument_with_many_arrays_the_head_says_how_many() -> None:
     model, x = _abstract()
     optimizer = {f"moment_{number}": x for number in range(9)}
-    assert _subject(model, (optimizer, x)) == f"Tower, batch dict of 9 arrays, float32{list(x.shape)}"
+    assert _describe_subject(model, (optimizer, x)) == f"Tower, batch dict of 9 arrays, float32{list(x.shape)}"
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.model.graph import alive
-from remattools.planner.model.op_cost import rates_of
-from remattools.planner.model.outline import Outline, outline
+from remattools.planner.model.graph import compute_live_bytes
+from remattools.planner.model.op_cost import get_rates
+from remattools.planner.model.outline import Outline, build_outline
 
 from ..exactness import assert_same_values
 from ..models import MLP, Tower, inputs, loss
@@ -141,11 +141,11 @@ STEPS = [step, jitted, with_aux, clipped, averaged, evaluated, functional, only_
 
 def outlined(fn: Any, make: Callable[[], Any] = tower) -> Outline:
     model, optimizer, x = abstract(make)
-    return outline(fn, model, (optimizer, x), rates_of("cpu"), differentiate=False)
+    return build_outline(fn, model, (optimizer, x), get_rates("cpu"), differentiate=False)
 
 
 def figures(shape: Outline) -> list[tuple[int, int]]:
-    return [(call.copies, call.turns) for call in shape.calls]
+    return [(call.copies, call.iterations) for call in shape.calls]
 
 
 @pytest.mark.parametrize("fn", STEPS, ids=lambda fn: getattr(fn, "__name__", "jitted"))
@@ -167,10 +167,10 @@ def test_blocks_inside_loops_of_a_step() -> None:
 
 def test_the_peak_of_a_step_holds_gradients_that_a_loss_only_returns() -> None:
     def at_the_end(shape: Outline) -> int:
-        return alive(shape.around, shape.around.forward)[shape.calls[0].backward]
+        return compute_live_bytes(shape.around, shape.around.forward)[shape.calls[0].backward]
 
     model, _, x = abstract(tower)
-    of_loss = outline(loss, model, (x,), rates_of("cpu"))
+    of_loss = build_outline(loss, model, (x,), get_rates("cpu"))
     parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert at_the_end(outlined(step)) >= at_the_end(of_loss) + 0.7 * parameters
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import remattools as rt
-from remattools.rules.paths import NamePattern, Pattern, closest, format_path, match, natural_key, parse_path
+from remattools.rules.paths import NamePattern, Pattern, find_closest, format_path, make_natural_key, match, parse_path
 
 PATHS = [
     (),
@@ -94,12 +94,12 @@ def test_paths_round_trip_and_match_themselves(path):
 
 def test_natural_order():
     names = ["layer10", "layer2", "layer1", "head"]
-    assert sorted(names, key=lambda name: natural_key((name,))) == ["head", "layer1", "layer2", "layer10"]
+    assert sorted(names, key=lambda name: make_natural_key((name,))) == ["head", "layer1", "layer2", "layer10"]
 
 
 def test_closest_real_paths():
-    assert closest(Pattern.parse("layers.*.atn"), PATHS)[0] == "layers.0.attn"
-    assert closest(Pattern.parse("q_prj"), PATHS)[0].endswith("q_proj")
+    assert find_closest(Pattern.parse("layers.*.atn"), PATHS)[0] == "layers.0.attn"
+    assert find_closest(Pattern.parse("q_prj"), PATHS)[0].endswith("q_proj")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_closest_real_paths():
     ],
 )
 def test_names(text, value, expected):
-    assert NamePattern.parse(text).matches(*value) is expected
+    assert NamePattern.parse(text).is_match(*value) is expected
 
 
 @pytest.mark.parametrize("text", ["", "attn:", "a[0]b", "@{", 3])

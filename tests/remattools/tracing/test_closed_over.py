@@ -78,8 +78,8 @@ class _Trainer:
 )
 def test_models_are_found_and_replaced(fn):
     x = jax.numpy.ones((1, 2))
-    assert [value for _, value in closed_over.captured_models(fn)] == [MODEL]
-    replaced = closed_over.with_models(fn, {id(MODEL): OTHER})
+    assert [value for _, value in closed_over.find_captured_models(fn)] == [MODEL]
+    replaced = closed_over.replace_models(fn, {id(MODEL): OTHER})
     assert (replaced(x) == OTHER(x)).all()
     assert (fn(x) == MODEL(x)).all()  # control: the given function is unchanged
 
@@ -88,7 +88,7 @@ def test_containers_are_one_value():
     def by_name(x):
         return TABLE["model"](x)
 
-    ((name, value),) = closed_over.captured_models(by_name)
+    ((name, value),) = closed_over.find_captured_models(by_name)
     assert (name, value) == ("TABLE", TABLE)
 
 
@@ -96,15 +96,15 @@ def test_functions_without_models_are_left_alone():
     def plain(x):
         return x + 1
 
-    assert closed_over.captured_models(plain) == []
-    assert closed_over.with_models(plain, {1: OTHER}) is plain
+    assert closed_over.find_captured_models(plain) == []
+    assert closed_over.replace_models(plain, {1: OTHER}) is plain
     partial = functools.partial(plain, 1)
-    assert closed_over.with_models(partial, {1: OTHER}) is partial
+    assert closed_over.replace_models(partial, {1: OTHER}) is partial
 
 
 def test_recursion_and_empty_cells_end():
-    assert [value for _, value in closed_over.captured_models(_refers_to_itself(MODEL))] == [MODEL]
-    assert closed_over.captured_models(_unfilled()) == []
+    assert [value for _, value in closed_over.find_captured_models(_refers_to_itself(MODEL))] == [MODEL]
+    assert closed_over.find_captured_models(_unfilled()) == []
 
 
 def _unfilled():

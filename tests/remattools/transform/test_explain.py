@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.rules.fold_paths import slice_text
+from remattools.rules.fold_paths import format_paths
 from tests.remattools.models import Tower, inputs
 
 
@@ -49,7 +49,7 @@ def test_equal_layers_are_one_line_of_the_table():
     ],
 )
 def test_folded_paths_mean_these_and_no_others(paths, text):
-    assert slice_text(paths) == text
+    assert format_paths(paths) == text
 
 
 def test_numbered_siblings_are_one_line_whose_path_is_a_pattern():

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from remattools.planner.model.block_ilp import BlockProblem
-from remattools.planner.model.graph import alive, block_graph
-from remattools.planner.model.op_cost import rates_of
+from remattools.planner.model.graph import build_block_graph, compute_live_bytes
+from remattools.planner.model.op_cost import get_rates
 
 
 def _problem(
     fn: Any, *shapes: tuple[int, ...], target: str = "tpu:v5e:2x2", wanted: tuple[bool, ...] | None = None
 ) -> BlockProblem:
     program = jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-    return BlockProblem(block_graph(program, wanted), rates_of(target))
+    return BlockProblem(build_block_graph(program, wanted), get_rates(target))
 
 
 def _chain(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -31,8 +31,8 @@ def _chain(x: jax.Array, w: jax.Array) -> jax.Array:
 def _best_by_trying(problem: BlockProblem, limit: float) -> float:
     names = list(problem.names)
     subsets = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1))
-    choices = (problem.choice(subset) for subset in subsets)
-    return min(choice.total_cycles for choice in choices if choice.kept_bytes <= limit)
+    choices = (problem.make_choice(subset) for subset in subsets)
+    return min(choice.total_cycles for choice in choices if choice.saved_bytes <= limit)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
@@ -40,8 +40,8 @@ def test_the_choice_is_the_best_of_all_subsets(share: float) -> None:
     problem = _problem(_chain, (64, 256), (256, 256))
     assert 4 <= len(problem.names) <= 12  # else trying everything proves nothing, or does not end
     limit = share * sum(problem.bytes.values())
-    found = problem.cheapest(0.0, limit)
-    assert found.kept_bytes <= limit
+    found = problem.find_cheapest(0.0, limit)
+    assert found.saved_bytes <= limit
     assert found.total_cycles <= 1.001 * _best_by_trying(problem, limit)
 
 
@@ -54,7 +54,7 @@ def test_a_chain_is_priced_as_a_chain() -> None:
         return jnp.sin(x) * y
 
     problem = _problem(chain, (64, 256), (256, 256), (64, 256))
-    nothing, one = problem.choice(()), problem.cheapest(0.0, 64 * 256 * 4)
+    nothing, one = problem.make_choice(()), problem.find_cheapest(0.0, 64 * 256 * 4)
     assert nothing.cycles[0] > 0
     assert one.names is not None
     assert len(one.names) == 1
@@ -63,15 +63,17 @@ def test_a_chain_is_priced_as_a_chain() -> None:
 
 def test_keeping_more_never_costs_more() -> None:
     problem = _problem(_chain, (64, 256), (256, 256))
-    totals = [problem.cheapest(0.0, limit).total_cycles for limit in np.linspace(0, sum(problem.bytes.values()), 8)]
+    totals = [
+        problem.find_cheapest(0.0, limit).total_cycles for limit in np.linspace(0, sum(problem.bytes.values()), 8)
+    ]
     assert all(later <= earlier * 1.001 for earlier, later in itertools.pairwise(totals))
     assert totals[-1] < totals[0]  # control: keeping helps at all
 
 
 def test_a_block_that_needs_nothing_back_keeps_nothing() -> None:
     problem = _problem(lambda x: x + 1.0, (8, 8))
-    assert problem.cheapest(0.0).names == ()
-    assert problem.choice(()).total_cycles == 0
+    assert problem.find_cheapest(0.0).names == ()
+    assert problem.make_choice(()).total_cycles == 0
 
 
 ROWS, WIDTH = 256, 64
@@ -99,7 +101,7 @@ def test_what_products_alone_read_takes_half_on_a_tpu() -> None:
 
 def test_without_a_region_a_tpu_keeps_what_crosses_from_one_pass_to_the_other() -> None:
     """Both products and what they become; their derivatives (cos, sin) are parts of what reads them."""
-    assert _problem(_residual, *SHAPES).plain.kept_bytes == 2 * VALUE + 2 * VALUE // 2
+    assert _problem(_residual, *SHAPES).plain_choice.saved_bytes == 2 * VALUE + 2 * VALUE // 2
 
 
 def test_what_is_made_again_is_made_where_it_is_needed() -> None:
@@ -107,23 +109,25 @@ def test_what_is_made_again_is_made_where_it_is_needed() -> None:
     graph = problem.graph
     kept = set(problem.names[".:dot_general[1]"])
     early = [*(step for step in graph.forward if not kept.intersection(step.writes)), *graph.backward]
-    assert problem.choice((".:dot_general[1]",)).backward_bytes < max(alive(graph, early, held=kept))
+    assert problem.make_choice((".:dot_general[1]",)).backward_bytes < max(
+        compute_live_bytes(graph, early, live_at_start=kept)
+    )
 
 
 def test_what_runs_inside_of_its_reader_reads_when_that_does() -> None:
     """The backward pass reads `cos` of a product, which is no value in memory: the product itself has to wait."""
     graph = _problem(_residual, *SHAPES, target="cpu").graph
-    waiting = alive(graph, (*graph.forward, *graph.backward))[len(graph.forward)]
+    waiting = compute_live_bytes(graph, (*graph.forward, *graph.backward))[len(graph.forward)]
     assert waiting >= 4 * VALUE  # two products, and two values that other products read
 
 
 def test_names_that_nobody_reads_are_left_out() -> None:
     """The derivative of `exp` reads its result, so that nothing is left for the product before it."""
     problem = _problem(lambda x, w, v: jnp.exp(x @ w) @ v, (ROWS, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH))
-    both, one = problem.choice((".:dot_general[0]", ".:exp[0]")), problem.choice((".:exp[0]",))
+    both, one = problem.make_choice((".:dot_general[0]", ".:exp[0]")), problem.make_choice((".:exp[0]",))
     assert both == one
     assert one.names == (".:exp[0]",)
-    assert problem.choice((".:dot_general[0]",)).names == (".:dot_general[0]",)
+    assert problem.make_choice((".:dot_general[0]",)).names == (".:dot_general[0]",)
 
 
 def test_a_gradient_that_nobody_reads_is_not_made() -> None:

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 import remattools as rt
-from remattools.planner.model.op_cost import rates_of
-from remattools.planner.model.outline import outline
-from remattools.planner.search.acquisition import Expected, Exploration, best_point
+from remattools.planner.model.op_cost import get_rates
+from remattools.planner.model.outline import build_outline
+from remattools.planner.search.acquisition import Exploration, Posterior, find_best_point
 from remattools.planner.search.candidates import Space
-from remattools.planner.search.to_rules import rules_of
+from remattools.planner.search.to_rules import write_rules
 
 from ..spaces import exploration
 
@@ -49,12 +49,12 @@ class Judged:
 
     def __init__(self, case: Any) -> None:
         model, x = BENCHMARK.abstract(case)
-        self.space = Space(outline(BENCHMARK.loss, model, (x,), rates_of(BENCHMARK.TARGET)))
+        self.space = Space(build_outline(BENCHMARK.loss, model, (x,), get_rates(BENCHMARK.TARGET)))
         programs = [BENCHMARK.Program(*program) for program in STORED[str(case)]]
         by_names = {None if p.names is None else frozenset(p.names): p for p in programs}
         names = [self.space.levels[a.rest][0].names for a in self.space.assignments]
         self.by_rules = {
-            rules_of(self.space, a): by_names[None if kept is None else frozenset(kept)]
+            write_rules(self.space, a): by_names[None if kept is None else frozenset(kept)]
             for a, kept in reversed(list(zip(self.space.assignments, names, strict=True)))
         }
         self.programs = programs
@@ -70,12 +70,12 @@ class Judged:
         budgets = sorted({program.temp_bytes for program in self.programs})
         for budget in budgets:
             search = exploration(self.space, self.measured_by)
-            search.compile(self.space.assignments.index(self.space.plain))
+            search.compile_assignment(self.space.assignments.index(self.space.plain))
             limit = max(budget, 1)
             while len(search.points) < COMPILES and (number := search.propose(limit, None)) is not None:
-                search.compile(number)
+                search.compile_assignment(number)
             best = min(program.cycles for program in self.programs if program.temp_bytes <= budget)
-            found = best_point(search.points.values(), limit, None)
+            found = find_best_point(search.points.values(), limit, None)
             reached += found is not None and found.cycles <= BENCHMARK.WITHIN * best
         return reached, len(budgets)
 
@@ -92,14 +92,14 @@ def test_a_plan_is_near_the_best_of_all_programs(case: Any) -> None:
 
 def test_a_search_that_trusts_its_model_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: without doubts many budgets are missed."""
-    expected = Exploration.expected
+    expected = Exploration.compute_posterior
 
-    def certain(self: Exploration) -> Expected:
+    def certain(self: Exploration) -> Posterior:
         found = expected(self)
         return dataclasses.replace(
             found, bytes_doubt=np.zeros_like(found.bytes), cycles_doubt=np.zeros_like(found.cycles)
         )
 
-    monkeypatch.setattr(Exploration, "expected", certain)
+    monkeypatch.setattr(Exploration, "compute_posterior", certain)
     counts = [Judged(case).within() for case in CASES if case.block in BENCHMARK.CHOSEN_ON]
     assert sum(reached for reached, _ in counts) < 0.8 * sum(budgets for _, budgets in counts)

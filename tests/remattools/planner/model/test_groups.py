@@ -11,7 +11,7 @@ from flax import nnx
 
 import remattools as rt
 from remattools.planner.search.candidates import Assignment
-from remattools.planner.search.to_rules import rules_of
+from remattools.planner.search.to_rules import write_rules
 
 from ...exactness import assert_exact
 from ...models import Tower, inputs, loss
@@ -48,11 +48,11 @@ def _temp_bytes(model: Any, rules: Any) -> int:
 
 def test_every_grouping_can_be_applied_and_is_predicted_near_enough_to_be_ordered() -> None:
     model, space = space_of(light_tower)
-    single = _temp_bytes(model, rules_of(space, space.nothing))
-    expected = space.bytes[space.assignments.index(space.nothing)]
+    single = _temp_bytes(model, write_rules(space, space.full_remat))
+    expected = space.bytes[space.assignments.index(space.full_remat)]
     for size in {assignment.group for assignment in space.assignments} - {1}:
         number = space.assignments.index(Assignment(0, 0, DEPTH, size))
-        rules = rules_of(space, space.assignments[number])
+        rules = write_rules(space, space.assignments[number])
         assert [(p.text, a.group) for p, a in rules] == [("layers.*", size)]
         cheaper = _temp_bytes(model, rules) < single
         assert cheaper == (space.bytes[number] < expected)
@@ -61,10 +61,10 @@ def test_every_grouping_can_be_applied_and_is_predicted_near_enough_to_be_ordere
 
 def test_rules_of_a_partly_grouped_model_speak_in_slices() -> None:
     _, space = space_of(light_tower)
-    rules = rules_of(space, Assignment(0, 0, 8, 4))
+    rules = write_rules(space, Assignment(0, 0, 8, 4))
     assert [(p.text, a.group) for p, a in rules] == [("layers.[:8]", 4), ("layers.[8:]", 1)]
     last = len(space.levels) - 1
-    assert [(p.text, a.group) for p, a in rules_of(space, Assignment(0, last, 8, 2))] == [("layers.[:8]", 2)]
+    assert [(p.text, a.group) for p, a in write_rules(space, Assignment(0, last, 8, 2))] == [("layers.[:8]", 2)]
 
 
 @pytest.mark.parametrize("make", [Twice, lambda: Tower(3)], ids=["run twice", "too short"])
@@ -76,8 +76,8 @@ def test_what_cannot_be_grouped_is_not(make: Any) -> None:
 def test_inputs_that_others_read_are_not_counted_as_saved() -> None:
     _, single = space_of(light_tower)
     _, skipping = space_of(lambda: Skipping(DEPTH, SHAPE[-1], block=Light))
-    assert single.outline.boundaries[1:] == (SHAPE[0] * SHAPE[1] * 4,) * (DEPTH - 1)
-    assert set(skipping.outline.boundaries) == {0}
+    assert single.outline.boundary_bytes[1:] == (SHAPE[0] * SHAPE[1] * 4,) * (DEPTH - 1)
+    assert set(skipping.outline.boundary_bytes) == {0}
 
 
 def test_a_frontier_goes_below_one_region_for_each_block(tmp_path: pathlib.Path) -> None:
@@ -105,18 +105,20 @@ def test_groups_that_a_program_does_not_allow_are_given_up() -> None:
 
     search = exploration(space, refuses)
     grouped = next(n for n, assignment in enumerate(space.assignments) if assignment.group > 1)
-    search.compile(grouped)
+    search.compile_assignment(grouped)
     assert not search.points
-    search.compile(space.assignments.index(space.plain))
+    search.compile_assignment(space.assignments.index(space.plain))
     for _ in range(4):
-        number = search.propose_anywhere()
+        number = search.propose_for_frontier()
         if number is None:
             break
         assert space.assignments[number].group == 1
-        search.compile(number)
-    search.measured_by = refuses_everything
+        search.compile_assignment(number)
+    search.measure_rules = refuses_everything
     with pytest.raises(rt.RuleError):  # a rule of the planner's own that is wrong is not hidden
-        search.compile(next(n for n, a in enumerate(space.assignments) if a.group == 1 and n not in search.points))
+        search.compile_assignment(
+            next(n for n, a in enumerate(space.assignments) if a.group == 1 and n not in search.points)
+        )
 
 
 def refuses_everything(rules: rt.Rules) -> rt.Measurement:

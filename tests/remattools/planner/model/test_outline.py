@@ -3,7 +3,7 @@
 
 from flax import nnx
 
-from remattools.planner.model.blocks import blocks_of
+from remattools.planner.model.blocks import find_blocks
 
 from ...models import Tower
 
@@ -26,8 +26,8 @@ class _Mixed(nnx.Module):
 
 
 def test_blocks_are_found_in_lists_of_lists_in_dicts_and_below_what_cannot_be_called() -> None:
-    found = [pattern for pattern, _ in blocks_of(_Mixed())]
+    found = [pattern for pattern, _ in find_blocks(_Mixed())]
     assert found == ["down.0.*", "down.1.*", "named.*", "stages.0.blocks.*", "towers.*"]
-    assert [pattern for pattern, _ in blocks_of(Tower())] == ["layers.*"]
-    assert [pattern for pattern, _ in blocks_of(nnx.List([Tower()]))] == ["*"]
-    assert [pattern for pattern, _ in blocks_of(Tower().layers[0])] == ["attention", "mlp", "norm"]
+    assert [pattern for pattern, _ in find_blocks(Tower())] == ["layers.*"]
+    assert [pattern for pattern, _ in find_blocks(nnx.List([Tower()]))] == ["*"]
+    assert [pattern for pattern, _ in find_blocks(Tower().layers[0])] == ["attention", "mlp", "norm"]

@@ -12,7 +12,7 @@ from remattools.compiler.measurement import OutOfMemory
 from remattools.planner.search import candidates as searching
 from remattools.planner.search.acquisition import Exploration
 from remattools.planner.search.candidates import Space
-from remattools.planner.search.to_rules import rules_of
+from remattools.planner.search.to_rules import write_rules
 
 from ...models import Tower
 from ..spaces import SHAPE, Gated, exploration, light_tower, space_of
@@ -27,13 +27,13 @@ def test_of_a_small_block_every_subset_can_be_tried() -> None:
 def _surprising(space: Space, small: int, *, least: int, other: int) -> Exploration:
     """A search in which one assignment alone takes little, which nothing tells beforehand."""
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
-    by_rules = {rules_of(space, a): n for n, a in reversed(list(enumerate(space.assignments)))}
+    by_rules = {write_rules(space, a): n for n, a in reversed(list(enumerate(space.assignments)))}
 
     def measured_by(rules: rt.Rules) -> rt.Measurement:
         return dataclasses.replace(some, temp_bytes=least if by_rules[rules] == small else other)
 
     search = exploration(space, measured_by)
-    search.compile(space.assignments.index(space.plain))
+    search.compile_assignment(space.assignments.index(space.plain))
     return search
 
 
@@ -42,18 +42,18 @@ def test_a_budget_that_nothing_is_expected_to_keep_is_looked_for(small: int) -> 
     _, space = space_of(lambda: Tower(1, SHAPE[-1], block=Gated))
     search = _surprising(space, small, least=100_000, other=300_000)
     while small not in search.points and (number := search.propose(110_000, None)) is not None:
-        search.compile(number)
+        search.compile_assignment(number)
     assert small in search.points
 
 
 def test_predictions_are_doubted_where_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a chip's own memory all programs take 0 bytes, whatever was predicted."""
     _, space = space_of(light_tower)
-    seen = {space.assignments.index(space.plain): 0.0, space.assignments.index(space.nothing): 0.0}
-    _, spread = space.corrected("bytes", seen)
+    seen = {space.assignments.index(space.plain): 0.0, space.assignments.index(space.full_remat): 0.0}
+    _, spread = space.correct_predictions("bytes", seen)
     assert spread.max() > 1e-3 * space.bytes.max()
-    monkeypatch.setattr(searching, "_OF_PREDICTED", 0.0)
-    _, spread = space.corrected("bytes", seen)
+    monkeypatch.setattr(searching, "_MIN_SCALE_SHARE", 0.0)
+    _, spread = space.correct_predictions("bytes", seen)
     assert spread.max() < 1e-3 * space.bytes.max()  # control
 
 
@@ -61,10 +61,10 @@ def test_no_prediction_is_below_nothing() -> None:
     _, space = space_of(light_tower)
     some = dataclasses.replace(rt.measure(jnp.sin, jnp.ones(3), target="cpu"), temp_bytes=0)
     search = exploration(space, lambda _: some)
-    for one in (space.plain, space.nothing):
+    for one in (space.plain, space.full_remat):
         number = space.assignments.index(one)
-        below = search.expected().bytes[number] < 0
-        search.compile(number)
+        below = search.compute_posterior().bytes[number] < 0
+        search.compile_assignment(number)
         assert search.points[number].predicted.bytes >= 0
     assert below  # control: the model alone says that
 
@@ -74,7 +74,7 @@ def test_a_time_limit_is_looked_for_where_the_plain_model_does_not_fit() -> None
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
     full = OutOfMemory(needed_bytes=2**40, limit_bytes=2**30, message="full")
     search = exploration(space, lambda _: dataclasses.replace(some, out_of_memory=full))
-    search.compile(space.assignments.index(space.plain))
+    search.compile_assignment(space.assignments.index(space.plain))
     number = search.propose(None, 1.0)
     assert number == space.bytes.argmin() != space.assignments.index(space.plain)
 
@@ -84,7 +84,7 @@ def test_of_two_limits_the_one_that_is_missed_is_looked_for() -> None:
     _, space = space_of(light_tower)
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
     search = exploration(space, lambda _: dataclasses.replace(some, temp_bytes=2**40, estimated_cycles=10))
-    search.compile(space.assignments.index(space.plain))
+    search.compile_assignment(space.assignments.index(space.plain))
     number = search.propose(2**20, 1e12)
     assert number is not None
     assert space.bytes[number] < space.bytes[space.assignments.index(space.plain)]
@@ -94,18 +94,18 @@ def test_a_frontier_spreads_over_the_whole_curve() -> None:
     """Where the model is right, few compiles come near to the whole curve; a gain at one budget alone is not sought."""
     _, space = space_of(light_tower)
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
-    by_rules = {rules_of(space, a): n for n, a in reversed(list(enumerate(space.assignments)))}
+    by_rules = {write_rules(space, a): n for n, a in reversed(list(enumerate(space.assignments)))}
 
     def as_predicted(rules: rt.Rules) -> rt.Measurement:
         return dataclasses.replace(some, temp_bytes=int(space.bytes[by_rules[rules]]))
 
     search = exploration(space, as_predicted)
-    search.compile(space.assignments.index(space.plain))
+    search.compile_assignment(space.assignments.index(space.plain))
     for _ in range(7):
-        number = search.propose_anywhere()
+        number = search.propose_for_frontier()
         if number is None:
             break
-        search.compile(number)
+        search.compile_assignment(number)
     limits = np.geomspace(space.bytes.min() * 1.01, max(point.bytes for point in search.points.values()), 20)
     times = search.plain_cycles + space.cycles
     for limit in limits:

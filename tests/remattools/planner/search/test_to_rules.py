@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.model.op_cost import rates_of
-from remattools.planner.model.outline import outline
+from remattools.planner.model.op_cost import get_rates
+from remattools.planner.model.outline import build_outline
 from remattools.planner.search.candidates import Assignment, Space
-from remattools.planner.search.to_rules import rules_of
+from remattools.planner.search.to_rules import write_rules
 
 from ...models import MLP, Block, Tower, loss
 
@@ -59,7 +59,7 @@ class Normed(nnx.Module):
 def _space(make: Any) -> tuple[Any, Space]:
     model = nnx.eval_shape(make)
     x = jax.ShapeDtypeStruct((2, 16, 16), jnp.float32)
-    return model, Space(outline(loss, model, (x,), rates_of("tpu:v5e:2x2")))
+    return model, Space(build_outline(loss, model, (x,), get_rates("tpu:v5e:2x2")))
 
 
 MODELS = [
@@ -77,22 +77,22 @@ def test_every_assignment_can_be_applied(make: Any) -> None:
     x = jax.ShapeDtypeStruct((2, 16, 16), jnp.float32)
     kinds = dict(space.outline.visits)
     for assignment in [*space.assignments[: len(space.levels)], space.assignments[-1]]:
-        rules = rules_of(space, assignment)
+        rules = write_rules(space, assignment)
         with rt.applied(model, rules):
             actions = {row.path: row.action for row in rt.explain(model).rows}
             rt.residuals(loss, model, x)  # raises if a name matches nothing
         for number, path in enumerate(space.members):
-            choice = space.levels[space.level_of(assignment, number)][kinds[path]]
+            choice = space.levels[space.get_level(assignment, number)][kinds[path]]
             assert (actions[".".join(map(str, path))] is None) == (choice.names is None)
 
 
 def test_rules_are_few_and_speak_in_slices() -> None:
     _, space = _space(lambda: Tower(8, 16))
     last = len(space.levels) - 1
-    assert [p.text for p, _ in rules_of(space, Assignment(0, 0, 0))] == ["layers.*"]
-    assert [p.text for p, _ in rules_of(space, Assignment(0, last, 6))] == ["layers.[:6]"]
-    assert [p.text for p, _ in rules_of(space, Assignment(0, 1, 6))] == ["layers.[:6]", "layers.[6:]"]
-    assert len(rules_of(space, space.plain)) == 0
+    assert [p.text for p, _ in write_rules(space, Assignment(0, 0, 0))] == ["layers.*"]
+    assert [p.text for p, _ in write_rules(space, Assignment(0, last, 6))] == ["layers.[:6]"]
+    assert [p.text for p, _ in write_rules(space, Assignment(0, 1, 6))] == ["layers.[:6]", "layers.[6:]"]
+    assert len(write_rules(space, space.plain)) == 0
 
 
 def test_equal_blocks_are_one_problem_and_different_ones_are_not() -> None:
@@ -111,7 +111,7 @@ def test_keeping_more_is_predicted_to_take_less_time_and_at_last_more_memory() -
 
 def test_a_measurement_corrects_its_neighbours() -> None:
     _, space = _space(lambda: Tower(4, 16))
-    shifted, _ = space.corrected("bytes", {0: space.bytes[0] + 1e6})
+    shifted, _ = space.correct_predictions("bytes", {0: space.bytes[0] + 1e6})
     assert shifted[0] == space.bytes[0] + 1e6
     assert np.all(shifted > space.bytes)
 

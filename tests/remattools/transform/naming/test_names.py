@@ -57,7 +57,7 @@ def test_what_is_named_is_saved(save, count):
 
     # The part of a region that runs forward is inlined; what a policy keeps of it stands there under our name.
     program = jax.make_jaxpr(forward)(state, inputs())
-    assert sum(jaxprs.name_of(equation) == "remattools:save" for equation in program.eqns) == count
+    assert sum(jaxprs.get_checkpoint_name(equation) == "remattools:save" for equation in program.eqns) == count
 
 
 def test_names_union_with_the_policy():
@@ -228,13 +228,13 @@ def backward_primitives(model, x):
     graphdef, state = nnx.split(model)
     program = jax.make_jaxpr(jax.grad(lambda s: nnx.merge(graphdef, s, copy=True)(x)))(state)
     (region,) = [equation for equation in program.eqns if jaxprs.is_region(equation)]
-    return [equation.primitive.name for _, inner in jaxprs.nested(region) for equation in all_equations(inner)]
+    return [equation.primitive.name for _, inner in jaxprs.find_subjaxprs(region) for equation in all_equations(inner)]
 
 
 def all_equations(program):
-    for equation in jaxprs.open_program(program).eqns:
+    for equation in jaxprs.open_jaxpr(program).eqns:
         yield equation
-        for _, inner in jaxprs.nested(equation):
+        for _, inner in jaxprs.find_subjaxprs(equation):
             yield from all_equations(inner)
 
 
