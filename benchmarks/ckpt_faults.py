@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How safe: damaged files, kills and power cuts, counted; plain Orbax beside it where it can be.
+"""Count what survives damaged files, kills, failing system calls and power cuts, beside plain Orbax where possible.
 
     python benchmarks/ckpt_faults.py [--trials 2000] [--kills 500] [--process-kills 20] [--calls 1]
                                      [--cuts 0 7 33] [--write]
 
-System calls fail by strace, if it is there. The power cut needs root: a file system on a loop device is copied N
+strace, if installed, makes system calls fail. The power cut needs root: a file system on a loop device is copied N
 seconds after the save was reported as finished, without any sync, and the copy is mounted as after a crash. `--write`
-puts the tables into docs/benchmarks/ckpt_faults.md.
+writes docs/benchmarks/ckpt_faults.md.
 """
 
 import argparse
@@ -43,7 +43,7 @@ MEGABYTES = 64
 
 
 def fault_table(trials: int, scratch: pathlib.Path) -> list[str]:
-    """Outcomes by class of file and kind of damage, uncompressed and compressed, half of the trials each."""
+    """Count outcomes by kind of file and kind of damage; half of the trials are uncompressed, half compressed."""
     found: list[faults.Trial] = []
     for compression in (False, True):
         pristine = scratch / f"pristine-{compression}"
@@ -56,27 +56,27 @@ def fault_table(trials: int, scratch: pathlib.Path) -> list[str]:
     lines = [
         "## Damaged files",
         "",
-        f"{len(found)} trials, one damage each to the newest of three steps, then a restore: "
+        f"{len(found)} trials, each with one damaged file in the newest of three steps, then a restore: "
         + ", ".join(f"{count} {outcome}" for outcome, count in sorted(totals.items()))
-        + ". Detected: the damaged file or leaf is named and the step before it restored; harmless: the newest step "
-        "restored bit for bit; anything else would be a failure.",
+        + ". Detected: the damaged file or leaf is named and the previous step restored. Harmless: the newest step is "
+        "restored bit for bit. Anything else would be a failure.",
         "",
         "| file | " + " | ".join(faults.KINDS) + " |",
         "| --- |" + " --- |" * len(faults.KINDS),
     ]
     counted = faults.tally(found)
     for name in sorted({name for name, _ in counted}):
-        cells = [_cell(counted.get((name, kind), collections.Counter())) for kind in faults.KINDS]
+        cells = [_format_cell(counted.get((name, kind), collections.Counter())) for kind in faults.KINDS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
-def _cell(outcomes: collections.Counter) -> str:
+def _format_cell(outcomes: collections.Counter) -> str:
     return ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())) or "no change"
 
 
 def kill_table(kills: int) -> list[str]:
-    """SIGKILL at random moments, in a process that may fork; then with a mirror."""
+    """Send SIGKILL at random moments, to a process that may fork; then to one with a mirror."""
     lines = ["## Kills", ""]
     for title, count, options in (("one process", kills, []), ("with a mirror", kills // 2, ["mirrored"])):
         command = [sys.executable, "-W", "ignore", "-m", "tests.ckpttools.behaviour.killing", str(count), "2", *options]
@@ -88,7 +88,7 @@ def kill_table(kills: int) -> list[str]:
 
 
 def call_table(every: int, scratch: pathlib.Path) -> list[str]:
-    """One system call of a background save fails; every n-th of the plan is tried."""
+    """Make one system call of a background save fail; `every`: try every n-th entry of the plan."""
     plan = [(call, error, number) for call, error, numbers in syscalls.PLAN for number in numbers][::every]
     counted: dict[str, collections.Counter] = {}
     problems: list[str] = []
@@ -98,12 +98,12 @@ def call_table(every: int, scratch: pathlib.Path) -> list[str]:
     return [
         "## System calls that fail",
         "",
-        f"{len(plan)} saves in the background, in each of which the n-th call of one kind failed in every thread, "
-        f"TensorStore's too; problems {len(problems)}. Failed: the very next call raised the error, and the earlier "
-        "steps are as they were; saved: the call did not matter to the step, which was restored bit for bit; not met: "
-        "there was no n-th call. After each the next save is good.",
+        f"{len(plan)} background saves. In each, the n-th call of one kind fails in every thread, including "
+        f"TensorStore's; problems {len(problems)}. Failed: the next call of the session raised the error, and the "
+        "earlier steps are unchanged. Saved: the call did not matter to the step, which was restored bit for bit. Not "
+        "reached: there was no n-th call. In each trial the save after that succeeds.",
         "",
-        "| call and error | failed | saved | not met |",
+        "| call and error | failed | saved | not reached |",
         "| --- | --- | --- | --- |",
         *(
             f"| {name} | " + " | ".join(str(outcomes[kind]) for kind in ("failed", "saved", "not met")) + " |"
@@ -114,7 +114,7 @@ def call_table(every: int, scratch: pathlib.Path) -> list[str]:
 
 
 def process_table(kills: int, scratch: pathlib.Path) -> list[str]:
-    """SIGKILL to one of two processes of a run; the run is looked at after each, and goes on."""
+    """Send SIGKILL to one of two processes of a run, verify the run, and continue it."""
     chance, waits, problems = random.Random(7), [], 0
     for number in range(kills):
         waits.append(cluster.kill_one(scratch, number % 2, chance))
@@ -123,10 +123,10 @@ def process_table(kills: int, scratch: pathlib.Path) -> list[str]:
     return [
         "## Kills of one process of two",
         "",
-        f"- kills {kills}, the leader and the other in turn, each run restored from where the one before was killed; "
-        f"steps committed {cluster.latest(scratch / 'killed')}; problems {problems}",
-        f"- the other process had ended {statistics.median(waits):.1f} s after the kill (at most {max(waits):.1f} s; "
-        "the test counts a silence of 3 s as a death, the default is 20 s)",
+        f"- kills {kills}, of process 0 and process 1 in turn, each run restored from where the previous one was killed"
+        f"; steps committed {cluster.latest(scratch / 'killed')}; problems {problems}",
+        f"- the other process ended {statistics.median(waits):.1f} s after the kill (at most {max(waits):.1f} s; "
+        "the benchmark treats a process as dead after 3 s of silence, the default is 20 s)",
         "",
     ]
 
@@ -136,29 +136,29 @@ def big_state(step: int) -> dict[str, jax.Array]:
     return {f"part{n}": jnp.full(size, float(step * 10 + n)) for n in range(8)}
 
 
-def save_ours(folder: pathlib.Path) -> None:
-    spec = ct.CheckpointSpec(directory=folder, keep=ct.Latest(1))
+def save_ours(directory: pathlib.Path) -> None:
+    spec = ct.CheckpointSpec(directory=directory, keep=ct.Latest(1))
     with ct.open(spec) as ckpt:
         for step in (1, 2, 3, 4):
             ckpt.save(step, {"model": big_state(step)})
             ckpt.wait()
 
 
-def check_ours(folder: pathlib.Path) -> str:
-    with ct.open(ct.CheckpointSpec(directory=folder, keep=ct.Latest(1))) as ckpt:
+def check_ours(directory: pathlib.Path) -> str:
+    with ct.open(ct.CheckpointSpec(directory=directory, keep=ct.Latest(1))) as ckpt:
         report = ckpt.restore({"model": big_state(0)})
     return _verdict(report.step, report.state["model"])
 
 
-def save_orbax(folder: pathlib.Path) -> None:
-    with v0.CheckpointManager(folder, options=v0.CheckpointManagerOptions(max_to_keep=1)) as manager:
+def save_orbax(directory: pathlib.Path) -> None:
+    with v0.CheckpointManager(directory, options=v0.CheckpointManagerOptions(max_to_keep=1)) as manager:
         for step in (1, 2, 3, 4):
             manager.save(step, args=v0.args.StandardSave(big_state(step)))
             manager.wait_until_finished()
 
 
-def check_orbax(folder: pathlib.Path) -> str:
-    with v0.CheckpointManager(folder) as manager:
+def check_orbax(directory: pathlib.Path) -> str:
+    with v0.CheckpointManager(directory) as manager:
         step = manager.latest_step()
         return _verdict(step, manager.restore(step, args=v0.args.StandardRestore(big_state(0))))
 
@@ -202,8 +202,8 @@ def cut_table(cuts: list[int], scratch: pathlib.Path) -> list[str]:
     lines = [
         "## Power cuts",
         "",
-        f"Four saves of {MEGABYTES} MB, of which one is to be kept (ckpttools keeps two at the least), each waited "
-        "for; the disk is cut off N seconds after the last one was reported as finished.",
+        f"Four saves of {MEGABYTES} MB with a retention of one step (ckpttools always keeps two), waiting for each "
+        "save; the disk is cut off N seconds after the last one was reported as finished.",
         "",
         "| | " + " | ".join(f"{wait_s} s" for wait_s in cuts) + " |",
         "| --- |" + " --- |" * len(cuts),
@@ -234,9 +234,9 @@ def main() -> None:
         "`python benchmarks/ckpt_faults.py --write`.",
         "",
     ]
-    with tempfile.TemporaryDirectory(prefix="ckpt-faults-") as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(prefix="ckpt-faults-") as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scratch = pathlib.Path(folder)
+        scratch = pathlib.Path(directory)
         lines += fault_table(args.trials, scratch) if args.trials else []
         lines += kill_table(args.kills) if args.kills else []
         lines += process_table(args.process_kills, scratch) if args.process_kills else []

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a mirror costs and what it survives: speed to a folder and to S3 on loopback, and faults by the dozen.
+"""Measure what a mirror costs and what it survives: speed to a directory and to S3 on loopback, and faults.
 
     python benchmarks/ckpt_mirror.py [--megabytes 256] [--trials 60] [--write]
 
-The S3 server is moto's, a Python program on the same machine: its figures say what the copying costs the training,
-not how fast a network is. `--write` puts the tables into docs/benchmarks/ckpt_mirror.md.
+The S3 server is moto's, a Python program on the same machine: the times say what copying costs the training, not how
+fast a network is. `--write` writes docs/benchmarks/ckpt_mirror.md.
 """
 
 import argparse
@@ -39,22 +39,22 @@ FAULTS = ("truncated", "flipped", "deleted", "no manifest", "cut while copying",
 def mirror_at(place: str, way: stores.Way, scratch: pathlib.Path, name: str) -> ct.Mirror | None:
     if place == "none":
         return None
-    if place == "folder":
+    if place == "directory":
         return ct.Mirror(str(scratch / "nas" / name), wait_s=300)
     options = {"endpoint_url": f"http://127.0.0.1:{way.port}"}
     return ct.Mirror(f"s3://bucket/{name}", options=options, wait_s=300)
 
 
 def speed(megabytes: int, way: stores.Way, scratch: pathlib.Path) -> list[str]:
-    """Stall, time until the copy is complete, and restore from the mirror alone."""
+    """Measure the stall, the time until the copy is complete, and a restore from the mirror alone."""
     count = megabytes * (1 << 20) // 4 // 8
     state = {"model": {f"w{number}": jnp.arange(float(count)) + number for number in range(8)}}
     lines = [f"## Speed, a state of {megabytes} MB", ""]
-    lines += ["| mirror | stall of a save | committed after | copied and read back after | restored from there |"]
+    lines += ["| mirror | stall of a save | committed after | copied and read back after | restored from it in |"]
     lines += ["| --- | --- | --- | --- | --- |"]
-    for place in ("none", "folder", "S3 on loopback"):
-        folder = scratch / "speed"
-        spec = ct.CheckpointSpec(directory=folder, mirror=mirror_at(place, way, scratch, "speed"))
+    for place in ("none", "directory", "S3 on loopback"):
+        directory = scratch / "speed"
+        spec = ct.CheckpointSpec(directory=directory, mirror=mirror_at(place, way, scratch, "speed"))
         stalls, commits, copies = [], [], []
         with ct.open(spec) as ckpt:
             for step in range(1, 5):
@@ -66,14 +66,14 @@ def speed(megabytes: int, way: stores.Way, scratch: pathlib.Path) -> list[str]:
                 while ckpt.mirror_status is not None and ckpt.mirror_status.pending:
                     time.sleep(0.01)
                 copies.append(time.monotonic() - began)
-        shutil.rmtree(folder)
+        shutil.rmtree(directory)
         fetched = "-"
         if spec.mirror is not None:
             began = time.monotonic()
             with ct.open(spec) as ckpt:
                 ckpt.restore(state)
             fetched = f"{time.monotonic() - began:.2f} s"
-            shutil.rmtree(folder)
+            shutil.rmtree(directory)
         copied = "-" if spec.mirror is None else f"{statistics.median(copies[1:]):.2f} s"
         middle = f"{statistics.median(stalls[1:]) * 1e3:.0f} ms | {statistics.median(commits[1:]):.2f} s"
         lines.append(f"| {place} | {middle} | {copied} | {fetched} |")
@@ -88,11 +88,11 @@ def small_state(step: int) -> dict:
     }
 
 
-def trial(fault: str, s3: stores.S3, way: stores.Way, folder: pathlib.Path, rng: random.Random) -> str:
-    """One fault at the newest of three copies; what came of it."""
-    name = folder.name
+def trial(fault: str, s3: stores.S3, way: stores.Way, directory: pathlib.Path, rng: random.Random) -> str:
+    """Cause one fault in the newest of three copies and return the outcome."""
+    name = directory.name
     options = {"endpoint_url": f"http://127.0.0.1:{way.port}"}
-    spec = ct.CheckpointSpec(directory=folder, mirror=ct.Mirror(f"s3://bucket/{name}", options=options, wait_s=30))
+    spec = ct.CheckpointSpec(directory=directory, mirror=ct.Mirror(f"s3://bucket/{name}", options=options, wait_s=30))
     with ct.open(spec) as ckpt:
         for step in (1, 2):
             ckpt.save(step, small_state(step))
@@ -115,7 +115,7 @@ def trial(fault: str, s3: stores.S3, way: stores.Way, folder: pathlib.Path, rng:
             body[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
             body = body[: len(body) // 2] if fault == "truncated" else body
             s3.client.put_object(Bucket="bucket", Key=key, Body=bytes(body))
-    shutil.rmtree(folder)
+    shutil.rmtree(directory)
     if fault == "cut while restoring":
         way.bytes_left = rng.randrange(20_000)
     try:
@@ -132,19 +132,24 @@ def trial(fault: str, s3: stores.S3, way: stores.Way, folder: pathlib.Path, rng:
     )
     if not right:
         return "WRONG"
-    return "newest restored" if report.step == 3 else f"an older one restored{', named' if report.rejected else ''}"
+    return "newest restored" if report.step == 3 else f"an older step restored{', named' if report.rejected else ''}"
 
 
 def faults(trials: int, s3: stores.S3, way: stores.Way, scratch: pathlib.Path) -> list[str]:
-    """Outcomes by kind of fault; the local folder is gone each time, so that all depends on the mirror."""
+    """Count outcomes by kind of fault; the local directory is deleted in each trial, so only the mirror is left."""
     rng, found = random.Random(5), {fault: collections.Counter() for fault in FAULTS}
     for number in range(trials):
         fault = FAULTS[number % len(FAULTS)]
         found[fault][trial(fault, s3, way, scratch / f"trial{number}", rng)] += 1
         if number % 12 == 11:
             print(f"fault {number + 1} of {trials}", flush=True)
-    lines = ["## Faults", "", f"{trials} trials. Three steps, one fault, the local folder deleted, then a restore."]
-    lines += ["", "| fault | came of it |", "| --- | --- |"]
+    lines = [
+        "## Faults",
+        "",
+        f"{trials} trials. Each has three steps and one fault; then the local directory is deleted and the run is "
+        "restored.",
+    ]
+    lines += ["", "| fault | outcome |", "| --- | --- |"]
     for fault, outcomes in found.items():
         lines.append(f"| {fault} | " + ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items())) + " |")
     wrong = sum(outcomes["WRONG"] for outcomes in found.values())
@@ -161,8 +166,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     s3 = stores.S3()
     way = stores.Way(s3.port)
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = pathlib.Path(folder)
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = pathlib.Path(directory)
         lines = [*speed(args.megabytes, way, scratch), "", *faults(args.trials, s3, way, scratch)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "orbax-checkpoint", "s3fs"))
     head = [

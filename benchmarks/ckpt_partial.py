@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a partial restore reads: bytes that the kernel counts for this process, out of a large uncompressed step.
+"""Count the bytes that a partial restore reads out of a large uncompressed step, by the kernel's count.
 
     python benchmarks/ckpt_partial.py [--megabytes 500] [--write]
 
-`rchar` of /proc/self/io counts every byte that a read call has handed over, from the disk or from the page cache.
-What is mapped would escape it, so a restore of everything is the control. `--write` puts the table into
-docs/benchmarks/ckpt_partial.md.
+`rchar` of /proc/self/io counts every byte that a read call returns, from the disk or from the page cache. It does not
+count mapped files, so a restore of everything is the control. `--write` writes docs/benchmarks/ckpt_partial.md.
 """
 
 import argparse
@@ -29,26 +28,26 @@ LEAF_BYTES = 5 << 20
 
 
 def read_bytes() -> int:
-    """Bytes that this process has read so far."""
+    """Return the bytes that this process has read so far."""
     return int(pathlib.Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
-def measured(folder: pathlib.Path, state: dict, **options: object) -> tuple[int, float]:
-    """Bytes and seconds of one load."""
+def measure_load(directory: pathlib.Path, state: dict, **options: object) -> tuple[int, float]:
+    """Run one load and return its bytes and seconds."""
     before, began = read_bytes(), time.perf_counter()
-    ct.load(folder, state, **options)
+    ct.load(directory, state, **options)
     return read_bytes() - before, time.perf_counter() - began
 
 
 def run(megabytes: int) -> list[str]:
-    """The table."""
+    """Run all cases and return the table as Markdown lines."""
     count = max(1, (megabytes << 20) // LEAF_BYTES)
     rng = np.random.default_rng(0)
     shape = (LEAF_BYTES // 4 // 1024, 1024)
     state = {"model": {f"layer{n}": {"kernel": rng.standard_normal(shape, np.float32)} for n in range(count)}}
     with tempfile.TemporaryDirectory(prefix="ckpt-partial-") as scratch:
-        folder = pathlib.Path(scratch) / "run"
-        with ct.open(ct.CheckpointSpec(directory=folder, storage=ct.Storage(asynchronous=False))) as ckpt:
+        directory = pathlib.Path(scratch) / "run"
+        with ct.open(ct.CheckpointSpec(directory=directory, storage=ct.Storage(asynchronous=False))) as ckpt:
             total = ckpt.save(1, state).total_bytes
         template = jax.tree.map(np.zeros_like, state)
         renamed = {"model": {"first": template["model"]["layer7"]}}
@@ -58,11 +57,11 @@ def run(megabytes: int) -> list[str]:
             ("five leaves", template, {"only": "model.layer{0,1,2,3,4}"}),
             ("everything", template, {}),
         ]
-        ct.load(folder, template, only="model.layer0")  # Imports are not what is measured.
+        ct.load(directory, template, only="model.layer0")  # imports are not part of the measurement
         lines = [f"A step of {count} leaves, {total / 1e6:.0f} MB.", ""]
-        lines += ["| what is restored | bytes read | of the step | seconds |", "| --- | ---: | ---: | ---: |"]
-        for name, wanted, options in cases:
-            size, seconds = measured(folder, wanted, **options)
+        lines += ["| restored | bytes read | of the step | seconds |", "| --- | ---: | ---: | ---: |"]
+        for name, state, options in cases:
+            size, seconds = measure_load(directory, state, **options)
             lines.append(f"| {name} | {size:,} | {100 * size / total:.2f} % | {seconds:.2f} |")
     return lines
 

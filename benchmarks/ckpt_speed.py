@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast: saves, stalls and restores beside plain Orbax, in one run, as ratios.
+"""Time saves, stalls and restores beside plain Orbax, in one run, as ratios.
 
-    python benchmarks/ckpt_speed.py [--megabytes 524] [--rounds 7] [--folder DIR] [--write]
+    python benchmarks/ckpt_speed.py [--megabytes 524] [--rounds 7] [--directory DIR] [--write]
 
-Every way is timed once in each round, in turn, so that a slow moment of the machine meets all of them; the figures are
-medians. The stall of a background save is what the training loop sees: the call, and how much longer than usual
-the next update takes, which donates the very buffers that are being saved.
-`--write` puts the table into docs/benchmarks/ckpt_speed.md.
+Every variant is timed once in each round, so that a slow moment of the machine affects all of them; the results are
+medians. The stall of a background save is what the training loop sees: the call, plus how much longer than usual
+the next update takes, which donates the buffers that are being saved. `--write` writes docs/benchmarks/ckpt_speed.md.
 """
 
 import argparse
@@ -40,7 +39,7 @@ PARTS = 32
 
 @dataclasses.dataclass
 class Timings:
-    """Seconds by way, one entry a round."""
+    """Seconds by variant, one entry per round."""
 
     by_way: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
@@ -60,19 +59,19 @@ def orbax_context(*, compression: bool) -> v1.Context:
     return context
 
 
-def save_orbax(folder: pathlib.Path, state, *, compression: bool) -> float:
+def save_orbax(directory: pathlib.Path, state, *, compression: bool) -> float:
     began = time.perf_counter()
     with orbax_context(compression=compression):
-        v1.save_checkpointables(folder, {"model": state})
+        v1.save_checkpointables(directory, {"model": state})
     return time.perf_counter() - began
 
 
-def save_orbax_synced(folder: pathlib.Path, state) -> float:
-    """Orbax uncompressed, with the fsyncs that make it as durable as ours."""
+def save_orbax_synced(directory: pathlib.Path, state) -> float:
+    """Save with Orbax uncompressed, then call the fsyncs that make the step as durable as ours."""
     began = time.perf_counter()
     with orbax_context(compression=False):
-        v1.save_checkpointables(folder, {"model": state})
-    for parent, _, names in os.walk(folder.parent):
+        v1.save_checkpointables(directory, {"model": state})
+    for parent, _, names in os.walk(directory.parent):
         for path in [parent, *(os.path.join(parent, name) for name in names)]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
@@ -80,19 +79,19 @@ def save_orbax_synced(folder: pathlib.Path, state) -> float:
     return time.perf_counter() - began
 
 
-def spec_for(folder: pathlib.Path, *, asynchronous: bool) -> ct.CheckpointSpec:
-    return ct.CheckpointSpec(directory=folder, keep=ct.All(), storage=ct.Storage(asynchronous=asynchronous))
+def spec_for(directory: pathlib.Path, *, asynchronous: bool) -> ct.CheckpointSpec:
+    return ct.CheckpointSpec(directory=directory, keep=ct.All(), storage=ct.Storage(asynchronous=asynchronous))
 
 
-def save_ours(folder: pathlib.Path, state) -> float:
-    with ct.open(spec_for(folder, asynchronous=False)) as ckpt:
+def save_ours(directory: pathlib.Path, state) -> float:
+    with ct.open(spec_for(directory, asynchronous=False)) as ckpt:
         began = time.perf_counter()
         ckpt.save(1, {"model": state})
         return time.perf_counter() - began
 
 
 def stall(state, begin, ended) -> tuple[dict, float]:
-    """Start a background save and do one more update; the state, and the time lost against an update alone."""
+    """Start a background save and run one more update; return the state and the time lost against an update alone."""
     state = jax.block_until_ready(update(state))
     usual = []
     for _ in range(5):
@@ -108,14 +107,14 @@ def stall(state, begin, ended) -> tuple[dict, float]:
 
 
 def measure(args: argparse.Namespace) -> tuple[Timings, dict[str, str]]:
-    root = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-speed-", dir=args.folder))
+    root = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-speed-", dir=args.directory))
     timings, facts = Timings(), {}
     state = make_state(args.megabytes, PARTS)
     template = template_of(state)
     session = ct.open(spec_for(root / "stall", asynchronous=True))
     step = 0
     try:
-        # One save first, so that the kept buffers are mapped, as they are in all but the first save of a run.
+        # One save first, so that the reused buffers are mapped, as in all but the first save of a run.
         session.save(1, {"model": state})
         session.wait()
         for number in range(args.rounds):
@@ -154,17 +153,18 @@ def measure(args: argparse.Namespace) -> tuple[Timings, dict[str, str]]:
             shutil.rmtree(here)
             shutil.rmtree(root / "stall" / str(step - 1))
             print(f"round {number + 1} of {args.rounds}", flush=True)
-        facts["host memory kept by background saves"] = f"{_kept_bytes(session) / _bytes(state):.2f} of the state"
+        held = _get_buffer_bytes(session) / _get_state_bytes(state)
+        facts["host memory held by background saves"] = f"{held:.2f} of the state"
     finally:
         session.close(raise_errors=False)
         shutil.rmtree(root, ignore_errors=True)
     facts |= peaks(args)
-    facts["opening a run of 1,000 steps and finding the newest"] = f"{open_thousand(args.folder):.2f} s"
+    facts["opening a run of 1,000 steps and finding the newest"] = f"{open_thousand(args.directory):.2f} s"
     return timings, facts
 
 
 def _save_all(timings: Timings, here: pathlib.Path, state, number: int) -> None:
-    """Each way of saving once, another one first in each round: the disk is slower after a large write."""
+    """Save once with each variant, starting with another one in each round: a disk is slower after a large write."""
     ways = [
         ("save: Orbax, uncompressed", lambda: save_orbax(here / "plain" / "1", state, compression=False)),
         ("save: ckpttools", lambda: save_ours(here / "ours", state)),
@@ -178,29 +178,29 @@ def _save_all(timings: Timings, here: pathlib.Path, state, number: int) -> None:
     os.sync()
 
 
-def _kept_bytes(session: ct.Session) -> int:
+def _get_buffer_bytes(session: ct.Session) -> int:
     return sum(array.nbytes for array in session._saver.buffers.values())
 
 
-def _bytes(state) -> int:
+def _get_state_bytes(state) -> int:
     return sum(np.asarray(x).nbytes for x in jax.tree.leaves(state))
 
 
 def peaks(args: argparse.Namespace) -> dict[str, str]:
-    """The peaks, each in a process of its own; as it is, and with an allocator that gives back what is freed."""
+    """Measure each peak in a separate process: as is, and with an allocator that returns freed blocks at once."""
     found = {}
     for way in memory.WAYS:
-        usual = memory.peak_of(way, args.megabytes, PARTS, args.folder)
-        in_use = memory.peak_of(way, args.megabytes, PARTS, args.folder, **memory.GIVEN_BACK)
+        usual = memory.peak_of(way, args.megabytes, PARTS, args.directory)
+        in_use = memory.peak_of(way, args.megabytes, PARTS, args.directory, **memory.GIVEN_BACK)
         found[f"peak memory, {way}"] = (
-            f"{usual:.2f} states beyond what was there before; {in_use:.2f} if freed blocks are given back at once"
+            f"{usual:.2f} states above the memory before; {in_use:.2f} if freed blocks are returned at once"
         )
     return found
 
 
-def open_thousand(folder: str | None) -> float:
-    """Seconds to restore a small state from a run of 1,000 steps, opening included."""
-    root = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-thousand-", dir=folder))
+def open_thousand(directory: str | None) -> float:
+    """Return the seconds to open a run of 1,000 steps and restore a small state."""
+    root = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-thousand-", dir=directory))
     small = {"model": {"w": jnp.ones(4)}}
     try:
         with ct.open(spec_for(root, asynchronous=False)) as ckpt, warnings.catch_warnings():
@@ -240,7 +240,7 @@ def table(timings: Timings, facts: dict[str, str], args: argparse.Namespace) -> 
         "| --- | --- | --- |",
         *(f"| {way} | {timings.median(way):.3f} | {timings.best(way):.3f} |" for way in timings.by_way),
         "",
-        "| ratio | of | to | goal | of medians | of bests | median of the rounds' ratios |",
+        "| ratio | of | to | goal | of medians | of bests | median of ratios per round |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(_ratio(timings, *row) for row in RATIOS),
         "",
@@ -262,7 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--megabytes", type=int, default=524)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", help="where to write; a disk, not a memory file system")
+    parser.add_argument("--directory", help="where to write; a disk, not a memory file system")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks/ckpt_speed.md")
     args = parser.parse_args()
     text = table(*measure(args), args)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What importing costs: CPU seconds of fresh interpreters, beside flax.nnx, in turns.
+"""Measure import times: CPU seconds of new interpreters, beside flax.nnx.
 
     python benchmarks/import_time.py [--rounds 9] [--write]
 
-CPU time of the child process and not the clock's, and the least of the rounds, because other load only ever adds.
-`--write` puts the table into docs/benchmarks/import_time.md.
+Takes CPU time of the child process instead of wall-clock time, and the minimum over the rounds, because other load only
+adds time. `--write` writes docs/benchmarks/import_time.md.
 """
 
 import argparse
@@ -21,7 +21,7 @@ MODULES = ("flax.nnx", "remattools", "ckpttools")
 
 
 def cpu_seconds(module: str) -> float:
-    """CPU seconds of a fresh interpreter that imports `module` and ends."""
+    """Return the CPU seconds of a new interpreter that imports `module` and exits."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -29,7 +29,7 @@ def cpu_seconds(module: str) -> float:
 
 
 def main() -> None:
-    """Measure, print and, if asked, write."""
+    """Measure, print and, with `--write`, write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--write", action="store_true")
@@ -38,22 +38,22 @@ def main() -> None:
     for number in range(args.rounds + 1):
         for module in MODULES:
             taken = cpu_seconds(module)
-            if number:  # the first round fills the caches of the disk and of bytecode
+            if number:  # the first round fills the disk cache and the bytecode cache
                 seconds[module].append(taken)
-    least = {module: min(taken) for module, taken in seconds.items()}
+    fastest = {module: min(taken) for module, taken in seconds.items()}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "orbax-checkpoint"))
     lines = [
-        "# Importing",
+        "# Import time",
         "",
         f"{datetime.date.today()}, {versions}, Python {platform.python_version()}; `python benchmarks/import_time.py "
-        f"--write`. CPU seconds of a fresh interpreter, the least of {args.rounds} rounds in turns.",
+        f"--write`. CPU seconds of a new interpreter, the minimum of {args.rounds} alternating rounds.",
         "",
         "| import | CPU s | ratio to flax.nnx | goal |",
         "| --- | ---: | ---: | --- |",
         *(
-            f"| {module} | {taken:.2f} | {taken / least['flax.nnx']:.3f} | "
+            f"| {module} | {taken:.2f} | {taken / fastest['flax.nnx']:.3f} | "
             f"{'at most 1.1' if module == 'remattools' else ''} |"
-            for module, taken in least.items()
+            for module, taken in fastest.items()
         ),
     ]
     text = "\n".join(lines) + "\n"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are budgets kept? Plans for ten budgets each, applied to fresh models and compiled anew.
+"""Check that plans meet their budgets: ten budgets per model, each plan applied to a new model and recompiled.
 
     python benchmarks/plan_budgets.py [--targets cpu tpu:v5e:2x2] [--write]
 
-For each model and target one frontier with the default number of compiles; then ten budgets from the least that it
-reached to what the plain model takes. Each plan's rule file is read back, applied to a model that was built afresh, and
-compiled without any cache; equal programs once. `--write` puts the table into docs/benchmarks/plan_budgets.md, also
-where a budget was missed. Exits with 1 then.
+For each model and target, computes one frontier with the default number of compiles, then takes ten budgets from the
+minimum it reached to what the plain model needs. Each plan's rule file is read back, applied to a new model, and
+compiled without any cache (equal plans once). `--write` writes docs/benchmarks/plan_budgets.md, even if a budget was
+missed; the exit code is then 1.
 """
 
 import argparse
@@ -34,7 +34,7 @@ LAYERS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How wide the layers are, and the shape (batch, tokens) of what they get."""
+    """Width of the layers, and the shape (batch, tokens) of their input."""
 
     width: int
     batch: tuple[int, int]
@@ -43,12 +43,12 @@ class Size:
         return f"width {self.width}, batch {self.batch[0]} x {self.batch[1]:,}"
 
 
-# A TPU's temporaries of the small one would lie in the chip's own memory, which no budget is about.
+# On a TPU, the temporaries of the small size would fit into on-chip memory, which budgets do not cover.
 SMALL, LARGE = Size(64, (8, 128)), Size(512, (8, 2048))
 
 
 class Block(nnx.Module):
-    """A transformer's layer without masks."""
+    """A transformer layer without masks."""
 
     def __init__(self, width: int, rngs: nnx.Rngs) -> None:
         self.norm = nnx.LayerNorm(width, rngs=rngs)
@@ -62,7 +62,7 @@ class Block(nnx.Module):
 
 
 class Convolution(nnx.Module):
-    """State that changes, in a residual block."""
+    """A residual block with state that changes."""
 
     def __init__(self, width: int, rngs: nnx.Rngs) -> None:
         self.conv = nnx.Conv(width, width, (3,), rngs=rngs)
@@ -107,14 +107,14 @@ def step(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is planned: a loss of a model, or a whole AdamW step."""
+    """A loss of a model, or a whole AdamW step, to plan for."""
 
     name: str
     build: Callable[[int], Any]
     whole: bool = False
 
     def call(self, size: Size) -> tuple[Any, tuple[Any, ...]]:
-        """The function with arguments that nobody has seen yet."""
+        """Return the function with newly created arguments."""
         model = nnx.eval_shape(lambda: self.build(size.width))
         x = jax.ShapeDtypeStruct((*size.batch, size.width), jnp.float32)
         if not self.whole:
@@ -133,38 +133,38 @@ SUBJECTS = (
 
 
 def size_for(target: str) -> Size:
-    """Of the models that are planned for a target."""
+    """Return the size of the models for a target."""
     return LARGE if target.startswith("tpu") else SMALL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """Ten budgets of one subject."""
+    """The results of ten budgets for one subject."""
 
     subject: str
     target: str
-    least: int
+    minimum: int
     plain: int
     plans: int
-    kept: int
+    met: int
     reproduced: int
     largest_share: float
 
     def line(self) -> str:
-        """As Markdown."""
+        """Format the row as Markdown."""
         return (
-            f"| {self.subject} | {self.target} | {self.least:,} | {self.plain:,} | {self.plans} | "
-            f"{self.kept} of {BUDGETS} | {self.reproduced} of {BUDGETS} | {self.largest_share:.3f} |"
+            f"| {self.subject} | {self.target} | {self.minimum:,} | {self.plain:,} | {self.plans} | "
+            f"{self.met} of {BUDGETS} | {self.reproduced} of {BUDGETS} | {self.largest_share:.3f} |"
         )
 
 
 def examine(subject: Subject, target: str) -> Row:
-    """Plan for ten budgets, and compile each plan again."""
+    """Plan for ten budgets and recompile each plan."""
     options: dict[str, Any] = {"target": target, "differentiate": not subject.whole}
     fn, arguments = subject.call(size_for(target))
     curve = rt.frontier(fn, *arguments, of="temp", **options)
     compiled: dict[rt.Rules, rt.Measurement] = {}
-    kept, reproduced, largest = 0, 0, 0.0
+    met, reproduced, largest = 0, 0, 0.0
     for budget in np.linspace(curve.least_bytes, curve.plain_bytes, BUDGETS).astype(int):
         plan = curve.plan(int(budget))
         if plan.rules not in compiled:
@@ -172,40 +172,40 @@ def examine(subject: Subject, target: str) -> Row:
             rt.apply(model, rt.Rules.from_toml(plan.to_toml()))
             compiled[plan.rules] = rt.measure(fresh_fn, model, *rest, **options)
         found = compiled[plan.rules]
-        kept += found.temp_bytes <= budget
+        met += found.temp_bytes <= budget
         reproduced += dataclasses.replace(found, compile_s=0.0) == dataclasses.replace(plan.measured, compile_s=0.0)
         largest = max(largest, found.temp_bytes / int(budget))
     return Row(
         subject=subject.name,
         target=target,
-        least=curve.least_bytes,
+        minimum=curve.least_bytes,
         plain=curve.plain_bytes,
         plans=len(compiled),
-        kept=kept,
+        met=met,
         reproduced=reproduced,
         largest_share=largest,
     )
 
 
 def page(rows: list[Row]) -> str:
-    """The table with its date and method."""
+    """Format the page, with date and method."""
     names = [name for name in ("jax", "flax", "libtpu") if name != "libtpu" or any("tpu" in row.target for row in rows)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     count = BUDGETS * len(rows)
-    kept, reproduced = sum(row.kept for row in rows), sum(row.reproduced for row in rows)
+    met, reproduced = sum(row.met for row in rows), sum(row.reproduced for row in rows)
     lines = [
-        "# Budgets kept",
+        "# Budgets met",
         "",
         f"Measured {datetime.date.today()} with {versions}, by `python benchmarks/plan_budgets.py --write`. One",
-        "frontier for each model and target, by the default search of eight compiles; ten budgets of temporaries,",
-        "evenly from the least that it reached to the plain model. Each plan's rule file is read back, applied to a",
-        "model that was built afresh, and compiled without any cache (equal plans once); a budget is kept if the",
-        "compiler's own figure is at most the budget, and a plan is reproduced if all its figures equal those",
-        f"in the plan. {LAYERS} layers, float32; {SMALL} on the CPU, {LARGE} for a TPU.",
+        "frontier for each model and target, from the default search of eight compiles; ten budgets of temporaries,",
+        "evenly spaced from the minimum it reached to the plain model. Each plan's rule file is read back, applied to",
+        "a new model, and compiled without any cache (equal plans once). A budget is met if the compiler reports at",
+        "most the budget; a plan is reproduced if all its measurements equal those in the plan.",
+        f"{LAYERS} layers, float32; {SMALL} on the CPU, {LARGE} for a TPU.",
         "",
-        f"**{kept} of {count} budgets kept, {reproduced} of {count} plans reproduced.**",
+        f"**{met} of {count} budgets met, {reproduced} of {count} plans reproduced.**",
         "",
-        "| model | target | least B | plain B | different plans | kept | reproduced | most of a budget used |",
+        "| model | target | minimum B | plain B | different plans | met | reproduced | most of a budget used |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         *(row.line() for row in rows),
     ]
@@ -227,7 +227,7 @@ def main() -> int:
     print(text)
     if args.write:
         PAGE.write_text(text)
-    return 0 if all(row.kept == row.reproduced == BUDGETS for row in rows) else 1
+    return 0 if all(row.met == row.reproduced == BUDGETS for row in rows) else 1
 
 
 if __name__ == "__main__":

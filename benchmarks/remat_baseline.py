@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What named policies reach on a real model, by the TPU's own compiler.
+"""Measure what named policies reach on a real model, with the TPU compiler.
 
 tunix's Llama-3.2-1B cut to four layers, bfloat16, one sequence of 4,096 tokens, the
 gradient of a mean logsumexp; one v5e chip. Needs no TPU, but libtpu, matplotlib and
@@ -47,7 +47,7 @@ def loss(model: llama.Llama3, tokens: jax.Array) -> jax.Array:
 
 
 def names_of_a_layer(model: llama.Llama3) -> list[NamedValue]:
-    """What a rule on `layers.*` can save by name: its operations with their shapes."""
+    """Return the operations that a rule on `layers.*` can save by name, with their shapes."""
     shape = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, TOKENS, TOKENS), jnp.bool_)
     explained = rt.explain(model, {"layers.*": "nothing_saveable"}, names=True, args=(shape, shape, None, mask))
@@ -61,7 +61,7 @@ def saving(values: list[NamedValue]) -> dict[str, rt.Remat]:
 
 def candidates(model: llama.Llama3) -> dict[str, object]:
     values = names_of_a_layer(model)
-    # Query against key, in whatever order the operation has its dimensions.
+    # query against key, in any order of dimensions
     scores = [v for v in values if any(sum(n == TOKENS for n in aval.shape) > 1 for aval in v.avals)]
     dots = [v for v in values if v.primitive == "dot_general" and v not in scores]
     width = model.config.embed_dim * TOKENS
@@ -83,7 +83,7 @@ def candidates(model: llama.Llama3) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/benchmarks"))
-    parser.add_argument("--cache", type=pathlib.Path, help="folder of earlier measurements")
+    parser.add_argument("--cache", type=pathlib.Path, help="cache directory")
     args = parser.parse_args()
     model, tokens = build(), jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
     result = rt.compare(
@@ -118,7 +118,7 @@ def page(result: rt.Comparison) -> str:
 
 Measured {datetime.date.today().isoformat()} with {versions}, by `benchmarks/remat_baseline.py`.
 tunix's Llama-3.2-1B cut to {LAYERS} layers, bfloat16, 1 x {TOKENS:,} tokens, gradient of a mean logsumexp, compiled
-for one chip of `{TARGET}`. Bytes and cycles are the TPU compiler's own (MB = 10^6 bytes).
+for one chip of `{TARGET}`. Bytes and cycles are the TPU compiler's (MB = 10^6 bytes).
 
 | policy | temp MB | of none | M cycles | of none | frontier |
 | --- | ---: | ---: | ---: | ---: | --- |

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans against everybody's named policies, by the TPU's own compiler.
+"""Compare plans with the named policies of several libraries, with the TPU compiler.
 
 For each model of `remat_subjects.py`: its frontier, compiled once; then, for each named
 policy, the plan with that policy's temporaries and the plan with that policy's cycles;
-then ten budgets between the least and the plain model. What to install is said in
-`remat_baseline.py`. A compile takes one to five minutes on two cores; those in the
-cache take none, so that a run that was cut off goes on where it was.
+then ten budgets between the minimum and the plain model. `remat_baseline.py` says what
+to install. A compile takes one to five minutes on two cores; cached compiles take no
+time, so an interrupted run can be resumed.
 
     python benchmarks/remat_frontier.py --cache measured --out docs/benchmarks
 """
@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 import remattools as rt
 from remattools.compiler.cache import Cache
 
-# Bars: no more rather than fewer cycles is enough this near to the plain model's time.
+# This close to the plain model's time, a plan need not have fewer cycles, only no more.
 NEAR_PLAIN = 1.01
 BUDGETS = 10
 TITLES = {
@@ -41,13 +41,13 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Fresh(Cache):
-    """A run's own folder: its planner begins without notes, yet nothing that was measured earlier is compiled again."""
+    """A new cache for the planner that does not know earlier searches, yet recompiles nothing measured before."""
 
     earlier: Cache
 
     def get(self, key: str) -> rt.Measurement | None:
         found = self.earlier.get(key)
-        if found is not None:  # the run's own notes are looked up in the run's own folder
+        if found is not None:  # records of the search itself are read from the new directory only
             super().put(key, found)
         return found
 
@@ -58,7 +58,7 @@ class Fresh(Cache):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One policy and the plans that answer it, None where none does; `later` if the curve alone does not beat it."""
+    """One policy and the plans that beat it, None where none does; `later` if the curve alone does not beat it."""
 
     name: str
     policy: rt.Measurement
@@ -67,8 +67,8 @@ class Row:
     later: bool = False
 
     def verdict(self, plain_cycles: int, least_temp: int) -> tuple[bool, bool]:
-        """Whether there are fewer cycles within its memory, and less memory within its cycles."""
-        if not self.policy.fits:  # it has no time, and any plan that fits takes less memory
+        """Return whether there are fewer cycles within its memory, and less memory within its cycles."""
+        if not self.policy.fits:  # it has no time, and any plan that fits needs less memory
             return self.faster is not None, self.faster is not None
         cycles, size = self.policy.estimated_cycles or 0, self.policy.temp_bytes
         lenient = size == least_temp or cycles <= NEAR_PLAIN * plain_cycles
@@ -90,7 +90,7 @@ def answer(ask: Callable[[], rt.Plan]) -> rt.Measurement | None:
 
 
 def measured_policies(subject: subjects.Subject, cache: Cache) -> dict[str, rt.Measurement]:
-    """What the compiler says of each policy."""
+    """Compile each policy and return its measurement."""
     found = {}
     for name, rules in subjects.policies(subject).items():
         say(name)
@@ -102,15 +102,15 @@ def measured_policies(subject: subjects.Subject, cache: Cache) -> dict[str, rt.M
 
 
 def least_temp(policies: Iterable[rt.Measurement]) -> int:
-    """The temporaries of the policy that takes least."""
+    """Return the temporaries of the policy that needs the least memory."""
     return min(policy.temp_bytes for policy in policies if policy.fits)
 
 
 def rows_of(subject: subjects.Subject, curve: rt.Frontier, cache: Cache, args: argparse.Namespace) -> list[Row]:
-    """All policies, each with the plan of its memory and the plan of its time.
+    """Return all policies, each with the plan for its memory and the plan for its time.
 
-    For what the curve has no better point for, plans are made anew, for that memory and for that time. They begin with
-    what this run has compiled, and all of them together answer such policies.
+    Where the curve has no better point, new plans are made for that memory and for that time. They start with what this
+    run has compiled, and all of them together are compared with such policies.
     """
 
     def ask(plan: Callable[..., Any], **wanted: int) -> Any:
@@ -146,37 +146,37 @@ def rows_of(subject: subjects.Subject, curve: rt.Frontier, cache: Cache, args: a
         for which, wanted in enumerate(({"budget": policy.temp_bytes}, {"max_cycles": policy.estimated_cycles})):
             if not row_of(name, known).verdict(plain, least)[which]:
                 answer(lambda wanted=wanted: ask(rt.plan, max_compiles=args.max_compiles, **wanted))
-                known = ask(rt.frontier, max_compiles=2)  # what the run has compiled so far, nothing more
+                known = ask(rt.frontier, max_compiles=2)  # what the run has compiled so far, and nothing else
     return [row_of(name, known if name in unbeaten else curve) for name in policies]
 
 
-def budgets_kept(subject: subjects.Subject, found: rt.Frontier, cache: Cache) -> int:
-    """How many of ten budgets are kept by what the compiler says of the plan's rules, none of the points faster."""
-    kept = 0
+def count_met_budgets(subject: subjects.Subject, found: rt.Frontier, cache: Cache) -> int:
+    """Count how many of ten budgets are met, by a new compile of the plan's rules, with no faster point within them."""
+    met = 0
     for budget in np.linspace(found.least_bytes, found.plain_bytes, BUDGETS).astype(int):
         plan = found.plan(int(budget))
         model = rt.apply(subject.build(), plan.rules) if len(plan.rules) else subject.build()
         again = rt.measure(subject.loss, model, *subject.batch, target=subjects.TARGET, differentiate=True, cache=cache)
         fastest = min(point.cycles for point in found.points if point.bytes <= budget)
-        kept += again.temp_bytes <= budget and (again.estimated_cycles or 0) <= fastest
-    return kept
+        met += again.temp_bytes <= budget and (again.estimated_cycles or 0) <= fastest
+    return met
 
 
-def figures(measured: rt.Measurement | None) -> str:
+def format_measurement(measured: rt.Measurement | None) -> str:
     if measured is None:
         return " | |"
-    cycles = f"{(measured.estimated_cycles or 0) / 1e6:.2f}" if measured.fits else "does not fit"
+    cycles = f"{(measured.estimated_cycles or 0) / 1e6:.2f}" if measured.fits else "out of memory"
     return f"{measured.temp_bytes / 1e6:,.1f} | {cycles} |"
 
 
 def draw(panels: dict[str, tuple[rt.Frontier, list[Row]]], path: pathlib.Path) -> None:
-    """Named policies and the curve of plans of each model, cycles against temporaries."""
+    """Plot named policies and the curve of plans of each model, cycles against temporaries."""
     drawing = Figure(figsize=(9, 6.5), layout="constrained")
     FigureCanvasAgg(drawing)
     for axes, (title, (found, rows)) in zip(drawing.subplots(2, 2, squeeze=False).flat, panels.items(), strict=False):
         policies = [row.policy for row in rows if row.policy.fits]
         plans = [(p.bytes / 1e6, p.cycles / 1e6) for p in found.best]
-        # Plans for a policy's memory or time, where the curve had no better one.
+        # Plans for one policy's memory or time, where the curve had no better point.
         own = [m for row in rows if row.later for m in (row.faster, row.smaller) if m is not None]
         axes.step(*zip(*plans, strict=True), where="post", color="tab:blue", marker="o", label="plans, one curve")
         for measured, style, label in (
@@ -194,7 +194,7 @@ def draw(panels: dict[str, tuple[rt.Frontier, list[Row]]], path: pathlib.Path) -
 
 
 def section(subject: subjects.Subject, args: argparse.Namespace, cache: Cache) -> tuple[str, rt.Frontier, list[Row]]:
-    """One model's part of the page, its curve and its policies."""
+    """Return one model's section of the page, its curve and its policies."""
     found = rt.frontier(
         subject.loss,
         subject.build(),
@@ -207,22 +207,22 @@ def section(subject: subjects.Subject, args: argparse.Namespace, cache: Cache) -
     )
     say(str(found))
     rows = rows_of(subject, found, cache, args)
-    kept = budgets_kept(subject, found, cache)
+    met = count_met_budgets(subject, found, cache)
     plain = int(found.points[0].cycles)
     least = least_temp(row.policy for row in rows)
     words = {(True, True): "yes", (True, False): "cycles only", (False, True): "memory only", (False, False): "**no**"}
     curve = "\n".join(f"| {p.bytes / 1e6:,.1f} | {p.cycles / 1e6:.2f} |" for p in found.best)
     table = "\n".join(
-        f"| {row.name} | {figures(row.policy)} {figures(row.faster)} {figures(row.smaller)} "
+        f"| {row.name} | {' '.join(map(format_measurement, (row.policy, row.faster, row.smaller)))} "
         f"{words[row.verdict(plain, least)]}{', beyond the curve' if row.later else ''} |"
         for row in rows
     )
     reached = sum(all(row.verdict(plain, least)) for row in rows)
     text = f"""## {subject.what}
 
-{len(found.points)} compiled points; {kept} of {BUDGETS} budgets kept with no point within them faster; {reached} of
-{len(rows)} policies answered by fewer cycles and by less memory, {sum(not row.later for row in rows)} of them by the
-curve. The curve:
+{len(found.points)} compiled points; {met} of {BUDGETS} budgets met, with no faster point within them; {reached} of
+{len(rows)} policies beaten in cycles and in memory, {sum(not row.later for row in rows)} of them by the curve.
+The curve:
 
 | temp MB | M cycles |
 | ---: | ---: |
@@ -237,7 +237,7 @@ curve. The curve:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder of earlier measurements")
+    parser.add_argument("--cache", type=pathlib.Path, required=True, help="cache directory")
     parser.add_argument("--out", type=pathlib.Path, help="write the page here")
     parser.add_argument("--max-compiles", type=int, default=8, help="points of each curve, and compiles of each plan")
     parser.add_argument("--only", nargs="*", choices=subjects.SUBJECTS, default=list(subjects.SUBJECTS))
@@ -248,19 +248,19 @@ def main() -> int:
     page = f"""# Plans against named policies
 
 Measured {datetime.date.today().isoformat()} with {versions}, by `benchmarks/remat_frontier.py`: the gradient of a mean
-logsumexp, compiled for one chip of `{subjects.TARGET}`. Bytes and cycles are the TPU compiler's own (MB = 10^6 bytes);
-no program was run. For each policy the plan with at most its temporaries has to take fewer cycles, and the plan with at
+logsumexp, compiled for one chip of `{subjects.TARGET}`. Bytes and cycles are the TPU compiler's (MB = 10^6 bytes);
+no program was run. For each policy, the plan with at most its temporaries must need fewer cycles, and the plan with at
 most its cycles less memory (no more, for the policy of least memory and for those within 1 % of the plain time).
-MaxText's presets and torchtitan's list are given by the names that the same values have here; tunix's DECODER is
-`nothing_saveable` on every block. Policies that offload are not compared. Plans come from one curve, begun without
-notes. Where it has no better point, plans of {args.max_compiles} compiles each are made for that policy's memory and
-time, which begin with all that was compiled before for that model; the last column says so.
+MaxText's presets and torchtitan's list are translated to the names that the same values have here; tunix's DECODER is
+`nothing_saveable` on every block. Policies that offload are not compared. Plans come from one curve, which started
+without a cache. Where it has no better point, plans of {args.max_compiles} compiles each are made for that policy's
+memory and time, starting with everything compiled before for that model; the last column says so.
 
 ![Named policies and plans: estimated cycles against temporaries](remat_frontier.svg)
 
 """
-    with tempfile.TemporaryDirectory() as folder:
-        cache = Fresh(pathlib.Path(folder), earlier=Cache(args.cache))
+    with tempfile.TemporaryDirectory() as directory:
+        cache = Fresh(pathlib.Path(directory), earlier=Cache(args.cache))
         found = {name: section(subjects.SUBJECTS[name](), args, cache) for name in args.only}
     page += "\n".join(text for text, _, _ in found.values())
     print(page)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks in groups against one region for each, by the TPU's own compiler: deep models of light blocks.
+"""Compare blocks in groups with one region per block, with the TPU compiler: a deep model of light blocks.
 
 python benchmarks/remat_groups.py --write docs/benchmarks/remat_groups.md
 """
@@ -19,7 +19,7 @@ TARGET, DEPTH, WIDTH, ROWS = "tpu:v5e:2x2", 24, 256, 8192
 
 
 class Light(nnx.Module):
-    """One product: its backward pass needs little beside the block's input."""
+    """One product: its backward pass needs little besides the block's input."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.norm, self.up = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.Linear(WIDTH, WIDTH, rngs=rngs)
@@ -46,7 +46,7 @@ def loss(model: nnx.Module, x: jax.Array) -> jax.Array:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=pathlib.Path, help="write the page here")
-    parser.add_argument("--cache", type=pathlib.Path, help="folder of earlier measurements")
+    parser.add_argument("--cache", type=pathlib.Path, help="cache directory")
     args = parser.parse_args()
     model, x = nnx.eval_shape(Tower), jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
     by_hand = {
@@ -72,8 +72,8 @@ def main() -> None:
 
 Measured {datetime.date.today().isoformat()} with {versions}, by `benchmarks/remat_groups.py`: {DEPTH} blocks of a
 norm, one product and a GELU (float32, {ROWS:,} rows of {WIDTH}), compiled for one chip of `{TARGET}`. With one region
-for each block, its input stays for each of them; a group keeps one for all of its blocks. The plans are the frontier of
-one search of {len(found.points)} compiles.
+per block, the input of every block is saved; a group saves one input for all of its blocks. The plans are the
+frontier of one search of {len(found.points)} compiles.
 
 | rules | temp MB | M cycles |
 | --- | ---: | ---: |

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans against the best of all programs: every subset of a block's names, compiled by the TPU's own compiler.
+"""Compare plans with the best of all programs: every subset of a block's names, compiled by the TPU compiler.
 
 python benchmarks/remat_optimum.py --write docs/benchmarks/remat_optimum.md
 
-What was compiled is stored for a test as well, which searches in it on machines without a TPU's compiler.
+The compiled programs are also stored for a test, which searches them on machines without a TPU compiler.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from remattools.planner.model.outline import build_outline
 TARGET = "tpu:v5e:2x2"
 WITHIN = 1.03
 WIDTH = 512
-# Rows of a batch: at the first a value is larger than the chip's own memory, at the second many lie in it.
+# Rows of a batch: with the first, a value is larger than on-chip memory; with the second, many fit into it.
 ROWS = 131_072, 16_384
 STORED = pathlib.Path(__file__).parents[1] / "tests" / "remattools" / "planner" / "programs.json"
 
 
 class Chain(nnx.Module):
-    """Three products with something between them: values that depend on one another."""
+    """Three products with functions between them: values that depend on one another."""
 
     def __init__(self, width: int, rngs: nnx.Rngs) -> None:
         shapes = (width, 2 * width), (2 * width, 2 * width), (2 * width, width)
@@ -57,7 +57,7 @@ class Gated(nnx.Module):
 
 
 class Pair(nnx.Module):
-    """Two products; each kind says what lies between and behind them."""
+    """Two products; subclasses say what comes between and after them."""
 
     times = 2
 
@@ -67,7 +67,7 @@ class Pair(nnx.Module):
 
 
 class Feedforward(Pair):
-    """With a function between them and one behind."""
+    """One function between the products and one after them."""
 
     times = 3
 
@@ -76,14 +76,14 @@ class Feedforward(Pair):
 
 
 class Pointwise(Pair):
-    """With three functions between them."""
+    """Three functions between the products."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x + jnp.cos(jnp.exp(-(x @ self.up[...]))) @ self.down[...]
 
 
 class Squared(Pair):
-    """With the square of a rectifier between them."""
+    """A squared ReLU between the products."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = jnp.maximum(x @ self.up[...], 0.0)
@@ -125,14 +125,14 @@ class Stepwise(nnx.Module):
 
 
 class Swish(Gated):
-    """A gate of another function."""
+    """A gate with another function."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x + (jax.nn.sigmoid(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
 
 
 class Weighted(Pair):
-    """Weights that sum to one between two products."""
+    """Weights that sum to one between the products."""
 
     times = 2
 
@@ -141,14 +141,14 @@ class Weighted(Pair):
         return x + (weights / jnp.sum(weights, axis=-1, keepdims=True)) @ self.down[...]
 
 
-# On the first the search's constants were chosen, of the others it was not known then what they do.
+# The search's constants were chosen on the first group; the results of the second were unknown at that time.
 CHOSEN_ON = (Chain, Gated, Feedforward, Pointwise, Squared, Bottleneck, Branches)
 HELD_OUT = (Stepwise, Swish, Weighted)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A block in a dtype, with a batch of some rows."""
+    """A block, its dtype, and the rows of its batch."""
 
     block: type[nnx.Module]
     dtype: str
@@ -159,7 +159,7 @@ class Case:
 
 
 def cases(blocks: Iterable[type[nnx.Module]]) -> list[Case]:
-    """Each block in both dtypes at all sizes."""
+    """Return each block in both dtypes at all sizes."""
     blocks = tuple(blocks)
     return [Case(block, dtype, rows) for rows in ROWS for dtype in ("float32", "bfloat16") for block in blocks]
 
@@ -179,14 +179,14 @@ def loss(model: nnx.Module, x: jax.Array) -> jax.Array:
 
 
 def abstract(case: Case) -> tuple[Stack, jax.ShapeDtypeStruct]:
-    """A model of one block in a dtype, and what it gets, shape (rows, width)."""
+    """Return an abstract model of one block and its input, shape (rows, width)."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Stack(case.block)))
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, case.dtype), state)
     return nnx.merge(graph, state), jax.ShapeDtypeStruct((case.rows, WIDTH), case.dtype)
 
 
-def without_notes(cache: pathlib.Path) -> pathlib.Path:
-    """A copy of the measurements for a search that must not know what was tried, and need not compile it again."""
+def copy_without_plans(cache: pathlib.Path) -> pathlib.Path:
+    """Copy the measurements for a search that must not know earlier plans, and need not recompile anything."""
     return pathlib.Path(
         shutil.copytree(cache, tempfile.mkdtemp(), dirs_exist_ok=True, ignore=shutil.ignore_patterns("plan-*"))
     )
@@ -201,8 +201,8 @@ class Program:
     cycles: int
 
 
-def everything(case: Case, cache: pathlib.Path) -> list[Program]:
-    """The plain model, and every subset of the block's names."""
+def compile_all(case: Case, cache: pathlib.Path) -> list[Program]:
+    """Compile the plain model and every subset of the block's names."""
     model, x = abstract(case)
     (problem,) = build_outline(loss, model, (x,), get_rates(TARGET)).problems
     names = list(problem.names)
@@ -216,20 +216,20 @@ def everything(case: Case, cache: pathlib.Path) -> list[Program]:
     return found
 
 
-def against(reached: float | None, best: float) -> str:
-    """Cycles, and their ratio to the best."""
+def format_ratio(reached: float | None, best: float) -> str:
+    """Format cycles and their ratio to the best."""
     return " | nothing found" if reached is None else f"{reached / 1e6:.3f} | {reached / best:.3f}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What one case came to.
+    """The results of one case.
 
     Attributes:
-        case: Which.
-        text: Its part of the page.
-        planned: Ratios of the budgets' own plans to the best, infinite where nothing was found.
-        drawn: Likewise of one frontier.
+        case: The case.
+        text: Its section of the page.
+        planned: Ratio of each budget's plan to the best, infinite where no plan was found.
+        drawn: Ratio of the frontier's plan to the best for each budget, infinite where it has none.
     """
 
     case: Case
@@ -239,9 +239,9 @@ class Found:
 
 
 def section(case: Case, tried: list[Program], cache: pathlib.Path) -> Found:
-    """Plan without knowing what was tried."""
+    """Plan for every budget, without knowledge of the compiled programs."""
     model, x = abstract(case)
-    found = rt.frontier(loss, model, x, of="temp", target=TARGET, cache=without_notes(cache))
+    found = rt.frontier(loss, model, x, of="temp", target=TARGET, cache=copy_without_plans(cache))
     rows, ratios = [], []
     for budget in sorted({program.temp_bytes for program in tried}):
         best = min(program.cycles for program in tried if program.temp_bytes <= budget)
@@ -249,7 +249,7 @@ def section(case: Case, tried: list[Program], cache: pathlib.Path) -> Found:
         try:
             planned = float(
                 rt.plan(
-                    loss, model, x, budget=max(budget, 1), of="temp", target=TARGET, cache=without_notes(cache)
+                    loss, model, x, budget=max(budget, 1), of="temp", target=TARGET, cache=copy_without_plans(cache)
                 ).measured.estimated_cycles
                 or 0
             )
@@ -257,11 +257,13 @@ def section(case: Case, tried: list[Program], cache: pathlib.Path) -> Found:
             planned = None
         print(case, budget, best, curve, planned, flush=True)
         ratios.append(tuple(float("inf") if reached is None else reached / best for reached in (planned, curve)))
-        rows.append(f"| {budget / 1e6:,.1f} | {best / 1e6:.3f} | {against(planned, best)} | {against(curve, best)} |")
+        rows.append(
+            f"| {budget / 1e6:,.1f} | {best / 1e6:.3f} | {format_ratio(planned, best)} | {format_ratio(curve, best)} |"
+        )
     table = "\n".join(rows)
     text = f"""## {case}: {len(tried)} programs
 
-| budget, temp MB | best of all, M cycles | the budget's own plan | ratio | one frontier for all budgets | ratio |
+| budget, temp MB | best of all, M cycles | plan for this budget | ratio | one frontier for all budgets | ratio |
 | ---: | ---: | ---: | ---: | ---: | ---: |
 {table}
 """
@@ -269,13 +271,13 @@ def section(case: Case, tried: list[Program], cache: pathlib.Path) -> Found:
 
 
 def within(ratios: Iterable[float]) -> str:
-    """How many reach the bar."""
+    """Count the ratios that are at most `WITHIN`."""
     ratios = list(ratios)
     return f"{sum(ratio <= WITHIN for ratio in ratios)} of {len(ratios)}"
 
 
 def summary(found: list[Found]) -> str:
-    """A row for each size and for what the constants were chosen on or not."""
+    """Return one row per size and per group of blocks: chosen on, held out."""
     rows = []
     for title, blocks in (("chosen on", CHOSEN_ON), ("held out", HELD_OUT)):
         for size in ROWS:
@@ -293,16 +295,16 @@ def main() -> None:
     args = parser.parse_args()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "libtpu"))
     today = datetime.date.today().isoformat()
-    tried = {case: everything(case, args.cache) for case in cases((*CHOSEN_ON, *HELD_OUT))}
+    tried = {case: compile_all(case, args.cache) for case in cases((*CHOSEN_ON, *HELD_OUT))}
     found = [section(case, programs, args.cache) for case, programs in tried.items()]
     page = f"""# Plans against the best of all programs
 
 Measured {today} with {versions}, by `benchmarks/remat_optimum.py`: every subset of one
-block's names and the plain model, compiled for one chip of `{TARGET}`. With {ROWS[0]:,} rows of {WIDTH} a value is
-larger than the chip's own memory, as in models that need a plan; with {ROWS[1]:,} many lie in that memory, and
-temporaries depend less on what is kept. A budget is the temporaries of one of the programs; 0 means that all lies in
-the chip's own memory. For each there is a plan of at most eight compiles, and one frontier of eight compiles serves
-them all; neither knew what was tried. The bar is a ratio of {WITHIN}.
+block's names and the plain model, compiled for one chip of `{TARGET}`. With {ROWS[0]:,} rows of {WIDTH}, a value is
+larger than on-chip memory, as in models that need a plan; with {ROWS[1]:,}, many values fit into it, and the
+temporaries depend less on what is saved. Each budget equals the temporaries of one of the programs; 0 means that
+everything fits into on-chip memory. Each budget has a plan of at most eight compiles, and one frontier of eight
+compiles serves all budgets; neither knew the other programs. The goal is a ratio of at most {WITHIN}.
 
 | the search's constants were | rows | models | plans within {WITHIN} | one frontier within {WITHIN} |
 | --- | ---: | ---: | ---: | ---: |

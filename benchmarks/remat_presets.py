@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the presets do, by the TPU's own compiler: beside no rules, and beside keeping nothing.
+"""Measure the presets with the TPU compiler, against no rules and against saving nothing.
 
-Each architecture of google-tunix in the shapes of its smallest published model, cut to two layers and 8,192 words so
-that a compile takes a minute. With --write the page is written, and a line of figures into each preset's file.
+Each architecture of google-tunix has the shapes of its smallest published model, cut to two layers and 8,192 words so
+that a compile takes a minute. `--write` writes the page, and the measurements into each preset's file.
 
     python benchmarks/remat_presets.py --cache measured --write
 """
@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FILES = ROOT / "remattools" / "rules" / "presets"
 LAYERS, WORDS, TOKENS = 2, 8192, 1024
 MARK = "# measured: "
-# By preset: what it is the shape of, the model, its configuration.
+# By preset: the published model, its class, its configuration.
 SHAPES = {
     "llama3": ("Llama-3.2-1B", llama3.Llama3, llama3.ModelConfig.llama3p2_1b()),
     "qwen2": ("Qwen2.5-0.5B", qwen2.Qwen2, qwen2.ModelConfig.qwen2p5_0p5b()),
@@ -43,7 +43,7 @@ SHAPES = {
 
 
 def subject(name: str) -> tuple[str, Any, Any, Any]:
-    """What it is, the abstract model in bfloat16, its loss and its batch."""
+    """Return the title, the abstract model in bfloat16, its loss and its batch."""
     title, cls, config = SHAPES[name]
     cut: dict[str, Any] = {"num_layers": LAYERS}
     for field in dataclasses.fields(config):
@@ -52,11 +52,11 @@ def subject(name: str) -> tuple[str, Any, Any, Any]:
         elif field.name == "attention_types":
             cut[field.name] = tuple(config.attention_types)[:LAYERS]
         elif field.name == "frac_shared_layers":
-            # Of two layers none may borrow the keys of an earlier one.
+            # With two layers, none may share the keys of an earlier one.
             cut[field.name] = 0.0
     config = dataclasses.replace(config, **cut)
     decoder = subjects.decoder(
-        title, lambda: subjects.half(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))), TOKENS
+        title, lambda: subjects.cast_to_bfloat16(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))), TOKENS
     )
     return title, decoder.build(), decoder.loss, decoder.batch
 
@@ -64,20 +64,20 @@ def subject(name: str) -> tuple[str, Any, Any, Any]:
 def measure(name: str, args: argparse.Namespace) -> rt.Comparison:
     title, model, loss, batch = subject(name)
     print(name, title, file=sys.stderr, flush=True)
-    candidates = {"no rules": None, "preset": rt.Rules.preset(name), "nothing kept": {"layers.*": "nothing_saveable"}}
+    candidates = {"no rules": None, "preset": rt.Rules.preset(name), "nothing saved": {"layers.*": "nothing_saveable"}}
     return rt.compare(
         loss, model, *batch, candidates=candidates, differentiate=True, target=subjects.TARGET, cache=args.cache
     )
 
 
-def figures(row: Any) -> str:
+def format_measurement(row: Any) -> str:
     measured = row.measurement
     return f"{measured.temp_bytes / 1e6:,.1f} MB, {(measured.estimated_cycles or 0) / 1e6:.2f} M cycles"
 
 
-def note(name: str, found: rt.Comparison) -> str:
-    """The line of figures for a preset's file."""
-    each = "; ".join(f"{row.name} {figures(row)}" for row in found.rows)
+def format_note(name: str, found: rt.Comparison) -> str:
+    """Format the comment with the measurements for a preset's file."""
+    each = "; ".join(f"{row.name} {format_measurement(row)}" for row in found.rows)
     return (
         f"{MARK}{SHAPES[name][0]} cut to {LAYERS} layers and {WORDS:,} words, bfloat16, 1 x {TOKENS:,} tokens,\n"
         f"# {subjects.TARGET}, temporaries and estimated cycles of the gradient:\n# {each}\n"
@@ -87,12 +87,12 @@ def note(name: str, found: rt.Comparison) -> str:
 def write_note(name: str, found: rt.Comparison) -> None:
     path = FILES / f"{name}.toml"
     text = re.sub(rf"{MARK}.*\n(#.*\n)*", "", path.read_text())
-    path.write_text(text.replace("\n\n[remat", f"\n{note(name, found)}\n[remat", 1))
+    path.write_text(text.replace("\n\n[remat", f"\n{format_note(name, found)}\n[remat", 1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder of earlier measurements")
+    parser.add_argument("--cache", type=pathlib.Path, required=True, help="cache directory")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks/remat_presets.md and the files")
     parser.add_argument("--only", nargs="*", choices=SHAPES, default=list(SHAPES))
     args = parser.parse_args()
@@ -104,16 +104,16 @@ def main() -> None:
         "",
         f"Measured {datetime.date.today().isoformat()} with {versions}, by `benchmarks/remat_presets.py`: the",
         f"gradient of a mean logsumexp, compiled for one chip of `{subjects.TARGET}`; {LAYERS} layers and {WORDS:,}",
-        f"words of each model, bfloat16, 1 x {TOKENS:,} tokens. Bytes are of temporaries; they and the cycles are the",
-        "compiler's own, and none was run. What is freed grows with the depth.",
+        f"words of each model, bfloat16, 1 x {TOKENS:,} tokens. Bytes are temporaries. Bytes and cycles come from the",
+        "compiler; nothing was run. The saving grows with the depth.",
         "",
-        "| preset | shape | no rules | preset | nothing kept | of the recomputation's cycles |",
+        "| preset | shape | no rules | preset | nothing saved | share of the recomputation's cycles |",
         "| --- | --- | --- | --- | --- | ---: |",
     ]
     for name in args.only:
         found = measure(name, args)
         plain, preset, least = (row.measurement.estimated_cycles or 0 for row in found.rows)
-        cells = " | ".join(figures(row) for row in found.rows)
+        cells = " | ".join(format_measurement(row) for row in found.rows)
         lines.append(f"| `{name}` | {SHAPES[name][0]} | {cells} | {(preset - plain) / (least - plain):.0%} |")
         print(lines[-1], flush=True)
         if args.write:

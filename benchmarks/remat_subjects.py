@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that plans are measured on, and everybody's named policies for them.
+"""Models that plans are measured on, and the named policies of several libraries for them.
 
 Four models: tunix's Llama-3.2-1B and Qwen3-0.6B cut to four layers, a vision transformer
-and a residual network with BatchNorm in plain nnx. The policies of JAX by their names;
-tunix's levels by its own modules; MaxText's presets and torchtitan's list of operations
-by the names that the same values have here.
+and a residual network with BatchNorm in plain nnx. JAX's policies have their names;
+tunix's levels are rules on its modules; MaxText's presets and torchtitan's list of
+operations are translated to the names that the same values have here.
 """
 
 import dataclasses
@@ -28,16 +28,15 @@ class Subject:
     """A model, its loss and its batch.
 
     Attributes:
-        what: For the page.
-        build: The abstract model.
-        loss: Of the model and the batch.
-        batch: Abstract.
-        blocks: Pattern of its blocks.
-        matmuls: What a rule on a block calls the results of its matrix products, in the program's order, attention's
-            own two apart.
-        context: Attention's output before its last projection; None without attention.
-        halves: Attention and MLP of a block.
-        roles: From MaxText's names to those of here.
+        what: Title on the page.
+        build: Creates the abstract model.
+        loss: Function of the model and the batch.
+        batch: Abstract arrays.
+        blocks: Patterns of the blocks.
+        matmuls: Names of a block's matrix products, in the program's order, without the two inside attention.
+        context: Name of attention's output before its last projection; None without attention.
+        halves: Names of attention and MLP in a block.
+        roles: MaxText's names mapped to the names here.
     """
 
     what: str
@@ -52,7 +51,7 @@ class Subject:
 
 
 def policies(subject: Subject) -> dict[str, Any]:
-    """Everybody's policies as rules, by who offers them."""
+    """Return the policies as rules, by library and name."""
 
     def everywhere(action: Any) -> dict[str, Any]:
         return dict.fromkeys(subject.blocks, action)
@@ -67,11 +66,11 @@ def policies(subject: Subject) -> dict[str, Any]:
         )
     }
     if subject.halves:
-        # Its other level, DECODER, is nothing_saveable on every block.
+        # tunix's other level, DECODER, is nothing_saveable on every block.
         found["tunix BLOCK"] = {f"{b}.{half}": "nothing_saveable" for b in subject.blocks for half in subject.halves}
     if subject.roles:
-        for name, kept in _MAXTEXT.items():
-            save = tuple(value for role in kept for value in subject.roles[role])
+        for name, saved in _MAXTEXT.items():
+            save = tuple(value for role in saved for value in subject.roles[role])
             found[f"MaxText {name}"] = everywhere(rt.Remat(save=save))
     # Every second matrix product, and attention's output.
     listed = (*subject.matmuls[::2], *((subject.context,) if subject.context else ()))
@@ -96,8 +95,8 @@ def mean_logsumexp(logits: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1).mean()
 
 
-def half(model: nnx.Module) -> nnx.Module:
-    """The same model in bfloat16, its counters apart."""
+def cast_to_bfloat16(model: nnx.Module) -> nnx.Module:
+    """Return the model in bfloat16, except for its counters."""
 
     def cast(leaf: Any) -> Any:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -119,7 +118,7 @@ def _language_loss(tokens: int) -> Callable[..., jax.Array]:
 
 
 def decoder(what: str, build: Callable[[], Any], tokens: int, context: str | None = None) -> Subject:
-    """A decoder with the modules' names of tunix's Llama and Qwen."""
+    """Return a decoder with the module names of tunix's Llama and Qwen."""
     projections = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
     return Subject(
         what=what,
@@ -148,7 +147,7 @@ def llama() -> Subject:
     config = dataclasses.replace(llama3.ModelConfig.llama3p2_1b(), num_layers=4)
 
     def build() -> Any:
-        return half(nnx.eval_shape(lambda: llama3.Llama3(config, rngs=nnx.Rngs(0))))
+        return cast_to_bfloat16(nnx.eval_shape(lambda: llama3.Llama3(config, rngs=nnx.Rngs(0))))
 
     what = "tunix's Llama-3.2-1B cut to 4 layers, bfloat16, 1 x 4,096 tokens"
     return decoder(what, build, 4096, "attn:reshape[3]")
@@ -160,7 +159,7 @@ def qwen() -> Subject:
     config = dataclasses.replace(qwen3.ModelConfig.qwen3_0p6b(), num_layers=2, vocab_size=8192)
 
     def build() -> Any:
-        return half(nnx.eval_shape(lambda: qwen3.Qwen3(config, rngs=nnx.Rngs(0))))
+        return cast_to_bfloat16(nnx.eval_shape(lambda: qwen3.Qwen3(config, rngs=nnx.Rngs(0))))
 
     what = "tunix's Qwen3-0.6B cut to 2 layers and 8,192 words, bfloat16, 1 x 2,048 tokens"
     return decoder(what, build, 2048, "attn:reshape[1]")
@@ -223,7 +222,7 @@ def _image_loss(model: Any, images: jax.Array) -> jax.Array:
 def vit() -> Subject:
     return Subject(
         what="a vision transformer (width 384, 6 heads, 4 blocks), bfloat16, 64 images of 224 x 224",
-        build=lambda: half(nnx.eval_shape(ViT)),
+        build=lambda: cast_to_bfloat16(nnx.eval_shape(ViT)),
         loss=_image_loss,
         batch=(jax.ShapeDtypeStruct((64, 224, 224, 3), jnp.bfloat16),),
         blocks=("layers.*",),
@@ -282,7 +281,7 @@ class ResNet(nnx.Module):
 def resnet() -> Subject:
     return Subject(
         what="a residual network with BatchNorm (two stages of two blocks), bfloat16, 64 images of 64 x 64",
-        build=lambda: half(nnx.eval_shape(ResNet)),
+        build=lambda: cast_to_bfloat16(nnx.eval_shape(ResNet)),
         loss=_image_loss,
         batch=(jax.ShapeDtypeStruct((64, 64, 64, 3), jnp.bfloat16),),
         blocks=("layers.*",),

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rules cost before the first step: seconds to trace and lower, against plain and hand-written code.
+"""Measure what rules cost before the first step: seconds to trace and lower, against plain and hand-written code.
 
     python benchmarks/remat_trace.py [--write docs/benchmarks/remat_trace.md]
 
-All figures come from one run of one process on one machine and are reported as
-ratios: seconds differ between machines, ratios hardly. The caches of JAX are
-cleared before every trace, the variants take turns, and the fastest of the
-repeats counts, since other load on the machine only ever adds time.
+All measurements come from one process on one machine and are reported as ratios:
+seconds differ between machines, ratios hardly. JAX's caches are cleared before
+every trace, the variants alternate, and the fastest of the rounds counts, since
+other load on the machine only adds time.
 """
 
 import argparse
@@ -54,23 +54,23 @@ class Block(nnx.Module):
         return x + self.down(nnx.gelu(self.up(self.norm2(x))))
 
 
-def plainly(layer: Block, x: jax.Array) -> jax.Array:
+def call_plain(layer: Block, x: jax.Array) -> jax.Array:
     return layer(x)
 
 
 def by_nnx_remat(layer: Block, x: jax.Array) -> jax.Array:
-    """What flax's documentation and tunix do."""
+    """Remat as in flax's documentation and in tunix."""
     return nnx.remat(Block.__call__)(layer, x)
 
 
 def by_jax_checkpoint(layer: Block, x: jax.Array) -> jax.Array:
-    """What a person would write who wants exactly JAX's own transformation."""
+    """Remat as written by hand with JAX's transformation."""
     graphdef, state = nnx.split(layer)
     return jax.checkpoint(lambda state, x: nnx.merge(graphdef, state)(x))(state, x)
 
 
 class Tower(nnx.Module):
-    """`depth` blocks; `run` says how each is called."""
+    """`depth` blocks; `run` calls each of them."""
 
     def __init__(self, depth: int, width: int, run: Callable[..., jax.Array], rngs: nnx.Rngs) -> None:
         self.layers = nnx.List([Block(width, rngs) for _ in range(depth)])
@@ -82,11 +82,11 @@ class Tower(nnx.Module):
         return x
 
 
-VARIANTS = {"plain": plainly, "rule": plainly, "nnx.remat": by_nnx_remat, "jax.checkpoint": by_jax_checkpoint}
+VARIANTS = {"plain": call_plain, "rule": call_plain, "nnx.remat": by_nnx_remat, "jax.checkpoint": by_jax_checkpoint}
 
 
 def build(variant: str, depth: int, width: int, *, abstract: bool = True) -> Tower:
-    """A model of one variant; abstract ones hold shapes only."""
+    """Create a model of one variant; abstract models have shapes only."""
 
     def make() -> Tower:
         return Tower(depth, width, VARIANTS[variant], nnx.Rngs(0))
@@ -97,8 +97,8 @@ def build(variant: str, depth: int, width: int, *, abstract: bool = True) -> Tow
     return model
 
 
-def lowered(model: Tower, x: Any) -> Any:
-    """The gradient of a loss with respect to all parameters, traced and lowered."""
+def lower_gradient(model: Tower, x: Any) -> Any:
+    """Trace and lower the gradient of a loss with respect to all parameters."""
     graphdef, params = nnx.split(model)
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
@@ -121,7 +121,7 @@ class Row:
 
 
 def trace_rows(repeats: int) -> tuple[list[Row], dict[str, float]]:
-    """Seconds to trace and lower by variant and depth, and the ratios that count."""
+    """Time tracing and lowering by variant and depth, and return the ratios."""
     x = jax.ShapeDtypeStruct((2, 16, 32), jnp.float32)
     cases = [("plain", 96), ("nnx.remat", 96), ("jax.checkpoint", 96), ("rule", 96), ("rule", 48)]
     models = {case: build(*case, 32) for case in cases}
@@ -131,7 +131,7 @@ def trace_rows(repeats: int) -> tuple[list[Row], dict[str, float]]:
             jax.clear_caches()
             gc.collect()
             start = time.perf_counter()
-            lowered(model, x)
+            lower_gradient(model, x)
             seconds[case] = min(seconds.get(case, float("inf")), time.perf_counter() - start)
     ours = seconds["rule", 96]
     rows = [
@@ -143,14 +143,14 @@ def trace_rows(repeats: int) -> tuple[list[Row], dict[str, float]]:
 
 
 def program_rows(steps: int) -> list[Row]:
-    """The compiled program under a rule against the one that hand-written jax.checkpoint gives."""
+    """Compare the compiled program under a rule with that of hand-written jax.checkpoint."""
     variants = ("rule", "jax.checkpoint")
     x = jax.random.normal(jax.random.key(0), (4, 128, 128))
     params, compiled = {}, {}
     for variant in variants:
         model = build(variant, 6, 128, abstract=False)
         params[variant] = nnx.split(model)[1]
-        compiled[variant] = lowered(model, x).compile()
+        compiled[variant] = lower_gradient(model, x).compile()
     ours, theirs = (compiled[v] for v in variants)
     flops = ours.cost_analysis()["flops"] / theirs.cost_analysis()["flops"]
     temp = ours.memory_analysis().temp_size_in_bytes / theirs.memory_analysis().temp_size_in_bytes
@@ -160,7 +160,7 @@ def program_rows(steps: int) -> list[Row]:
             start = time.perf_counter()
             jax.block_until_ready(compiled[variant](params[variant], x))
             taken[variant].append(time.perf_counter() - start)
-    # The quickest step of each: what the program needs when nothing else runs.
+    # The fastest step of each: what the program needs when nothing else runs.
     fastest = min(taken["rule"]) / min(taken["jax.checkpoint"])
     noise = statistics.median(taken["jax.checkpoint"]) / min(taken["jax.checkpoint"]) - 1
     return [
@@ -171,7 +171,7 @@ def program_rows(steps: int) -> list[Row]:
 
 
 class Leaf(nnx.Module):
-    """As little as a module can be, to count modules and nothing else."""
+    """A minimal module, so that only the number of modules counts."""
 
     def __init__(self, value: jax.Array) -> None:
         self.scale = nnx.Param(value)
@@ -192,8 +192,8 @@ class Pair(nnx.Module):
         return x
 
 
-def timed_apply(blocks: int) -> tuple[float, int]:
-    """Seconds of `apply` on a fresh model of five modules a block, and how many arrays it copied."""
+def time_apply(blocks: int) -> tuple[float, int]:
+    """Time `apply` on a new model with five modules per block, and count the arrays that it copied."""
     model = nnx.List([Pair(jnp.ones(())) for _ in range(blocks)])
     arrays = [id(variable.get_value()) for _, variable in nnx.iter_graph(model) if isinstance(variable, nnx.Param)]
     start = time.perf_counter()
@@ -204,8 +204,8 @@ def timed_apply(blocks: int) -> tuple[float, int]:
 
 
 def apply_rows(repeats: int) -> list[Row]:
-    """`apply` on 10,000 modules."""
-    seconds, copied = zip(*(timed_apply(2_000) for _ in range(repeats)), strict=True)
+    """Time `apply` on 10,000 modules."""
+    seconds, copied = zip(*(time_apply(2_000) for _ in range(repeats)), strict=True)
     return [
         _at_most("apply on 10,000 modules, seconds", min(seconds), 1.0),
         _at_most("arrays copied by apply", max(copied), 0),
@@ -221,32 +221,32 @@ def _about(what: str, value: float, tolerance: float) -> Row:
 
 
 def page(rows: list[Row], seconds: dict[str, float], repeats: int) -> str:
-    """The table as Markdown."""
+    """Format the page."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
     lines = [
         "# What rules cost before the first step",
         "",
-        f"Made by `python benchmarks/remat_trace.py --write` on {datetime.date.today().isoformat()} with {versions},"
-        f" Python {platform.python_version()}, {os.cpu_count()} CPU cores.",
+        f"Measured by `python benchmarks/remat_trace.py --write` on {datetime.date.today().isoformat()} with"
+        f" {versions}, Python {platform.python_version()}, {os.cpu_count()} CPU cores.",
         "",
-        "| what | measured | wanted | holds |",
+        "| | measured | goal | met |",
         "| --- | --- | --- | --- |",
         *map(str, rows),
         "",
-        "Seconds behind the first three ratios, which depend on the machine and its load:",
+        "The first three ratios come from these seconds, which depend on the machine and its load:",
         "",
         "| variant | seconds |",
         "| --- | --- |",
         *(f"| {name} | {value:.2f} |" for name, value in seconds.items()),
         "",
-        "Method: the model is a stack of pre-norm transformer blocks; what is timed is tracing and lowering the",
+        "Method: the model is a stack of pre-norm transformer blocks. The benchmark times tracing and lowering the",
         "gradient of a mean-square loss with respect to all parameters. JAX's caches are cleared before every trace,",
-        f"the variants take turns in one process, and the fastest of {repeats} rounds counts. `rule` is the unedited",
+        f"the variants alternate in one process, and the fastest of {repeats} rounds counts. `rule` is the unedited",
         'model under `{"layers.*": "nothing_saveable"}`; `nnx.remat` and `jax.checkpoint` are the same model with the',
-        "call of each block written by hand. The compiled programs are compared at 6 blocks of width 128; the",
-        "time of a step is the fastest of the run, its tolerance the spread of the hand-written program's own steps.",
-        "On a busy machine that spread is wide and the row says little; equal flops and bytes say more.",
-        "`apply` is timed on 2,000 blocks of five modules each, with two rules, on fresh models; the fastest counts.",
+        "call of each block written by hand. The compiled programs are compared at 6 blocks of width 128. The step",
+        "time is the fastest of the run; its tolerance is the spread of the hand-written program's steps. On a busy",
+        "machine that spread is wide and the row means little; equal flops and bytes mean more.",
+        "`apply` is timed on 2,000 blocks of five modules each, with two rules, on new models; the fastest counts.",
         "",
     ]
     return "\n".join(lines)

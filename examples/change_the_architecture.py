@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Change the architecture half way: a larger vocabulary, a renamed part, one more layer; the rest goes on trained.
+"""Change the architecture in the middle of a run: a larger vocabulary, a renamed list, one more layer.
+
+All other weights keep their trained values.
 
 python examples/change_the_architecture.py
 """
@@ -41,9 +43,9 @@ class New(nnx.Module):
 
 
 SURGERY = [
-    ct.Rename("blocks", "layers"),  # in the model, and in the optimizer's moments
-    ct.Pad("embedding"),  # the 20 new words keep what the new model has there
-    ct.Reinit("**.layers.2"),  # the new layer, and its moments
+    ct.Rename("blocks", "layers"),  # in the model and in the optimizer's moments
+    ct.Pad("embedding"),  # the 20 new words keep the new model's values
+    ct.Reinit("**.layers.2"),  # the new layer and its moments
 ]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A causal transformer over characters, in plain flax.nnx.
 
-Nothing here knows of rematerialisation or of checkpoints: what is recomputed and
-when a run is saved stands in `charlm.toml`.
+There is no rematerialisation or checkpoint code here: `charlm.toml` says what is
+recomputed and when a run is saved.
 """
 
 import jax
@@ -42,7 +42,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each behind a norm and beside a residual."""
+    """Attention and MLP, each with a norm and a residual connection."""
 
     def __init__(self, width: int, heads: int, dropout: float, rngs: nnx.Rngs) -> None:
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
@@ -56,7 +56,7 @@ class Block(nnx.Module):
 
 
 class CharLM(nnx.Module):
-    """Characters `(batch, seq)` int32 in, logits `(batch, seq, vocab)` float32 out."""
+    """Map characters `(batch, seq)`, int32, to logits `(batch, seq, vocab)`, float32."""
 
     def __init__(
         self, *, vocab: int, seq: int, width: int, heads: int, depth: int, dropout: float, rngs: nnx.Rngs

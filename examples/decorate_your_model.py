@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decorate your own model: three ways, and what each does to the memory of a training step.
+"""Decorate your own model in three ways, and compare the memory of a training step.
 
 python examples/decorate_your_model.py
 """
@@ -23,7 +23,7 @@ class Block(nnx.Module):
 
 @rt.remat(policy="nothing_saveable")
 class RematBlock(Block):
-    """Every instance is a region: only its input is kept for the backward pass."""
+    """Every instance is a region: only its input is saved for the backward pass."""
 
 
 class Model(nnx.Module):
@@ -39,12 +39,12 @@ class Model(nnx.Module):
 
 @rt.remat(every_n=2)
 class EverySecond(Model):
-    """The sequences of each instance are ruled: here every second of `layers`."""
+    """Every second module of each sequence is a region: here of `layers`."""
 
 
 @rt.remat(rules={"layers.*": rt.Remat(save=("up",))})
-class KeepsUp(Model):
-    """Rules as in a file, written where the class is: the widest product is kept, the rest computed again."""
+class SavesUp(Model):
+    """Rules as in a file, written at the class: the widest product is saved, the rest is recomputed."""
 
 
 def loss(model: Model, x: jax.Array) -> jax.Array:
@@ -57,19 +57,19 @@ def main() -> None:
         "plain": Model(rngs=nnx.Rngs(0)),
         "a decorated block": Model(RematBlock, rngs=nnx.Rngs(0)),
         "every second layer": EverySecond(rngs=nnx.Rngs(0)),
-        "rules on the class": KeepsUp(rngs=nnx.Rngs(0)),
+        "rules on the class": SavesUp(rngs=nnx.Rngs(0)),
     }
     plain_loss, plain_gradients = nnx.jit(nnx.value_and_grad(loss))(models["plain"], x)
     for name, model in models.items():
         value, gradients = nnx.jit(nnx.value_and_grad(loss))(model, x)
-        furthest = max(
+        largest = max(
             float(jnp.abs(a - b).max() / jnp.abs(b).max())
             for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(plain_gradients), strict=True)
         )
         assert jnp.allclose(value, plain_loss, rtol=1e-6)
-        assert furthest < 1e-4, name
+        assert largest < 1e-4, name
         temp = rt.measure(loss, model, x, differentiate=True).temp_bytes
-        print(f"{name:20} {temp / 1e6:6.2f} MB of temporaries, gradients within {furthest:.0e} of the plain model's")
+        print(f"{name:20} {temp / 1e6:6.2f} MB of temporaries, gradients within {largest:.0e} of the plain model's")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kill a training with SIGKILL and go on: the resumed run ends with the bits of one that nobody killed.
+"""Kill a training with SIGKILL and resume it: it ends with the same bits as an uninterrupted run.
 
 python examples/kill_and_resume.py
 """
@@ -37,24 +37,24 @@ def update(model: Model, optimizer: nnx.Optimizer, x: jax.Array) -> jax.Array:
     return loss
 
 
-def train(folder: pathlib.Path, *, tell: bool = False) -> dict:
-    """Train to the last step from wherever the folder's run is, and tell of each step; the state at the end."""
+def train(directory: pathlib.Path, *, verbose: bool = False) -> dict:
+    """Resume the run in `directory`, train to the last step and return the state."""
     model = Model(nnx.Rngs(0))
     state = {"model": model, "optimizer": nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)}
-    with ct.open(ct.CheckpointSpec(directory=folder, save=ct.EverySteps(3), keep=ct.Latest(2))) as ckpt:
+    with ct.open(ct.CheckpointSpec(directory=directory, save=ct.EverySteps(3), keep=ct.Latest(2))) as ckpt:
         print(f"restored: {ckpt.restore(state).step}", flush=True)
         for step in ckpt.steps(STEPS):
-            # The batch is a function of the step, so a resumed run sees the ones that it would have seen.
+            # The batch is a function of the step, so a resumed run sees the same batches.
             update(model, state["optimizer"], jax.random.normal(jax.random.key(step), (32, 16)))
             ckpt.step(step, state)
-            if tell:
+            if verbose:
                 print(f"step {step}", flush=True)
     return state
 
 
-def killed_after(folder: pathlib.Path, step: int) -> None:
-    """Train in a process of its own and kill it when it reports a step, whatever it is doing."""
-    command = [sys.executable, __file__, "--train", str(folder)]
+def train_and_kill(directory: pathlib.Path, step: int) -> None:
+    """Train in a child process and kill it when it reports `step`, whatever it is doing."""
+    command = [sys.executable, __file__, "--train", str(directory)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         for line in child.stdout:
             if line.startswith("restored"):
@@ -66,23 +66,23 @@ def killed_after(folder: pathlib.Path, step: int) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        folder = pathlib.Path(scratch, "killed")
+        directory = pathlib.Path(scratch, "killed")
         for step in (20, 41):
-            killed_after(folder, step)
-        resumed = train(folder)
-        unbroken = train(pathlib.Path(scratch, "unbroken"))
-    pairs = zip(jax.tree.leaves(nnx.state(resumed)), jax.tree.leaves(nnx.state(unbroken)), strict=True)
-    for ours, theirs in pairs:
-        np.testing.assert_array_equal(_bits(ours), _bits(theirs))
+            train_and_kill(directory, step)
+        resumed = train(directory)
+        uninterrupted = train(pathlib.Path(scratch, "uninterrupted"))
+    pairs = zip(jax.tree.leaves(nnx.state(resumed)), jax.tree.leaves(nnx.state(uninterrupted)), strict=True)
+    for actual, expected in pairs:
+        np.testing.assert_array_equal(_get_bits(actual), _get_bits(expected))
     print("resumed bit for bit: yes")
 
 
-def _bits(leaf: jax.Array) -> np.ndarray:
+def _get_bits(leaf: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
-        train(pathlib.Path(sys.argv[2]), tell=True)
+        train(pathlib.Path(sys.argv[2]), verbose=True)
     else:
         main()

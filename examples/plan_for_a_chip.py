@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan for a chip that you do not own: its compiler says what fits, on your own machine, without any weights.
+"""Plan for a chip that you do not own: its compiler runs on your machine and needs no weights.
 
 pip install "nnx-checkpointing[tpu]"
 python examples/plan_for_a_chip.py --target tpu:v5e:2x2 --budget 0.6
-python examples/plan_for_a_chip.py --target cpu          # the same with the compiler that is always there
+python examples/plan_for_a_chip.py --target cpu          # the same with the CPU compiler
 """
 
 import argparse
@@ -45,7 +45,7 @@ def loss(model: Model, x: jax.Array) -> jax.Array:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="tpu:v5e:2x2")
-    parser.add_argument("--budget", type=float, default=0.6, help="share of the plain model's temporaries")
+    parser.add_argument("--budget", type=float, default=0.6, help="fraction of the plain model's temporaries")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("chip_rules.toml"))
     args = parser.parse_args()
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rule file on an architecture from the package index: tunix's Llama 3, unedited, with rules in six lines.
+"""Apply a rule file of six lines to a published architecture: tunix's Llama 3, unedited.
 
-pip install google-tunix                     # or what `make test-wild` installs of it
+pip install google-tunix                     # or the parts that `make test-wild` installs
 python examples/rules_on_tunix.py
 """
 
@@ -44,9 +44,9 @@ def main() -> None:
 
     plain = nnx.jit(nnx.value_and_grad(loss))(model, tokens)
     ruled = nnx.jit(nnx.value_and_grad(loss))(rt.apply(model, RULES), tokens)
-    for ours, theirs in zip(jax.tree.leaves(ruled), jax.tree.leaves(plain), strict=True):
-        assert jnp.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(jnp.abs(theirs).max()))
-    print("loss and gradients are the plain model's")
+    for actual, expected in zip(jax.tree.leaves(ruled), jax.tree.leaves(plain), strict=True):
+        assert jnp.allclose(actual, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
+    print("loss and gradients agree with the plain model")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a character model under a rule file, with checkpoints; run it again to resume.
+"""Train a character model with a rule file and checkpoints; run it again to resume.
 
     python examples/train_charlm.py                 # an nnx loop
     python examples/train_charlm.py --functional    # the same over nnx.split state
 
-What is recomputed and when the run is saved stands in `charlm.toml`.
+`charlm.toml` says what is recomputed and when the run is saved.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CONFIG = pathlib.Path(__file__).with_name("charlm.toml")
 
 
 def build(config: dict[str, Any]) -> tuple[CharLM, nnx.Optimizer, Windows]:
-    """Model, optimizer and data of a fresh run."""
+    """Create model, optimizer and data of a new run."""
     train, shape = config["train"], config["model"]
     model = CharLM(vocab=VOCAB, rngs=nnx.Rngs(train["seed"]), **shape)
     optimizer = nnx.Optimizer(model, optax.adamw(train["learning_rate"]), wrt=nnx.Param)
@@ -37,20 +37,20 @@ def build(config: dict[str, Any]) -> tuple[CharLM, nnx.Optimizer, Windows]:
 
 
 def loss_fn(model: CharLM, batch: jax.Array) -> jax.Array:
-    """Mean cross-entropy in nats per character; `batch` is `(batch, seq + 1)`, int32."""
+    """Return the mean cross-entropy in nats per character; `batch` has shape `(batch, seq + 1)`, int32."""
     logits = model(batch[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
 
 def update(model: CharLM, optimizer: nnx.Optimizer, batch: jax.Array) -> jax.Array:
-    """One training step, in place."""
+    """Run one training step in place and return the loss."""
     loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
     optimizer.update(model, grads)
     return loss
 
 
 def train(config_path: pathlib.Path, spec: ct.CheckpointSpec, progress: Progress) -> None:
-    """An nnx loop: the objects are restored and saved as they are."""
+    """Train nnx objects, which are restored and saved in place."""
     config = tomllib.loads(config_path.read_text())
     model, optimizer, data = build(config)
     rt.apply(model, rt.Rules.load(config_path))
@@ -67,7 +67,7 @@ def train(config_path: pathlib.Path, spec: ct.CheckpointSpec, progress: Progress
 
 
 def train_functional(config_path: pathlib.Path, spec: ct.CheckpointSpec, progress: Progress) -> None:
-    """The same over a pytree of state: what was restored comes back in the report."""
+    """Train a pytree of state; the report has the restored pytree."""
     config = tomllib.loads(config_path.read_text())
     model, optimizer, data = build(config)
     rt.apply(model, rt.Rules.load(config_path))
@@ -92,7 +92,7 @@ def train_functional(config_path: pathlib.Path, spec: ct.CheckpointSpec, progres
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=pathlib.Path, default=CONFIG, help="TOML file of the run")
-    parser.add_argument("--directory", type=pathlib.Path, help="folder of the checkpoints, instead of the file's")
+    parser.add_argument("--directory", type=pathlib.Path, help="where to save; default: as in the TOML file")
     parser.add_argument("--functional", action="store_true", help="loop over nnx.split state")
     arguments = parser.parse_args()
     spec = ct.CheckpointSpec.load(arguments.config)

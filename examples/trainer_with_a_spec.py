@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trainer that takes a spec: it knows how to make one update, and nothing of checkpoints.
+"""Pass a spec to a trainer that makes one update at a time and contains no checkpoint code.
 
-python examples/trainer_with_a_spec.py --folder runs/trainer
+python examples/trainer_with_a_spec.py --directory runs/trainer
 """
 
 import argparse
@@ -16,7 +16,7 @@ import ckpttools as ct
 
 
 class Trainer:
-    """A regression on made data; offers the four members that `ct.train` asks for."""
+    """A regression on synthetic data, with the four members that `ct.train` needs."""
 
     def __init__(self, total_steps: int):
         self.total_steps = total_steps
@@ -48,19 +48,19 @@ class Trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/trainer"))
+    parser.add_argument("--directory", type=pathlib.Path, default=pathlib.Path("runs/trainer"))
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
 
     spec = ct.CheckpointSpec(
-        directory=args.folder,
+        directory=args.directory,
         save=ct.EverySteps(50),
         keep=ct.Latest(2) | ct.Best("loss", mode="min"),
     )
     report = ct.train(Trainer(args.steps), spec)
     print(f"restored: {report.restored.step}, trained to {report.last_step}")
-    print(ct.ls(args.folder))
-    print("Run it again with more --steps: it goes on.")
+    print(ct.ls(args.directory))
+    print("Run it again with more --steps: it resumes.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes train one sharded model and save it together; a single process goes on with it.
+"""Two processes train one sharded model and save it together; then a single process resumes it.
 
     python examples/two_processes.py
 
@@ -25,7 +25,7 @@ import ckpttools as ct
 
 
 def build() -> dict:
-    """A model and its optimizer, their matrices sharded over all devices of all processes."""
+    """Create a model and its optimizer, with matrices sharded over all devices of all processes."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     @nnx.jit
@@ -50,10 +50,10 @@ def update(model: nnx.Linear, optimizer: nnx.Optimizer, step: jax.Array) -> jax.
     return loss
 
 
-def train(folder: pathlib.Path, total: int) -> None:
-    """The loop is the one of a single process."""
+def train(directory: pathlib.Path, total: int) -> None:
+    """Train with the same loop as in a single process."""
     state = build()
-    with ct.open(ct.CheckpointSpec(directory=folder, save=ct.EverySteps(5))) as ckpt:
+    with ct.open(ct.CheckpointSpec(directory=directory, save=ct.EverySteps(5))) as ckpt:
         report = ckpt.restore(state)
         for step in ckpt.steps(total):
             loss = update(state["model"], state["optimizer"], step)
@@ -70,27 +70,27 @@ def main() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        folder = str(pathlib.Path(scratch, "run"))
-        command = [sys.executable, __file__, "--folder", folder, "--port", str(port), "--index"]
-        # One device each, whatever the surroundings say of devices.
+        directory = str(pathlib.Path(scratch, "run"))
+        command = [sys.executable, __file__, "--directory", directory, "--port", str(port), "--index"]
+        # One device per process, whatever the environment says about devices.
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         processes = [subprocess.Popen([*command, str(index)], env=environment) for index in range(2)]
         assert [process.wait(timeout=180) for process in processes] == [0, 0]
-        print(ct.ls(folder))
-        assert ct.verify(folder).ok
-        train(pathlib.Path(folder), 20)
+        print(ct.ls(directory))
+        assert ct.verify(directory).ok
+        train(pathlib.Path(directory), 20)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.index is None:
         main()
     else:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{args.port}", num_processes=2, process_id=args.index)
-        train(args.folder, 12)
+        train(args.directory, 12)
         jax.distributed.shutdown()
