@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A causal transformer over characters, in plain flax.nnx.
 
-There is no rematerialisation or checkpoint code here: `charlm.toml` says what is
+It contains neither remat nor checkpoint code: `charlm.toml` says what is
 recomputed and when a run is saved.
 """
 

@@ -10,13 +10,13 @@ from .analysis.check import CheckReport as CheckReport
 from .analysis.check import check as check
 from .analysis.compare import Comparison as Comparison
 from .analysis.compare import compare as compare
-from .analysis.compile import measure as measure
+from .analysis.measure import measure as measure
 from .analysis.residuals import Residual as Residual
 from .analysis.residuals import ResidualReport as ResidualReport
 from .analysis.residuals import residuals as residuals
 from .analysis.timeline import Timeline as Timeline
 from .analysis.timeline import timeline as timeline
-from .compiler.measurement import Measurement as Measurement
+from .compiler.report import Measurement as Measurement
 from .compiler.targets import Target as Target
 from .compiler.targets import find_target as find_target
 from .errors import BudgetError as BudgetError

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m remattools`."""
+"""`python -m remattools` is the command `remattools`."""
 
 import sys
 
-from .cli.commands import main
+from .cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

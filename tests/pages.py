@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages of the documentation as promises: each fenced block has a way to prove it, each name a place.
+"""Check the documentation: every fenced block runs or parses, every shown output is real, every name exists.
 
-A page's Python blocks share their names, as a reader would have them. What a `text` block behind one shows is what that
-block prints; a `console` block shows commands and what they print. A language that nothing here knows is an error, so
-that no block goes unproved.
+The Python blocks of a page share one namespace, as for a reader who pastes them in order. A `text` block directly after
+one shows exactly what that block prints. A `measured` block shows the same where numbers depend on the machine or the
+compiler's version: numbers may differ, words and rows may not. A `console` block shows commands and what they print.
+An unknown language is an error, so that no block goes unchecked.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from collections.abc import Iterator
 import ckpttools
 import ckpttools.cli.commands
 import remattools
-import remattools.cli.commands
+import remattools.cli.main
+import remattools.cli.parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,36 +33,46 @@ PACKAGES = {"ct": ckpttools, "rt": remattools}
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^`\n]*)\n(?P<body>.*?)^(?P=indent)``` *$", re.DOTALL | re.MULTILINE)
 _MARK = re.compile(r"^ *(```|~~~)", re.MULTILINE)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-# What differs from run to run and says nothing: a date, a branch's name, a file's name, the bytes of a store's files.
-_PASSING = (
+# Parts of an output that differ from run to run: dates, names of branches and files, sizes of a store's files.
+_VOLATILE = (
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), "DATE"),
     (re.compile(r"\b[0-9a-f]{32}\b"), "FILE"),
     (re.compile(r"\b[0-9a-f]{8}\b"), "BRANCH"),
     (re.compile(r"\b\d+\.\d [KM]iB"), "SIZE"),
     (re.compile(r"[ \t]+"), " "),
 )
+_NUMBERS = (
+    (re.compile(r"\b\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)? (?:[KMGT]?i?B|[KMGT])\b"), "SIZE"),
+    (re.compile(r"\b\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?"), "NUMBER"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, its text, and its first line's number in the page."""
+    """One fenced block.
+
+    Attributes:
+        language: The word after the opening fence.
+        text: The lines between the fences, without the block's indentation.
+        line: Line number of the first line in the page, from 1.
+        follows: Whether only blank lines separate it from the block before.
+    """
 
     language: str
     text: str
     line: int
     follows: bool
-    """Whether nothing but blank lines stands between it and the block before."""
 
 
 class PageError(AssertionError):
-    """A page says what is not so."""
+    """A page shows something that is not true."""
 
 
 def blocks_of(text: str) -> list[Block]:
-    """Every fenced block, also indented ones.
+    """Return every fenced block of a page, including indented ones.
 
     Raises:
-        PageError: If a fence was opened or closed in a way that is not understood here, which would hide a block.
+        PageError: If a fence cannot be parsed, since that would hide a block.
     """
     found, end = [], 0
     for fence in _FENCE.finditer(text):
@@ -75,15 +87,19 @@ def blocks_of(text: str) -> list[Block]:
         )
         end = fence.end()
     if len(_MARK.findall(text)) != 2 * len(found):
-        raise PageError(f"{len(_MARK.findall(text))} fences and {len(found)} blocks: one of them is not understood")
+        raise PageError(f"{len(_MARK.findall(text))} fences and {len(found)} blocks: one fence cannot be parsed")
     return found
 
 
-def prove(page: pathlib.Path, text: str | None = None) -> None:
-    """Run, read or parse every block of a page, in its order and in the present folder.
+def check_page(page: pathlib.Path, text: str | None = None) -> None:
+    """Run or parse every block of a page, in order, in the current directory.
+
+    Args:
+        page: The page's file; its name appears in errors.
+        text: The page's text; read from the file by default.
 
     Raises:
-        PageError: If a block shows what is not so, or nothing can prove it.
+        PageError: If a block shows something wrong, or cannot be checked.
     """
     names: dict[str, object] = {"__name__": "__main__"}
     printed: str | None = None
@@ -95,52 +111,56 @@ def prove(page: pathlib.Path, text: str | None = None) -> None:
                 printed = _run(block, page, names)
             case "text" if block.follows and last is not None:
                 _compare(block.text, last, place)
+            case "measured" if block.follows and last is not None:
+                _compare(block.text, last, place, with_numbers=False)
             case "console":
                 _run_commands(block.text, place)
             case "toml":
-                _read(block.text, place)
+                _read_toml(block.text, place)
             case "sh":
                 for line in block.text.splitlines():
                     _check_command(shlex.split(line, comments=True), place)
             case "py":
                 compile(block.text, place, "exec")
             case language:
-                raise PageError(f"{place}: nothing proves a block of {language or 'no language'}")
+                raise PageError(f"{place}: a block of {language or 'no language'} cannot be checked here")
 
 
 def _run(block: Block, page: pathlib.Path, names: dict[str, object]) -> str:
     stream = io.StringIO()
-    # Blank lines in front, so that a traceback names the line of the page.
+    # Blank lines before it, so that a traceback shows the line of the page.
     program = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
     with contextlib.redirect_stdout(stream), warnings.catch_warnings():
-        # Advice that depends on how busy the machine is; every other warning is an error here as elsewhere.
+        # This advice depends on how busy the machine is; every other warning is an error, as in all tests.
         warnings.filterwarnings("ignore", "saving took", ckpttools.CheckpointWarning)
         exec(program, names)
     return stream.getvalue()
 
 
-def _compare(shown: str, printed: str, place: str) -> None:
-    def essence(text: str) -> list[str]:
-        for pattern, word in _PASSING:
+def _compare(shown: str, printed: str, place: str, *, with_numbers: bool = True) -> None:
+    """Compare two outputs without what differs from run to run, and without all numbers if asked."""
+
+    def normalize(text: str) -> list[str]:
+        for pattern, word in (*_VOLATILE, *(() if with_numbers else _NUMBERS)):
             text = pattern.sub(word, text)
         return [line.strip() for line in text.strip().splitlines()]
 
-    if essence(shown) != essence(printed):
-        raise PageError(f"{place} shows\n{shown}\nand what is printed is\n{printed}")
+    if normalize(shown) != normalize(printed):
+        raise PageError(f"{place} shows\n{shown}\nbut the block prints\n{printed}")
 
 
 def _run_commands(text: str, place: str) -> None:
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, shown = part.partition("\n")
         program, *arguments = shlex.split(command, comments=True)
-        main = {"ckpttools": ckpttools.cli.commands.main, "remattools": remattools.cli.commands.main}[program]
+        main = {"ckpttools": ckpttools.cli.commands.main, "remattools": remattools.cli.main.main}[program]
         stream = io.StringIO()
         with contextlib.redirect_stdout(stream):
             main(arguments)
         _compare(shown, stream.getvalue(), place)
 
 
-def _read(text: str, place: str) -> None:
+def _read_toml(text: str, place: str) -> None:
     tables = tomllib.loads(text).keys()
     readers = {
         "remat": remattools.Rules.from_toml,
@@ -148,36 +168,36 @@ def _read(text: str, place: str) -> None:
         "surgery": ckpttools.Surgery.from_toml,
     }
     if unknown := tables - readers.keys():
-        raise PageError(f"{place}: nothing reads {sorted(unknown)}")
+        raise PageError(f"{place}: no reader for the tables {sorted(unknown)}")
     for name in tables:
         readers[name](text)
 
 
 def _check_command(words: list[str], place: str) -> None:
-    """Whether a command of ours would take these words, and what stands around it is there."""
+    """Check that our command line accepts these words, or that the make target exists."""
     match words:
         case []:
             pass
         case ["make", target]:
             if not re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE):
-                raise PageError(f"{place}: there is no target {target}")
+                raise PageError(f"{place}: the Makefile has no target {target}")
         case ["pip", "install", "-e", "."]:
             pass
         case [("ckpttools" | "remattools") as program, *arguments]:
             build = {
                 "ckpttools": ckpttools.cli.commands.build_parser,
-                "remattools": remattools.cli.commands.build_parser,
+                "remattools": remattools.cli.parser.build_parser,
             }[program]
             try:
                 build().parse_args(arguments)
             except (SystemExit, argparse.ArgumentError) as error:
                 raise PageError(f"{place}: {shlex.join(words)} is refused") from error
         case _:
-            raise PageError(f"{place}: nothing proves the command {shlex.join(words)}")
+            raise PageError(f"{place}: the command {shlex.join(words)} cannot be checked here")
 
 
 def missing_names(text: str) -> list[str]:
-    """What a page speaks of in code and is not there: names of the packages, parameters, files of the repository."""
+    """List the code spans of a page that name a missing file, public name or parameter."""
     return [problem for code in _INLINE.findall(text) for problem in (*_missing_files(code), *_missing_api(code))]
 
 
@@ -209,7 +229,7 @@ def _missing_api(code: str) -> Iterator[str]:
 
 
 def _public(function: ast.expr) -> object | None:
-    """The function or class of ours that an expression means: `ct.open`, or a class by its bare name."""
+    """Return the public function or class that an expression names: `ct.open`, or a class by its bare name."""
     match function:
         case ast.Attribute(value=ast.Name(id=("ct" | "rt") as short), attr=name):
             return getattr(PACKAGES[short], name, None)

@@ -52,8 +52,8 @@ BETWEEN_PACKAGES = {"remattools.errors", "remattools.rules.paths"}
 FILES = [path for package in ROOMS for path in sorted((ROOT / package).rglob("*.py"))]
 # The only imports inside functions: extras, which importing the package must not import.
 EXTRAS = {"matplotlib", "fsspec"}
-# Imports by a name that is made at run time: the command line's `module:function` of the user.
-BY_NAME = {"remattools/cli/subject.py"}
+# Imports at run time: the user's `module:function` on the command line, and the commands after `--help` was answered.
+BY_NAME = {"remattools/cli/subject.py", "remattools/cli/main.py"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README, docs and docstrings show is so: every block is run or read, every shown output compared."""
+"""README, docs and docstrings are correct: every block runs or parses, and every shown output is compared."""
 
 import ast
 import doctest
@@ -15,7 +15,7 @@ import pytest
 import ckpttools
 import remattools
 from remattools.errors import ExplainedError
-from tests.pages import PAGES, ROOT, PageError, blocks_of, missing_names, prove
+from tests.pages import PAGES, ROOT, PageError, blocks_of, check_page, missing_names
 
 WITH_CODE = [page for page in PAGES if blocks_of(page.read_text())]
 MODULES = [
@@ -33,7 +33,7 @@ def identifier(page):
 @pytest.mark.parametrize("page", WITH_CODE, ids=identifier)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prove(page)
+    check_page(page)
 
 
 @pytest.mark.parametrize(
@@ -42,45 +42,52 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
         pytest.param("```python\nassert 1 == 2\n```\n", id="a block that fails"),
         pytest.param("1. a list\n\n    ```python\n    assert 1 == 2\n    ```\n", id="an indented block that fails"),
         pytest.param("```python\nprint('a 1')\n```\n\n```text\na 2\n```\n", id="an output that is not printed"),
-        pytest.param("Said only:\n\n```text\na 2\n```\n", id="an output of nothing"),
-        pytest.param("```python\nprint(1)\n```\nand\n```text\n1\n```\n", id="an output with words before it"),
+        pytest.param(
+            "```python\nprint('a 1')\n```\n\n```measured\nb 2\n```\n", id="a measured output with other words"
+        ),
+        pytest.param(
+            "```python\nprint('a 1')\n```\n\n```measured\na 1\na 1\n```\n", id="a measured output with another row"
+        ),
+        pytest.param("Prose\n\n```text\na 2\n```\n", id="an output without a block"),
+        pytest.param("```python\nprint(1)\n```\nand\n```text\n1\n```\n", id="an output after prose"),
         pytest.param("```console\n$ ckpttools ls .\nstep 1\n```\n", id="a command that prints something else"),
         pytest.param("```\nremattools plan a.py:f\n```\n", id="no language"),
-        pytest.param("```rust\nfn main() {}\n```\n", id="a language that is unknown"),
+        pytest.param("```rust\nfn main() {}\n```\n", id="an unknown language"),
         pytest.param("```python title='x'\n1\n```\n", id="a language with options"),
         pytest.param("~~~python\nassert 1 == 2\n~~~\n", id="another kind of fence"),
-        pytest.param("```toml\n[remats]\n```\n", id="a table that nothing reads"),
-        pytest.param("```sh\nmake tea\n```\n", id="a target that is not there"),
-        pytest.param("```sh\nckpttools ls runs --all\n```\n", id="an option that is not there"),
-        pytest.param("```sh\ncurl example.org\n```\n", id="a command of others"),
+        pytest.param("```toml\n[remats]\n```\n", id="a table without a reader"),
+        pytest.param("```sh\nmake tea\n```\n", id="a missing make target"),
+        pytest.param("```sh\nckpttools ls runs --all\n```\n", id="a missing option"),
+        pytest.param("```sh\ncurl example.org\n```\n", id="a foreign command"),
     ],
 )
-def test_a_page_that_is_wrong_fails(text, tmp_path, monkeypatch):
-    """Control: none of these may be passed over."""
+def test_a_wrong_page_fails(text, tmp_path, monkeypatch):
+    """Control: every one of these must be detected."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises((PageError, AssertionError)):
-        prove(tmp_path / "page.md", text)
+        check_page(tmp_path / "page.md", text)
 
 
-def test_a_page_that_is_right_passes(tmp_path, monkeypatch):
+def test_a_correct_page_passes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (
         "```python\nprint('saved 2026-01-01 10:00:00', 1)\n```\n\n```text\nsaved 2025-12-12 00:00:01   1\n```\n"
+        "```python\nprint('temp 5.64 MiB 0.315 G 2')\n```\n\n```measured\ntemp  1.2 KiB  3 M  1,000\n```\n"
         "```console\n$ ckpttools ls .\nthere are no steps\n```\n```sh\nmake test   # the tests\n```\n"
         '```toml\n[remat.rules]\n"layers.*" = false\n```\n'
     )
-    prove(tmp_path / "page.md", text)
+    check_page(tmp_path / "page.md", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=identifier)
-def test_what_a_page_names_is_there(page):
+def test_every_name_on_a_page_exists(page):
     assert missing_names(page.read_text()) == []
 
 
 @pytest.mark.parametrize(
     "code", ["ct.opens", "rt.compare(fn, runs=True)", "Storage(async_=True)", "tests/test_nothing.py"]
 )
-def test_a_name_that_is_not_there_is_found(code):
+def test_a_missing_name_is_found(code):
     """Control."""
     assert missing_names(f"| `{code}` |")
 
@@ -91,13 +98,13 @@ def test_docstrings_run(name, tmp_path, monkeypatch):
     module = importlib.import_module(name)
     result = doctest.testmod(module, report=True)
     assert result.failed == 0
-    # A section without a prompt would never be run.
+    # A section without a prompt would never run.
     shown = len(re.findall(r"^ *Examples?:\n +>>> ", inspect.getsource(module), re.MULTILINE))
     assert len(re.findall(r"^ *Examples?:$", inspect.getsource(module), re.MULTILINE)) == shown
 
 
 @pytest.mark.parametrize("package", [remattools, ckpttools], ids=lambda package: package.__name__)
-def test_the_reference_lists_all_that_is_public(package):
+def test_the_reference_lists_the_public_surface(package):
     """What `import x as x` in a package's `__init__` exports, which is its public surface."""
     source = pathlib.Path(package.__file__).read_text()
     public = set(re.findall(r"^from \.\S* import (\w+) as \1$", source, re.MULTILINE))
@@ -113,7 +120,7 @@ def test_the_reference_lists_all_that_is_public(package):
 
 
 @pytest.mark.parametrize("package", [remattools, ckpttools], ids=lambda package: package.__name__)
-def test_every_error_has_its_cause_and_remedy(package):
+def test_every_error_has_a_cause_and_a_fix(package):
     page = (ROOT / "docs" / "errors.md").read_text()
     kinds = {name for name, value in vars(package).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert kinds
@@ -122,7 +129,7 @@ def test_every_error_has_its_cause_and_remedy(package):
 
 @pytest.mark.parametrize("package", [remattools, ckpttools], ids=lambda package: package.__name__)
 def test_every_error_is_public(package):
-    """What a user can meet, a user can catch by name."""
+    """Users can catch by name every error that they can meet."""
     errors = importlib.import_module(f"{package.__name__}.errors")
     kinds = {
         name
@@ -132,12 +139,12 @@ def test_every_error_is_public(package):
     assert kinds - set(vars(package)) <= {"ExplainedError"}
 
 
-def errors_without_a_part(source, kinds):
-    """Calls that make an error of `kinds` and leave out what, why or fix."""
+def find_errors_without_a_part(source, kinds):
+    """List the calls that create an error of `kinds` without what, why or fix."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds:
-            if any(each.arg is None for each in node.keywords):  # `**texts`, which several raises share
+            if any(each.arg is None for each in node.keywords):  # `**parts`, shared by several raises
                 continue
             parts = {**dict(zip(("what", "why", "fix"), node.args)), **{each.arg: each.value for each in node.keywords}}
             given = {name for name, value in parts.items() if not (isinstance(value, ast.Constant) and not value.value)}
@@ -146,35 +153,35 @@ def errors_without_a_part(source, kinds):
     return found
 
 
-def explained(package):
-    """The error classes of a package, each with the parts that it has of itself."""
+def find_error_kinds(package):
+    """Return the error classes of a package, each with the parts that have a default."""
     errors = importlib.import_module(f"{package.__name__}.errors")
     kinds = {
         name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, ExplainedError)
     }
     return {
-        name: {part for part in ("why", "fix") if getattr(kind, f"usual_{part}", "")} for name, kind in kinds.items()
+        name: {part for part in ("why", "fix") if getattr(kind, f"default_{part}", "")} for name, kind in kinds.items()
     }
 
 
 @pytest.mark.parametrize("package", [remattools, ckpttools], ids=lambda package: package.__name__)
 def test_every_error_says_what_why_and_how_to_fix_it(package):
-    kinds = explained(package)
+    kinds = find_error_kinds(package)
     assert "ExplainedError" in kinds
     files = sorted(pathlib.Path(package.__file__).parent.rglob("*.py"))
-    lacking = [(path.name, *each) for path in files for each in errors_without_a_part(path.read_text(), kinds)]
+    lacking = [(path.name, *each) for path in files for each in find_errors_without_a_part(path.read_text(), kinds)]
     assert lacking == []
 
 
-def test_an_error_that_says_less_is_found():
+def test_an_error_without_a_part_is_found():
     """Control."""
-    kinds = explained(ckpttools)
-    assert errors_without_a_part('SpecError(what="a", fix="c")', kinds) == [(1, "SpecError", ["why"])]
-    assert errors_without_a_part('SpecError("a", "", "c")', kinds) == [(1, "SpecError", ["why"])]
-    assert errors_without_a_part('SpecError("a", "b", "c"); CorruptStepError(what="a")', kinds) == []
+    kinds = find_error_kinds(ckpttools)
+    assert find_errors_without_a_part('SpecError(what="a", fix="c")', kinds) == [(1, "SpecError", ["why"])]
+    assert find_errors_without_a_part('SpecError("a", "", "c")', kinds) == [(1, "SpecError", ["why"])]
+    assert find_errors_without_a_part('SpecError("a", "b", "c"); CorruptStepError(what="a")', kinds) == []
 
 
-def test_a_damaged_step_says_why_and_what_to_do_of_itself():
+def test_a_damaged_step_has_a_default_why_and_fix():
     for kind in (ckpttools.IncompleteStepError, ckpttools.CorruptStepError, ckpttools.UntrustedStepError):
         error = pickle.loads(pickle.dumps(kind(what="step 3 is damaged.")))
         assert str(error).splitlines()[0] == "step 3 is damaged."
@@ -193,20 +200,18 @@ def test_the_readme_has_code():
     assert ROOT / "README.md" in WITH_CODE
 
 
-def test_the_architecture_names_every_file():
-    """And no file that is not there. A new file's row is the first sentence of its docstring."""
+def test_the_architecture_names_every_room_and_only_files_that_exist():
     page = (ROOT / "docs" / "architecture.md").read_text()
-    named = {
-        f"{room}{file}"
-        for room, rows in re.findall(
-            r"^\| `(\w+/(?:\w+/)?)` \| \|\n\| --- \| --- \|\n((?:\|.*\n)+)", page, re.MULTILINE
-        )
-        for file in re.findall(r"^\| `(\w+\.py)` \| .", rows, re.MULTILINE)
-    }
-    files = {
-        str(path.relative_to(ROOT))
-        for package in ("remattools", "ckpttools")
-        for path in (ROOT / package).rglob("*.py")
-        if not path.name.startswith("__")
-    }
-    assert named == files
+    for package in ("remattools", "ckpttools"):
+        section = page.partition(f"\n## {package}\n")[2].partition("\n## ")[0]
+        named = {
+            name.rstrip("/")
+            for row in re.findall(r"^\| (`.*?) \| [^-]", section, re.MULTILINE)
+            for name in re.findall(r"`(\w+/?)`", row)
+        }
+        entries = (ROOT / package).iterdir()
+        rooms = {each.stem for each in entries if each.is_dir() or each.suffix == ".py"}
+        assert named == {room for room in rooms if not room.startswith("__")}
+    files = re.findall(r"`((?:remattools|ckpttools)/[\w/]+\.py)`", page)
+    assert len(files) > 10
+    assert [file for file in files if not (ROOT / file).is_file()] == []

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of one run: who leads, what the leader decides, and what all of them have done.
+"""The messages between the processes of one run: broadcast, all_gather and barrier, with a time limit on each.
 
-Messages go through the key-value store of `jax.distributed`, in which every wait has a time limit. Collectives would
-hang where a process is missing, make every step wait for the device, and must not run beside the training's own. A
-process that leaves says so; one that dies is missed by its heartbeat, since JAX itself takes 100 s to notice it and
-then ends all others. If process 0 dies, which holds the store, JAX ends the others at once.
+They go through the key-value store of `jax.distributed`. Collectives would hang if a process is missing, make every
+step wait for the device, and must not run beside the training's own. A process that leaves says so; one that dies is
+noticed by its missing heartbeat, since JAX itself takes 100 s to notice it and then ends all others. If process 0
+dies, which holds the store, JAX ends the others at once.
 
-A process alone is a group too, whose calls return at once.
+A single process is a group too, whose calls return at once.
 """
 
 import itertools
@@ -24,16 +24,21 @@ from ..store import orbax
 _HEARTBEAT_S = 1.0
 _LOST_AFTER_S = 20.0
 _POLL_S = 0.5
-"""How long one question to the store may take before somebody looks whether there is still somebody to answer."""
+"""How long one request to the store may take before the sender's heartbeat is checked."""
 _GRACE_S = 5.0
-"""What the leader's answer may take longer than its wait for the others."""
+"""How much longer the others wait for the leader than the leader waits for them."""
 _CLEANUP_INTERVAL = 1000
 
 _group_ids = itertools.count()
 
 
 class Group:
-    """A process that is alone."""
+    """A single process, and the interface of several.
+
+    Attributes:
+        index: Index of this process; 0 is the leader.
+        count: Number of processes.
+    """
 
     index = 0
     count = 1
@@ -44,35 +49,54 @@ class Group:
         return self.index == 0
 
     def broadcast(self, topic: str, make: Callable[[], Any], *, channel: str = "main") -> Any:
-        """What `make` returns in the leader, as plain data, in every process.
+        """Return what `make` returns in the leader, in every process.
+
+        Args:
+            topic: What the message is about, for errors; the same in every process.
+            make: Called in the leader only; returns plain data.
+            channel: Messages of one channel are sent in order; each thread needs its own.
 
         Raises:
-            ProcessError: If it raised there, or the leader is not heard of.
+            ProcessError: If `make` raised in the leader, or the leader does not answer.
         """
         return make()
 
     def all_gather(self, topic: str, value: Any, *, channel: str = "main") -> list[Any]:
-        """The values of all processes, in their order; a barrier.
+        """Return the values of all processes, by index; a barrier.
+
+        Args:
+            topic: What the message is about, for errors; the same in every process.
+            value: Plain data.
+            channel: Messages of one channel are sent in order; each thread needs its own.
 
         Raises:
-            ProcessError: If a process is not heard of.
+            ProcessError: If a process does not answer.
         """
         return [value]
 
     def raise_if_any_failed(self, topic: str, error: BaseException | None, *, channel: str = "main") -> None:
-        """Go on only if all can.
+        """Raise if any process passes an error; a barrier.
+
+        Args:
+            topic: What was done, for errors; the same in every process.
+            error: The error of this process, which is raised unchanged; None if it has none.
+            channel: Messages of one channel are sent in order; each thread needs its own.
 
         Raises:
-            ProcessError: If another process has an error; an own error is raised as it is.
+            ProcessError: If another process has an error.
         """
         if error is not None:
             raise error
 
     def run_on_all[T](self, topic: str, make: Callable[[], T]) -> T:
-        """What `make` returns here, if it succeeds everywhere.
+        """Return what `make` returns in this process, if it succeeds in all of them; a barrier.
+
+        Args:
+            topic: What is done, for errors; the same in every process.
+            make: Called in every process; its error is raised unchanged.
 
         Raises:
-            ProcessError: If it fails in another process; an own error is raised as it is.
+            ProcessError: If it fails in another process.
         """
         try:
             value = make()
@@ -83,23 +107,23 @@ class Group:
         return value
 
     def request_stop(self, reason: str | None) -> None:
-        """Tell the leader that this process was asked to stop."""
+        """Send the leader the reason why this process was asked to stop; nothing for None."""
 
     def get_stop_request(self) -> str | None:
-        """What any process wished for, to be asked by the leader."""
+        """Return the reason why any process was asked to stop, in the leader; None if none was."""
         return None
 
     def close(self) -> None:
-        """Tell the others that nothing more comes from here."""
+        """Send the others that this process sends no more messages."""
 
 
 class MultiprocessGroup(Group):
     """One of several processes.
 
     Args:
-        index: Its number.
-        count: How many there are.
-        timeout_s: How long to wait for the others.
+        index: Index of this process; 0 is the leader.
+        count: Number of processes.
+        timeout_s: How long to wait for the others, in seconds.
     """
 
     def __init__(self, index: int, count: int, timeout_s: float) -> None:
@@ -117,9 +141,9 @@ class MultiprocessGroup(Group):
         self._heartbeat_thread.start()
 
     def broadcast(self, topic: str, make: Callable[[], Any], *, channel: str = "main") -> Any:
-        """See `Group.decide`."""
+        """Return what `make` returns in the leader, in every process; see `Group.broadcast`."""
         if self._message_counts.get(channel, 0) % _CLEANUP_INTERVAL == _CLEANUP_INTERVAL - 1:
-            self.all_gather("tidy", None, channel=channel)
+            self.all_gather("cleanup", None, channel=channel)
         key = self._make_next_key(channel)
         if not self.is_leader:
             return self._unpack_message(
@@ -134,7 +158,7 @@ class MultiprocessGroup(Group):
         return value
 
     def all_gather(self, topic: str, value: Any, *, channel: str = "main") -> list[Any]:
-        """See `Group.exchange`."""
+        """Return the values of all processes, by index; see `Group.all_gather`."""
         key = self._make_next_key(channel)
         deadline = time.monotonic() + self._timeout_s
         if not self.is_leader:
@@ -144,8 +168,8 @@ class MultiprocessGroup(Group):
         values = [value]
         try:
             for other in range(1, self.count):
-                letter = self._receive(f"{key}/{other}", other, topic, deadline)
-                values.append(self._unpack_message(topic, other, letter))
+                message = self._receive(f"{key}/{other}", other, topic, deadline)
+                values.append(self._unpack_message(topic, other, message))
         except ProcessError as error:
             self._send(f"{key}/all", topic, error=error)
             raise
@@ -154,58 +178,58 @@ class MultiprocessGroup(Group):
         return values
 
     def raise_if_any_failed(self, topic: str, error: BaseException | None, *, channel: str = "main") -> None:
-        """See `Group.agree`."""
-        texts = self.all_gather(topic, None if error is None else _format_error(error), channel=channel)
+        """Raise if any process passes an error; see `Group.raise_if_any_failed`."""
+        errors = self.all_gather(topic, None if error is None else _format_error(error), channel=channel)
         if error is not None:
             raise error
-        failed = [index for index, text in enumerate(texts) if text is not None]
+        failed = [index for index, text in enumerate(errors) if text is not None]
         if failed:
             raise ProcessError(
-                what=f"{topic}: process {failed[0]} of {self.count} failed: {texts[failed[0]]}",
-                why="what one process cannot do, none of them does; all committed steps are as they were.",
-                fix="look at the output of that process.",
+                what=f"{topic}: process {failed[0]} of {self.count} failed: {errors[failed[0]]}",
+                why="if one process fails, all of them stop there; all committed steps are as they were.",
+                fix="see the output of that process.",
             )
 
     def request_stop(self, reason: str | None) -> None:
-        """See `Group.wish`."""
+        """Send the leader the reason why this process was asked to stop; only the first is sent."""
         if reason is not None and not self._has_requested_stop:
             self._has_requested_stop = True
-            self._store.key_value_set(f"{self._key_prefix}/wish/{self.index}", reason)
+            self._store.key_value_set(f"{self._key_prefix}/stop/{self.index}", reason)
 
     def get_stop_request(self) -> str | None:
-        """See `Group.wishes`."""
-        return next((f"{text} (process {index})" for index, text in self._read_all("wish").items()), None)
+        """Return the reason why any process was asked to stop, with the index of that process."""
+        return next((f"{text} (process {index})" for index, text in self._read_all("stop").items()), None)
 
     def close(self) -> None:
-        """See `Group.leave`."""
+        """Send the others that this process sends no more messages, and stop the heartbeat."""
         if not self._closed.is_set():
             self._closed.set()
             self._heartbeat_thread.join(2 * _POLL_S)
             try:
                 self._store.key_value_set(f"{self._key_prefix}/left/{self.index}", "")
             except jax.errors.JaxRuntimeError:
-                return  # The store is gone, and with it everybody who could be told.
+                return  # The store is gone, and with it every other process.
 
     def _make_next_key(self, channel: str) -> str:
         self._message_counts[channel] = self._message_counts.get(channel, 0) + 1
         return f"{self._key_prefix}/{channel}/{self._message_counts[channel]}"
 
     def _delete_old_messages(self, channel: str) -> None:
-        """Delete what was told before an exchange: whoever takes part has read all of it."""
-        turn = self._message_counts[channel]
-        for old in range(self._deleted_counts.get(channel, 0) + 1, turn):
+        """Delete the messages before an all_gather: every process that takes part in it has read them."""
+        count = self._message_counts[channel]
+        for old in range(self._deleted_counts.get(channel, 0) + 1, count):
             self._store.key_value_delete(f"{self._key_prefix}/{channel}/{old}/")
-        self._deleted_counts[channel] = turn - 1
+        self._deleted_counts[channel] = count - 1
 
     def _send(self, key: str, topic: str, value: Any = None, *, error: BaseException | None = None) -> None:
-        letter = {"topic": topic, "value": value} if error is None else {"topic": topic, "error": _format_error(error)}
+        content = {"value": value} if error is None else {"error": _format_error(error)}
         try:
-            self._store.key_value_set(key, json.dumps(letter))
+            self._store.key_value_set(key, json.dumps({"topic": topic, **content}))
         except jax.errors.JaxRuntimeError as failure:
             raise self._make_lost_service_error(topic, failure) from failure
 
     def _receive(self, key: str, sender: int, topic: str, deadline: float) -> dict[str, Any]:
-        """Wait for a letter of another process."""
+        """Wait for a message of another process."""
         while True:
             try:
                 return dict(json.loads(self._store.blocking_key_value_get(key, int(_POLL_S * 1000))))
@@ -219,14 +243,14 @@ class MultiprocessGroup(Group):
                     + (missing or f"nothing came from it within {self._timeout_s:g} s."),
                     why="several processes save and restore together: each calls the same methods in the same order. "
                     "All committed steps are as they were.",
-                    fix="look at the output of that process and start the run again; "
+                    fix="see the output of that process, and start the run again; "
                     "Storage(timeout_s=...) sets how long to wait for a slow one.",
                 )
                 error.missing = True
                 raise error
 
     def _describe_absence(self, sender: int) -> str:
-        """Why nothing more is to be expected of a process; empty while it lives."""
+        """Return why a process will send nothing more; "" while it is alive."""
         if str(sender) in self._read_all("left"):
             return "it has closed the run."
         beat = self._read_all("beat").get(str(sender), "")
@@ -245,9 +269,9 @@ class MultiprocessGroup(Group):
     def _unpack_message(self, topic: str, sender: int, message: dict[str, Any]) -> Any:
         if "error" in message:
             raise ProcessError(
-                what=f"{topic}: process {sender} of {self.count} gave up: {message['error']}",
-                why="what one process cannot do, none of them does; all committed steps are as they were.",
-                fix="look at the output of that process.",
+                what=f"{topic}: process {sender} of {self.count} failed: {message['error']}",
+                why="if one process fails, all of them stop there; all committed steps are as they were.",
+                fix="see the output of that process.",
             )
         if message["topic"] != topic:
             raise ProcessError(
@@ -261,7 +285,7 @@ class MultiprocessGroup(Group):
         return ProcessError(
             what=f"{topic}: jax.distributed's coordination service does not answer: {str(failure).splitlines()[0]}",
             why="process 0 holds it, and has most likely ended. All committed steps are as they were.",
-            fix="look at the output of process 0 and start the run again.",
+            fix="see the output of process 0, and start the run again.",
         )
 
     def _send_heartbeats(self) -> None:
@@ -275,16 +299,16 @@ class MultiprocessGroup(Group):
 
 
 def _format_error(error: BaseException) -> str:
-    """An error in one line for another process."""
+    """Return an error as one line for another process."""
     return f"{type(error).__name__}: {getattr(error, 'what', error)}"
 
 
 def get_process_index_and_count() -> tuple[int, int]:
-    """The number of this process and how many there are; asks for no device unless there are several."""
+    """Return the index of this process and the number of processes, without initialising a device for one process."""
     return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
 
 
 def make_group(timeout_s: float) -> Group:
-    """The processes that jax.distributed has brought together; one that is alone without it."""
+    """Return the processes of `jax.distributed`; a single one without it."""
     index, count = get_process_index_and_count()
     return Group() if count == 1 else MultiprocessGroup(index, count, timeout_s)

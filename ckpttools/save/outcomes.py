@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call to `step` or `save` came to: one of four frozen values, to be matched."""
+"""The outcome of a call to `step` or `save`: one of four frozen values, for a `match` statement."""
 
 import dataclasses
 import pathlib
@@ -9,17 +9,27 @@ from ..errors import CheckpointError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A step that is on the disk, synced and committed.
+    """The step is on the disk, synced and committed.
 
     Attributes:
         step: Completed updates.
-        path: Folder of the step.
+        path: Directory of the step.
         total_bytes: Bytes of its files.
-        seconds: From the call to the commit.
-        stall_s: How long the training stood still for it.
-        reason: Why it was saved.
+        seconds: Seconds from the call to the commit.
+        stall_s: Seconds that the training was stalled by it.
+        reason: Why it was saved, such as "every 500 steps".
         deleted: Steps that retention deleted after it.
-        trouble: What could not be tidied up after the commit, which is given as a warning, too; "" if all could.
+        trouble: What could not be deleted or copied after the commit, which is also a warning; "" if nothing.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> spec = ct.CheckpointSpec(directory=tempfile.mkdtemp(), storage=ct.Storage(asynchronous=False))
+        >>> with ct.open(spec) as ckpt:
+        ...     match ckpt.save(1, {"count": 1}):
+        ...         case ct.Saved(step=step, reason=reason):
+        ...             print(step, reason)
+        1 asked for
     """
 
     step: int
@@ -34,13 +44,20 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Started:
-    """A save that goes on in the background; the next call reports its end and raises its error.
+    """A save is in progress in the background; the next call reports its end and raises its error.
 
     Attributes:
         step: Completed updates.
         reason: Why it is saved.
-        stall_s: How long the call took.
-        finished: An earlier background save that has ended since the last call.
+        stall_s: Seconds that the call took.
+        finished: An earlier background save that has ended since the last call; None if there is none.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> with ct.open(ct.CheckpointSpec(directory=tempfile.mkdtemp())) as ckpt:
+        ...     isinstance(ckpt.save(1, {"count": 1}), ct.Started), ckpt.wait().step
+        (True, 1)
     """
 
     step: int
@@ -56,7 +73,14 @@ class Skipped:
     Attributes:
         step: Completed updates.
         reason: Why not.
-        finished: An earlier background save that has ended since the last call.
+        finished: An earlier background save that has ended since the last call; None if there is none.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> with ct.open(ct.CheckpointSpec(directory=tempfile.mkdtemp(), save=ct.EverySteps(500))) as ckpt:
+        ...     ckpt.step(1, {"count": 1})
+        Skipped(step=1, reason='not due: every 500 steps', finished=None)
     """
 
     step: int
@@ -66,11 +90,18 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Failed:
-    """A save that failed, with `on_error="return"`; committed steps are as they were.
+    """A save failed, with `on_error="return"`; committed steps are as they were.
 
     Attributes:
         step: The step of the call; the error says which save failed.
         error: What would have been raised.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> with ct.open(ct.CheckpointSpec(directory=tempfile.mkdtemp())) as ckpt:
+        ...     ckpt.save(-1, {"count": 1}, on_error="return").error.what
+        'step -1 is not a count of completed updates.'
     """
 
     step: int
@@ -78,3 +109,4 @@ class Failed:
 
 
 type Outcome = Saved | Started | Skipped | Failed
+"""What a call to `Session.step` or `Session.save` returns."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One save in a thread of its own, whose result or error is fetched exactly once; and one call at a time."""
+"""One save in a separate thread, whose result or error is fetched once."""
 
 import threading
 from collections.abc import Callable
@@ -11,10 +11,14 @@ from .outcomes import Saved
 class Worker:
     """A save in progress.
 
+    Args:
+        step: The step that is being saved.
+        run: Makes the save; called in the thread, with this worker.
+
     Attributes:
         step: The step that is being saved.
-        stall_s: How long the training stood still for it.
-        is_abandoned: Set when a wait timed out and the program went on, so that the arrays may change under the save.
+        stall_s: Seconds that the training was stalled by it.
+        is_abandoned: Set when a wait has timed out and the program continues, so that the arrays may change meanwhile.
     """
 
     def __init__(self, step: int, run: Callable[["Worker"], Saved]) -> None:
@@ -26,7 +30,7 @@ class Worker:
         self._callbacks: list[Callable[[], None]] = []
         self._is_done = False
         self._lock = threading.Lock()
-        # A daemon: with a disk that does not answer, the process must still be able to end.
+        # A daemon, so that the process can end even if the disk does not answer.
         self._thread = threading.Thread(target=self._run, args=(run,), name=f"ckpttools-save-{step}", daemon=True)
         self._thread.start()
 
@@ -42,7 +46,7 @@ class Worker:
             call()
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """Call when the save has come to its end; at once if it has."""
+        """Call `callback` when the save has ended; at once if it has."""
         with self._lock:
             if not self._is_done:
                 self._callbacks.append(callback)
@@ -51,7 +55,7 @@ class Worker:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the save has come to its end, good or bad."""
+        """Whether the save has succeeded or failed."""
         return not self._thread.is_alive()
 
     @property
@@ -60,21 +64,21 @@ class Worker:
         return self._error
 
     def wait(self, timeout_s: float) -> None:
-        """Wait for the end.
+        """Wait until the save has ended.
 
         Raises:
-            SaveTimeoutError: If it does not come in time.
+            SaveTimeoutError: If it has not after `timeout_s`.
         """
         self._thread.join(timeout_s)
         if not self.has_ended:
             raise SaveTimeoutError(
                 what=f"the save of step {self.step} has not ended after {timeout_s:g} s.",
                 why="the disk is slow, full or gone; that step is not committed.",
-                fix="look at the disk; Storage(timeout_s=...) sets how long to wait.",
+                fix="check the disk; Storage(timeout_s=...) sets how long to wait.",
             )
 
     def get_result(self) -> Saved | None:
-        """What the save came to; raises its error."""
+        """Return the outcome of the save, or raise its error."""
         if self._error is not None:
             raise self._error
         return self._result

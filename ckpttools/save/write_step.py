@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One save, from a snapshot to a committed step.
+"""One save, from a snapshot to a committed step: write the arrays, read them back, write the manifest, commit, prune.
 
-Sits on `state` (what is saved) and `store` (where to). Leaf digests are taken from the arrays as they were handed
-over, while Orbax writes them; file digests from what was written, through the page cache. Whatever fails before the
-rename leaves the run as it was.
+Leaf digests are computed from the snapshot's arrays while Orbax writes them; file digests from what was written,
+through the page cache. Whatever fails before the rename in `store.commit` leaves the run as it was.
 """
 
 import concurrent.futures
@@ -21,18 +20,18 @@ from ..spec.spec import CheckpointSpec
 from ..spec.state_version import as_state_version
 from ..store import commit, digest, integrity, layout, manifest, orbax
 from ..store.run_directory import RunDirectory
-from ..tree.leaves import Record, count_host_bytes
-from ..tree.snapshot import Snapshot
+from ..tree.leaves import Record
+from ..tree.snapshot import Snapshot, SnapshotItem, SnapshotLeaf
 from .outcomes import Saved
 from .worker import Worker
 
 _OVERHEAD_BYTES = 1 << 20
-"""What Orbax's metadata and the manifest take at the least."""
+"""Lower bound for Orbax's metadata and the manifest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A save that has been decided upon.
+    """A save that has been decided on.
 
     Attributes:
         snapshot: The state.
@@ -40,7 +39,7 @@ class Job:
         triggers: Memory of the triggers after this save.
         outputs: Outputs of the validation function.
         surgery: Operations that were applied in this run before, as code.
-        staging: Name of the staging folder; its random part is alike in all processes.
+        staging: Name of the staging directory; its random part is the same in all processes.
     """
 
     snapshot: Snapshot
@@ -51,25 +50,20 @@ class Job:
     staging: str = ""
 
 
-def estimate_bytes(snapshot: Snapshot) -> int:
-    """Bytes that a save will take on the disk, uncompressed."""
-    return _OVERHEAD_BYTES + sum(count_host_bytes(records) for records in snapshot.records.values())
-
-
 def save_step(run: RunDirectory, spec: CheckpointSpec, job: Job, worker: Worker, start_time: float) -> Saved:
-    """The part of a save that may go on in the background: write, commit, and only then delete.
+    """Write, commit and only then delete: the part of a save that may run in the background.
 
     Args:
-        run: The run.
-        spec: Its spec.
+        run: The run directory.
+        spec: The run's spec.
         job: What to save.
         worker: The thread that this runs in.
-        start_time: `time.monotonic()` when the save was asked for.
+        start_time: `time.monotonic()` when the save was requested.
     """
     try:
         path = write_step(run.directory, spec, job, is_abandoned=worker.is_abandoned.is_set)
     except StorageError:
-        run.invalidate()  # The step may stand there all the same, unconfirmed.
+        run.invalidate()  # The step may be in place all the same, unconfirmed.
         raise
     total_bytes, deleted, trouble = run_post_commit(run, spec, job, path)
     return Saved(
@@ -87,11 +81,11 @@ def save_step(run: RunDirectory, spec: CheckpointSpec, job: Job, worker: Worker,
 def run_post_commit(
     run: RunDirectory, spec: CheckpointSpec, job: Job, path: pathlib.Path
 ) -> tuple[int, tuple[int, ...], str]:
-    """What follows a commit: second copies, and retention.
+    """Write the second copies and apply retention, once the step is committed.
 
     Returns:
-        The step's bytes, the steps that were deleted, and what went wrong: with the step committed, trouble with an
-        old one is no failure of the save.
+        The step's bytes, the deleted steps, and what went wrong: since the step is committed, a failure to delete an
+        old one is not a failure of the save.
     """
     total_bytes = 0
     try:
@@ -106,13 +100,17 @@ def run_post_commit(
 
 
 def make_room(run: RunDirectory, spec: CheckpointSpec, job: Job) -> None:
-    """Make sure that there is room for a save, by deleting what retention allows if the spec says so."""
-    save_bytes = estimate_bytes(job.snapshot)
+    """Check that there is enough disk space for a save; delete what retention allows if the spec says so.
+
+    Raises:
+        DiskSpaceError: If there is not.
+    """
+    save_bytes = _OVERHEAD_BYTES + job.snapshot.array_bytes
     if spec.storage.when_full == "prune":
         try:
             return require_space(run.directory, spec, save_bytes)
         except DiskSpaceError:
-            # What is damaged goes first, and what is intact only if that was not enough.
+            # Damaged steps are deleted first, and intact ones only if that was not enough.
             run.empty_quarantine()
         try:
             return require_space(run.directory, spec, save_bytes)
@@ -122,94 +120,91 @@ def make_room(run: RunDirectory, spec: CheckpointSpec, job: Job) -> None:
 
 
 def require_space(root: pathlib.Path, spec: CheckpointSpec, save_bytes: int) -> None:
-    """Raise `DiskSpaceError` unless the spec's free space is there; nothing is written."""
+    """Raise `DiskSpaceError` unless `save_bytes` fit and leave the spec's free space; nothing is written."""
     try:
         free = shutil.disk_usage(root).free
     except OSError as error:
         raise StorageError(
             what=f"{root} is gone: {error}.",
-            why="the folder of the run was there when it was opened.",
-            fix="look at the disk and at who deletes there; the next save tries anew.",
+            why="the run's directory was there when the run was opened.",
+            fix="check the disk, and what else deletes there; the next save tries again.",
         ) from error
     needed = spec.storage.compute_required_bytes(save_bytes)
     if free < needed:
         raise DiskSpaceError(
             what=f"{root} has {free:,} bytes free; this save takes {save_bytes:,} and the spec asks for {needed:,}.",
-            why="a save that runs out of room costs its time and leaves nothing.",
+            why="a save that runs out of space takes its time and leaves nothing.",
             fix="free some space, lower min_free, keep fewer steps"
             + ("." if spec.storage.when_full == "prune" else ', or set Storage(when_full="prune").'),
         )
 
 
 def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, is_abandoned: Callable[[], bool]) -> pathlib.Path:
-    """Write, prove and commit one step.
+    """Write, verify and commit one step.
 
     Args:
-        root: The run's folder.
+        root: The run's directory.
         spec: The run's spec.
         job: What to save.
-        is_abandoned: Asked right before the commit: whether the caller has given up waiting and gone on, so that the
-            arrays may have changed under the save.
+        is_abandoned: Called right before the commit: whether the caller has given up waiting and continued, so that
+            the arrays may have changed during the save.
 
     Returns:
-        The folder of the committed step.
+        The directory of the committed step.
 
     Raises:
-        StorageError: If the disk refused; the run is as it was.
-        CorruptStepError: If the readback found other bytes than were handed over; the run is as it was.
+        StorageError: If the disk cannot be written; the run is as it was.
+        CorruptStepError: If the readback finds other bytes than those of the snapshot; the run is as it was.
     """
     step = job.summary.step
     holder = layout.get_control_path(root, f"staging/{job.staging}")
     try:
         staged = holder / str(step)
         commit.make_directory(holder)
-        _write_tree(staged, spec, job)
+        _write_files(staged, spec, job)
         if is_abandoned():
-            raise StorageError(
-                what=f"step {step} was not committed.",
-                why="its wait had timed out before.",
-                fix="nothing: the next save writes a whole step. Storage(timeout_s=...) waits longer.",
-            )
+            raise make_abandoned_error(step)
         return commit.commit_step(root, staged, step)
     except CheckpointError:
         raise
     except Exception as error:
-        raise explained(root, step, error) from error
+        raise make_save_error(root, step, error) from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 
 
-def _write_tree(staged: pathlib.Path, spec: CheckpointSpec, job: Job) -> None:
-    algorithm = spec.integrity.digest
+def _write_files(staged: pathlib.Path, spec: CheckpointSpec, job: Job) -> None:
     with concurrent.futures.ThreadPoolExecutor(1, "ckpttools-digest") as pool:
-        hashing = pool.submit(add_digests, algorithm, job.snapshot)
-        orbax.write(staged, job.snapshot.records, job.snapshot.arrays, compression=spec.storage.compression)
-        records = hashing.result()
-    finalize_step(staged, spec, job, records)
+        hashing = pool.submit(add_digests, spec.integrity.digest, job.snapshot)
+        orbax.write(staged, job.snapshot, compression=spec.storage.compression)
+        digested = hashing.result()
+    finalize_step(staged, spec, job, digested)
 
 
 def finalize_step(
     staged: pathlib.Path,
     spec: CheckpointSpec,
     job: Job,
-    records: dict[str, tuple[Record, ...]],
+    snapshot: Snapshot,
     files: Mapping[str, tuple[int, str]] | None = None,
     **parts: Any,
 ) -> None:
     """Read back what was written, if the spec says so, and write the manifest.
 
     Args:
-        staged: The folder of the step.
+        staged: The step's staging directory.
         spec: The run's spec.
         job: What was saved.
-        records: The leaves with their digests.
-        files: Sizes and digests of files that are known already.
-        parts: What several processes add to the contents.
+        snapshot: The job's snapshot with its digests.
+        files: Sizes and digests of files that were computed before.
+        parts: What a save by several processes adds to the manifest's contents.
     """
     algorithm = spec.integrity.digest
     if spec.integrity.verify == "readback":
-        _read_back(staged, job.summary.step, records)
-    items = {item: manifest.Item(records=records[item], skeletons=job.snapshot.skeletons[item]) for item in records}
+        _read_back(staged, job.summary.step, snapshot.records)
+    items = {
+        name: manifest.Item(records=item.records, skeletons=item.skeletons) for name, item in snapshot.items.items()
+    }
     summary = dataclasses.replace(job.summary, files=describe_files(staged, algorithm, files or {}))
     contents = manifest.Contents(
         items=items,
@@ -222,23 +217,33 @@ def finalize_step(
     manifest.write(staged, summary, contents, algorithm=algorithm)
 
 
-def add_digests(algorithm: str, snapshot: Snapshot) -> dict[str, tuple[Record, ...]]:
-    """The records with the digests of the arrays that this process holds all of."""
-    return {
-        item: tuple(
-            dataclasses.replace(record, digest=digest.hash_array(algorithm, snapshot.arrays[item][record.path]))
-            if record.path in snapshot.arrays[item]
-            else record
-            for record in records
-        )
-        for item, records in snapshot.records.items()
-    }
+def add_digests(algorithm: str, snapshot: Snapshot) -> Snapshot:
+    """Return the snapshot with a digest in the record of each array that this process holds all of."""
+
+    def add_digest(leaf: SnapshotLeaf) -> SnapshotLeaf:
+        if leaf.host_array is None:
+            return leaf
+        text = digest.hash_array(algorithm, leaf.host_array)
+        return dataclasses.replace(leaf, record=dataclasses.replace(leaf.record, digest=text))
+
+    return Snapshot(
+        {
+            name: SnapshotItem(tuple(map(add_digest, item.leaves)), item.skeletons)
+            for name, item in snapshot.items.items()
+        }
+    )
 
 
 def describe_files(
     directory: pathlib.Path, algorithm: str, known_files: Mapping[str, tuple[int, str]] | None = None
 ) -> dict[str, tuple[int, str]]:
-    """Size and digest of each file of a step except its manifest; what is known of a file of that size is taken."""
+    """Return size and digest of each file of a step except its manifest.
+
+    Args:
+        directory: The step.
+        algorithm: Of the digests.
+        known_files: Sizes and digests that need not be computed again if the size still matches.
+    """
     known_files = known_files or {}
     files = {}
     for parent, _, names in os.walk(directory, onerror=commit.raise_for_os_error):
@@ -252,7 +257,7 @@ def describe_files(
     return dict(sorted(files.items()))
 
 
-def _read_back(staged: pathlib.Path, step: int, records: dict[str, tuple[Record, ...]]) -> None:
+def _read_back(staged: pathlib.Path, step: int, records: Mapping[str, tuple[Record, ...]]) -> None:
     try:
         arrays = orbax.read(staged, records)
     except orbax.ReadError as error:
@@ -272,18 +277,27 @@ def _read_back(staged: pathlib.Path, step: int, records: dict[str, tuple[Record,
         raise failure
 
 
-def explained(root: pathlib.Path, step: int, error: Exception) -> StorageError:
-    """An error of the disk, or of Orbax and TensorStore, which wrap those of the disk in types of their own."""
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    kind = DiskSpaceError if full else StorageError
+def make_abandoned_error(step: int) -> StorageError:
+    """Return the error for a save whose caller has stopped waiting for it."""
+    return StorageError(
+        what=f"step {step} was not committed.",
+        why="the wait for it had timed out, and its arrays may have changed since.",
+        fix="nothing: the next save writes a whole step. Storage(timeout_s=...) waits longer.",
+    )
+
+
+def make_save_error(root: pathlib.Path, step: int, error: Exception) -> StorageError:
+    """Return a `StorageError` for an error of the disk, of Orbax or of TensorStore, which wrap those of the disk."""
+    is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    kind = DiskSpaceError if is_full else StorageError
     if isinstance(error, RuntimeError) and "shutdown" in str(error):
         return StorageError(
             what=f"step {step} was not saved to {root}: the program ended before the save did.",
-            why="a save needs threads, of which Python makes none any more; all earlier steps are as they were.",
+            why="a save needs threads, and Python starts none at exit; all earlier steps are as they were.",
             fix="wait() or close() at the end of the program, or the session in a with block.",
         )
     return kind(
         what=f"step {step} could not be saved to {root}: {type(error).__name__}: {error}",
-        why="the save was given up before its commit; all earlier steps are as they were.",
-        fix="free some space and save again." if full else "look at the cause above; the next save tries anew.",
+        why="the save failed before its commit; all earlier steps are as they were.",
+        fix="free some space and save again." if is_full else "see the cause above; the next save tries again.",
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run stands: its step and branch, how long it has trained, and what its triggers remember.
+"""Where a run stands: its step and branch, how long it has trained, and the memory of its triggers.
 
-Nothing is written here. A save in the background may still fail, so what the triggers remembered before it is kept
-until its result is known.
+Writes nothing. A background save may still fail, so the memory of the triggers from before it is kept until its
+result is known.
 """
 
 import time
@@ -22,7 +22,7 @@ class RunProgress:
 
     Args:
         trigger: When it saves.
-        run: Its folder.
+        run: Its directory.
 
     Attributes:
         step: Completed updates: the step that was restored, passed or saved last; 0 before.
@@ -44,45 +44,52 @@ class RunProgress:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it is known where the run goes on, be it from nothing."""
+        """Whether it is decided which step the run continues from, or that it starts from nothing."""
         return self._origin is not None
 
     def begin(self, step: int = 0, lineage: Lineage = (), memory: Memory = None, run_s: float = 0.0) -> None:
-        """Go on from a restored step, or from nothing."""
+        """Continue from a restored step, or start from nothing.
+
+        Args:
+            step: The restored step.
+            lineage: Its branch.
+            memory: Memory of the triggers after it.
+            run_s: Seconds of training up to it.
+        """
         self._origin = step, lineage
         self.branch()
         self.step, self._memory = step, memory
         self._previous_run_s, self._start_time = run_s, time.monotonic()
 
     def branch(self) -> None:
-        """Find the branch anew: another process may have gone on with the run since the restore."""
+        """Derive the branch again: another process may have continued the run since the restore."""
         if self._origin is not None:
             self.lineage = self._run.derive_lineage(*self._origin)
 
     def make_context(self, step: int, metrics: Mapping[str, Any], *, minimum: int = 1) -> StepContext:
-        """A completed step as the triggers see it.
+        """Return a completed step as the triggers see it.
 
         Args:
-            step: Completed updates, none of them undone.
+            step: Completed updates; not less than those of the previous step.
             metrics: Values of this step; each is read when a trigger asks for it.
-            minimum: The smallest step.
+            minimum: The smallest valid step.
 
         Raises:
-            StepOrderError: If the step is no such count.
-            LeafError: If the metrics are no mapping by name.
+            StepOrderError: If the step is not such a count.
+            LeafError: If the metrics are not a mapping by name.
         """
         require_metrics(metrics)
         if type(step) is not int or not minimum <= step <= layout.MAX_STEP:
             raise StepOrderError(
-                what=f"step {step!r} is no count of completed updates.",
-                why="a step is an int of at most 18 digits, and the first one that is complete is 1.",
-                fix="for step in ckpt.steps(total): ..., or ckpt.step(int(index) + 1, state) in a loop of your own.",
+                what=f"step {step!r} is not a count of completed updates.",
+                why="a step is an int of at most 18 digits, and the first completed one is 1.",
+                fix="for step in ckpt.steps(total): ..., or ckpt.step(int(index) + 1, state) in your own loop.",
             )
         if step < self.step:
             raise StepOrderError(
                 what=f"step {step!r} cannot come after step {self.step}.",
                 why="a step counts completed updates, so it only grows.",
-                fix="to go back, restore(state, step=...) an earlier step; that begins a branch.",
+                fix="to go back, restore(state, step=...) an earlier step; that starts a branch.",
             )
 
         def get_metric(name: str) -> float | None:
@@ -93,19 +100,19 @@ class RunProgress:
         )
 
     def decide(self, context: StepContext) -> Decision:
-        """Whether the triggers want a save, which they remember having been asked."""
+        """Return whether the triggers ask for a save; they remember that they were asked."""
         self._memory = self._trigger.observe(context, self._memory)
         return self._trigger.decide(context, self._memory)
 
     def compute_memory(self, context: StepContext) -> Memory:
-        """What the triggers remember once this moment is saved."""
+        """Return the memory of the triggers once this step is saved."""
         return self._trigger.update_after_save(context, self._memory)
 
     def begin_save(self, context: StepContext) -> None:
-        """A save of this moment has begun."""
+        """Record that a save of this step has started."""
         self.step = context.step
         self._memory_before_save, self._memory = self._memory, self.compute_memory(context)
 
     def revert_save(self) -> None:
-        """The triggers were told of a save that did not happen."""
+        """Record that the save failed."""
         self._memory = self._memory_before_save

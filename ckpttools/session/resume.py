@@ -1,42 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a session goes on from: the nearest intact step, of its own folder or of its mirror, proved and not yet placed.
+"""Restore a session's run: find the nearest intact step here or at the mirror, fill the state, and continue from it.
 
-Sits on `recovery`, which knows one list of candidates; here it is put together with what a session adds: other
-processes, a mirror, a validation function, versions and surgery.
+Sits on `restore.recovery`, which tries a list of candidates; a session adds other processes, a mirror, a validation
+function, versions of the state, and surgery.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..mirror.fetch import Fetcher
-from ..mirror.upload import MirrorUploader
-from ..processes.group import Group
 from ..restore import multiprocess_restore, recovery, validation
 from ..restore.recovery import LoadedStep
 from ..restore.report import Candidate, RestoreReport
 from ..restore.select import BestStep, Selector, resolve_mode
-from ..spec.spec import CheckpointSpec
+from ..spec.operations import Operation, as_code
 from ..spec.surgery import Surgery
+from ..spec.trigger_memory import decode_memory
 from ..store.catalogue import Entry
-from ..store.run_directory import RunDirectory
 from ..surgery import migrations
+from ..surgery.altered_leaves import list_altered_leaves
+from ..tree.items import require_items
+from ..tree.write_back import fill_state
+from .advice import advise_on_retention, warn
+from .loop import TrainingLoop
+from .resources import RunResources
 
 type _LoadCandidates = Callable[[list[Entry]], tuple[LoadedStep | None, list[Candidate]]]
 
 
-def load(
-    state: Mapping[str, Any],
-    step: Selector,
-    *,
-    spec: CheckpointSpec,
-    run: RunDirectory,
-    group: Group,
-    uploader: MirrorUploader | None,
-    validate: validation.Validate | None,
-    surgery: Surgery,
+def restore(
+    resources: RunResources, loop: TrainingLoop, state: Mapping[str, Any], step: Selector, surgery: Iterable[Operation]
+) -> RestoreReport:
+    """Fill a state from a step, and continue the run from that step; see `Session.restore`.
+
+    Args:
+        resources: The open run.
+        loop: The session's loop, which continues from the restored step.
+        state: Items by name.
+        step: "latest", a number, or a `BestStep`.
+        surgery: What to do to a step that does not fit.
+    """
+    start_time = time.monotonic()
+    changes = Surgery(surgery)
+    require_items(state)
+    loop.saver.wait()
+    loaded, report = _load(resources, state, step, changes)
+    if report.mirror_error:
+        warn(f"only local steps were considered: {report.mirror_error}")
+    operations = tuple(map(as_code, changes))
+    if loaded is None:
+        if any(candidate.verdict != "empty" for candidate in report.candidates):
+            raise recovery.make_no_intact_step_error(report, resources.directory)
+        # A state that starts here already has the new structure.
+        loop.progress.surgery = operations
+        loop.progress.begin()
+        return report
+    filled = fill_state(state, loaded.items)
+    summary, contents = loaded.manifest.summary, loaded.manifest.contents
+    memory = decode_memory(resources.spec.save, contents.triggers)
+    loop.progress.begin(summary.step, summary.lineage, memory, summary.run_s)
+    loop.progress.surgery = tuple(dict.fromkeys([*contents.surgery, *operations]))
+    intact_count = len(resources.run.get_steps().live_entries)
+    warn(advise_on_retention(rejected_count=report.damaged, intact_count=intact_count))
+    return dataclasses.replace(
+        report,
+        step=summary.step,
+        state=filled,
+        metrics=dict(summary.metrics),
+        seconds=time.monotonic() - start_time,
+        altered=list_altered_leaves(loaded.plan),
+    )
+
+
+def _load(
+    resources: RunResources, state: Mapping[str, Any], step: Selector, surgery: Surgery
 ) -> tuple[LoadedStep | None, RestoreReport]:
-    """The nearest intact step on the host, None without one, and the report of what was looked at."""
+    """The nearest intact step in host memory, None without one, and the report of what was tried."""
+    spec, run, group, validate = resources.spec, resources.run, resources.group, resources.validate
     if isinstance(step, BestStep):
         step = resolve_mode(spec, step)
 
@@ -50,23 +93,24 @@ def load(
         state=state,
         check=check,
         run=run if group.is_leader else None,
-        # A step that was asked for by number is the only one; its damage is raised rather than passed over.
+        # A step that was requested by number is the only candidate; its damage is raised rather than skipped.
         is_explicit=isinstance(step, int),
         get_changes=functools.partial(migrations.get_changes, spec, surgery=surgery),
         coordinate=recovery.run_attempt if group.count == 1 else multiprocess_restore.make_coordinator(group),
     )
-    if uploader is None:
+    if resources.uploader is None:
         loaded, tried = load_from(multiprocess_restore.list_candidates(group, run, step))
         mirror_error = ""
     else:
-        loaded, tried, mirror_error = _load_nearest(Fetcher(run, uploader.mirror, uploader.store), step, load_from)
+        fetcher = Fetcher(run, resources.uploader.mirror, resources.uploader.store)
+        loaded, tried, mirror_error = _load_nearest(fetcher, step, load_from)
     return loaded, RestoreReport(step=None, state=dict(state), candidates=tuple(tried), mirror_error=mirror_error)
 
 
 def _load_nearest(
     fetcher: Fetcher, step: Selector, load_candidates: _LoadCandidates
 ) -> tuple[LoadedStep | None, list[Candidate], str]:
-    """The nearest intact step, what was tried, and why the mirror could not be asked."""
+    """The nearest intact step here or at the mirror, what was tried, and the mirror's error if it has one."""
     try:
         loaded, tried = load_candidates(fetcher.list_candidates(step))
         if loaded is not None:

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and SIGINT as a wish to save and leave, not as an end.
+"""SIGTERM and SIGINT: save the current step and end the loop, instead of ending the process.
 
-The handler only sets a flag: the training loop saves at the end of its step, where the state is whole. A second
-signal leaves at once, the way it would have without us. A signal that the program ignores, as a shell's background
-jobs ignore SIGINT, stays ignored; and a process that was forked off meanwhile, such as a data worker, ends by it.
+What happens on SIGTERM:
+
+1.  The handler installed here only sets a flag, since a signal may arrive while the state is half updated.
+2.  The next `Session.step` sees it (`loop.TrainingLoop.step`), saves that step, and waits for the commit. With
+    several processes, the leader is told, and all save the same step.
+3.  The iterator of `Session.steps` ends there; closing the session restores the previous handlers.
+
+A second signal has its previous effect at once, and closing does not wait for a save then. A signal that the program
+ignores stays ignored, as a shell's background jobs ignore SIGINT. A forked process, such as a data worker, ends as it
+would without this package.
 """
 
 import os
@@ -20,12 +27,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop, from `install_handlers` to `restore_handlers`.
+    """Whether this process was asked to stop, from `install_handlers` to `restore_handlers`.
 
     Attributes:
-        reason: Who asked, as half a sentence; None as long as nobody did.
-        number: The signal that asked; None if it was none.
-        is_repeated: Whether a second one came.
+        reason: What asked, as in "SIGTERM asked to stop"; None if nothing did.
+        number: The signal that asked; None if it was not a signal.
+        is_repeated: Whether a second signal came.
     """
 
     def __init__(self) -> None:
@@ -36,7 +43,7 @@ class StopRequest:
         self._previous_handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def install_handlers(self) -> None:
-        """Take over the signals; only the main thread can, in others nothing happens."""
+        """Handle the signals; does nothing outside the main thread, where Python allows no handlers."""
         if self._previous_handlers or threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
@@ -45,7 +52,7 @@ class StopRequest:
             self._previous_handlers[number] = signal.signal(number, self._handle)
 
     def get_reason(self, step: int) -> str | None:
-        """The reason to stop after `step`, if there is one.
+        """Return the reason to stop after `step`, if there is one.
 
         In a distributed run the processes have to stop at the same step, and a scheduler's notice may reach only one
         of them: JAX's preemption service makes them agree.
@@ -59,13 +66,13 @@ class StopRequest:
         return self.reason
 
     def restore_handlers(self) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous_handlers = {}
 
     def redeliver(self) -> None:
-        """Give the signals back and let the one that asked, or SIGTERM, do what it would have done without us."""
+        """Restore the previous handlers and raise the signal that asked, or SIGTERM, once more."""
         self.restore_handlers()
         signal.raise_signal(self.number or signal.SIGTERM)
 

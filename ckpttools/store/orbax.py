@@ -32,6 +32,7 @@ from orbax.checkpoint._src.multihost import multihost
 
 from ..errors import StorageError
 from ..tree.leaves import Path, Record, get_host_shape, get_key_dtype
+from ..tree.snapshot import Snapshot, SnapshotLeaf
 
 _PACKAGE = str(pathlib.Path(str(v0.__file__)).parent)
 
@@ -46,22 +47,15 @@ type HostArrays = dict[str, dict[Path, np.ndarray[Any, Any]]]
 """Arrays on the host by item and path; key data for typed keys."""
 
 
-def write(
-    directory: pathlib.Path,
-    records: Mapping[str, tuple[Record, ...]],
-    arrays: HostArrays,
-    *,
-    compression: bool,
-) -> None:
+def write(directory: pathlib.Path, snapshot: Snapshot, *, compression: bool) -> None:
     """Write an Orbax checkpoint to `directory`, which must not exist yet.
 
     Args:
         directory: Absolute path.
-        records: All leaves, by item; those that Orbax does not store are passed over.
-        arrays: The array of each leaf that Orbax stores.
+        snapshot: All leaves; those that the manifest stores are skipped.
         compression: Whether to compress with zstd.
     """
-    items = _build_trees(records, arrays)
+    items = _build_trees(snapshot, lambda leaf: leaf.array)
     if not items:
         directory.mkdir(parents=True)
         return
@@ -89,35 +83,30 @@ def _require_index(directory: pathlib.Path, items: Iterable[str]) -> None:
         )
 
 
-def _build_trees(records: Mapping[str, tuple[Record, ...]], arrays: Mapping[str, Mapping[Path, Any]]) -> dict[str, Any]:
-    """The leaves that Orbax stores as nested dicts, for each item that has any."""
+def _build_trees(snapshot: Snapshot, get_array: Callable[[SnapshotLeaf], Any]) -> dict[str, Any]:
+    """Return the leaves to write as nested dicts, for each item that has any."""
     items: dict[str, Any] = {}
-    for item, leaves in records.items():
+    for name, item in snapshot.items.items():
         tree: dict[str, Any] = {}
-        for record in leaves:
-            if record.is_in_orbax and record.path in arrays[item]:
-                _put(tree, record.path, _to_native(record, arrays[item][record.path]))
+        for leaf in item.leaves:
+            if (array := get_array(leaf)) is not None:
+                _put(tree, leaf.record.path, _to_native(leaf.record, array))
         if tree:
-            items[item] = tree
+            items[name] = tree
     return items
 
 
-def write_shards(
-    directory: pathlib.Path,
-    records: Mapping[str, tuple[Record, ...]],
-    arrays: Mapping[str, Mapping[Path, Any]],
-    *,
-    compression: bool,
-) -> None:
-    """Write what this process holds of arrays that are spread over several processes; waits for nobody.
+def write_shards(directory: pathlib.Path, snapshot: Snapshot, *, is_leader: bool, compression: bool) -> None:
+    """Write the shards that this process holds; waits for no other process.
 
     Args:
-        directory: Absolute path; it has a folder for each item.
-        records: All leaves, by item.
-        arrays: The array of each leaf that is to be written. Host arrays are written by process 0 only.
+        directory: Absolute path; it has a directory for each item.
+        snapshot: All leaves.
+        is_leader: Whether this process also writes the arrays that each process holds all of; only one may.
         compression: Whether to compress with zstd.
     """
-    for item, tree in _build_trees(records, arrays).items():
+    trees = _build_trees(snapshot, lambda leaf: leaf.array if is_leader else leaf.sharded_array)
+    for item, tree in trees.items():
         args = v0.args.PyTreeSave(tree, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
         _make_shard_handler(compression).save(_to_orbax_path(directory / item), args=args)
 

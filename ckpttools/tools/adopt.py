@@ -5,15 +5,14 @@ Nothing of a step is changed; a manifest is added. It says what is on the disk t
 saved nobody can tell, since Orbax keeps no digest of it.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
 import secrets
 
 from ..errors import StorageError
-from ..save.write_step import describe_files
-from ..store import catalogue, commit, digest, manifest, orbax
+from ..save.write_step import add_digests, describe_files
+from ..store import catalogue, commit, manifest, orbax
 from ..store.lock import WriterLock
 from ..store.run_directory import require_run_directory
 from ..tree import snapshot
@@ -62,20 +61,9 @@ def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage
         raise _make_unreadable_error(entry, str(error)) from error
     if not state:
         raise _make_unreadable_error(entry, "it has no items")
-    taken = snapshot.take(state, None)
     algorithm = "xxh3"
-    items = {
-        item: manifest.Item(
-            records=tuple(
-                dataclasses.replace(record, digest=digest.hash_array(algorithm, taken.arrays[item][record.path]))
-                if record.is_in_orbax
-                else record
-                for record in records
-            ),
-            skeletons={},
-        )
-        for item, records in taken.records.items()
-    }
+    digested = add_digests(algorithm, snapshot.take(state, None))
+    items = {name: manifest.Item(records=records, skeletons={}) for name, records in digested.records.items()}
     summary = manifest.Summary(
         step=entry.step,
         sequence=sequence,

@@ -119,8 +119,8 @@ def _open_step(directory: pathlib.Path, item: str) -> tuple[tuple[Record, ...], 
 
 
 def _open_state(state: Any, item: str) -> tuple[tuple[Record, ...], LoadArrays, dict[str, str]]:
-    taken = snapshot.take({item: state}, None)
-    return taken.records[item], lambda records: taken.arrays[item], {}
+    taken = snapshot.take({item: state}, None).items[item]
+    return taken.records, lambda records: taken.host_arrays, {}
 
 
 def _make_tensor(item: str, record: Record) -> Tensor:
@@ -206,7 +206,7 @@ class _LazyArrays(dict[Path, np.ndarray[Any, Any]]):
 def _take_arrays(state: Any, records: Sequence[Record]) -> dict[Path, np.ndarray[Any, Any]]:
     if not records:
         return {}
-    arrays = snapshot.take({"state": state}, None).arrays["state"]
+    arrays = snapshot.take({"state": state}, None).items["state"].host_arrays
     return {record.path: arrays[record.path] for record in records if record.is_in_orbax}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nested plain containers to a JSON skeleton with numbered leaves, and back.
 
-For states whose structure is known only at the time of saving, such as that of a data iterator.
+For states whose structure is only known when they are saved, such as that of a data iterator.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,17 @@ _MAX_DEPTH = 100
 
 
 def pack(value: Any, prefix: Path) -> tuple[Any, list[Leaf]]:
-    """A skeleton and the leaves of nested dicts, lists and tuples.
+    """Split nested dicts, lists and tuples into a skeleton and leaves.
 
     Args:
         value: The containers; dict keys are str or int.
         prefix: Path that all leaves begin with.
 
     Returns:
-        The skeleton, in which a leaf is its number in the list, and that list.
+        The skeleton, in which a leaf is its index in the list, and that list.
+
+    Raises:
+        LeafError: If the containers are nested too deep, or a key is not a str or int.
     """
     leaves: list[Leaf] = []
 
@@ -29,8 +32,8 @@ def pack(value: Any, prefix: Path) -> tuple[Any, list[Leaf]]:
         if len(path) - len(prefix) > _MAX_DEPTH:
             raise LeafError(
                 what=f"the state is nested deeper than {_MAX_DEPTH} levels at {path[:6]!r}...",
-                why="it most likely holds itself.",
-                fix="hand out a flat state from get_state().",
+                why="it most likely contains itself.",
+                fix="return a flat state from get_state().",
             )
         if isinstance(part, Mapping):
             return {
@@ -48,15 +51,23 @@ def pack(value: Any, prefix: Path) -> tuple[Any, list[Leaf]]:
 def _require_key(key: Any) -> str | int:
     if type(key) not in (str, int):
         raise LeafError(
-            what=f"a state handed out by get_state() has a key {key!r} of type {type(key).__name__}.",
-            why="keys are written to JSON and must be strings or ints.",
+            what=f"a state returned by get_state() has a key {key!r} of type {type(key).__name__}.",
+            why="keys are written as JSON and must be strings or ints.",
             fix=f"use str({key!r}).",
         )
     return key  # type: ignore[no-any-return]
 
 
 def unpack(skeleton: Any, values: Sequence[Any]) -> Any:
-    """The containers again; `values` are the leaves in the order of `pack`."""
+    """Rebuild the containers.
+
+    Args:
+        skeleton: What `pack` returned.
+        values: The leaves in the order of `pack`.
+
+    Raises:
+        CorruptStepError: If the skeleton is not one that `pack` returns.
+    """
 
     def visit(part: Any, depth: int) -> Any:
         if depth > _MAX_DEPTH:
@@ -70,7 +81,7 @@ def unpack(skeleton: Any, values: Sequence[Any]) -> Any:
                 return [visit(entry, depth + 1) for entry in entries]
             case {"tuple": [*entries]}:
                 return tuple(visit(entry, depth + 1) for entry in entries)
-        raise CorruptStepError(what=f"the skeleton of a stored state makes no sense: {part!r:.100}.")
+        raise CorruptStepError(what=f"the skeleton of a stored state is not valid: {part!r:.100}.")
 
     return visit(skeleton, 0)
 

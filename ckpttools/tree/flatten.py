@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any state to named leaves and back.
 
-An item of the state is one of three things, and may hold the others inside:
+An item of the state is one of three things, and may contain the others:
 
 -   a *live object* (an nnx module, optimizer or `Rngs`; an object with `get_state` and `set_state`): filled in place;
--   an `nnx.State`, as `nnx.split` returns it: rebuilt, the variables passed in stay untouched;
+-   an `nnx.State`, as `nnx.split` returns it: rebuilt, the variables passed in are not changed;
 -   any other pytree (dicts, tuples, optax states, dataclasses): rebuilt.
 
 Facts that shaped this file: the state of an nnx object holds the object's own `Variable`s, so a functional state has
 to be rebuilt from copies; paths of `nnx.state(model)` and of `nnx.split(model)` are equal here on purpose, so that a
-run may change between the two; `None` is kept as a leaf, since losing it would lose a difference in structure.
+run may change between the two; `None` is a leaf, since dropping it would hide a difference in structure.
 """
 
 import dataclasses
@@ -26,38 +26,43 @@ from .leaves import Leaf, Path, is_array
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An object that hands out its state and takes it back, such as a data iterator."""
+    """An object that returns its state and can be set to it, such as a data iterator."""
 
     def get_state(self) -> Any:
-        """The state: nested dicts, lists and tuples of arrays and plain values."""
+        """Return the state: nested dicts, lists and tuples of arrays and plain values."""
 
     def set_state(self, state: Any) -> None:
-        """Take a state that `get_state` returned."""
+        """Continue from a state that `get_state` returned."""
 
 
 type PlaceLeaf = Callable[[Path, Any], Any]
-"""Given a leaf's path and the template's value, returns the restored value."""
+"""From a leaf's path and the template's value to the restored value."""
 
-type StoredStates = Mapping[Path, tuple[Any, Sequence[Any]]]
-"""For each stateful object, by its path, its skeleton and the values of its leaves."""
+type GetStoredState = Callable[[Path], tuple[Any, Sequence[Any]] | None]
+"""From a stateful object's path to its skeleton and the values of its leaves; None if it keeps its state."""
 
 
 def is_stateful(value: Any) -> bool:
-    """Whether `value` speaks `get_state`/`set_state`; nnx objects and pytrees of arrays are no such thing."""
+    """Whether `value` is saved by `get_state` and restored by `set_state`; nnx objects and mappings never are."""
     return not isinstance(value, type | nnx.Pytree | Mapping) and isinstance(value, Stateful)
 
 
+def is_stateful_item(item: Any) -> bool:
+    """Whether a whole item is one stateful object, bare or in a `Variable`."""
+    return is_stateful(item.get_raw_value() if isinstance(item, nnx.Variable) else item)
+
+
 def _is_unit(value: Any) -> bool:
-    """Whether a pytree is not opened further by jax but by `_flatten`."""
+    """Whether a node of a pytree is flattened here rather than by JAX."""
     return value is None or isinstance(value, nnx.Pytree | nnx.State | nnx.Variable) or is_stateful(value)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlatItem:
-    """An item taken apart.
+    """A flattened item.
 
     Attributes:
-        leaves: All leaves in a fixed order.
+        leaves: All leaves, in an order that depends on the structure only.
         skeletons: For each stateful object, by its path, the containers of its state; None in a template.
     """
 
@@ -66,12 +71,15 @@ class FlatItem:
 
 
 def flatten_item(item: Any, *, template: bool = False) -> FlatItem:
-    """The leaves of one item.
+    """Return the leaves of one item.
 
     Args:
         item: An nnx object, an `nnx.State`, a stateful object or a pytree; concrete or abstract.
-        template: Do not ask stateful objects for their state: theirs is rebuilt from what was stored, not compared
+        template: Leave out the states of stateful objects: they are rebuilt from what was stored, not compared
             with it, since an iterator may hold nothing before its first batch and a buffer after it.
+
+    Raises:
+        LeafError: If a part of the item cannot be flattened, or has a key that cannot be stored.
     """
     flat = FlatItem([], {})
     _flatten_into(item, (), flat, template)
@@ -102,14 +110,14 @@ def _flatten_state(state: Any) -> list[tuple[Path, Any]]:
 
 
 def open_pytree(value: Any) -> tuple[list[tuple[Path, Any]] | None, Any]:
-    """The children of a pytree with their paths, and its tree definition; None for the children of a leaf."""
+    """Return the children of a pytree with their paths, and its tree definition; (None, None) for a leaf."""
     if is_array(value) or value is None:
         return None, None
     try:
         entries, treedef = jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_unit)
     except ValueError as error:
         raise LeafError(
-            what=f"a part of the state cannot be taken apart: {error}",
+            what=f"a part of the state cannot be flattened: {error}",
             why="JAX sorts the keys of a dict, and keys of different types, such as 0 and '0', have no order.",
             fix="give all keys of a dict the same type.",
         ) from error
@@ -128,68 +136,67 @@ def _convert_key(key: Any) -> str | int:
 
 def _require_key(name: Any) -> str | int:
     if isinstance(name, str | int) and not isinstance(name, bool):
-        if isinstance(name, str) and not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        if isinstance(name, str) and not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):
             raise LeafError(
                 what=f"the state has a key {name!r}.",
-                why="half a character has no form in UTF-8, in which names are stored.",
+                why="names are stored as UTF-8, which cannot encode an unpaired surrogate.",
                 fix="use another key.",
             )
         return name
     raise LeafError(
         what=f"the state has a key {name!r} of type {type(name).__name__}.",
-        why="leaves are named by their path, and a path is made of strings and ints.",
+        why="leaves are named by their path, and a path consists of strings and ints.",
         fix=f"use str({name!r}).",
     )
 
 
-def fill(item: Any, place: PlaceLeaf, stored: StoredStates) -> Any:
-    """The item with restored leaves: live objects are filled in place, all else is rebuilt.
+def fill(item: Any, place: PlaceLeaf, get_stored: GetStoredState) -> Any:
+    """Return an item with restored leaves: live objects are filled in place, everything else is rebuilt.
 
     Args:
         item: What the caller passed in.
-        place: Called once for each leaf, in the order of `flatten`, when its place is ready for it.
-        stored: For each stateful object its skeleton and the values of its leaves.
+        place: Called once for each leaf, in the order of `flatten_item`, right before the leaf is replaced.
+        get_stored: Called once for each stateful object.
 
     Returns:
         `item` itself if it is a live object, else a new value of the same structure.
     """
-    return _fill(item, (), place, stored)
+    return _fill(item, (), place, get_stored)
 
 
-def _fill(value: Any, prefix: Path, place: PlaceLeaf, stored: StoredStates) -> Any:
+def _fill(value: Any, prefix: Path, place: PlaceLeaf, get_stored: GetStoredState) -> Any:
     if isinstance(value, nnx.Pytree):
         for path, entry in _flatten_state(nnx.state(value)):
-            # One leaf at a time, so that the old array is freed before the next one needs its room.
-            nnx.update(value, _nest(path, _fill_entry(entry, (*prefix, *path), place, stored)))
+            # One leaf at a time, so that the old array is freed before the next one is allocated.
+            nnx.update(value, _nest(path, _fill_entry(entry, (*prefix, *path), place, get_stored)))
         return value
     if isinstance(value, nnx.State):
         rebuilt = []
         for path, entry in _flatten_state(value):
-            new = _fill_entry(entry, (*prefix, *path), place, stored)
+            new = _fill_entry(entry, (*prefix, *path), place, get_stored)
             rebuilt.append((path, entry.replace(new) if isinstance(entry, nnx.Variable) else new))
         return nnx.from_flat_state(rebuilt)
     if isinstance(value, nnx.Variable):
-        value.set_raw_value(_fill_entry(value, prefix, place, stored))
+        value.set_raw_value(_fill_entry(value, prefix, place, get_stored))
         return value
     if is_stateful(value):
-        if prefix not in stored:
-            return value  # Surgery leaves it as it is.
-        skeleton, leaves = stored[prefix]
-        value.set_state(unpack(skeleton, leaves))
+        # Surgery may leave it as it is.
+        if (stored := get_stored(prefix)) is not None:
+            value.set_state(unpack(*stored))
         return value
     entries, treedef = open_pytree(value)
     if entries is None:
         return place(prefix, value)
-    children = [_fill(entry, (*prefix, *keys), place, stored) for keys, entry in entries]
+    children = [_fill(entry, (*prefix, *keys), place, get_stored) for keys, entry in entries]
     return jax.tree_util.tree_unflatten(treedef, children)
 
 
-def _fill_entry(entry: Any, path: Path, place: PlaceLeaf, stored: StoredStates) -> Any:
-    return _fill(entry.get_raw_value() if isinstance(entry, nnx.Variable) else entry, path, place, stored)
+def _fill_entry(entry: Any, path: Path, place: PlaceLeaf, get_stored: GetStoredState) -> Any:
+    return _fill(entry.get_raw_value() if isinstance(entry, nnx.Variable) else entry, path, place, get_stored)
 
 
 def split_item(item: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """An item without live objects at its root, and the function that makes it again from such a value."""
+    """Split a live nnx object into a value that JAX can map over and the function that merges it back."""
     if isinstance(item, nnx.Pytree):
         graphdef, state = nnx.split(item)
         return state, lambda filled: nnx.merge(graphdef, filled)
@@ -205,7 +212,7 @@ def _nest(path: Path, value: Any) -> Any:
 def require_unique_names(item: str, paths: list[Path]) -> None:
     """Refuse paths that Orbax would store under one name.
 
-    Orbax joins keys with dots and, of two equal names, silently keeps one: `{"a.b": x, "a": {"b": y}}` came back
+    Orbax joins keys with dots and, of two equal names, silently stores one: `{"a.b": x, "a": {"b": y}}` came back
     with y twice.
 
     Raises:
@@ -217,7 +224,7 @@ def require_unique_names(item: str, paths: list[Path]) -> None:
         if name in seen:
             raise StructureError(
                 what=f"two leaves of {item!r} share the name {name!r}: {seen[name]!r} and {path!r}.",
-                why="Orbax joins keys with dots and would keep only one of the two.",
+                why="Orbax joins keys with dots and would store only one of the two.",
                 fix="rename one of the keys.",
             )
         seen[name] = path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The outermost layer of a state: items by name, and the numbers that go with a step."""
+"""The outermost level of a state, items by name, and the metrics of a step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +7,17 @@ from typing import Any
 from ..errors import LeafError
 
 _RESERVED_NAMES = frozenset({"metrics", "descriptor", "_CHECKPOINT_METADATA"})
-"""Names that Orbax gives a meaning of its own."""
+"""Names that Orbax uses itself."""
 _MAX_NAME_LENGTH = 200
-"""File systems stop at 255 bytes for a name, and Orbax appends to it while it writes."""
+"""File systems allow names of 255 bytes, and Orbax appends to the name while it writes."""
 
 
 def require_items(state: Mapping[str, Any]) -> None:
-    """Raise `LeafError` unless the state is a mapping of names that can be folders."""
+    """Raise `LeafError` unless the state is a mapping whose names can be directories."""
     if not isinstance(state, Mapping):
         raise LeafError(
             what=f"the state is a {type(state).__name__}.",
-            why="items are stored by name, so that single ones can be restored.",
+            why="items are stored by name, so that each can be restored on its own.",
             fix='{"model": model, "optimizer": optimizer}',
         )
     for name in state:
@@ -26,8 +26,8 @@ def require_items(state: Mapping[str, Any]) -> None:
         if not legal:
             raise LeafError(
                 what=f"an item of the state is named {name!r}.",
-                why="the name becomes a folder of the step, beside the files of Orbax.",
-                fix='a plain word such as "model".',
+                why="the name becomes a directory of the step, beside the files of Orbax.",
+                fix='use a plain word such as "model".',
             )
 
 
@@ -36,20 +36,24 @@ def require_metrics(metrics: Any) -> None:
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise LeafError(
             what=f"the metrics are {metrics!r:.80}.",
-            why="each has a name, by which the spec and ct.best ask for it.",
+            why="the spec and ct.best refer to a metric by its name.",
             fix='metrics={"loss": loss}',
         )
 
 
 def as_metric(name: str, value: Any) -> float:
-    """A metric as a float; this is where a device is waited for, if the metric is an array."""
+    """Return a metric as a float; if it is an array, this waits for the device.
+
+    Raises:
+        LeafError: If it is not a number.
+    """
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        # An array that was deleted raises when it is printed, too.
+        # Printing a deleted array raises, too.
         shown = "a deleted array" if isinstance(error, RuntimeError) else f"{value!r:.80}"
         raise LeafError(
             what=f"the metric {name!r} is {shown}.",
-            why="metrics are compared, so each must be a number.",
+            why="metrics are compared, so each has to be a number.",
             fix=f"{{{name!r}: float(loss)}}",
         ) from error

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a stored leaf fit a leaf of the state that was passed in? Exactly, or the difference is told.
+"""Does a stored leaf fit a leaf of the state that was passed in? Exactly, or the difference is described.
 
-No dtype is cast and no shape is bent here: an int32 template for float32 weights is a mistake, and Orbax's silent
-truncation of it is one of the defects this package exists for. What may be changed is declared (`state.surgery`).
+No dtype is cast and no shape is changed here: an int32 template for float32 weights is a mistake, and Orbax's silent
+truncation of it is one of the defects this package exists for. Changes are declared (`spec.surgery`).
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from .flatten import FlatItem
 from .leaves import Leaf, Path, Record, describe, encode_value, format_leaf_name, is_array
 
 type Names = tuple[str, ...]
-"""A path with all keys as strings: Orbax keeps no ints, so `0` and `"0"` are one key."""
+"""A path with all keys as strings: Orbax stores no ints, so `0` and `"0"` are one key."""
 
 
 def to_names(path: Path) -> Names:
-    """The form in which paths are compared."""
+    """Return the form in which paths are compared."""
     return tuple(map(str, path))
 
 
@@ -30,12 +30,12 @@ class Difference:
     """One leaf that does not fit.
 
     Attributes:
-        kind: What is wrong with it: "missing" on disk; "unexpected", on disk and not in the state; "reshaped";
-            "recast"; "other" for a thing of another kind.
+        kind: "missing" on disk; "unexpected", on disk and not in the state; "reshaped"; "recast"; "other" if one is
+            an array and the other a key or a plain value.
         path: Its names, the item first; the names on disk if it is unexpected.
         expected: The leaf of the state as a record; None if it is unexpected.
         stored: The leaf on disk as a record, after surgery; None if it is missing.
-        text: What is wrong, in words, after the leaf's name.
+        text: The difference as a sentence that follows the leaf's name.
     """
 
     kind: Literal["missing", "unexpected", "reshaped", "recast", "other"]
@@ -49,19 +49,23 @@ class Difference:
 
 
 def compare(item: str, leaf: Leaf, stored: Record) -> Difference | None:
-    """How a stored leaf differs from a leaf of the state; None if it fits.
+    """Return how a stored leaf differs from a leaf of the state; None if it fits.
+
+    Args:
+        item: Name of the item.
+        leaf: The leaf of the state.
+        stored: The leaf on disk.
 
     Raises:
-        LeafError: If the leaf of the state is nothing that could be stored.
+        LeafError: If the leaf of the state is of a type that cannot be stored.
     """
     path = to_names((item, *leaf.path))
     if not is_array(leaf.value):
-        encode_value(
-            format_leaf_name(item, leaf.path), leaf.value
-        )  # A template with an object in it is refused like a state.
+        # A template that contains an object is refused as a state would be.
+        encode_value(format_leaf_name(item, leaf.path), leaf.value)
         # jit turns the numbers of a state into arrays: a fresh state has 0 where a trained one has int32[].
-        number = isinstance(leaf.value, int | float | complex) and stored.kind == "array" and stored.shape == ()
-        if stored.kind == "value" or number:
+        is_number = isinstance(leaf.value, int | float | complex) and stored.kind == "array" and stored.shape == ()
+        if stored.kind == "value" or is_number:
             return None
         return Difference(
             kind="other", path=path, stored=stored, text=f"{format_form(stored)} on disk, a plain value here"
@@ -83,49 +87,49 @@ def compare(item: str, leaf: Leaf, stored: Record) -> Difference | None:
 
 
 def is_transposed(stored: Sequence[int], expected: Sequence[int]) -> bool:
-    """Whether two shapes differ in the order of their axes only: a block of a transposed array means nothing."""
+    """Whether two shapes differ only in the order of their axes: a block of a transposed array is meaningless."""
     return tuple(stored) != tuple(expected) and sorted(stored) == sorted(expected)
 
 
 def mask_numbers(path: Names) -> Names:
-    """The kind of a name: equal blocks differ in their numbers only."""
+    """Replace the numbers in a name by "#": the names of equal blocks differ only in their numbers."""
     return tuple(_DIGITS.sub("#", part) for part in path)
 
 
 def add_closest_names(differences: Sequence[Difference]) -> list[Difference]:
-    """Missing leaves with the closest names that are on disk and not in the state."""
+    """Add to each missing leaf the closest names that are on disk and not in the state."""
     unexpected = {each.path for each in differences if each.kind == "unexpected"}
     if not unexpected:
         return list(differences)
-    kinds = {".".join(mask_numbers(path)): ".".join(path) for path in unexpected}
-    known = {".".join(path) for path in unexpected}
+    masked = {".".join(mask_numbers(path)): ".".join(path) for path in unexpected}
+    names = {".".join(path) for path in unexpected}
 
     @functools.cache
-    def find_nearest(kind: str) -> tuple[str, ...]:
-        return tuple(difflib.get_close_matches(kind, kinds, n=3, cutoff=0.5))
+    def find_nearest(masked_name: str) -> tuple[str, ...]:
+        return tuple(difflib.get_close_matches(masked_name, masked, n=3, cutoff=0.5))
 
-    told = []
+    found = []
     for each in differences:
         if each.kind == "missing" and (near := find_nearest(".".join(mask_numbers(each.path)))):
             numbers = _DIGITS.findall(".".join(each.path))
-            same = [_fill_numbers(kind, numbers) for kind in near]
-            shown = dict.fromkeys(name if name in known else kinds[kind] for kind, name in zip(near, same))
+            filled = [_fill_numbers(each_near, numbers) for each_near in near]
+            shown = dict.fromkeys(name if name in names else masked[each_near] for each_near, name in zip(near, filled))
             each = dataclasses.replace(each, text=f"{each.text}; did you mean {', '.join(map(repr, shown))}?")
-        told.append(each)
-    return told
+        found.append(each)
+    return found
 
 
-def _fill_numbers(kind: str, numbers: Sequence[str]) -> str:
-    """A kind of name with the numbers of another."""
+def _fill_numbers(masked_name: str, numbers: Sequence[str]) -> str:
+    """Replace each "#" by the next number."""
     rest = iter(numbers)
-    return re.sub("#", lambda _: next(rest, "#"), kind)
+    return re.sub("#", lambda _: next(rest, "#"), masked_name)
 
 
 _DIGITS = re.compile(r"\d+")
 
 
 def format_form(record: Record) -> str:
-    """A leaf's dtype and shape as one reads them; for a plain value the word."""
+    """Return a leaf's dtype and shape, such as "float32[2,3]"; "a plain value" for a plain value."""
     if record.kind == "value":
         return "a plain value"
     prefix = "key " if record.kind == "key" else ""
@@ -133,14 +137,14 @@ def format_form(record: Record) -> str:
 
 
 def require_legal_skeletons(template: FlatItem, records: Sequence[Record], skeletons: Mapping[Path, Any]) -> None:
-    """Take the stored containers of stateful objects together once, so that it cannot fail half way later on.
+    """Rebuild the stored containers of stateful objects once, so that it cannot fail in the middle of a restore.
 
     Raises:
         CorruptStepError: If they cannot be rebuilt.
     """
-    wanted = {to_names(root) for root in template.skeletons}
+    roots = {to_names(root) for root in template.skeletons}
     for root, skeleton in skeletons.items():
-        if to_names(root) in wanted:
+        if to_names(root) in roots:
             unpack(skeleton, [None for record in records if is_below(record.path, [root])])
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A state's arrays on the host, at one moment.
+"""The state at one moment, flattened once: every leaf with its record and the array that Orbax stores.
 
-On CPU an array of the host and the array of the device are the same memory, so a blocking save looks at it without
-copying. A save in the background must copy: training goes on at once and donates those buffers, and JAX would make
-the next update wait for (or copy) every array that is still looked at. The copies go to buffers that are kept for
-the next save. That bounds the host memory at one state, and is five times as fast, since fresh memory has to be
-mapped page by page (measured: 524 MB in 0.20 s to fresh memory, 0.04 s to kept memory).
+A save flattens the state here and nowhere else; digests, files and the manifest are all made from the `Snapshot`.
+
+On CPU, a host array and the device's array are the same memory, so a blocking save reads it without copying. A
+background save must copy: training continues at once and donates those buffers, and JAX would make the next update
+wait for (or copy) every array that is still referenced. The copies go into buffers that are reused by the next save.
+That bounds the host memory at one state, and is five times as fast, since new memory has to be mapped page by page
+(measured: 524 MB in 0.20 s to new memory, 0.04 s to reused memory).
 """
 
 import dataclasses
@@ -17,66 +19,124 @@ import numpy as np
 
 from ..errors import LeafError
 from . import flatten
-from .leaves import Leaf, Path, Record, describe, format_leaf_name, is_key
+from .leaves import Leaf, Path, Record, count_host_bytes, describe, format_leaf_name, is_key
 
-type Buffers = dict[tuple[str, Path], np.ndarray[Any, Any]]
+type HostArray = np.ndarray[Any, Any]
+
+type Buffers = dict[tuple[str, Path], HostArray]
+"""Reusable host memory, by item and path."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """All that a save needs, independent of the program's state.
+@dataclasses.dataclass(frozen=True)
+class SnapshotLeaf:
+    """One leaf of a snapshot.
 
     Attributes:
-        records: Leaves by item, without digests.
-        skeletons: Containers of stateful objects, by item and path.
-        arrays: The host array of each leaf that Orbax stores and this process holds all of.
-        sharded: The arrays that are spread over several processes, by item and path; their data, for typed keys.
+        record: What the manifest says about it; without a digest until `store` has computed one.
+        array: What Orbax stores (key data, for a typed key): a host array, or a `jax.Array` if it is sharded across
+            processes. None if the leaf is stored in the manifest.
     """
 
-    records: dict[str, tuple[Record, ...]]
-    skeletons: dict[str, dict[Path, Any]]
-    arrays: dict[str, dict[Path, np.ndarray[Any, Any]]]
-    sharded: dict[str, dict[Path, jax.Array]]
+    record: Record
+    array: HostArray | jax.Array | None = None
+
+    @property
+    def host_array(self) -> HostArray | None:
+        """The array if this process holds all of it."""
+        return self.array if isinstance(self.array, np.ndarray) else None
+
+    @property
+    def sharded_array(self) -> jax.Array | None:
+        """The array if it is sharded across processes."""
+        return self.array if isinstance(self.array, jax.Array) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapshotItem:
+    """One item of a snapshot.
+
+    Attributes:
+        leaves: All leaves, in the order of the manifest.
+        skeletons: The containers of stateful objects, by path.
+    """
+
+    leaves: tuple[SnapshotLeaf, ...]
+    skeletons: Mapping[Path, Any]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """The records of all leaves."""
+        return tuple(leaf.record for leaf in self.leaves)
+
+    @property
+    def host_arrays(self) -> dict[Path, HostArray]:
+        """The arrays that this process holds all of, by path."""
+        return {leaf.record.path: leaf.host_array for leaf in self.leaves if leaf.host_array is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Everything that a save needs, independent of the program's state.
+
+    Attributes:
+        items: The items of the state by name.
+    """
+
+    items: Mapping[str, SnapshotItem]
+
+    @property
+    def records(self) -> dict[str, tuple[Record, ...]]:
+        """The records of all leaves, by item."""
+        return {name: item.records for name, item in self.items.items()}
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of all arrays, uncompressed."""
+        return sum(count_host_bytes(item.records) for item in self.items.values())
 
 
 def take(state: Mapping[str, Any], buffers: Buffers | None) -> Snapshot:
-    """Look at, or copy, every array of a state.
+    """Flatten a state, and reference or copy its arrays.
 
     Args:
         state: Items by name.
-        buffers: Where to copy arrays to, and where copies of the last save are found; None to copy only what has
-            no memory on the host, for a save that ends before the program goes on.
+        buffers: Memory to copy arrays into; it holds the copies of the previous save, and those of this one
+            afterwards. None to copy only what is not in host memory, for a save that ends before the program
+            continues.
 
     Raises:
         LeafError: If a leaf cannot be stored.
         StructureError: If two leaves would share a name.
     """
-    records: dict[str, tuple[Record, ...]] = {}
-    skeletons: dict[str, dict[Path, Any]] = {}
-    arrays: dict[str, dict[Path, np.ndarray[Any, Any]]] = {}
-    spread: dict[str, dict[Path, jax.Array]] = {}
-    used: Buffers = {}
-    for item, value in state.items():
-        flat = flatten.flatten_item(value)
-        skeletons[item] = flat.skeletons
-        records[item] = tuple(describe(item, leaf) for leaf in flat.leaves)
-        flatten.require_unique_names(item, [record.path for record in records[item]])
-        arrays[item], spread[item] = {}, {}
-        for leaf, record in zip(flat.leaves, records[item], strict=True):
-            if record.is_in_orbax and not getattr(leaf.value, "is_fully_addressable", True):
-                spread[item][leaf.path] = _take_sharded(item, leaf, copy=buffers is not None)
-            elif record.is_in_orbax:
-                kept = None if buffers is None else buffers.get((item, leaf.path))
-                array = _to_host(item, leaf, copy=buffers is not None, buffer=kept)
-                arrays[item][leaf.path] = used[item, leaf.path] = array
-    if buffers is not None:
+    copies: Buffers | None = None if buffers is None else {}
+    items = {name: _take_item(name, value, buffers, copies) for name, value in state.items()}
+    if buffers is not None and copies is not None:
         buffers.clear()
-        buffers.update(used)
-    return Snapshot(records=records, skeletons=skeletons, arrays=arrays, sharded=spread)
+        buffers.update(copies)
+    return Snapshot(items)
+
+
+def _take_item(item: str, value: Any, buffers: Buffers | None, copies: Buffers | None) -> SnapshotItem:
+    flat = flatten.flatten_item(value)
+    # Every leaf is checked before the first one is copied.
+    records = [describe(item, leaf) for leaf in flat.leaves]
+    flatten.require_unique_names(item, [record.path for record in records])
+    leaves = []
+    for leaf, record in zip(flat.leaves, records, strict=True):
+        array: HostArray | jax.Array | None = None
+        if record.is_in_orbax and not getattr(leaf.value, "is_fully_addressable", True):
+            array = _take_sharded(item, leaf, copy=buffers is not None)
+        elif record.is_in_orbax:
+            buffer = None if buffers is None else buffers.get((item, leaf.path))
+            array = _to_host(item, leaf, copy=buffers is not None, buffer=buffer)
+            if copies is not None:
+                copies[item, leaf.path] = array
+        leaves.append(SnapshotLeaf(record, array))
+    return SnapshotItem(tuple(leaves), flat.skeletons)
 
 
 def _take_sharded(item: str, leaf: Leaf, *, copy: bool) -> jax.Array:
-    """An array that several processes hold, for a save in the background as a copy in the memory of the host."""
+    """Return an array that is sharded across processes; with `copy`, a copy in host memory."""
     _require_values(item, leaf)
     value: jax.Array = jax.random.key_data(leaf.value) if is_key(leaf.value) else leaf.value
     if not copy:
@@ -103,11 +163,11 @@ def _require_values(item: str, leaf: Leaf) -> None:
         )
 
 
-def _to_host(item: str, leaf: Leaf, *, copy: bool, buffer: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
+def _to_host(item: str, leaf: Leaf, *, copy: bool, buffer: HostArray | None) -> HostArray:
     _require_values(item, leaf)
     value = jax.random.key_data(leaf.value) if is_key(leaf.value) else leaf.value
     if not isinstance(value, jax.Array) or _is_host_memory(value):
-        # In the byte order of this machine: Orbax hands out no other, and the digest has to fit what comes back.
+        # In native byte order: Orbax returns no other, and the digest has to match what is read back.
         source = np.asarray(value, dtype=np.dtype(value.dtype).newbyteorder("="))
         if not copy:
             return source
@@ -127,9 +187,7 @@ def _is_host_memory(value: jax.Array) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-def _get_buffer(
-    buffer: np.ndarray[Any, Any] | None, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> np.ndarray[Any, Any]:
+def _get_buffer(buffer: HostArray | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
     if buffer is not None and buffer.shape == shape and buffer.dtype == dtype and buffer.flags.owndata:
         return buffer
     return np.empty(shape, dtype)

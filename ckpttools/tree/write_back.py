@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proved leaves from the host into a state: leaf by leaf, so that a device never holds more than state and one leaf."""
+"""Verified leaves from the host into a state, one by one: a device never holds more than the state and one leaf."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from .match import Names, is_below, to_names
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostItem:
-    """One item as it was read.
+    """One item in host memory.
 
     Attributes:
-        records: The record for each leaf of the template; leaves without one keep their value.
+        records: The record for each leaf of the template; leaves without one are not replaced.
         restored_records: The records of all leaves that are restored, in their order.
-        skeletons: Containers of the stateful objects on disk.
-        arrays: Arrays on the host by the path of their record; taken out as they are placed.
+        skeletons: The containers of the stored stateful objects, by path.
+        arrays: Host arrays by the path of their record; removed as they are placed.
     """
 
     records: dict[Names, Record]
@@ -33,15 +33,14 @@ class HostItem:
 
 
 def fill_state(state: Mapping[str, Any], items: Mapping[str, HostItem]) -> dict[str, Any]:
-    """The whole state with its leaves replaced: live objects in place, all else rebuilt."""
-    # Objects that take their state back themselves come first: should one of them refuse, the model is untouched.
-    roots = {item: flatten.flatten_item(value, template=True).skeletons for item, value in state.items()}
-    ordered = sorted(state, key=lambda item: () not in roots[item])
-    filled = {item: _fill_item(state[item], items[item], list(roots[item])) for item in ordered}
+    """Return the state with its leaves replaced: live objects in place, everything else rebuilt."""
+    # Stateful objects come first: if one of them refuses its state, the model is unchanged.
+    ordered = sorted(state, key=lambda item: not flatten.is_stateful_item(state[item]))
+    filled = {item: _fill_item(state[item], items[item]) for item in ordered}
     return {item: filled[item] for item in state}
 
 
-def _fill_item(value: Any, source: HostItem, roots: list[Path], *, copy: bool = False) -> Any:
+def _fill_item(value: Any, source: HostItem, *, copy: bool = False) -> Any:
     def place(path: Path, template: Any) -> Any:
         record = source.records.get(to_names(path))
         if record is None:
@@ -56,23 +55,23 @@ def _fill_item(value: Any, source: HostItem, roots: list[Path], *, copy: bool = 
         sharding = getattr(template, "sharding", None)
         if sharding is not None and not sharding.is_fully_addressable:
             return _make_global_array(host, sharding)
-        # An array that was free to follow others must not come back tied to a device.
+        # An uncommitted array must not come back committed to a device.
         return jax.device_put(host, template.sharding if getattr(template, "committed", True) else None)
 
     skeletons = {to_names(root): skeleton for root, skeleton in source.skeletons.items()}
-    packed = {
-        root: (
-            skeletons[to_names(root)],
-            [_take(source, record) for record in source.restored_records if is_below(record.path, [root])],
-        )
-        for root in roots
-        if to_names(root) in skeletons
-    }
-    return flatten.fill(value, place, packed)
+
+    def get_stored(root: Path) -> tuple[Any, list[Any]] | None:
+        # A copy leaves stateful objects out: they cannot be copied in general.
+        if copy or to_names(root) not in skeletons:
+            return None
+        values = [_take(source, record) for record in source.restored_records if is_below(record.path, [root])]
+        return skeletons[to_names(root)], values
+
+    return flatten.fill(value, place, get_stored)
 
 
 def _make_global_array(host: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A global array of which each process puts its own part in place; all of them hold the same host array."""
+    """Return a global array of which each process places its own shards; all of them hold the same host array."""
     if is_key(host):
         implementation = str(jax.random.key_impl(host))
         data = np.asarray(jax.random.key_data(host))
@@ -81,18 +80,18 @@ def _make_global_array(host: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def _get_key_data_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """The sharding of keys for their data, which has a dimension more; a spec leaves that one whole."""
+    """Return the sharding of keys for their data; its extra dimension is not sharded, since the spec omits it."""
     if isinstance(sharding, jax.sharding.NamedSharding):
         return sharding
     raise StructureError(
-        what=f"keys are sharded over several processes by a {type(sharding).__name__}.",
-        why="it cannot be told how their data, which has a dimension more, is to be sharded.",
+        what=f"keys are sharded across processes by a {type(sharding).__name__}.",
+        why="it does not say how to shard the data of the keys, which has one dimension more.",
         fix="shard them by a NamedSharding.",
     )
 
 
 def _take(source: HostItem, record: Record) -> Any:
-    """The value of a record, on the host; its array leaves the item, so that it can be freed."""
+    """Return the host value of a record; its array is removed from the item, so that it can be freed."""
     if record.kind == "value":
         return decode_value(record.value)
     array = source.arrays.pop(record.path) if record.is_in_orbax else read_inline_array(record)
@@ -104,20 +103,24 @@ def _take(source: HostItem, record: Record) -> Any:
 
 
 def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = None) -> dict[str, Any]:
-    """A copy that shares nothing with the state, of its own leaves or of those of `items`.
+    """Return a copy that shares nothing with the state.
 
-    Objects with `get_state`/`set_state` are left out: they cannot be copied in general.
+    Items that are stateful objects are left out: they cannot be copied in general.
+
+    Args:
+        state: Items by name.
+        items: Leaves for the copy, which stay in `items`; by default those of the state.
     """
     copies = {}
     for item, value in state.items():
-        if () in flatten.flatten_item(value, template=True).skeletons:
+        if flatten.is_stateful_item(value):
             continue
-        functional, back = flatten.split_item(value)
+        functional, merge = flatten.split_item(value)
         if items is None:
-            copies[item] = back(
+            copies[item] = merge(
                 jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, functional)
             )
         else:
             source = dataclasses.replace(items[item], arrays=dict(items[item].arrays))
-            copies[item] = back(_fill_item(functional, source, [], copy=True))
+            copies[item] = merge(_fill_item(functional, source, copy=True))
     return copies

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A function in; its memory, residuals and cycles out, by module path."""
+"""The public functions that look at a call: `measure`, `compare`, `check`, `residuals`, `timeline`; one file each."""

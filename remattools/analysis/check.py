@@ -17,7 +17,7 @@ import jax
 from jax.extend import core
 
 from ..compiler.cache import Cache
-from ..compiler.measurement import Measurement, format_bytes
+from ..compiler.report import Measurement, format_bytes
 from ..compiler.targets import Target, find_target
 from ..jaxpr import jaxprs
 from ..rules.paths import format_path
@@ -30,7 +30,7 @@ from ..transform import explain as explaining
 from ..transform.modules import find_modules
 from ..transform.naming import scopes
 from .compare import find_model, make_rules, use_rules
-from .compile import measure
+from .measure import measure
 from .residuals import linearize_call, make_report, residuals
 from .timeline import make_timeline
 

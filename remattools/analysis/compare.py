@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..compiler.cache import Cache
-from ..compiler.measurement import Measurement, format_bytes, format_count, strip_padding
+from ..compiler.report import Measurement, format_bytes, format_count, strip_padding
 from ..compiler.targets import Target, find_target
 from ..errors import MeasureError
 from ..rules.paths import format_path
@@ -32,7 +32,7 @@ from ..tracing.origins import has_gradient, trace_with_paths
 from ..transform import apply as application
 from ..transform.modules import find_modules
 from . import plot
-from .compile import measure
+from .measure import measure
 
 # What tells the time, the best first: the clock, the compiler's estimate, the number of operations.
 _COST_FIELDS = (("step_s", "step"), ("estimated_cycles", "cycles"), ("flops", "flops"))

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lives from forward to backward, by module path.
+"""`residuals`: the values saved from the forward to the backward pass, by module path.
 
-Sits on `program`. The call is linearised as JAX does it for a gradient; every value
-that the backward pass takes from the forward pass is a residual. Nothing is computed,
-so abstract models serve.
+Sits on `tracing`. The call is linearised as for a gradient; every value that the backward
+pass takes from the forward pass is a residual. Nothing is computed, so abstract models
+will do.
 
-These are the values that JAX hands from one pass to the other. What the compiler makes
-of them (fusing, merging, reordering) is what `measure` tells.
+These are JAX's residuals. What the compiler makes of them (fusing, merging, reordering) is
+in the report of `measure`.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
 from jax.extend import core
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..compiler.measurement import format_bytes, strip_padding
+from ..compiler.report import format_bytes, strip_padding
 from ..jaxpr import jaxprs
 from ..rules.fold_paths import format_paths, mask_path, mask_text
 from ..tracing import pure_call
@@ -33,20 +33,24 @@ from ..tracing.origins import (
 )
 
 
+_MAX_ROWS = 30
+ResidualKind = Literal["computed", "parameter", "argument", "constant"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Residual:
-    """One value that lives from forward to backward, or several equal ones (`count`).
+    """One value saved from the forward to the backward pass, or several equal ones (`count`).
 
     Attributes:
-        path: Module that computes it, or path of the parameter or argument that it is.
+        path: Path of the module that computes it, or of the parameter or argument that it is.
         name: Primitive, or `@name` for a `checkpoint_name`; "" for parameters and arguments.
-        shape: Shape; stacked by scans where it stands in one.
+        shape: Shape; inside a scan, with the scan's leading axis.
         dtype: Name of the dtype.
         bytes: Size of all `count` values.
         kind: "computed", "parameter", "argument" or "constant".
-        reason: Why it is kept.
-        host: Whether it waits in host memory (offloaded).
-        count: How many equal ones were folded.
+        reason: Why it is saved.
+        host: Whether it is in host memory (offloaded).
+        count: Number of equal values in this row.
     """
 
     path: str
@@ -54,39 +58,39 @@ class Residual:
     shape: tuple[int, ...]
     dtype: str
     bytes: int
-    kind: str
+    kind: ResidualKind
     reason: str
     host: bool = False
     count: int = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class ResidualReport:
-    """All residuals of one call; `str()` is a table of the largest, folded.
+    """All residuals of one call; `str()` is a table of the largest, with equal layers in one row.
 
     Attributes:
-        rows: One per value, in the program's order.
+        rows: One row per value, in the program's order.
     """
 
     rows: tuple[Residual, ...]
 
     @property
     def total_bytes(self) -> int:
-        """All residuals, those that are arguments (and would be alive anyway) included."""
+        """Bytes of all residuals, including arguments, which are live anyway."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def computed_bytes(self) -> int:
-        """Residuals that were computed and wait on the device: what remat can change."""
+        """Bytes of the residuals computed and saved on the device: what remat can change."""
         return sum(row.bytes for row in self.rows if row.kind == "computed" and not row.host)
 
     @property
     def host_bytes(self) -> int:
-        """Residuals that wait in host memory."""
+        """Bytes of the residuals in host memory."""
         return sum(row.bytes for row in self.rows if row.host)
 
-    def folded(self) -> tuple[Residual, ...]:
-        """Rows of equal layers as one (`layers.[0:32].mlp`), the largest first."""
+    def fold(self) -> tuple[Residual, ...]:
+        """Return rows with equal layers merged into one (`layers.[0:32].mlp`), largest first."""
         groups: dict[Any, list[Residual]] = {}
         for row in self.rows:
             key = (mask_path(row.path), row.name, row.shape, row.dtype, row.kind, row.host, mask_text(row.reason))
@@ -104,21 +108,24 @@ class ResidualReport:
         return tuple(sorted(rows, key=lambda row: -row.bytes))
 
     def by_module(self) -> tuple[tuple[str, int], ...]:
-        """Computed bytes by module, equal layers as one, the largest first."""
+        """Return computed bytes on the device by module path, equal layers merged, largest first."""
         totals: dict[str, int] = {}
-        for row in self.folded():
+        for row in self.fold():
             if row.kind == "computed" and not row.host:
                 totals[row.path] = totals.get(row.path, 0) + row.bytes
         return tuple(sorted(totals.items(), key=lambda item: -item[1]))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "total_bytes": self.total_bytes,
             "computed_bytes": self.computed_bytes,
             "host_bytes": self.host_bytes,
-            "rows": [dataclasses.asdict(row) for row in self.folded()],
+            "rows": [dataclasses.asdict(row) for row in self.fold()],
         }
+
+    def __repr__(self) -> str:
+        return f"ResidualReport({len(self.rows)} rows, total_bytes={self.total_bytes})"
 
     def __str__(self) -> str:
         console = Console(width=140, no_color=True, highlight=False)
@@ -127,13 +134,13 @@ class ResidualReport:
         return "\n".join(strip_padding(captured.get()))
 
     def __rich__(self) -> Table:
-        shown = [row for row in self.folded() if row.kind == "computed"]
+        shown = [row for row in self.fold() if row.kind == "computed"]
         others = self.total_bytes - self.computed_bytes - self.host_bytes
-        caption = f"{format_bytes(self.computed_bytes)} computed and kept; {format_bytes(others)} are arguments"
+        caption = f"{format_bytes(self.computed_bytes)} computed and saved; {format_bytes(others)} are arguments"
         if self.host_bytes:
-            caption += f"; {format_bytes(self.host_bytes)} wait in host memory"
+            caption += f"; {format_bytes(self.host_bytes)} in host memory"
         table = Table(box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left")
-        for title, right in (("bytes", True), ("module", False), ("name", False), ("shape", False), ("kept", False)):
+        for title, right in (("bytes", True), ("module", False), ("name", False), ("shape", False), ("saved", False)):
             table.add_column(title, justify="right" if right else "left", overflow="fold")
         for row in shown[:_MAX_ROWS]:
             times = f" x{row.count}" if row.count > 1 else ""
@@ -145,24 +152,21 @@ class ResidualReport:
         return table
 
 
-_MAX_ROWS = 30
-
-
 def residuals(fn: Callable[..., Any], *args: Any) -> ResidualReport:
-    """Every value that lives from the forward to the backward pass of `fn(*args)`.
+    """Return every value saved from the forward to the backward pass of `fn(*args)`.
 
     Args:
-        fn: A function of models and arrays that returns a loss (or a tuple that starts with one, or arrays); not
-            yet a gradient. It may close over the model.
+        fn: A loss, not yet a gradient: a function of models and arrays that returns a scalar, a tuple whose first
+            item is one, or float arrays. It may close over the model.
         *args: Its arguments, real or abstract.
 
     Returns:
-        Rows by module path, with totals equal to those of the linearised program.
+        One row per value, by module path. The totals equal those of the linearised program.
 
     Raises:
         MeasureError: If there is nothing to differentiate, or `fn` takes the gradient itself.
 
-    Examples:
+    Example:
         >>> import jax, jax.numpy as jnp
         >>> import remattools as rt
         >>> x = jax.ShapeDtypeStruct((8,), jnp.float32)
@@ -175,21 +179,27 @@ def residuals(fn: Callable[..., Any], *args: Any) -> ResidualReport:
 
 
 def make_report(call: pure_call.Call, jaxpr: Any, num_residuals: int) -> ResidualReport:
-    """The report of a program from `linearised`."""
+    """Return the report on a program from `linearize_call`.
+
+    Args:
+        call: The call it was made from.
+        jaxpr: The program; its first results are the residuals.
+        num_residuals: How many of its results are residuals.
+    """
     origins = OriginFinder(jaxpr, call)
-    kept = list(dict.fromkeys(v for v in origins.jaxpr.outvars[:num_residuals] if isinstance(v, core.Var)))
-    consumers = _find_consumers(origins.jaxpr, kept)
-    return ResidualReport(rows=tuple(_make_row(var, origins, consumers.get(var)) for var in kept))
+    saved = list(dict.fromkeys(v for v in origins.jaxpr.outvars[:num_residuals] if isinstance(v, core.Var)))
+    consumers = _find_consumers(origins.jaxpr, saved)
+    return ResidualReport(rows=tuple(_make_row(var, origins, consumers.get(var)) for var in saved))
 
 
 def linearize_call(call: pure_call.Call) -> tuple[Any, int]:
-    """The gradient's program with the residuals as its first results, and their number.
+    """Return the gradient's program with the residuals as its first results, and their number.
 
     Raises:
         MeasureError: If the call takes a gradient itself, or returns nothing to differentiate.
     """
     program = trace_with_paths(call, select_loss_or_floats)
-    check_no_gradient(program, "residuals are what a loss hands to its backward pass; a train step is another program.")
+    check_no_gradient(program, "residuals are what a loss saves for its backward pass, and a train step has none.")
     indices = call.differentiable_indices
     counts: list[int] = []
 
@@ -198,54 +208,52 @@ def linearize_call(call: pure_call.Call) -> tuple[Any, int]:
             return jaxprs.run(program, pure_call.replace_leaves(leaves, indices, chosen))
 
         out, backward = jax.vjp(run_forward, [leaves[i] for i in indices])
-        kept = jax.tree.leaves(backward)
-        counts.append(len(kept))
-        return kept, backward([jax.numpy.ones_like(value) for value in out])
+        saved = jax.tree.leaves(backward)
+        counts.append(len(saved))
+        return saved, backward([jax.numpy.ones_like(value) for value in out])
 
     return jax.make_jaxpr(compute_gradients)(call.abstractify_leaves()), counts[0]
 
 
 def _find_consumers(jaxpr: Any, saved: Sequence[Any]) -> dict[Any, Any]:
-    """For each residual the first equation of the backward pass that reads it."""
-    wanted, found = set(saved), dict[Any, Any]()
+    """Return for each residual the first equation of the backward pass that reads it."""
+    residuals, consumers = set(saved), dict[Any, Any]()
     for equation in jaxpr.eqns:
         if not is_backward(equation):
             continue
         for atom in equation.invars:
-            if isinstance(atom, core.Var) and atom in wanted:
-                found.setdefault(atom, equation)
-    return found
+            if isinstance(atom, core.Var) and atom in residuals:
+                consumers.setdefault(atom, equation)
+    return consumers
 
 
 def _make_row(var: Any, origins: OriginFinder, consumer: Any) -> Residual:
     origin = origins.find_origin(var)
-    if origin.kind == "computed":
-        reason = (
-            "handed to the backward pass, which does not read it"
-            if consumer is None
-            else f"for the gradient of {origins.format_location(consumer)}"
-        )
-        if origin.region is not None:
-            reason = f"saved in the region {origin.region}"
-        if is_in_host_memory(var.aval):
-            reason = "offloaded to host memory"
-    else:
+    if is_in_host_memory(var.aval) and origin.kind == "computed":
+        reason = "offloaded to host memory"
+    elif origin.kind != "computed":
         reason = {"parameter": "is a parameter", "argument": "is an argument"}.get(origin.kind, "is a constant")
+    elif origin.region is not None:
+        reason = f"by the policy of region {origin.region}"
+    elif consumer is None:
+        reason = "for the backward pass, which does not read it"
+    else:
+        reason = f"for the gradient of {origins.format_location(consumer)}"
     if origin.iterations > 1:
-        reason += f", in each of {origin.iterations} turns"
+        reason += f", in each of {origin.iterations} iterations"
     return Residual(
         path=origin.path,
         name=origin.name,
         shape=tuple(var.aval.shape),
         dtype=str(var.aval.dtype),
         bytes=jaxprs.count_aval_bytes(var.aval),
-        kind=origin.kind,
+        kind=cast(ResidualKind, origin.kind),
         reason=reason,
         host=is_in_host_memory(var.aval),
     )
 
 
 def _merge_reasons(reasons: list[str]) -> str:
-    """One reason for all, with the indices in which they differ replaced."""
+    """Return one reason for all, with the indices in which they differ replaced by `*`."""
     distinct = list(dict.fromkeys(reasons))
     return distinct[0] if len(distinct) == 1 else mask_text(distinct[0], "*")

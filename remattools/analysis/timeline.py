@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much is alive at each moment of a program, and what fills the memory at its fullest.
+"""`timeline`: the bytes live at each operation of a program, and the values that fill the peak.
 
-Sits on `program` and `residuals`. A walk over the traced program in its order: a
-value lives from the operation that computes it to the last one that reads it; a nested
-program is one operation, with what it needs inside on top. The compiler fuses, reorders
-and reuses, so its own figure (`measure`) differs; what the walk adds is the names of what
-is alive.
+Sits on `tracing` and `residuals`. The traced program is walked in order: a value is live
+from the operation that computes it to the last one that reads it. A nested program counts
+as one operation, plus what it needs inside. The compiler fuses, reorders and reuses
+buffers, so the peak that `measure` reports differs; the walk adds the names of the live
+values.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from typing import Any
 
 from jax.extend import core
 
-from ..compiler.measurement import Allocation, format_bytes
+from ..compiler.out_of_memory import Allocation
+from ..compiler.report import format_bytes
 from ..jaxpr import jaxprs
 from ..rules.fold_paths import format_paths, mask_path
 from ..rules.paths import format_path
@@ -27,15 +28,15 @@ from .residuals import linearize_call
 _MAX_ROWS = 12
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Timeline:
-    """Bytes alive on the device while a program runs, arguments apart.
+    """Bytes live on the device while a program runs, without its arguments; `str()` lists the peak.
 
     Attributes:
-        bytes: After each operation, in the program's order.
-        backward: Index of the first operation of the backward pass, or None.
-        argument_bytes: Alive throughout.
-        largest: What is alive at the peak, equal layers as one, the largest first.
+        bytes: Live bytes after each operation, in the program's order.
+        backward: Index of the first operation of the backward pass; None if there is no backward pass.
+        argument_bytes: Size of the arguments, which are live throughout.
+        largest: Values live at the peak, equal layers merged, largest first.
     """
 
     bytes: tuple[int, ...]
@@ -45,23 +46,26 @@ class Timeline:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is alive at once."""
+        """Most bytes live at once."""
         return max(self.bytes, default=0)
 
     @property
     def peak_index(self) -> int:
-        """The operation at which it is."""
+        """Index of the operation at which the peak is reached."""
         return self.bytes.index(self.peak_bytes) if self.bytes else 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "peak_index": self.peak_index}
+
+    def __repr__(self) -> str:
+        return f"Timeline({len(self.bytes)} operations, peak_bytes={self.peak_bytes}, argument_bytes={self.argument_bytes})"
 
     def __str__(self) -> str:
         half = "forward" if self.backward is None or self.peak_index < self.backward else "backward"
         lines = [
             f"peak {format_bytes(self.peak_bytes)} at operation {self.peak_index} of {len(self.bytes)} ({half}), "
-            f"beside {format_bytes(self.argument_bytes)} of arguments; alive then:"
+            f"plus {format_bytes(self.argument_bytes)} of arguments; live at the peak:"
         ]
         lines += [
             f"{format_bytes(a.bytes):>11}  {a.path}  {a.name}  {a.shape}" + (f" x{a.count}" if a.count > 1 else "")
@@ -70,10 +74,13 @@ class Timeline:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the bytes over the program; PNG or SVG, by the file's ending.
+        """Draw live bytes over operations.
+
+        Args:
+            path: File to write; its suffix, .png, .svg or .pdf, sets the format.
 
         Raises:
-            MeasureError: If matplotlib is not installed.
+            MeasureError: If matplotlib is not installed, or the suffix is another.
         """
         with plot.open_figure(path) as axes:
             axes.fill_between(range(len(self.bytes)), [count / 2**20 for count in self.bytes], alpha=0.4, linewidth=0)
@@ -84,26 +91,29 @@ class Timeline:
             names = "\n".join(f"{format_bytes(a.bytes)} {a.path} {a.name}" for a in self.largest[:5])
             axes.set_title(names, fontsize=7, loc="left")
             axes.set_xlabel("operation")
-            axes.set_ylabel("MiB alive, without arguments")
+            axes.set_ylabel("live MiB, without arguments")
             axes.set_ylim(bottom=0)
 
 
 def timeline(fn: Callable[..., Any], *args: Any, differentiate: bool = False) -> Timeline:
-    """Walk the program of `fn(*args)` and say what is alive when.
+    """Walk the program of `fn(*args)` and return which values are live when.
 
     Args:
-        fn: As in `measure`.
+        fn: A train step, or a loss with `differentiate=True`.
         *args: Its arguments, real or abstract.
-        differentiate: Walk the gradient of the loss that `fn` returns.
+        differentiate: Walk the gradient of the loss that `fn` returns instead.
+
+    Returns:
+        The live bytes after each operation, and the values that are live at the peak.
 
     Raises:
-        MeasureError: If there is nothing to differentiate.
+        MeasureError: With `differentiate`, if there is nothing to differentiate.
 
-    Examples:
+    Example:
         >>> import jax, jax.numpy as jnp
         >>> import remattools as rt
         >>> x = jax.ShapeDtypeStruct((8,), jnp.float32)
-        >>> rt.timeline(lambda x: jnp.sin(x) + jnp.cos(x), x).peak_bytes  # both and the sum
+        >>> rt.timeline(lambda x: jnp.sin(x) + jnp.cos(x), x).peak_bytes  # sin, cos and their sum
         96
     """
     call = pure_call.stage(pure_call.unwrap_jit(fn), args)
@@ -114,7 +124,13 @@ def timeline(fn: Callable[..., Any], *args: Any, differentiate: bool = False) ->
 
 
 def make_timeline(jaxpr: Any, num_residuals: int) -> Timeline:
-    """The timeline of a program whose first `num_residuals` results are not held to its end, as from `linearised`."""
+    """Return the timeline of a program.
+
+    Args:
+        jaxpr: The program.
+        num_residuals: How many of its first results are residuals, as from `linearize_call`. They need not live until
+            the end.
+    """
     top = jaxprs.open_jaxpr(jaxpr)
     top = top.replace(outvars=top.outvars[num_residuals:], debug_info=top.debug_info._replace(result_paths=None))
     points, peak = _LivenessWalk().walk(top)
@@ -127,61 +143,62 @@ def make_timeline(jaxpr: Any, num_residuals: int) -> Timeline:
     )
 
 
-# A value that is alive: its aval, what computes it, and the name stacks around that, outermost first.
+# A live value: its aval, the primitive that computes it, and the name stacks around that, outermost first.
 _LiveBuffer = tuple[Any, str, list[str]]
 
 
 class _LivenessWalk:
-    """Liveness of a program and the programs nested in it; equal ones are walked once."""
+    """Liveness of a program and the programs nested in it; a program that occurs twice is walked once."""
 
     def __init__(self) -> None:
         self.memo: dict[int, tuple[int, list[_LiveBuffer], Any]] = {}
 
     def walk(self, jaxpr: Any) -> tuple[list[int], list[_LiveBuffer]]:
-        """Bytes alive after each equation, and what is alive at the fullest moment; inputs do not count."""
-        last = _find_last_reads(jaxpr)
-        alive: dict[Any, _LiveBuffer] = {}
-        total, most = 0, -1
+        """Return the bytes live after each equation, and the values live at the peak; inputs do not count."""
+        last_reads = _find_last_reads(jaxpr)
+        live: dict[Any, _LiveBuffer] = {}
+        total, peak = 0, -1
         points: list[int] = []
-        fullest: list[_LiveBuffer] = []
+        at_peak: list[_LiveBuffer] = []
         for number, equation in enumerate(jaxpr.eqns):
             stack = str(equation.source_info.name_stack)
             for var in equation.outvars:
                 if not _is_dropped(var):
-                    alive[var] = (var.aval, equation.primitive.name, [stack])
+                    live[var] = (var.aval, equation.primitive.name, [stack])
                     total += _count_device_bytes(var.aval)
-            inside, below = self.walk_nested(equation)
-            points.append(total + inside)
-            if total + inside > most:
-                most = total + inside
-                fullest = [*alive.values(), *((aval, name, [stack, *stacks]) for aval, name, stacks in below)]
+            nested_bytes, nested = self.walk_nested(equation)
+            points.append(total + nested_bytes)
+            if total + nested_bytes > peak:
+                peak = total + nested_bytes
+                at_peak = [*live.values(), *((aval, name, [stack, *stacks]) for aval, name, stacks in nested)]
             for var in [*equation.invars, *equation.outvars]:
-                if isinstance(var, core.Var) and var in alive and last.get(var, -1) <= number:
-                    total -= _count_device_bytes(alive.pop(var)[0])
-        return points, fullest
+                if isinstance(var, core.Var) and var in live and last_reads.get(var, -1) <= number:
+                    total -= _count_device_bytes(live.pop(var)[0])
+        return points, at_peak
 
     def walk_nested(self, equation: Any) -> tuple[int, list[_LiveBuffer]]:
-        """What the programs of an equation need beyond its results, and what that is."""
+        """Return the bytes that an equation's nested programs need beyond its results, and those values."""
         best: tuple[int, list[_LiveBuffer]] = (0, [])
         for _, nested in jaxprs.find_subjaxprs(equation):
             inner = jaxprs.open_jaxpr(nested)
             if id(inner) not in self.memo:
-                points, fullest = self.walk(inner)
-                # The program is kept so that its id stays its own.
-                self.memo[id(inner)] = (max(points, default=0), fullest, inner)
-            peak, fullest, _ = self.memo[id(inner)]
+                points, at_peak = self.walk(inner)
+                # A reference to the program, so that its id is not reused.
+                self.memo[id(inner)] = (max(points, default=0), at_peak, inner)
+            peak, at_peak, _ = self.memo[id(inner)]
             extra = peak - sum(_count_device_bytes(var.aval) for var in inner.outvars)
             if extra > best[0]:
-                best = (extra, fullest)
+                best = (extra, at_peak)
         return best
 
 
 def _find_last_reads(jaxpr: Any) -> dict[Any, int]:
-    last: dict[Any, int] = {}
+    """Return the index of the last equation that reads each variable; a result is read after the last one."""
+    last_reads: dict[Any, int] = {}
     for number, equation in enumerate(jaxpr.eqns):
-        last.update((var, number) for var in equation.invars if isinstance(var, core.Var))
-    last.update((var, len(jaxpr.eqns)) for var in jaxpr.outvars if isinstance(var, core.Var))
-    return last
+        last_reads.update((var, number) for var in equation.invars if isinstance(var, core.Var))
+    last_reads.update((var, len(jaxpr.eqns)) for var in jaxpr.outvars if isinstance(var, core.Var))
+    return last_reads
 
 
 def _is_dropped(var: Any) -> bool:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `remattools`."""
+"""The command `remattools`: what it accepts, what each command does, and what it prints."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compiler is asked for and what it answers: targets, placement, measurements and their cache."""
+"""What compilers are asked and what they report: targets, lowering, memory and cycles, and a cache of both."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements that were made before, found by the program and the compiler.
+"""A directory of earlier measurements, found by the program and the compiler.
 
-A key is a digest of everything that decides the figures: the lowered program, the
-target, the compilers' versions, flags and options. One small JSON file each, written
-whole or not at all, with a digest of its own: a file that cannot be read, or whose
-figures are not those that were written, is no hit. A folder that cannot be written
-costs the cache, never the measurement.
+A key is a digest of everything that decides a measurement: the lowered program, the
+target, the compilers' versions, flags and options. Each measurement is one small JSON
+file, written atomically together with its digest. A file that cannot be read or does not
+match its digest is a miss. A directory that cannot be written loses the cache, never the
+measurement.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from typing import Any
 import jax
 
 from ..errors import CacheWarning
-from .measurement import Measurement
+from .report import Measurement
 
-# Changes with the meaning of the stored fields.
+# Increased whenever the meaning of a stored field changes.
 _FORMAT_VERSION = "2"
 _FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-# JAX's settings that change what a compiler makes of one program; the others change the program's text.
+# JAX's settings that change how a compiler treats the same program; all others change the program itself.
 _CONFIG_NAMES = (
     "jax_enable_x64",
     "jax_compiler_enable_remat_pass",
@@ -41,42 +41,42 @@ _CONFIG_NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """A folder of measurements; may be shared by processes.
+    """A directory of measurements; processes may share it.
 
     Attributes:
-        directory: Made when the first one is written.
+        directory: Where the files are; created by the first write.
     """
 
     directory: pathlib.Path
 
     def get(self, key: str) -> Measurement | None:
-        """The measurement of that key, or None."""
+        """Return the measurement stored under a key, or None."""
         try:
             stored = json.loads((self.directory / f"{key}.json").read_text())
-            measured = stored["measurement"]
-            return Measurement.from_dict(measured) if stored["digest"] == _compute_digest(measured) else None
+            data = stored["measurement"]
+            return Measurement.from_dict(data) if stored["digest"] == _compute_digest(data) else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def put(self, key: str, measurement: Measurement) -> None:
-        """Store it under its key; where that fails, a warning says so."""
-        measured = measurement.as_dict()
-        self.write(f"{key}.json", json.dumps({"measurement": measured, "digest": _compute_digest(measured)}))
+        """Store a measurement under a key; a failure is a `CacheWarning`."""
+        data = measurement.as_dict()
+        self.write(f"{key}.json", json.dumps({"measurement": data, "digest": _compute_digest(data)}))
 
     def write(self, name: str, text: str) -> None:
-        """Write a file of this folder whole or not at all; where that fails, a warning says so."""
-        made = None
+        """Write a file of the directory atomically; a failure is a `CacheWarning`."""
+        temporary = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.directory, suffix=".tmp", delete=False) as file:
-                made = file.name
+                temporary = file.name
                 file.write(text)
-            os.replace(made, self.directory / name)
+            os.replace(temporary, self.directory / name)
         except OSError as error:
-            if made is not None:
+            if temporary is not None:
                 with contextlib.suppress(OSError):
-                    os.unlink(made)
-            warnings.warn(f"what was measured is not kept in {self.directory}: {error}", CacheWarning, stacklevel=4)
+                    os.unlink(temporary)
+            warnings.warn(f"the measurement was not cached in {self.directory}: {error}", CacheWarning, stacklevel=4)
 
 
 def _compute_digest(data: dict[str, Any]) -> str:
@@ -84,7 +84,7 @@ def _compute_digest(data: dict[str, Any]) -> str:
 
 
 def find_cache(cache: "Cache | str | os.PathLike[str] | None") -> Cache | None:
-    """A cache, that of a folder, or that of the folder in REMATTOOLS_CACHE; None if that is not set."""
+    """Return the cache of a directory; without one, of the directory in REMATTOOLS_CACHE, or None if that is unset."""
     if isinstance(cache, Cache):
         return cache
     directory = cache or os.environ.get("REMATTOOLS_CACHE")
@@ -92,22 +92,22 @@ def find_cache(cache: "Cache | str | os.PathLike[str] | None") -> Cache | None:
 
 
 def open_user_cache() -> Cache:
-    """Where the command line keeps its measurements."""
+    """Return the cache of the command line, in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Cache(pathlib.Path(base) / "remattools")
 
 
-def compute_key(program: str, target: str, device: Any, options: Any = ()) -> str:
-    """Digest of a lowered program, where it is compiled for, and by what.
+def compute_key(program: str, target: str, device: jax.Device, options: tuple[Any, ...] = ()) -> str:
+    """Return the digest of a lowered program, its target and its compiler.
 
     Args:
-        program: Its text.
+        program: The lowered program's text.
         target: Name of the target.
         device: One of the target's devices.
-        options: What the program asks its compiler for, beside the flags of the process.
+        options: The compiler options of the program's `jax.jit`.
     """
     versions = [f"{name}={_get_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
-    # Of a GPU this names the driver and the toolkit; a topology has no client.
+    # On a GPU this names the driver and the toolkit; the devices of a topology have no client.
     versions.append(str(getattr(getattr(device, "client", None), "platform_version", "")))
     flags = [f"{name}={os.environ.get(name, '')}" for name in _FLAG_VARIABLES]
     settings = [f"{name}={getattr(jax.config, name, '')}" for name in _CONFIG_NAMES]

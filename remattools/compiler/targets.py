@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to compile for: a live device, or a TPU topology without a device.
+"""Targets to compile for: a live device, or a TPU topology without a device.
 
-Targets are texts: `cpu`, `gpu`, `tpu` (live), `tpu:v5e:2x2` and every other topology
-that libtpu knows (its compiler runs on any machine).
+A target is named by a string: `cpu`, `gpu` or `tpu` (live), or a topology such as
+`tpu:v5e:2x2`, whose compiler (libtpu) runs on any machine.
 
-Two facts shaped this file. libtpu asks a metadata server for the machine it runs on
-unless environment variables say otherwise, and locks the machine for one process. It
-reads the variables once, when it is loaded: so they are set around that moment only.
-And JAX on CPU goes on working beside it, since a topology is no backend.
+Two facts shaped this file. Unless environment variables prevent it, libtpu queries a
+metadata server for its machine and locks the machine for one process. It reads the
+variables once, when it is loaded, so they are set around that moment only. And loading a
+topology does not change JAX's backend: JAX keeps running on the CPU.
 """
 
 import contextlib
@@ -18,17 +18,16 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ..errors import TargetError
 
 _LIVE_PLATFORMS = ("cpu", "gpu", "tpu", "cuda", "rocm")
-# Smallest topology of each generation and the accelerator type under which libtpu loads without a machine.
+# The smallest topology of each generation.
 _DEFAULT_TOPOLOGIES = {
     "v2": "2x2",
     "v3": "2x2",
@@ -43,39 +42,51 @@ _LIBTPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    # A lock keeps two processes from one device; here there is none, and compiles may run side by side.
+    # The lock keeps two processes off one device; without a device, compiles may run in parallel.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a program is to run.
+    """What a program is compiled for; from `find_target`.
 
     Attributes:
-        name: As text, such as `cpu` or `tpu:v5e:2x2`.
-        platform: Name of the platform as JAX lowers for it.
-        devices: Its devices; a program without shardings is compiled for the first.
-        live: Whether programs can run on it here.
+        name: Name, such as `cpu` or `tpu:v5e:2x2`.
+        platform: JAX's name of the platform to lower for.
+        devices: The target's devices. A program without shardings is compiled for the first.
+        live: Whether programs can run on it from this process.
+
+    Example:
+        >>> import remattools as rt
+        >>> rt.find_target("cpu").live
+        True
     """
 
     name: str
     platform: str
-    devices: tuple[Any, ...]
+    devices: tuple[jax.Device, ...]
     live: bool
 
     def mesh(self, shape: Sequence[int], names: Sequence[str]) -> Mesh:
-        """A mesh over the target's first devices, for `NamedSharding`s of abstract arguments.
+        """Return a mesh over the target's first devices, for the shardings of abstract arguments.
+
+        Args:
+            shape: Devices along each axis.
+            names: Name of each axis.
 
         Raises:
-            TargetError: If it has fewer devices.
+            TargetError: If the target has too few devices.
         """
         return Mesh(np.array(self._take_devices(int(np.prod(shape)))).reshape(shape), tuple(names))
 
-    def placements(self, shardings: Sequence[Any]) -> list[Any]:
-        """The same shardings on this target's devices.
+    def placements(self, shardings: Sequence[Sharding | None]) -> list[Sharding]:
+        """Return the same shardings on this target's devices.
 
-        What is not spread goes to the first device, or to every device of the mesh if something else is spread.
+        Unsharded arguments go to the first device, or are replicated over the mesh if another argument is sharded.
+
+        Args:
+            shardings: The sharding of each argument; None if it has none.
         """
         meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1]
         if not meshes:
@@ -88,30 +99,39 @@ class Target:
             for s in shardings
         ]
 
-    def _move_mesh(self, mesh: Any) -> Mesh:
+    def _move_mesh(self, mesh: Mesh | AbstractMesh) -> Mesh:
         if isinstance(mesh, Mesh) and not set(mesh.devices.flat) - set(self.devices):
             return mesh
         return self.mesh(tuple(mesh.shape.values()), mesh.axis_names)
 
-    def _take_devices(self, count: int) -> list[Any]:
+    def _take_devices(self, count: int) -> list[jax.Device]:
         if count > len(self.devices):
             raise TargetError(
-                what=f"a mesh of {count} devices does not fit {self.name}, which has {len(self.devices)}.",
-                why="every place of the mesh is a device of its own.",
-                fix="a larger topology, such as tpu:v5e:4x4; on cpu set jax_num_cpu_devices.",
+                what=f"a mesh of {count} devices is too large for {self.name}, which has {len(self.devices)}.",
+                why="every position of a mesh needs a separate device.",
+                fix="a larger topology, such as tpu:v5e:4x4; on cpu, set jax_num_cpu_devices.",
             )
         return list(self.devices[:count])
 
 
 def find_target(target: "str | Target | jax.Device | None" = None) -> Target:
-    """The target that a text, a device or None (JAX's default devices) stands for.
+    """Return the target that a name or a device stands for.
+
+    Args:
+        target: `"cpu"`, `"gpu"`, `"tpu"`, a topology such as `"tpu:v5e:2x2"`, a device, or a `Target`. None: all of
+            JAX's default devices.
 
     Raises:
-        TargetError: If there is none, with what to install.
+        TargetError: If the target does not exist or is not installed; the message says what to install.
+
+    Example:
+        >>> import remattools as rt
+        >>> rt.find_target("cpu").name
+        'cpu'
     """
     if isinstance(target, Target):
         return target
-    if target is None:  # all of them, for arguments that are spread over several
+    if target is None:  # all of them, since arguments may be sharded over several
         devices = jax.devices()
         return Target(
             name=_get_platform_name(devices[0].platform),
@@ -123,8 +143,8 @@ def find_target(target: "str | Target | jax.Device | None" = None) -> Target:
         return _make_device_target(target)
     if not isinstance(target, str):
         raise TargetError(
-            what=f"target={target!r} is of the type {type(target).__name__}.",
-            why="a target is named by a text, a device, or None for JAX's default device.",
+            what=f"target={target!r} has the type {type(target).__name__}.",
+            why="a target is a string, a device, or None for JAX's default devices.",
             fix='"cpu", "gpu", "tpu:v5e:2x2" or jax.devices()[0].',
         )
     platform, _, topology = target.partition(":")
@@ -135,7 +155,7 @@ def find_target(target: "str | Target | jax.Device | None" = None) -> Target:
     return _find_live_target(platform)
 
 
-def _make_device_target(device: Any) -> Target:
+def _make_device_target(device: jax.Device) -> Target:
     return Target(name=_get_platform_name(device.platform), platform=device.platform, devices=(device,), live=True)
 
 
@@ -148,8 +168,8 @@ def _find_live_target(platform: str) -> Target:
         devices = jax.devices(platform)
     except RuntimeError as error:
         raise TargetError(
-            what=f"there is no {platform} on this machine: {str(error).splitlines()[0]}",
-            why="a live target is compiled for by its own driver.",
+            what=f"JAX finds no {platform} on this machine: {str(error).splitlines()[0]}",
+            why="compiling for a live target needs its device and its driver.",
             fix=_suggest_live_fix(platform),
         ) from error
     return Target(name=_get_platform_name(platform), platform=devices[0].platform, devices=tuple(devices), live=True)
@@ -161,41 +181,42 @@ def _suggest_live_fix(platform: str) -> str:
     if platform == "cpu":
         return "JAX_PLATFORMS must name cpu too, as in JAX_PLATFORMS=cuda,cpu."
     return (
-        'pip install "jax[cuda13]" (or jax[cuda12]) on a machine with a GPU; see that JAX_PLATFORMS does not hide it.'
+        'pip install "jax[cuda13]" (or jax[cuda12]) on a machine with a GPU; check that JAX_PLATFORMS does not hide it.'
     )
 
 
 def _make_unknown_error(target: str) -> TargetError:
     return TargetError(
-        what=f"there is no target {target!r}.",
-        why="a program is compiled for one kind of machine.",
+        what=f"unknown target {target!r}.",
+        why="a program is compiled for one kind of device.",
         fix=_suggest_target(target),
     )
 
 
 def _suggest_target(target: str) -> str:
-    """The target that was meant, if one is near; all kinds of them else."""
+    """Suggest the closest target, or list all kinds if none is close."""
     platform = target.lower().partition(":")[0]
     if platform in _LIVE_PLATFORMS and platform != "tpu":
         return f"did you mean {platform!r}?"
     generation = re.sub(r"^tpu[:_-]*|:.*$", "", target.lower())
-    generation = "v5e" if generation.startswith("v5lite") else generation  # as the cloud calls it
-    near = difflib.get_close_matches(generation, _DEFAULT_TOPOLOGIES, n=1, cutoff=0.75)
-    if near:
-        return f"did you mean 'tpu:{near[0]}:{_DEFAULT_TOPOLOGIES[near[0]]}'?"
-    topologies = ", ".join(f"tpu:{name}:{shape}" for name, shape in _DEFAULT_TOPOLOGIES.items())
-    return f"one of {', '.join(_LIVE_PLATFORMS[:3])} (live), or without a device {topologies}, and larger ones of each."
+    generation = "v5e" if generation.startswith("v5lite") else generation  # the cloud's name
+    close = difflib.get_close_matches(generation, _DEFAULT_TOPOLOGIES, n=1, cutoff=0.75)
+    if close:
+        return f"did you mean 'tpu:{close[0]}:{_DEFAULT_TOPOLOGIES[close[0]]}'?"
+    choices = ", ".join(f"tpu:{name}:{shape}" for name, shape in _DEFAULT_TOPOLOGIES.items())
+    return f"{', '.join(_LIVE_PLATFORMS[:3])} (live), or without a device {choices}, and larger shapes of each."
 
 
 @functools.cache
 def _load_topology(topology: str) -> Target:
     generation, _, shape = topology.partition(":")
-    known = generation in _DEFAULT_TOPOLOGIES
+    is_known = generation in _DEFAULT_TOPOLOGIES
     if importlib.util.find_spec("libtpu") is None:
         raise TargetError(
             what=f"tpu:{topology} needs libtpu, which is not installed.",
-            why="it holds the TPU's compiler, which runs on any machine.",
-            fix='pip install "nnx-checkpointing[tpu]"' + ("" if known else f"; {_suggest_target(f'tpu:{topology}')}"),
+            why="libtpu contains the TPU compiler, which runs on any machine.",
+            fix='pip install "nnx-checkpointing[tpu]"'
+            + ("" if is_known else f"; {_suggest_target(f'tpu:{topology}')}"),
         )
     shape = shape or _DEFAULT_TOPOLOGIES.get(generation, "")
     if not re.fullmatch(r"\w+", generation) or not re.fullmatch(r"\d+(x\d+)*", shape):
@@ -208,12 +229,12 @@ def _load_topology(topology: str) -> Target:
         if "lockfile" in str(error):
             raise TargetError(
                 what=f"libtpu does not load: {str(error).splitlines()[0]}",
-                why="another process holds its lock, and ALLOW_MULTIPLE_LIBTPU_LOAD is set to forbid a second one.",
+                why="another process holds its lock, and ALLOW_MULTIPLE_LIBTPU_LOAD forbids a second one.",
                 fix="unset ALLOW_MULTIPLE_LIBTPU_LOAD, or wait for the other process.",
             ) from error
         raise TargetError(
-            what=f"libtpu knows no topology {name!r}: {str(error).splitlines()[0]}",
-            why="only generations and shapes that are built can be compiled for.",
+            what=f"libtpu does not know the topology {name!r}: {str(error).splitlines()[0]}",
+            why="libtpu compiles only for generations and shapes that exist.",
             fix=_suggest_target(f"tpu:{name}"),
         ) from error
     return Target(name=f"tpu:{name}", platform="tpu", devices=tuple(description.devices), live=False)
@@ -221,7 +242,7 @@ def _load_topology(topology: str) -> Target:
 
 @contextlib.contextmanager
 def _set_libtpu_environment() -> Iterator[None]:
-    """The environment that libtpu needs to load on a machine that is no TPU host; what the user set is kept."""
+    """Set the variables that libtpu needs to load on a machine without a TPU, except those the user has set."""
     added = {key: value for key, value in _LIBTPU_ENVIRONMENT.items() if key not in os.environ}
     os.environ.update(added)
     try:

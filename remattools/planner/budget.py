@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..compiler.measurement import Measurement
+from ..compiler.report import Measurement
 from ..compiler.targets import Target
 from ..errors import BudgetError
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ..compiler.measurement import format_bytes
+from ..compiler.report import format_bytes
 from ..compiler.targets import Target
 from ..errors import BudgetError
 from .budget import BudgetKind, compute_budget_bytes, require_budget, require_positive

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from ..analysis.compile import measure
+from ..analysis.measure import measure
 from ..analysis.timeline import timeline
 from ..compiler.cache import Cache, find_cache
-from ..compiler.measurement import Measurement, format_bytes
+from ..compiler.report import Measurement, format_bytes
 from ..compiler.targets import Target, find_target
 from ..errors import BudgetError
 from ..rules.ruleset import Rules

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..analysis import plot
-from ..compiler.measurement import Measurement, format_bytes, format_count
+from ..compiler.report import Measurement, format_bytes, format_count
 from ..rules.ruleset import Rules
 from .budget import BudgetKind
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's function as a pure function of arrays, and where each operation of its jaxpr comes from."""
+"""A user's call as a pure function of arrays, and the module that each operation of its jaxpr comes from."""

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that a function closes over: find them, and put others in their place.
+"""Find the models that a function closes over, and replace them.
 
-Lowest file of `measure`. People write `lambda x: loss(model, x)` as often as they pass
-the model. JAX would bake such weights into the program as constants, and cannot trace
-abstract ones at all; so they are found and passed like arguments.
+Imports nothing of the package. People write `lambda x: loss(model, x)` as often as they pass the model. JAX would
+bake its weights into the program as constants, and cannot trace abstract ones at all; so such models are found and
+passed like arguments.
 
-The user's function is never changed: what refers to a model is rebuilt with other
-cells, defaults or globals. A new function also is a new key of JAX's trace caches, so
-that no tracer of ours can be left in a trace that the user's own code finds later.
+The user's function is never changed: a function that refers to a model is copied with other cells, defaults or
+globals. The copy is also a new key of JAX's trace caches, so that none of our tracers stays in a trace that the
+user's code reuses later.
 """
 
 import copy
@@ -18,7 +18,7 @@ from typing import Any
 
 from flax import nnx
 
-# Their functions are searched for what they captured, but not for what their modules define.
+# Functions of these packages are searched for what they closed over, but not for globals.
 _LIBRARIES = frozenset({"jax", "jaxlib", "flax", "numpy", "optax", "functools", "remattools"})
 _MAX_DEPTH = 16
 
@@ -26,26 +26,31 @@ ReplaceModel = Callable[[str, Any], Any]
 
 
 def find_captured_models(fn: Any) -> list[tuple[str, Any]]:
-    """Names and values of everything with nnx objects in it that `fn` refers to without being passed it."""
+    """Return name and value of each object with nnx objects in it that `fn` closes over or uses as a global."""
     found: dict[int, tuple[str, Any]] = {}
 
-    def note(name: str, value: Any) -> Any:
+    def record(name: str, value: Any) -> Any:
         found.setdefault(id(value), (name, value))
         return value
 
-    _Rebinder(note).visit("fn", fn, 0)
+    _Rebinder(record).visit("fn", fn, 0)
     return list(found.values())
 
 
 def replace_models(fn: Any, models: dict[int, Any]) -> Any:
-    """`fn` with the models replaced, by the id of the original; the same object if there are none."""
+    """Return a copy of `fn` that refers to other models, or `fn` itself if `models` is empty.
+
+    Args:
+        fn: The user's function.
+        models: Replacements by the `id` of the original.
+    """
     if not models:
         return fn
     return _Rebinder(lambda _, value: models.get(id(value), value)).visit("fn", fn, 0)
 
 
 def has_models(value: Any, depth: int = 0) -> bool:
-    """Whether `value` is, or is a plain container of, nnx objects."""
+    """Whether `value` is an nnx object, or a tuple, list or dict that contains one."""
     if isinstance(value, nnx.Pytree | nnx.Variable | nnx.State):
         return True
     if depth < 4 and type(value) in (tuple, list):
@@ -56,20 +61,20 @@ def has_models(value: Any, depth: int = 0) -> bool:
 
 
 class _Rebinder:
-    """One walk over functions and what they refer to; `replace` decides over each value with models in it."""
+    """Walks functions and all that they refer to; `replace` maps each value with models in it to its replacement."""
 
     def __init__(self, replace: ReplaceModel) -> None:
         self.replace = replace
         self.seen: dict[int, Any] = {}
 
     def visit(self, name: str, value: Any, depth: int) -> Any:
-        """The value to use instead of `value`: itself where nothing below it changed."""
+        """Return the replacement of `value`, which is `value` itself if nothing below it changed."""
         if has_models(value):
             return self.replace(name, value)
         if depth > _MAX_DEPTH or not callable(value) or isinstance(value, type):
             return value
         if id(value) not in self.seen:
-            self.seen[id(value)] = value  # a function that refers to itself keeps the old one
+            self.seen[id(value)] = value  # ends the recursion for a function that refers to itself
             self.seen[id(value)] = self.visit_callable(value, depth + 1)
         return self.seen[id(value)]
 
@@ -85,16 +90,18 @@ class _Rebinder:
         if isinstance(value, types.MethodType):
             owner = self.visit_owner(value.__self__, depth)
             return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-        if hasattr(value, "lower") and hasattr(value, "__wrapped__"):  # jitted: inside another trace it is inlined
+        if hasattr(value, "lower") and hasattr(
+            value, "__wrapped__"
+        ):  # jitted; an outer trace inlines it anyway
             inner = self.visit("fn", value.__wrapped__, depth)
             return value if inner is value.__wrapped__ else inner
-        users = isinstance(getattr(type(value), "__call__", None), types.FunctionType)  # noqa: B004
-        if users and type(value).__module__.partition(".")[0] not in _LIBRARIES:
+        has_python_call = isinstance(getattr(type(value), "__call__", None), types.FunctionType)  # noqa: B004
+        if has_python_call and type(value).__module__.partition(".")[0] not in _LIBRARIES:
             return self.visit_owner(value, depth)
         return value
 
     def visit_owner(self, value: Any, depth: int) -> Any:
-        """The object of a bound method: a model, or something like a trainer that has one."""
+        """Visit the object of a bound method: a model, or an object with one, such as a trainer."""
         if has_models(value):
             return self.visit("self", value, depth)
         if not hasattr(value, "__dict__") or isinstance(value, type | types.ModuleType):
@@ -137,7 +144,7 @@ class _Rebinder:
         return new
 
     def visit_items(self, pairs: Any, depth: int) -> list[Any] | None:
-        """What to use instead of each value, or None if all stay."""
+        """Return the replacements of all values, or None if nothing changed."""
         pairs = list(pairs)
         new = [self.visit(name, value, depth) for name, value in pairs]
         return None if all(value is item for value, (_, item) in zip(new, pairs, strict=True)) else new
@@ -150,7 +157,7 @@ def _number_values(values: tuple[Any, ...]) -> list[tuple[str, Any]]:
 def _is_filled(cell: types.CellType) -> bool:
     try:
         _ = cell.cell_contents
-    except ValueError:  # not assigned yet
+    except ValueError:  # the variable is not assigned yet
         return False
     return True
 
@@ -164,7 +171,7 @@ def _find_globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _find_names(code: types.CodeType) -> set[str]:
-    """Names that the code, or a function defined in it, may look up among the globals."""
+    """Collect the names that the code, or a function defined in it, may look up as globals."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

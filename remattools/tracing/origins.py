@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traced programs with module paths: what computes a value, and where.
+"""Where the values of a traced program come from: module path, operation and region.
 
-Sits on `staging` and `transform.names`. A program is traced with the modules' paths in
-the operations' name stacks, inside regions too; the marks that `scopes` puts onto
-outputs are taken out again, so that nothing but metadata differs from the user's
-program. Name stacks survive differentiation, so values of the backward pass are
-known by the same paths.
+Sits on `pure_call` and `transform.naming`. A program is traced with module paths in the operations' name stacks, also
+inside regions. The marks that `scopes` puts on outputs are removed again, so that only metadata differs from the
+user's program. Name stacks survive differentiation, so values of the backward pass have the same paths.
 """
 
 import dataclasses
@@ -22,7 +20,7 @@ from ..rules.paths import Path, format_path
 from ..transform.naming import names, scopes
 from . import pure_call
 
-# Looked through: they move, round or mark a value, and are not what computes it.
+# Skipped in the search for a producer: these move, round or mark a value and compute nothing.
 _TRANSPARENT_PRIMITIVES = frozenset({"reduce_precision", "optimization_barrier", "copy", "copy_p", "device_put"})
 _ROOT_MARKS = re.compile(f"({scopes.REGION}|{scopes.RELATIVE})")
 _REGION_MARKS = frozenset({names.SAVED, names.OFFLOADED})
@@ -34,10 +32,10 @@ class Origin:
 
     Attributes:
         kind: "computed", "parameter", "argument" or "constant".
-        path: Module that computes it, or the leaf's own path.
-        name: Primitive, or `@name` where the model's author named it; "" for arguments.
-        region: Path of the innermost region it lies in, or None.
-        iterations: Turns of the scans around it; each keeps one.
+        path: Path of the module that computes it, or of the leaf.
+        name: Primitive, or `@name` for a `checkpoint_name` in the model; "" for parameters and arguments.
+        region: Path of the innermost region around it, or None.
+        iterations: Product of the lengths of the scans around it; every iteration saves one value.
     """
 
     kind: str
@@ -48,11 +46,14 @@ class Origin:
 
 
 def trace_with_paths(call: pure_call.Call, select: Callable[[Any], Any]) -> Any:
-    """The program of a call with module paths.
+    """Trace a call with module paths on its operations.
 
     Args:
-        call: From `staging.stage`.
-        select: From what `staging.evaluate` gives to what the program is to return.
+        call: From `pure_call.stage`.
+        select: Maps what `pure_call.evaluate` returns to what the program returns.
+
+    Returns:
+        The closed jaxpr.
     """
 
     def run_selected(leaves: list[Any]) -> Any:
@@ -62,10 +63,13 @@ def trace_with_paths(call: pure_call.Call, select: Callable[[Any], Any]) -> Any:
 
 
 def select_loss_or_floats(result: tuple[Any, list[Any]]) -> list[Any]:
-    """What a gradient is taken of: the scalar that comes first, or all floats that the function returns.
+    """Select what to differentiate: the result or first result if it is a scalar, or else all floats returned.
+
+    Args:
+        result: From `pure_call.evaluate`.
 
     Raises:
-        MeasureError: If it returns no floats.
+        MeasureError: If the function returns no floats.
     """
     out, _ = result
     first = out[0] if isinstance(out, tuple) and out else out
@@ -76,7 +80,7 @@ def select_loss_or_floats(result: tuple[Any, list[Any]]) -> list[Any]:
 
 
 def has_gradient(jaxpr: Any) -> bool:
-    """Whether a program holds operations of a backward pass."""
+    """Whether a program contains operations of a backward pass."""
     return any(
         "transpose(" in str(equation.source_info.name_stack)
         or any(has_gradient(inner) for _, inner in jaxprs.find_subjaxprs(equation))
@@ -85,31 +89,31 @@ def has_gradient(jaxpr: Any) -> bool:
 
 
 def check_no_gradient(jaxpr: Any, purpose: str) -> None:
-    """Refuse a train step or a gradient's function in the place of a loss.
+    """Raise if a train step or a gradient function was passed instead of a loss.
 
-    A loss may well use a gradient (a penalty on it, forces from an energy): then its result comes from one.
+    A loss may use a gradient (a gradient penalty, forces from an energy); then its result depends on that gradient.
 
     Args:
-        jaxpr: Of what `loss_or_floats` selects.
-        purpose: Why a loss is wanted.
+        jaxpr: Program that returns what `select_loss_or_floats` selects.
+        purpose: The error's reason why a loss is needed.
 
     Raises:
-        MeasureError: If the function takes a gradient that is not a part of its loss.
+        MeasureError: If the function computes a gradient that its loss does not depend on.
     """
     top = jaxprs.open_jaxpr(jaxpr)
     if has_gradient(top) and not (_is_loss(top) and _is_from_gradient(top, set(range(len(top.outvars))))):
         raise MeasureError(
-            what="the function takes a gradient itself.",
+            what="the function computes a gradient itself.",
             why=purpose,
-            fix="pass the loss and its arguments, (loss, model, batch), rather than the train step.",
+            fix="pass the loss function and its arguments, (loss, model, batch), instead of the train step.",
         )
 
 
 def is_backward(equation: Any) -> bool:
-    """Whether an operation belongs to the outermost gradient's way back."""
+    """Whether an operation belongs to the backward pass of the outermost gradient."""
     stack = str(equation.source_info.name_stack)
     before, found, _ = stack.partition("transpose(")
-    return bool(found) and "jvp(" not in before  # else a gradient inside of what is differentiated
+    return bool(found) and "jvp(" not in before  # else to a gradient inside the differentiated function
 
 
 def _is_loss(jaxpr: Any) -> bool:
@@ -117,7 +121,7 @@ def _is_loss(jaxpr: Any) -> bool:
 
 
 def _is_from_gradient(jaxpr: Any, indices: set[int]) -> bool:
-    """Whether the wanted results of a program are computed from what a backward pass computes."""
+    """Whether the results at `indices` depend on a value that a backward pass computes."""
     inner = jaxprs.open_jaxpr(jaxpr)
     live = {inner.outvars[index] for index in indices if isinstance(inner.outvars[index], core.Var)}
     for equation in reversed(inner.eqns):
@@ -139,7 +143,7 @@ class OriginFinder:
     """Finds where the values of one program come from.
 
     Args:
-        jaxpr: A closed program.
+        jaxpr: The closed jaxpr.
         call: The call it was traced from.
     """
 
@@ -150,11 +154,11 @@ class OriginFinder:
         self.producers: dict[int, dict[Any, tuple[Any, int]]] = {}
 
     def find_origin(self, atom: Any) -> Origin:
-        """The origin of a value of the outermost program."""
+        """Return the origin of a value of the outermost program."""
         return self._find_origin(self.jaxpr, atom, [], 1)
 
     def format_location(self, equation: Any) -> str:
-        """Module and primitive of an equation of the outermost program, as `path:primitive`."""
+        """Format an equation of the outermost program as `path:primitive`."""
         path, _ = locate([str(equation.source_info.name_stack)])
         return f"{format_path(path)}:{equation.primitive.name}"
 
@@ -191,7 +195,7 @@ class OriginFinder:
     def _find_nested_origin(
         self, jaxpr: Any, equation: Any, index: int, stacks: list[str], iterations: int
     ) -> Origin | None:
-        """The origin in a nested program, if the equation only passes on what one computes."""
+        """The origin in a nested program, if the equation only returns what that program computes."""
         nested = list(jaxprs.find_subjaxprs(equation))
         if not nested:
             return None
@@ -206,7 +210,7 @@ class OriginFinder:
             position = list(inner.invars).index(result)
             if len(inner.invars) == len(equation.invars):
                 if scan is not None and position >= scan.num_consts:
-                    return None  # a carry or a slice, stacked: a value of its own
+                    return None  # a stacked carry or slice is a new value
                 return self._find_origin(jaxpr, equation.invars[position], stacks[:-1], iterations)
             return None
         return self._find_origin(inner, result, stacks, iterations)
@@ -220,17 +224,21 @@ class OriginFinder:
 
 
 def is_in_host_memory(aval: Any) -> bool:
-    """Whether a value lies in host memory: it was offloaded."""
+    """Whether a value lies in host memory, since it was offloaded."""
     return str(getattr(aval, "memory_space", "")).endswith("Host")
 
 
 def _get_label(equation: Any) -> str:
-    # What a scan computes itself is the carry of each turn.
+    # What a scan itself computes is the carry of each iteration.
     return "scan carry" if equation.primitive.name == "scan" else str(equation.primitive.name)
 
 
 def locate(stacks: list[str]) -> tuple[Path, Path | None]:
-    """Module path and innermost region of an operation, from the name stacks around it, outermost first."""
+    """Return module path and innermost region (or None) of an operation.
+
+    Args:
+        stacks: The name stacks around it, outermost first.
+    """
     path: Path = ()
     region: Path | None = None
     *outer, last = _ROOT_MARKS.split("/".join(stacks))

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call as a pure function of its arrays, which a compiler can be given.
+"""A user's call as a pure function of its arrays, ready to be traced or compiled.
 
-Sits on `closures` and `transform.capture`. Arguments may be nnx objects, pytrees,
-arrays, abstract arrays and statics; models that the function closes over are passed
-like arguments. What the call changes in its objects is part of its results.
+Sits on `closed_over`, `call_errors` and `transform.capture`. Arguments may be nnx objects, pytrees, arrays, abstract
+arrays and static values; models that the function closes over are passed like arguments. What the call changes in
+its objects is part of its results.
 """
 
 import contextlib
 import dataclasses
-import inspect
-import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..errors import MeasureError, RematError
+from ..errors import MeasureError
 from ..rules.paths import Path, format_path
 from ..transform import region
 from ..transform.capture import effects
-from ..transform.capture import walk as cap
+from ..transform.capture.rebuild import rebuild
+from ..transform.capture.walk import Capture, capture, get_node_content
 from ..transform.naming import scopes
-from . import closed_over
+from . import call_errors, closed_over
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +31,8 @@ class Leaf:
     """One array of a call.
 
     Attributes:
-        path: Where it lies: attributes from the root of its model, or the argument's name and keys.
-        position: Which argument holds it.
+        path: Attribute names from the root of its model, or the argument's name and keys.
+        position: Index in `Call.values` of the value that holds it.
         parameter: Whether it is the value of an `nnx.Param`.
     """
 
@@ -43,23 +42,22 @@ class Leaf:
 
     @property
     def label(self) -> str:
-        """The path as text."""
+        """The path as a string."""
         return format_path(self.path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """A function and its arguments, taken apart.
+    """A function and its arguments, split into arrays and structure.
 
     Attributes:
         fn: The function, as given.
-        values: All arguments, followed by the models that the function closes over.
-        arity: How many of `values` are arguments.
-        spec: How to rebuild `values`.
-        leaves: Their arrays, in order; abstract or real.
-        leaf_infos: What each leaf is.
-        roots: Module paths start here: a path and a position in `values`.
-        differentiable_indices: Indices of the leaves that a gradient is taken of.
+        values: The arguments, followed by the models that the function closes over.
+        arity: Number of arguments.
+        spec: How to rebuild `values` from `leaves`.
+        leaves: Arrays of `values` in order, concrete or abstract.
+        leaf_infos: One for each leaf.
+        roots: Where module paths start: a path and an index in `values`.
     """
 
     fn: Callable[..., Any]
@@ -72,40 +70,40 @@ class Call:
 
     @property
     def models(self) -> list[Any]:
-        """The models among the values, passed ones first."""
+        """The models among the values: arguments first, then those closed over."""
         return [self.values[position] for _, position in self.roots]
 
     @property
     def differentiable_indices(self) -> tuple[int, ...]:
-        """Parameters of the first model; without one, the floats of the first argument."""
+        """Indices of the leaves to differentiate: the first model's parameters, or else the first argument's floats."""
         first = self.roots[0][1] if self.roots else 0
         inside = [i for i, info in enumerate(self.leaf_infos) if info.position == first and is_float(self.leaves[i])]
         parameters = [i for i in inside if self.leaf_infos[i].parameter]
         return tuple(parameters or inside)
 
     def abstractify_leaves(self) -> list[Any]:
-        """Shape, dtype and sharding of each leaf."""
+        """Return the shape, dtype and sharding of each leaf."""
         return [abstractify(leaf) for leaf in self.leaves]
 
 
 def stage(fn: Any, args: Sequence[Any]) -> Call:
-    """Take a call apart; the caller's objects are only looked at.
+    """Split the call `fn(*args)` into arrays and structure, without changing any of its objects.
 
     Raises:
-        MeasureError: If `fn` cannot be called.
+        MeasureError: If `fn` cannot be called with `args`.
     """
     if not callable(fn):
         raise MeasureError(
-            what=f"{fn!r} is no function.",
-            why="what is measured is the program that a call computes.",
-            fix="measure(loss, model, batch): the function first, then its arguments.",
+            what=f"{fn!r} is not a function.",
+            why="the program of a function call is measured; there is none without a function.",
+            fix="pass the function first, then its arguments: measure(loss, model, batch).",
         )
-    _check_call(fn, args)
+    call_errors.check_call(fn, args)
     models = closed_over.find_captured_models(fn)
     passed = tuple(_convert_numpy(value) for value in args)
     values = (*passed, *(value for _, value in models))
-    captured = cap.capture(values)
-    names = [*_get_argument_names(fn, len(args)), *(name for name, _ in models)]
+    captured = capture(values)
+    names = [*call_errors.get_argument_names(fn, len(args)), *(name for name, _ in models)]
     holders = [i for i, value in enumerate(values) if _has_modules(value)]
     prefixes: list[Path] = [(name,) for name in names]
     if holders:
@@ -122,16 +120,16 @@ def stage(fn: Any, args: Sequence[Any]) -> Call:
 
 
 def unwrap_jit(fn: Any) -> Any:
-    """The Python function behind a jitted one: to be traced afresh, past JAX's cache of traces."""
+    """Return the Python function of a jitted one, so that JAX traces it again instead of using its cache."""
     return getattr(fn, "__wrapped__", fn) if callable(getattr(fn, "lower", None)) else fn
 
 
 def make_pure(call: Call, *, differentiate: bool = False) -> Callable[[list[Any]], Any]:
-    """A function of the call's leaves that computes what the call computes.
+    """Return a function of the call's leaves that computes what the call computes.
 
     Args:
         call: From `stage`.
-        differentiate: Compute the gradients of the (first) result instead, and the rest as it is.
+        differentiate: Replace the result, or the first of a tuple, by its gradients.
     """
     indices = call.differentiable_indices
 
@@ -148,15 +146,18 @@ def make_pure(call: Call, *, differentiate: bool = False) -> Callable[[list[Any]
 
 
 def evaluate(call: Call, leaves: list[Any], *, with_paths: bool = False) -> tuple[Any, list[Any]]:
-    """Run the call on other leaves: what it returned, and all arrays that it returned or changed.
+    """Run the call on other leaves.
 
     Args:
         call: From `stage`.
-        leaves: In the place of the call's own.
-        with_paths: Put module paths on the operations, inside regions too.
+        leaves: Arrays to use instead of the call's own, in the same order.
+        with_paths: Put module paths on the operations, also inside regions.
+
+    Returns:
+        What the function returned, and every array that it returned or changed.
     """
     objects: list[Any] = []
-    rebuilt = cap.rebuild(call.spec, leaves, objects)
+    rebuilt = rebuild(call.spec, leaves, objects)
     before = effects.snapshot(objects)
     replacements = {id(old): new for old, new in zip(call.values[call.arity :], rebuilt[call.arity :], strict=True)}
     fn = closed_over.replace_models(call.fn, replacements)
@@ -169,95 +170,18 @@ def evaluate(call: Call, leaves: list[Any], *, with_paths: bool = False) -> tupl
     return out, effects.collect_effects(objects, before, out)[0]
 
 
-@contextlib.contextmanager
-def explain_errors(call: Call) -> Iterator[None]:
-    """What the user's function raises says with what it was called.
+def explain_errors(call: Call) -> contextlib.AbstractContextManager[None]:
+    """Add the call and its arguments to what the user's function raises inside the block.
 
     Raises:
-        MeasureError: If a model is not the first argument, and is missed where it was expected.
+        MeasureError: If the error comes from a model that is not where the function expects it.
     """
-    try:
-        yield
-    except RematError:
-        raise
-    except Exception as error:
-        args = call.values[: call.arity]
-        shown = f"{_get_name(call.fn)}({_format_arguments(call.fn, args)})"
-        misplaced = _find_misplaced_function(call.fn, args)
-        if misplaced is not None:
-            raise misplaced from error
-        if _is_swapped(call, error):
-            raise MeasureError(
-                what=f"{shown} raised {type(error).__name__}: {error}",
-                why="an array stands where the function expects the model.",
-                fix=f"give the arguments in the function's own order: {_get_name(call.fn)}{_get_signature(call.fn) or ''}.",
-            ) from error
-        note = f"remattools traced the call {shown}."
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
-        raise
-
-
-def _is_swapped(call: Call, error: Exception) -> bool:
-    passed = [position for _, position in call.roots if position < call.arity]
-    if not passed or passed[0] == 0:
-        return False
-    missed = isinstance(error, AttributeError) or (isinstance(error, TypeError) and "not callable" in str(error))
-    return missed and ("Tracer" in str(error) or "JitWrapped" in str(error))
-
-
-def _find_misplaced_function(fn: Any, args: Sequence[Any]) -> MeasureError | None:
-    """For a model that was given first, and the function after it."""
-    functions = [value for value in args if inspect.isroutine(value) or hasattr(value, "__wrapped__")]
-    if not isinstance(fn, nnx.Module) or not functions:
-        return None
-    return MeasureError(
-        what=f"the model {type(fn).__name__} stands in the place of the function, {_get_name(functions[0])} after it.",
-        why="what is looked at is the call of a function; the function comes first.",
-        fix=f"({_get_name(functions[0])}, model, batch), in this order.",
-    )
-
-
-def _check_call(fn: Any, args: Sequence[Any]) -> None:
-    """Refuse what the function's signature does not take, before anything is traced."""
-    signature = _get_signature(fn)
-    if signature is None:
-        return
-    try:
-        signature.bind(*args)
-    except TypeError as error:
-        raise _find_misplaced_function(fn, args) or MeasureError(
-            what=f"{_get_name(fn)}{signature} cannot be called with ({_format_arguments(fn, args)}): {error}.",
-            why="the function is called with the arguments that follow it, in their order.",
-            fix="give all of its arguments, each by itself; functools.partial(fn, key=value) sets those with a name.",
-        ) from error
-
-
-def _get_signature(fn: Any) -> inspect.Signature | None:
-    try:
-        return inspect.signature(fn)
-    except (TypeError, ValueError):  # written in C
-        return None
-
-
-def _get_name(fn: Any) -> str:
-    return str(getattr(fn, "__name__", type(fn).__name__))
-
-
-def _format_arguments(fn: Any, values: Sequence[Any]) -> str:
-    names = _get_argument_names(fn, len(values))
-    return ", ".join(f"{name}={_format_value(value)}" for name, value in zip(names, values, strict=True))
-
-
-def _format_value(value: Any) -> str:
-    """A short text: the type and size of arrays, the class of other objects."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return reprlib.repr(value) if isinstance(value, str | int | float | type(None)) else type(value).__name__
+    positions = [position for _, position in call.roots if position < call.arity]
+    return call_errors.explain_errors(call.fn, call.values[: call.arity], positions[0] if positions else None)
 
 
 def replace_leaves(leaves: Sequence[Any], indices: Sequence[int], new_leaves: Sequence[Any]) -> list[Any]:
-    """The leaves with those at `indices` replaced."""
+    """Return `leaves` with those at `indices` replaced."""
     new = list(leaves)
     for index, value in zip(indices, new_leaves, strict=True):
         new[index] = value
@@ -268,7 +192,7 @@ def split_loss(result: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
     """Split a result into the scalar to differentiate and the other arrays.
 
     Raises:
-        MeasureError: If there is no such scalar.
+        MeasureError: If the result, or the first of a tuple, is not a floating-point scalar.
     """
     out, leaves = result
     loss = out[0] if isinstance(out, tuple) and out else out
@@ -277,28 +201,28 @@ def split_loss(result: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         shown = f"{dtype}{list(shape)}" if shape is not None else repr(type(loss).__name__)
         raise MeasureError(
             what=f"the function returns {shown}, which has no gradient.",
-            why="differentiate=True takes the gradient of a scalar loss, the result or the first of a tuple.",
-            fix="return the loss, such as jnp.mean(model(x) ** 2); or pass the gradient's function itself.",
+            why="differentiate=True takes the gradient of a scalar loss: the result, or the first of a tuple.",
+            fix="return a loss such as jnp.mean(model(x) ** 2), or pass a function that computes the gradient itself.",
         )
     return loss, [leaf for leaf in leaves if leaf is not loss]
 
 
 def check_differentiable(call: Call) -> None:
-    """Raise if there is nothing to differentiate with respect to.
+    """Raise unless the call has a leaf to differentiate.
 
     Raises:
-        MeasureError: If no argument holds floating-point arrays.
+        MeasureError: If neither the first model nor the first argument holds floating-point arrays.
     """
     if not call.differentiable_indices:
         raise MeasureError(
             what="no argument of the function can be differentiated.",
-            why="a gradient is taken of the parameters of the first model, or of the floats of the first argument.",
-            fix="pass the model, or the array of parameters, first.",
+            why="the gradient is taken with respect to the first model's parameters, or the first argument's floats.",
+            fix="pass the model, or the array of parameters, as the first argument.",
         )
 
 
 def abstractify(leaf: Any) -> Any:
-    """Shape, dtype and, if it has one, sharding."""
+    """Return the shape, dtype, weak type and, if there is one, sharding of an array."""
     sharding = getattr(leaf, "sharding", None)
     settled = isinstance(leaf, jax.ShapeDtypeStruct) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     dtype = leaf.dtype if settled else jax.dtypes.canonicalize_dtype(leaf.dtype)
@@ -306,17 +230,17 @@ def abstractify(leaf: Any) -> Any:
 
 
 def is_float(leaf: Any) -> bool:
-    """Whether a gradient can be taken of it."""
+    """Whether an array can be differentiated."""
     return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
 def collect_arrays(value: Any) -> list[Any]:
-    """All arrays in a result."""
-    return cap.capture(value).leaves
+    """Return all arrays in a result."""
+    return capture(value).leaves
 
 
 def _convert_numpy(value: Any) -> Any:
-    """numpy arrays are data here, not constants."""
+    """Convert numpy arrays, which are data here rather than constants, to JAX arrays."""
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return jnp.asarray(value)
     if type(value) in (tuple, list):
@@ -324,16 +248,6 @@ def _convert_numpy(value: Any) -> Any:
     if type(value) is dict:
         return {key: _convert_numpy(item) for key, item in value.items()}
     return value
-
-
-def _get_argument_names(fn: Any, count: int) -> list[str]:
-    signature = _get_signature(fn)
-    names = [
-        parameter.name
-        for parameter in (signature.parameters.values() if signature is not None else ())
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    return [names[i] if i < len(names) else f"arg{i}" for i in range(count)]
 
 
 def _has_modules(value: Any) -> bool:
@@ -344,8 +258,8 @@ def _has_modules(value: Any) -> bool:
     return isinstance(value, dict) and any(map(_has_modules, value.values()))
 
 
-def _locate_leaves(captured: cap.Capture, prefixes: Sequence[Path]) -> tuple[Leaf, ...]:
-    """Where each leaf lies, seen on a rebuilt copy whose leaves are recognised by identity."""
+def _locate_leaves(captured: Capture, prefixes: Sequence[Path]) -> tuple[Leaf, ...]:
+    """Describe each leaf, found in a rebuilt copy by the identity of a stand-in."""
     marks = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in captured.leaves]
     indices = {id(mark): index for index, mark in enumerate(marks)}
     infos: list[Leaf] = [Leaf(path=("?",), position=-1, parameter=False)] * len(marks)
@@ -362,7 +276,7 @@ def _locate_leaves(captured: cap.Capture, prefixes: Sequence[Path]) -> tuple[Lea
         for key, child in _get_children(value):
             visit(child, path if key is None else (*path, key), position, parameter or isinstance(value, nnx.Param))
 
-    for position, value in enumerate(cap.rebuild(captured.spec, marks, [])):
+    for position, value in enumerate(rebuild(captured.spec, marks, [])):
         visit(value, prefixes[position], position, False)
     return tuple(infos)
 
@@ -371,7 +285,7 @@ def _get_children(value: Any) -> list[tuple[Any, Any]]:
     if isinstance(value, nnx.Variable):
         return [(None, value.get_raw_value())]
     if isinstance(value, nnx.Pytree):
-        return [(key, child) for key, child in cap.get_node_content(value).items() if not _is_private(key)]
+        return [(key, child) for key, child in get_node_content(value).items() if not _is_private(key)]
     if isinstance(value, dict):
         return list(value.items())
     if isinstance(value, tuple | list):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules onto a model, in place, and off again.
+"""Apply rules to a model in place, and revert them.
 
-Sits on `swap`, `modules` and `rules.resolve`. Everything is decided and checked
-before the first module changes, so that an error leaves the model as it was.
+Sits on `swap`, `modules` and `rules.resolve`. Everything is decided and checked before the first module changes, so
+that an error leaves the model unchanged.
 """
 
 import contextlib
@@ -24,32 +24,33 @@ from .modules import ModuleEntry, find_modules
 def apply[M](model: M, rules: Any, *, on: str | None = None, strict: bool = True) -> M:
     """Make the matched modules of `model` rematerialise, in place.
 
-    Values, gradients, state paths and checkpoints stay as they were; what changes
-    is what lives from forward to backward. Applying on top of an earlier `apply`
-    adds to it: a module that no rule speaks of keeps its action. Nothing is copied,
-    so abstract models (`nnx.eval_shape`) work too.
+    Only the residuals between forward and backward change. Values, gradients, state paths and
+    checkpoints stay the same. A second `apply` adds to the first: a module that no rule matches
+    keeps its action. Nothing is copied, so abstract models (`nnx.eval_shape`) work too.
 
     Args:
-        model: An nnx module, or a pytree of modules.
-        rules: `Rules`, a mapping of patterns to actions, the path of a rule file,
-            or with `on` a single action.
-        on: Pattern for a single action: `apply(model, "nothing_saveable", on="layers.*")`.
-        strict: Raise on a rule that matches nothing; else warn.
+        model: An nnx module, or a pytree of modules; concrete or abstract.
+        rules: `Rules`, a mapping of patterns to actions, or the path of a rule file; with `on`,
+            a single action (a policy or a `Remat`).
+        on: Pattern of the modules that the single action is for.
+        strict: Raise if a rule matches nothing; otherwise warn.
 
     Returns:
         `model` itself.
 
     Raises:
-        UnmatchedRuleError: If a rule matches no module that can be called.
-        RuleError: If an action cannot be honoured.
+        UnmatchedRuleError: If `strict` and a rule matches no module that can be called.
+        RuleError: If `model` holds no modules, a module lacks a method named in its action, or the
+            modules of a `group` are not in a sequence.
 
-    Examples:
+    Example:
         >>> from flax import nnx
         >>> import remattools as rt
         >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Linear(2, 2, rngs=nnx.Rngs(1)))
         >>> _ = rt.apply(model, {"layers.*": "nothing_saveable"})
         >>> isinstance(model.layers[0], nnx.Linear)
         True
+        >>> _ = rt.apply(model, "dots_saveable", on="layers.[0]")
     """
     entries, decisions = decide(model, rules, on=on, strict=strict)
     plan = _plan_modules(entries, decisions)
@@ -66,15 +67,15 @@ type _ModuleAssignment = tuple[Remat | None, tuple[Group, ...]]
 
 
 def _plan_modules(entries: list[ModuleEntry], decisions: list[ModuleDecision]) -> list[_ModuleAssignment]:
-    """What each module is to run under: its own action, and the groups of the sequences it holds."""
+    """The action of each module, and the groups of the sequences it holds."""
     actions: list[Remat | None] = []
     grouped: dict[int, dict[tuple[Path, Remat], list[int]]] = {}
-    spoken: set[Path] = set()
+    ruled_paths: set[Path] = set()
     for entry, decision in zip(entries, decisions, strict=True):
         if decision.rule is None:
             actions.append(swap.get_action(entry.module))
             continue
-        spoken.update(entry.paths)
+        ruled_paths.update(entry.paths)
         action = decision.action if isinstance(decision.action, Remat) else None
         if action is not None and action.group != 1:
             holder = _find_holder(entries, decision.path)
@@ -82,7 +83,7 @@ def _plan_modules(entries: list[ModuleEntry], decisions: list[ModuleDecision]) -
             action = None
         actions.append(action)
     return [
-        (action, _merge_groups(swap.get_groups(entry.module), grouped.get(index, {}), entry, spoken))
+        (action, _merge_groups(swap.get_groups(entry.module), grouped.get(index, {}), entry, ruled_paths))
         for index, (entry, action) in enumerate(zip(entries, actions, strict=True))
     ]
 
@@ -98,32 +99,46 @@ def _add_to_group(groups: dict[tuple[Path, Remat], list[int]], path: Path, actio
 def _merge_groups(
     before: tuple[Group, ...], new: dict[tuple[Path, Remat], list[int]], entry: ModuleEntry, ruled_paths: set[Path]
 ) -> tuple[Group, ...]:
-    """The new groups, and what is left of the old ones where no rule spoke."""
-    kept = []
+    """The new groups, and the members of the old ones that no rule matches."""
+    remaining = []
     for group in before:
         root = (*entry.path, *group.sequence)
         members = tuple(index for index in group.members if (*root, index) not in ruled_paths)
         if members or (not group.members and root not in ruled_paths):
-            kept.append(Group(group.sequence, members, group.action))
-    made = [Group(sequence, tuple(sorted(members)), action) for (sequence, action), members in new.items()]
-    return (*kept, *made)
+            remaining.append(Group(group.sequence, members, group.action))
+    added = [Group(sequence, tuple(sorted(members)), action) for (sequence, action), members in new.items()]
+    return (*remaining, *added)
 
 
 def _find_holder(entries: list[ModuleEntry], path: Path) -> int:
-    """Index of the nearest module above `path` that has code of its own."""
-    known = {p: index for index, entry in enumerate(entries) for p in entry.paths if not entry.container}
+    """Index of the nearest module above `path` that is not a container."""
+    indices = {p: index for index, entry in enumerate(entries) for p in entry.paths if not entry.container}
     for depth in range(len(path) - 1, -1, -1):
-        if path[:depth] in known:
-            return known[path[:depth]]
+        if path[:depth] in indices:
+            return indices[path[:depth]]
     raise RuleError(
-        what=f"group was asked for {format_path(path)}, which no module holds.",
-        why="the method of the holding module is where a group's code stands.",
-        fix="apply the rules to the module that calls the sequence.",
+        what=f"a rule groups {format_path(path)}, but no module above it calls it.",
+        why="a group's region is cut out of the method that calls its modules.",
+        fix="apply the rules to the module whose method runs the sequence.",
     )
 
 
 def revert[M](model: M) -> M:
-    """Take every action off `model`, in place, and return it; each module gets its own class back."""
+    """Remove every action from `model`, in place; each module gets its own class back.
+
+    Args:
+        model: An nnx module, or a pytree of modules.
+
+    Returns:
+        `model` itself.
+
+    Example:
+        >>> from flax import nnx
+        >>> import remattools as rt
+        >>> model = rt.apply(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "nothing_saveable", on=".")
+        >>> type(rt.revert(model)) is nnx.Linear
+        True
+    """
     for entry in find_modules(model):
         swap.unswap(entry.module)
     return model
@@ -131,16 +146,31 @@ def revert[M](model: M) -> M:
 
 @contextlib.contextmanager
 def applied[M](model: M, rules: Any, *, on: str | None = None, strict: bool = True) -> Iterator[M]:
-    """`apply` for the length of a `with` block; afterwards the model is exactly as before.
+    """Apply rules to `model` inside a `with` block, and restore its earlier actions afterwards.
 
     Args:
-        model: As in `apply`.
-        rules: As in `apply`.
-        on: As in `apply`.
-        strict: As in `apply`.
+        model: An nnx module, or a pytree of modules; concrete or abstract.
+        rules: `Rules`, a mapping of patterns to actions, or the path of a rule file; with `on`,
+            a single action (a policy or a `Remat`).
+        on: Pattern of the modules that the single action is for.
+        strict: Raise if a rule matches nothing; otherwise warn.
 
     Yields:
-        `model` itself, under the rules.
+        `model` itself.
+
+    Raises:
+        UnmatchedRuleError: If `strict` and a rule matches no module that can be called.
+        RuleError: If an action cannot be applied; see `apply`.
+
+    Example:
+        >>> from flax import nnx
+        >>> import remattools as rt
+        >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+        >>> with rt.applied(model, "nothing_saveable", on="."):
+        ...     len(rt.explain(model).regions)
+        1
+        >>> len(rt.explain(model).regions)
+        0
     """
     before = [(e.module, swap.get_action(e.module), swap.get_groups(e.module)) for e in find_modules(model)]
     apply(model, rules, on=on, strict=strict)
@@ -154,7 +184,7 @@ def applied[M](model: M, rules: Any, *, on: str | None = None, strict: bool = Tr
 def decide(
     model: Any, rules: Any, *, on: str | None = None, strict: bool = True
 ) -> tuple[list[ModuleEntry], list[ModuleDecision]]:
-    """The modules of `model` and the verdict on each; changes nothing."""
+    """Return the modules of `model` and the decision on each, without changing anything."""
     entries = find_modules(model)
     if not entries:
         raise _make_no_model_error(model)
@@ -165,25 +195,25 @@ def _make_no_model_error(value: Any) -> RuleError:
     if isinstance(value, type):
         return RuleError(
             what=f"{value.__name__} is a class, not a model.",
-            why="rules are put on the modules of an instance.",
-            fix=f"an instance, or the decorator: @remat(rules=...) class {value.__name__}.",
+            why="rules apply to the modules of an instance.",
+            fix=f"pass an instance, or decorate the class {value.__name__} with @remat(rules=...).",
         )
-    called = f"the function {getattr(value, '__name__', '')}" if callable(value) else f"this {type(value).__name__}"
+    subject = f"the function {getattr(value, '__name__', '')}" if callable(value) else f"this {type(value).__name__}"
     return RuleError(
-        what=f"{called} holds no nnx module.",
-        why="rules are put on the modules of a model; a function, a state or an optimizer has none.",
+        what=f"{subject} contains no nnx module.",
+        why="rules apply to the modules of a model; a function, a state or an optimizer has none.",
         fix="pass the model itself, or a dict or list of models.",
     )
 
 
 def coerce_rules(rules: Any, on: str | None) -> Rules:
-    """`rules` in any of the accepted forms."""
+    """Convert `rules` from any form that `apply` accepts."""
     if on is not None:
         if isinstance(rules, Rules | dict):
             raise RuleError(
-                what=f"`on={on!r}` was given together with rules that have patterns of their own.",
-                why="it would be unclear which pattern counts.",
-                fix=f'apply(model, "nothing_saveable", on={on!r}) or apply(model, {{{on!r}: "nothing_saveable"}}).',
+                what=f"on={on!r} was passed with rules that already have patterns.",
+                why="it would be unclear which pattern applies.",
+                fix=f'apply(model, "nothing_saveable", on={on!r}), or apply(model, {{{on!r}: "nothing_saveable"}}).',
             )
         return Rules({on: rules})
     return Rules.coerce(rules)
@@ -200,7 +230,7 @@ def _find_methods(cls: type) -> frozenset[str]:
 
 
 def find_outermost_sequences(model: Any) -> list[str]:
-    """Patterns for the children of each sequence of modules that lies in no other sequence."""
+    """Return patterns for the modules of each sequence that is not inside another sequence, such as `layers.*`."""
     found: dict[str, None] = {}
     for entry in find_modules(model):
         indices = [depth for depth, segment in enumerate(entry.path) if isinstance(segment, int)]
@@ -210,12 +240,12 @@ def find_outermost_sequences(model: Any) -> list[str]:
 
 
 def get_active_actions(entries: list[ModuleEntry]) -> list[Remat | None]:
-    """The action each module runs under now, its own or its group's."""
+    """Return the action that is in force on each module, its own or its group's."""
     actions = [swap.get_action(entry.module) for entry in entries]
-    known = {path: index for index, entry in enumerate(entries) for path in entry.paths}
+    indices = {path: index for index, entry in enumerate(entries) for path in entry.paths}
     for entry in entries:
         for group in swap.get_groups(entry.module):
             root = (*entry.path, *group.sequence)
             for path in [(*root, index) for index in group.members] or [root]:
-                actions[known[path]] = group.action
+                actions[indices[path]] = group.action
     return actions

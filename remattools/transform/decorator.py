@@ -1,28 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`@remat`: the same regions for code that may be edited.
+"""`@remat`: regions for code that may be edited.
 
-Sits on `region` and `apply`. Decorating is the one case where a class of the user
-changes: by the user's own line above it.
+Sits on `region` and `apply`. The only place that changes a user's class: the user
+asked for it in the line above the class.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Protocol, overload
 
 from flax import nnx
 
 from ..errors import RuleError
+from ..rules.policy import Policy
 from ..rules.rule import Remat
-from . import apply as application
 from . import region, swap
+from .apply import apply, coerce_rules, find_outermost_sequences
 
-# Attribute of a decorated function that holds its action, so that `explain` can see it.
-ACTION_ATTRIBUTE = "__remattools_action__"
+type _PolicyLike = str | Policy | Callable[..., Any] | None
+
+
+class Decorator(Protocol):
+    """What `remat(...)` with options returns: takes a class or function and keeps its type."""
+
+    def __call__[T: Callable[..., Any]](self, target: T, /) -> T:
+        """Decorate `target`."""
+        ...
 
 
 class _FunctionTarget:
-    """Target of a decorated function; two decorations of one function are one."""
+    """Region target of a decorated function; equal for two decorations of one function, so that they share a trace."""
 
     __slots__ = ("function",)
 
@@ -39,6 +47,37 @@ class _FunctionTarget:
         return hash(self.function)
 
 
+# One TypeVar for classes, methods and functions: parameter names, generics and overloads of `target` survive.
+@overload
+def remat[T: Callable[..., Any]](
+    target: T,
+    /,
+    *,
+    policy: _PolicyLike = None,
+    save: tuple[str, ...] = (),
+    offload: tuple[str, ...] = (),
+    every_n: int = 1,
+    offset: int = 0,
+    group: int | Literal["sqrt"] = 1,
+    methods: tuple[str, ...] = ("__call__",),
+    prevent_cse: bool = True,
+    rules: Any = None,
+) -> T: ...
+@overload
+def remat(
+    target: None = None,
+    /,
+    *,
+    policy: _PolicyLike = None,
+    save: tuple[str, ...] = (),
+    offload: tuple[str, ...] = (),
+    every_n: int = 1,
+    offset: int = 0,
+    group: int | Literal["sqrt"] = 1,
+    methods: tuple[str, ...] = ("__call__",),
+    prevent_cse: bool = True,
+    rules: Any = None,
+) -> Decorator: ...
 def remat(
     target: Any = None,
     /,
@@ -53,32 +92,38 @@ def remat(
     prevent_cse: bool = True,
     rules: Any = None,
 ) -> Any:
-    """Rematerialise a class, a method or a function; usable with and without parentheses.
+    """Rematerialise a class, a method or a function, with or without parentheses.
 
-    On an nnx class the named `methods` of all instances become regions. With
-    `every_n`, `group` or `rules` the class is a model: the sequences of modules in
-    each instance, or whatever the rules match, become regions when it is built. On
-    a method or a function that takes arrays or nnx objects, its calls do.
+    On an nnx class, the named `methods` of every instance become regions. With
+    `every_n`, `group` or `rules` the class is a model: when an instance is built,
+    the modules of its sequences, or those that the rules match, become regions.
+    On a method or a function of arrays and nnx objects, every call is a region.
 
     Args:
-        target: What to decorate.
-        policy: Name of a policy, a `Policy`, or a JAX policy callable; None saves nothing.
-        save: Name patterns of values to keep on the device, as in `Remat`.
-        offload: Name patterns of values to keep in host memory.
-        every_n: Take every n-th module of each sequence.
-        offset: The first one taken.
-        group: How many consecutive modules share one region.
+        target: The class, method or function to decorate.
+        policy: Name of a policy, a `Policy` or a JAX policy callable; None saves nothing.
+        save: Patterns of the values to save on the device: "attn.qkv" (a submodule's
+            output), "mlp:dot_general" (an operation in it), "@name" (a `checkpoint_name`).
+        offload: Patterns of the values to save in host memory.
+        every_n: Take every n-th module of each sequence; an int, at least 1.
+        offset: Index of the first module taken, below `every_n`.
+        group: How many consecutive modules share one region, or "sqrt" to choose the number.
         methods: Methods that become regions; classes only.
-        prevent_cse: As in `jax.checkpoint`.
-        rules: Rules for the instances of a model class, instead of an action.
+        prevent_cse: Keep the compiler from merging the recomputation with the first
+            computation, as in `jax.checkpoint`; False only inside a scan.
+        rules: Rules for the instances of a model class, in any form that `apply` takes;
+            replaces all other options.
 
     Returns:
-        The class itself, or a function with the signature and docstring of `target`.
+        The class itself, or a function with the signature and docstring of `target`; without
+        a target, the decorator. Type checkers see the type of what is decorated.
 
     Raises:
-        RuleError: If options are combined that contradict each other.
+        RuleError: If `target` is not a function or an nnx class, lacks one of the `methods`, or is
+            a function with options for classes.
+        PolicyError: If there is no such policy.
 
-    Examples:
+    Example:
         >>> import jax, jax.numpy as jnp
         >>> import remattools as rt
         >>> @rt.remat(policy="dots_saveable")
@@ -103,9 +148,9 @@ def remat(
             return _decorate_class(decorated, action, rules)
         if rules is not None or action.every_n != 1 or action.group != 1:
             raise RuleError(
-                what=f"{decorated!r} is a function, and was given rules, every_n or group.",
-                why="these choose among the modules of a model; a function is one region.",
-                fix="put them on the model's class, or use remattools.apply(model, rules).",
+                what=f"@remat on the function {decorated!r} has rules, every_n or group.",
+                why="they choose among the modules of a model; a function is one region.",
+                fix="decorate the model's class with them, or use remattools.apply(model, rules).",
             )
         return _decorate_function(decorated, action)
 
@@ -113,8 +158,8 @@ def remat(
         return decorate
     if not callable(target):
         raise RuleError(
-            what=f"remat() was given {target!r}, which is no class and no function.",
-            why="options are keywords, so that none is taken for what to decorate.",
+            what=f"remat() received {target!r}, which is neither a class nor a function.",
+            why="the only positional argument is what to decorate; options are keywords.",
             fix="@remat(policy=...) above a class, a method or a function.",
         )
     return decorate(target)
@@ -127,23 +172,22 @@ def _decorate_function(function: Callable[..., Any], action: Remat) -> Callable[
     def call_as_region(*args: Any, **kwargs: Any) -> Any:
         return region.call(target, action, args, kwargs)
 
-    setattr(call_as_region, ACTION_ATTRIBUTE, action)
     return call_as_region
 
 
 def _decorate_class(cls: type, action: Remat, rules: Any) -> type:
     if not issubclass(cls, nnx.Module):
         raise RuleError(
-            what=f"@remat stands above {cls.__qualname__}, which is no nnx.Module.",
-            why="only nnx modules can be taken apart into arrays and structure.",
-            fix="derive it from nnx.Module, or decorate its method.",
+            what=f"@remat decorates the class {cls.__qualname__}, which is not an nnx.Module.",
+            why="its instances could not be split into arrays and static structure.",
+            fix=f"class {cls.__qualname__}(nnx.Module), or decorate its methods.",
         )
     if rules is None and action.every_n == 1 and action.group == 1:
         swap.check_class(cls, action)
         for name in action.methods:
             setattr(cls, name, _decorate_function(getattr(cls, name), action))
         return cls
-    _apply_when_built(cls, action if rules is None else application.coerce_rules(rules, None))
+    _apply_when_built(cls, action if rules is None else coerce_rules(rules, None))
     return cls
 
 
@@ -153,19 +197,20 @@ def _apply_when_built(cls: type, rules: Any) -> None:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        # A subclass goes on building after this; its own __init__ applies nothing it does not have yet.
-        application.apply(self, rules if not isinstance(rules, Remat) else _make_sequence_rules(self, rules))
+        # In a subclass this runs inside super().__init__(): modules that it adds afterwards get no action.
+        apply(self, rules if not isinstance(rules, Remat) else _make_sequence_rules(self, rules))
 
     cls.__init__ = __init__  # type: ignore[misc]
 
 
 def _make_sequence_rules(model: Any, action: Remat) -> dict[str, Remat]:
     """One rule for each outermost sequence of modules in `model`."""
-    sequences = application.find_outermost_sequences(model)
+    sequences = find_outermost_sequences(model)
     if not sequences:
         raise RuleError(
-            what=f"{type(model).__qualname__} holds no sequence of modules for every_n={action.every_n}.",
-            why="every_n and group count along a list of modules.",
-            fix='keep the blocks in an nnx.List, or give rules={"pattern": ...}.',
+            what=f"{type(model).__qualname__} holds no sequence of modules for every_n={action.every_n}, "
+            f"group={action.group!r}.",
+            why="every_n and group count along a list of modules; no module would become a region.",
+            fix='put the blocks into an nnx.List, or use @remat(rules={"pattern": ...}).',
         )
     return dict.fromkeys(sequences, action)

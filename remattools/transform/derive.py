@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Subclasses that a user's code does not notice.
+"""Generated subclasses that a user's code does not notice.
 
-Below `swap` and `scopes`, which fill them with methods; knows nothing of regions.
+Below `swap` and `scopes`, which add the methods; knows nothing of regions.
 
 Facts that shaped this file:
 
--   A user's `__init_subclass__`, metaclass or registry must not notice the
-    subclass, so it is created past them; what nnx needs is registered here.
--   `pickle` finds a class by its name, which the subclass shares with its base: it
-    reduces to its recipe instead.
+-   A user's `__init_subclass__`, metaclass or registry must not see the subclass, so creating it bypasses them; what
+    nnx needs is registered here.
+-   `pickle` finds a class by its name, which the subclass shares with its base. So it is pickled by its recipe.
 """
 
 import abc
@@ -21,28 +20,28 @@ from typing import Any
 import jax
 from flax.nnx import graphlib
 
-# In the namespace of a class that `swap` has made: the user's class behind it.
+# In the namespace of a class that `swap` generated: the user's class.
 BASE = "_remattools_base"
-# A function and its arguments that make the class again, for pickle; without it the class is found by its name.
+# For pickle: a function and its arguments that recreate the class. Without it the class is pickled by its name.
 RECIPE = "_remattools_recipe"
 _GENERATED = "_remattools_generated"
 
 
 def is_swapped(cls: type) -> bool:
-    """Whether `cls` was generated here (rather than derived from such a class by a user)."""
+    """Whether `swap` generated `cls` itself; False for a user's subclass of such a class."""
     return BASE in cls.__dict__
 
 
 def get_base_class(cls: type) -> type:
-    """The user's class behind a generated one; any other class itself."""
+    """Return the user's class behind a generated one, or `cls` itself."""
     return cls.__dict__[BASE] if is_swapped(cls) else cls
 
 
 def collect_methods(bases: Iterable[type]) -> dict[str, Any]:
-    """Methods by name, the first of `bases` that has a name deciding what it is.
+    """Return the methods of `bases` by name; the first base that has a name decides.
 
-    A function is one, and so is what binds to an instance like one: a jitted function,
-    a partial method. Of the call Python asks only that it can be called in the end.
+    Methods are functions and everything that binds to an instance like a function: a jitted function, a partial
+    method. `__call__` may be any object that is not None.
     """
     first: dict[str, Any] = {}
     for base in bases:
@@ -56,28 +55,27 @@ def collect_methods(bases: Iterable[type]) -> dict[str, Any]:
 def _is_method(value: Any) -> bool:
     if inspect.isfunction(value) or isinstance(value, functools.partialmethod):
         return True
-    # A class or a static method binds to no instance.
+    # A class or a static method does not bind to an instance.
     return callable(value) and hasattr(type(value), "__get__") and not isinstance(value, type | staticmethod)
 
 
 class _Shield:
-    """Stands between a generated class and its base in the method resolution order."""
+    """Comes between a generated class and its base in the method resolution order."""
 
     __slots__ = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        if _GENERATED not in cls.__dict__:  # derived by a user, as in `class A(type(model))`
+        if _GENERATED not in cls.__dict__:  # a user's subclass, as in `class A(type(model))`
             super().__init_subclass__(**kwargs)
 
 
 def derive(base: type, namespace: dict[str, Any]) -> type:
-    """A subclass of `base` with its names, whose creation runs no code of the user.
+    """Create a subclass of `base` with the same names, without running any of the user's code.
 
-    `type(base)(...)` would call the user's metaclass and `__init_subclass__`, which may
-    register classes or require arguments. So the class is made by ABCMeta, which
-    nnx's metaclass derives from, and a shield in its resolution order ends the chain
-    of `__init_subclass__`. The shield is no base of it: Python swaps the class of an
-    instance only between equal layouts, which a second base would change.
+    `type(base)(...)` would call the user's metaclass and `__init_subclass__`, which may register classes or require
+    arguments. So ABCMeta, the base of nnx's metaclass, creates the class, and a shield in its method resolution order
+    ends the chain of `__init_subclass__`. The shield is not a base: a second base would change the instance layout,
+    and Python assigns `__class__` only between equal layouts.
     """
     names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
     cls: type = abc.ABCMeta.__new__(
@@ -89,15 +87,15 @@ def derive(base: type, namespace: dict[str, Any]) -> type:
 
 @functools.cache
 def _make_metaclass(meta: type) -> type:
-    """A metaclass of ours for each of theirs: places the shield, and tells pickle of the reducer below."""
+    """Create a submetaclass of `meta` that inserts the shield and is registered with pickle."""
 
     def mro(cls: Any) -> list[type]:
         order = type.mro(cls)
         return [cls, _Shield, *order[1:]] if _GENERATED in cls.__dict__ else order
 
-    own = type.__new__(type(meta), f"Rematerialised{meta.__name__}", (meta,), {"mro": mro})
-    copyreg.pickle(own, _reduce_class)
-    return own
+    derived = type.__new__(type(meta), f"Rematerialised{meta.__name__}", (meta,), {"mro": mro})
+    copyreg.pickle(derived, _reduce_class)
+    return derived
 
 
 def _reduce_class(cls: type) -> Any:
@@ -105,7 +103,7 @@ def _reduce_class(cls: type) -> Any:
 
 
 def _register(cls: Any, base: Any) -> None:
-    """What nnx's own `__init_subclass__` does for a class of a user."""
+    """Register a class as the `__init_subclass__` of nnx would."""
     graphlib.register_graph_node_type(
         type=cls,
         flatten=cls._graph_node_flatten,

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rules do to a model, module by module, as data and as a table.
+"""What rules do to a model, module by module, as data and as a table.
 
-Sits on `apply` (the decisions), `names` (the values of a region) and `swap` (what
-is in force). Explaining changes nothing; with `args` the model is traced once,
-never computed.
+Sits on `apply` (decisions and actions in force) and `region_contents` (values inside a region). Explaining changes
+nothing; with `args` the model is traced once, but not run.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from ..rules.paths import Path, format_path
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
 from . import apply as application
-from . import region_view
+from . import region_contents
 from .derive import get_base_class
 from .modules import ModuleEntry, find_modules
 from .naming.names import NamedValue
@@ -27,19 +26,19 @@ from .naming.names import NamedValue
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExplanationRow:
-    """One module.
+    """What the rules do to one module.
 
     Attributes:
         path: First path from the root; "." is the root.
-        aliases: Other paths that reach it.
+        aliases: Other paths that reach the module.
         cls: Name of its class.
-        action: The action in force, None if the module runs plainly.
-        rule: Pattern of the winning rule; "" if no rule speaks of it, or what is in force was explained.
-        shadowed: Patterns of the rules that took it too and lost.
-        shares: How many modules of equal structure share its trace, itself included; 0 if it is no region,
-            1 if it is traced on its own.
-        values: Names of the values its region offers (`names=True`), in trace order.
-        warnings: What to know before relying on it.
+        action: The action in force, or None.
+        rule: Pattern of the deciding rule; "" if no rule matches, or if no rules were passed to `explain`.
+        shadowed: Patterns of the matching rules that a later rule overrides.
+        shares: How many modules of equal structure share its trace, itself included; 1 if it is traced
+            separately, 0 without an action.
+        values: Values inside the region that `save` and `offload` can name, in trace order (`names=True`).
+        warnings: Sentences on side effects, repeated recomputation and rules without effect.
     """
 
     path: str
@@ -55,17 +54,24 @@ class ExplanationRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """Rows for every module that can be called, in model order; `str()` is a table.
+    """What rules do to a model; `str()` is a table.
 
     Attributes:
-        rows: One per module; containers are passed over.
+        rows: One for each module in model order, without containers (`nnx.List`, `nnx.Dict`).
+
+    Example:
+        >>> from flax import nnx
+        >>> import remattools as rt
+        >>> explanation = rt.explain(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {".": "dots_saveable"})
+        >>> [(row.path, row.cls, row.rule) for row in explanation.regions]
+        [('.', 'Linear', '.')]
     """
 
     rows: tuple[ExplanationRow, ...]
 
     @property
     def regions(self) -> tuple[ExplanationRow, ...]:
-        """The rows that run under an action."""
+        """The rows with an action."""
         return tuple(row for row in self.rows if row.action is not None)
 
     def __str__(self) -> str:
@@ -82,7 +88,7 @@ class Explanation:
     def __rich__(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
         titles = ["module", "class", "action", "shared by"]
-        if any(row.rule for row in self.rows):  # what is in force has no rules any more
+        if any(row.rule for row in self.rows):  # actions in force no longer have rules
             titles[3:3] = ["rule", "shadowed"]
         for title in titles:
             table.add_column(title, overflow="fold")
@@ -100,22 +106,30 @@ class Explanation:
 
 
 def explain(model: Any, rules: Any = None, *, names: bool = False, args: Sequence[Any] | None = None) -> Explanation:
-    """Say what `rules` would do to `model`, or what is in force on it.
+    """Explain what `rules` would do to `model`, or which actions are in force on it.
 
     Args:
-        model: An nnx module or a pytree of modules; abstract ones too.
-        rules: Rules in any form that `apply` takes; None explains what was applied.
-        names: List the values that `save=` and `offload=` can name in each region, with index, shape, dtype and
-            bytes; needs `args`.
-        args: Positional arguments of the model's call, arrays or `jax.ShapeDtypeStruct`; with them the model is
-            traced once, so that side effects and random operations inside regions are seen.
+        model: An nnx module, or a pytree of modules; concrete or abstract.
+        rules: `Rules`, a mapping of patterns to actions, or the path of a rule file; None for the
+            actions that are in force.
+        names: List the values that `save` and `offload` can name in each region, with index, shape,
+            dtype and bytes; needs `args`.
+        args: Positional arguments of the model's call, arrays or `jax.ShapeDtypeStruct`. With them
+            the model is traced once, which finds side effects and random operations inside regions.
 
     Returns:
-        `str()` is a table, `.rows` is data.
+        An `Explanation`: `str()` is a table, `.rows` is data.
 
     Raises:
-        UnmatchedRuleError: As `apply` would.
-        RuleError: If `names=True` and no `args` were given.
+        UnmatchedRuleError: If a rule matches no module that can be called.
+        RuleError: If `model` holds no modules, or `names=True` without `args`.
+
+    Example:
+        >>> from flax import nnx
+        >>> import remattools as rt
+        >>> print(rt.explain(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {".": "dots_saveable"}))
+        module  class   action         rule  shadowed  shared by
+        .       Linear  dots_saveable  .               1
     """
     if rules is None:
         entries, rows = _explain_active(model)
@@ -129,7 +143,7 @@ def explain(model: Any, rules: Any = None, *, names: bool = False, args: Sequenc
 
 
 def describe(action: Remat) -> str:
-    """An action in a few words, such as `dots_saveable, save attn.qkv`."""
+    """Describe an action in a few words, such as `dots_saveable, save attn.qkv`."""
     parts = ["nothing_saveable" if action.policy is None else str(action.policy)]
     if action.policy is None and (action.save or action.offload):
         parts = []
@@ -180,9 +194,9 @@ def _make_row(
 
 
 def _add_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list[ExplanationRow]:
-    """Count equal regions, and warn of regions inside regions."""
+    """Count regions of equal structure, and warn of regions inside regions."""
     regions = {i: entry for i, entry in enumerate(entries) if rows[i].action is not None}
-    keys = {i: region_view.make_structure_key(entry.module, rows[i].action) for i, entry in regions.items()}
+    keys = {i: region_contents.make_structure_key(entry.module, rows[i].action) for i, entry in regions.items()}
     counts: dict[Any, int] = {}
     for key in keys.values():
         if key is not None:
@@ -193,11 +207,11 @@ def _add_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list[
         outer = _find_enclosing_region(entry, regions, i)
         if outer is not None:
             notes.append(
-                f"lies inside the region {format_path(outer)}: on the way back it is recomputed with that region and "
-                "once more by itself; save its output there, or take one of the two out with False."
+                f"is inside the region {format_path(outer)}: the backward pass recomputes it with that region, and "
+                "then again by itself; save its output there, or exclude one of the two with False."
             )
         if keys[i] is None:
-            notes.append("is traced on its own: it holds a static value that cannot be compared.")
+            notes.append("is traced separately: it holds a static value that cannot be compared by value.")
         rows[i] = dataclasses.replace(rows[i], shares=1 if keys[i] is None else counts[keys[i]], warnings=tuple(notes))
     return rows
 
@@ -205,16 +219,16 @@ def _add_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list[
 def _add_contents(
     model: Any, entries: list[ModuleEntry], rows: list[ExplanationRow], args: Sequence[Any] | None, *, names: bool
 ) -> list[ExplanationRow]:
-    """Add what a trace of the model's call shows."""
+    """Add the values and warnings from a trace of the model's call."""
     if args is None:
         raise RuleError(
-            what="explain(names=True) was called without `args`.",
+            what="explain(names=True) was called without args.",
             why="names belong to traced values, and a trace needs the shapes of the inputs.",
             fix="explain(model, rules, names=True, args=(jax.ShapeDtypeStruct((batch, seq), jnp.int32),)).",
         )
-    program = region_view.trace(lambda module, *inputs: module(*inputs), (model, *args))
+    program = region_contents.trace_plain(model, args)
     regions = [i for i, row in enumerate(rows) if row.action is not None]
-    views = region_view.view_regions(program, [entries[i].path for i in regions])
+    views = region_contents.find_contents(program, [entries[i].path for i in regions])
     rows = list(rows)
     for i, view in zip(regions, views, strict=True):
         values = view.values if names else ()
@@ -223,25 +237,27 @@ def _add_contents(
     return _add_useless_warnings(rows, dict(zip(regions, views, strict=True)))
 
 
-def _find_stacked_warnings(action: Remat | None, view: region_view.RegionView) -> tuple[str, ...]:
-    """`every_n` over stacked layers: it counts along a list further out, never along the scan."""
+def _find_stacked_warnings(action: Remat | None, view: region_contents.RegionContents) -> tuple[str, ...]:
+    """Warn of `every_n` on stacked layers: it counts along a list around them, never along the scan."""
     if action is None or action.every_n == 1 or not view.is_stacked:
         return ()
     return (
-        f"is run by a scan over stacked layers, which are one module: every_n={action.every_n} takes all of them or "
+        f"is run by a scan over stacked layers, which are one module: every_n={action.every_n} takes all layers or "
         "none; group= puts several layers of a scan into one region.",
     )
 
 
-def _add_useless_warnings(rows: list[ExplanationRow], views: dict[int, region_view.RegionView]) -> list[ExplanationRow]:
-    """Warn of rules whose every module computes nothing that could be freed, or is not called at all."""
+def _add_useless_warnings(
+    rows: list[ExplanationRow], views: dict[int, region_contents.RegionContents]
+) -> list[ExplanationRow]:
+    """Warn of rules whose modules compute nothing that could be freed, or are not called."""
     useful = {rows[i].rule for i, view in views.items() if view.has_activations}
     rows = list(rows)
     for i, view in views.items():
         if rows[i].rule in useful:
             continue
         reason = "computes nothing but what it returns" if view.values else "is not called with these arguments"
-        note = f"{reason}: no activation of it could be freed, and the rule has no effect on the memory."
+        note = f"{reason}: there is no activation to free, so the rule does not change memory."
         rows[i] = dataclasses.replace(rows[i], warnings=(*rows[i].warnings, note))
     return rows
 
@@ -255,7 +271,7 @@ def _find_enclosing_region(entry: ModuleEntry, regions: dict[int, ModuleEntry], 
 
 
 def _merge_rows(rows: Sequence[ExplanationRow]) -> list[tuple[str, ExplanationRow]]:
-    """Consecutive equal rows of a sequence as one: `layers.[0:32].attn`."""
+    """Merge equal rows of a sequence into one: `layers.[0:32].attn`."""
     groups: dict[Any, list[ExplanationRow]] = {}
     for row in rows:
         key = (mask_path(row.path), row.cls, row.action, row.rule, row.shadowed, row.shares)
@@ -264,7 +280,7 @@ def _merge_rows(rows: Sequence[ExplanationRow]) -> list[tuple[str, ExplanationRo
 
 
 def _merge_warnings(rows: Sequence[ExplanationRow]) -> list[tuple[str, str]]:
-    """Warnings that differ in indices only as one, for all their modules; its text is that of the first."""
+    """Merge warnings that differ only in indices; the first one's text is shown."""
     groups: dict[Any, list[tuple[str, str]]] = {}
     for row in rows:
         for warning in row.warnings:
@@ -278,6 +294,6 @@ def _make_values_table(row: ExplanationRow) -> Table:
         table.add_column(title, justify="right" if title in ("index", "bytes") else "left")
     for value in row.values:
         shape = ", ".join(aval.str_short(short_dtypes=True) for aval in value.avals)
-        note = "" if value.reachable else "out of reach"
+        note = "" if value.reachable else "unreachable"
         table.add_row(value.label, str(value.index), shape, str(value.bytes), note)
     return table

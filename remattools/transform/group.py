@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`group=k`: k consecutive modules of a sequence in one region.
 
-Sits on `capture`, `scopes` and `programs`. A region cannot be put around several
-calls without the code that makes them. So the method of the module that holds the
-sequence is traced as it is, with module paths on its operations; the program is
-cut where a new group's first module begins, and every stretch is checkpointed, the
-code between the blocks included. A sequence that is one stacked module run by a
-scan of length L becomes an outer scan of floor(L / k) turns over checkpointed inner
-scans of k, and a remainder; only every k-th carry is saved.
+Sits on `capture`, `naming` and `jaxprs`. A region around several calls must include the code that makes them. So the
+method of the module that holds the sequence is traced with module paths on its operations; the program is cut where
+the first module of each group begins, and every segment is checkpointed, including the code between the blocks. A
+sequence that is one stacked module run by a scan of length L becomes an outer scan of floor(L / k) iterations over
+checkpointed inner scans of length k, and a remainder; only every k-th carry is saved.
 """
 
 import contextlib
@@ -26,18 +24,19 @@ from ..rules.paths import Path, format_path
 from ..rules.rule import Remat
 from . import region
 from .capture import effects
-from .capture import walk as cap
+from .capture.rebuild import rebuild
+from .capture.walk import capture
 from .naming import names, scopes
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One sequence under a grouping action; a static attribute of the module that holds it.
+    """The modules of one sequence under an action with `group`; a static attribute of the module that holds it.
 
     Attributes:
         sequence: Path of the sequence, or of the stacked module, relative to the holder.
-        members: Indices of the modules in it; empty for a stacked module.
-        action: The action.
+        members: Indices of the modules under the action; empty for a stacked module.
+        action: The action, with `group` other than 1.
     """
 
     sequence: Path
@@ -45,13 +44,13 @@ class Group:
     action: Remat
 
     def get_size(self, length: int) -> int:
-        """Modules per region in a sequence of `length`."""
+        """Return the number of modules per region in a sequence of `length`."""
         if isinstance(self.action.group, int):
             return self.action.group
-        return max(1, round(math.sqrt(length)))  # as many boundaries as modules between two of them
+        return max(1, round(math.sqrt(length)))  # balances the saved boundaries against the modules recomputed at once
 
     def find_chunk(self, path: Path) -> int | None:
-        """Which region an operation at `path` belongs to, None if to none."""
+        """Return the number of the region that an operation at `path` belongs to, or None."""
         depth = len(self.sequence)
         if path[:depth] != self.sequence or len(path) == depth:
             return None
@@ -62,7 +61,7 @@ class Group:
         size, chunk, chunks = self.get_size(len(self.members)), -1, dict[Any, int]()
         filled, previous = size, None
         for index in sorted(self.members):
-            # Modules that a rule left out split a group: a region is a stretch without a gap.
+            # A module that a rule excludes splits a group: regions have no gaps.
             if filled == size or previous is None or index != previous + 1:
                 chunk, filled = chunk + 1, 0
             chunks[index] = chunk
@@ -71,25 +70,25 @@ class Group:
 
 
 def call(target: Callable[..., Any], groups: Sequence[Group], module: Any, args: Any, kwargs: Any) -> Any:
-    """Run `target(module, *args, **kwargs)` with the groups' stretches as regions."""
-    captured = cap.capture(((module, *args), kwargs))
+    """Run `target(module, *args, **kwargs)` with the groups as regions."""
+    captured = capture(((module, *args), kwargs))
     if region.is_disabled() or not any(isinstance(leaf, jax.core.Tracer) for leaf in captured.leaves):
         return target(module, *args, **kwargs)
-    found: list[Any] = []
+    recorded: list[Any] = []
 
     def run_target(leaves: list[Any]) -> list[Any]:
         objects: list[Any] = []
-        inner_args, inner_kwargs = cap.rebuild(captured.spec, leaves, objects)
+        inner_args, inner_kwargs = rebuild(captured.spec, leaves, objects)
         before = effects.snapshot(objects)
         with scopes.record_paths([((), inner_args[0])]):
             out = target(*inner_args, **inner_kwargs)
-        results, done = effects.collect_effects(objects, before, out)
-        found.append(done)
+        results, call_effects = effects.collect_effects(objects, before, out)
+        recorded.append(call_effects)
         return results
 
     program = jax.make_jaxpr(run_target)(captured.leaves)
     results = _run(program, groups, captured.leaves)
-    return effects.replay(found[0], results, captured.objects)
+    return effects.replay(recorded[0], results, captured.objects)
 
 
 def _run(jaxpr: Any, groups: Sequence[Group], leaves: list[Any]) -> list[Any]:
@@ -98,7 +97,7 @@ def _run(jaxpr: Any, groups: Sequence[Group], leaves: list[Any]) -> list[Any]:
 
 
 def _split_segments(jaxpr: Any, groups: Sequence[Group]) -> list[tuple[range, Callable[[Any], Any]]]:
-    """All equations in order, cut into regions and what lies outside of them."""
+    """Cut all equations, in order, into regions and the code between them."""
     equations = jaxprs.open_jaxpr(jaxpr).eqns
     labels = [_label_equation(equation, groups) for equation in equations]
     first: dict[tuple[int, int], int] = {}
@@ -115,7 +114,7 @@ def _split_segments(jaxpr: Any, groups: Sequence[Group]) -> list[tuple[range, Ca
         group = groups[label[0]]
         start = first[label]
         following = order[position + 1] if position + 1 < len(order) else None
-        # Up to the next region of the same sequence, so that the code between the blocks is inside.
+        # Up to the next region of the same sequence, so that the code between the blocks belongs to a region.
         stop = first[following] if following and following[0] == label[0] else last[label] + 1
         if following:
             stop = min(stop, first[following])
@@ -125,7 +124,7 @@ def _split_segments(jaxpr: Any, groups: Sequence[Group]) -> list[tuple[range, Ca
 
 
 def _label_equation(equation: Any, groups: Sequence[Group]) -> tuple[int, int] | None:
-    """Group and region of an equation."""
+    """Group and region number of an equation, or None."""
     path = scopes.find_path(str(equation.source_info.name_stack))
     for number, group in enumerate(groups):
         if group.members:
@@ -150,9 +149,10 @@ def _require_found(groups: Sequence[Group], first: dict[tuple[int, int], int]) -
     for number, group in enumerate(groups):
         if not any(label[0] == number for label in first) and not group.members:
             raise RuleError(
-                what=f"group={group.action.group!r} stands at {format_path(group.sequence)}, which is in no sequence.",
-                why="a group is a stretch of a list of modules, or of a scan over stacked layers.",
-                fix="match the modules of a list (layers.*), or drop group.",
+                what=f"a rule has group={group.action.group!r} for {format_path(group.sequence)}, which is neither in a "
+                "list of modules nor run by a scan.",
+                why="there would be no consecutive modules to put into one region.",
+                fix="match the modules of a list (layers.*), or remove group.",
             )
 
 
@@ -161,7 +161,7 @@ def _make_plain_call(piece: Any) -> Callable[..., Any]:
 
 
 def _begin_scope(mark: str) -> contextlib.AbstractContextManager[Any]:
-    """Inside, paths start at the holder: where they are asked for, a mark says so."""
+    """Mark, while paths are recorded, that the paths inside start at the holder."""
     return jax.named_scope(mark) if region.is_recording_paths() else contextlib.nullcontext()
 
 
@@ -177,7 +177,7 @@ def _make_region(group: Group, piece: Any) -> Callable[..., Any]:
 
 
 def _checkpoint_piece(group: Group, piece: Any) -> Callable[..., Any]:
-    """A piece as one region; names in `save` and `offload` are relative to each of its modules."""
+    """Make a piece one region; names in `save` and `offload` are relative to each of its modules."""
     action = group.action
     marks = {}
     if names.is_naming_needed(action):
@@ -198,17 +198,17 @@ def _find_relative_values(group: Group, piece: Any, *, deeper: bool = False) -> 
 
 
 def _make_grouped_scan(group: Group, piece: Any) -> Callable[..., Any]:
-    """The piece, which is one scan, as a scan over checkpointed scans."""
+    """Make a piece that is one scan into a scan over checkpointed scans."""
     (equation,) = jaxprs.open_jaxpr(piece).eqns
     scan = jaxprs.parse_scan(equation)
-    assert scan is not None  # labelled as one
+    assert scan is not None  # as its label says
     size = group.get_size(scan.length)
     body = _make_checkpointed_body(group, scan)
 
     def run(*leaves: Any) -> list[Any]:
-        # The piece's arguments are the scan's operands, but each variable once and no literals.
-        known = dict(zip(jaxprs.open_jaxpr(piece).invars, leaves, strict=True))
-        operands = [jaxprs.read_atom(atom, known) for atom in equation.invars]
+        # The piece's arguments are the scan's operands without literals, each variable once.
+        values = dict(zip(jaxprs.open_jaxpr(piece).invars, leaves, strict=True))
+        operands = [jaxprs.read_atom(atom, values) for atom in equation.invars]
         consts, rest = operands[: scan.num_consts], operands[scan.num_consts :]
         carry, xs = rest[: scan.num_carry], rest[scan.num_carry :]
         policy = names.lower_policy(group.action)
@@ -235,7 +235,7 @@ def _make_checkpointed_body(group: Group, scan: jaxprs.Scan) -> Callable[..., An
 def _run_nested_scan(
     body: Any, carry: list[Any], xs: list[Any], scan: jaxprs.Scan, size: int, policy: Any
 ) -> tuple[Any, Any]:
-    """`scan` in regions of `size` turns; a remainder comes last in running order."""
+    """Run `scan` in regions of `size` iterations; a remainder runs last."""
     whole = scan.length // size
     split = whole * size
 

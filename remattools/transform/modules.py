@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules of a model with all the paths that reach each.
+"""The modules of a model, each with all paths that reach it.
 
-`nnx.iter_modules` yields one path a module; a rule has to match by any of them
-(`self.first = self.layers[0]`), and has to know which modules are containers.
+`nnx.iter_modules` yields one path for each module; a rule has to match by any of them (`self.first = self.layers[0]`),
+and has to know which modules are containers.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from ..rules.paths import Path
 from .capture import walk
 from .derive import get_base_class
 
-# A module shared by very many parents is known by its first paths only.
+# Of a module with very many paths only the first are recorded.
 _MAX_PATHS = 64
 _CONTAINER_TYPES = (nnx.List, nnx.Dict)
 
@@ -26,9 +26,9 @@ class ModuleEntry:
 
     Attributes:
         module: The instance.
-        paths: Every path from the root, the one nnx would give first.
-        class_names: Names of its class and the bases a user knows.
-        container: Holds modules and computes nothing (`nnx.List`, `nnx.Dict`).
+        paths: Every path from the root; the first is the one that nnx yields.
+        class_names: Names of its class and its bases, without the generated class of a swap.
+        container: Whether it holds modules and computes nothing (`nnx.List`, `nnx.Dict`).
     """
 
     module: Any
@@ -43,7 +43,7 @@ class ModuleEntry:
 
 
 def find_modules(model: Any) -> list[ModuleEntry]:
-    """All modules reachable from `model`, itself first, in attribute order.
+    """Return all modules reachable from `model`, itself first, in attribute order.
 
     Args:
         model: An nnx module, or any pytree that holds modules; concrete or abstract.
@@ -56,7 +56,7 @@ def find_modules(model: Any) -> list[ModuleEntry]:
 
 
 def _visit(value: Any, path: Path, above: tuple[int, ...], entries: dict[int, ModuleEntry]) -> None:
-    if id(value) in above:  # a module that refers to its parent: the path would go on for ever
+    if id(value) in above:  # a module that refers to its parent: the path would never end
         return
     if isinstance(value, nnx.Pytree):
         if isinstance(value, nnx.Module) and not _add_path(value, path, entries):
@@ -78,7 +78,7 @@ def _is_module_holder(cls: type) -> bool:
 
 
 def _add_path(module: nnx.Module, path: Path, entries: dict[int, ModuleEntry]) -> bool:
-    """Note a path; False where the module needs no second look."""
+    """Record a path; False if the module's children need not be visited."""
     entry = entries.get(id(module))
     if entry is None:
         entries[id(module)] = ModuleEntry(module, [path], *_inspect_class(get_base_class(type(module))))
@@ -96,5 +96,5 @@ def _inspect_class(cls: type) -> tuple[tuple[str, ...], bool]:
 
 
 def is_container(cls: type) -> bool:
-    """nnx's own containers, and subclasses that add no call."""
+    """Whether a class is one of nnx's containers, or a subclass without a `__call__`."""
     return issubclass(cls, _CONTAINER_TYPES) and not any("__call__" in vars(base) for base in cls.__mro__)

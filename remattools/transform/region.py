@@ -3,17 +3,15 @@
 
 Sits on `capture`; `swap` and `decorator` call it. Facts that shaped it:
 
--   JAX caches the trace of a checkpointed function by the function object, the
-    tree structure and the avals of its arguments. So one function object serves
-    all blocks, and everything static (spec of the module, method, strings, bools)
-    rides in the tree structure: 96 equal layers are traced once. It serves within
-    one trace around the blocks only: attributes of classes, globals and replaced
-    methods may change before the next, and no key sees those.
--   `nnx.remat` writes a model back that it closed over, which destroys it under
-    every other transform. Here only edits come back; an untouched model is not
-    written to.
--   Without a tracer among the arguments nothing is differentiated, and the plain
-    method runs: eager decoding may look at concrete values as it always could.
+-   JAX caches the trace of a checkpointed function by the function object and the tree structure and avals of its
+    arguments. So one function object serves all blocks, and everything static (spec of the module, method, strings,
+    bools) is part of the tree structure: 96 equal layers are traced once. The object is shared only within one
+    enclosing trace, since class attributes, globals and replaced methods may change before the next one and are not
+    part of any key.
+-   `nnx.remat` writes back a model that it closes over, which destroys the model under every other transform. Here
+    only edits come back; an unchanged model is not written to.
+-   Without a tracer among the arguments nothing is differentiated, so the plain method runs, and eager decoding can
+    read concrete values.
 """
 
 import contextlib
@@ -30,22 +28,23 @@ from ..rules.paths import Path, parse_path
 from ..rules.policy import Policy
 from ..rules.rule import Remat
 from .capture import effects
-from .capture import walk as cap
+from .capture.rebuild import rebuild
+from .capture.walk import SCOPE_KEY, capture
 from .naming import names, scopes
 
-# A target is how a region finds the code to run: `target(*args, **kwargs)`, where the first of `args` may be the
-# rebuilt module. It must be hashable and compare by value.
+# The code that a region runs, as `target(*args, **kwargs)`; the first of `args` may be the rebuilt module. It must be
+# hashable and compare by value.
 RegionTarget = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class _StaticInputs:
-    """What a trace depends on besides the arrays' shapes; the aux data of `_Inputs`."""
+    """All that a trace depends on except the arrays; the aux data of `_Inputs`."""
 
     target: RegionTarget
     action: Remat
     spec: Any
-    # A fresh object where the trace may not be shared, else None.
+    # A new object if the trace must not be shared, else None.
     token: object
 
     @functools.cached_property
@@ -59,7 +58,7 @@ class _StaticInputs:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass
 class _Inputs:
-    """Arrays of a call, with all else as the tree structure."""
+    """The arrays of a call as leaves, and everything else as tree structure."""
 
     leaves: list[Any]
     static: _StaticInputs
@@ -86,7 +85,8 @@ class _Outputs:
         return cls(list(leaves), call_effects)
 
 
-# What takes a region's place: `stand_in(run, inputs, path)` returns what `run(inputs)` would, for the module at `path`.
+# Computes a region in another way: `replacement(run, inputs, path)` returns what `run(inputs)` would, for the module at
+# `path`.
 Replacement = Callable[[Callable[[Any], Any], Any, Path], Any]
 
 
@@ -100,36 +100,36 @@ _mode = _Mode()
 
 
 class _SharedBodies(threading.local):
-    """The function objects whose traces equal blocks share, one for each trace around them."""
+    """The function objects whose traces equal blocks share, one for each enclosing trace."""
 
     def __init__(self) -> None:
         self.runs: dict[tuple[Any, Any], Callable[[_Inputs], _Outputs]] = {}
 
     def get(self, body: Callable[[_Inputs], _Outputs]) -> Callable[[_Inputs], _Outputs]:
-        """The object for `body` in the trace that is on."""
+        """Return the function object for `body` in the current trace."""
         key = (body, compat.get_current_trace())
         run = self.runs.pop(key, None)
         if run is None:
             run = functools.partial(body)
-            # What JAX cached for an object may hold values of its trace, which then never ends by itself: keep few.
-            alive = [(known, kept) for known, kept in self.runs.items() if known[1]() is not None]
-            self.runs = dict(alive[-_MAX_SHARED:])
-        self.runs[key] = run  # the last used comes last
+            # JAX's cache entry for an object may hold tracers, which keep their trace alive: limit the number.
+            live = [(other, value) for other, value in self.runs.items() if other[1]() is not None]
+            self.runs = dict(live[-_MAX_SHARED:])
+        self.runs[key] = run  # the most recently used comes last
         return run
 
     def forget(self, body: Callable[[_Inputs], _Outputs]) -> None:
-        """Let the next block of the trace that is on be traced by itself."""
+        """Stop sharing: the next block of the current trace is traced again."""
         self.runs.pop((body, compat.get_current_trace()), None)
 
 
-# Traces that stand around each other: a model's, and one for each level of regions in regions.
+# Nested traces: the model's, and one for each level of regions inside regions.
 _MAX_SHARED = 64
 _shared = _SharedBodies()
 
 
 @contextlib.contextmanager
 def disable_regions() -> Iterator[None]:
-    """Inside, regions run plainly: for looking at what a model computes."""
+    """Run regions as plain calls inside the block, to look at what a model computes."""
     before, _mode.disabled = _mode.disabled, True
     try:
         yield
@@ -139,7 +139,7 @@ def disable_regions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def record_region_paths() -> Iterator[None]:
-    """Inside, the operations of regions carry module paths: for looking at what regions keep."""
+    """Put module paths on the operations of regions inside the block, to look at what regions save."""
     before, _mode.with_paths = _mode.with_paths, True
     try:
         yield
@@ -149,9 +149,9 @@ def record_region_paths() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replace_regions(policy: Policy, replacement: Replacement) -> Iterator[None]:
-    """Inside, `replacement` computes each region under `policy`: for looking at the program around them.
+    """Compute each region under `policy` by `replacement` inside the block, to look at the program around them.
 
-    JAX keeps what it traces of inner jits for later calls, so the policy must be nobody else's: a callable of its own.
+    JAX caches the traces of inner jits for later calls, so no other code may use the same policy object.
     """
     before, _mode.replacement = _mode.replacement, (policy, replacement)
     try:
@@ -161,12 +161,12 @@ def replace_regions(policy: Policy, replacement: Replacement) -> Iterator[None]:
 
 
 def is_disabled() -> bool:
-    """Whether regions run plainly just now."""
+    """Whether regions run as plain calls in this thread."""
     return _mode.disabled
 
 
 def is_recording_paths() -> bool:
-    """Whether the operations of regions carry module paths just now."""
+    """Whether operations of regions get module paths in this thread."""
     return _mode.with_paths
 
 
@@ -174,23 +174,24 @@ def call(target: RegionTarget, action: Remat, args: tuple[Any, ...], kwargs: dic
     """Run `target(*args, **kwargs)` as one rematerialised region.
 
     Args:
-        target: Hashable callable; what it returns and changes is what the plain
-            call would.
+        target: Hashable callable that compares by value.
         action: What is saved, offloaded and recomputed.
-        args: Any values; arrays and nnx objects inside are traced, everything
-            else stays what it is.
-        kwargs: Likewise.
+        args: Any values; arrays and nnx objects in them are traced, everything else is static.
+        kwargs: Any values, treated like `args`.
+
+    Returns:
+        What the plain call would return; objects that it changes are changed in the same way.
     """
     if is_disabled():
         return target(*args, **kwargs)
-    captured = cap.capture((args, kwargs))
+    captured = capture((args, kwargs))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in captured.leaves):
         return target(*args, **kwargs)
     body: Callable[[_Inputs], _Outputs] = _run_with_paths if _mode.with_paths else _run
     run: Callable[[_Inputs], _Outputs]
     token = None
     if captured.unshareable is not None:
-        # Own function object: JAX's cache holds it weakly, so that its entry, which may hold arrays, dies with it.
+        # A new function object: JAX's cache holds it weakly, so its entry, which may hold arrays, dies with it.
         run, token = functools.partial(body), object()
     else:
         run = _shared.get(body)
@@ -211,17 +212,17 @@ def _checkpoint(run: Callable[[_Inputs], _Outputs], action: Remat) -> Callable[[
 
 
 def _find_path(args: tuple[Any, ...]) -> Path:
-    """Where the module that is called lies, while paths are recorded."""
-    return parse_path(vars(args[0]).get(cap.SCOPE_KEY, "."))
+    """The path of the called module while paths are recorded, else the root."""
+    return parse_path(vars(args[0]).get(SCOPE_KEY, "."))
 
 
 def _run(inputs: _Inputs) -> _Outputs:
-    """The body of every region; JAX traces it once per distinct structure."""
+    """The body of every region; JAX traces it once for each distinct structure."""
     return _trace_body(inputs, with_paths=names.is_naming_needed(inputs.static.action))
 
 
 def _run_with_paths(inputs: _Inputs) -> _Outputs:
-    """The same with module paths; another function, since JAX's cache of traces goes by it."""
+    """`_run` with module paths; a separate function, since the function is the key of JAX's trace cache."""
     with jax.named_scope(scopes.REGION):
         return _trace_body(inputs, with_paths=True)
 
@@ -230,21 +231,21 @@ def _trace_body(inputs: _Inputs, *, with_paths: bool) -> _Outputs:
     static = inputs.static
     if not with_paths:
         return _run_body(inputs.leaves, static, with_paths=False)
-    # The names are put onto the traced operations, where a pattern can see them all.
-    found: list[effects.CallEffects] = []
+    # Names are added to the traced program, where patterns see all operations.
+    recorded: list[effects.CallEffects] = []
 
     def run_body(leaves: list[Any]) -> list[Any]:
         outputs = _run_body(leaves, static, with_paths=True)
-        found.append(outputs.call_effects)
+        recorded.append(outputs.call_effects)
         return outputs.leaves
 
     leaves = names.evaluate(run_body, inputs.leaves, static.action)
-    return _Outputs(leaves, found[0])
+    return _Outputs(leaves, recorded[0])
 
 
 def _run_body(leaves: list[Any], static: _StaticInputs, *, with_paths: bool) -> _Outputs:
     objects: list[Any] = []
-    args, kwargs = cap.rebuild(static.spec, leaves, objects)
+    args, kwargs = rebuild(static.spec, leaves, objects)
     before = effects.snapshot(objects)
     if with_paths:
         with scopes.record_paths(_find_roots(args, kwargs)):
@@ -255,7 +256,7 @@ def _run_body(leaves: list[Any], static: _StaticInputs, *, with_paths: bool) -> 
 
 
 def _find_roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """Where names start: at the region's own module, or at the first argument of a function."""
+    """Where names start: at the region's module, or at the first argument of a function."""
     for index, value in enumerate(args):
         yield (() if index == 0 else (f"arg{index}",)), value
     for key, value in kwargs.items():

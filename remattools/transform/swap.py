@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class swap: recompute activations without editing the model's source.
 
-Sits on `region` (one rematerialised call); knows nothing of patterns, files or
-budgets. A matched instance gets a generated subclass of its own class whose
-methods run as regions; the action is a static attribute of the instance.
-Parameter paths, the state tree and `isinstance` stay as they were.
+Sits on `region` (one rematerialised call); knows nothing of patterns, files or budgets. A matched instance gets a
+generated subclass of its own class whose methods run as regions; the action is a static attribute of the instance.
+Parameter paths, the state tree and `isinstance` do not change.
 
 Facts that shaped this file:
 
--   Special methods are looked up on the type, so an instance attribute would be
-    ignored; and the class is part of nnx's graphdef, so a fresh class on every
-    call would make every jit trace again. One subclass per class and methods, cached.
--   The action sits on the instance: a class per action would never be collected.
--   Instance and class alike reduce to their recipe for `pickle` (see `derive`).
+-   Special methods are looked up on the type, so an instance attribute would be ignored. The class is part of nnx's
+    graphdef, so a new class on every call would make every jit trace again. So there is one cached subclass for each
+    class and set of methods.
+-   The action is on the instance, since a class for each action would never be garbage-collected.
+-   Both the instance and the class are pickled by their recipe (see `derive`).
 """
 
 import functools
@@ -25,8 +24,7 @@ from flax import nnx
 from ..errors import RuleError, suggest_names
 from ..rules.rule import Remat
 from . import group, region
-from .derive import BASE, RECIPE, collect_methods, derive, is_swapped
-from .derive import get_base_class as get_base_class
+from .derive import BASE, RECIPE, collect_methods, derive, get_base_class, is_swapped
 from .group import Group
 
 # nnx's containers skip attributes of this prefix when they iterate over themselves.
@@ -36,15 +34,15 @@ _METHODS = "_remattools_methods"
 
 
 def swap(module: Any, action: Remat | None, groups: tuple[Group, ...] = ()) -> None:
-    """Make `module` run under an action, in place.
+    """Put an action and groups on `module`, in place, in place of those it has.
 
     Args:
         module: An nnx module.
-        action: Its methods named in the action become regions; None if only its groups matter.
-        groups: Sequences it holds whose modules share regions.
+        action: The methods that it names become regions; None for no action.
+        groups: Sequences held by the module whose modules share regions.
 
     Raises:
-        RuleError: If it has no such method.
+        RuleError: If the module lacks a method that the action names.
     """
     methods: tuple[str, ...] = ()
     if action is not None:
@@ -52,7 +50,7 @@ def swap(module: Any, action: Remat | None, groups: tuple[Group, ...] = ()) -> N
         methods = action.methods
     if groups:
         methods += find_holder_methods(get_base_class(type(module)))
-    # Past nnx's __setattr__, which refuses changes on other trace levels and classifies attributes.
+    # Bypasses nnx's __setattr__, which rejects changes from other trace levels and classifies attributes.
     for key, value in ((_ACTION, action), (_GROUPS, groups or None)):
         if value is None:
             vars(module).pop(key, None)
@@ -63,7 +61,7 @@ def swap(module: Any, action: Remat | None, groups: tuple[Group, ...] = ()) -> N
 
 
 def find_holder_methods(cls: type) -> tuple[str, ...]:
-    """The methods in which a module may call the sequence it holds: its call, or else all that a user wrote."""
+    """Return the methods in which a module may run its sequence: `__call__`, or else all public methods."""
     methods = tuple(find_methods(cls))
     return ("__call__",) if "__call__" in methods else methods
 
@@ -75,7 +73,7 @@ def check_class(cls: type, action: Remat) -> None:
 
 
 def unswap(module: Any) -> None:
-    """Give `module` its own class back; no effect on one that has it."""
+    """Remove the action and groups of `module`, and give it its own class back."""
     if is_swapped(type(module)):
         object.__setattr__(module, "__class__", get_base_class(type(module)))
     for key in (_ACTION, _GROUPS):
@@ -83,41 +81,43 @@ def unswap(module: Any) -> None:
 
 
 def get_groups(module: Any) -> tuple[Group, ...]:
-    """The groups in force on the sequences that `module` holds."""
+    """Return the groups in force on the sequences that `module` holds."""
     groups: tuple[Group, ...] = vars(module).get(_GROUPS, ()) if is_swapped(type(module)) else ()
     return groups
 
 
 def get_action(module: Any) -> Remat | None:
-    """The action `module` runs under, or None."""
+    """Return the action that is in force on `module`, or None."""
     return vars(module).get(_ACTION) if is_swapped(type(module)) else None
 
 
 _LAZY_FUNCTION_CHECKS = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
 
-# A model has thousands of modules and a handful of classes. What raises is not kept.
+# Cached, since a model has thousands of modules and a handful of classes. Errors are not cached.
 @functools.lru_cache(maxsize=4096)
 def _check_method(cls: type, name: str) -> None:
     if callable(getattr(cls, name, None)) or name in find_methods(cls):
         function = inspect.unwrap(getattr(cls, name))
         if any(test(function) for test in _LAZY_FUNCTION_CHECKS):
             raise RuleError(
-                what=f"{cls.__qualname__}.{name} is a generator or a coroutine.",
-                why="a region runs a call from start to end; this call hands control back in the middle.",
-                fix="name the method that does the work inside it: Remat(methods=(...,)).",
+                what=f"{cls.__qualname__}.{name} is a generator or a coroutine function.",
+                why="calling it computes nothing, so the region would be empty.",
+                fix="name the method that does the work: Remat(methods=(...,)).",
             )
         return
-    own = list(find_methods(cls))
+    methods = list(find_methods(cls))
     raise RuleError(
         what=f"{cls.__qualname__} has no method {name!r}.",
         why="a region is a method call; without the method nothing would be rematerialised.",
-        fix=f"Remat(methods=({own[0]!r},))." if len(own) == 1 else f"Remat(methods=...): {suggest_names(name, own)}",
+        fix=f"Remat(methods=({methods[0]!r},))."
+        if len(methods) == 1
+        else f"Remat(methods=...): {suggest_names(name, methods)}",
     )
 
 
 def find_methods(cls: type) -> dict[str, Any]:
-    """Public methods that a user wrote: those of the bases below nnx's own classes."""
+    """Return the public methods of `cls` by name, without those of nnx's base classes."""
     bases = [base for base in cls.__mro__ if base not in (nnx.Module, nnx.Pytree, nnx.Object, object)]
     found = collect_methods(bases)
     return {name: value for name, value in found.items() if not name.startswith("_") or name == "__call__"}
@@ -125,7 +125,7 @@ def find_methods(cls: type) -> dict[str, Any]:
 
 def _reduce_instance(self: Any, protocol: Any) -> Any:
     cls = type(self)
-    generated: Any = next(base for base in cls.__mro__ if is_swapped(base))  # a user may have derived from it
+    generated: Any = next(base for base in cls.__mro__ if is_swapped(base))  # a user may have subclassed it
     reduced = super(generated, self).__reduce_ex__(protocol)
     if isinstance(reduced, str) or not is_swapped(cls):
         return reduced
@@ -144,7 +144,7 @@ def _subclass(base: type, methods: tuple[str, ...]) -> type:
     return _create(base, tuple(sorted(set(methods))))
 
 
-# Unbounded, since nnx's and JAX's registries keep every class of a model for ever too.
+# Unbounded, since nnx's and JAX's registries keep every class alive too.
 @functools.cache
 def _create(base: type, methods: tuple[str, ...]) -> type:
     recipe = (_subclass, (base, methods))
@@ -156,24 +156,24 @@ def _create(base: type, methods: tuple[str, ...]) -> type:
 
 
 class _OriginalMethod:
-    """Target of a swapped method: the base class's own, looked up when called."""
+    """Region target of a swapped method: the base class's method, looked up when called."""
 
     __slots__ = ("implementation", "name", "owner")
 
     def __init__(self, owner: type, name: str) -> None:
         self.owner, self.name = owner, name
-        # A method replaced on the class after a trace is another target.
+        # Part of the key: a method that is replaced on the class after a trace is another target.
         self.implementation = inspect.getattr_static(get_base_class(owner), name)
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        # From the instance, as the action: while operations are named (`scopes`), its class is one below the generated.
+        # Read from the instance, since `scopes` puts another subclass below the generated one.
         groups: tuple[Group, ...] = vars(module).get(_GROUPS, ())
         if groups and self.name in find_holder_methods(get_base_class(self.owner)):
             return group.call(self.run_plain, groups, module, args, kwargs)
         return self.run_plain(module, *args, **kwargs)
 
     def run_plain(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """The base class's own method."""
+        """Call the base class's method."""
         return getattr(super(self.owner, module), self.name)(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every example runs from its own command line, in a folder of its own, and shows what its first line promises.
+"""Every example runs from the command line in an empty directory and does what its first line says.
 
-`make demo` runs `demo.py`, which trains with `train_charlm.py`; tests/wild runs what needs other people's models.
+`make demo` runs `demo.py`, which trains with `train_charlm.py`; tests/wild runs the examples that need other packages.
 """
 
 import pathlib
@@ -17,16 +17,16 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 ELSEWHERE = {"demo.py", "train_charlm.py", "charlm_data.py", "charlm_model.py", "rules_on_tunix.py"}
 
 
-def run(name, folder, *args):
+def run(name, directory, *args):
     command = [sys.executable, str(EXAMPLES / name), *map(str, args)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_decorate_your_model(tmp_path):
-    figures = [float(text) for text in re.findall(r"([\d.]+) MB", run("decorate_your_model.py", tmp_path))]
-    plain, block, second, names = figures
+    sizes_mb = [float(text) for text in re.findall(r"([\d.]+) MB", run("decorate_your_model.py", tmp_path))]
+    plain, block, second, names = sizes_mb
     assert block < names < second < plain
 
 

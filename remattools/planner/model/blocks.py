@@ -15,6 +15,7 @@ from ...jaxpr import jaxprs
 from ...rules.paths import Path, format_path
 from ...transform import swap
 from ...transform.capture import walk as cap
+from ...transform.derive import get_base_class
 from ...transform.modules import ModuleEntry, find_modules
 from ...transform.naming import scopes
 from .opaque_blocks import BLOCK_PRIMITIVE
@@ -85,7 +86,7 @@ def _walk_loop_calls(jaxpr: Any, in_loop: bool, outermost: Path | None, prefix: 
             block = equation.params["block"]
             if in_loop and found is None:
                 yield block.path
-            yield from _walk_loop_calls(block.program, False, None, block.path)
+            yield from _walk_loop_calls(block.jaxpr, False, None, block.path)
         is_scan = equation.primitive.name == "scan"
         for _, below in jaxprs.find_subjaxprs(equation):
             yield from _walk_loop_calls(below, in_loop or is_scan, None if is_scan else found, prefix)
@@ -137,7 +138,7 @@ def _count_parameters(entry: ModuleEntry) -> int:
 
 
 def _find_method(module: Any) -> str | None:
-    return _find_class_method(swap.get_base_class(type(module)))
+    return _find_class_method(get_base_class(type(module)))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import scipy
 
-from ...compiler.measurement import Measurement, format_bytes, format_count
+from ...compiler.report import Measurement, format_bytes, format_count
 from ...errors import RuleError
 from ...rules.ruleset import Rules
 from ..budget import BudgetKind, select_bytes

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 
 from ...compiler.cache import Cache
-from ...compiler.measurement import Measurement
+from ...compiler.report import Measurement
 from ...errors import RematError
 from ...rules.ruleset import Rules
 from ..model.outline import Outline

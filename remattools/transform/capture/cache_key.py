@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Static values as cache keys: when may two calls share one trace?
 
-Sits on `plain`. Real models carry lists, dicts, config objects and
-lambdas as static attributes; most of them cannot be hashed, and some change
-between two traces. `Freezer.freeze` turns a value into a hashable key that
-compares by *value*, so that a change is seen and equal blocks share, and notes
-where that is not possible: a value that holds arrays out of reach, or whose
-content cannot be seen at all, makes its block trace on its own.
+Sits on `plain_objects`. Real models have lists, dicts, config objects and lambdas as static attributes; most of them
+are not hashable, and some change between two traces. `Freezer.freeze` turns a value into a hashable key that compares
+by *value*, so that a change is detected and equal blocks share a trace. It records a value for which that is
+impossible, since its content is not visible or contains arrays; the block that has it is traced separately.
 """
 
 import collections
@@ -22,14 +20,12 @@ from flax import nnx
 
 from . import plain_objects
 
-# Containers nested deeper than this, or cyclic ones, are not shared.
-_MAX_DEPTH = 24
-# Immutable leaves that compare by value (floats have their own rule).
+# Immutable values that compare by value; floats are handled separately.
 _PLAIN_TYPES = (type(None), bool, int, str, bytes, type(Ellipsis), range)
 
 
 class Identity:
-    """Compares by the identity of what it holds, and keeps it alive."""
+    """Compares by the identity of a value, and keeps the value alive."""
 
     __slots__ = ("value",)
 
@@ -45,24 +41,23 @@ class Identity:
 
 @dataclasses.dataclass
 class Freezer:
-    """Collects what the keys of one call allow.
+    """Makes the keys of one call.
 
     Attributes:
-        unshareable: What could not be turned into a key, or None; if there is
-            such a value, its block shares its trace with no other.
+        unshareable: A value that has no key by value, or None; if there is one, the block does not share its trace.
     """
 
     unshareable: Any = None
 
     def freeze(self, value: Any, depth: int = 0) -> Any:
-        """A hashable key of `value`; equal keys mean interchangeable values."""
+        """Return a hashable key of `value`; values with equal keys are interchangeable."""
         kind = type(value)
         if kind in _PLAIN_TYPES:
             return (kind, value)
         if kind in (float, complex):
-            # repr tells -0.0 from 0.0 and makes a NaN equal to itself.
+            # repr distinguishes -0.0 from 0.0, and makes a NaN equal to itself.
             return (kind, repr(value))
-        if depth > _MAX_DEPTH:
+        if depth > plain_objects.MAX_DEPTH:  # or cyclic
             return self._freeze_by_identity(value)
         if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType | enum.Enum):
             return Identity(value)
@@ -72,7 +67,7 @@ class Freezer:
         if isinstance(value, np.ndarray | np.generic):
             return self._freeze_numpy(value)
         if kind in (list, tuple, set, frozenset):
-            # Equal sets may be run through in different orders: those are two keys.
+            # Equal sets may iterate in different orders, which gives two keys.
             return (kind, tuple(self.freeze(item, below) for item in value))
         if kind is collections.deque:
             return (kind, value.maxlen, tuple(self.freeze(item, below) for item in value))
@@ -95,10 +90,10 @@ class Freezer:
         return (type(value), value.dtype, value.shape, value.tobytes())
 
     def _freeze_function(self, function: types.FunctionType, depth: int) -> Any:
-        """Two functions are one if code, globals and everything they captured are."""
+        """Functions are interchangeable if code, globals, defaults and closures are."""
         try:
             cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
-        except ValueError:  # a cell that is still empty: a function that refers to itself
+        except ValueError:  # a cell is not assigned yet: the function refers to itself
             return self._freeze_by_identity(function)
         captured = (cells, function.__defaults__, function.__kwdefaults__)
         attributes = {k: v for k, v in vars(function).items() if k != "__wrapped__"}
@@ -113,18 +108,17 @@ class Freezer:
     def _freeze_object(self, value: Any, depth: int) -> Any:
         kind = type(value)
         package = kind.__module__.partition(".")[0]
-        # Trusted instances are treated as immutable when hashable: their own `__eq__` decides.
+        # Hashable instances of trusted packages count as immutable: their `__eq__` decides.
         if package in plain_objects.TRUSTED_PACKAGES or hasattr(kind, "__jax_array__"):
-            # Identity alone says nothing of an object's content (a random generator), but a library's functions have
-            # none that changes.
+            # A hash by identity does not cover mutable content (a random generator); a library's functions have none.
             own_hash: Any = kind.__hash__
             if own_hash is None or (own_hash is object.__hash__ and not callable(value)):
                 return self._freeze_by_identity(value)
             try:
                 hash(value)
-            except TypeError:  # a tuple-like value that holds something unhashable
+            except TypeError:  # a tuple-like value with an unhashable item
                 return self._freeze_by_identity(value)
-            # A jitted function is immutable but for what its Python function captured.
+            # A jitted function is immutable except for what its Python function closes over.
             wrapped = getattr(value, "__wrapped__", None)
             return (kind, value) if wrapped is None else (kind, value, self.freeze(wrapped, depth))
         content = plain_objects.get_content(value)

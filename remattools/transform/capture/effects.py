@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call did to the objects it was given, and the same done to the caller's.
+"""Record what a call changes in its objects, and replay the changes on the caller's.
 
-Sits on `capture` and `plain`. A region runs on rebuilt copies; only what a call changed leaves
-it, as edits: the value of a Variable, an attribute, the items of a dict. Untouched
-objects are never written to, so that a model closed over by a transform is safe.
+Sits on `walk` and `rebuild`. A region runs on rebuilt copies; only what the call changes leaves it, as edits: the value
+of a Variable, an attribute, the items of a dict. Unchanged objects are never written to, so that a model that a
+transform closes over is safe.
 """
 
 import collections
@@ -17,7 +17,8 @@ from flax import nnx
 from flax.nnx import graphlib
 
 from . import plain_objects
-from .walk import STATE_KEY, Builder, Walk, flatten_one_level, get_node_content, init_node, run_walk
+from .rebuild import Builder, init_node
+from .walk import STATE_KEY, Walk, flatten_one_level, get_node_content, run_walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +26,10 @@ class Edit:
     """One object that a call changed.
 
     Attributes:
-        index: Which of the captured objects.
-        content: Spec of its new content: the raw value and the metadata of a
-            Variable, the changed attributes of a module, all items of a container.
-        deleted: Attributes that are gone; modules and plain objects only.
+        index: Index of the object among the captured ones.
+        content: Spec of its new content: raw value and metadata of a Variable, the changed attributes of a module,
+            all items of a container.
+        deleted: Names of deleted attributes; modules and plain objects only.
     """
 
     index: int
@@ -37,7 +38,7 @@ class Edit:
 
 
 def snapshot(objects: Iterable[Any]) -> list[Any]:
-    """Shallow content of every object, to tell later which ones a call changed."""
+    """Return the shallow content of every object, to find later which ones a call changed."""
     return [_copy_shallow(item) for item in objects]
 
 
@@ -59,13 +60,13 @@ def _copy_shallow(item: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CallEffects:
-    """What a call did and returned but for the arrays; hashes by identity, JAX never compares it.
+    """What a call changed and returned, except the arrays; hashes by identity, since JAX never compares it.
 
     Attributes:
-        edits: What it changed.
+        edits: The objects that it changed.
         out: Spec of what it returned.
-        is_single_use: Whether it leaves an object behind that is not built anew for each call of the trace, such as a plain
-            object without arrays: a second call would hand out the same one.
+        is_single_use: Whether the trace must not be reused, since it leaves behind an object that is not rebuilt for
+            each call, such as a plain object without arrays: every call would return the same object.
     """
 
     edits: tuple[Edit, ...]
@@ -74,22 +75,25 @@ class CallEffects:
 
 
 def collect_effects(objects: list[Any], before: list[Any], out: Any) -> tuple[list[Any], CallEffects]:
-    """What a call did: the arrays it leaves behind, and all else.
+    """Find what a call changed.
 
     Args:
-        objects: The captured objects as the call saw them.
+        objects: The captured objects, after the call.
         before: Their `snapshot` from before the call.
-        out: What the call returned; may be or hold any of the objects.
+        out: What the call returned; may contain any of the objects.
+
+    Returns:
+        The arrays that the call returned or wrote into objects, and everything else.
     """
-    # What leaves the region must not hold values of its trace.
+    # What leaves the region must not contain tracers of its trace.
     walk, (edits, spec) = run_walk(
         lambda walk: (_collect_edits(walk, objects, before), walk.visit(out)),
         is_whole=lambda item: not plain_objects.has_arrays(item),
         objects=objects,
     )
     new = walk.objects[len(objects) :]
-    once = any(plain_objects.is_mutable(item) and id(item) not in walk.copied_ids for item in new)
-    return walk.leaves, CallEffects(edits, spec, once)
+    is_single_use = any(plain_objects.is_mutable(item) and id(item) not in walk.copied_ids for item in new)
+    return walk.leaves, CallEffects(edits, spec, is_single_use)
 
 
 def _collect_edits(walk: Walk, objects: list[Any], before: list[Any]) -> tuple[Edit, ...]:
@@ -122,7 +126,7 @@ def _make_plain_edit(walk: Walk, index: int, old: plain_objects.Content, new: pl
 
 
 def _is_same(old: Any, new: Any) -> bool:
-    """Identity of every child; an array that was not replaced is the same object."""
+    """Whether all children are identical; an array that was not replaced is the same object."""
     if isinstance(old, plain_objects.Content):
         return _is_same(old.attributes, new.attributes) and (old.items is None or _is_same(old.items, new.items))
     if isinstance(old, dict):
@@ -136,7 +140,7 @@ def _is_same(old: Any, new: Any) -> bool:
 
 
 def replay(call_effects: CallEffects, leaves: Iterable[Any], objects: list[Any]) -> Any:
-    """Do to the caller's `objects` what the call did to its copies; returns the output."""
+    """Change the caller's `objects` as the call changed its copies, and return the call's output."""
     build = Builder(iter(leaves), objects)
     for edit in call_effects.edits:
         _apply_edit(edit, objects[edit.index], build)
@@ -173,13 +177,13 @@ def _apply_edit(edit: Edit, target: Any, build: Builder) -> None:
 
 @contextlib.contextmanager
 def restore_objects(objects: Iterable[Any]) -> Iterator[None]:
-    """Afterwards what a call wrote into lists, dicts and plain objects themselves is undone: for looking at a trace."""
-    kept = list(objects)
-    before = snapshot(kept)
+    """Undo, after the block, what a trace inside it wrote into the caller's lists, dicts and plain objects."""
+    items = list(objects)
+    before = snapshot(items)
     try:
         yield
     finally:
-        for item, old in zip(kept, before, strict=True):
+        for item, old in zip(items, before, strict=True):
             if old is not None and not _is_same(old, _copy_shallow(item)):
                 _restore(item, old)
 
@@ -196,7 +200,7 @@ def _restore(item: Any, old: Any) -> None:
 
 
 def _check_mutable(node: Any) -> None:
-    """nnx's own error where plain code would have met it: a change across trace levels."""
+    """Raise nnx's error for a change across trace levels, as the plain call would."""
     state = vars(node).get(STATE_KEY)
     if state is not None and not state.trace_state.is_valid():
         raise flax_errors.TraceContextError(f"Cannot mutate '{type(node).__name__}' from different trace level")
@@ -208,7 +212,7 @@ def _refill(target: MutableMapping[Any, Any], content: dict[Any, Any]) -> None:
 
 
 def _replace_content(target: Any, new: Any) -> None:
-    """Give a mutable pytree (an OrderedDict, a dataclass) the content of another."""
+    """Replace the content of a mutable pytree (an OrderedDict, a dataclass) by that of another."""
     if isinstance(target, MutableMapping):
         _refill(target, dict(new))
     else:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain Python objects: configs, caches, recorders, outputs that are no pytrees.
+"""Plain Python objects: configs, caches, recorders, and outputs that are not pytrees.
 
-Lowest file of `transform`. Models hand such objects from block to block, and write
-arrays into them. JAX cannot look inside; here their state is read and set past
-the user's own methods, wherever all of it can be seen from Python.
+Lowest file of `transform`. Models pass such objects from block to block and write arrays into them. JAX cannot look
+inside; here their state is read and set without calling the user's methods, if all of it is visible from Python.
 """
 
 import collections
@@ -19,9 +18,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-# Instances of these packages' classes (dtypes, shardings, meshes, jitted library functions) are never taken apart.
+# Instances of these packages' classes (dtypes, shardings, meshes, jitted library functions) stay whole.
 TRUSTED_PACKAGES = frozenset({"jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes"})
-# Classes written in C of which Python shows all.
+# Classes written in C whose state is visible from Python.
 _CONTAINERS = (dict, list, tuple, collections.OrderedDict)
 _VISIBLE_BASES = (object, *_CONTAINERS, types.SimpleNamespace, typing.Generic)
 _CODE_TYPES = (
@@ -35,7 +34,7 @@ _CODE_TYPES = (
 _ATOM_TYPES = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, enum.Enum)
 NNX_TYPES = (nnx.Variable, nnx.Pytree)
 _ARRAY_TYPES = (jax.Array, *NNX_TYPES)
-_MAX_DEPTH = 24
+MAX_DEPTH = 24
 # Flags of a class in CPython.
 _HEAP, _IMMUTABLE, _NO_INSTANCES = 1 << 9, 1 << 8, 1 << 7
 
@@ -45,8 +44,8 @@ class Content:
     """All state of one object.
 
     Attributes:
-        attributes: By name, of `__dict__` and of slots.
-        items: What it holds as a dict, list or tuple; None if it is none.
+        attributes: Values by name, from `__dict__` and slots.
+        items: Items of a dict, list or tuple subclass; None for any other class.
     """
 
     attributes: dict[str, Any]
@@ -54,7 +53,7 @@ class Content:
 
 
 def get_content(value: Any) -> Content | None:
-    """State of a plain Python object, or None if it is none or some of it is out of sight."""
+    """Return the state of a plain Python object, or None if `is_plain` is False."""
     if not is_plain(value):
         return None
     attributes: dict[str, Any] = dict(getattr(value, "__dict__", {}))
@@ -62,7 +61,7 @@ def get_content(value: Any) -> Content | None:
     for name in _collect_slots(kind):
         try:
             attributes[name] = object.__getattribute__(value, name)
-        except AttributeError:  # not set
+        except AttributeError:  # the slot is empty
             continue
     if isinstance(value, dict):
         return Content(attributes, dict(value))
@@ -70,34 +69,33 @@ def get_content(value: Any) -> Content | None:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether `content_of` shows the state of `value`."""
+    """Whether `value` is a Python object whose whole state `get_content` can read."""
     kind: Any = type(value)
     return _is_visible(kind)
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_visible(kind: type) -> bool:
-    """Whether instances keep all their state in attributes, or in a container that Python shows."""
+    """Whether instances have all their state in attributes, or in items of a built-in container."""
     if kind in (object, *_CONTAINERS) or kind.__module__.partition(".")[0] in TRUSTED_PACKAGES:
         return False
     if issubclass(kind, (*_ATOM_TYPES, *_CODE_TYPES, *_ARRAY_TYPES, np.ndarray, np.generic)):
         return False
-    # What happens at an object's end must not happen at a copy's.
+    # A copy must not run `__del__`.
     bases = [base for base in kind.__mro__ if base not in _VISIBLE_BASES]
     return not any(_is_written_in_c(base) or "__del__" in vars(base) for base in bases)
 
 
 def _is_written_in_c(kind: type) -> bool:
-    """Whether a class may keep state where Python cannot see it."""
-    # Classes of Python are made at run time, can be changed, and can be instantiated.
+    """Whether a class may have state that is invisible from Python."""
+    # Python classes are heap types, mutable, and can be instantiated.
     if not kind.__flags__ & _HEAP or kind.__flags__ & (_IMMUTABLE | _NO_INSTANCES):
         return True
-    # Their `__new__` and `__init__` are functions, or borrowed (a Protocol takes those of `object`).
-    own = vars(kind)
-    makes, starts = own.get("__new__"), own.get("__init__")
-    if isinstance(makes, types.BuiltinFunctionType) and makes.__self__ is kind:
+    # Their `__new__` and `__init__` are functions, or those of another class (a Protocol has those of `object`).
+    new, init = vars(kind).get("__new__"), vars(kind).get("__init__")
+    if isinstance(new, types.BuiltinFunctionType) and new.__self__ is kind:
         return True
-    return isinstance(starts, types.WrapperDescriptorType) and starts.__objclass__ is kind
+    return isinstance(init, types.WrapperDescriptorType) and init.__objclass__ is kind
 
 
 @functools.lru_cache(maxsize=4096)
@@ -113,13 +111,13 @@ def _collect_slots(kind: type) -> tuple[str, ...]:
 
 
 def create(kind: Any) -> Any:
-    """An empty object of a class, past its `__init__`; not for tuples."""
+    """Create an empty instance without calling `__init__`; not for tuples."""
     base = next(base for base in kind.__mro__ if base in _VISIBLE_BASES and base is not typing.Generic)
     return base.__new__(kind)
 
 
 def set_attributes(target: Any, attributes: dict[str, Any], deleted: Iterable[str] = ()) -> None:
-    """Set and delete attributes past `__setattr__`, frozen dataclasses included."""
+    """Set and delete attributes without calling `__setattr__`, also in frozen dataclasses."""
     for name, value in attributes.items():
         object.__setattr__(target, name, value)
     for name in deleted:
@@ -127,7 +125,7 @@ def set_attributes(target: Any, attributes: dict[str, Any], deleted: Iterable[st
 
 
 def set_items(target: Any, items: Any) -> None:
-    """Give a dict, list, set or deque, or an instance of a subclass, other items, past overridden methods."""
+    """Replace the items of a dict, list, set or deque, or of a subclass without calling overridden methods."""
     if isinstance(target, dict):
         base: Any = collections.OrderedDict if isinstance(target, collections.OrderedDict) else dict
         base.clear(target)
@@ -142,14 +140,14 @@ def set_items(target: Any, items: Any) -> None:
 
 
 def get_children(value: Any) -> list[Any]:
-    """What a value that is not traced refers to."""
+    """Return the objects that a static value refers to."""
     kind = type(value)
     if isinstance(value, types.FunctionType):
         cells = []
         for cell in value.__closure__ or ():
             try:
                 cells.append(cell.cell_contents)
-            except ValueError:  # still empty
+            except ValueError:  # not assigned yet
                 continue
         return cells
     if isinstance(value, types.MethodType):
@@ -168,23 +166,23 @@ def get_children(value: Any) -> list[Any]:
 
 
 def is_mutable(value: Any) -> bool:
-    """Whether a call may leave something in it that has to be told apart from what was there."""
+    """Whether a call may change the state of `value`."""
     return type(value) in (list, dict, set, collections.deque) or is_plain(value)
 
 
 def has_arrays(value: Any) -> bool:
-    """Whether arrays, Variables or modules are among what a plain object holds, at any depth."""
+    """Whether a plain object or container holds arrays, Variables or modules, at any depth."""
     return has_instances(value, _ARRAY_TYPES)
 
 
 def has_instances(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether instances of `kinds` are among what a plain object or container holds, at any depth."""
+    """Whether a plain object or container holds instances of `kinds`, at any depth."""
     seen: set[int] = set()
 
     def search(item: Any, depth: int) -> bool:
         if isinstance(item, kinds):
             return True
-        if depth > _MAX_DEPTH or id(item) in seen or isinstance(item, (*_ATOM_TYPES, *_CODE_TYPES)):
+        if depth > MAX_DEPTH or id(item) in seen or isinstance(item, (*_ATOM_TYPES, *_CODE_TYPES)):
             return False
         seen.add(id(item))
         return any(search(child, depth + 1) for child in get_children(item))

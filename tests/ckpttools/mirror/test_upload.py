@@ -158,7 +158,7 @@ def restore_offline(spec):
         warnings.simplefilter("always")
         report = restore(spec)
     assert report.mirror_error
-    assert "only local steps were looked at" in str(caught[-1].message)
+    assert "only local steps were considered" in str(caught[-1].message)
     return report.step
 
 
@@ -249,7 +249,7 @@ def test_an_empty_folder_and_a_store_that_does_not_answer_is_no_fresh_start(on_s
         ckpt.restore(STATE)
     relaxed = changed(on_s3, must_answer=False)
     with ct.open(relaxed) as ckpt:
-        with pytest.warns(ct.CheckpointWarning, match="only local steps were looked at"):
+        with pytest.warns(ct.CheckpointWarning, match="only local steps were considered"):
             report = ckpt.restore(STATE)
         assert report.step is None
         assert "could not be listed" in report.mirror_error

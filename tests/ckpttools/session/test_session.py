@@ -189,7 +189,7 @@ def test_names_that_orbax_would_merge_are_refused(tmp_path):
         pytest.param({"misc": {"f": object()}}, "misc.f is a builtins.object", id="an object"),
         pytest.param({"misc": np.array([{}])}, "dtype object", id="an object array"),
         pytest.param({"misc": np.ma.array([1, 2], mask=[0, 1])}, "misc is a masked array", id="a masked array"),
-        pytest.param({"misc": {"0": 1, 0: 2}}, "cannot be taken apart", id="keys without an order"),
+        pytest.param({"misc": {"0": 1, 0: 2}}, "cannot be flattened", id="keys without an order"),
         pytest.param({"misc": {"\ud800": np.ones(1)}}, "has a key", id="half a character"),
         pytest.param({"misc": {"f": jax.ShapeDtypeStruct((2,), jnp.float32)}}, "misc.f is abstract", id="abstract"),
     ],

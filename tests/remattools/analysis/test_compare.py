@@ -13,7 +13,7 @@ from flax import nnx
 
 import remattools as rt
 from remattools.analysis import compare as comparing
-from remattools.compiler.measurement import OutOfMemory
+from remattools.compiler.out_of_memory import OutOfMemory
 from tests.remattools.models import Tower, inputs, loss
 
 

@@ -120,7 +120,7 @@ def test_a_step_that_returns_its_loss_has_no_residuals_of_its_own():
         return value, weights - gradient
 
     for fn in (step, jax.jit(step)):
-        with pytest.raises(rt.MeasureError, match="takes a gradient itself"):
+        with pytest.raises(rt.MeasureError, match="computes a gradient itself"):
             rt.residuals(fn, WEIGHTS, X)
 
 
@@ -204,7 +204,7 @@ def test_remat_keeps_fewer_bytes(policy, fewer):
 
 
 def test_values_stand_under_their_modules_with_layers_folded():
-    rows = rt.residuals(loss, Tower(depth=4), inputs()).folded()
+    rows = rt.residuals(loss, Tower(depth=4), inputs()).fold()
     found = {(row.path, row.name): row for row in rows}
     cosine = found["layers.[0:4].mlp", "cos"]
     assert (cosine.count, cosine.shape, cosine.bytes) == (4, (4, 6, 16), 4 * 4 * 6 * 16 * 4)
@@ -263,7 +263,7 @@ def test_looking_changes_nothing():
 def test_the_table_names_the_largest():
     text = str(rt.residuals(loss, Tower(), inputs()))
     assert "layers.[0:3].norm" in text
-    assert "computed and kept" in text
+    assert "computed and saved" in text
 
 
 def test_jitted_losses_are_looked_into():
@@ -335,7 +335,7 @@ start = time.process_time()
 report = rt.residuals(lambda m, t: jax.nn.logsumexp(m(t).astype(jnp.float32)).mean(), model, tokens)
 seconds = time.process_time() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-assert any(row.path.startswith("layers.[0:32]") and row.count >= 32 for row in report.folded())
+assert any(row.path.startswith("layers.[0:32]") and row.count >= 32 for row in report.fold())
 print(seconds, peak, report.computed_bytes)
 """
 

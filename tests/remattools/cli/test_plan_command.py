@@ -7,7 +7,8 @@ import pathlib
 import pytest
 
 import remattools as rt
-from remattools.cli import commands
+from remattools.cli import parser
+from remattools.cli.main import main
 from remattools.planner.search.acquisition import Exploration
 
 FACTORY = """
@@ -37,14 +38,14 @@ def test_a_plan_is_written_and_measured(
     (tmp_path / "subject.py").write_text(FACTORY)
     subject, out = f"{tmp_path / 'subject.py'}:training", tmp_path / "rules.toml"
     common = ["--target", "cpu", "--json"]
-    assert commands.main(["plan", subject, "--budget", "0.7", "--of", "temp", "-o", str(out), *common]) == commands.OK
+    assert main(["plan", subject, "--budget", "0.7", "--of", "temp", "-o", str(out), *common]) == parser.EXIT_OK
     said = json.loads(capsys.readouterr().out)
     chosen = next(point for point in said["points"] if point["chosen"])
     assert chosen["bytes"] <= said["budget_bytes"]
     assert len(rt.Rules.load(out))
-    assert commands.main(["measure", subject, "--rules", str(out), *common]) == commands.OK
+    assert main(["measure", subject, "--rules", str(out), *common]) == parser.EXIT_OK
     assert json.loads(capsys.readouterr().out)["temp_bytes"] == chosen["bytes"]
-    assert commands.main(["plan", subject, "--budget", "1000", "--of", "temp", "--target", "cpu"]) == commands.CANNOT
+    assert main(["plan", subject, "--budget", "1000", "--of", "temp", "--target", "cpu"]) == parser.EXIT_FAILED
     assert "the least is" in capsys.readouterr().err
 
 
@@ -56,11 +57,11 @@ def test_a_whole_step_is_planned_as_it_is(
     subject, out = f"{tmp_path / 'stepping.py'}:stepping", tmp_path / "rules.toml"
     common = ["--target", "cpu", "--as-is"]
     limits = ["--budget", "0.7", "--of", "temp", "--max-compiles", "4"]
-    assert commands.main(["plan", subject, *limits, "-o", str(out), "--json", *common]) == commands.OK
+    assert main(["plan", subject, *limits, "-o", str(out), "--json", *common]) == parser.EXIT_OK
     chosen = next(point for point in json.loads(capsys.readouterr().out)["points"] if point["chosen"])
-    assert commands.main(["measure", subject, "--rules", str(out), "--json", *common]) == commands.OK
+    assert main(["measure", subject, "--rules", str(out), "--json", *common]) == parser.EXIT_OK
     assert json.loads(capsys.readouterr().out)["temp_bytes"] == chosen["bytes"]
-    assert commands.main(["plan", subject, *limits, "--target", "cpu"]) == commands.CANNOT  # control: a step is no loss
+    assert main(["plan", subject, *limits, "--target", "cpu"]) == parser.EXIT_FAILED  # control: a step is no loss
     assert "differentiate=False" in capsys.readouterr().err
 
 
@@ -80,8 +81,5 @@ def test_an_interrupt_without_a_plan_says_so(
     compile_ = Exploration.compile_assignment
     monkeypatch.setattr(Exploration, "compile_assignment", interrupted)
     subject = f"{tmp_path / 'subject.py'}:training"
-    assert (
-        commands.main(["plan", subject, "--budget", "0.3", "--of", "temp", "--target", "cpu"])
-        == commands.EXIT_INTERRUPTED
-    )
+    assert main(["plan", subject, "--budget", "0.3", "--of", "temp", "--target", "cpu"]) == parser.EXIT_INTERRUPTED
     assert "before any compiled rules kept the budget" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import pytest
 
 import remattools as rt
 from remattools.compiler import cache as caching
-from remattools.compiler.measurement import Allocation, Measurement, OutOfMemory
+from remattools.compiler.out_of_memory import Allocation, OutOfMemory
+from remattools.compiler.report import Measurement
 
 X = jax.ShapeDtypeStruct((16, 16), jnp.float32)
 
@@ -48,7 +49,7 @@ def test_an_entry_whose_figures_were_changed_is_no_hit(tmp_path):
 def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_measurement(tmp_path, monkeypatch):
     taken = tmp_path / "file"
     taken.write_text("")
-    with pytest.warns(rt.CacheWarning, match="not kept"):
+    with pytest.warns(rt.CacheWarning, match="not cached"):
         assert rt.measure(_square, X, target="cpu", cache=taken).argument_bytes == 1024
     folder = tmp_path / "full"
 

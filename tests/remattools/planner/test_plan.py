@@ -146,7 +146,7 @@ def test_a_time_limit_ends_the_search(folder: pathlib.Path) -> None:
 def test_a_cache_that_cannot_be_written_costs_no_plan(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("no folder")
     model, x = _abstract()
-    with pytest.warns(rt.CacheWarning, match="not kept"):
+    with pytest.warns(rt.CacheWarning, match="not cached"):
         found = rt.plan(loss, model, x, budget=1.0, of="temp", target="cpu", max_compiles=2, cache=tmp_path / "file")
     assert found.points
 

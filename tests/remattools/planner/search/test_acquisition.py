@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import remattools as rt
-from remattools.compiler.measurement import OutOfMemory
+from remattools.compiler.out_of_memory import OutOfMemory
 from remattools.planner.search import candidates as searching
 from remattools.planner.search.acquisition import Exploration
 from remattools.planner.search.candidates import Space

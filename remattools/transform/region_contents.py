@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trace a model once, plainly and with names, to look at what it computes.
+"""What a region contains, read from one trace of the model without regions.
 
-Sits on `capture` and `scopes`. The caller's objects are not touched: the trace
-runs on a rebuilt copy, so that random counters and caches do not move, and
-abstract arrays (`jax.ShapeDtypeStruct`) serve as well as real ones.
+Sits on `capture` and `naming`. The trace runs on a rebuilt copy, so that random counters and caches do not advance;
+arrays may be abstract (`jax.ShapeDtypeStruct`).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +17,8 @@ from ..rules.paths import Path
 from ..rules.rule import Remat
 from . import region
 from .capture import effects
-from .capture import walk as cap
+from .capture.rebuild import rebuild
+from .capture.walk import capture
 from .naming import names, scopes
 
 _CALLBACKS = ("callback", "print", "outfeed", "infeed")
@@ -26,14 +26,14 @@ _RANDOM = ("random_bits", "threefry", "rng_bit_generator", "rng_uniform")
 
 
 @dataclasses.dataclass(frozen=True)
-class RegionView:
-    """What one region holds, seen in a plain trace.
+class RegionContents:
+    """What one region computes.
 
     Attributes:
-        values: Its named values, paths relative to the region.
-        warnings: Side effects and random operations inside.
-        is_stacked: Whether it is called by a scan, so that one module stands for many layers.
-        has_activations: Whether it computes any floating value besides what it returns.
+        values: Its named values, with paths relative to the region.
+        warnings: Sentences on side effects and random operations inside.
+        is_stacked: Whether a scan calls it, so that one module stands for many layers.
+        has_activations: Whether it computes any floating-point value besides what it returns.
     """
 
     values: tuple[names.NamedValue, ...]
@@ -42,37 +42,39 @@ class RegionView:
     has_activations: bool
 
 
-def trace(fn: Callable[..., Any], args: Sequence[Any], *, roots: Sequence[tuple[Path, int]] = (((), 0),)) -> Any:
-    """The program of `fn(*args)` with module paths on its operations and no regions.
+def trace_plain(model: Any, args: Sequence[Any]) -> Any:
+    """Trace `model(*args)` without regions and with module paths on its operations.
 
     Args:
-        fn: Any function of nnx objects, arrays and statics.
+        model: A callable nnx module.
         args: Its arguments; arrays may be `jax.ShapeDtypeStruct`.
-        roots: For each argument that holds modules, the path its names start with and its position.
+
+    Returns:
+        The closed jaxpr.
     """
-    captured = cap.capture(tuple(args))
+    captured = capture((model, *args))
 
     def run_plain(leaves: list[Any]) -> list[Any]:
-        rebuilt = cap.rebuild(captured.spec, leaves, [])
-        # A plain object that holds no arrays is the caller's own, not a copy.
+        rebuilt, *inputs = rebuild(captured.spec, leaves, [])
+        # A plain object without arrays is not copied: the trace changes the caller's.
         with (
             effects.restore_objects(captured.objects),
             region.disable_regions(),
-            scopes.record_paths((path, rebuilt[position]) for path, position in roots),
+            scopes.record_paths([((), rebuilt)]),
         ):
-            out = fn(*rebuilt)
-        return cap.capture(out).leaves
+            out = rebuilt(*inputs)
+        return capture(out).leaves
 
     return jax.make_jaxpr(run_plain)(captured.leaves)
 
 
-def view_regions(jaxpr: Any, paths: Sequence[Path]) -> list[RegionView]:
-    """What regions at `paths` would hold, from a trace of the whole model."""
+def find_contents(jaxpr: Any, paths: Sequence[Path]) -> list[RegionContents]:
+    """Return what regions at `paths` would contain, from a trace of the whole model."""
     values = list(names.find_named_values(jaxpr))
-    return [_view_region(jaxpr, values, path) for path in paths]
+    return [_find_region_contents(jaxpr, values, path) for path in paths]
 
 
-def _view_region(jaxpr: Any, values: Sequence[names.NamedValue], path: Path) -> RegionView:
+def _find_region_contents(jaxpr: Any, values: Sequence[names.NamedValue], path: Path) -> RegionContents:
     inside = [value for value in values if value.path[: len(path)] == path]
     counts: dict[Any, int] = {}
     relative = []
@@ -80,14 +82,14 @@ def _view_region(jaxpr: Any, values: Sequence[names.NamedValue], path: Path) -> 
     for value in inside:
         if value.kind == "module" and value.path == path:
             stacked = any(_is_in_scan(jaxpr, position) for position in value.where)
-            continue  # what the region itself returns is outside of it
+            continue  # what the region returns is outside of it
         key = (value.kind, value.path, value.primitive)
         index = counts.get(key, 0)
         counts[key] = index + 1
         relative.append(dataclasses.replace(value, path=value.path[len(path) :], index=index))
     floating = [v for v in relative if v.kind == "op" and any(_is_floating(aval) for aval in v.avals)]
-    # The last operation computes what the region returns, and that is kept outside of it.
-    return RegionView(
+    # The last operation computes what the region returns, which is saved outside of it.
+    return RegionContents(
         tuple(relative), tuple(_describe_effects(relative)), is_stacked=stacked, has_activations=len(floating) > 1
     )
 
@@ -113,9 +115,9 @@ def _describe_effects(values: Sequence[names.NamedValue]) -> list[str]:
     random = _format_labels(values, _RANDOM)
     notes = []
     if callbacks:
-        notes.append(f"calls back to Python in {callbacks}: under remat it runs twice, or not at all.")
+        notes.append(f"calls back to Python in {callbacks}: under remat the callback runs twice, or not at all.")
     if random:
-        notes.append(f"draws random numbers in {random}: drawn again from the same key, so equal, but not for free.")
+        notes.append(f"draws random numbers in {random}: recomputed from the same key, so equal, but at a cost.")
     return notes
 
 
@@ -125,8 +127,8 @@ def _format_labels(values: Sequence[names.NamedValue], kinds: tuple[str, ...]) -
 
 
 def make_structure_key(module: Any, action: Remat | None) -> Any:
-    """Equal for modules that share one trace; None for a module that shares with none."""
-    captured = cap.capture(module)
+    """Return a key that is equal for modules that share one trace; None for a module that shares with no other."""
+    captured = capture(module)
     if captured.unshareable is not None:
         return None
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in captured.leaves)

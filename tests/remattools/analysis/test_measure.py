@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import remattools as rt
-from remattools.analysis import compile as compiling
+from remattools.compiler import out_of_memory
 from tests.remattools.models import Tower, inputs, loss
 
 
@@ -260,7 +260,7 @@ def test_arguments_in_another_order_are_explained(look, fn):
     with pytest.raises(rt.MeasureError, match=r"loss\(model=float32\[4,6,8\], .*Tower") as caught:
         look(fn, x, model)
     assert "loss(model" in caught.value.fix
-    with pytest.raises(rt.MeasureError, match="Tower stands in the place of the function, loss after it"):
+    with pytest.raises(rt.MeasureError, match="the model Tower was passed as the function, and loss as its argument"):
         look(model, fn, x)
     with pytest.raises(rt.MeasureError, match="missing a required argument: 'model'"):
         look(fn)
@@ -327,6 +327,6 @@ def test_temporaries_in_the_tpus_own_memory_are_told_apart(tpu):
     ],
 )
 def test_amounts_in_the_compilers_words_are_read(message, needed, limit):
-    refused = compiling.parse_out_of_memory(message)
+    refused = out_of_memory.parse_out_of_memory(message)
     assert (refused.needed_bytes, refused.limit_bytes) == (needed, limit)
     assert refused.message == message

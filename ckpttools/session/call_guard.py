@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call at a time into a session."""
+"""One call at a time into a session: nested calls, concurrent threads and forked processes."""
 
 import os
 import threading
@@ -8,16 +8,20 @@ from types import TracebackType
 from ..errors import RunInUseError, SaveTimeoutError, StepOrderError
 
 
-class SessionLock:
-    """Lets one call at a time into a session; used in a `with` statement.
+class CallGuard:
+    """Let one call at a time into a session; used in a `with` statement.
 
-    Two saves at once would share the buffers for copies, and the one would be digested with arrays of the other in it.
+    Two saves at once would share the buffers for copies, so that one would be hashed with arrays of the other.
+
+    Args:
+        timeout_s: How long a call waits for one of another thread.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._process_id = os.getpid()
-        # A signal may come between taking the lock and taking note of it; such a call comes first, and is harmless.
+        # Reentrant, so that a nested call is refused below instead of blocking until the timeout. A signal may arrive
+        # after the lock is acquired and before the count is raised; a call made there comes first and is harmless.
         self._lock = threading.RLock()
         self._call_count = 0
 
@@ -25,14 +29,14 @@ class SessionLock:
         if os.getpid() != self._process_id:
             raise RunInUseError(
                 what=f"this process was forked from process {self._process_id}, which has the run open.",
-                why="both would write the same steps; the threads that save do not exist here.",
+                why="both would write the same steps, and the threads that save do not exist in this process.",
                 fix="save in the process that opened the run, or open it after the fork.",
             )
         if not self._lock.acquire(timeout=self._timeout_s):
             raise SaveTimeoutError(
                 what=f"another thread has kept this session busy for {self._timeout_s:g} s.",
-                why="a session does one thing at a time.",
-                fix="look at the disk; Storage(timeout_s=...) sets how long to wait.",
+                why="a session makes one call at a time.",
+                fix="check the disk; Storage(timeout_s=...) sets how long to wait.",
             )
         if self._call_count:
             self._lock.release()

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiler reports on a program, as a value: memory, operations and cycles.
+
+Nothing is estimated here: every number comes from the compiler, the clock or the allocator.
+"""
+
+import dataclasses
+from typing import Any
+
+from .hlo_cycles import estimate_cycles
+from .out_of_memory import Allocation, OutOfMemory
+from .targets import Target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Measurement:
+    """The compiler's report on one program, per device; `str()` is a table.
+
+    Attributes:
+        target: Name of the target it was compiled for.
+        argument_bytes: Size of the arguments.
+        output_bytes: Size of the results.
+        alias_bytes: Size of the results that reuse an argument's memory (donation).
+        temp_bytes: Size of everything in between, which is what remat changes. The TPU compiler counts main memory
+            only: temporaries in on-chip memory (VMEM) are in `peak_bytes` alone.
+        peak_bytes: Most bytes in use at once, as the compiler counts them. The CPU compiler leaves temporaries out (use
+            `total_bytes`); the TPU compiler includes on-chip memory.
+        host_temp_bytes: Size of the temporaries in host memory, where offloading puts them.
+        flops: Floating-point operations in the compiler's cost model; None if it has none.
+        bytes_accessed: Bytes read and written in the compiler's cost model; None if it has none.
+        estimated_cycles: The TPU compiler's estimate of the time, loop bodies times their trip counts; else None.
+        compile_s: Seconds the compile took; of the original compile if the measurement comes from a cache.
+        step_s: Median seconds of a run; None without `run=True`.
+        step_spread_s: Interquartile range of these seconds; None without `run=True`.
+        allocator_peak_bytes: Most bytes the device's allocator has handed out at once in this process so far; None
+            without `run=True`, or if the allocator does not count.
+        out_of_memory: Set if the program runs out of memory. Then `temp_bytes` and `peak_bytes` are the bytes it needs
+            as rounded by the compiler (0 if unknown), and the other costs are None.
+        refusal: The compiler's message if it refused the program for another reason. Only in rows of `compare`, next
+            to candidates that compiled.
+        notes: Caveats to read before relying on the numbers.
+    """
+
+    target: str
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+    host_temp_bytes: int = 0
+    flops: float | None = None
+    bytes_accessed: float | None = None
+    estimated_cycles: int | None = None
+    compile_s: float = 0.0
+    step_s: float | None = None
+    step_spread_s: float | None = None
+    allocator_peak_bytes: int | None = None
+    out_of_memory: OutOfMemory | None = None
+    refusal: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program compiled, and ran if it was asked to."""
+        return self.out_of_memory is None and self.refusal is None
+
+    @property
+    def total_bytes(self) -> int:
+        """Arguments, results and temporaries: an upper bound of the device's main memory in use."""
+        if self.out_of_memory is not None:
+            return self.peak_bytes  # includes the arguments
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+
+    @property
+    def temporaries_in_peak(self) -> bool:
+        """Whether `peak_bytes` counts the temporaries; the CPU compiler's never does."""
+        return not self.target.startswith("cpu") and self.peak_bytes >= self.temp_bytes
+
+    @property
+    def temporaries_on_chip(self) -> bool:
+        """Whether some temporaries are in a TPU's on-chip memory, which only `peak_bytes` counts."""
+        return self.fits and self.target.startswith("tpu") and self.peak_bytes > self.total_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Measurement":
+        """Return the measurement whose `as_dict` gave `data`."""
+        data = dict(data, notes=tuple(data["notes"]))
+        if data["out_of_memory"] is not None:
+            refused = dict(data["out_of_memory"])
+            refused["largest"] = tuple(Allocation(**item) for item in refused["largest"])
+            data["out_of_memory"] = OutOfMemory(**refused)
+        return cls(**data)
+
+    def __repr__(self) -> str:
+        # Without the fields that are at their defaults, most of which say that something was not measured.
+        shown = [(field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self)]
+        return f"Measurement({', '.join(f'{name}={value!r}' for name, value, default in shown if value != default)})"
+
+    def __str__(self) -> str:
+        lines = [f"target            {self.target}"]
+        for field in ("argument", "output", "alias", "temp", "peak", "host_temp", "allocator_peak"):
+            value = getattr(self, f"{field}_bytes")
+            if value or field in ("argument", "output", "temp", "peak"):
+                note = ""
+                if field == "peak" and not self.temporaries_in_peak:
+                    note = " without temporaries"
+                if field == "temp" and self.temporaries_on_chip:
+                    note = " in main memory; more in on-chip memory, see peak"
+                lines.append(f"{field:<18}{format_bytes(value)}{note}")
+        lines.append(f"{'total':<18}{format_bytes(self.total_bytes)}")
+        if self.flops is not None:
+            lines.append(f"{'flops':<18}{format_count(self.flops)}")
+        if self.bytes_accessed is not None:
+            lines.append(f"{'bytes accessed':<18}{format_bytes(int(self.bytes_accessed))}")
+        if self.estimated_cycles is not None:
+            lines.append(f"{'estimated cycles':<18}{format_count(self.estimated_cycles)}")
+        if self.step_s is not None:
+            spread_ms = (self.step_spread_s or 0) * 1e3
+            lines.append(f"{'step':<18}{self.step_s * 1e3:.3f} ms, interquartile range {spread_ms:.3f} ms")
+        lines.append(f"{'compile':<18}{self.compile_s:.2f} s")
+        if self.out_of_memory is not None:
+            lines += _format_out_of_memory(self.out_of_memory)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _format_out_of_memory(reason: OutOfMemory) -> list[str]:
+    if reason.excess_bytes is None:
+        lines = ["OUT OF MEMORY:", *(f"  {line}" for line in reason.message.splitlines()[:4])]
+    else:
+        needed, limit = format_bytes(reason.needed_bytes), format_bytes(reason.limit_bytes)
+        lines = [f"OUT OF MEMORY: needs {needed} of {limit}, {format_bytes(reason.excess_bytes)} too much"]
+    if reason.largest:
+        lines.append("largest values at the peak:")
+        lines += [f"  {format_bytes(a.bytes):>11}  {a.path}  {a.name}  {a.shape} x{a.count}" for a in reason.largest]
+    return lines
+
+
+def format_bytes(count: int | None) -> str:
+    """Format bytes in the largest binary unit of which there is at least one, such as `1.50 GiB`."""
+    if count is None:
+        return "-"
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(size) >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{int(size)} B" if units[0] == "B" else f"{size:.2f} {units[0]}"
+
+
+def format_count(count: float | None) -> str:
+    """Format a large number in powers of 1000, such as `362.2 M`."""
+    if count is None:
+        return "-"
+    size, units = float(count), ["", " k", " M", " G", " T", " P"]
+    while abs(size) >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.4g}{units[0]}"
+
+
+def strip_padding(table: str) -> list[str]:
+    """Return the lines of a table without trailing blanks."""
+    return [line.rstrip() for line in table.rstrip().splitlines()]
+
+
+def read_measurement(compiled: Any, target: Target, compile_s: float) -> Measurement:
+    """Read what the compiler reports on a compiled program.
+
+    Args:
+        compiled: The compiled stage of `jax.jit`.
+        target: What it was compiled for.
+        compile_s: Seconds that took.
+    """
+    memory = compiled.memory_analysis()
+    costs = _read_costs(compiled)
+    cycles = estimate_cycles(compiled.as_text()) if target.platform == "tpu" else None
+    notes: tuple[str, ...] = ()
+    if cycles is not None and cycles.unknown_loops:
+        notes = (f"the trip counts of the loops {', '.join(cycles.unknown_loops)} are unknown; each body counts once.",)
+    return Measurement(
+        target=target.name,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        host_temp_bytes=memory.host_temp_size_in_bytes,
+        flops=costs.get("flops"),
+        bytes_accessed=costs.get("bytes accessed"),
+        estimated_cycles=None if cycles is None else cycles.total,
+        compile_s=compile_s,
+        notes=notes,
+    )
+
+
+def _read_costs(compiled: Any) -> dict[str, float]:
+    costs = compiled.cost_analysis()
+    return dict(costs[0] if isinstance(costs, list) else costs or {})
