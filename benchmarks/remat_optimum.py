@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.model.op_cost import get_rates
 from remattools.planner.model.outline import build_outline
+from remattools.planner.model.time import get_rates
 
 TARGET = "tpu:v5e:2x2"
 WITHIN = 1.03

@@ -3,6 +3,7 @@
 
 import sys
 
-from .cli.commands import main
+from .cli.main import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

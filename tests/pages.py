@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterator
 
 import ckpttools
-import ckpttools.cli.commands
+import ckpttools.cli.parser
 import remattools
 import remattools.cli.main
 import remattools.cli.parser
@@ -153,7 +153,7 @@ def _run_commands(text: str, place: str) -> None:
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, shown = part.partition("\n")
         program, *arguments = shlex.split(command, comments=True)
-        main = {"ckpttools": ckpttools.cli.commands.main, "remattools": remattools.cli.main.main}[program]
+        main = {"ckpttools": ckpttools.cli.parser.main, "remattools": remattools.cli.main.main}[program]
         stream = io.StringIO()
         with contextlib.redirect_stdout(stream):
             main(arguments)
@@ -185,7 +185,7 @@ def _check_command(words: list[str], place: str) -> None:
             pass
         case [("ckpttools" | "remattools") as program, *arguments]:
             build = {
-                "ckpttools": ckpttools.cli.commands.build_parser,
+                "ckpttools": ckpttools.cli.parser.build_parser,
                 "remattools": remattools.cli.parser.build_parser,
             }[program]
             try:
@@ -234,5 +234,5 @@ def _public(function: ast.expr) -> object | None:
         case ast.Attribute(value=ast.Name(id=("ct" | "rt") as short), attr=name):
             return getattr(PACKAGES[short], name, None)
         case ast.Name(id=name) if name[0].isupper():
-            return next((vars(package)[name] for package in PACKAGES.values() if name in vars(package)), None)
+            return next((getattr(package, name) for package in PACKAGES.values() if name in package.__all__), None)
     return None

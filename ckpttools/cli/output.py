@@ -5,6 +5,7 @@ Names and reasons come from files that anybody may have written, so nothing of t
 code, or rich as markup.
 """
 
+import argparse
 import contextlib
 import json
 import math
@@ -14,11 +15,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
-from rich.table import Table
 
-from ..mirror.sync import MirrorReport
+from remattools.text import format_bytes, make_table, replace_control_codes
+
 from ..spec.retention import Verdict
-from ..text import format_bytes, replace_control_codes
 from ..tools.ls import ListedStep, find_numeric_columns, make_rows
 from ..tools.show import ShownStep, format_leaf
 
@@ -36,15 +36,10 @@ class _Console(Console):
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Sequence[str] = ()) -> None:
     """Print rows under a head; the columns named in `numeric` are numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(replace_control_codes, row))
     console = _Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH  # as an argument of `print` it could only be narrower than the console
-    console.print(table)
+    console.print(make_table(columns, rows, numeric=numeric))
 
 
 def print_text(text: str) -> None:
@@ -116,26 +111,21 @@ def print_quarantine(names: Sequence[str], *, dry_run: bool) -> None:
     print_text("\n".join(f"quarantined {name} {gone}" for name in names) or "nothing to delete in quarantine")
 
 
-def print_mirror(report: MirrorReport) -> None:
-    """The table of `mirror`."""
-    print_text(str(report).partition("\n")[0])
-    rows = [
-        [
-            str(step.step),
-            format_bytes(step.total_bytes),
-            "yes" if step.here else "",
-            step.there,
-            "; ".join([*([step.done] if step.done else []), *step.files]),
-        ]
-        for step in report.steps
-    ]
-    if rows:
-        print_table(["step", "size", "here", "there", ""], rows, numeric=["step", "size"])
-    if report.left or not rows:
-        print_text(report.left or "no steps")
-
-
 def print_error(text: str) -> None:
     """Say on the error stream why nothing was done."""
     lines = "\n".join(map(replace_control_codes, text.splitlines()))
     print(f"ckpttools: {lines}", file=sys.stderr)
+
+
+def print_report(args: argparse.Namespace, data: Any, text: str) -> None:
+    """Print a report as JSON if `--json` was given, else as text.
+
+    Args:
+        args: The parsed arguments.
+        data: The report as plain data.
+        text: The report for people.
+    """
+    if args.json:
+        print_json(data)
+    else:
+        print_text(text)

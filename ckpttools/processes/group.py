@@ -40,8 +40,8 @@ class Group:
         count: Number of processes.
     """
 
-    index = 0
-    count = 1
+    index: int = 0
+    count: int = 1
 
     @property
     def is_leader(self) -> bool:

@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from remattools.text import format_table
+
 from ..errors import SpecError, StepNotFoundError
 from ..spec.operations import Operation, as_code
 from ..spec.state_version import StateVersion, as_state_version
@@ -22,11 +24,10 @@ from ..store.catalogue import Entry
 from ..surgery import migrations, suggest
 from ..surgery.altered_leaves import AlteredLeaf, list_altered_leaves, list_leaves
 from ..surgery.plan import Changes
-from ..text import format_table
 from ..tree import flatten
 from ..tree.items import require_items
-from ..tree.leaves import count_host_bytes
 from ..tree.match import Difference
+from ..tree.records import count_host_bytes
 from ..tree.write_back import fill_state
 from . import recovery, select
 from .report import RestoreReport

@@ -24,15 +24,15 @@ from ..errors import (
 )
 from ..processes import group
 from ..spec.operations import Operation
-from ..store import integrity
+from ..store import leaf_integrity
 from ..store.catalogue import Entry
 from ..store.manifest import Manifest
 from ..store.run_directory import RunDirectory
 from ..surgery import plan
 from ..surgery.suggest import Replan, require_match
 from ..tree import flatten
-from ..tree.match import Names, require_legal_skeletons, to_names
-from ..tree.write_back import HostItem
+from ..tree.leaf_paths import Names, to_names
+from ..tree.write_back import HostItem, require_legal_skeletons
 from .report import Candidate, RestoreReport
 
 
@@ -143,7 +143,7 @@ def load(entry: Entry, templates: Mapping[str, flatten.FlatItem], get_changes: G
         leaves = [leaf.target for leaf in plan.placed_leaves if leaf.path[0] == item and leaf.target is not None]
         require_legal_skeletons(template, leaves, plan.skeletons.get(item, {}))
     _require_same_processes(entry, plan)
-    arrays = integrity.read_verified(entry, plan.collect_records())
+    arrays = leaf_integrity.read_verified(entry, plan.collect_records())
     return LoadedStep(entry, entry.manifest, plan.make_host_items(templates, arrays), plan.drop_templates())
 
 

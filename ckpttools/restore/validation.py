@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ..errors import CorruptStepError, StepRejectedError, ValidationError
-from ..tree.leaves import parse_dtype
+from ..tree.records import parse_dtype
 from ..tree.write_back import HostItem, copy_state
 
 type Validate = Callable[[dict[str, Any]], Any]

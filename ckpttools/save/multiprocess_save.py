@@ -32,10 +32,10 @@ from ..errors import (
 )
 from ..processes.group import Group
 from ..spec.spec import CheckpointSpec
-from ..store import commit, digest, integrity, layout, manifest, orbax
+from ..store import commit, digest, layout, leaf_integrity, manifest, orbax
 from ..store.run_directory import RunDirectory
-from ..tree.leaves import Path, Slice, encode_value, format_leaf_name
-from ..tree.match import is_below
+from ..tree.leaf_paths import Path, format_leaf_name, is_below
+from ..tree.records import Slice, encode_value
 from ..tree.snapshot import Snapshot, SnapshotItem, SnapshotLeaf
 from . import write_step
 from .outcomes import Saved
@@ -203,7 +203,7 @@ class _MultiprocessSave:
 
 def _add_slices(item: str, leaf: SnapshotLeaf, slices: Mapping[Slice, str]) -> SnapshotLeaf:
     digests = tuple(sorted(slices.items()))
-    if leaf.sharded_array is None or not integrity.has_full_coverage(digests, leaf.sharded_array.shape):
+    if leaf.sharded_array is None or not leaf_integrity.has_full_coverage(digests, leaf.sharded_array.shape):
         raise ProcessError(
             what=f"the {len(digests)} shards of {format_leaf_name(item, leaf.record.path)} are not the whole array.",
             why="one of its devices belongs to no process of this run; the step was not committed.",

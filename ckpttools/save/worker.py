@@ -18,7 +18,7 @@ class Worker:
     Attributes:
         step: The step that is being saved.
         stall_s: Seconds that the training was stalled by it.
-        is_abandoned: Set when a wait has timed out and the program continues, so that the arrays may change meanwhile.
+        is_abandoned: Set when a wait has timed out and the program continues, so that the arrays may change.
     """
 
     def __init__(self, step: int, run: Callable[["Worker"], Saved]) -> None:

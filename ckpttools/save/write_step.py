@@ -18,9 +18,9 @@ from typing import Any
 from ..errors import CheckpointError, CorruptStepError, DiskSpaceError, StorageError
 from ..spec.spec import CheckpointSpec
 from ..spec.state_version import as_state_version
-from ..store import commit, digest, integrity, layout, manifest, orbax
+from ..store import commit, digest, layout, leaf_integrity, manifest, orbax
 from ..store.run_directory import RunDirectory
-from ..tree.leaves import Record
+from ..tree.records import Record
 from ..tree.snapshot import Snapshot, SnapshotItem, SnapshotLeaf
 from .outcomes import Saved
 from .worker import Worker
@@ -266,7 +266,7 @@ def _read_back(staged: pathlib.Path, step: int, records: Mapping[str, tuple[Reco
             why="what was written is damaged; the step was not committed.",
             fix="save to another disk.",
         ) from error
-    damaged = tuple(integrity.find_damaged_leaves(records, arrays))
+    damaged = tuple(leaf_integrity.find_damaged_leaves(records, arrays))
     if damaged:
         failure = CorruptStepError(
             what=f"step {step} came back from the disk with other bytes in {', '.join(damaged)}.",

@@ -109,17 +109,17 @@ class MetricWatch:
         found = ", ".join(map(repr, sorted(self.other_names))) or "no metrics"
         return (
             f"the spec uses {names_text}, which none of {self.step_count} steps had; they had {found}. If the name is "
-            f"wrong, nothing is saved or kept for it: {example}."
+            f"wrong, nothing is saved or retained for it: {example}."
         )
 
 
 def advise_on_retention(*, rejected_count: int, intact_count: int) -> str | None:
-    """Return advice if damaged steps were skipped and at most one intact step is left."""
+    """Return advice if damaged steps were passed over and at most one intact step is left."""
     if rejected_count == 0 or intact_count > 1:
         return None
     return (
-        f"{rejected_count} damaged step(s) were skipped and {intact_count} intact step is left; the next damage would "
-        f"end the run. keep=Latest({rejected_count + intact_count + 2}) keeps a reserve."
+        f"{rejected_count} damaged step(s) were passed over and {intact_count} intact step is left; the next damage "
+        f"would end the run. keep=Latest({rejected_count + intact_count + 2}) keeps a reserve."
     )
 
 

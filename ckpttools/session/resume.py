@@ -93,7 +93,7 @@ def _load(
         state=state,
         check=check,
         run=run if group.is_leader else None,
-        # A step that was requested by number is the only candidate; its damage is raised rather than skipped.
+        # A step that was requested by number is the only candidate; its damage is raised rather than passed over.
         is_explicit=isinstance(step, int),
         get_changes=functools.partial(migrations.get_changes, spec, surgery=surgery),
         coordinate=recovery.run_attempt if group.count == 1 else multiprocess_restore.make_coordinator(group),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The object that `ct.open` returns: what a training loop calls.
 
-Each step is decided in `loop`, saved by `saver`, and restored by `resume`; `resources` holds what is open meanwhile.
+Each step is decided in `loop`, saved by `saver`, and restored by `resume`; `resources` holds what is open.
 Two rules hold them together: a step that is reported as latest is on the disk, and an error of a background save is
 raised by the very next call.
 """
@@ -121,7 +121,7 @@ class Session:
         return max(self.all_steps(), default=None)
 
     def best_step(self, metric: str | None = None, mode: Literal["min", "max"] | None = None) -> int | None:
-        """Return the committed step with the best value of a metric; None if there are no steps.
+        """Return the committed step with the best value of a metric; None without steps.
 
         Args:
             metric: Name of the metric; by default the one that the spec names.
@@ -154,7 +154,7 @@ class Session:
             pinned: False to stop protecting it.
 
         Raises:
-            StepNotFoundError: If there is no such step.
+            StepNotFoundError: If that step does not exist.
         """
         with self._resources.guard:
             self.wait()
@@ -167,7 +167,7 @@ class Session:
             step: The step.
 
         Raises:
-            StepNotFoundError: If there is no such step.
+            StepNotFoundError: If that step does not exist.
             StepOrderError: If it is the newest.
         """
         with self._resources.guard:
@@ -182,7 +182,7 @@ class Session:
     def restore(
         self, state: Mapping[str, Any], step: Selector = "latest", *, surgery: Iterable[Operation] = ()
     ) -> RestoreReport:
-        """Restore a step into `state`, skipping damaged ones, and continue the run from it.
+        """Restore a step into `state`, passing over damaged ones, and continue the run from it.
 
         Args:
             state: Items by name. Live objects are filled in place; everything else is in the report's `state`. Items
@@ -192,13 +192,13 @@ class Session:
                 saved afterwards record it, so that a restart of the same program does not apply it again.
 
         Returns:
-            What was restored and what was skipped; its `step` is None if the directory holds no steps.
+            What was restored and what was passed over; its `step` is None if the directory holds no steps.
 
         Raises:
             NoIntactStepError: If there are steps and none is intact.
             StructureError: If the step does not fit `state`; nothing was changed.
             VersionError: If the spec's state version has no migration from the step's version.
-            StepNotFoundError: If there is no such step.
+            StepNotFoundError: If that step does not exist.
             StorageError: If the disk cannot be read.
 
         Example:

@@ -5,7 +5,7 @@ What happens on SIGTERM:
 
 1.  The handler installed here only sets a flag, since a signal may arrive while the state is half updated.
 2.  The next `Session.step` sees it (`loop.TrainingLoop.step`), saves that step, and waits for the commit. With
-    several processes, the leader is told, and all save the same step.
+    several processes, the leader receives the request, and all save the same step.
 3.  The iterator of `Session.steps` ends there; closing the session restores the previous handlers.
 
 A second signal has its previous effect at once, and closing does not wait for a save then. A signal that the program

@@ -8,8 +8,8 @@ from typing import Any
 
 from .mirror import Mirror
 from .operations import OPERATIONS
+from .spec_file import RETENTIONS, TABLE, TRIGGERS
 from .storage import Integrity, Storage
-from .toml import RETENTIONS, TABLE, TRIGGERS
 
 _JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 

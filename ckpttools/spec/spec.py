@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from ..errors import SpecError
-from . import toml
+from . import spec_file
 from .mirror import Mirror, as_mirror
 from .retention import Best, Latest, Retention
 from .state_version import StateVersion, as_state_version
@@ -91,26 +91,26 @@ class CheckpointSpec:
             SpecFileError: If the file cannot be read or a value in it is wrong; the message names file and line.
         """
         path = pathlib.Path(path)
-        fields = toml.read_file(path)
+        fields = spec_file.read_file(path)
         return cls(**{**fields, "directory": path.resolve().parent / fields["directory"]})
 
     @classmethod
     def from_toml(cls, text: str) -> Self:
         """Read the `[checkpoint]` table of `text`."""
-        return cls(**toml.read(text, source="<text>"))
+        return cls(**spec_file.read(text, source="<text>"))
 
     def to_toml(self) -> str:
         """The `[checkpoint]` table that `from_toml` reads back to an equal spec."""
-        return toml.write(self)
+        return spec_file.write(self)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read the JSON that `to_json` writes."""
-        return cls(**toml.read_json(text, source="<text>"))
+        return cls(**spec_file.read_json(text, source="<text>"))
 
     def to_json(self) -> str:
         """The spec as JSON of the same form as its TOML."""
-        return json.dumps(toml.encode(self), indent=2)
+        return json.dumps(spec_file.encode(self), indent=2)
 
     def get_metric_modes(self) -> dict[str, Literal["min", "max"]]:
         """Metrics that the spec gives a direction, what it keeps before what it saves."""
@@ -129,7 +129,7 @@ class CheckpointSpec:
     def fingerprint(self) -> str:
         """A short hash that changes when the spec does; recorded with every step."""
         try:
-            text = json.dumps({**toml.encode(self), "directory": ""}, sort_keys=True)
+            text = json.dumps({**spec_file.encode(self), "directory": ""}, sort_keys=True)
         except SpecError:
             # A trigger of the user's own has no file form; its name must do.
             text = repr(dataclasses.replace(self, directory="-"))

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CorruptStepError, IncompleteStepError, StepDamagedError, UntrustedStepError, VersionError
-from ..tree.leaves import Path, Record
-from ..tree.match import is_below
+from ..tree.leaf_paths import Path, is_below
+from ..tree.records import Record
 from . import digest, layout
 
 FORMAT = 1

@@ -31,7 +31,9 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.multihost import multihost
 
 from ..errors import StorageError
-from ..tree.leaves import Path, Record, get_host_shape, get_key_dtype
+from ..tree.key_data import get_key_dtype
+from ..tree.leaf_paths import Path
+from ..tree.records import Record, get_host_shape
 from ..tree.snapshot import Snapshot, SnapshotLeaf
 
 _PACKAGE = str(pathlib.Path(str(v0.__file__)).parent)

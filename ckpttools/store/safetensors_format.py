@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import StorageError, TensorFileError
-from ..tree.leaves import parse_dtype
+from ..tree.records import parse_dtype
 
 DTYPES = {
     "F64": "float64",

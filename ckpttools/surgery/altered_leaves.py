@@ -4,7 +4,7 @@
 import dataclasses
 
 from ..spec.operations import Cast
-from ..tree.match import format_form
+from ..tree.records import format_form
 from .plan import PlacedLeaf, RestorePlan, SourceLeaf
 
 

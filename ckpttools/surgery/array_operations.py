@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import StructureError
 from ..spec.operations import Cast, Operation, Pad, Slice, as_code
-from ..tree.leaves import Record, get_host_shape, parse_dtype
+from ..tree.records import Record, get_host_shape, parse_dtype
 
 type Array = np.ndarray[Any, Any]
 type Shape = tuple[int, ...]

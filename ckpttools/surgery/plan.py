@@ -19,8 +19,10 @@ from ..errors import StructureError
 from ..spec.operations import Cast, Drop, Operation, Reinit, Rename, as_code, find_wildcards, split_segments
 from ..spec.surgery import Surgery
 from ..tree.flatten import FlatItem
-from ..tree.leaves import Leaf, Path, Record, describe, is_array, read_inline_array
-from ..tree.match import Difference, Names, add_closest_names, compare, is_below, to_names
+from ..tree.leaf_paths import Names, Path, is_below, to_names
+from ..tree.leaves import Leaf, describe, is_array
+from ..tree.match import Difference, add_closest_names, compare
+from ..tree.records import Record, read_inline_array
 from ..tree.write_back import HostItem
 from . import array_operations
 from .renaming import Parts, find_outermost_depth, rename_part

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from remattools.rules.paths import PathIndex, Pattern
 
 from ..spec.operations import WILDCARD, Rename, split_segments
-from ..tree.match import Names
+from ..tree.leaf_paths import Names
 
 _MARK = "\x1f"
 """Stands before every segment in the text that a regex sees."""

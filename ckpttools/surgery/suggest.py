@@ -19,7 +19,9 @@ from typing import Any
 
 from ..errors import CheckpointError, StructureError
 from ..spec.operations import DTYPES, Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, find_wildcards
-from ..tree.match import Difference, Names, format_form, is_transposed, mask_numbers
+from ..tree.leaf_paths import Names
+from ..tree.match import Difference, is_transposed, mask_numbers
+from ..tree.records import format_form
 from .plan import RestorePlan
 from .renaming import Parts, find_outermost_depth, rename_part
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from remattools.text import format_table
+
 from ..errors import CheckpointError
-from ..store import integrity, layout
+from ..store import layout, leaf_integrity
 from ..store.catalogue import Entry
-from ..text import format_table
-from ..tree.leaves import Record, count_host_bytes, decode_value
-from ..tree.match import Names, format_form, to_names
+from ..tree.leaf_paths import Names, to_names
+from ..tree.records import Record, count_host_bytes, decode_value, format_form
 from .show import find_step
 
 _BATCH_BYTES = 256 << 20
@@ -207,7 +208,9 @@ def _read(entry: Entry, leaves: Sequence[ItemRecord]) -> dict[Names, np.ndarray[
     for item, record in leaves:
         if record.is_in_orbax:
             wanted.setdefault(item, []).append(record)
-    arrays: Mapping[str, Mapping[Any, Any]] = integrity.read_verified(entry, {k: tuple(v) for k, v in wanted.items()})
+    arrays: Mapping[str, Mapping[Any, Any]] = leaf_integrity.read_verified(
+        entry, {k: tuple(v) for k, v in wanted.items()}
+    )
     return {(item, *to_names(path)): array for item, found in arrays.items() for path, array in found.items()}
 
 

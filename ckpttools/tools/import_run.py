@@ -15,7 +15,8 @@ from ..spec.spec import CheckpointSpec
 from ..spec.storage import Storage
 from ..store import safetensors_format
 from ..store.run_directory import RunDirectory
-from ..tree.leaves import Path, Record, decode_value
+from ..tree.leaf_paths import Path
+from ..tree.records import Record, decode_value
 from .safetensors_exchange import KEY, VALUE, NameMap, exclude_skipped, format_tensor_name, name_leaves, read_value
 
 

@@ -7,10 +7,9 @@ import pathlib
 import time
 from collections.abc import Sequence
 
-from ..spec.retention import Retention, Verdict
+from remattools.text import format_bytes, format_table
+
 from ..store import catalogue
-from ..store.run_directory import RunDirectory, require_run_directory
-from ..text import format_bytes, format_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,53 +104,3 @@ def _make_listed_step(entry: catalogue.Entry) -> ListedStep:
         reason=summary.reason,
         pinned=entry.info.pinned,
     )
-
-
-def empty_quarantine(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[str, ...]:
-    """Delete the damaged steps that restores have moved out of the way.
-
-    Nothing else deletes them, but a save for which there is too little space with `when_full="prune"`: `repair` may
-    bring them back, and they show what happened. The damaged step that the run's branch hangs on stays as long as no
-    later one is committed.
-
-    Args:
-        directory: The run's folder.
-        dry_run: Only say what would be deleted.
-
-    Returns:
-        The names of the folders in `.ckpttools/quarantine`.
-
-    Raises:
-        RunInUseError: If a process writes to the run.
-    """
-    run = RunDirectory(require_run_directory(directory))
-    if dry_run:
-        return tuple(path.name for path in run.list_quarantined())
-    run.lock_for_writing()
-    try:
-        return run.empty_quarantine()
-    finally:
-        run.lock.release()
-
-
-def prune(directory: str | os.PathLike[str], keep: Retention, *, dry_run: bool = False) -> tuple[Verdict, ...]:
-    """Delete what a retention value does not keep; the verdicts say what and why.
-
-    Args:
-        directory: The run's folder.
-        keep: What to keep.
-        dry_run: Only say what would be deleted.
-
-    Raises:
-        RunInUseError: If a process writes to the run.
-    """
-    run = RunDirectory(require_run_directory(directory))
-    if not dry_run:
-        run.lock_for_writing()
-    try:
-        verdicts = tuple(run.decide_retention(keep))
-        if not dry_run:
-            run.prune(keep)
-        return verdicts
-    finally:
-        run.lock.release()

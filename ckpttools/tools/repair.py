@@ -14,7 +14,7 @@ import shutil
 import stat
 
 from ..errors import StepDamagedError
-from ..store import catalogue, commit, digest, integrity, layout, manifest
+from ..store import catalogue, commit, digest, file_integrity, layout, manifest
 from ..store.lock import WriterLock
 from ..store.run_directory import require_run_directory
 
@@ -179,7 +179,7 @@ def _find_damaged(directory: pathlib.Path, spare: pathlib.Path | None) -> list[s
             entry = catalogue.Entry(step=0, path=directory, state="committed", manifest=manifest.read(directory))
         except StepDamagedError:
             return [layout.MANIFEST]
-        return list(integrity.find_damaged_files(entry))
+        return list(file_integrity.find_damaged_files(entry))
     files = manifest.read_sealed(spare).summary.files
     seal = (spare / layout.MANIFEST).read_bytes()
     own = directory / layout.MANIFEST

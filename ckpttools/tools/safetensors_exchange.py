@@ -17,12 +17,14 @@ import numpy as np
 from remattools.rules.paths import Pattern
 
 from ..errors import CheckpointError, LeafError, SpecError, StructureError, suggest_names
-from ..store import integrity, layout, safetensors_format
+from ..store import layout, leaf_integrity, safetensors_format
 from ..store.catalogue import Entry
 from ..store.safetensors_format import CODES, Tensor
 from ..tree import flatten, snapshot
-from ..tree.leaves import Path, Record, count_host_bytes, decode_value, describe, get_host_shape, parse_dtype
-from ..tree.match import to_names as names_of
+from ..tree.leaf_paths import Path
+from ..tree.leaf_paths import to_names as names_of
+from ..tree.leaves import describe
+from ..tree.records import Record, count_host_bytes, decode_value, get_host_shape, parse_dtype
 from ..tree.write_back import HostItem, fill_state
 from .show import find_step
 
@@ -113,7 +115,7 @@ def _open_step(directory: pathlib.Path, item: str) -> tuple[tuple[Record, ...], 
         )
 
     def load(records: Sequence[Record]) -> Mapping[Path, np.ndarray[Any, Any]]:
-        return integrity.read_verified(entry, {item: tuple(records)})[item] if records else {}
+        return leaf_integrity.read_verified(entry, {item: tuple(records)})[item] if records else {}
 
     return stored[item].records, load, {"ckpttools.step": str(entry.step)}
 

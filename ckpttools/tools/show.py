@@ -8,9 +8,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from .. import store
 from ..errors import CheckpointError, StepNotFoundError
-from ..store import catalogue, orbax
-from ..tree.leaves import Record, decode_value, format_leaf_name, get_host_shape
+from ..store import catalogue
+from ..tree.leaf_paths import format_leaf_name
+from ..tree.records import Record, decode_value, get_host_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,8 +144,8 @@ def _make_shown_leaf(item: str, record: Record) -> ShownLeaf:
 
 def _show_foreign_step(entry: catalogue.Entry) -> ShownStep:
     try:
-        described: Sequence[tuple[str, tuple[int, ...], str]] = orbax.describe_foreign(entry.path)
-    except orbax.ReadError as error:
+        described: Sequence[tuple[str, tuple[int, ...], str]] = store.orbax.describe_foreign(entry.path)
+    except store.orbax.ReadError as error:
         raise CheckpointError(
             what=f"the metadata of step {entry.step} cannot be read: {str(error).rstrip('.')}.",
             why="it was written by plain Orbax, and Orbax cannot read it as named items.",

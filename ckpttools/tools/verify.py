@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from .. import store
 from ..errors import StepDamagedError, StepNotFoundError, StorageError
-from ..store import catalogue, integrity
+from ..store import catalogue, file_integrity
 from ..store.run_directory import require_run_directory
 from ..text import format_health
 
@@ -106,9 +107,9 @@ def _examine(entry: catalogue.Entry, on_bytes: Callable[[int], None]) -> StepHea
         return StepHealth(step=entry.step, state=entry.state, reason=error.what if error else "", files=named)
     files: tuple[str, ...] = ()
     try:
-        files = integrity.find_damaged_files(entry, on_bytes)
+        files = file_integrity.find_damaged_files(entry, on_bytes)
         items = entry.manifest.contents.items
-        integrity.read_verified(entry, {item: stored.records for item, stored in items.items()})
+        store.leaf_integrity.read_verified(entry, {item: stored.records for item, stored in items.items()})
     except StepDamagedError as error:
         return StepHealth(step=entry.step, state="corrupt", reason=error.what, files=files, leaves=error.leaves)
     except StorageError as error:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import CorruptStepError, LeafError
-from .leaves import Leaf, Path
+from .leaf_paths import Path
+from .leaves import Leaf
 
 _MAX_DEPTH = 100
 

@@ -21,7 +21,9 @@ from flax import nnx
 
 from ..errors import LeafError, StructureError
 from .containers import pack, unpack
-from .leaves import Leaf, Path, is_array
+from .leaf_paths import Path
+from .leaves import Leaf, describe, is_array
+from .records import Record
 
 
 @runtime_checkable
@@ -84,6 +86,23 @@ def flatten_item(item: Any, *, template: bool = False) -> FlatItem:
     flat = FlatItem([], {})
     _flatten_into(item, (), flat, template)
     return flat
+
+
+def flatten_with_records(item: str, value: Any) -> tuple[FlatItem, list[Record]]:
+    """Return the leaves of one item and a record of each, in the same order.
+
+    Args:
+        item: Name of the item.
+        value: An nnx object, an `nnx.State`, a stateful object or a pytree.
+
+    Raises:
+        LeafError: If a leaf cannot be stored.
+        StructureError: If two leaves share a name.
+    """
+    flat = flatten_item(value)
+    records = [describe(item, leaf) for leaf in flat.leaves]
+    _require_unique_names(item, [record.path for record in records])
+    return flat, records
 
 
 def _flatten_into(value: Any, prefix: Path, flat: FlatItem, template: bool) -> None:
@@ -209,7 +228,7 @@ def _nest(path: Path, value: Any) -> Any:
     return value
 
 
-def require_unique_names(item: str, paths: list[Path]) -> None:
+def _require_unique_names(item: str, paths: list[Path]) -> None:
     """Refuse paths that Orbax would store under one name.
 
     Orbax joins keys with dots and, of two equal names, silently stores one: `{"a.b": x, "a": {"b": y}}` came back

@@ -9,20 +9,12 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
-from .containers import unpack
-from .flatten import FlatItem
-from .leaves import Leaf, Path, Record, describe, encode_value, format_leaf_name, is_array
-
-type Names = tuple[str, ...]
-"""A path with all keys as strings: Orbax stores no ints, so `0` and `"0"` are one key."""
-
-
-def to_names(path: Path) -> Names:
-    """Return the form in which paths are compared."""
-    return tuple(map(str, path))
+from .leaf_paths import Names, format_leaf_name, to_names
+from .leaves import Leaf, describe, is_array
+from .records import Record, encode_value, format_form
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,28 +118,3 @@ def _fill_numbers(masked_name: str, numbers: Sequence[str]) -> str:
 
 
 _DIGITS = re.compile(r"\d+")
-
-
-def format_form(record: Record) -> str:
-    """Return a leaf's dtype and shape, such as "float32[2,3]"; "a plain value" for a plain value."""
-    if record.kind == "value":
-        return "a plain value"
-    prefix = "key " if record.kind == "key" else ""
-    return f"{prefix}{record.dtype}[{','.join(map(str, record.shape))}]"
-
-
-def require_legal_skeletons(template: FlatItem, records: Sequence[Record], skeletons: Mapping[Path, Any]) -> None:
-    """Rebuild the stored containers of stateful objects once, so that it cannot fail in the middle of a restore.
-
-    Raises:
-        CorruptStepError: If they cannot be rebuilt.
-    """
-    roots = {to_names(root) for root in template.skeletons}
-    for root, skeleton in skeletons.items():
-        if to_names(root) in roots:
-            unpack(skeleton, [None for record in records if is_below(record.path, [root])])
-
-
-def is_below(path: Path, roots: Iterable[Path]) -> bool:
-    """Whether a leaf belongs to one of the objects at `roots`."""
-    return any(to_names(path)[: len(root)] == to_names(root) for root in roots)

@@ -19,7 +19,9 @@ import numpy as np
 
 from ..errors import LeafError
 from . import flatten
-from .leaves import Leaf, Path, Record, count_host_bytes, describe, format_leaf_name, is_key
+from .leaf_paths import Path, format_leaf_name
+from .leaves import Leaf
+from .records import Record, count_host_bytes
 
 type HostArray = np.ndarray[Any, Any]
 
@@ -117,30 +119,26 @@ def take(state: Mapping[str, Any], buffers: Buffers | None) -> Snapshot:
 
 
 def _take_item(item: str, value: Any, buffers: Buffers | None, copies: Buffers | None) -> SnapshotItem:
-    flat = flatten.flatten_item(value)
-    # Every leaf is checked before the first one is copied.
-    records = [describe(item, leaf) for leaf in flat.leaves]
-    flatten.require_unique_names(item, [record.path for record in records])
+    flat, records = flatten.flatten_with_records(item, value)
     leaves = []
     for leaf, record in zip(flat.leaves, records, strict=True):
         array: HostArray | jax.Array | None = None
-        if record.is_in_orbax and not getattr(leaf.value, "is_fully_addressable", True):
-            array = _take_sharded(item, leaf, copy=buffers is not None)
-        elif record.is_in_orbax:
-            buffer = None if buffers is None else buffers.get((item, leaf.path))
-            array = _to_host(item, leaf, copy=buffers is not None, buffer=buffer)
-            if copies is not None:
-                copies[item, leaf.path] = array
+        if record.is_in_orbax:
+            _require_values(item, leaf)
+            stored = jax.random.key_data(leaf.value) if record.kind == "key" else leaf.value
+            if not getattr(leaf.value, "is_fully_addressable", True):
+                array = stored if buffers is None else _copy_sharded(stored)
+            else:
+                buffer = None if buffers is None else buffers.get((item, leaf.path))
+                array = _to_host(stored, copy=buffers is not None, buffer=buffer)
+                if copies is not None:
+                    copies[item, leaf.path] = array
         leaves.append(SnapshotLeaf(record, array))
     return SnapshotItem(tuple(leaves), flat.skeletons)
 
 
-def _take_sharded(item: str, leaf: Leaf, *, copy: bool) -> jax.Array:
-    """Return an array that is sharded across processes; with `copy`, a copy in host memory."""
-    _require_values(item, leaf)
-    value: jax.Array = jax.random.key_data(leaf.value) if is_key(leaf.value) else leaf.value
-    if not copy:
-        return value
+def _copy_sharded(value: jax.Array) -> jax.Array:
+    """Copy an array that is sharded across processes to host memory."""
     sharding = value.sharding
     if next(iter(value.addressable_shards)).device.platform != "cpu":
         sharding = sharding.with_memory_kind("pinned_host")
@@ -163,9 +161,7 @@ def _require_values(item: str, leaf: Leaf) -> None:
         )
 
 
-def _to_host(item: str, leaf: Leaf, *, copy: bool, buffer: HostArray | None) -> HostArray:
-    _require_values(item, leaf)
-    value = jax.random.key_data(leaf.value) if is_key(leaf.value) else leaf.value
+def _to_host(value: Any, *, copy: bool, buffer: HostArray | None) -> HostArray:
     if not isinstance(value, jax.Array) or _is_host_memory(value):
         # In native byte order: Orbax returns no other, and the digest has to match what is read back.
         source = np.asarray(value, dtype=np.dtype(value.dtype).newbyteorder("="))

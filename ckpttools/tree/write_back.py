@@ -2,7 +2,7 @@
 """Verified leaves from the host into a state, one by one: a device never holds more than the state and one leaf."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,10 @@ import numpy as np
 
 from ..errors import StructureError
 from . import flatten
-from .leaves import Path, Record, decode_value, get_host_shape, is_array, is_key, read_inline_array
-from .match import Names, is_below, to_names
+from .containers import unpack
+from .leaf_paths import Names, Path, is_below, to_names
+from .leaves import is_array, is_key
+from .records import Record, decode_value, get_host_shape, read_inline_array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,3 +126,17 @@ def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = 
             source = dataclasses.replace(items[item], arrays=dict(items[item].arrays))
             copies[item] = merge(_fill_item(functional, source, copy=True))
     return copies
+
+
+def require_legal_skeletons(
+    template: flatten.FlatItem, records: Sequence[Record], skeletons: Mapping[Path, Any]
+) -> None:
+    """Rebuild the stored containers of stateful objects once, so that it cannot fail in the middle of a restore.
+
+    Raises:
+        CorruptStepError: If they cannot be rebuilt.
+    """
+    roots = {to_names(root) for root in template.skeletons}
+    for root, skeleton in skeletons.items():
+        if to_names(root) in roots:
+            unpack(skeleton, [None for record in records if is_below(record.path, [root])])

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Did it work? What rules were to free, against what the compiler made of them.
+"""`check`: report whether rules free the memory they are meant to free.
 
-Sits on `residuals`, `timeline`, `compile` and `transform.explain`. A rule can fail to
-help without an error: the compiler merges the recomputation with the first
-computation, an offload stays where it was, the saved values outweigh the freed ones,
-one region lies in another or repeats it, or a graphdef was split off before the rules
-came.
+Sits on `measure`, `residuals`, `timeline` and `transform.explain`. A rule can fail to help
+without an error: the compiler merges the recomputation with the first computation, an
+offload stays on the device, the saved values outweigh the freed ones, one region is inside
+another or repeats it, or a graphdef was split off before the rules were applied.
 """
 
 import dataclasses
@@ -14,30 +13,32 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
+from flax import nnx
 from jax.extend import core
 
 from ..compiler.cache import Cache
-from ..compiler.report import Measurement, format_bytes
+from ..compiler.report import Measurement
 from ..compiler.targets import Target, find_target
 from ..jaxpr import jaxprs
 from ..rules.paths import format_path
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
+from ..text import format_bytes
 from ..tracing import pure_call
 from ..tracing.origins import locate, select_loss_or_floats, trace_with_paths
 from ..transform import apply as application
 from ..transform import explain as explaining
 from ..transform.modules import find_modules
 from ..transform.naming import scopes
-from .compare import find_model, make_rules, use_rules
 from .measure import measure
 from .residuals import linearize_call, make_report, residuals
+from .ruled_call import find_model, make_rules, use_rules
 from .timeline import make_timeline
 
 _REGIONS_OFF = Rules({".": False, "**": False})
-# Of what was to be freed, this share has to be gone from the compiled program; the compiler packs what remains.
+# The compiled program must free at least this share of what the traced one frees; the compiler packs the rest.
 _MIN_FREED_SHARE = 0.25
-# Differences below this share of the plain program's temporaries are left to the compiler.
+# Differences below this share of the plain program's memory are the compiler's noise.
 _NOISE = 0.02
 
 FindingCode = Literal[
@@ -47,11 +48,11 @@ FindingCode = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something that does not work as the rules say.
+    """One thing that does not work as the rules say.
 
     Attributes:
-        code: Which kind, for programs.
-        message: What is wrong, and what to do.
+        code: Kind of finding, for programs.
+        message: What is wrong, and how to fix it.
     """
 
     code: FindingCode
@@ -61,24 +62,24 @@ class Finding:
 _NO_RULES_FINDINGS = (
     Finding(
         code="no_region",
-        message="no rule is in force on the model, so nothing is rematerialised: check(..., rules=...), or apply some.",
+        message="no rules are applied to the model, so nothing is recomputed: pass check(..., rules=...).",
     ),
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class CheckReport:
-    """Planned against compiled; `str()` says it in lines.
+    """What rules should free and what the compiler freed; `str()` is a table with the findings below it.
 
     Attributes:
-        target: What it was compiled for.
-        residual_bytes: Computed residuals without and with the rules.
-        planned_peak_bytes: Fullest moment of the walk over the program, without and with.
-        temp_bytes: The compiler's temporaries, without and with.
-        compiled_peak_bytes: The compiler's peak, without and with; tells of temporaries in a TPU's own memory, which
-            `temp_bytes` leaves out.
-        host_bytes: Residuals that the rules send to host memory.
-        findings: What does not work; empty if all does.
+        target: Name of the target.
+        residual_bytes: Computed residuals, without and with the rules.
+        planned_peak_bytes: Peak of the traced program as `timeline` walks it, without and with the rules.
+        temp_bytes: The compiler's temporaries, without and with the rules.
+        compiled_peak_bytes: The compiler's peak, without and with the rules. On a TPU it counts on-chip memory, which
+            `temp_bytes` does not.
+        host_bytes: Residuals that the rules offload to host memory.
+        findings: What does not work; empty if everything does.
     """
 
     target: str
@@ -91,7 +92,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Whether nothing was found wrong."""
         return not self.findings
 
     @property
@@ -99,8 +100,12 @@ class CheckReport:
         return all(peak >= temp for peak, temp in zip(self.compiled_peak_bytes, self.temp_bytes, strict=True))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {**dataclasses.asdict(self), "ok": self.ok}
+
+    def __repr__(self) -> str:
+        codes = ", ".join(finding.code for finding in self.findings)
+        return f"CheckReport(target={self.target!r}, ok={self.ok}, findings=[{codes}])"
 
     def __str__(self) -> str:
         lines = [f"{'':<22}{'plain':>12}{'with rules':>12}"]
@@ -116,7 +121,7 @@ class CheckReport:
         if self.host_bytes:
             lines.append(f"{'in host memory':<22}{'':>12}{format_bytes(self.host_bytes):>12}")
         lines += [f"{finding.code}: {finding.message}" for finding in self.findings]
-        return "\n".join([*lines, "ok: the rules do what they say." if self.ok else ""]).rstrip()
+        return "\n".join([*lines, "ok: the rules free what they should." if self.ok else ""]).rstrip()
 
 
 def check(
@@ -126,38 +131,50 @@ def check(
     target: str | Target | jax.Device | None = None,
     cache: Cache | str | os.PathLike[str] | None = None,
 ) -> CheckReport:
-    """Set what rules were to free against what the compiler made of them.
+    """Compare what rules should free with what the compiler freed.
 
     Args:
-        fn: A loss of a model and a batch (not yet a gradient), as in `residuals`.
+        fn: A loss of a model and a batch, not yet a gradient.
         *args: Its arguments, real or abstract.
-        rules: Rules in any form that `compare` takes; None checks what is in force on the model.
-        target: As in `measure`.
-        cache: As in `measure`.
+        rules: Rules in any form that `compare` takes; None checks the rules already applied to the model.
+        target: Target name, topology or device to compile for; None as in `measure`.
+        cache: Directory or `Cache` of earlier measurements; None as in `measure`.
 
     Returns:
-        The figures, and what does not work.
+        The memory without and with the rules, and what does not work.
 
     Raises:
-        MeasureError: If there is no model, or nothing to differentiate.
-        UnmatchedRuleError: If a rule matches nothing.
+        MeasureError: If the call has no model, or nothing to differentiate.
+        UnmatchedRuleError: If a rule matches no module.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import remattools as rt
+        >>> from flax import nnx
+        >>> model = nnx.eval_shape(lambda: nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
+        >>> report = rt.check(
+        ...     lambda model, x: jnp.sum(model(x) ** 2), model, x, rules={".": "everything_saveable"}, target="cpu"
+        ... )
+        >>> [finding.code for finding in report.findings]
+        ['nothing_freed']
     """
     where = find_target(target)
     model = find_model(fn, args)
-    planned = None if rules is None else make_rules(model, rules)
+    new_rules = None if rules is None else make_rules(model, rules)
     with use_rules(model, _REGIONS_OFF):
         plain = _measure_memory(fn, args, where, cache)
-    with use_rules(model, planned):
+    with use_rules(model, new_rules):
         ruled = _measure_memory(fn, args, where, cache)
         regions = list(_find_regions(_trace_jaxpr(fn, args)))
-        in_force = any(application.get_active_actions(find_modules(model)))
+        has_actions = any(application.get_active_actions(find_modules(model)))
         warnings = _collect_warnings(model)
-    if in_force or regions:
-        found = [*_find_problems(plain, ruled, len(regions), where), *_find_repeated_regions(regions), *warnings]
+    if has_actions or regions:
+        findings = [*_find_problems(plain, ruled, len(regions), where), *_find_repeated_regions(regions), *warnings]
     else:
-        found = [*_NO_RULES_FINDINGS, *warnings]
-    if planned is not None and regions:
-        found += _find_useless_rules(fn, args, model, planned)
+        findings = [*_NO_RULES_FINDINGS, *warnings]
+    if new_rules is not None and regions:
+        findings += _find_useless_rules(fn, args, model, new_rules)
     return CheckReport(
         target=where.name,
         residual_bytes=(plain.residual_bytes, ruled.residual_bytes),
@@ -165,7 +182,7 @@ def check(
         temp_bytes=(plain.measurement.temp_bytes, ruled.measurement.temp_bytes),
         compiled_peak_bytes=(plain.measurement.peak_bytes, ruled.measurement.peak_bytes),
         host_bytes=ruled.host_bytes,
-        findings=tuple(found),
+        findings=tuple(findings),
     )
 
 
@@ -177,63 +194,70 @@ class _ProgramMemory:
     measurement: Measurement
 
 
-def _measure_memory(fn: Any, args: tuple[Any, ...], target: Target, cache: Any) -> _ProgramMemory:
+def _measure_memory(
+    fn: Callable[..., Any], args: tuple[Any, ...], target: Target, cache: Cache | str | os.PathLike[str] | None
+) -> _ProgramMemory:
     call = pure_call.stage(pure_call.unwrap_jit(fn), args)
     pure_call.check_differentiable(call)
     program, count = linearize_call(call)
-    kept = make_report(call, program, count)
+    report = make_report(call, program, count)
     return _ProgramMemory(
-        kept.computed_bytes,
-        kept.host_bytes,
+        report.computed_bytes,
+        report.host_bytes,
         make_timeline(program, count).peak_bytes,
         measure(fn, *args, target=target, differentiate=True, cache=cache),
     )
 
 
-def _find_problems(
-    plain: _ProgramMemory, with_rules: _ProgramMemory, regions: int, target: Target
-) -> Iterator[Finding]:
+def _find_problems(plain: _ProgramMemory, ruled: _ProgramMemory, regions: int, target: Target) -> Iterator[Finding]:
     if not regions:
         yield Finding(
             code="no_region",
-            message="no region of the rules is in the program. The function does not run the model that the rules are "
-            "on: split the graphdef (nnx.split) after remattools.apply, not before, and call the ruled methods.",
+            message="the program contains no region of the rules. The function does not run the model that the rules "
+            "are applied to: split the graphdef (nnx.split) after remattools.apply, not before, and call the modules "
+            "that the rules match.",
         )
         return
-    if with_rules.residual_bytes >= plain.residual_bytes:
+    if ruled.residual_bytes >= plain.residual_bytes:
         yield Finding(
             code="nothing_freed",
-            message=f"the rules keep {format_bytes(with_rules.residual_bytes)} from forward to backward, the plain model "
-            f"{format_bytes(plain.residual_bytes)}: save less in the regions, or make them larger.",
+            message=f"{format_bytes(ruled.residual_bytes)} of residuals are saved with the rules, "
+            f"{format_bytes(plain.residual_bytes)} without: save less in the regions, or make them larger.",
         )
-    intended = plain.peak_bytes - with_rules.peak_bytes
-    on_chip = plain.measurement.temporaries_on_chip or with_rules.measurement.temporaries_on_chip
+    yield from _find_compiler_problems(plain, ruled, target)
+
+
+def _find_compiler_problems(plain: _ProgramMemory, ruled: _ProgramMemory, target: Target) -> Iterator[Finding]:
+    """Yield what the compiled programs do not do, although the traced ones do."""
+    if not plain.measurement.fits or not ruled.measurement.fits:
+        return
+    on_chip = plain.measurement.temporaries_on_chip or ruled.measurement.temporaries_on_chip
     memory = "peak" if on_chip else "temp"
     before = getattr(plain.measurement, f"{memory}_bytes")
-    freed = before - getattr(with_rules.measurement, f"{memory}_bytes")
-    less_kept = plain.residual_bytes - with_rules.residual_bytes
-    compiled = plain.measurement.fits and with_rules.measurement.fits
-    if compiled and intended > _NOISE * plain.peak_bytes and freed < _MIN_FREED_SHARE * intended:
+    freed = before - getattr(ruled.measurement, f"{memory}_bytes")
+    freed_at_peak = plain.peak_bytes - ruled.peak_bytes
+    freed_residuals = plain.residual_bytes - ruled.residual_bytes
+    if freed_at_peak > _NOISE * plain.peak_bytes and freed < _MIN_FREED_SHARE * freed_at_peak:
         subject = "the peak" if on_chip else "the size of the temporaries"
         change = f"{'fell' if freed >= 0 else 'rose'} by {format_bytes(abs(freed))}"
         yield Finding(
             code="undone",
-            message=f"the rules were to free {format_bytes(intended)} at the peak, but {subject} on {target.name} "
-            f"{change}: the compiler undid the recomputation. Check that prevent_cse is not False outside of a scan, "
-            "and that jax is at least 0.11.2 (older CPU compilers remove what keeps the two apart).",
+            message=f"the rules should free {format_bytes(freed_at_peak)} at the peak, but {subject} on {target.name} "
+            f"{change}: the compiler undid the recomputation. Check that prevent_cse=False is used only inside a scan, "
+            "and that jax is at least 0.11.2 (older CPU compilers remove the barrier between the two computations).",
         )
-    elif compiled and less_kept > _NOISE * plain.residual_bytes and freed <= _NOISE * before:
+    elif freed_residuals > _NOISE * plain.residual_bytes and freed <= _NOISE * before:
         yield Finding(
             code="no_lower_peak",
-            message=f"the rules keep {format_bytes(less_kept)} less from forward to backward, but the memory on "
-            f"{target.name} is not lower: a region is recomputed as a whole and needs what it freed. Put the rules "
-            "on smaller modules, such as the blocks instead of the model.",
+            message=f"the rules save {format_bytes(freed_residuals)} less from forward to backward, but the memory on "
+            f"{target.name} is not lower: recomputing a whole region needs the memory that it freed. Apply the rules "
+            "to smaller modules, such as the blocks instead of the model.",
         )
-    if compiled and with_rules.host_bytes and not with_rules.measurement.host_temp_bytes:
+    if ruled.host_bytes and not ruled.measurement.host_temp_bytes:
         yield Finding(
             code="offload_ignored",
-            message=f"{format_bytes(with_rules.host_bytes)} were to wait in host memory, but the program compiled for "
-            f"{target.name} uses none of it: on this target offloading does nothing.",
+            message=f"the rules offload {format_bytes(ruled.host_bytes)} to host memory, but the program compiled for "
+            f"{target.name} uses no host memory: offloading has no effect on this target.",
         )
 
 
@@ -243,16 +267,16 @@ def _trace_jaxpr(fn: Any, args: tuple[Any, ...]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Region:
-    """One region in a program; in one place, equal inputs and programs compute equal values."""
+    """One region in a program; at one position, equal inputs and programs compute equal values."""
 
     path: str
-    place: tuple[int, ...]  # equal blocks share a program, and so the variables in it
+    position: tuple[int, ...]  # equal blocks share a program, so its variables alone do not identify a value
     inputs: tuple[Any, ...]
     jaxpr: Any
 
 
-def _find_regions(jaxpr: Any, outer_stacks: tuple[str, ...] = (), place: tuple[int, ...] = ()) -> Iterator[_Region]:
-    """Regions made by rules: their operations carry the mark, a hand-written `jax.checkpoint` carries none."""
+def _find_regions(jaxpr: Any, outer_stacks: tuple[str, ...] = (), position: tuple[int, ...] = ()) -> Iterator[_Region]:
+    """Yield the regions made by rules; their operations are marked, those of a hand-written `jax.checkpoint` not."""
     for number, equation in enumerate(jaxprs.open_jaxpr(jaxpr).eqns):
         stacks = (*outer_stacks, str(equation.source_info.name_stack))
         for index, (_, nested) in enumerate(jaxprs.find_subjaxprs(equation)):
@@ -262,53 +286,54 @@ def _find_regions(jaxpr: Any, outer_stacks: tuple[str, ...] = (), place: tuple[i
             if jaxprs.is_region(equation) and marked is not None:
                 path = locate([*stacks, marked])[1]
                 inputs = tuple(atom if isinstance(atom, core.Var) else str(atom) for atom in equation.invars)
-                yield _Region(format_path(path or ()), place, inputs, inner)
-            yield from _find_regions(nested, stacks, (*place, number, index))
+                yield _Region(format_path(path or ()), position, inputs, inner)
+            yield from _find_regions(nested, stacks, (*position, number, index))
 
 
 def _find_repeated_regions(regions: list[_Region]) -> Iterator[Finding]:
-    """Regions that recompute what another one recomputes: called again with what they were called with."""
+    """Yield modules called several times on the same values, whose regions recompute the same."""
     groups: dict[tuple[Any, ...], list[_Region]] = {}
     for region in regions:
-        groups.setdefault((region.place, region.inputs), []).append(region)
+        groups.setdefault((region.position, region.inputs), []).append(region)
     for group in groups.values():
         same = [region for region in group if str(region.jaxpr) == str(group[0].jaxpr)]
         if len(same) > 1:
             yield Finding(
                 code="repeated",
-                message=f"{same[0].path} is called {len(same)} times on the same values, and each region computes them "
-                "again on the way back: call it once and use the result again.",
+                message=f"{same[0].path} is called {len(same)} times on the same values, and each region is recomputed "
+                "in the backward pass: call it once and reuse the result.",
             )
 
 
-def _collect_warnings(model: Any) -> list[Finding]:
-    notes: dict[str, list[str]] = {}
+def _collect_warnings(model: nnx.Module) -> list[Finding]:
+    paths_by_warning: dict[str, list[str]] = {}
     for row in explaining.explain(model).rows:
         for warning in row.warnings:
-            notes.setdefault(warning, []).append(row.path)
+            paths_by_warning.setdefault(warning, []).append(row.path)
     return [
         Finding(
             code="warning", message=f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} {warning}"
         )
-        for warning, paths in notes.items()
+        for warning, paths in paths_by_warning.items()
     ]
 
 
-def _find_useless_rules(fn: Any, args: tuple[Any, ...], model: Any, rules: Rules) -> Iterator[Finding]:
-    """Rules without which no more would be kept; a lone rule is judged by `nothing_freed`."""
+def _find_useless_rules(fn: Any, args: tuple[Any, ...], model: nnx.Module, rules: Rules) -> Iterator[Finding]:
+    """Yield rules whose removal would save no more residuals; a single rule is judged by `nothing_freed`."""
     pairs = list(rules)
     remats = [number for number, (_, action) in enumerate(pairs) if isinstance(action, Remat)]
     if len(remats) < 2:
         return
     with use_rules(model, rules):
-        kept = residuals(fn, *args).computed_bytes
+        with_rule = residuals(fn, *args).computed_bytes
     for number in remats:
-        rest = Rules(pair for index, pair in enumerate(pairs) if index != number)
-        with use_rules(model, rest):
-            without = residuals(fn, *args).computed_bytes
-        if without <= kept:
+        others = Rules(pair for index, pair in enumerate(pairs) if index != number)
+        with use_rules(model, others):
+            without_rule = residuals(fn, *args).computed_bytes
+        if without_rule <= with_rule:
             yield Finding(
                 code="useless_rule",
-                message=f"the rule {pairs[number][0].text!r} frees nothing: {format_bytes(without)} are kept without "
-                f"it, {format_bytes(kept)} with it. Its regions save at least what they free; take it out.",
+                message=f"the rule {pairs[number][0].text!r} frees nothing: {format_bytes(without_rule)} of residuals "
+                f"are saved without it, {format_bytes(with_rule)} with it. Its regions save at least as much as they "
+                "free; remove it.",
             )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several ways to rematerialise one call, side by side.
+"""`compare`: measure one call under several rules, side by side.
 
-Sits on `compile` and `transform.apply`. Each candidate is put onto the model for the
-length of one measurement and taken off again.
+Sits on `measure` and `ruled_call`. Each candidate's rules are applied to the model for one
+measurement and reverted afterwards.
 """
 
 import csv
@@ -11,43 +11,44 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import jax
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from ..compiler.cache import Cache
-from ..compiler.report import Measurement, format_bytes, format_count, strip_padding
+from ..compiler.report import Measurement, format_count
 from ..compiler.targets import Target, find_target
 from ..errors import MeasureError
-from ..rules.paths import format_path
-from ..rules.policy import Policy
-from ..rules.rule import Remat
 from ..rules.ruleset import Rules
+from ..text import format_bytes, make_table, render_text
 from ..tracing import pure_call
 from ..tracing.origins import has_gradient, trace_with_paths
 from ..transform import apply as application
-from ..transform.modules import find_modules
 from . import plot
 from .measure import measure
+from .ruled_call import find_model, is_bare_action, make_rules, use_rules
 
-# What tells the time, the best first: the clock, the compiler's estimate, the number of operations.
-_COST_FIELDS = (("step_s", "step"), ("estimated_cycles", "cycles"), ("flops", "flops"))
+CostField = Literal["step_s", "estimated_cycles", "flops"]
+MemoryField = Literal["temp_bytes", "peak_bytes"]
+# Measures of time, best first, with their column titles: the clock, the compiler's estimate, the operation count.
+_COST_TITLES: dict[CostField, str] = {"step_s": "step", "estimated_cycles": "cycles", "flops": "flops"}
+# Factors to the units of plots: milliseconds, millions of cycles, Gflop.
+_COST_SCALES: dict[CostField, float] = {"step_s": 1e3, "estimated_cycles": 1e-6, "flops": 1e-9}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
-    """One candidate.
+    """One candidate in a `Comparison`.
 
     Attributes:
-        name: As given.
-        measurement: What it costs.
-        memory_ratio: Memory against the first row's; None where one of the two does not say.
-        time_ratio: Step time, cycles or flops against the first row's.
-        frontier: Whether no other candidate is at least as good in both.
+        name: The candidate's name.
+        measurement: Its measurement.
+        memory_ratio: Memory relative to the first row; None if either is unknown.
+        time_ratio: Step time, cycles or flops relative to the first row; None if either is unknown.
+        frontier: Whether it is on the Pareto frontier: no other candidate is at least as good in both.
     """
 
     name: str
@@ -57,71 +58,74 @@ class ComparisonRow:
     frontier: bool
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison:
-    """Candidates in the order given; `str()` is a table.
+    """Measurements of candidates in the order given; `str()` is a table, `comparison["name"]` a measurement.
 
     Attributes:
-        rows: One per candidate; ratios refer to the first.
-        cost: What the time is told by: "step_s", "estimated_cycles" or "flops".
-        memory: What the memory is told by: "temp_bytes", or "peak_bytes" where temporaries of a row lie in the TPU's
-            own memory, which the compiler leaves out of `temp_bytes`.
-        notes: What to know before relying on the figures.
+        rows: One row per candidate; ratios are relative to the first.
+        cost: The measure of time: "step_s", "estimated_cycles" or "flops".
+        memory: The measure of memory: "temp_bytes", or "peak_bytes" if a candidate has temporaries in a TPU's on-chip
+            memory, which `temp_bytes` does not count.
+        notes: Caveats to read before relying on the numbers.
     """
 
     rows: tuple[ComparisonRow, ...]
-    cost: str
-    memory: str = "temp_bytes"
+    cost: CostField
+    memory: MemoryField = "temp_bytes"
     notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Measurement:
-        """The measurement of a candidate.
+        """Return the measurement of a candidate.
 
         Raises:
-            KeyError: If there is no such candidate.
+            KeyError: If no candidate has that name.
         """
         return {row.name: row.measurement for row in self.rows}[name]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
-        """All figures as a JSON text."""
+        """Return all measurements as a JSON string."""
         return json.dumps(self.as_dict(), indent=2)
 
     def to_csv(self) -> str:
-        """One line per candidate, with a header."""
-        text = io.StringIO()
-        figures = [
+        """Return CSV with a header and one line per candidate."""
+        buffer = io.StringIO()
+        columns = [
             field.name
             for field in dataclasses.fields(Measurement)
             if field.name not in ("notes", "out_of_memory", "refusal")
         ]
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["name", *figures, "memory_ratio", "time_ratio", "frontier", "fits"])
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["name", *columns, "memory_ratio", "time_ratio", "frontier", "fits"])
         for row in self.rows:
-            values = [getattr(row.measurement, field) for field in figures]
+            values = [getattr(row.measurement, field) for field in columns]
             writer.writerow([row.name, *values, row.memory_ratio, row.time_ratio, row.frontier, row.measurement.fits])
-        return text.getvalue()
+        return buffer.getvalue()
 
     def to_markdown(self) -> str:
-        """The table as Markdown."""
+        """Return the table as Markdown."""
         titles, lines = self._format_cells()
-        rule = ["---"] + ["---:"] * (len(titles) - 1)
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, rule, *lines)) + "\n"
+        separators = ["---"] + ["---:"] * (len(titles) - 1)
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, separators, *lines)) + "\n"
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw time against temporaries, with the frontier; PNG or SVG, by the file's ending.
+        """Draw time against memory, with the Pareto frontier.
+
+        Args:
+            path: File to write; its suffix, .png, .svg or .pdf, sets the format.
 
         Raises:
-            MeasureError: If matplotlib is not installed.
+            MeasureError: If matplotlib is not installed, or the suffix is another.
         """
         points = [(row, *_get_coordinates(row.measurement, self.memory, self.cost)) for row in self.rows]
         drawn = [(row, memory, time) for row, memory, time in points if memory is not None and time is not None]
         with plot.open_figure(path) as axes:
             frontier = sorted((memory, time) for row, memory, time in drawn if row.frontier)
-            steps = tuple(zip(*frontier, strict=True)) or ((), ())  # nothing may fit
+            steps = tuple(zip(*frontier, strict=True)) or ((), ())  # empty if every candidate runs out of memory
             axes.step(*steps, where="post", color="gray", linewidth=1, label="frontier")
             for row, memory, time in drawn:
                 axes.plot([memory], [time], "o", color="black" if row.frontier else "tab:orange", markersize=5)
@@ -134,11 +138,11 @@ class Comparison:
             axes.margins(x=0.15)
             axes.legend(fontsize=7)
 
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(row.name for row in self.rows)}; cost={self.cost!r}, memory={self.memory!r})"
+
     def __str__(self) -> str:
-        console = Console(width=140, no_color=True, highlight=False)
-        with console.capture() as captured:
-            console.print(self._make_table())
-        return "\n".join([*strip_padding(captured.get()), *self._format_notes()])
+        return "\n".join([render_text(self._make_table()), *self._format_notes()])
 
     def __rich__(self) -> Group:
         return Group(self._make_table(), *map(Text, self._format_notes()))
@@ -148,37 +152,32 @@ class Comparison:
 
     def _make_table(self) -> Table:
         titles, lines = self._format_cells()
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for index, title in enumerate(titles):
-            table.add_column(title, justify="right" if index else "left", overflow="fold")
-        for line in lines:
-            table.add_row(*map(Text, line))  # as it is: a name in brackets is no markup
-        return table
+        return make_table(titles, lines, numeric=titles[1:])
 
     def _format_cells(self) -> tuple[list[str], list[list[str]]]:
-        cost = dict(_COST_FIELDS)[self.cost]
-        # A peak that leaves the temporaries out, as the CPU compiler's does, would look like a gain that is none.
-        beside = "peak" if all(row.measurement.temporaries_in_peak for row in self.rows) else "total"
         memory = self.memory.removesuffix("_bytes")
-        beside = beside if memory == "temp" else "temp"
-        titles = ["candidate", memory, "of first", beside, cost, "of first", "compile s", ""]
-        return titles, [[*self._format_row(row, memory, beside)] for row in self.rows]
+        second_memory = "temp"
+        if memory == "temp":
+            # A peak without the temporaries, as the CPU compiler's, would hide what a candidate costs.
+            second_memory = "peak" if all(row.measurement.temporaries_in_peak for row in self.rows) else "total"
+        titles = ["candidate", memory, "of first", second_memory, _COST_TITLES[self.cost], "of first", "compile s", ""]
+        return titles, [[*self._format_row(row, memory, second_memory)] for row in self.rows]
 
     def _format_row(self, row: ComparisonRow, memory: str, second_memory: str) -> Iterator[str]:
-        measured = row.measurement
-        time = getattr(measured, self.cost)
-        known = measured.refusal is None
+        measurement = row.measurement
+        time = getattr(measurement, self.cost)
+        is_compiled = measurement.refusal is None
         yield row.name
-        yield format_bytes(getattr(measured, f"{memory}_bytes") if known else None)
+        yield format_bytes(getattr(measurement, f"{memory}_bytes") if is_compiled else None)
         yield "-" if row.memory_ratio is None else f"{row.memory_ratio:.3f}"
-        yield format_bytes(getattr(measured, f"{second_memory}_bytes") if known else None)
+        yield format_bytes(getattr(measurement, f"{second_memory}_bytes") if is_compiled else None)
         yield f"{time * 1e3:.3f} ms" if self.cost == "step_s" and time is not None else format_count(time)
         yield "-" if row.time_ratio is None else f"{row.time_ratio:.3f}"
-        yield f"{measured.compile_s:.1f}"
-        if not known:
+        yield f"{measurement.compile_s:.1f}"
+        if not is_compiled:
             yield "does not compile"
         else:
-            yield "does not fit" if not measured.fits else "frontier" if row.frontier else ""
+            yield "out of memory" if not measurement.fits else "frontier" if row.frontier else ""
 
 
 def compare(
@@ -194,54 +193,70 @@ def compare(
     """Measure one call under several rules.
 
     Args:
-        fn: As in `measure`.
-        *args: As in `measure`; one of them, or what `fn` closes over, is the model.
-        candidates: Names with what to apply to the model: rules in any form, the path of a rule file, a policy or
-            `Remat` (on every block: the members of the model's outermost sequences), or None for the model as it is.
-        target: As in `measure`.
-        differentiate: As in `measure`.
-        run: As in `measure`.
-        cache: As in `measure`.
-        progress: Called before each measurement with its name, its number and how many there are.
+        fn: What to measure: usually a train step, or a loss with `differentiate=True`.
+        *args: Its arguments, real or abstract. One of them, or what `fn` closes over, is the model.
+        candidates: Rules by name: rules in any form, the path of a rule file, a policy or a `Remat` for every block
+            (the members of the model's outermost sequences), or None for the model as it is.
+        target: Target name, topology or device to compile for; None as in `measure`.
+        differentiate: Measure the gradient of the loss that `fn` returns.
+        run: Also run each candidate and time a step.
+        cache: Directory or `Cache` of earlier measurements; None as in `measure`.
+        progress: Called before each measurement with the candidate's name, its index and the number of candidates.
 
     Returns:
-        A row per candidate.
+        One row per candidate.
 
     Raises:
-        MeasureError: If there are no candidates, or no model to put them on.
-        UnmatchedRuleError: If a rule matches nothing.
+        MeasureError: If `candidates` is empty, or the call has no model to apply them to.
+        UnmatchedRuleError: If a rule matches no module.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import remattools as rt
+        >>> from flax import nnx
+        >>> model = nnx.eval_shape(lambda: nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
+        >>> candidates = {"plain": None, "remat": {".": "nothing_saveable"}}
+        >>> result = rt.compare(
+        ...     lambda model, x: jnp.sum(jnp.sin(model(x))), model, x, candidates=candidates,
+        ...     differentiate=True, target="cpu",
+        ... )
+        >>> [row.name for row in result.rows]
+        ['plain', 'remat']
     """
     if not candidates or not isinstance(candidates, Mapping):
         raise MeasureError(
             what="compare was given no candidates." if not candidates else f"candidates={candidates!r} have no names.",
-            why="there is nothing to set side by side." if not candidates else "each row of the table has a name.",
+            why="the table would be empty." if not candidates else "each row of the table needs a name.",
             fix='candidates={"plain": None, "full": "nothing_saveable"}.',
         )
     where = find_target(target)
     model = find_model(fn, args) if any(rules is not None for rules in candidates.values()) else None
     candidates = {str(name): rules for name, rules in candidates.items()}
-    plans = {name: None if rules is None else make_rules(model, rules) for name, rules in candidates.items()}
-    for plan in plans.values():  # a rule without effect is to be known before the first long compile
-        if plan is not None:
-            application.decide(model, plan)
-    measured: dict[str, Measurement] = {}
-    refused: dict[str, Exception] = {}
-    for number, (name, plan) in enumerate(plans.items()):
+    rules_by_name = {
+        name: None if model is None or rules is None else make_rules(model, rules) for name, rules in candidates.items()
+    }
+    for rules in rules_by_name.values():  # a rule that matches nothing fails before the first long compile
+        if rules is not None:
+            application.decide(model, rules)
+    measurements: dict[str, Measurement] = {}
+    refusals: dict[str, Exception] = {}
+    for number, (name, rules) in enumerate(rules_by_name.items()):
         if progress is not None:
-            progress(name, number, len(plans))
-        with use_rules(model, plan):
+            progress(name, number, len(rules_by_name))
+        with use_rules(model, rules):
             try:
-                measured[name] = measure(fn, *args, target=where, differentiate=differentiate, run=run, cache=cache)
-            except jax.errors.JaxRuntimeError as error:  # the others are not to be lost for it
-                refused[name] = error
-                measured[name] = _make_refusal(str(error), where)
-    if len(refused) == len(plans):
-        raise next(iter(refused.values()))
+                measurements[name] = measure(fn, *args, target=where, differentiate=differentiate, run=run, cache=cache)
+            except jax.errors.JaxRuntimeError as error:  # one refusal must not lose the other measurements
+                refusals[name] = error
+                measurements[name] = _make_refusal(str(error), where)
+    if len(refusals) == len(rules_by_name):
+        raise next(iter(refusals.values()))
     notes = (
-        *(f"{name} does not compile: {str(error).splitlines()[0]}" for name, error in refused.items()),
-        *_collect_notes(fn, args, model, candidates, plans, differentiate=differentiate),
+        *(f"{name} does not compile: {str(error).splitlines()[0]}" for name, error in refusals.items()),
+        *_collect_notes(fn, args, candidates, rules_by_name, differentiate=differentiate),
     )
-    return _build_comparison(measured, notes)
+    return _build_comparison(measurements, notes)
 
 
 def _make_refusal(message: str, target: Target) -> Measurement:
@@ -257,54 +272,25 @@ def _make_refusal(message: str, target: Target) -> Measurement:
 
 
 def _collect_notes(
-    fn: Any, args: Any, model: Any, candidates: Mapping[str, Any], plans: Mapping[str, Any], *, differentiate: bool
+    fn: Any,
+    args: Any,
+    candidates: Mapping[str, Any],
+    rules_by_name: Mapping[str, Rules | None],
+    *,
+    differentiate: bool,
 ) -> Iterator[str]:
-    """What the table does not show: rules that had nothing to change, and what an action alone was put on."""
-    if model is None:
+    """Yield what the table does not show: rules that could change nothing, and where an action alone was applied."""
+    if all(rules is None for rules in candidates.values()):
         return
     if not differentiate and not _has_gradient(fn, args):
         yield (
-            "the function takes no gradient, and rules change nothing but gradients: for a loss say "
-            "differentiate=True (on the command line: leave out --as-is)."
+            "the function takes no gradient, and rules change only gradients: for a loss, pass differentiate=True "
+            "(on the command line: leave out --as-is)."
         )
-    lone = [name for name, rules in candidates.items() if _is_bare_action(rules)]
-    if lone:
-        patterns = ", ".join(pattern.text for pattern, _ in plans[lone[0]])
-        yield f"{', '.join(lone)} {'is' if len(lone) == 1 else 'are'} put on {patterns}."
-
-
-def find_model(fn: Any, args: tuple[Any, ...]) -> Any:
-    """The first model that a call is passed, or closes over.
-
-    Raises:
-        MeasureError: If there is none.
-    """
-    models = pure_call.stage(fn, args).models
-    if not models:
-        raise MeasureError(
-            what="no nnx model was found in the arguments, or in what the function closes over.",
-            why="rules are put onto a model; a graphdef that was split off before knows none.",
-            fix="pass the model: fn(model, batch).",
-        )
-    return models[0]
-
-
-def make_rules(model: Any, rules: Any) -> Rules:
-    """Rules from what a candidate may be.
-
-    Raises:
-        MeasureError: If it is a policy, and the model has no sequence of blocks.
-    """
-    if not _is_bare_action(rules):
-        return Rules.coerce(rules)
-    sequences = application.find_outermost_sequences(model)
-    if not sequences:
-        raise MeasureError(
-            what=f"the candidate {rules!r} does not say which modules it is for.",
-            why="an action alone is put onto every block, and the model has no sequence of blocks.",
-            fix=f'{{"{_find_first_child(model)}": {rules!r}}}, with the path of a module or a pattern.',
-        )
-    return Rules(dict.fromkeys(sequences, rules))
+    bare = [name for name, rules in candidates.items() if is_bare_action(rules)]
+    if bare:
+        patterns = ", ".join(pattern.text for pattern, _ in rules_by_name[bare[0]] or ())
+        yield f"{', '.join(bare)} {'applies' if len(bare) == 1 else 'apply'} to {patterns}."
 
 
 def _has_gradient(fn: Any, args: Any) -> bool:
@@ -313,33 +299,11 @@ def _has_gradient(fn: Any, args: Any) -> bool:
     )
 
 
-def _is_bare_action(rules: Any) -> bool:
-    """An action that does not say what it is for."""
-    if isinstance(rules, str):
-        return not rules.endswith(".toml")
-    return isinstance(rules, Remat | Policy) or (callable(rules) and not isinstance(rules, Rules))
-
-
-def _find_first_child(model: Any) -> str:
-    paths = [format_path(entry.path) for entry in find_modules(model) if entry.path]
-    return paths[0] if paths else "."
-
-
-@contextmanager
-def use_rules(model: Any, rules: Rules | None) -> Iterator[None]:
-    """The model under rules for the length of a block; None leaves it as it is."""
-    if rules is None:
-        yield
-        return
-    with application.applied(model, rules):
-        yield
-
-
 def _build_comparison(measurements: dict[str, Measurement], notes: tuple[str, ...]) -> Comparison:
     fitting = [m for m in measurements.values() if m.fits]
-    told = [field for field, _ in _COST_FIELDS if fitting and all(getattr(m, field) is not None for m in fitting)]
-    cost = told[0] if told else "flops"
-    memory = "peak_bytes" if any(m.temporaries_on_chip for m in fitting) else "temp_bytes"
+    costs = [field for field in _COST_TITLES if fitting and all(getattr(m, field) is not None for m in fitting)]
+    cost = costs[0] if costs else "flops"
+    memory: MemoryField = "peak_bytes" if any(m.temporaries_on_chip for m in fitting) else "temp_bytes"
     points = {name: _get_coordinates(m, memory, cost) for name, m in measurements.items()}
     first = next(iter(points.values()))
     rows = tuple(
@@ -355,13 +319,12 @@ def _build_comparison(measurements: dict[str, Measurement], notes: tuple[str, ..
     return Comparison(rows=rows, cost=cost, memory=memory, notes=notes)
 
 
-_SCALES = {"step_s": 1e3, "estimated_cycles": 1e-6, "flops": 1e-9}
-
-
-def _get_coordinates(measurement: Measurement, memory: str, cost: str) -> tuple[float | None, float | None]:
-    """Memory in MiB and time in the plot's unit."""
+def _get_coordinates(
+    measurement: Measurement, memory: MemoryField, cost: CostField
+) -> tuple[float | None, float | None]:
+    """Return memory in MiB, and time in the plot's unit; None where unknown."""
     time, count = getattr(measurement, cost), getattr(measurement, memory)
-    return count / 2**20 if measurement.fits or count else None, None if time is None else time * _SCALES[cost]
+    return count / 2**20 if measurement.fits or count else None, None if time is None else time * _COST_SCALES[cost]
 
 
 def _compute_ratio(value: float | None, first: float | None) -> float | None:

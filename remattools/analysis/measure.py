@@ -50,7 +50,7 @@ def measure(
         target: `"cpu"`, `"gpu"`, `"tpu:v5e:2x2"`, or a device. None: the devices that hold the arguments, or JAX's
             default device if the arguments were not put on any.
         differentiate: Measure the gradient of the loss that `fn` returns, with respect to the parameters of the first
-            model, or to the floats of the first argument if there is no model.
+            model, or, without a model, to the floats of the first argument.
         run: Also run it, on a live target with real arguments, and time a step.
         repeats: Number of timed runs.
         cache: Directory or `Cache` of earlier measurements; a program found there is not compiled again. None: the

@@ -15,13 +15,12 @@ from typing import Any, Literal, cast
 
 import jax
 from jax.extend import core
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..compiler.report import format_bytes, strip_padding
 from ..jaxpr import jaxprs
 from ..rules.fold_paths import format_paths, mask_path, mask_text
+from ..text import format_bytes, make_table, render_text
 from ..tracing import pure_call
 from ..tracing.origins import (
     OriginFinder,
@@ -31,7 +30,6 @@ from ..tracing.origins import (
     select_loss_or_floats,
     trace_with_paths,
 )
-
 
 _MAX_ROWS = 30
 ResidualKind = Literal["computed", "parameter", "argument", "constant"]
@@ -128,10 +126,7 @@ class ResidualReport:
         return f"ResidualReport({len(self.rows)} rows, total_bytes={self.total_bytes})"
 
     def __str__(self) -> str:
-        console = Console(width=140, no_color=True, highlight=False)
-        with console.capture() as captured:
-            console.print(self.__rich__())
-        return "\n".join(strip_padding(captured.get()))
+        return render_text(self.__rich__())
 
     def __rich__(self) -> Table:
         shown = [row for row in self.fold() if row.kind == "computed"]
@@ -139,16 +134,16 @@ class ResidualReport:
         caption = f"{format_bytes(self.computed_bytes)} computed and saved; {format_bytes(others)} are arguments"
         if self.host_bytes:
             caption += f"; {format_bytes(self.host_bytes)} in host memory"
-        table = Table(box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left")
-        for title, right in (("bytes", True), ("module", False), ("name", False), ("shape", False), ("saved", False)):
-            table.add_column(title, justify="right" if right else "left", overflow="fold")
+        rows = []
         for row in shown[:_MAX_ROWS]:
             times = f" x{row.count}" if row.count > 1 else ""
             shape = f"{row.dtype}[{','.join(map(str, row.shape))}]{times}"
-            table.add_row(*map(Text, (format_bytes(row.bytes), row.path, row.name, shape, row.reason)))
+            rows.append((format_bytes(row.bytes), row.path, row.name, shape, row.reason))
         if len(shown) > _MAX_ROWS:
             rest = sum(row.bytes for row in shown[_MAX_ROWS:])
-            table.add_row(format_bytes(rest), f"{len(shown) - _MAX_ROWS} smaller rows", "", "", "")
+            rows.append((format_bytes(rest), f"{len(shown) - _MAX_ROWS} smaller rows", "", "", ""))
+        table = make_table(("bytes", "module", "name", "shape", "saved"), rows, numeric=("bytes",))
+        table.caption = Text(caption)
         return table
 
 
@@ -217,12 +212,12 @@ def linearize_call(call: pure_call.Call) -> tuple[Any, int]:
 
 def _find_consumers(jaxpr: Any, saved: Sequence[Any]) -> dict[Any, Any]:
     """Return for each residual the first equation of the backward pass that reads it."""
-    residuals, consumers = set(saved), dict[Any, Any]()
+    saved_vars, consumers = set(saved), dict[Any, Any]()
     for equation in jaxpr.eqns:
         if not is_backward(equation):
             continue
         for atom in equation.invars:
-            if isinstance(atom, core.Var) and atom in residuals:
+            if isinstance(atom, core.Var) and atom in saved_vars:
                 consumers.setdefault(atom, equation)
     return consumers
 

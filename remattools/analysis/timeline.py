@@ -16,10 +16,10 @@ from typing import Any
 from jax.extend import core
 
 from ..compiler.out_of_memory import Allocation
-from ..compiler.report import format_bytes
 from ..jaxpr import jaxprs
 from ..rules.fold_paths import format_paths, mask_path
 from ..rules.paths import format_path
+from ..text import format_bytes
 from ..tracing import pure_call
 from ..tracing.origins import is_backward, is_in_host_memory, locate, trace_with_paths
 from . import plot
@@ -34,7 +34,7 @@ class Timeline:
 
     Attributes:
         bytes: Live bytes after each operation, in the program's order.
-        backward: Index of the first operation of the backward pass; None if there is no backward pass.
+        backward: Index of the first operation of the backward pass; None without a backward pass.
         argument_bytes: Size of the arguments, which are live throughout.
         largest: Values live at the peak, equal layers merged, largest first.
     """
@@ -59,7 +59,7 @@ class Timeline:
         return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "peak_index": self.peak_index}
 
     def __repr__(self) -> str:
-        return f"Timeline({len(self.bytes)} operations, peak_bytes={self.peak_bytes}, argument_bytes={self.argument_bytes})"
+        return f"Timeline({len(self.bytes)} operations, peak_bytes={self.peak_bytes})"
 
     def __str__(self) -> str:
         half = "forward" if self.backward is None or self.peak_index < self.backward else "backward"

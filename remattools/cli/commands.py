@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..analysis.check import check
-from ..analysis.compare import compare, find_model, make_rules, use_rules
+from ..analysis.compare import compare
 from ..analysis.measure import measure
 from ..analysis.plot import check_path
 from ..analysis.residuals import residuals
+from ..analysis.ruled_call import find_model, make_rules, use_rules
 from ..analysis.timeline import timeline
 from ..compiler.cache import Cache, open_user_cache
 from ..errors import MeasureError, RematError

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command is about: `module:factory`, or `file.py:factory`.
+"""Load the call that a command is about, from `module:factory` or `file.py:factory`.
 
-The factory is a function without arguments that returns `(fn, args)`, such as a loss
-with an abstract model and batch, or `(model, inputs)`.
+The factory is a function without arguments that returns `(fn, args)`, such as a loss with
+an abstract model and batch, or `(model, inputs)`.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ _FACTORY_EXAMPLE = "def factory(): return loss, (nnx.eval_shape(build), jax.Shap
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A call to look at.
+    """The call that a command is about.
 
     Attributes:
-        fn: The function; of a lone model, the sum of what it returns.
+        fn: The function. If the factory returned a model, the sum of the model's float outputs.
         args: Its arguments.
-        inputs: Arguments of the model's own call, where the factory gave a model.
+        inputs: Arguments of the model's `__call__` if the factory returned a model, else None.
     """
 
     fn: Callable[..., Any]
@@ -42,20 +42,20 @@ class Subject:
 
 
 def load_subject(spec: str, *, allow_model: bool = False) -> Subject:
-    """Import the module and call the factory.
+    """Import the module, call the factory and return the call.
 
     Args:
         spec: `module:function` or `file.py:function`.
-        allow_model: Whether a model without inputs will do, since it is not called.
+        allow_model: Accept a model without inputs, since the command does not call it.
 
     Raises:
-        MeasureError: If there is no such factory, it raises, or returns something else.
+        MeasureError: If the factory does not exist, raises, or returns something else.
     """
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise MeasureError(
             what=f"{spec!r} does not name a factory.",
-            why="it takes a module and a function in it that builds what to look at.",
+            why="a command needs a module, and a function in it that builds the call.",
             fix="my_package.my_module:factory, or train.py:factory.",
         )
     module = _import(module_name)
@@ -65,24 +65,24 @@ def load_subject(spec: str, *, allow_model: bool = False) -> Subject:
         names = [key for key, value in functions.items() if value.__module__ == module.__name__]
         raise MeasureError(
             what=f"{module_name} has no function {name!r}.",
-            why="a factory is called to build the function and its arguments.",
+            why="the factory builds the function and its arguments.",
             fix=suggest_names(name, names) or _FACTORY_EXAMPLE,
         )
     try:
-        made = factory()
-    except (Exception, SystemExit) as error:  # an exit would look like an answer
+        result = factory()
+    except (Exception, SystemExit) as error:  # the exit code of SystemExit would look like an answer
         raise MeasureError(
             what=f"the factory {spec} raised {_describe_error(error)}",
-            why="it has to run here, before anything can be looked at.",
+            why="a command calls the factory first.",
             fix=f"run it alone: {_format_command(module_name, name)}",
         ) from error
-    if allow_model and isinstance(made, nnx.Module):
-        return Subject(_sum_outputs, (made,))
-    return _make_subject(spec, made)
+    if allow_model and isinstance(result, nnx.Module):
+        return Subject(_sum_outputs, (result,))
+    return _make_subject(spec, result)
 
 
 def _import(name: str) -> ModuleType:
-    """A module by name, seen from the working directory, or a file."""
+    """Import a file, or a module by name, also from the working directory."""
     try:
         if name.endswith(".py"):
             return _import_file(pathlib.Path(name))
@@ -92,15 +92,15 @@ def _import(name: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         raise MeasureError(
             what=f"{name} cannot be imported: {_describe_error(error)}",
-            why="the factory lies in it.",
-            fix="run the command where `import` finds the module, with the packages that it needs.",
+            why="it should contain the factory.",
+            fix="run the command where `import` finds the module, with the packages that it needs installed.",
         ) from error
 
 
 def _import_file(path: pathlib.Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     sys.path.insert(0, str(path.parent.resolve()))
@@ -109,10 +109,12 @@ def _import_file(path: pathlib.Path) -> ModuleType:
 
 
 def _describe_error(error: BaseException) -> str:
-    """Type, words and place of an error."""
+    """Format type, message and location of an error."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
-    return f"{type(error).__name__}: {error}{place}"
+    location = (
+        f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
+    )
+    return f"{type(error).__name__}: {error}{location}"
 
 
 def _format_command(module: str, name: str) -> str:
@@ -133,7 +135,7 @@ def _make_subject(spec: str, result: Any) -> Subject:
     )
     raise MeasureError(
         what=f"the factory {spec} returned {items}, not a function and its arguments.",
-        why="it has to return a pair: a function and the tuple of its arguments, or a model and its inputs.",
+        why="a factory returns a pair: a function and the tuple of its arguments, or a model and its inputs.",
         fix=_suggest_fix(result),
     )
 

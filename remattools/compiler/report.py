@@ -7,6 +7,7 @@ Nothing is estimated here: every number comes from the compiler, the clock or th
 import dataclasses
 from typing import Any
 
+from ..text import format_bytes
 from .hlo_cycles import estimate_cycles
 from .out_of_memory import Allocation, OutOfMemory
 from .targets import Target
@@ -139,17 +140,6 @@ def _format_out_of_memory(reason: OutOfMemory) -> list[str]:
     return lines
 
 
-def format_bytes(count: int | None) -> str:
-    """Format bytes in the largest binary unit of which there is at least one, such as `1.50 GiB`."""
-    if count is None:
-        return "-"
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(size) >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{int(size)} B" if units[0] == "B" else f"{size:.2f} {units[0]}"
-
-
 def format_count(count: float | None) -> str:
     """Format a large number in powers of 1000, such as `362.2 M`."""
     if count is None:
@@ -159,11 +149,6 @@ def format_count(count: float | None) -> str:
         size /= 1000
         units.pop(0)
     return f"{size:.4g}{units[0]}"
-
-
-def strip_padding(table: str) -> list[str]:
-    """Return the lines of a table without trailing blanks."""
-    return [line.rstrip() for line in table.rstrip().splitlines()]
 
 
 def read_measurement(compiled: Any, target: Target, compile_s: float) -> Measurement:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A memory budget in, rules out."""
+"""From a memory budget to rules: `plan` searches, `model` predicts, the compiler decides."""

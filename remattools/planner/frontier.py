@@ -9,12 +9,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ..compiler.report import format_bytes
 from ..compiler.targets import Target
 from ..errors import BudgetError
+from ..text import format_bytes
 from .budget import BudgetKind, compute_budget_bytes, require_budget, require_positive
 from .result import Plan, Point, find_frontier, format_footer, format_table, plot_points
-from .search.acquisition import find_best_point
+from .search.next_compile import find_best_point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

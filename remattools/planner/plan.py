@@ -15,19 +15,20 @@ import jax
 from ..analysis.measure import measure
 from ..analysis.timeline import timeline
 from ..compiler.cache import Cache, find_cache
-from ..compiler.report import Measurement, format_bytes
+from ..compiler.report import Measurement
 from ..compiler.targets import Target, find_target
 from ..errors import BudgetError
 from ..rules.ruleset import Rules
+from ..text import format_bytes
 from ..transform import apply as application
 from .budget import BudgetKind, compute_budget_bytes, require_positive
 from .frontier import Frontier, check_limits
-from .model.op_cost import get_rates
 from .model.outline import build_outline
+from .model.time import get_rates
 from .result import Plan, Point
-from .search.acquisition import Exploration
-from .search.candidates import Space
+from .search.exploration import Exploration
 from .search.history import RuleHistory
+from .search.space import Space
 
 _REGIONS_OFF = Rules(((".", False), ("**", False)))
 # From this on the head of a rule file says how many arrays an argument has, not which.
@@ -182,8 +183,8 @@ def _explore(
         plain_cycles=shape.count_plain_cycles(),
         progress=progress or (lambda _: None),
     )
-    notes = RuleHistory(store, shape, target.name)
-    before = notes.load_measurements(measure_rules)
+    history = RuleHistory(store, shape, target.name)
+    before = history.load_measurements(measure_rules)
     compiled, ended = 0, "converged"
 
     def find_stop_reason() -> str | None:
@@ -195,15 +196,15 @@ def _explore(
     try:
         search.compile_assignment(search.space.assignments.index(search.space.plain))
         compiled = 1
-        search.add_known(before)
-        notes.remember(point.rules for point in search.points.values())
+        search.add_measurements(before)
+        history.save(point.rules for point in search.points.values())
         while (number := choose(search)) is not None:
             if (reason := find_stop_reason()) is not None:
                 ended = reason
                 break
             search.compile_assignment(number)
             compiled += 1
-            notes.remember(point.rules for point in search.points.values())
+            history.save(point.rules for point in search.points.values())
     except KeyboardInterrupt:
         if not search.points:
             raise

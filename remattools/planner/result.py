@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..analysis import plot
-from ..compiler.report import Measurement, format_bytes, format_count
+from ..compiler.report import Measurement, format_count
 from ..rules.ruleset import Rules
+from ..text import format_bytes
 from .budget import BudgetKind
 
 

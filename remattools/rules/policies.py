@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from ..errors import PolicyError, suggest_names
-from .policy import (
+from .policy_types import (
     AllExceptNames,
     CallablePolicy,
     JaxPolicy,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..errors import RuleError
 from .paths import NamePattern
 from .policies import resolve
-from .policy import Policy
+from .policy_types import Policy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..errors import RuleError
-from . import toml
+from . import rule_file
 from .paths import Pattern
 from .rule import Action, Remat, coerce_action
 
@@ -50,7 +50,7 @@ class Rules:
         Raises:
             RuleFileError: With file and line, if it cannot be read.
         """
-        return cls(toml.load(pathlib.Path(path)))
+        return cls(rule_file.load(pathlib.Path(path)))
 
     @classmethod
     def from_toml(cls, text: str, source: str | None = None) -> "Rules":
@@ -59,7 +59,7 @@ class Rules:
         Raises:
             RuleFileError: With the line, if it cannot be read.
         """
-        return cls(toml.loads(text, source or "<text>"))
+        return cls(rule_file.loads(text, source or "<text>"))
 
     @classmethod
     def preset(cls, name: str) -> "Rules":
@@ -115,7 +115,7 @@ class Rules:
         Raises:
             RuleError: If an action holds a bare callable, which has no text.
         """
-        return toml.dumps((pattern.text, action) for pattern, action in self)
+        return rule_file.dumps((pattern.text, action) for pattern, action in self)
 
     def __or__(self, other: Any) -> "Rules":
         return Rules((*self._pairs, *Rules.coerce(other)._pairs))

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, overload
 from flax import nnx
 
 from ..errors import RuleError
-from ..rules.policy import Policy
+from ..rules.policy_types import Policy
 from ..rules.rule import Remat
 from . import region, swap
 from .apply import apply, coerce_rules, find_outermost_sequences
@@ -121,7 +121,7 @@ def remat(
     Raises:
         RuleError: If `target` is not a function or an nnx class, lacks one of the `methods`, or is
             a function with options for classes.
-        PolicyError: If there is no such policy.
+        PolicyError: If `policy` names none of the policies.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -9,14 +9,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import RuleError
 from ..rules.fold_paths import format_paths, mask_path, mask_text
 from ..rules.paths import Path, format_path
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
+from ..text import make_table, render_text
 from . import apply as application
 from . import region_contents
 from .derive import get_base_class
@@ -75,23 +76,15 @@ class Explanation:
         return tuple(row for row in self.rows if row.action is not None)
 
     def __str__(self) -> str:
-        console = Console(width=120, no_color=True, highlight=False, soft_wrap=False)
-        with console.capture() as captured:
-            console.print(self.__rich__())
-            for path, warning in _merge_warnings(self.rows):
-                console.print(f"{path}: {warning}")
-            for row in self.rows:
-                if row.values:
-                    console.print(_make_values_table(row))
-        return captured.get().rstrip()
+        warnings = [f"{path}: {warning}" for path, warning in _merge_warnings(self.rows)]
+        values = [render_text(_make_values_table(row)) for row in self.rows if row.values]
+        return "\n".join([render_text(self.__rich__()), *warnings, *values])
 
     def __rich__(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="bold")
         titles = ["module", "class", "action", "shared by"]
         if any(row.rule for row in self.rows):  # actions in force no longer have rules
             titles[3:3] = ["rule", "shadowed"]
-        for title in titles:
-            table.add_column(title, overflow="fold")
+        rows = []
         for path, row in _merge_rows(self.rows):
             cells = {
                 "module": path,
@@ -101,8 +94,8 @@ class Explanation:
                 "shadowed": ", ".join(row.shadowed),
                 "shared by": str(row.shares) if row.shares else "",
             }
-            table.add_row(*(cells[title] for title in titles))
-        return table
+            rows.append([cells[title] for title in titles])
+        return make_table(titles, rows)
 
 
 def explain(model: Any, rules: Any = None, *, names: bool = False, args: Sequence[Any] | None = None) -> Explanation:
@@ -257,7 +250,7 @@ def _add_useless_warnings(
         if rows[i].rule in useful:
             continue
         reason = "computes nothing but what it returns" if view.values else "is not called with these arguments"
-        note = f"{reason}: there is no activation to free, so the rule does not change memory."
+        note = f"{reason}, so there is no activation to free and the rule does not change memory."
         rows[i] = dataclasses.replace(rows[i], warnings=(*rows[i].warnings, note))
     return rows
 
@@ -289,11 +282,11 @@ def _merge_warnings(rows: Sequence[ExplanationRow]) -> list[tuple[str, str]]:
 
 
 def _make_values_table(row: ExplanationRow) -> Table:
-    table = Table(title=f"names in {row.path}", box=None, pad_edge=False, title_justify="left")
-    for title in ("name", "index", "shape", "bytes", ""):
-        table.add_column(title, justify="right" if title in ("index", "bytes") else "left")
+    rows = []
     for value in row.values:
         shape = ", ".join(aval.str_short(short_dtypes=True) for aval in value.avals)
         note = "" if value.reachable else "unreachable"
-        table.add_row(value.label, str(value.index), shape, str(value.bytes), note)
+        rows.append([value.label, str(value.index), shape, str(value.bytes), note])
+    table = make_table(("name", "index", "shape", "bytes", ""), rows, numeric=("index", "bytes"))
+    table.title = Text(f"names in {row.path}")
     return table

@@ -149,8 +149,8 @@ def _require_found(groups: Sequence[Group], first: dict[tuple[int, int], int]) -
     for number, group in enumerate(groups):
         if not any(label[0] == number for label in first) and not group.members:
             raise RuleError(
-                what=f"a rule has group={group.action.group!r} for {format_path(group.sequence)}, which is neither in a "
-                "list of modules nor run by a scan.",
+                what=f"a rule has group={group.action.group!r} for {format_path(group.sequence)}, which is neither "
+                "in a list of modules nor run by a scan.",
                 why="there would be no consecutive modules to put into one region.",
                 fix="match the modules of a list (layers.*), or remove group.",
             )

@@ -25,7 +25,7 @@ import jax
 
 from .. import compat
 from ..rules.paths import Path, parse_path
-from ..rules.policy import Policy
+from ..rules.policy_types import Policy
 from ..rules.rule import Remat
 from .capture import effects
 from .capture.rebuild import rebuild

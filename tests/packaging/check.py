@@ -16,7 +16,11 @@ import tempfile
 import zipfile
 
 ROOT = pathlib.Path(__file__).parents[2]
-NEEDED = ("remattools/py.typed", "ckpttools/py.typed", "remattools/__init__.py", "ckpttools/__init__.py")
+NEEDED = [
+    f"{package}/{name}"
+    for package in ("remattools", "ckpttools")
+    for name in ("py.typed", "__init__.py", "__init__.pyi")
+]
 FOREIGN = ("tests", "benchmarks", "docs", "examples", "shared")
 
 

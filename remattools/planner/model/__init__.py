@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner's prediction of a program: its blocks, their memory and their time."""
+"""What the planner predicts of a program without compiling it: its memory in `memory`, its time in `time`."""

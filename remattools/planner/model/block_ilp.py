@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one block should keep: the cheapest recomputation for a number of bytes.
+"""What one block should save: an integer linear program for the cheapest recomputation within a number of bytes.
 
-Sits on `graph`. An integer program, solved exactly by HiGHS. Recomputing a value takes
-everything it depends on, up to what is kept: chains are priced as chains.
+Sits on `memory` and `time`; solved exactly by HiGHS. Recomputing a value means recomputing everything that it depends
+on, up to the saved values, so that a chain costs as much as all of its operations.
 """
 
 import dataclasses
@@ -10,27 +10,30 @@ import functools
 from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
-import scipy  # its submodules come when they are first used: importing the solver takes a second
+import scipy  # loads its submodules on first use: importing the solver takes a second
 
-from .graph import Graph, Step, compute_live_bytes
-from .op_cost import Rates
+from .dataflow_graph import Graph, Step
+from .memory import compute_live_bytes, find_materialized_residuals
+from .time import Rates, count_cycles, count_total_cycles
 
-_WORK_KINDS = ("matrix", "reduction", "elementwise", "other")
-# The solver is stopped by its own count, so that a busy machine gives no other plan; the time is for giants only.
+WORK_KINDS = ("matrix", "reduction", "elementwise", "other")
+# The limit that stops the solver is a count, so that plans do not depend on the machine's load; the time limit is for
+# giant blocks only.
 _NODES, _SOLVER_S = 2000, 30.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a block keeps, and what follows from it.
+    """What a block saves, and the memory and recomputation that follow from it.
 
     Attributes:
-        names: Values kept, as rules name them; None for a block without a region.
-        saved_bytes: From forward to backward, the block's inputs apart.
-        forward_bytes: The most that its forward pass needs besides.
-        backward_bytes: The most that its backward pass needs, recomputation included, what is kept included.
-        cycles: Of recomputation, by kind of operation: matrix, reduction, elementwise, other.
-        output_cycles: Of recomputing the block's outputs besides, for a block of the same group that reads them.
+        names: The saved values, as rules name them; None for a block without a region.
+        saved_bytes: Bytes saved from the forward to the backward pass, the block's inputs apart.
+        forward_bytes: The most bytes that its forward pass needs in addition.
+        backward_bytes: The most bytes that its backward pass needs, recomputed and saved values included.
+        cycles: Cycles of recomputation by kind of work, in the order of `WORK_KINDS`.
+        output_cycles: Cycles of recomputing the block's outputs in addition, for a block of the same group that reads
+            them.
     """
 
     names: tuple[str, ...] | None
@@ -42,7 +45,7 @@ class Choice:
 
     @property
     def total_cycles(self) -> float:
-        """Of all recomputation."""
+        """Cycles of all recomputation."""
         return sum(self.cycles)
 
 
@@ -50,16 +53,28 @@ class BlockProblem:
     """The choices of one block.
 
     Args:
-        graph: The block's graph, from `block_graph`.
+        graph: The block's graph, from `build_block_graph`.
         rates: Of the target.
-        stacked: Whether a loop stacks what it keeps.
+        stacked: Whether a loop stacks what the block saves.
+
+    Attributes:
+        graph: The graph, as the target's compiler fuses it.
+        stacked: Whether a loop stacks what the block saves.
+        costs: Cycles of each forward step.
+        backward_cycles: Cycles of the whole backward pass.
+        total_cycles: Cycles of both passes.
+        steps: Numbers of the forward steps that a backward pass could have to recompute.
+        names: For each name that a rule can use, the numbers of its values.
+        bytes: For each name, the bytes that saving it takes.
     """
 
     def __init__(self, graph: Graph, rates: Rates, *, stacked: bool = False) -> None:
-        self.graph = graph = graph.adapt_to(rates)
+        self.graph = graph = graph.fuse_products() if rates.fuses_products else graph
         self.stacked = stacked
-        self.costs = [graph.count_cycles(step, rates) for step in graph.forward]
-        self.steps = self._find_recomputed_steps(())  # what a backward pass could have to recompute
+        self.costs = [count_cycles(graph, step, rates) for step in graph.forward]
+        self.backward_cycles = sum(count_cycles(graph, step, rates) for step in graph.backward)
+        self.total_cycles = count_total_cycles(graph, rates)
+        self.steps = self._find_recomputed_steps(())
         used = {v for number in self.steps for v in (*graph.forward[number].reads, *graph.forward[number].writes)}
         self.names: dict[str, list[int]] = {}
         self.bytes: dict[str, int] = {}
@@ -70,13 +85,13 @@ class BlockProblem:
 
     @functools.cached_property
     def plain_choice(self) -> Choice:
-        """No region: everything that the backward pass reads is kept."""
+        """The choice without a region: everything that the backward pass reads is saved."""
         graph = self.graph
-        if self.stacked:  # between two loops no compiler makes anything again
+        if self.stacked:  # compilers recompute nothing across two loops
             return self._make_plain_choice(graph.residuals)
         if graph.fuses_products:
-            return self._make_plain_choice(graph.materialized_residuals)
-        # A compiler makes fused values again from others rather than keep them, but repeats no matrix product.
+            return self._make_plain_choice(find_materialized_residuals(graph))
+        # A compiler recomputes fused values from others rather than save them, but never a matrix product.
         fusible = [graph.forward[number].work.kind in ("elementwise", "free") for number in range(len(self.costs))]
         costs = [1e-3 * cost if fuses else cost for cost, fuses in zip(self.costs, fusible, strict=True)]
         return self._make_plain_choice(
@@ -90,39 +105,45 @@ class BlockProblem:
             saved_bytes=graph.count_bytes(saved),
             forward_bytes=self._compute_forward_bytes(saved),
             backward_bytes=max(compute_live_bytes(graph, self._order_backward(saved), live_at_start=saved), default=0),
-            cycles=(0.0,) * len(_WORK_KINDS),
+            cycles=(0.0,) * len(WORK_KINDS),
         )
 
     def make_choice(self, names: Iterable[str]) -> Choice:
-        """What follows from keeping these; names of values that are not read then are left out."""
-        graph, given = self.graph, tuple(dict.fromkeys(names))
-        kept = {value for name in given for value in self.names[name]}
-        again = self._find_recomputed_steps(kept)
-        # What nobody reads any more is not kept, whatever the rule says: JAX drops it.
-        read = graph.residuals.union(*(graph.forward[number].reads for number in again))
-        kept_names = tuple(name for name in given if read.intersection(self.names[name]))
-        kept &= read
-        cycles = dict.fromkeys(_WORK_KINDS, 0.0)
-        for number in again:
+        """Return the choice that saves these names, without those that nothing reads then.
+
+        Args:
+            names: Keys of `self.names`.
+        """
+        graph, requested = self.graph, tuple(dict.fromkeys(names))
+        saved = {value for name in requested for value in self.names[name]}
+        recomputed = self._find_recomputed_steps(saved)
+        # JAX does not save what nothing reads, whatever the rule says.
+        read = graph.residuals.union(*(graph.forward[number].reads for number in recomputed))
+        saved_names = tuple(name for name in requested if read.intersection(self.names[name]))
+        saved &= read
+        cycles = dict.fromkeys(WORK_KINDS, 0.0)
+        for number in recomputed:
             kind = graph.forward[number].work.kind
             cycles[kind if kind in cycles else "other"] += self.costs[number]
         return Choice(
-            names=kept_names,
-            saved_bytes=sum(self.bytes[name] for name in kept_names),
-            forward_bytes=self._compute_forward_bytes(kept),
-            backward_bytes=max(compute_live_bytes(graph, self._order_backward(kept), live_at_start=kept), default=0),
+            names=saved_names,
+            saved_bytes=sum(self.bytes[name] for name in saved_names),
+            forward_bytes=self._compute_forward_bytes(saved),
+            backward_bytes=max(compute_live_bytes(graph, self._order_backward(saved), live_at_start=saved), default=0),
             cycles=tuple(cycles.values()),
             output_cycles=sum(
-                self.costs[number] for number in self._find_recomputed_steps(kept, outputs=True) if number not in again
+                self.costs[number]
+                for number in self._find_recomputed_steps(saved, outputs=True)
+                if number not in recomputed
             ),
         )
 
     def find_cheapest(self, price: float, limit_bytes: float = np.inf) -> Choice:
-        """The choice with the least of recomputation cycles plus `price` times the kept bytes.
+        """Return the choice that minimises recomputation cycles plus `price` times the saved bytes.
 
         Args:
-            price: Cycles that a kept byte is worth.
-            limit_bytes: The most that may be kept.
+            price: Cycles that a saved byte is worth.
+            limit_bytes: The most bytes that may be saved; no limit by default.
         """
         return self.make_choice(self._find_cheapest_names(self.costs, price, limit_bytes))
 
@@ -148,14 +169,14 @@ class BlockProblem:
             bounds=scipy.optimize.Bounds(0, 1),
             options={"node_limit": _NODES, "time_limit": _SOLVER_S, "mip_rel_gap": 1e-4},
         )
-        if found.x is None:  # stopped without any solution: nothing kept is one
+        if found.x is None:  # stopped without a solution: saving nothing is one
             return []
         return [name for name, taken in zip(names, found.x, strict=False) if taken > 0.5]
 
     def _build_constraints(
         self, names: Sequence[str], steps: Sequence[int]
     ) -> "tuple[scipy.sparse.csr_array, list[float]]":
-        """For each value that is read: kept, or made again, if its reader runs."""
+        """Return rows that say: if a step runs, each value that it reads is saved or recomputed."""
         by_value: dict[int, list[int]] = {}
         for column, name in enumerate(names):
             for value in self.names[name]:
@@ -183,30 +204,30 @@ class BlockProblem:
         return matrix, lower
 
     def _find_recomputed_steps(self, saved: Container[int], *, outputs: bool = False) -> tuple[int, ...]:
-        """Forward steps that have to run again if only `saved` is there, in order; those for the outputs if asked."""
+        """Return the forward steps that run again if only `saved` is saved, in order; with `outputs` also for these."""
         graph = self.graph
-        made = {value for value in graph.outputs if value in graph.producers} if outputs else set()
-        wanted = [value for value in graph.residuals | made if value not in saved]
+        results = {value for value in graph.outputs if value in graph.producers} if outputs else set()
+        needed = [value for value in graph.residuals | results if value not in saved]
         found: set[int] = set()
-        while wanted:
-            number = graph.producers[wanted.pop()]
+        while needed:
+            number = graph.producers[needed.pop()]
             if number not in found:
                 found.add(number)
-                wanted += [v for v in graph.forward[number].reads if v in graph.producers and v not in saved]
+                needed += [v for v in graph.forward[number].reads if v in graph.producers and v not in saved]
         return tuple(sorted(found))
 
     def _order_backward(self, saved: Container[int]) -> list[Step]:
-        """The backward pass, and forward steps made again where they are first needed."""
+        """Return the steps of the backward pass, with recomputed forward steps where they are first needed."""
         graph, order = self.graph, list[Step]()
         waiting = set(self._find_recomputed_steps(saved))
         for step in graph.backward:
-            wanted, found = list(step.reads), set[int]()
-            while wanted:
-                number = graph.producers.get(wanted.pop())
+            needed, found = list(step.reads), set[int]()
+            while needed:
+                number = graph.producers.get(needed.pop())
                 if number in waiting:
                     waiting.remove(number)
                     found.add(number)
-                    wanted += graph.forward[number].reads
+                    needed += graph.forward[number].reads
             order += [*(graph.forward[number] for number in sorted(found)), step]
         return [dataclasses.replace(step, writes=tuple(v for v in step.writes if v not in saved)) for step in order]
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole traced program in the order in which it runs, with the calls of blocks in it and its loops.
+"""The schedule of a whole traced program: its operations in order, with blocks as single steps, and its loops.
 
-Sits on `graph` and `opaque`. The body of a loop stands there once, between a step that
-makes room for all that the loop stacks and one that ends it; what is in it counts as
-often as the loop turns.
+Sits on `dataflow_graph` and `block_primitive`. The body of a loop appears once, between a step that allocates all that
+the loop stacks and a step that ends the loop; each step says how often it runs.
 """
 
 import dataclasses
@@ -15,9 +14,9 @@ from jax.extend import core
 from ...errors import MeasureError
 from ...jaxpr import jaxprs
 from ...rules.paths import format_path
-from .graph import INLINED_PRIMITIVES, Graph, Step, is_float32
-from .op_cost import Work, estimate_work
-from .opaque_blocks import BLOCK_PRIMITIVE, Block
+from .block_primitive import BLOCK_PRIMITIVE, Block
+from .dataflow_graph import INLINED_PRIMITIVES, Graph, Step, is_float32
+from .op_work import Work, estimate_work
 
 BLOCK_LABEL = "block"  # the label of the steps that are blocks
 
@@ -27,14 +26,15 @@ class Visit:
     """One call of a block with its backward pass.
 
     Attributes:
-        block: Which.
-        forward: Number of the step at which it runs.
-        backward: Of the one at which its backward pass does.
-        first: The step that makes room for what it keeps: its own, or the first of a loop.
-        last: The step that needs it last: its backward pass's, or the last of a loop.
-        copies: How often that is kept: turns of the loops that end between both passes; 0 in a region of the user's.
+        block: The block.
+        forward: Number of the step of its forward pass.
+        backward: Number of the step of its backward pass.
+        first: The step that allocates what it saves: `forward`, or the first step of a loop.
+        last: The step that reads it last: `backward`, or the last step of a loop.
+        copies: How many copies are saved: the iterations of the loops that end between both passes; 0 inside a region
+            that the user's code makes.
         iterations: How often the backward pass runs.
-        gradient_mask: For each float that the block takes, whether anything reads its gradient.
+        gradient_mask: For each float argument of the block, whether anything reads its gradient.
     """
 
     block: Block
@@ -56,7 +56,7 @@ class _Loop:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A block at a step, inside of loops and perhaps of a region of the user's."""
+    """A block at a step, inside these loops and perhaps inside a region that the user's code makes."""
 
     block: Block
     step: int
@@ -65,10 +65,13 @@ class _Call:
 
 
 def build_schedule(jaxpr: Any) -> tuple[Graph, tuple[Visit, ...]]:
-    """The steps of a program with its blocks as single ones, and those blocks that have a backward pass.
+    """Return the steps of a program with its blocks as single steps, and the calls of blocks with a backward pass.
+
+    Args:
+        jaxpr: The program, traced with a `BlockTracer`.
 
     Raises:
-        MeasureError: If blocks run where the planner cannot follow them.
+        MeasureError: If a block runs inside a loop or a call that the planner has no model of.
     """
     walk = _ScheduleBuilder()
     inner = jaxprs.open_jaxpr(jaxpr)
@@ -82,7 +85,7 @@ def build_schedule(jaxpr: Any) -> tuple[Graph, tuple[Visit, ...]]:
             visit, gradient_mask=tuple(v in used for v in steps[visit.backward].writes)
         )
         for place, tag in ((visit.forward, "forward"), (visit.backward, "backward")):
-            # A compiler leaves out what nobody reads, such as the batch's gradient, of which a block knows nothing.
+            # Compilers remove what nothing reads, such as the gradient of the batch; a block alone cannot know that.
             writes = tuple(value for value in steps[place].writes if value in used)
             steps[place] = dataclasses.replace(steps[place], writes=writes, tag=(tag, number))
     graph = Graph(
@@ -105,37 +108,37 @@ class _ScheduleBuilder:
         self.pairs: list[tuple[_Call, _Call]] = []
         self._loops: tuple[_Loop, ...] = ()
         self._in_region = False
-        # Calls that wait for their backward pass; the last one that ran comes back first.
+        # Calls without their backward pass yet; the last call that ran has the first backward pass.
         self._open_calls: dict[int, list[_Call]] = {}
-        # The programs are kept so that their ids stay their own.
+        # By the id of a jaxpr; the jaxprs are stored as well, so that no other one gets the same id.
         self._block_memo: dict[int, tuple[bool, Any]] = {}
 
     def add_value(self, aval: Any) -> int:
-        """A number for a value."""
+        """Return a number for a new value."""
         self.sizes.append(jaxprs.count_aval_bytes(aval))
         if is_float32(aval):
             self.float32_values.add(len(self.sizes) - 1)
         return len(self.sizes) - 1
 
     def add_step(self, reads: Any, writes: Any, work: Work, label: str) -> None:
-        """The next step."""
-        turns = math.prod(loop.iterations for loop in self._loops)
-        self.steps.append(Step(tuple(dict.fromkeys(reads)), tuple(writes), work, None, label, turns))
+        """Append a step."""
+        iterations = math.prod(loop.iterations for loop in self._loops)
+        self.steps.append(Step(tuple(dict.fromkeys(reads)), tuple(writes), work, None, label, iterations))
 
     def has_blocks(self, jaxpr: Any) -> bool:
-        """Whether a block runs somewhere in it."""
+        """Return whether a block runs somewhere in a jaxpr."""
         inner = jaxprs.open_jaxpr(jaxpr)
         if id(inner) not in self._block_memo:
             found = any(
                 equation.primitive is BLOCK_PRIMITIVE
-                or any(self.has_blocks(p) for _, p in jaxprs.find_subjaxprs(equation))
+                or any(self.has_blocks(inside) for _, inside in jaxprs.find_subjaxprs(equation))
                 for equation in inner.eqns
             )
             self._block_memo[id(inner)] = (found, inner)
         return self._block_memo[id(inner)][0]
 
     def walk(self, jaxpr: Any, arguments: list[int]) -> list[int]:
-        """Append the steps of an open program; the numbers of its results."""
+        """Append the steps of an open jaxpr, and return the numbers of its results."""
         values: dict[Any, int] = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
 
         def get_number(atom: Any) -> int:
@@ -147,7 +150,7 @@ class _ScheduleBuilder:
 
         for equation in jaxpr.eqns:
             operands = [get_number(atom) for atom in equation.invars]
-            if jaxprs.get_checkpoint_name(equation) is not None:  # another word for the value it marks
+            if jaxprs.get_checkpoint_name(equation) is not None:  # another name of the value that it marks
                 results = operands
             elif equation.primitive is BLOCK_PRIMITIVE:
                 results = self._add_block(equation, operands)
@@ -158,40 +161,40 @@ class _ScheduleBuilder:
 
     def _walk_equation(self, equation: Any, operands: list[int]) -> list[int]:
         name = equation.primitive.name
-        nested = [jaxprs.open_jaxpr(program) for _, program in jaxprs.find_subjaxprs(equation)]
-        holding = [program for program in nested if self.has_blocks(program)]
-        lone = len(nested) == 1 and len(nested[0].constvars) + len(nested[0].invars) == len(operands)
-        if lone and name != "scan" and (holding or name in INLINED_PRIMITIVES):
+        nested = [jaxprs.open_jaxpr(inside) for _, inside in jaxprs.find_subjaxprs(equation)]
+        with_blocks = [inside for inside in nested if self.has_blocks(inside)]
+        is_call = len(nested) == 1 and len(nested[0].constvars) + len(nested[0].invars) == len(operands)
+        if is_call and name != "scan" and (with_blocks or name in INLINED_PRIMITIVES):
             before, self._in_region = self._in_region, self._in_region or jaxprs.is_region(equation)
             results = self.walk(nested[0], operands)
             self._in_region = before
             return results
-        if not holding:
+        if not with_blocks:
             results = [self.add_value(var.aval) for var in equation.outvars]
             self.add_step(operands, results, estimate_work(equation), name)
             return results
         if name == "scan":
             scan = jaxprs.parse_scan(equation)
-            assert scan is not None  # just asked
+            assert scan is not None  # the primitive is scan
             body = jaxprs.open_jaxpr(scan.body)
             return self._walk_loop(
                 equation, body, operands[: scan.num_consts], operands[scan.num_consts :], scan.length, scan.num_carry
             )
-        if name == "while" and holding == [jaxprs.open_jaxpr(equation.params["body_jaxpr"])]:
-            # How often it turns is not known: its body counts once. It has no backward pass but what is in the body.
+        if name == "while" and with_blocks == [jaxprs.open_jaxpr(equation.params["body_jaxpr"])]:
+            # The number of iterations is unknown: the body counts once. A while loop has no backward pass of its own.
             skipped, consts = equation.params["cond_nconsts"], equation.params["body_nconsts"]
             start = operands[skipped + consts :]
-            return self._walk_loop(equation, holding[0], operands[skipped:][:consts], start, 1, len(start))
+            return self._walk_loop(equation, with_blocks[0], operands[skipped:][:consts], start, 1, len(start))
         if name == "cond":
-            # Either branch may run; what both keep has its place.
+            # Either branch may run: what both save is counted.
             ends = [end for branch in nested for end in self.walk(branch, operands[1:])]
             results = [self.add_value(var.aval) for var in equation.outvars]
             self.add_step((*ends, *operands), results, Work("elementwise", 0.0), name)
             return results
         raise MeasureError(
-            what=f"{self._find_block_path(holding[0])} runs inside a {name}, which is not planned.",
-            why="what its blocks keep, and how often, cannot be told from the program.",
-            fix='rules by hand: compare(..., candidates={"none": None, "all": "nothing_saveable"}).',
+            what=f"{self._find_block_path(with_blocks[0])} runs inside a {name}, which the planner does not support.",
+            why="the traced program does not show what a block in it saves, nor how often.",
+            fix='compare rules by hand: compare(..., candidates={"none": None, "all": "nothing_saveable"}).',
         )
 
     def _walk_loop(
@@ -212,15 +215,15 @@ class _ScheduleBuilder:
 
     def _add_block(self, equation: Any, operands: list[int]) -> list[int]:
         block: Block = equation.params["block"]
-        late: bool = equation.params["late"]
+        is_backward: bool = equation.params["is_backward"]
         here = len(self.steps)
         results = [self.add_value(var.aval) for var in equation.outvars]
         self.add_step(operands, results, Work("other", 0.0), BLOCK_LABEL)
-        waiting = self._open_calls.setdefault(block.number, [])
-        if not late:
-            waiting.append(_Call(block, here, self._loops, self._in_region))
-        elif waiting:
-            self.pairs.append((waiting.pop(), _Call(block, here, self._loops, self._in_region)))
+        open_calls = self._open_calls.setdefault(block.number, [])
+        if not is_backward:
+            open_calls.append(_Call(block, here, self._loops, self._in_region))
+        elif open_calls:
+            self.pairs.append((open_calls.pop(), _Call(block, here, self._loops, self._in_region)))
         return results
 
     def _find_block_path(self, jaxpr: Any) -> str:
@@ -242,7 +245,7 @@ def _make_visit(forward: _Call, backward: _Call) -> Visit:
         backward=backward.step,
         first=there[0].first if there else forward.step,
         last=back[0].last if back else backward.step,
-        # What the user's own remat makes again is kept by no rule.
+        # Inside the user's own remat no rule saves anything.
         copies=0 if backward.in_region else math.prod(loop.iterations for loop in there),
         iterations=math.prod(loop.iterations for loop in backward.loops),
     )

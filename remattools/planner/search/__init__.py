@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which combination of saved values is compiled next, and the rules it is written as."""
+"""Which assignment of choices to blocks is compiled next, and the rules that it is written as."""

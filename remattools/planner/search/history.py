@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that were compiled before, so that a later plan of the same model begins with them.
+"""Rules that were compiled earlier, so that a later plan of the same model starts with them.
 
-Sits on the measurements' cache. Only rules are remembered: their figures are looked up
-by the program that they make now, so that a stale note can cost time but not be wrong.
+Sits on the cache of measurements. Only rules are stored: their measurements are looked up by the program that they
+produce now, so that a stale file costs time but cannot give wrong results.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ class RuleHistory:
     """The rules compiled for one outline and target.
 
     Args:
-        cache: Where the measurements are; None remembers nothing.
+        cache: The cache of measurements, in whose directory the rules are stored; None to store nothing.
         outline: The outline.
-        target: Its name.
+        target: The target's name.
     """
 
     def __init__(self, cache: Cache | None, outline: Outline, target: str) -> None:
@@ -35,7 +35,7 @@ class RuleHistory:
     def load_measurements(
         self, measure_rules: Callable[[Rules, Cache], Measurement]
     ) -> list[tuple[Rules, Measurement]]:
-        """What is remembered and still measured.
+        """Return the stored rules whose measurements are in the cache.
 
         Args:
             measure_rules: Measures rules with a cache.
@@ -43,31 +43,30 @@ class RuleHistory:
         if self.cache is None:
             return []
         try:
-            texts = [
-                text for text in json.loads((self.cache.directory / self.name).read_text()) if isinstance(text, str)
-            ]
+            stored = json.loads((self.cache.directory / self.name).read_text())
+            rule_files = [text for text in stored if isinstance(text, str)]
         except (OSError, ValueError, TypeError, RecursionError):
             return []
-        found = []
-        for text in texts:
+        measurements = []
+        for text in rule_files:
             try:
                 rules = Rules.from_toml(text)
-                found.append((rules, measure_rules(rules, _ReadOnlyCache(self.cache.directory))))
+                measurements.append((rules, measure_rules(rules, _ReadOnlyCache(self.cache.directory))))
             except (LookupError, RematError):  # of another program, or of another version's rules
                 continue
-        return found
+        return measurements
 
-    def remember(self, rules: Iterable[Rules]) -> None:
-        """Store these rules."""
+    def save(self, rules: Iterable[Rules]) -> None:
+        """Store these rules in place of the stored ones."""
         if self.cache is not None:
             self.cache.write(self.name, json.dumps([one.to_toml() for one in rules]))
 
 
 class _ReadOnlyCache(Cache):
-    """Only what is stored: nothing is compiled."""
+    """A cache that raises `LookupError` for what it does not have, so that nothing is compiled."""
 
     def get(self, key: str) -> Measurement | None:
-        found = super().get(key)
-        if found is None:
+        measurement = super().get(key)
+        if measurement is None:
             raise LookupError(key)
-        return found
+        return measurement

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for an assignment, as a person would write them.
+"""The rules for an assignment, as a person would write them.
 
-Sits on `search`. Slices rather than lists of layers, names without an index where all
-of that name are kept.
+Sits on `space`. Rules have slices rather than lists of layers, and names without an index where all values of that name
+are saved.
 """
 
 import re
@@ -13,18 +13,19 @@ from ...rules.paths import Path, format_path
 from ...rules.rule import Remat
 from ...rules.ruleset import Rules
 from ..model.block_ilp import BlockProblem
-from .candidates import Assignment, Space
+from .assignments import Assignment
+from .space import Space
 
 _INDEXED = re.compile(r"(.*)\[\d+\]\Z", re.DOTALL)
 
 
 def write_rules(space: Space, assignment: Assignment) -> Rules:
-    """The rules that put an assignment into force; none where no block is a region."""
+    """Return the rules of an assignment; none where no block is a region."""
     kinds = dict(space.outline.visits)
     methods = dict(space.outline.rules)
     groups: dict[Any, list[Path]] = {}
     for number, path in enumerate(space.members):
-        choice = space.levels[space.get_level(assignment, number)][kinds[path]]
+        choice = space.levels[assignment.get_level(number)][kinds[path]]
         pattern = _find_pattern(path, methods)
         names = None if choice.names is None else _shorten_names(space.outline.problems[kinds[path]], choice.names)
         group = assignment.group if number < assignment.split and path[:-1] in space.groupable_paths else 1
@@ -32,17 +33,17 @@ def write_rules(space: Space, assignment: Assignment) -> Rules:
     pairs: list[tuple[str, Any]] = []
     for (pattern, names, group), paths in groups.items():
         if names is not None:
-            everyone = [path for path in space.members if _find_pattern(path, methods) == pattern]
+            all_paths = [path for path in space.members if _find_pattern(path, methods) == pattern]
             stacked = space.outline.problems[kinds[paths[0]]].stacked
-            kept: dict[str, Any] = {"offload" if assignment.offload and stacked else "save": names}
-            action = Remat(methods=methods[pattern], group=group, **kept)
-            pairs.append((_format_pattern(pattern, paths, everyone), action))
+            saved: dict[str, Any] = {"offload" if assignment.offload and stacked else "save": names}
+            action = Remat(methods=methods[pattern], group=group, **saved)
+            pairs.append((_format_pattern(pattern, paths, all_paths), action))
     return Rules(pairs)
 
 
 def _find_pattern(path: Path, methods: dict[str, tuple[str, ...]]) -> str:
-    texts = (format_path((*path[:n], "*", *path[n + 1 :])) for n in reversed(range(len(path))))
-    return next((text for text in (format_path(path), *texts) if text in methods), format_path(path))
+    patterns = (format_path((*path[:n], "*", *path[n + 1 :])) for n in reversed(range(len(path))))
+    return next((pattern for pattern in (format_path(path), *patterns) if pattern in methods), format_path(path))
 
 
 def _format_pattern(pattern: str, paths: Sequence[Path], all_paths: Sequence[Path]) -> str:
@@ -63,7 +64,7 @@ def _format_segment(chosen: Sequence[str | int], all_segments: Sequence[str | in
 
 
 def _format_slice(indices: list[int], length: int) -> str:
-    """A slice, where the indices are one; else alternatives."""
+    """Return indices as a slice, if they are one; otherwise as alternatives."""
     start, step = indices[0], indices[1] - indices[0] if len(indices) > 1 else 1
     if indices == list(range(start, indices[-1] + 1, step)):
         if len(indices) == 1:
@@ -75,14 +76,14 @@ def _format_slice(indices: list[int], length: int) -> str:
 
 
 def _shorten_names(problem: BlockProblem, names: Sequence[str]) -> tuple[str, ...]:
-    """Names in the program's order; without the index where every value of that name is kept."""
-    everything = [candidate.name for candidate in problem.graph.candidates]
+    """Return names in the program's order, without the index where every value of that name is saved."""
+    all_names = [candidate.name for candidate in problem.graph.candidates]
     stems: dict[str, set[str]] = {}
-    for name in everything:
+    for name in all_names:
         stems.setdefault(_strip_index(name), set()).add(name)
     chosen = set(names)
     short = [
-        _strip_index(name) if stems[_strip_index(name)] <= chosen else name for name in everything if name in chosen
+        _strip_index(name) if stems[_strip_index(name)] <= chosen else name for name in all_names if name in chosen
     ]
     return tuple(dict.fromkeys(short))
 

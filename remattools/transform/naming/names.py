@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the values inside a region, and saving by them.
+"""Names of the values inside a region, and saving and offloading by name.
 
-Sits on `scopes` (module paths on operations). Inside a region a value is known as
+Sits on `scopes` (module paths on operations). The name of a value inside a region is
 
--   `attn.q_proj`: what a submodule returned; `norm[1]` what its second call returned;
--   `mlp:dot_general`: what an operation written in `mlp` computed; `mlp:dot_general[1]`
-    the second of its kind there, in trace order;
--   `@qkv`: what the model's own author named by `checkpoint_name`.
+-   `attn.q_proj`: the output of a submodule; `norm[1]` the output of its second call;
+-   `mlp:dot_general`: the result of an operation in `mlp`; `mlp:dot_general[1]` of the second such operation there, in
+    trace order;
+-   `@qkv`: a `checkpoint_name` in the user's model.
 
-The chosen values are wrapped in one `checkpoint_name` each and the policy saves
-that name: a structured policy, known before the trace, which also `jax_remat3`
-understands. The operations are left as they are, inside jits, scans and
-branches too. What a custom derivative or a kernel computes on its inside is out
-of reach of every policy; such values are listed with `reachable=False`.
+Each selected value is wrapped in a `checkpoint_name`, and the policy saves that name: a structured policy, known before
+the trace, which `jax_remat3` supports too. The operations do not change, also inside jits, scans and branches. No
+policy reaches the values inside a custom derivative or a kernel; these are listed with `reachable=False`.
 """
 
 import dataclasses
@@ -28,14 +26,14 @@ from ...errors import UnmatchedRuleError, suggest_names
 from ...jaxpr import jaxprs, result_derivatives
 from ...rules import policies
 from ...rules.paths import NamePattern, Path, format_path
-from ...rules.policy import Decision, Policy
+from ...rules.policy_types import Decision, Policy
 from ...rules.rule import Remat
 from . import scopes
 
 SAVED, OFFLOADED = "remattools:save", "remattools:offload"
 
-# Where an equation stands: its index in each nested program from the outside in, with the place of that program
-# among the equation's parameters.
+# Where an equation is: its index in each nested program from the outside in, with the place of that program among the
+# equation's parameters.
 Position = tuple[tuple[int, tuple[str, int]] | int, ...]
 
 
@@ -44,12 +42,12 @@ class NamedValue:
     """A value that a region can save or offload.
 
     Attributes:
-        kind: "module" (a submodule's output), "op" or "user" (a `checkpoint_name`).
-        path: Module it belongs to, relative to the region; `()` is the region's own.
-        primitive: Name of the JAX primitive, or of the `checkpoint_name`.
-        index: Which of equal kind, path and primitive, in trace order.
-        avals: Shape and dtype of each array it consists of.
-        reachable: False inside custom derivatives and kernels.
+        kind: "module" (a submodule's output), "op" (the result of an operation) or "user" (a `checkpoint_name`).
+        path: Path of its module, relative to the region; `()` for the region's module.
+        primitive: Name of the JAX primitive, or the `checkpoint_name`; "" for kind "module".
+        index: Number among the values of equal kind, path and primitive, in trace order.
+        avals: Shape and dtype of each of its arrays.
+        reachable: Whether a policy can save it; False inside custom derivatives and kernels.
         where: Positions of its equations in the traced program.
     """
 
@@ -63,7 +61,7 @@ class NamedValue:
 
     @property
     def label(self) -> str:
-        """The name without its index: what a pattern without an index matches."""
+        """The name without its index, as a pattern without an index matches it."""
         if self.kind == "user":
             return f"@{self.primitive}"
         path = format_path(self.path)
@@ -71,24 +69,24 @@ class NamedValue:
 
     @property
     def bytes(self) -> int:
-        """Size of all its arrays."""
+        """Size of all its arrays in bytes."""
         return sum(jaxprs.count_aval_bytes(aval) for aval in self.avals)
 
 
 def is_naming_needed(action: Remat) -> bool:
-    """Whether a region under `action` has to know the names of its values."""
+    """Whether a region under `action` needs the names of its values."""
     return bool(action.save or action.offload) or _is_policy_by_names(action)
 
 
 def _is_policy_by_names(action: Remat) -> bool:
-    """Whether the policy itself has to become names: `jax_remat3` asks no combined policy and no bare callable."""
+    """Whether the policy itself becomes names: `jax_remat3` calls neither combined policies nor bare callables."""
     if action.policy is None or not _is_remat3():
         return False
     return action.policy.is_lowered_to_names or bool(action.save or action.offload)
 
 
 def lower_policy(action: Remat) -> Callable[..., Any] | None:
-    """The JAX policy of `action`; JAX's own object where it has one, so that the program is JAX's."""
+    """Return the JAX policy of `action`: JAX's own object if there is one, for the same program as `jax.checkpoint`."""
     if not is_naming_needed(action):
         return None if action.policy is None else action.policy.lower()
     marks: Policy = policies.save_and_offload_only_these_names(
@@ -105,10 +103,10 @@ def lower_policy(action: Remat) -> Callable[..., Any] | None:
 
 
 def evaluate(fn: Callable[[list[Any]], list[Any]], leaves: list[Any], action: Remat) -> list[Any]:
-    """`fn(leaves)`, with the values that `action` keeps marked for its policy.
+    """Compute `fn(leaves)` with the values that `action` saves or offloads marked for its policy.
 
     Raises:
-        UnmatchedRuleError: If a pattern of `save` or `offload` names nothing here.
+        UnmatchedRuleError: If a pattern of `save` or `offload` matches no value that can be saved.
     """
     program = jax.make_jaxpr(fn)(leaves)
     marks = select_marks(functools.partial(find_named_values, program), action)
@@ -119,55 +117,58 @@ def evaluate(fn: Callable[[list[Any]], list[Any]], leaves: list[Any], action: Re
 
 
 def select_marks(find_values: Callable[..., Iterable[NamedValue]], action: Remat) -> dict[Position, str]:
-    """Which equations' results are saved or offloaded; later patterns do not override, `save` comes first.
+    """Select the equations whose results are saved or offloaded; a value named for both is saved.
 
     Args:
-        find_values: The values by name; `named(deeper=True)` looks into inner regions, too.
+        find_values: Returns the named values; with `deeper=True`, also those in inner regions.
         action: What is saved and offloaded.
 
+    Returns:
+        `SAVED` or `OFFLOADED` by the equation's position.
+
     Raises:
-        UnmatchedRuleError: If a pattern names nothing that can be kept.
+        UnmatchedRuleError: If a pattern matches no value that can be saved.
     """
     values = list(find_values())
     marks: dict[Position, str] = {}
     for patterns, mark in ((action.offload, OFFLOADED), (action.save, SAVED)):
         for text in patterns:
             pattern = NamePattern.parse(text)
-            found = [v for v in values if pattern.is_match(v.kind, v.path, v.primitive, v.index)]
-            reachable = [v for v in found if v.reachable]
+            matches = [v for v in values if pattern.is_match(v.kind, v.path, v.primitive, v.index)]
+            reachable = [v for v in matches if v.reachable]
             if not reachable:
-                raise _make_unmatched_error(pattern, found, values, list(find_values(deeper=True)))
+                raise _make_unmatched_error(pattern, matches, values, list(find_values(deeper=True)))
             marks.update({position: mark for value in reachable for position in value.where})
     return marks
 
 
 def _make_unmatched_error(
-    pattern: NamePattern, found: Sequence[NamedValue], values: Sequence[NamedValue], deeper: Sequence[NamedValue]
+    pattern: NamePattern, matches: Sequence[NamedValue], values: Sequence[NamedValue], deeper: Sequence[NamedValue]
 ) -> UnmatchedRuleError:
     text = pattern.text
     inner = [v for v in deeper if pattern.is_match(v.kind, v.path, v.primitive, v.index)]
-    if inner and not found:
+    if inner and not matches:
         return UnmatchedRuleError(
             what=f"the name {text!r} matches only values inside another region ({inner[0].label}).",
-            why="a region decides over its inside alone: what is saved there cannot be named from outside.",
-            fix="name it in the inner module's own rule, relative to that module, or take that region out.",
+            why="a region decides for its own inside; the outer region's policy has no effect there.",
+            fix="name it in the inner module's rule, relative to that module, or exclude that region with False.",
         )
-    if found:
+    if matches:
         return UnmatchedRuleError(
-            what=f"the name {text!r} matches only values inside a custom derivative or a kernel ({found[0].label}).",
-            why="no policy of JAX reaches them: they are recomputed by the code that defines the derivative.",
+            what=f"the name {text!r} matches only values inside a custom derivative or a kernel ({matches[0].label}).",
+            why="no JAX policy can save them; the derivative's own code decides whether to recompute them.",
             fix="save the output of the module around it instead.",
         )
     labels = list(dict.fromkeys(value.label for value in values if value.reachable))
     return UnmatchedRuleError(
         what=f"the name {text!r} matches no value of this region.",
-        why="it would silently save nothing; names are relative to the region.",
+        why="nothing would be saved; names are relative to the region.",
         fix=suggest_names(text, labels),
     )
 
 
 def find_named_values(jaxpr: Any, *, deeper: bool = False) -> Iterator[NamedValue]:
-    """All values of a traced program by name, in trace order; `deeper` looks into regions inside it, too."""
+    """Yield the named values of a traced program in trace order, with `deeper` also those in regions inside it."""
     counts: dict[tuple[str, Path, str], int] = {}
     outputs: dict[tuple[Path, int], NamedValue] = {}
     for position, equation, path, reachable in _walk_equations(jaxpr, (), (), True, deeper=deeper):
@@ -205,7 +206,7 @@ def find_named_values(jaxpr: Any, *, deeper: bool = False) -> Iterator[NamedValu
 def _walk_equations(
     jaxpr: Any, prefix: Position, outer: Path, reachable: bool, *, deeper: bool = False
 ) -> Iterator[tuple[Position, Any, Path, bool]]:
-    """Equations that compute something, depth first; the wrappers around nested programs are passed over."""
+    """Yield the equations that compute something, depth first, without the wrappers around nested programs."""
     for number, equation in enumerate(jaxprs.open_jaxpr(jaxpr).eqns):
         path = scopes.find_path(str(equation.source_info.name_stack))
         path = outer if path is None else path
@@ -214,15 +215,15 @@ def _walk_equations(
         if not nested or opaque or jaxprs.is_region(equation):
             yield (*prefix, number), equation, path, reachable
         if jaxprs.is_region(equation) and not deeper:
-            continue  # a region of its own, with names of its own
+            continue  # an inner region has its own names
         for place, inner in nested:
             yield from _walk_equations(inner, (*prefix, (number, place)), path, reachable and not opaque, deeper=deeper)
 
 
 def mark_equations(jaxpr: Any, marks: dict[Position, str], prefix: Position = ()) -> Any:
-    """The program with a `checkpoint_name` behind every marked equation and no marks of `scopes`."""
+    """Return the program with a `checkpoint_name` after every marked equation, and without the marks of `scopes`."""
     equations: list[Any] = []
-    same: dict[Any, Any] = {}  # result of a dropped mark -> the value it marked
+    same: dict[Any, Any] = {}  # result of a removed mark -> the value it marked
     inner = jaxprs.open_jaxpr(jaxpr)
     placed = _place_marks(inner, marks, prefix)
     for number, equation in enumerate(inner.eqns):
@@ -246,28 +247,30 @@ def mark_equations(jaxpr: Any, marks: dict[Position, str], prefix: Position = ()
 
 
 def _place_marks(inner: Any, marks: dict[Position, str], prefix: Position) -> dict[int, str]:
-    """Marks by the equations of one program; a kept name's goes to what made the value, where only that can keep it."""
+    """Marks by equation number in one program.
+
+    The mark of a `checkpoint_name` moves to the equation that computes the value, if only there it can be saved.
+    """
     found = {number: marks[*prefix, number] for number in range(len(inner.eqns)) if (*prefix, number) in marks}
     if not found:
         return found
-    makers: dict[Any, int] = {}
+    producers: dict[Any, int] = {}
     for number, equation in enumerate(inner.eqns):
         name = jaxprs.get_checkpoint_name(equation)
         if name is None:
-            makers.update(dict.fromkeys(equation.outvars, number))
+            producers.update(dict.fromkeys(equation.outvars, number))
             continue
-        maker = makers.get(equation.invars[0]) if isinstance(equation.invars[0], core.Var) else None
-        if maker is None:
+        producer = producers.get(equation.invars[0]) if isinstance(equation.invars[0], core.Var) else None
+        if producer is None:
             continue
-        makers[equation.outvars[0]] = maker
-        kept = found.get(number) in (SAVED, OFFLOADED)
+        producers[equation.outvars[0]] = producer
         if (
-            kept
-            and len(inner.eqns[maker].outvars) == 1
-            and result_derivatives.is_result_in_derivative(inner.eqns[maker])
+            found.get(number) in (SAVED, OFFLOADED)
+            and len(inner.eqns[producer].outvars) == 1
+            and result_derivatives.is_result_in_derivative(inner.eqns[producer])
         ):
             mark = found.pop(number)
-            found[maker] = SAVED if found.get(maker) == SAVED else mark
+            found[producer] = SAVED if found.get(producer) == SAVED else mark
     return found
 
 
@@ -287,7 +290,7 @@ def _resolve_atom(same: dict[Any, Any], atom: Any) -> Any:
 
 
 def _decide_marks(jaxpr: Any, policy: Policy) -> dict[Position, str]:
-    """Marks for a policy that `jax_remat3` would not ask."""
+    """Marks for a policy that `jax_remat3` would not call."""
     marks = {}
     for position, equation, _, reachable in _walk_equations(jaxpr, (), (), True):
         name = jaxprs.get_checkpoint_name(equation)

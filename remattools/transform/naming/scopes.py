@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Module paths on traced operations, without an edit of the model.
+"""Module paths on traced operations, without editing the model.
 
-nnx puts no module names into a trace. While a function is traced under
-`recorded`, the modules it sees carry a temporary subclass whose methods open a
-`jax.named_scope` with the module's path and mark what they return. Paths are
-relative to the region, since equal blocks share one trace; they ride in the
-operations' metadata, so the compiled program is the same.
+nnx does not put module names into a trace. While a function is traced under `record_paths`, its modules have a
+temporary subclass whose methods open a `jax.named_scope` with the module's path and mark what they return. Paths are
+relative to the region, since equal blocks share one trace. They are metadata of the operations, so the compiled program
+is the same.
 
-Works on modules that the region rebuilt for itself, or on a user's model for the
-length of one trace; either way the classes are put back before anybody looks.
+Works on the modules that a region rebuilt, or on a user's model during one trace; the classes are restored afterwards.
 """
 
 import contextlib
@@ -30,15 +28,15 @@ from ..modules import find_modules
 _SCOPE_PREFIX = "rt:"
 _OUTPUT_PREFIX = "rt-out:"
 _SCOPE_PATTERN = re.compile(r"rt:([^/()]*)")
-# Stands in the name stack where a region begins; module paths behind it are relative to the region.
+# In the name stack where a region begins; the module paths after it are relative to the region.
 REGION = "rt-region"
-# Likewise where no region begins: a program that was traced on its own, from the module before the mark.
+# In the name stack of a program that was traced separately; the paths after it are relative to the module before it.
 RELATIVE = "rt-relative"
 _OUTPUT_PATTERN = re.compile(r"rt-out:(.*)#(\d+)\Z")
 
 
 class _ScopeState(threading.local):
-    """Per thread: the module whose code is being traced, and how often each path was called."""
+    """Per thread: path of the module that is being traced, and the number of calls by path."""
 
     def __init__(self) -> None:
         self.path: str | None = None
@@ -50,10 +48,10 @@ _scope_state = _ScopeState()
 
 @contextlib.contextmanager
 def record_paths(roots: Iterable[tuple[Path, Any]]) -> Iterator[None]:
-    """Trace inside this block with the modules' paths on every operation.
+    """Put module paths on every operation that is traced inside the block.
 
     Args:
-        roots: Pairs of a path and a value (module or pytree of modules) at it.
+        roots: Pairs of a path and the module, or pytree of modules, at it.
     """
     scoped: list[tuple[Any, type]] = []
     before = (_scope_state.path, _scope_state.calls)
@@ -75,18 +73,18 @@ def record_paths(roots: Iterable[tuple[Path, Any]]) -> Iterator[None]:
 
 
 def find_path(name_stack: str) -> Path | None:
-    """The innermost module path in an operation's name stack, or None."""
+    """Return the innermost module path in an operation's name stack, or None."""
     found = _SCOPE_PATTERN.findall(name_stack)
     return parse_path(found[-1]) if found else None
 
 
 def find_paths(name_stack: str) -> list[Path]:
-    """All module paths in an operation's name stack, the outermost first."""
+    """Return all module paths in an operation's name stack, outermost first."""
     return [parse_path(text) for text in _SCOPE_PATTERN.findall(name_stack)]
 
 
 def parse_output(name: str) -> tuple[Path, int] | None:
-    """Module path and call index of a marked output, or None for a name of the user."""
+    """Return module path and call index of a marked output, or None for a user's `checkpoint_name`."""
     found = _OUTPUT_PATTERN.match(name)
     return (parse_path(found[1]), int(found[2])) if found else None
 
@@ -98,15 +96,15 @@ def _make_scoped_class(cls: type) -> type:
 
 
 def _collect_methods(cls: type) -> dict[str, Any]:
-    """Everything that may compute: private helpers too, but no special method except the call."""
-    nothing = (nnx.Module, nnx.Pytree, nnx.Object, object)
-    found = collect_methods(b for b in cls.__mro__ if b not in nothing and b.__module__ != "flax.nnx.reprlib")
+    """All methods that may compute: private ones too, but no special method except `__call__`."""
+    library_bases = (nnx.Module, nnx.Pytree, nnx.Object, object)
+    methods = collect_methods(b for b in cls.__mro__ if b not in library_bases and b.__module__ != "flax.nnx.reprlib")
     special = ("__", "_pytree__", "_graph_node", "_remattools")
-    return {name: value for name, value in found.items() if name == "__call__" or not name.startswith(special)}
+    return {name: value for name, value in methods.items() if name == "__call__" or not name.startswith(special)}
 
 
 def _bind_method(value: Any, instance: Any) -> Any:
-    """A method of a class as Python would give it to a caller."""
+    """Bind a method as attribute access would."""
     return value.__get__(instance, type(instance)) if hasattr(type(value), "__get__") else value
 
 
@@ -129,7 +127,7 @@ def _make_scoped_method(cls: type, name: str, value: Any) -> Callable[..., Any]:
 
 
 def _name_outputs(value: Any, name: str) -> Any:
-    """Name the arrays a module returned; lists and dicts stay as they are, since a caller may hold them."""
+    """Name the arrays that a module returned, except in lists and dicts, whose identity a caller may rely on."""
     if isinstance(value, jax.Array):
         return checkpoint_name(value, name)
     if type(value) is tuple:

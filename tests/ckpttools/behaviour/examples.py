@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small run with everything in it that is hard to restore, shared by the tests so that it is compiled once."""
+"""A small run with everything that is hard to restore, shared by the tests so that it is compiled once."""
 
 import jax
 import jax.numpy as jnp
@@ -70,13 +70,13 @@ def _update(model: Net, optimizer: nnx.Optimizer, x: jax.Array) -> jax.Array:
 
 
 def train_step(state: dict) -> float:
-    """One update in place; returns the loss."""
+    """Make one update in place; return the loss."""
     noise = jax.random.normal(state["rngs"](), (4, 8)) * 1e-3
     return float(_update(state["model"], state["optimizer"], jnp.asarray(next(state["data"])) + noise))
 
 
 def leaves(state: dict) -> dict[str, object]:
-    """Every leaf by name, arrays as (dtype, shape, bytes), so that equality is equality of bits."""
+    """Return every leaf by name, arrays as (dtype, shape, bytes), so that equal means equal bits."""
     found = {}
     for item, value in state.items():
         for leaf in flatten.flatten_item(value).leaves:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One damage at a time to a run of three steps, and what a restore makes of it; for the tests and the benchmark."""
+"""Damage one file of a run of three steps, and restore it; for the tests and the benchmark."""
 
 import dataclasses
 import pathlib
@@ -19,7 +19,7 @@ OLDEST, GOOD, NEWER = 5, 10, 20
 
 
 def state_at(step: int) -> dict:
-    """Arrays of all sizes, so that some stand in Orbax's data files and some within its trees."""
+    """Arrays of all sizes, so that Orbax stores some in data files and some in its B-trees."""
     base = jnp.arange(3000.0)
     return {
         "model": {"large": base * step, "small": jnp.arange(5.0) + step, "half": jnp.ones(600, jnp.bfloat16) * step},
@@ -28,12 +28,12 @@ def state_at(step: int) -> dict:
     }
 
 
-def spec_for(folder: pathlib.Path, *, compression: bool = False) -> ct.CheckpointSpec:
-    return ct.CheckpointSpec(directory=folder, keep=ct.All(), storage=ct.Storage(compression=compression))
+def spec_for(directory: pathlib.Path, *, compression: bool = False) -> ct.CheckpointSpec:
+    return ct.CheckpointSpec(directory=directory, keep=ct.All(), storage=ct.Storage(compression=compression))
 
 
-def write_run(folder: pathlib.Path, *, compression: bool = False) -> None:
-    with ct.open(spec_for(folder, compression=compression)) as ckpt:
+def write_run(directory: pathlib.Path, *, compression: bool = False) -> None:
+    with ct.open(spec_for(directory, compression=compression)) as ckpt:
         for step in (OLDEST, GOOD, NEWER):
             ckpt.save(step, state_at(step), metrics={"loss": 1 / step})
 
@@ -45,7 +45,7 @@ def files_of(run: pathlib.Path) -> list[str]:
 
 
 def damage(run: pathlib.Path, name: str, kind: str, rng: random.Random) -> bool:
-    """Damage one file of the newer step; False if that kind of damage leaves this file as it is."""
+    """Damage one file of the newer step; return False if this kind of damage does not change the file."""
     path = run / str(NEWER) / name
     data = path.read_bytes()
     if kind == "deleted":
@@ -76,7 +76,7 @@ def flip_bit_of(step: pathlib.Path | str, content: bytes) -> None:
 
 
 def _twin(run: pathlib.Path, name: str) -> pathlib.Path:
-    """The file of the older step that stands where `name` stands in the newer; Orbax's data files have random names."""
+    """The file of the older step that corresponds to `name`; Orbax's data files have random names."""
     twin = run / str(GOOD) / name
     if twin.exists():
         return twin
@@ -88,8 +88,8 @@ def _twin(run: pathlib.Path, name: str) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What came of one damage: "detected" (named, the older step restored), "harmless" (the newer one, bit for bit),
-    or a failure: "silent", "crash", "unnamed"."""
+    """The outcome of one damage: "detected" (named, and the older step restored), "harmless" (the newer one restored
+    bit for bit), or a failure: "silent", "crash", "unnamed"."""
 
     name: str
     kind: str
@@ -98,7 +98,7 @@ class Trial:
 
 
 def try_damage(pristine: pathlib.Path, work: pathlib.Path, name: str, kind: str, rng: random.Random) -> Trial | None:
-    """One trial in a fresh copy; None if the damage changes nothing."""
+    """Make one trial in a new copy; None if the damage changes nothing."""
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(pristine, work)
     if not damage(work, name, kind, rng):
@@ -119,7 +119,7 @@ def try_damage(pristine: pathlib.Path, work: pathlib.Path, name: str, kind: str,
 
 
 def trials(pristine: pathlib.Path, work: pathlib.Path, *, count: int, seed: int) -> Iterator[Trial]:
-    """`count` trials: every file with every kind of damage once, then flips and halves at random."""
+    """Make `count` trials: every file with every kind of damage once, then random ones."""
     rng = random.Random(seed)
     names = files_of(pristine)
     planned = [(name, kind) for kind in KINDS for name in names]
@@ -142,7 +142,7 @@ def tally(found: list[Trial]) -> dict[tuple[str, str], Counter]:
 
 
 def file_class(name: str) -> str:
-    """A name for what a file is, across steps and items."""
+    """The kind of a file, across steps and items."""
     if "/d/" in name:
         return "OCDBT data and trees"
     last = name.rpartition("/")[2]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is killed again and again: a server forks children that train, the parent kills them at any moment.
+"""A run that is killed again and again: a server forks children that train, and kills them at random moments.
 
 The server imports everything and starts no JAX backend, so that a fork is safe and a child trains after a tenth of a
-second. A child tells through a pipe which steps it was told are durable; whatever it told must be there after the kill.
+second. A child reports through a pipe which steps are durable; each of them must be there after the kill.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Iterator
 
-import fsspec.implementations.local  # noqa: F401  a child would spend its short life on importing it
+import fsspec.implementations.local  # noqa: F401  imported here, since a child would spend its short life on it
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,17 +27,17 @@ TOTAL = 45
 KEEP = ct.Latest(2) | ct.EveryNSteps(15)
 
 
-def spec_for(folder: pathlib.Path, *, mirrored: bool = False) -> ct.CheckpointSpec:
-    mirror = ct.Mirror(f"file://{mirror_of(folder)}") if mirrored else None
-    return ct.CheckpointSpec(directory=folder, save=ct.EverySteps(3), keep=KEEP, mirror=mirror)
+def spec_for(directory: pathlib.Path, *, mirrored: bool = False) -> ct.CheckpointSpec:
+    mirror = ct.Mirror(f"file://{mirror_of(directory)}") if mirrored else None
+    return ct.CheckpointSpec(directory=directory, save=ct.EverySteps(3), keep=KEEP, mirror=mirror)
 
 
-def mirror_of(folder: pathlib.Path) -> pathlib.Path:
-    return folder.with_name(f"{folder.name}-mirror")
+def mirror_of(directory: pathlib.Path) -> pathlib.Path:
+    return directory.with_name(f"{directory.name}-mirror")
 
 
 class Noise:
-    """A data iterator, so that a resume at the wrong place changes the result."""
+    """A data iterator, so that resuming from the wrong position changes the result."""
 
     def __init__(self) -> None:
         self._rng = np.random.default_rng(5)
@@ -52,21 +52,21 @@ class Noise:
         self._rng.bit_generator.state = state
 
 
-def train(folder: pathlib.Path, tell: int | None = None, *, mirrored: bool = False) -> bytes:
-    """Train to the end; returns the bits of the final state. The mirror is slower than the training saves."""
+def train(directory: pathlib.Path, pipe: int | None = None, *, mirrored: bool = False) -> bytes:
+    """Train to the end; return the bits of the final state. The mirror is slower than the saves."""
     if mirrored:
         _slow_down_the_mirror()
     state = {"model": {"w": jnp.zeros(512), "step": 0}, "data": Noise()}
-    with ct.open(spec_for(folder, mirrored=mirrored)) as ckpt:
+    with ct.open(spec_for(directory, mirrored=mirrored)) as ckpt:
         report = ckpt.restore(state)
         model = report.state["model"]
-        _tell(tell, report.step or 0)
+        _report(pipe, report.step or 0)
         for step in ckpt.steps(TOTAL):
             model = {"w": model["w"] * 0.999 + next(state["data"]), "step": step}
             outcome = ckpt.step(step, {"model": model, "data": state["data"]})
             durable = outcome if isinstance(outcome, ct.Saved) else getattr(outcome, "finished", None)
             if durable:
-                _tell(tell, durable.step)
+                _report(pipe, durable.step)
     return np.asarray(model["w"]).tobytes() + str(model["step"]).encode()
 
 
@@ -80,14 +80,14 @@ def _slow_down_the_mirror() -> None:
     RemoteStore._upload_file = slow
 
 
-def _tell(pipe: int | None, step: int) -> None:
+def _report(pipe: int | None, step: int) -> None:
     if pipe is not None:
         os.write(pipe, f"{step}\n".encode())
 
 
 @dataclasses.dataclass
 class Tally:
-    """What was seen over all kills."""
+    """What was seen in all trials."""
 
     kills: int = 0
     in_a_save: int = 0
@@ -96,42 +96,43 @@ class Tally:
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def compare(self, root: pathlib.Path, expected: bytes, *, mirrored: bool) -> None:
-        """Let a run finish, if it has not, and compare its end with that of an unbroken one, and its mirror with it."""
+        """Let a run finish; compare its final state with that of an unkilled run, and its mirror with its steps."""
         self.finished_runs += 1
         if _in_child(lambda: train(root, mirrored=mirrored)) != expected:
             self.problems.append(f"{root.name}: the final state differs from that of an uninterrupted run")
         if mirrored:
-            # A run that was killed between its last commit and what is deleted then has one step more.
-            kept = {verdict.step.step for verdict in ct.prune(root, KEEP, dry_run=True) if verdict.keep}
-            there = _copies(root)
-            self.problems += [] if kept == there else [f"{root.name}: of the steps {kept} the mirror has {there}"]
+            # A run that was killed between its last commit and the deletions after it has one step more.
+            kept_steps = {verdict.step.step for verdict in ct.prune(root, KEEP, dry_run=True) if verdict.keep}
+            copied = _copies(root)
+            if copied != kept_steps:
+                self.problems.append(f"{root.name}: of the steps {kept_steps} the mirror has {copied}")
 
 
-def kill_often(folder: pathlib.Path, *, kills: int, seed: int, mirrored: bool = False) -> Tally:
-    """Kill children at random moments until `kills` have died; runs that finish are compared and begun anew."""
+def kill_often(directory: pathlib.Path, *, kills: int, seed: int, mirrored: bool = False) -> Tally:
+    """Kill children at random moments until `kills` have died; compare each run that finishes and start another."""
     rng, tally = random.Random(seed), Tally()
-    expected = _in_child(lambda: train(folder / "whole"))
-    root = folder / "run0"
+    expected = _in_child(lambda: train(directory / "whole"))
+    root = directory / "run0"
     while tally.kills < kills:
-        killed, told = _one_life(root, rng, mirrored=mirrored)
+        killed, reported = _one_life(root, rng, mirrored=mirrored)
         if killed:
             tally.kills += 1
             tally.in_a_save += any((root / ".ckpttools" / "staging").glob("*"))
             tally.in_a_copy += any((root / ".ckpttools" / "outbox").glob("*"))
-            tally.problems += _check(root, max(told, default=0)) + _check_mirror(root)
+            tally.problems += _check(root, max(reported, default=0)) + _check_mirror(root)
         else:
             tally.compare(root, expected, mirrored=mirrored)
-            root = folder / f"run{tally.finished_runs}"
-    # The run that was killed last is left to finish, so that there is always one to compare.
+            root = directory / f"run{tally.finished_runs}"
+    # The last run is left to finish, so that there is always one to compare.
     tally.compare(root, expected, mirrored=mirrored)
     return tally
 
 
 def _check(root: pathlib.Path, durable: int) -> list[str]:
-    """Nothing that was called durable is lost, and every numbered folder is a whole step."""
-    known = catalogue.scan(root)
-    problems = [f"step {entry.step} is {entry.state}" for entry in known.entries if entry.state != "committed"]
-    latest = max((entry.step for entry in known.live_entries), default=0)
+    """Check that no durable step is lost, and that every numbered directory is a whole step."""
+    steps = catalogue.scan(root)
+    problems = [f"step {entry.step} is {entry.state}" for entry in steps.entries if entry.state != "committed"]
+    latest = max((entry.step for entry in steps.live_entries), default=0)
     if latest < durable:
         problems.append(f"step {durable} was durable, and {latest} is the latest")
     return problems
@@ -143,7 +144,7 @@ def _copies(root: pathlib.Path) -> set[int]:
 
 
 def _check_mirror(root: pathlib.Path) -> list[str]:
-    """Every copy that says of itself that it is finished has every byte."""
+    """Check that every finished copy has every byte."""
     if not mirror_of(root).exists():
         return []
     store = RemoteStore(f"file://{mirror_of(root)}", {})
@@ -152,13 +153,12 @@ def _check_mirror(root: pathlib.Path) -> list[str]:
 
 
 def _one_life(root: pathlib.Path, rng: random.Random, *, mirrored: bool) -> tuple[bool, list[int]]:
-    """Start a child, let it train for a random while, kill it; whether it was killed, and what it told."""
+    """Start a child, let it train for a random time, kill it; return whether it was killed, and its durable steps."""
     read, write = os.pipe()
     child = _fork(lambda: train(root, write, mirrored=mirrored))
     os.close(write)
-    told: list[int] = []
     buffer = b""
-    # The first word comes when training begins; before that there is nothing to be killed in the middle of.
+    # The first report comes when training begins; before that there is nothing to interrupt.
     deadline = time.monotonic() + 60
     life_s: float | None = None
     while True:
@@ -177,11 +177,11 @@ def _one_life(root: pathlib.Path, rng: random.Random, *, mirrored: bool) -> tupl
     while chunk := os.read(read, 4096):
         buffer += chunk
     os.close(read)
-    told = [int(word) for word in buffer.split(b"\n")[:-1]]
+    reported = [int(word) for word in buffer.split(b"\n")[:-1]]
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
         raise RuntimeError(f"the child failed with status {os.WEXITSTATUS(status)}")
-    return os.WIFSIGNALED(status), told
+    return os.WIFSIGNALED(status), reported
 
 
 def _fork(work) -> int:
@@ -196,7 +196,7 @@ def _fork(work) -> int:
 
 
 def _in_child(work) -> bytes:
-    """Run `work` in a child of its own, since a server with a JAX backend could not fork any more."""
+    """Run `work` in a child, since a server with a JAX backend could no longer fork."""
     read, write = os.pipe()
     child = _fork(lambda: os.write(write, work()))
     os.close(write)
@@ -204,12 +204,12 @@ def _in_child(work) -> bytes:
     os.close(read)
     os.waitpid(child, 0)
     if not data:
-        raise RuntimeError("the child gave no answer")
+        raise RuntimeError("the child returned nothing")
     return data
 
 
 def lines(tally: Tally) -> Iterator[str]:
-    """The tally for a person."""
+    """Format the tally."""
     yield f"kills {tally.kills}, of which in the middle of a save {tally.in_a_save}"
     if tally.in_a_copy:
         yield f"in the middle of a copy to the mirror {tally.in_a_copy}"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory that saving and restoring take at most, in states; for the tests and the benchmark.
+"""The peak of host memory in saving and restoring, in states; for the tests and the benchmark.
 
-`python -m tests.ckpttools.behaviour.memory WAY MEGABYTES PARTS FOLDER`, one process for each way. glibc keeps freed
-blocks below 32 MB for later instead of giving them back, so the peak is that of the blocks that were in use at one
-time only under `MALLOC_MMAP_THRESHOLD_=65536`.
+`python -m tests.ckpttools.behaviour.memory WAY MEGABYTES PARTS DIRECTORY`, one process for each way. glibc reuses freed
+blocks below 32 MB instead of returning them, so the peak is that of the blocks in use at one time only under
+`MALLOC_MMAP_THRESHOLD_=65536`.
 """
 
 import os
@@ -39,65 +39,65 @@ def template_of(state: State) -> dict[str, jax.ShapeDtypeStruct]:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def spec_for(folder: pathlib.Path) -> ct.CheckpointSpec:
-    return ct.CheckpointSpec(directory=folder, keep=ct.All())
+def spec_for(directory: pathlib.Path) -> ct.CheckpointSpec:
+    return ct.CheckpointSpec(directory=directory, keep=ct.All())
 
 
-def save_orbax(folder: pathlib.Path, state: State) -> None:
+def save_orbax(directory: pathlib.Path, state: State) -> None:
     context = v1.Context()
     context.array.saving.use_compression = False
     with context:
-        v1.save_checkpointables(folder, {"model": state})
+        v1.save_checkpointables(directory, {"model": state})
 
 
-def _save(folder: pathlib.Path, state: State) -> None:
-    with ct.open(spec_for(folder / "ours")) as ckpt:
+def _save(directory: pathlib.Path, state: State) -> None:
+    with ct.open(spec_for(directory / "ours")) as ckpt:
         ckpt.save(1, {"model": state})
 
 
-def _save_often(folder: pathlib.Path, state: State) -> None:
-    """Each save begins while the one before may still be written, and the update after it donates what is saved."""
-    with ct.open(spec_for(folder / "ours")) as ckpt:
+def _save_often(directory: pathlib.Path, state: State) -> None:
+    """Each save begins while the previous one may still be written, and the update after it donates what is saved."""
+    with ct.open(spec_for(directory / "ours")) as ckpt:
         for step in range(1, 5):
             state = update(state)
             ckpt.save(step, {"model": state})
         jax.block_until_ready(update(state))
 
 
-def _restore(folder: pathlib.Path, template: State) -> None:
-    with ct.open(spec_for(folder / "ours")) as ckpt:
+def _restore(directory: pathlib.Path, template: State) -> None:
+    with ct.open(spec_for(directory / "ours")) as ckpt:
         jax.block_until_ready(ckpt.restore({"model": template}).state)
 
 
 WAYS: dict[str, Callable[[pathlib.Path, State], None]] = {
     "save: ckpttools": _save,
     "save: ckpttools, four in a row with donated updates": _save_often,
-    "save: Orbax": lambda folder, state: save_orbax(folder / "plain", state),
+    "save: Orbax": lambda directory, state: save_orbax(directory / "plain", state),
     "restore: ckpttools": _restore,
-    "restore: Orbax": lambda folder, template: jax.block_until_ready(
-        v1.load_checkpointables(folder / "plain", {"model": template})
+    "restore: Orbax": lambda directory, template: jax.block_until_ready(
+        v1.load_checkpointables(directory / "plain", {"model": template})
     ),
 }
 
 
-def peak(way: str, megabytes: int, parts: int, folder: pathlib.Path) -> float:
-    """Host memory that one operation takes at most beyond what the process has before it, in states."""
+def peak(way: str, megabytes: int, parts: int, directory: pathlib.Path) -> float:
+    """Return the peak of host memory in one operation beyond what the process has before it, in states."""
     state = make_state(megabytes, parts)
     total = sum(np.asarray(x).nbytes for x in jax.tree.leaves(state))
     given: State = state
     if way.startswith("restore"):
         if "ckpttools" in way:
-            _save(folder, state)
+            _save(directory, state)
         else:
-            save_orbax(folder / "plain", state)
+            save_orbax(directory / "plain", state)
         given = template_of(state)
     else:
         given = jax.block_until_ready(update(state))
     del state
-    # The highest mark so far is taken back, so that the next one is of the operation alone.
+    # Reset the high-water mark, so that it is that of the operation alone.
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
-    WAYS[way](folder, given)
+    WAYS[way](directory, given)
     return (_status_bytes("VmHWM") - before) / total
 
 
@@ -106,9 +106,9 @@ def _status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def peak_of(way: str, megabytes: int, parts: int, folder: str | None = None, **environment: str) -> float:
-    """`peak` in a process of its own."""
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+def peak_of(way: str, megabytes: int, parts: int, directory: str | None = None, **environment: str) -> float:
+    """Return `peak`, measured in a separate process."""
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
         command = [sys.executable, "-W", "ignore", "-m", __name__, way, str(megabytes), str(parts), scratch]
         done = subprocess.run(
             command, capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, **environment}

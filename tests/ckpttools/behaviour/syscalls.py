@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that refuses one system call of a background save: every kind of call, at every place, by strace.
+"""One system call of a background save fails: every kind of call, at every position, by strace.
 
-A server saves in the background; for each trial strace is attached to it and lets the n-th call of one kind fail in
-each thread, TensorStore's among them. The server tells what its very next call said; the parent looks at the disk.
+A server saves in the background; for each trial strace is attached to it and makes the n-th call of one kind fail in
+each thread, TensorStore's included. The server reports the outcome of its next call; the parent checks the disk.
 """
 
 import contextlib
@@ -44,60 +44,60 @@ PLAN = (
     ("flock", "ENOLCK", range(1, 2)),
     ("ftruncate", "ENOSPC", range(1, 2)),
 )
-"""Kinds of calls, their errors, and which of them fails; `write` is left out, since pipes are written, too."""
+"""Kinds of calls, their errors, and which of them fails; not `write`, since pipes are written, too."""
 
 
 def state_at(step: int) -> dict:
     return {"model": {"w": jnp.arange(200_000.0) + step, "b": jnp.ones(3) * step}, "data": {"n": step}}
 
 
-def spec_for(folder: pathlib.Path) -> ct.CheckpointSpec:
-    return ct.CheckpointSpec(directory=folder, save=ct.EverySteps(100), keep=ct.Latest(2))
+def spec_for(directory: pathlib.Path) -> ct.CheckpointSpec:
+    return ct.CheckpointSpec(directory=directory, save=ct.EverySteps(100), keep=ct.Latest(2))
 
 
-def write_run(folder: pathlib.Path) -> None:
-    with ct.open(spec_for(folder)) as ckpt:
+def write_run(directory: pathlib.Path) -> None:
+    with ct.open(spec_for(directory)) as ckpt:
         for step in range(1, BEFORE + 1):
             ckpt.save(step, state_at(step))
 
 
 def serve() -> None:
-    """For each folder on stdin: restore, wait for a word, save in the background, and tell of the next call."""
+    """For each directory on stdin: restore, wait for a line, save in the background, and report the next call."""
     for line in sys.stdin:
         with contextlib.suppress(ct.CheckpointError), ct.open(spec_for(pathlib.Path(line.strip()))) as ckpt:
             ckpt.restore(state_at(0))
-            _say({})
+            _send({})
             sys.stdin.readline()
-            _say(_saved_behind(ckpt))
+            _send(_save_in_background(ckpt))
             sys.stdin.readline()
-        _say({})
+        _send({})
 
 
-def _saved_behind(ckpt: ct.Session) -> dict:
+def _save_in_background(ckpt: ct.Session) -> dict:
     try:
         ckpt.save(TRIED, state_at(TRIED))
     except Exception as error:
-        return {"at_once": _told(error)}
+        return {"at_once": _describe(error)}
     deadline = time.monotonic() + 15
     while any(thread.name.startswith("ckpttools-save") for thread in threading.enumerate()):
         if time.monotonic() > deadline:
             return {"hangs": True}
         time.sleep(0.002)
-    behind = ckpt.failure
-    found = {"behind": None if behind is None else _told(behind)}
+    failure = ckpt.failure
+    found = {"background": None if failure is None else _describe(failure)}
     try:
         finished = ckpt.step(TRIED + 1, state_at(TRIED + 1)).finished
     except Exception as error:
-        return {**found, "next": _told(error)}
+        return {**found, "next": _describe(error)}
     return {**found, "finished": finished.step if finished else None}
 
 
-def _told(error: BaseException) -> dict:
+def _describe(error: BaseException) -> dict:
     return {"text": f"{type(error).__name__}: {error}", "ours": isinstance(error, ct.CheckpointError)}
 
 
-def _say(told: dict) -> None:
-    print(json.dumps(told), flush=True)
+def _send(message: dict) -> None:
+    print(json.dumps(message), flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Trial:
     Attributes:
         name: Which.
         outcome: "failed", "saved", or "not met" if there was no such call.
-        problems: What should not be.
+        problems: What is wrong.
     """
 
     name: str
@@ -129,10 +129,10 @@ class Server:
             text=True,
         )
 
-    def ask(self, word: str) -> dict:
+    def ask(self, line: str) -> dict:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
@@ -167,7 +167,7 @@ def _is_traced(process: int) -> bool:
 
 
 def can_trace() -> bool:
-    """Whether strace is here and may attach."""
+    """Whether strace is installed and may attach."""
     if shutil.which("strace") is None:
         return False
     sleeper = subprocess.Popen(["sleep", "30"])
@@ -192,43 +192,43 @@ def trials(scratch: pathlib.Path, plan: Iterator[tuple[str, str, int]]) -> Itera
             shutil.copytree(scratch / "base", work)
             server.ask(str(work))
             with _injected(server.process.pid, call, error, number, log):
-                told = server.ask("go")
-            problems = list(_wrong_words(told))
-            if told.get("hangs"):
+                answer = server.ask("go")
+            problems = list(_find_wrong_answers(answer))
+            if answer.get("hangs"):
                 server.end()
                 server = Server()
             else:
                 server.ask("close")
-            problems += _wrong_on_disk(work, told)
+            problems += _find_wrong_files(work, answer)
             met = "INJECTED" in log.read_text()
-            outcome = "not met" if not met else "saved" if told.get("finished") == TRIED else "failed"
+            outcome = "not met" if not met else "saved" if answer.get("finished") == TRIED else "failed"
             yield Trial(f"{call} {error} {number}", outcome, tuple(problems))
     finally:
         server.end()
 
 
-def _wrong_words(told: dict) -> Iterator[str]:
-    if told.get("hangs"):
+def _find_wrong_answers(answer: dict) -> Iterator[str]:
+    if answer.get("hangs"):
         yield "the save never ends"
         return
-    if told.get("behind") and told.get("next") != told["behind"]:
-        yield f"the next call did not raise the error of the background: {told}"
-    if not told.get("behind") and not told.get("at_once") and told.get("finished") != TRIED:
-        yield f"neither saved nor failed: {told}"
-    for error in filter(None, (told.get("at_once"), told.get("next"))):
+    if answer.get("background") and answer.get("next") != answer["background"]:
+        yield f"the next call did not raise the error of the background save: {answer}"
+    if not answer.get("background") and not answer.get("at_once") and answer.get("finished") != TRIED:
+        yield f"neither saved nor failed: {answer}"
+    for error in filter(None, (answer.get("at_once"), answer.get("next"))):
         if not error["ours"]:
-            yield f"not in words: {error['text']}"
+            yield f"not an error of ckpttools: {error['text']}"
 
 
-def _wrong_on_disk(work: pathlib.Path, told: dict) -> list[str]:
+def _find_wrong_files(work: pathlib.Path, answer: dict) -> list[str]:
     problems = []
     try:
         with ct.open(spec_for(work)) as ckpt:
             report = ckpt.restore(state_at(0))
             if report.rejected or report.step not in (BEFORE, TRIED):
                 problems.append(f"restored {report}")
-            if told.get("finished") == TRIED != report.step:
-                problems.append("what was called saved is not there")
+            if answer.get("finished") == TRIED != report.step:
+                problems.append("a step that was reported as saved is missing")
             if not np.array_equal(report.state["model"]["w"], state_at(report.step)["model"]["w"]):
                 problems.append("other bits")
             ckpt.save(AFTER, state_at(AFTER))

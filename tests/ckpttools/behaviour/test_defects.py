@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The defects of today's stack, each shown on plain Orbax (the control) and absent here.
+"""The defects of plain Orbax, each shown there (the control) and absent here.
 
-Lettered as in docs/ckpttools.md. Where a control stops showing its defect, Orbax has mended it: update the page.
+Lettered as in docs/ckpttools.md. If a control no longer shows its defect, Orbax has fixed it: update the page.
 """
 
 import gc
@@ -37,8 +37,8 @@ def _quiet():
         yield
 
 
-def manager(folder, **options):
-    return v0.CheckpointManager(folder, options=v0.CheckpointManagerOptions(**options))
+def manager(directory, **options):
+    return v0.CheckpointManager(directory, options=v0.CheckpointManagerOptions(**options))
 
 
 def plain_save(mngr, step, metrics=None, state=STATE):
@@ -47,17 +47,17 @@ def plain_save(mngr, step, metrics=None, state=STATE):
     return saved
 
 
-def our(folder, **changes):
+def our(directory, **changes):
     fields = {"save": ct.EverySteps(1), "keep": ct.All(), **changes}
-    return ct.open(ct.CheckpointSpec(directory=folder, **fields))
+    return ct.open(ct.CheckpointSpec(directory=directory, **fields))
 
 
-def failure_of_orbax(folder, template):
-    """Type and text of the error of a plain load; the error itself holds coroutines that complain when collected."""
+def failure_of_orbax(directory, template):
+    """Type and message of the error of a plain load; the error itself holds coroutines that complain when collected."""
     text = ""
     with array_io._mute_leftovers():
         try:
-            v1.load_checkpointables(folder, {"model": template})
+            v1.load_checkpointables(directory, {"model": template})
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
         gc.collect()
@@ -70,7 +70,7 @@ def save_all(ckpt, losses, start=1):
         ckpt.wait()
 
 
-def test_a_metrics_reach_the_disk_and_best_is_known_after_reopening(tmp_path):
+def test_a_metrics_are_stored_and_best_survives_reopening(tmp_path):
     policy = preservation_policy.BestN(get_metric_fn=lambda m: m["loss"], n=2, reverse=True)
     with manager(tmp_path / "plain", preservation_policy=policy) as mngr:
         for step, loss in enumerate([0.5, 0.1, 0.3], start=1):
@@ -122,10 +122,10 @@ def test_d_after_a_rollback_saves_are_saved(tmp_path):
 
 
 def test_e_a_failed_background_save_is_never_called_saved(tmp_path, monkeypatch):
-    """Orbax's manager names the step before it is there; the facts page shows it on a full disk."""
+    """Orbax's manager reports the step before it is on the disk."""
     with manager(tmp_path / "plain", enable_async_checkpointing=True) as mngr:
         assert mngr.save(1, args=v0.args.StandardSave({"w": jnp.zeros(4_000_000)}))
-        assert mngr.latest_step() == 1, "control: named at once"
+        assert mngr.latest_step() == 1, "control: reported at once"
         mngr.wait_until_finished()
 
     def full(*_args, **_kwargs):
@@ -140,7 +140,7 @@ def test_e_a_failed_background_save_is_never_called_saved(tmp_path, monkeypatch)
         assert ckpt.latest_step() is None
 
 
-def test_f_a_stray_folder_is_no_step(tmp_path):
+def test_f_a_stray_directory_is_not_a_step(tmp_path):
     with manager(tmp_path / "plain") as mngr:
         plain_save(mngr, 1)
     (tmp_path / "plain" / "7").mkdir()
@@ -177,10 +177,10 @@ with ct.open(ct.CheckpointSpec(directory=sys.argv[1], save=ct.EverySteps(1000)))
 """
 
 
-def _terminate(program, folder, *, twice=False):
-    """Run a training loop, send SIGTERM when it trains; the exit status and whether a step is there."""
+def _terminate(program, directory, *, twice=False):
+    """Run a training loop, send SIGTERM while it trains; return the exit status and the saved steps."""
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), str(folder)],
+        [sys.executable, "-c", textwrap.dedent(program), str(directory)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -192,10 +192,10 @@ def _terminate(program, folder, *, twice=False):
             break
     process.stdout.read()
     process.stdout.close()
-    return process.wait(60), [int(path.name) for path in pathlib.Path(folder).iterdir() if path.name.isdigit()]
+    return process.wait(60), [int(path.name) for path in pathlib.Path(directory).iterdir() if path.name.isdigit()]
 
 
-def test_g_sigterm_saves_and_leaves_cleanly(tmp_path):
+def test_g_sigterm_saves_and_exits_cleanly(tmp_path):
     status, steps = _terminate(_PLAIN_LOOP, tmp_path / "plain")
     assert status == -signal.SIGTERM, "control"
     assert max(steps, default=0) < 3, "control: the step at the signal is lost"
@@ -204,7 +204,7 @@ def test_g_sigterm_saves_and_leaves_cleanly(tmp_path):
     assert max(steps) >= 3
 
 
-def test_g_a_second_signal_leaves_at_once(tmp_path):
+def test_g_a_second_signal_ends_the_process_at_once(tmp_path):
     stubborn = _OUR_LOOP.replace("time.sleep(0.01)", "time.sleep(0.01 if step < 3 else 60)")
     began = time.monotonic()
     process = subprocess.Popen(
@@ -272,23 +272,23 @@ def test_k_a_relative_directory_and_arrays_without_elements_work(tmp_path, monke
     assert (tmp_path / "ours" / "1").is_dir()
 
 
-def test_l_a_background_save_holds_none_of_the_states_memory(tmp_path, monkeypatch):
+def test_l_a_background_save_references_no_memory_of_the_state(tmp_path, monkeypatch):
     """What stalls the next donated update is a view of the state; the benchmark measures the stall itself."""
-    handed_over = {}
+    passed = {}
     real = array_io.write
 
-    def spy(folder, records, arrays, **options):
-        handed_over.update(arrays["model"])
-        real(folder, records, arrays, **options)
+    def spy(directory, snapshot, **options):
+        passed.update(snapshot.items["model"].host_arrays)
+        real(directory, snapshot, **options)
 
     monkeypatch.setattr(array_io, "write", spy)
     array = jnp.arange(100_000.0)
     with our(tmp_path) as ckpt:
         ckpt.save(1, {"model": {"w": array}})
         ckpt.wait()
-        (copy,) = handed_over.values()
+        (copy,) = passed.values()
         assert not np.shares_memory(copy, np.asarray(array))
         first = copy
         ckpt.save(2, {"model": {"w": array}})
         ckpt.wait()
-        assert handed_over[("w",)] is first, "the buffers are kept, so that host memory stays at one state"
+        assert passed[("w",)] is first, "the buffers are reused, so that host memory stays at one state"

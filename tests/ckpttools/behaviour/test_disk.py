@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A full, slow or failing disk: known beforehand where possible, reported at once where not, nothing old is lost."""
+"""A full, slow or failing disk: detected in advance if possible, else reported at once; no old step is lost."""
 
 import collections
 import os
@@ -18,15 +18,15 @@ STATE = {"model": {"w": jnp.arange(1000.0)}}
 Usage = collections.namedtuple("Usage", "total used free")
 
 
-def spec_for(folder, **storage):
-    return ct.CheckpointSpec(directory=folder, keep=ct.Latest(2), storage=ct.Storage(**storage))
+def spec_for(directory, **storage):
+    return ct.CheckpointSpec(directory=directory, keep=ct.Latest(2), storage=ct.Storage(**storage))
 
 
 def with_free(monkeypatch, free):
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage(10**12, 0, free() if callable(free) else free))
 
 
-def test_too_little_room_raises_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_space_raises_before_anything_is_written(tmp_path, monkeypatch):
     with ct.open(spec_for(tmp_path)) as ckpt:
         with_free(monkeypatch, 2_000_000)
         with pytest.raises(ct.DiskSpaceError, match="2,000,000 bytes free; this save takes 1,052,576"):
@@ -38,11 +38,11 @@ def test_too_little_room_raises_before_anything_is_written(tmp_path, monkeypatch
     ("min_free", "needed"),
     [("2x", 2000), ("1.5x", 1500), ("0.1x", 1000), (0, 1000), (5000, 5000)],
 )
-def test_the_room_that_is_asked_for(min_free, needed):
+def test_min_free_determines_the_required_bytes(min_free, needed):
     assert ct.Storage(min_free=min_free).compute_required_bytes(1000) == needed
 
 
-def test_with_prune_what_retention_allows_is_deleted_first(tmp_path, monkeypatch):
+def test_with_prune_steps_that_retention_allows_are_deleted_first(tmp_path, monkeypatch):
     with ct.open(spec_for(tmp_path)) as ckpt:
         for step in (1, 2):
             ckpt.save(step, STATE)
@@ -61,17 +61,17 @@ def test_with_prune_what_retention_allows_is_deleted_first(tmp_path, monkeypatch
         assert ckpt.all_steps() == (3, 4)
 
 
-def test_no_room_in_the_middle_leaves_the_old_steps_and_no_debris(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_steps_and_no_leftovers(tmp_path, monkeypatch):
     with ct.open(spec_for(tmp_path)) as ckpt:
         ckpt.save(1, STATE)
         ckpt.wait()
 
-        def half_way(folder, *_args, **_kwargs):
-            folder.mkdir(parents=True)
-            (folder / "half").write_bytes(b"x" * 1000)
+        def fail_half_way(directory, *_args, **_kwargs):
+            directory.mkdir(parents=True)
+            (directory / "half").write_bytes(b"x" * 1000)
             raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
 
-        monkeypatch.setattr(orbax, "write", half_way)
+        monkeypatch.setattr(orbax, "write", fail_half_way)
         ckpt.save(2, STATE)
         with pytest.raises(ct.DiskSpaceError, match="step 2"):
             ckpt.wait()
@@ -93,11 +93,11 @@ def test_a_failed_save_does_not_count_as_saved(tmp_path, monkeypatch):
         with pytest.raises(ct.StorageError, match="Input/output error"):
             ckpt.wait()
         monkeypatch.undo()
-        # Worse than the one that was lost, and still the best there is.
+        # Worse than the one that was lost, and still the best saved one.
         assert isinstance(ckpt.step(2, STATE, metrics={"loss": 0.2}), ct.Started)
 
 
-def test_a_wait_has_an_end_and_what_was_waited_for_is_not_committed(tmp_path, monkeypatch):
+def test_a_save_whose_wait_timed_out_is_not_committed(tmp_path, monkeypatch):
     real = orbax.write
 
     def slow(*args, **kwargs):
@@ -114,25 +114,25 @@ def test_a_wait_has_an_end_and_what_was_waited_for_is_not_committed(tmp_path, mo
         assert ckpt.latest_step() is None
 
 
-def test_a_save_that_outlives_its_session_keeps_the_run_to_itself(tmp_path, monkeypatch):
-    real, go_on, ended = orbax.write, threading.Event(), threading.Event()
+def test_a_save_that_outlives_its_session_holds_the_lock(tmp_path, monkeypatch):
+    real, proceed, ended = orbax.write, threading.Event(), threading.Event()
 
-    def held_up(*args, **kwargs):
-        go_on.wait(20)
+    def blocked(*args, **kwargs):
+        proceed.wait(20)
         real(*args, **kwargs)
         ended.set()
 
-    monkeypatch.setattr(orbax, "write", held_up)
+    monkeypatch.setattr(orbax, "write", blocked)
     ckpt = ct.open(spec_for(tmp_path, timeout_s=0.05))
     ckpt.save(1, STATE)
     with pytest.raises(ct.SaveTimeoutError):
         ckpt.close()
     with ct.open(spec_for(tmp_path)) as other, pytest.raises(ct.RunInUseError):
         other.save(2, STATE)
-    go_on.set()
+    proceed.set()
     assert ended.wait(20)
     monkeypatch.undo()
-    for _ in range(200):  # the lock goes back a moment after the last byte
+    for _ in range(200):  # the lock is released shortly after the last byte
         with ct.open(spec_for(tmp_path)) as other:
             try:
                 other.restore(STATE)
@@ -143,16 +143,16 @@ def test_a_save_that_outlives_its_session_keeps_the_run_to_itself(tmp_path, monk
     assert [step.step for step in ct.ls(tmp_path)][-1] == 2
 
 
-def test_a_readback_finds_what_the_disk_made_of_it(tmp_path, monkeypatch):
+def test_a_readback_finds_a_disk_that_changes_bytes(tmp_path, monkeypatch):
     spec = ct.CheckpointSpec(directory=tmp_path, integrity=ct.Integrity(verify="readback"))
     with ct.open(spec) as ckpt:
         ckpt.save(1, STATE)
         ckpt.wait()
         real = orbax.write
 
-        def bad_disk(folder, *args, **kwargs):
-            real(folder, *args, **kwargs)
-            path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        def bad_disk(directory, *args, **kwargs):
+            real(directory, *args, **kwargs)
+            path = max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
@@ -164,7 +164,7 @@ def test_a_readback_finds_what_the_disk_made_of_it(tmp_path, monkeypatch):
         assert ckpt.all_steps() == (1,)
 
 
-def test_a_background_save_keeps_what_was_handed_over(tmp_path):
+def test_a_background_save_stores_what_was_passed(tmp_path):
     """The arrays may change as soon as `save` returns."""
     array = np.zeros(200_000)
     with ct.open(spec_for(tmp_path)) as ckpt:
@@ -189,7 +189,7 @@ def _bad_sector(monkeypatch, place):
     monkeypatch.setattr(os, "lstat", lstat)
 
 
-def test_a_bad_sector_in_an_old_step_hides_no_other_and_one_in_the_newest_is_raised(tmp_path, monkeypatch):
+def test_an_unreadable_step_hides_no_other_and_raises_if_newest(tmp_path, monkeypatch):
     with ct.open(spec_for(tmp_path)) as ckpt:
         for step in (1, 2):
             ckpt.save(step, STATE)
@@ -199,7 +199,7 @@ def test_a_bad_sector_in_an_old_step_hides_no_other_and_one_in_the_newest_is_rai
         assert ckpt.restore(STATE).step == 2
         ckpt.save(3, STATE)
         ckpt.wait()
-    assert (tmp_path / "1").is_dir(), "what cannot be read is not judged by retention"
+    assert (tmp_path / "1").is_dir(), "retention does not delete what cannot be read"
     monkeypatch.undo()
     _bad_sector(monkeypatch, f"{tmp_path}/3/model/")
     with ct.open(spec_for(tmp_path)) as ckpt:
@@ -208,7 +208,7 @@ def test_a_bad_sector_in_an_old_step_hides_no_other_and_one_in_the_newest_is_rai
         assert ckpt.restore(STATE, step=2).step == 2
 
 
-def test_an_old_step_that_cannot_be_deleted_is_no_failure_of_the_save(tmp_path, monkeypatch):
+def test_a_step_that_cannot_be_deleted_does_not_fail_the_save(tmp_path, monkeypatch):
     with ct.open(spec_for(tmp_path, asynchronous=False)) as ckpt:
         for step in (1, 2):
             ckpt.save(step, STATE)
@@ -225,7 +225,7 @@ def test_an_old_step_that_cannot_be_deleted_is_no_failure_of_the_save(tmp_path, 
         assert ckpt.save(4, STATE).deleted == (1, 2)
 
 
-def test_steps_that_were_deleted_by_hand_do_not_count_as_kept(tmp_path):
+def test_steps_deleted_by_hand_do_not_count_for_retention(tmp_path):
     with ct.open(spec_for(tmp_path, asynchronous=False)) as ckpt:
         for step in (1, 2, 3):
             ckpt.save(step, STATE)
@@ -234,7 +234,7 @@ def test_steps_that_were_deleted_by_hand_do_not_count_as_kept(tmp_path):
         assert ckpt.all_steps() == (2, 4)
 
 
-def test_a_step_copied_in_from_another_run_is_deleted_as_one_of_its_own(tmp_path):
+def test_a_step_copied_from_another_run_is_deleted_like_any_other(tmp_path):
     for run, steps in (("one", (1, 2, 3)), ("other", (10, 20, 30))):
         with ct.open(ct.CheckpointSpec(directory=tmp_path / run, keep=ct.All())) as ckpt:
             for step in steps:
@@ -257,7 +257,7 @@ def _unlisted(monkeypatch, place):
     monkeypatch.setattr(os, "scandir", scandir)
 
 
-def test_a_folder_that_cannot_be_listed_while_orbax_merges_is_no_saved_step(tmp_path, monkeypatch):
+def test_an_unlistable_directory_during_orbaxs_merge_fails_the_save(tmp_path, monkeypatch):
     with ct.open(spec_for(tmp_path, asynchronous=False)) as ckpt:
         ckpt.save(1, STATE)
         _unlisted(monkeypatch, "2.orbax-checkpoint-tmp/model")
@@ -269,7 +269,7 @@ def test_a_folder_that_cannot_be_listed_while_orbax_merges_is_no_saved_step(tmp_
         assert ct.verify(tmp_path).ok
 
 
-def test_a_folder_that_cannot_be_listed_is_not_described_as_empty(tmp_path, monkeypatch):
+def test_an_unlistable_directory_is_not_described_as_empty(tmp_path, monkeypatch):
     with ct.open(spec_for(tmp_path, asynchronous=False)) as ckpt:
         ckpt.save(1, STATE)
         _unlisted(monkeypatch, "ocdbt.process_0/d")
@@ -278,7 +278,7 @@ def test_a_folder_that_cannot_be_listed_is_not_described_as_empty(tmp_path, monk
         assert ckpt.all_steps() == (1,)
 
 
-def test_a_commit_that_the_disk_does_not_confirm_is_told_and_counted_once(tmp_path, monkeypatch):
+def test_an_unconfirmed_commit_is_reported_and_counted_once(tmp_path, monkeypatch):
     with ct.open(spec_for(tmp_path, asynchronous=False)) as ckpt:
         ckpt.save(1, STATE)
         real = commit.sync_file
@@ -297,7 +297,7 @@ def test_a_commit_that_the_disk_does_not_confirm_is_told_and_counted_once(tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:.*damaged step.*were passed over")
-def test_with_prune_what_is_in_quarantine_goes_before_what_is_intact(tmp_path, monkeypatch):
+def test_pruning_empties_quarantine_before_deleting_intact_steps(tmp_path, monkeypatch):
     keep_all = ct.CheckpointSpec(directory=tmp_path, keep=ct.All(), storage=ct.Storage(asynchronous=False))
     with ct.open(keep_all) as ckpt:
         for step in (1, 2, 3, 4):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any damage to any file is detected and named, or harmless; plain Orbax restores a flipped bit without a word."""
+"""Any damage to any file is detected and named, or harmless; plain Orbax restores a flipped bit silently."""
 
 import contextlib
 import random
@@ -18,9 +18,9 @@ from tests.ckpttools.behaviour import faults
 
 @pytest.fixture(scope="module", params=[False, True], ids=["uncompressed", "compressed"])
 def pristine(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    faults.write_run(folder, compression=request.param)
-    return folder
+    directory = tmp_path_factory.mktemp("run")
+    faults.write_run(directory, compression=request.param)
+    return directory
 
 
 def check(pristine, work, *, count):
@@ -34,15 +34,15 @@ def test_damage_of_every_kind(pristine, tmp_path):
     check(pristine, tmp_path / "work", count=40)
 
 
-# In some of a thousand failed loads TensorStore ends a read after Orbax has closed its loop, in a thread of its own:
-# nobody can catch what uvloop says then, and it tells nothing of the restore.
+# In a few of a thousand failed loads TensorStore ends a read in its own thread after Orbax has closed its loop:
+# what uvloop prints then cannot be caught, and says nothing about the restore.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.long
 def test_two_thousand_damages(pristine, tmp_path):
     check(pristine, tmp_path / "work", count=2000)
 
 
-def test_a_step_whose_manifest_is_gone_is_damaged_and_not_foreign(tmp_path):
+def test_a_step_without_its_manifest_is_damaged_not_foreign(tmp_path):
     faults.write_run(tmp_path / "run")
     trial = faults.try_damage(tmp_path / "run", tmp_path / "work", "ckpttools.manifest", "deleted", random.Random(0))
     assert trial.outcome == "detected"
@@ -50,7 +50,7 @@ def test_a_step_whose_manifest_is_gone_is_damaged_and_not_foreign(tmp_path):
 
 @contextlib.contextmanager
 def _naming(text):
-    """Whatever error comes out has to name this."""
+    """Check that an error names `text`."""
     try:
         yield
     except ct.CheckpointError as error:
@@ -60,8 +60,8 @@ def _naming(text):
 
 
 @pytest.mark.parametrize("leaf", ["key", "mu", "count"])
-def test_a_leaf_that_orbax_knows_by_another_name_is_not_found(leaf, tmp_path):
-    """A flip at random meets these few letters once in some thousand trials; Orbax returns what it was asked with."""
+def test_a_leaf_under_another_name_in_orbax_is_not_found(leaf, tmp_path):
+    """A random flip hits these few letters once in thousands of trials; Orbax then returns the template."""
     faults.write_run(tmp_path)
     path = tmp_path / str(faults.NEWER) / "optimizer" / "_METADATA"
     wrong = chr(ord(leaf[0]) ^ 2) + leaf[1:]
@@ -73,8 +73,8 @@ def test_a_leaf_that_orbax_knows_by_another_name_is_not_found(leaf, tmp_path):
     assert "optimizer/_METADATA" in rejected.files
 
 
-def test_every_bit_of_the_seal_is_named_or_means_nothing(tmp_path):
-    """A flip at random meets these few bytes once in some hundred trials."""
+def test_every_flipped_bit_of_the_seal_is_named_or_harmless(tmp_path):
+    """A random flip hits these few bytes once in hundreds of trials."""
     faults.write_run(tmp_path)
     path = tmp_path / str(faults.NEWER) / "ckpttools.manifest"
     data, before, passed = path.read_bytes(), manifest.read(path.parent), 0
@@ -90,7 +90,7 @@ def test_every_bit_of_the_seal_is_named_or_means_nothing(tmp_path):
     assert passed < 100, "only the key of the format's second mention may be damaged unseen"
 
 
-def test_plain_orbax_restores_a_flipped_bit_without_a_word(tmp_path):
+def test_plain_orbax_restores_a_flipped_bit_silently(tmp_path):
     """The control: the same flip in the same kind of file."""
     state = {"large": jnp.arange(3000.0) * 20}
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

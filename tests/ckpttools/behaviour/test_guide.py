@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guide's blocks on model checkpointing, as they stand in `guide/*.txt`, one test for each.
+"""The guide's blocks on model checkpointing, copied to `guide/*.txt`, one test for each.
 
-Names that the guide leaves undefined come from `names`. What is changed in a block is in `BLOCKS`: the import path, and
-what today's flax or Orbax refuse. docs/guide-checkpointing.md lists the same, which a test holds.
+Names that the guide does not define come from `names`. `BLOCKS` lists what is changed in a block: the import path, and
+what current flax or Orbax refuse. A test checks that docs/guide-checkpointing.md lists the same.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def train_step(state, batch):
 
 @pytest.fixture
 def names(tmp_path, monkeypatch):
-    """What the guide's blocks use without defining it; relative paths lead into a folder of the test's own."""
+    """What the guide's blocks use without defining it; relative paths lead into a temporary directory."""
     monkeypatch.chdir(tmp_path)
     model = create_vae_model(CONFIG, nnx.Rngs(1))
     return {
@@ -124,17 +124,17 @@ def weights(model):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
 
 
-def saved_weights(folder, step):
+def saved_weights(directory, step):
     model = create_vae_model(CONFIG, nnx.Rngs(9))
-    with ct.CheckpointManager(folder) as manager:
+    with ct.CheckpointManager(directory) as manager:
         functional.load_checkpoint(manager, model, step)
     return weights(model)
 
 
-def fill(folder, *steps, optimizer=False):
+def fill(directory, *steps, optimizer=False):
     """A run with a different model at each step; the weights by step."""
     seen = {}
-    with ct.CheckpointManager(folder) as manager:
+    with ct.CheckpointManager(directory) as manager:
         for step in steps:
             model = create_vae_model(CONFIG, nnx.Rngs(step))
             items = {"model": model}
@@ -178,7 +178,7 @@ def test_specific(names, capsys):
         run("specific", names)
         assert (names["step"], weights(names["restored_model"])) == (7500, seen[7500])
         assert "Available checkpoints: [5000, 7500, 10000]" in capsys.readouterr().out
-        # Having looked at old steps, the run goes on from its end.
+        # After restoring old steps, the run continues from its end.
         functional.save_checkpoint(manager, names["model"], 10001)
         assert manager.all_steps() == [5000, 7500, 10000, 10001]
 
@@ -214,14 +214,14 @@ def test_asynchronous_notices_a_failed_save(names, capsys, monkeypatch):
 
 
 def self_join(manager):
-    """Let the background save come to its end, without taking its error."""
+    """Wait until the background save has ended, without fetching its error."""
     manager.session._saver.worker._thread.join(60)
 
 
 def test_retention(names):
     losses = iter([5.0, 1.0] + [2.0] * 14)
     names |= {"num_steps": 14, "save_every": 1, "best_val_loss": 1.5}
-    # The block reads one `val_loss`; here it changes as the training goes on.
+    # The block reads one `val_loss`; here it changes during the training.
     names["val_loss"] = next(losses)
     names["loss_fn"] = lambda model: (names.update(val_loss=next(losses)), loss_fn(model))[1]
     run("retention", names)
@@ -297,14 +297,14 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_changed_is_refused_today(call, tmp_path, monkeypatch):
-    """Where this fails, the change is no longer needed: take it out, here and on the page."""
+def test_each_change_to_a_block_is_still_needed(call, tmp_path, monkeypatch):
+    """If this fails, the change is no longer needed: remove it, here and on the page."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises((TypeError, ValueError), match=r"wrt|argument|absolute"):
         call()
 
 
-def test_every_block_has_its_entry_on_the_page_and_its_test():
+def test_every_block_has_a_page_entry_and_a_test():
     page = PAGE.read_text()
     assert {path.stem for path in (HERE / "guide").iterdir()} == BLOCKS.keys()
     for name, block in BLOCKS.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGKILL at any moment: no committed step is lost, none is half there, and the end is that of an unbroken run."""
+"""SIGKILL at any moment: no committed step is lost or incomplete, and the final state is that of an unkilled run."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 
 def kill(times, seed, *options):
-    """In a process of its own: the server forks, which a process with a JAX backend must not."""
+    """Kill runs in a separate process: the server forks, which a process with a JAX backend must not."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.ckpttools.behaviour.killing", str(times), str(seed), *options],
         capture_output=True,
@@ -25,7 +25,7 @@ def test_a_dozen_kills():
     assert "problems 0" in kill(12, 1)
 
 
-def test_a_dozen_kills_of_a_run_with_a_mirror_leave_no_finished_copy_that_is_damaged_and_the_next_run_completes_it():
+def test_a_dozen_kills_leave_no_damaged_copy_at_the_mirror():
     assert "problems 0" in kill(12, 3, "mirrored")
 
 

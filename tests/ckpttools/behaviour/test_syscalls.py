@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any system call of a background save may fail: the very next call says so, and nothing that was committed is lost."""
+"""Any system call of a background save may fail: the next call raises it, and no committed step is lost."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 
 from tests.ckpttools.behaviour import syscalls
 
-pytestmark = pytest.mark.skipif(not syscalls.can_trace(), reason="needs strace, and the right to attach it")
+pytestmark = pytest.mark.skipif(not syscalls.can_trace(), reason="needs strace, and permission to attach it")
 ALL = [(call, error, number) for call, error, numbers in syscalls.PLAN for number in numbers]
 
 

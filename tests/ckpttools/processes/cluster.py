@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts the processes of a test run and reads what they tell."""
+"""Start the processes of a test run and read their results."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[3]
 
 
-def start(count: int, folder: pathlib.Path, *scenarios: str, devices: int = 2) -> list[subprocess.Popen]:
+def start(count: int, directory: pathlib.Path, *scenarios: str, devices: int = 2) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -22,8 +22,8 @@ def start(count: int, folder: pathlib.Path, *scenarios: str, devices: int = 2) -
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     processes = []
     for index in range(count):
-        arguments = [sys.executable, "-m", f"{__package__}.program", str(index), str(count), str(port), str(folder)]
-        with (folder / f"log-{index}").open("w") as log:
+        arguments = [sys.executable, "-m", f"{__package__}.program", str(index), str(count), str(port), str(directory)]
+        with (directory / f"log-{index}").open("w") as log:
             process = subprocess.Popen(
                 [*arguments, *scenarios], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
@@ -32,7 +32,7 @@ def start(count: int, folder: pathlib.Path, *scenarios: str, devices: int = 2) -
 
 
 def finish(processes: list[subprocess.Popen], *, timeout_s: float) -> list[int]:
-    """The exit codes; nothing is left running."""
+    """Return the exit codes; no process is left running."""
     deadline = time.monotonic() + timeout_s
     try:
         return [process.wait(max(1.0, deadline - time.monotonic())) for process in processes]
@@ -42,26 +42,26 @@ def finish(processes: list[subprocess.Popen], *, timeout_s: float) -> list[int]:
             process.wait()
 
 
-def answers(count: int, folder: pathlib.Path) -> list[dict]:
-    paths = [folder / f"answer-{index}.json" for index in range(count)]
+def answers(count: int, directory: pathlib.Path) -> list[dict]:
+    paths = [directory / f"answer-{index}.json" for index in range(count)]
     return [json.loads(path.read_text()) if path.exists() else {} for path in paths]
 
 
-def run(count: int, folder: pathlib.Path, *scenarios: str, devices: int = 2, timeout_s: float = 120) -> list[dict]:
-    finish(start(count, folder, *scenarios, devices=devices), timeout_s=timeout_s)
-    return answers(count, folder)
+def run(count: int, directory: pathlib.Path, *scenarios: str, devices: int = 2, timeout_s: float = 120) -> list[dict]:
+    finish(start(count, directory, *scenarios, devices=devices), timeout_s=timeout_s)
+    return answers(count, directory)
 
 
-def kill_one(folder: pathlib.Path, victim: int, chance: random.Random) -> float:
-    """Two processes train in `folder / "killed"`; after a step more, one is killed at a random moment.
+def kill_one(directory: pathlib.Path, victim: int, chance: random.Random) -> float:
+    """Train with two processes in `directory / "killed"`; after one more step, kill one at a random moment.
 
     Returns:
-        Seconds from the kill until the other has ended, too.
+        Seconds from the kill until the other process has ended.
     """
-    run = folder / "killed"
-    processes = start(2, folder, "killed")
-    wanted, deadline = latest(run) + 1, time.monotonic() + 60
-    while latest(run) < wanted and time.monotonic() < deadline:
+    run = directory / "killed"
+    processes = start(2, directory, "killed")
+    next_step, deadline = latest(run) + 1, time.monotonic() + 60
+    while latest(run) < next_step and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(chance.uniform(0.0, 1.0))
     processes[victim].send_signal(signal.SIGKILL)

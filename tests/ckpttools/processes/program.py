@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each process of a test run does: scenarios one after the other, and what came of them as JSON.
+"""What each process of a test run does: scenarios one after the other, whose results are written as JSON.
 
-`python program.py INDEX COUNT PORT FOLDER SCENARIO...`; the processes are real, joined by jax.distributed over gloo.
+`python program.py INDEX COUNT PORT DIRECTORY SCENARIO...`; the processes are real, joined by jax.distributed over gloo.
 """
 
 import json
@@ -40,25 +40,25 @@ class Data:
         self.at = state["at"]
 
 
-def spec(folder: pathlib.Path, name: str, **fields: object) -> ct.CheckpointSpec:
+def spec(directory: pathlib.Path, name: str, **fields: object) -> ct.CheckpointSpec:
     storage = fields.pop("storage", ct.Storage(timeout_s=30, min_free=0))
-    return ct.CheckpointSpec(directory=folder / name, storage=storage, **{"keep": ct.All(), **fields})
+    return ct.CheckpointSpec(directory=directory / name, storage=storage, **{"keep": ct.All(), **fields})
 
 
-def spread(values: np.ndarray, shape: tuple[int, ...], names: tuple[str, ...], *axes: str | None) -> jax.Array:
+def shard(values: np.ndarray, shape: tuple[int, ...], names: tuple[str, ...], *axes: str | None) -> jax.Array:
     sharding = NamedSharding(Mesh(np.array(jax.devices()).reshape(shape), names), P(*axes))
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-def model(factor: int = 1, *, turned: bool = False) -> dict:
-    """Sharded, replicated, of one process, and a key; `turned` on another mesh."""
+def model(factor: int = 1, *, resharded: bool = False) -> dict:
+    """Sharded, replicated, of one process, and a key; `resharded` on another mesh."""
     shape = (2, jax.device_count() // 2)
     mesh = Mesh(np.array(jax.devices()), ("x",))
     keys = jax.jit(lambda: jax.random.split(jax.random.key(7), 8), out_shardings=NamedSharding(mesh, P("x")))()
     return {
-        "w": spread(W * factor, shape, ("a", "b"), *((None, "a") if turned else ("a", "b"))),
-        "b": spread(W[1] * factor, shape, ("a", "b"), *(("b",) if turned else ())),
-        "half": spread((W * factor).astype(jnp.bfloat16), shape, ("a", "b"), "b"),
+        "w": shard(W * factor, shape, ("a", "b"), *((None, "a") if resharded else ("a", "b"))),
+        "b": shard(W[1] * factor, shape, ("a", "b"), *(("b",) if resharded else ())),
+        "half": shard((W * factor).astype(jnp.bfloat16), shape, ("a", "b"), "b"),
         "keys": keys,
         "local": np.arange(5) * factor,
         "count": jnp.int32(3),
@@ -88,8 +88,8 @@ def failure(call) -> str:
     return f"{text} [{time.monotonic() - began:.1f} s]"
 
 
-def save_and_restore(folder: pathlib.Path) -> dict:
-    run = spec(folder, "run", save=ct.EverySteps(2), keep=ct.Latest(2))
+def save_and_restore(directory: pathlib.Path) -> dict:
+    run = spec(directory, "run", save=ct.EverySteps(2), keep=ct.Latest(2))
     outcomes = []
     with ct.open(run) as ckpt:
         ckpt.restore({"model": model(), "data": Data()})
@@ -97,31 +97,31 @@ def save_and_restore(folder: pathlib.Path) -> dict:
             outcomes.append(type(ckpt.step(step, {"model": model(step), "data": Data(10 * ME + step)})).__name__)
         steps = ckpt.all_steps()
         data = Data()
-        report = ckpt.restore({"model": model(0, turned=True), "data": data})
-        turned = report.state["model"]["w"].sharding.spec == P(None, "a")
+        report = ckpt.restore({"model": model(0, resharded=True), "data": data})
+        resharded = report.state["model"]["w"].sharding.spec == P(None, "a")
         older = ckpt.restore({"model": model(0)}, step=6).state["model"]
     return {
         "outcomes": outcomes,
         "steps": steps,
         "same": same(report.state["model"], model(7)),
         "older": same(older, model(6)),
-        "turned": turned,
+        "resharded": resharded,
         "data": data.at,
     }
 
 
-def latency(folder: pathlib.Path) -> dict:
+def latency(directory: pathlib.Path) -> dict:
     """How long a step without a save takes."""
     state = {"count": 1}
-    with ct.open(spec(folder, "latency", save=ct.EverySteps(10_000))) as ckpt:
+    with ct.open(spec(directory, "latency", save=ct.EverySteps(10_000))) as ckpt:
         began = time.monotonic()
         for step in range(1, 1101):
             ckpt.step(step, state)
         return {"step_ms": (time.monotonic() - began) / 1.1}
 
 
-def a_signal_to_one(folder: pathlib.Path) -> dict:
-    with ct.open(spec(folder, "signal", save=ct.EverySteps(1000))) as ckpt:
+def a_signal_to_one(directory: pathlib.Path) -> dict:
+    with ct.open(spec(directory, "signal", save=ct.EverySteps(1000))) as ckpt:
         for step in ckpt.steps(50):
             if step == 3 and ME == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -130,15 +130,15 @@ def a_signal_to_one(folder: pathlib.Path) -> dict:
         return {"saved": last.step, "reason": last.reason, "steps": ckpt.all_steps(), "preempted": ckpt.preempted}
 
 
-def metrics_that_differ(folder: pathlib.Path) -> dict:
-    """What the leader measures decides."""
-    told = []
-    with ct.open(spec(folder, "metrics", save=ct.OnImprovement("loss", mode="min"))) as ckpt:
+def metrics_that_differ(directory: pathlib.Path) -> dict:
+    """The metrics of the leader decide."""
+    result = []
+    with ct.open(spec(directory, "metrics", save=ct.OnImprovement("loss", mode="min"))) as ckpt:
         for step, loss in enumerate((3.0, 2.0, 2.5, 1.0), start=1):
             outcome = ckpt.step(step, {"count": step}, metrics={"loss": loss if ME == 0 else -loss})
-            told.append(isinstance(outcome, ct.Skipped))
+            result.append(isinstance(outcome, ct.Skipped))
         ckpt.wait()
-        return {"skipped": told, "steps": ckpt.all_steps()}
+        return {"skipped": result, "steps": ckpt.all_steps()}
 
 
 class Broken(Data):
@@ -146,9 +146,9 @@ class Broken(Data):
         return {"at": object()} if ME == 1 else super().get_state()
 
 
-def one_cannot(folder: pathlib.Path) -> dict:
+def one_cannot(directory: pathlib.Path) -> dict:
     """One process fails while it copies, then while it writes; the next save is good."""
-    with ct.open(spec(folder, "fails")) as ckpt:
+    with ct.open(spec(directory, "fails")) as ckpt:
         ckpt.save(1, {"model": model(1)})
         ckpt.wait()
         copying = failure(lambda: ckpt.save(2, {"model": model(2), "data": Broken()}))
@@ -169,52 +169,52 @@ def refuse(*args: object, **kwargs: object) -> None:
     raise OSError(5, "Input/output error")
 
 
-def without_meetings(folder: pathlib.Path) -> dict:
-    """The control: a slow process is waited for, and is not if nobody meets."""
+def without_barriers(directory: pathlib.Path) -> dict:
+    """Control: a slow process is waited for, and is not without barriers."""
     write = orbax.write_shards
 
     def slowly(*args: object, **kwargs: object) -> None:
         time.sleep(1.0)
         write(*args, **kwargs)
 
-    def rashly(self: object, name: str, work) -> None:
+    def skip_barrier(self: object, name: str, work) -> None:
         if ME == 0:
             work()
 
-    told = {}
-    meet = multiprocess_save._MultiprocessSave.run_phase
-    for name in ("met", "rash"):
-        with ct.open(spec(folder, name)) as ckpt:
+    result = {}
+    barrier = multiprocess_save._MultiprocessSave.run_phase
+    for name in ("with", "without"):
+        with ct.open(spec(directory, name)) as ckpt:
             orbax.write_shards = slowly if ME else write
-            multiprocess_save._MultiprocessSave.run_phase = rashly if name == "rash" else meet
+            multiprocess_save._MultiprocessSave.run_phase = skip_barrier if name == "without" else barrier
             ckpt.save(1, {"model": model(1)})
-            told[name] = failure(ckpt.wait)
-            told[f"{name} steps"] = ckpt.all_steps()
-        multiprocess_save._MultiprocessSave.run_phase, orbax.write_shards = meet, write
+            result[name] = failure(ckpt.wait)
+            result[f"{name} steps"] = ckpt.all_steps()
+        multiprocess_save._MultiprocessSave.run_phase, orbax.write_shards = barrier, write
         time.sleep(1.5)
-    return told
+    return result
 
 
-def misuse(folder: pathlib.Path) -> dict:
-    """What several processes cannot do, and what they must do alike, is refused in words."""
+def misuse(directory: pathlib.Path) -> dict:
+    """What several processes cannot do, or must do in the same way, is refused."""
     quick = ct.Storage(timeout_s=2, min_free=0)
-    told = {
-        "mirror": failure(lambda: ct.open(spec(folder, "m1", mirror=str(folder / "mirror")))),
-        "validate": failure(lambda: ct.open(spec(folder, "m2"), validate=lambda state: 1)),
-        "manager": failure(lambda: ct.CheckpointManager(folder / "m3")),
-        "specs": failure(lambda: ct.open(spec(folder, "m4", save=ct.EverySteps(1 + ME)))),
-        "folders": failure(lambda: ct.open(spec(folder / f"{ME}", "m5"))),
+    result = {
+        "mirror": failure(lambda: ct.open(spec(directory, "m1", mirror=str(directory / "mirror")))),
+        "validate": failure(lambda: ct.open(spec(directory, "m2"), validate=lambda state: 1)),
+        "manager": failure(lambda: ct.CheckpointManager(directory / "m3")),
+        "specs": failure(lambda: ct.open(spec(directory, "m4", save=ct.EverySteps(1 + ME)))),
+        "directories": failure(lambda: ct.open(spec(directory / f"{ME}", "m5"))),
     }
-    with ct.open(spec(folder, "m6", storage=quick)) as ckpt:
+    with ct.open(spec(directory, "m6", storage=quick)) as ckpt:
         if ME == 0:
-            told["alone"] = failure(lambda: ckpt.save(1, {"model": {"count": 1}}))
+            result["alone"] = failure(lambda: ckpt.save(1, {"model": {"count": 1}}))
         time.sleep(3 if ME else 0)
-    return told
+    return result
 
 
-def damaged_for_one(folder: pathlib.Path) -> dict:
+def damaged_for_one(directory: pathlib.Path) -> dict:
     """A step that one process cannot read is passed over by all."""
-    run = spec(folder, "damaged")
+    run = spec(directory, "damaged")
     with ct.open(run) as ckpt:
         for step in (1, 2):
             ckpt.save(step, {"model": model(step)})
@@ -234,44 +234,44 @@ def damaged_for_one(folder: pathlib.Path) -> dict:
     return {"step": report.step, "same": same(report.state["model"], model(1))}
 
 
-def restore_from_others(folder: pathlib.Path) -> dict:
+def restore_from_others(directory: pathlib.Path) -> dict:
     """Steps that another number of processes saved."""
-    report = ct.load(folder / "run", {"model": model(0)}, step=7)
-    told = {"same": same(report.state["model"], model(7))}
-    told["data"] = failure(lambda: ct.load(folder / "run", {"data": Data()}, step=7))
-    with ct.open(spec(folder, "run")) as ckpt:
+    report = ct.load(directory / "run", {"model": model(0)}, step=7)
+    result = {"same": same(report.state["model"], model(7))}
+    result["data"] = failure(lambda: ct.load(directory / "run", {"data": Data()}, step=7))
+    with ct.open(spec(directory, "run")) as ckpt:
         ckpt.restore({"model": model(0)})
         ckpt.save(8, {"model": model(8)})
         ckpt.wait()
-        told["steps"] = ckpt.all_steps()
-    if (folder / "single").exists():
-        single = ct.load(folder / "single", {"params": {"w": model(0)["w"]}})
-        told["single"] = whole(single.state["params"]["w"]).tobytes() == W.tobytes()
-    return told
+        result["steps"] = ckpt.all_steps()
+    if (directory / "single").exists():
+        single = ct.load(directory / "single", {"params": {"w": model(0)["w"]}})
+        result["single"] = whole(single.state["params"]["w"]).tobytes() == W.tobytes()
+    return result
 
 
-def one_dies(folder: pathlib.Path) -> dict:
-    """Process 1 is killed while it writes; the last scenario of a run, since JAX itself does not go on from there."""
+def one_dies(directory: pathlib.Path) -> dict:
+    """Process 1 is killed while it writes; the last scenario of a run, since JAX does not continue after it."""
     group._LOST_AFTER_S = 3.0
-    with ct.open(spec(folder, "dies")) as ckpt:
+    with ct.open(spec(directory, "dies")) as ckpt:
         ckpt.save(1, {"model": model(1)})
         ckpt.wait()
         if ME == 1:
             orbax.write_shards = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
         ckpt.save(2, {"model": model(2)})
-        told = {"error": failure(ckpt.wait), "steps": ckpt.all_steps()}
-        told["staging"] = len(list((folder / "dies" / ".ckpttools" / "staging").iterdir()))
-        return told
+        result = {"error": failure(ckpt.wait), "steps": ckpt.all_steps()}
+        result["staging"] = len(list((directory / "dies" / ".ckpttools" / "staging").iterdir()))
+        return result
 
 
-def killed(folder: pathlib.Path) -> dict:
-    """Save all the time, until somebody kills a process."""
+def killed(directory: pathlib.Path) -> dict:
+    """Save all the time, until a process is killed."""
     group._LOST_AFTER_S = 3.0
     step = 0
 
     def forever() -> None:
         nonlocal step
-        with ct.open(spec(folder, "killed", save=ct.EverySteps(1), keep=ct.Latest(3))) as ckpt:
+        with ct.open(spec(directory, "killed", save=ct.EverySteps(1), keep=ct.Latest(3))) as ckpt:
             ckpt.restore({"model": model()})
             for step in ckpt.steps(10_000):
                 ckpt.step(step, {"model": model(step)})
@@ -280,7 +280,7 @@ def killed(folder: pathlib.Path) -> dict:
 
 
 class Loop:
-    """A trainer whose state has a part in each process, a part in all, and an iterator of each process's own."""
+    """A trainer whose state is partly sharded, partly replicated, and has an iterator that differs by process."""
 
     total_steps = 8
 
@@ -308,62 +308,62 @@ def _grow(x: jax.Array, by: int) -> jax.Array:
     return (x * 0.9 + by).astype(x.dtype)
 
 
-def trained(folder: pathlib.Path, name: str, meanwhile=lambda step: None) -> dict:
+def trained(directory: pathlib.Path, name: str, meanwhile=lambda step: None) -> dict:
     loop = Loop(meanwhile)
-    run = spec(folder, name, save=ct.EverySteps(3) & ct.OnImprovement("loss", mode="min"))
+    run = spec(directory, name, save=ct.EverySteps(3) & ct.OnImprovement("loss", mode="min"))
     report = ct.train(loop, run)
-    told = {"from": report.restored.step, "to": report.last_step, "preempted": report.preempted}
+    result = {"from": report.restored.step, "to": report.last_step, "preempted": report.preempted}
     bits = {key: whole(loop.get_state()["model"][key]).tobytes().hex() for key in ("w", "b", "half")}
     state = [bits, loop.get_state()["model"]["local"].tolist(), loop.get_state()["data"].at]
-    return told | {"state": state, "steps": [row.step for row in ct.ls(folder / name)]}
+    return result | {"state": state, "steps": [row.step for row in ct.ls(directory / name)]}
 
 
-def train_whole(folder: pathlib.Path) -> dict:
-    return trained(folder, "whole")
+def train_whole(directory: pathlib.Path) -> dict:
+    return trained(directory, "whole")
 
 
-def train_and_go_on(folder: pathlib.Path) -> dict:
+def train_and_go_on(directory: pathlib.Path) -> dict:
     """After `train_and_die`, and after `train_and_stop`."""
-    return {"dead": trained(folder, "dead"), "stopped": trained(folder, "stopped")}
+    return {"dead": trained(directory, "dead"), "stopped": trained(directory, "stopped")}
 
 
-def train_and_stop(folder: pathlib.Path) -> dict:
+def train_and_stop(directory: pathlib.Path) -> dict:
     """SIGTERM to process 1 in the middle of update 5."""
 
     def meanwhile(step: int) -> None:
         if step == 5 and ME == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return trained(folder, "stopped", meanwhile)
+    return trained(directory, "stopped", meanwhile)
 
 
-def train_and_die(folder: pathlib.Path) -> dict:
+def train_and_die(directory: pathlib.Path) -> dict:
     """SIGKILL to process 1 in the middle of update 5, with step 3 on the disk; the last scenario of a run."""
     group._LOST_AFTER_S = 3.0
     deadline = time.monotonic() + 20
 
     def meanwhile(step: int) -> None:
         if step == 5 and ME == 1:
-            while not (folder / "dead" / "3").exists() and time.monotonic() < deadline:
+            while not (directory / "dead" / "3").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return {"error": failure(lambda: trained(folder, "dead", meanwhile))}
+    return {"error": failure(lambda: trained(directory, "dead", meanwhile))}
 
 
 def main() -> None:
-    port, folder = sys.argv[3], pathlib.Path(sys.argv[4])
+    port, directory = sys.argv[3], pathlib.Path(sys.argv[4])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", COUNT, ME)
-    told = {}
-    answer = folder / f"answer-{ME}.json"
+    result = {}
+    answer = directory / f"answer-{ME}.json"
     for name in sys.argv[5:]:
         try:
-            told[name] = globals()[name](folder)
+            result[name] = globals()[name](directory)
         except Exception as error:
-            told[name] = {"raised": f"{type(error).__name__}: {error}"}
-        answer.write_text(json.dumps(told))
-    # Without a farewell: with a dead peer, JAX's own shutdown would wait for it.
+            result[name] = {"raised": f"{type(error).__name__}: {error}"}
+        answer.write_text(json.dumps(result))
+    # No shutdown after these: JAX would wait for the dead process.
     if sys.argv[-1] not in ("one_dies", "killed", "train_and_die"):
         jax.distributed.shutdown()
     os._exit(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advice comes when there is a reason, once, and with the figure to put in."""
+"""Advice is given once, for a reason, with the value to use."""
 
 import jax.numpy as jnp
 import pytest
@@ -15,7 +15,7 @@ def advice(*, stall_s, every_s, saves=6, steps_each=10):
     return [text for text in texts if text]
 
 
-def test_saving_too_often_is_noticed_once_with_the_interval_that_costs_one_percent():
+def test_saving_too_often_advises_once_which_interval_costs_one_percent():
     (text,) = advice(stall_s=2.0, every_s=20.0)
     assert "10% of the training time (2 s for each save)" in text
     # 2 s are 1 % of 200 s, which are 112 steps of 1.8 s.
@@ -24,7 +24,7 @@ def test_saving_too_often_is_noticed_once_with_the_interval_that_costs_one_perce
 
 def test_no_advice_without_a_reason():
     assert advice(stall_s=2.0, every_s=60.0) == [], "3 % are fine"
-    assert advice(stall_s=0.1, every_s=0.5) == [], "half a second in all is nobody's business"
+    assert advice(stall_s=0.1, every_s=0.5) == [], "half a second in total is not worth advice"
     assert advice(stall_s=2.0, every_s=20.0, saves=3) == [], "two intervals prove nothing"
 
 
@@ -51,37 +51,26 @@ def test_few_steps_left_after_damage_warns(tmp_path):
     assert advise_on_retention(rejected_count=1, intact_count=2) is None
 
 
-def test_save_now_saves_the_step_that_was_last_passed(tmp_path):
-    spec = ct.CheckpointSpec(directory=tmp_path, save=ct.EverySteps(100))
-    with ct.open(spec) as ckpt:
-        with pytest.raises(ct.StepOrderError, match="before the first step"):
-            ckpt.save_now({"w": jnp.ones(2)}, reason="x")
-        ckpt.step(7, {"w": jnp.ones(2)})
-        ckpt.save_now({"w": jnp.ones(2)}, reason="before evaluation")
-        assert ckpt.wait().reason == "before evaluation"
-        assert ckpt.latest_step() == 7
-
-
 def watched(steps, *, last=False):
     watch = MetricWatch({"val_loss"})
     texts = [watch.add(names, is_last=last and number == len(steps)) for number, names in enumerate(steps, start=1)]
     return [text for text in texts if text]
 
 
-def test_a_metric_that_never_comes_is_noticed_once():
+def test_a_metric_that_is_never_passed_is_noticed_once():
     (text,) = watched([["loss"]] * 2500, last=True)
     assert "'val_loss', which none of 1000 steps had; they had 'loss'" in text
     (text,) = watched([[]] * 20, last=True)
     assert "they had no metrics" in text
 
 
-def test_a_metric_that_comes_late_or_in_a_short_run_is_not_missed():
+def test_a_late_metric_or_a_short_run_gives_no_advice():
     assert watched([["loss"]] * 999 + [["loss", "val_loss"]] * 2, last=True) == []
     assert watched([["loss"]] * 9, last=True) == []
     assert watched([["loss"]] * 20) == []
 
 
-def test_a_run_that_waits_for_a_misspelt_metric_says_so(tmp_path):
+def test_a_run_whose_spec_misspells_a_metric_warns(tmp_path):
     spec = ct.CheckpointSpec(directory=tmp_path, save=ct.OnImprovement("val_loss", mode="min"))
     with ct.open(spec) as ckpt:
         steps = ckpt.steps(12)

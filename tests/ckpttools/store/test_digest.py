@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 
+import ckpttools as ct
 from ckpttools.store import digest
 
 
@@ -30,3 +31,8 @@ def test_a_small_file_and_an_array_have_the_digest_of_their_bytes(tmp_path):
     expected = digest.hash_bytes("xxh3", array.tobytes())
     assert digest.hash_file("xxh3", tmp_path / "file") == digest.hash_array("xxh3", array) == expected
     assert digest.get_algorithm(expected) == "xxh3"
+
+
+def test_an_unknown_algorithm_is_refused():
+    with pytest.raises(ct.CorruptStepError, match="md5"):
+        digest.hash_bytes("md5", b"")

@@ -14,7 +14,7 @@ from orbax.checkpoint import v1
 
 import ckpttools as ct
 from ckpttools.store import orbax
-from ckpttools.tree.leaves import Record
+from ckpttools.tree.records import Record
 
 PARAMS = {"layers": {"0": jnp.arange(6.0).reshape(2, 3)}, "half": jnp.ones(4, jnp.bfloat16), "key": jax.random.key(5)}
 OTHER = {"count": jnp.int32(7)}

@@ -13,8 +13,9 @@ from ckpttools.spec.operations import as_code
 from ckpttools.surgery import array_operations, suggest
 from ckpttools.surgery import plan as surgery_plan
 from ckpttools.tree import flatten
-from ckpttools.tree.leaves import Record, describe
-from ckpttools.tree.match import to_names
+from ckpttools.tree.leaf_paths import to_names
+from ckpttools.tree.leaves import describe
+from ckpttools.tree.records import Record
 
 
 def stored(state):

@@ -122,10 +122,10 @@ def test_a_step_of_a_run_is_exported_and_proved(run, tmp_path):
 
 def test_many_leaves_are_read_a_few_at_a_time(run, tmp_path, monkeypatch):
     asked = []
-    read = safetensors_exchange.integrity.read_verified
+    read = safetensors_exchange.leaf_integrity.read_verified
     monkeypatch.setattr(safetensors_exchange, "_BATCH_BYTES", 100)
     monkeypatch.setattr(
-        safetensors_exchange.integrity,
+        safetensors_exchange.leaf_integrity,
         "read_proved",
         lambda entry, records: asked.append(records) or read(entry, records),
     )

@@ -87,7 +87,7 @@ _SHARDED = """
 """
 
 
-def test_a_sharded_state_is_restored_on_the_same_mesh_on_another_and_on_one_device(tmp_path):
+def test_a_sharded_state_is_restored_on_any_mesh_or_device(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_SHARDED), str(tmp_path)],
         capture_output=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that do not help are found out, rules that do are not blamed."""
+"""`check` reports rules that do not help, and only those."""
 
 import jax.numpy as jnp
 import pytest
@@ -9,11 +9,11 @@ import remattools as rt
 from tests.remattools.models import Block, Tower, inputs, loss
 
 
-def _model():
+def _make_model():
     return nnx.eval_shape(lambda: Tower(depth=3))
 
 
-def _codes(report):
+def _get_codes(report):
     return {finding.code for finding in report.findings}
 
 
@@ -27,19 +27,19 @@ def _compile_the_plain_model_once(tmp_path_factory):
         yield
 
 
-def test_rules_that_work_are_confirmed_and_taken_off_again():
-    model = _model()
+def test_rules_that_work_are_ok_and_reverted():
+    model = _make_model()
     before = nnx.graphdef(model)
     report = rt.check(loss, model, X, rules={"layers.*": "nothing_saveable"}, target="cpu")
     assert report.ok, str(report)
     assert report.temp_bytes[1] < report.temp_bytes[0]
     assert report.residual_bytes[1] < report.residual_bytes[0]
     assert nnx.graphdef(model) == before
-    assert "ok: the rules do what they say." in str(report)
+    assert "ok: the rules free what they should." in str(report)
 
 
-def test_what_is_in_force_is_checked_without_rules():
-    model = rt.apply(_model(), {"layers.*": "nothing_saveable"})
+def test_without_rules_the_applied_ones_are_checked():
+    model = rt.apply(_make_model(), {"layers.*": "nothing_saveable"})
     before = nnx.graphdef(model)
     report = rt.check(loss, model, X, target="cpu")
     assert report.ok, str(report)
@@ -52,9 +52,9 @@ def test_what_is_in_force_is_checked_without_rules():
     [
         pytest.param({"layers.*": "everything_saveable"}, "nothing_freed", id="saves everything"),
         pytest.param({".": "nothing_saveable"}, "no_lower_peak", id="one region around everything"),
-        pytest.param({"layers.*": False}, "no_region", id="no rules"),
+        pytest.param({"layers.*": False}, "no_region", id="without rules"),
         pytest.param({"layers.*": rt.Remat(prevent_cse=False)}, "undone", id="merged by the compiler"),
-        pytest.param({"layers.*": rt.Remat(offload=("mlp.up",))}, "offload_ignored", id="no host memory on cpu"),
+        pytest.param({"layers.*": rt.Remat(offload=("mlp.up",))}, "offload_ignored", id="cpu without host memory"),
         pytest.param(
             {"layers.*.mlp": "everything_saveable", "layers.*.attention": "nothing_saveable"},
             "useless_rule",
@@ -63,37 +63,37 @@ def test_what_is_in_force_is_checked_without_rules():
         pytest.param({"layers.*": "nothing_saveable", "layers.*.mlp": "nothing_saveable"}, "warning", id="nested"),
     ],
 )
-def test_what_does_not_work_is_found(rules, code):
-    report = rt.check(loss, _model(), X, rules=rules, target="cpu")
-    assert code in _codes(report), str(report)
+def test_rules_without_effect_are_reported(rules, code):
+    report = rt.check(loss, _make_model(), X, rules=rules, target="cpu")
+    assert code in _get_codes(report), str(report)
     assert code in str(report)
     assert not report.ok
     assert report.as_dict()["ok"] is False
 
 
-def test_an_offload_that_works_is_not_blamed(tpu):
+def test_an_offload_that_works_is_not_reported(tpu):
     rules = {"layers.*": rt.Remat(offload=("mlp.up",))}
     report = rt.check(loss, nnx.eval_shape(lambda: Tower(depth=1)), inputs(), rules=rules, target=tpu)
-    assert "offload_ignored" not in _codes(report), str(report)
+    assert "offload_ignored" not in _get_codes(report), str(report)
     assert report.host_bytes > 0
 
 
 @pytest.mark.parametrize("rules", [{"layers.*": rt.Remat(group=2)}, {"layers.*": rt.Remat(group="sqrt")}])
-def test_groups_that_work_are_confirmed(rules):
+def test_groups_that_work_are_ok(rules):
     model = nnx.eval_shape(lambda: Tower(depth=4))
     report = rt.check(loss, model, X, rules=rules, target="cpu")
     assert report.ok, str(report)
     assert report.residual_bytes[1] < 0.5 * report.residual_bytes[0]
 
 
-def test_what_a_tpu_keeps_on_the_chip_is_no_sign_of_an_undone_recomputation(tpu):
+def test_on_chip_temporaries_do_not_look_like_undone_recomputation(tpu):
     model, x = nnx.eval_shape(lambda: Tower(depth=2, width=128)), inputs(8, 128, 128)
     report = rt.check(loss, model, x, rules={"layers.*": "nothing_saveable"}, target=tpu)
     assert report.temp_bytes[0] == 0
     assert report.ok, str(report)
     assert report.compiled_peak_bytes[1] < report.compiled_peak_bytes[0]
     undone = rt.check(loss, model, x, rules={"layers.*": rt.Remat(prevent_cse=False)}, target=tpu)
-    assert "undone" in _codes(undone), str(undone)  # control
+    assert "undone" in _get_codes(undone), str(undone)  # control
 
 
 class _Twice(nnx.Module):
@@ -109,31 +109,38 @@ class _Twice(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("same", "found"), [pytest.param(True, True, id="same values"), pytest.param(False, False, id="control")]
+    ("same", "is_reported"), [pytest.param(True, True, id="same values"), pytest.param(False, False, id="control")]
 )
-def test_regions_that_recompute_the_same_values_are_found(same, found):
+def test_regions_that_recompute_the_same_values_are_reported(same, is_reported):
     model = nnx.eval_shape(lambda: _Twice(same))
     report = rt.check(loss, model, X, rules={"layers.*": "nothing_saveable"}, target="cpu")
-    assert ("repeated" in _codes(report)) is found, str(report)
-    assert not found or "layers.0 is called 2 times" in str(report)
+    assert ("repeated" in _get_codes(report)) is is_reported, str(report)
+    assert not is_reported or "layers.0 is called 2 times" in str(report)
 
 
-def test_regions_in_equal_blocks_are_not_taken_for_one():
+def test_regions_in_equal_blocks_are_not_repeats():
     rules = {"layers.*": "dots_saveable", "layers.*.mlp": "nothing_saveable"}
-    assert "repeated" not in _codes(rt.check(loss, _model(), X, rules=rules, target="cpu"))
+    assert "repeated" not in _get_codes(rt.check(loss, _make_model(), X, rules=rules, target="cpu"))
 
 
-def test_a_graphdef_split_off_before_the_rules_is_noticed():
+def test_a_graphdef_split_off_before_the_rules_is_reported():
     model = Tower()
     graphdef, _ = nnx.split(model)
 
-    def of_state(model, x):
+    def run_state(model, x):
         return loss(nnx.merge(graphdef, nnx.state(model)), x)
 
-    assert _codes(rt.check(of_state, model, X, rules={"layers.*": "nothing_saveable"}, target="cpu")) == {"no_region"}
+    assert _get_codes(rt.check(run_state, model, X, rules={"layers.*": "nothing_saveable"}, target="cpu")) == {
+        "no_region"
+    }
 
 
-def test_without_a_model_there_is_nothing_to_check():
+def test_a_call_without_a_model_raises():
     with pytest.raises(rt.MeasureError) as caught:
         rt.check(jnp.sum, jnp.ones(3), rules={"layers.*": "nothing_saveable"})
     assert "pass the model" in caught.value.fix
+
+
+def test_repr_shows_the_verdict_and_the_codes():
+    report = rt.check(loss, _make_model(), X, rules={"layers.*": "everything_saveable"}, target="cpu")
+    assert repr(report).startswith("CheckReport(target='cpu', ok=False, findings=[nothing_freed")

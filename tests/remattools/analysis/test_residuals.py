@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residuals: totals of the linearised program, under the modules that cause them."""
+"""`residuals`: the totals of the linearised program, by module path."""
 
 import functools
 import os
@@ -18,23 +18,23 @@ from remattools.transform.modules import find_modules
 from tests.remattools.models import Tower, inputs, loss
 
 
-def _linearised_bytes(fn, *args):
-    """Constants of the linear program: what JAX itself keeps."""
+def _count_linearised_bytes(fn, *args):
+    """Count the constants of the linear program: what JAX itself saves."""
     _, linear = jax.linearize(fn, *args)
     return sum(constant.nbytes for constant in jax.make_jaxpr(linear)(*args).consts)
 
 
-def _model_bytes(model, x):
+def _count_model_bytes(model, x):
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    return _linearised_bytes(lambda p: loss(nnx.merge(graphdef, p, rest), x), params)
+    return _count_linearised_bytes(lambda p: loss(nnx.merge(graphdef, p, rest), x), params)
 
 
 @jax.custom_vjp
-def _doubled(x):
+def _double(x):
     return 2 * x
 
 
-_doubled.defvjp(lambda x: (2 * x, jnp.cos(x)), lambda kept, g: (g * kept,))
+_double.defvjp(lambda x: (2 * x, jnp.cos(x)), lambda saved, g: (g * saved,))
 
 
 def _scanned(weights, x):
@@ -57,7 +57,7 @@ WEIGHTS, X = jnp.ones((5, 8, 8)), jnp.ones((4, 8))
         pytest.param(_scanned, id="scan"),
         pytest.param(lambda w, x: jnp.sum(jax.checkpoint(lambda w: jnp.sin(jnp.cos(x @ w)))(w[0])), id="remat"),
         pytest.param(_scanned_remat, id="remat in scan"),
-        pytest.param(lambda w, x: jnp.sum(_doubled(x @ w[0])), id="custom derivative"),
+        pytest.param(lambda w, x: jnp.sum(_double(x @ w[0])), id="custom derivative"),
         pytest.param(lambda w, x: jnp.sum(jax.nn.relu(x @ w[0])), id="custom jvp"),
         pytest.param(
             lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda y: jnp.sum(jnp.sin(y)), jnp.sum, x @ w[0]), id="branches"
@@ -65,7 +65,7 @@ WEIGHTS, X = jnp.ones((5, 8, 8)), jnp.ones((4, 8))
     ],
 )
 def test_totals_are_those_of_the_linearised_program(fn):
-    assert rt.residuals(fn, WEIGHTS, X).total_bytes == _linearised_bytes(lambda w: fn(w, X), WEIGHTS) > 0
+    assert rt.residuals(fn, WEIGHTS, X).total_bytes == _count_linearised_bytes(lambda w: fn(w, X), WEIGHTS) > 0
 
 
 def _penalty(w, x):
@@ -108,13 +108,13 @@ def _mixed_types(w, x):
     ],
 )
 def test_totals_of_unusual_losses(fn):
-    """JAX keeps scalars that it knows; traced, as always under jit, they are part of the program."""
+    """JAX saves scalar constants; under tracing they are part of the program."""
     _, linear = jax.linearize(lambda w: fn(w, X), WEIGHTS)
-    kept = sum(value.nbytes for value in jax.make_jaxpr(linear)(WEIGHTS).consts if value.shape)
-    assert rt.residuals(fn, WEIGHTS, X).total_bytes == kept > 0
+    saved = sum(value.nbytes for value in jax.make_jaxpr(linear)(WEIGHTS).consts if value.shape)
+    assert rt.residuals(fn, WEIGHTS, X).total_bytes == saved > 0
 
 
-def test_a_step_that_returns_its_loss_has_no_residuals_of_its_own():
+def test_a_step_that_returns_its_loss_is_refused():
     def step(weights, x):
         value, gradient = jax.value_and_grad(lambda w: jnp.sum(jnp.sin(x @ w[0])))(weights)
         return value, weights - gradient
@@ -130,7 +130,7 @@ def test_totals_of_models_are_those_of_the_linearised_program(policy):
     if policy is not None:
         rt.apply(model, {"layers.*": policy})
     report = rt.residuals(loss, model, x)
-    assert report.total_bytes == _model_bytes(model, x)
+    assert report.total_bytes == _count_model_bytes(model, x)
     assert rt.residuals(lambda x: loss(model, x), x).total_bytes == report.total_bytes
 
 
@@ -157,7 +157,7 @@ def test_totals_of_groups_are_those_of_the_linearised_program(make, pattern, gro
     plain = rt.residuals(loss, model, x)
     rt.apply(model, {pattern: rt.Remat(group=group)})
     report = rt.residuals(loss, model, x)
-    assert report.total_bytes == _model_bytes(model, x)
+    assert report.total_bytes == _count_model_bytes(model, x)
     assert report.computed_bytes < 0.7 * plain.computed_bytes
     modules = {format_path(entry.path) for entry in find_modules(model)}
     computed = {row.path for row in report.rows if row.kind == "computed"}
@@ -183,7 +183,7 @@ def test_totals_of_grouped_scans_are_those_of_the_linearised_program():
     plain = rt.residuals(loss, model, x)
     rt.apply(model, {"stack": rt.Remat(group=2)})
     report = rt.residuals(loss, model, x)
-    assert report.total_bytes == _model_bytes(model, x)
+    assert report.total_bytes == _count_model_bytes(model, x)
     assert report.computed_bytes < plain.computed_bytes
     assert "no_region" not in {finding.code for finding in rt.check(loss, model, x, target="cpu").findings}
 
@@ -196,20 +196,20 @@ def test_totals_of_grouped_scans_are_those_of_the_linearised_program():
         pytest.param("everything_saveable", False, id="control"),
     ],
 )
-def test_remat_keeps_fewer_bytes(policy, fewer):
+def test_remat_saves_fewer_bytes(policy, fewer):
     model, x = nnx.eval_shape(Tower), inputs()
     plain = rt.residuals(loss, model, x).computed_bytes
     with rt.applied(model, {"layers.*": policy}):
         assert (rt.residuals(loss, model, x).computed_bytes < 0.7 * plain) is fewer
 
 
-def test_values_stand_under_their_modules_with_layers_folded():
+def test_rows_have_module_paths_and_equal_layers_are_merged():
     rows = rt.residuals(loss, Tower(depth=4), inputs()).fold()
-    found = {(row.path, row.name): row for row in rows}
-    cosine = found["layers.[0:4].mlp", "cos"]
+    by_name = {(row.path, row.name): row for row in rows}
+    cosine = by_name["layers.[0:4].mlp", "cos"]
     assert (cosine.count, cosine.shape, cosine.bytes) == (4, (4, 6, 16), 4 * 4 * 6 * 16 * 4)
     assert "layers.*.mlp" in cosine.reason
-    kernel = found["layers.[0:4].mlp.up.kernel", ""]
+    kernel = by_name["layers.[0:4].mlp.up.kernel", ""]
     assert (kernel.kind, kernel.count, kernel.reason) == ("parameter", 4, "is a parameter")
 
 
@@ -218,26 +218,26 @@ def test_values_inside_regions_have_full_paths():
     paths = dict(rt.residuals(loss, model, inputs()).by_module())
     assert "layers.[0:3].attention.qkv" in paths
     reasons = {row.reason for row in rt.residuals(loss, model, inputs()).rows}
-    assert "saved in the region layers.1" in reasons
+    assert "by the policy of region layers.1" in reasons
 
 
-def test_turns_of_a_scan_are_seen():
+def test_iterations_of_a_scan_are_counted():
     rows = rt.residuals(_scanned, WEIGHTS, X).rows
     cosine = next(row for row in rows if row.name == "cos")
     assert cosine.shape == (5, 4, 8)
-    assert "each of 5 turns" in cosine.reason
+    assert "each of 5 iterations" in cosine.reason
 
 
-def test_names_of_the_models_author_are_kept():
-    def named(weights, x):
+def test_checkpoint_names_are_shown():
+    def run_named(weights, x):
         return jnp.sum(jnp.exp(checkpoint_name(jnp.sin(x @ weights[0]), "grown")))
 
     policy = jax.checkpoint_policies.save_only_these_names("grown")
-    rows = rt.residuals(jax.checkpoint(named, policy=policy), WEIGHTS, X).rows
+    rows = rt.residuals(jax.checkpoint(run_named, policy=policy), WEIGHTS, X).rows
     assert "@grown" in {row.name for row in rows}
 
 
-def test_offloaded_values_count_as_the_hosts():
+def test_offloaded_values_count_as_host_memory():
     model, x = nnx.eval_shape(Tower), inputs()
     rt.apply(model, {"layers.*": rt.Remat(offload=("mlp.up",))})
     report = rt.residuals(loss, model, x)
@@ -247,11 +247,11 @@ def test_offloaded_values_count_as_the_hosts():
     ]
     assert report.host_bytes == sum(row.bytes for row in offloaded) > 0
     with rt.applied(model, {"layers.*": rt.Remat(save=("mlp.up",))}):  # control
-        kept = rt.residuals(loss, model, x)
-    assert (kept.host_bytes, kept.computed_bytes) == (0, report.computed_bytes + report.host_bytes)
+        saved = rt.residuals(loss, model, x)
+    assert (saved.host_bytes, saved.computed_bytes) == (0, report.computed_bytes + report.host_bytes)
 
 
-def test_looking_changes_nothing():
+def test_the_model_is_not_changed():
     model = rt.apply(Tower(), {"layers.*": "dots_saveable"})
     before = nnx.graphdef(model)
     first = rt.residuals(loss, model, inputs())
@@ -260,13 +260,18 @@ def test_looking_changes_nothing():
     assert rt.residuals(loss, model, inputs()) == first
 
 
-def test_the_table_names_the_largest():
+def test_the_table_lists_the_largest_modules():
     text = str(rt.residuals(loss, Tower(), inputs()))
     assert "layers.[0:3].norm" in text
     assert "computed and saved" in text
 
 
-def test_jitted_losses_are_looked_into():
+def test_repr_shows_the_totals():
+    report = rt.residuals(loss, Tower(), inputs())
+    assert repr(report) == f"ResidualReport({len(report.rows)} rows, total_bytes={report.total_bytes})"
+
+
+def test_jitted_losses_have_residuals_by_module():
     model, x = Tower(), inputs()
     assert rt.residuals(nnx.jit(loss), model, x).total_bytes == rt.residuals(loss, model, x).total_bytes
 
@@ -275,11 +280,11 @@ def test_jitted_losses_are_looked_into():
     ("call", "fix"),
     [
         pytest.param(lambda: rt.residuals(nnx.grad(loss), Tower(), inputs()), "pass the loss", id="a gradient"),
-        pytest.param(lambda: rt.residuals(lambda x: jnp.argmax(x), X), "return the loss", id="no gradient"),
+        pytest.param(lambda: rt.residuals(lambda x: jnp.argmax(x), X), "return a loss", id="no gradient"),
         pytest.param(lambda: rt.residuals(lambda n: n + 1, jnp.arange(3)), "pass the model", id="integers"),
     ],
 )
-def test_what_has_no_residuals_is_explained(call, fix):
+def test_calls_without_residuals_raise_with_a_fix(call, fix):
     with pytest.raises(rt.MeasureError) as caught:
         call()
     assert fix in caught.value.fix
@@ -340,7 +345,7 @@ print(seconds, peak, report.computed_bytes)
 """
 
 
-def test_a_model_of_eight_billion_parameters_is_looked_at_in_seconds():
+def test_a_model_of_eight_billion_parameters_takes_seconds():
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", _LARGE], check=True, capture_output=True, text=True, env=env)
     seconds, peak_gib, computed = map(float, done.stdout.split())
@@ -349,7 +354,7 @@ def test_a_model_of_eight_billion_parameters_is_looked_at_in_seconds():
     assert computed > 100 * 2**30
 
 
-def test_partials_and_methods_are_looked_into():
+def test_partials_have_the_residuals_of_their_function():
     model, x = Tower(), inputs()
     whole = rt.residuals(loss, model, x).total_bytes
     assert rt.residuals(functools.partial(loss, model), x).total_bytes == whole
@@ -369,6 +374,6 @@ def test_models_with_random_keys_and_stacked_layers():
     model, x = Dropped(), inputs()
     before = jax.tree.map(str, nnx.to_pure_dict(nnx.state(model, nnx.RngState)))
     rows = rt.residuals(loss, model, x).rows
-    assert any(row.shape == (4, *x.shape) and "each of 4 turns" in row.reason for row in rows)
+    assert any(row.shape == (4, *x.shape) and "each of 4 iterations" in row.reason for row in rows)
     assert jax.tree.map(str, nnx.to_pure_dict(nnx.state(model, nnx.RngState))) == before
     assert rt.measure(loss, model, x, differentiate=True, run=True, repeats=1, target="cpu").step_s > 0

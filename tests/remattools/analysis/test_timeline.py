@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The walk over a program: what is alive when, under which module."""
+"""`timeline`: which values are live when, by module path."""
 
 import json
 
@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.analysis import plot
 from tests.remattools.models import Tower, inputs, loss
 
 X = jax.ShapeDtypeStruct((256,), jnp.float32)
@@ -19,8 +18,8 @@ KIB = 1024
 @pytest.mark.parametrize(
     ("fn", "peak"),
     [
-        pytest.param(lambda x: jnp.sin(x), KIB, id="one"),
-        pytest.param(lambda x: jnp.sin(jnp.cos(jnp.sin(x))), 2 * KIB, id="a chain frees what it read"),
+        pytest.param(lambda x: jnp.sin(x), KIB, id="one operation"),
+        pytest.param(lambda x: jnp.sin(jnp.cos(jnp.sin(x))), 2 * KIB, id="a chain frees its inputs"),
         pytest.param(lambda x: jnp.sin(x) + jnp.cos(x), 3 * KIB, id="both operands and the sum"),
         pytest.param(lambda x: jax.jit(lambda y: jnp.sin(jnp.cos(y)))(x), 2 * KIB, id="inside jit"),
         pytest.param(
@@ -30,7 +29,7 @@ KIB = 1024
         ),
     ],
 )
-def test_peaks_that_can_be_counted_by_hand(fn, peak):
+def test_peaks_equal_those_counted_by_hand(fn, peak):
     assert rt.timeline(fn, X).peak_bytes == peak
 
 
@@ -48,11 +47,11 @@ def test_the_peak_follows_the_rules_and_names_its_modules():
     assert plain.argument_bytes == ruled.argument_bytes > 0
 
 
-def test_the_walk_is_near_the_compilers_figure():
+def test_the_peak_is_close_to_the_compilers():
     model, x = Tower(depth=6, width=32), inputs(16, 32, 32)
-    walked = rt.timeline(loss, model, x, differentiate=True).peak_bytes
+    traced = rt.timeline(loss, model, x, differentiate=True).peak_bytes
     compiled = rt.measure(loss, model, x, differentiate=True, target="cpu").temp_bytes
-    assert 0.7 * compiled < walked < 1.5 * compiled
+    assert 0.7 * compiled < traced < 1.5 * compiled
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
@@ -63,19 +62,9 @@ def test_plots_are_written(tmp_path, ending):
     assert path.stat().st_size > 1000
 
 
-def test_text_and_data_say_the_same():
-    walked = rt.timeline(loss, nnx.eval_shape(Tower), inputs(), differentiate=True)
-    data = json.loads(json.dumps(walked.as_dict()))
-    assert data["peak_bytes"] == walked.peak_bytes == data["bytes"][data["peak_index"]]
-    assert "layers.[0:3]" in str(walked)
-
-
-def test_plots_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
-    walked = rt.timeline(lambda x: jnp.sin(x), X)
-    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(rt.MeasureError) as caught:
-        walked.plot(tmp_path / "a.png")
-    assert "[plot]" in caught.value.fix
-    with pytest.raises(rt.MeasureError) as caught:
-        walked.plot(tmp_path / "a.txt")
-    assert caught.value.fix == "plot.svg"
+def test_text_json_and_repr_agree():
+    result = rt.timeline(loss, nnx.eval_shape(Tower), inputs(), differentiate=True)
+    data = json.loads(json.dumps(result.as_dict()))
+    assert data["peak_bytes"] == result.peak_bytes == data["bytes"][data["peak_index"]]
+    assert "layers.[0:3]" in str(result)
+    assert repr(result) == f"Timeline({len(result.bytes)} operations, peak_bytes={result.peak_bytes})"

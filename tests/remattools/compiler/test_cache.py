@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A repeated measurement is read, another program is compiled."""
+"""The cache: a repeated measurement is read, another program is compiled."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ def _square(x):
     return jnp.sum(x @ x)
 
 
-def test_the_second_measurement_is_the_first(tmp_path):
+def test_a_repeated_measurement_is_not_compiled_again(tmp_path):
     first = rt.measure(_square, X, cache=tmp_path)
     assert rt.measure(_square, X, cache=tmp_path) == first  # compile_s too, so nothing was compiled
     assert rt.measure(_square, X) != first  # control: without the cache it is
@@ -30,13 +30,13 @@ def test_the_second_measurement_is_the_first(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_the_environment_names_the_folder(tmp_path, monkeypatch):
+def test_the_environment_names_the_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("REMATTOOLS_CACHE", str(tmp_path))
     first = rt.measure(_square, X)
     assert rt.measure(_square, X) == first
 
 
-def test_an_entry_whose_figures_were_changed_is_no_hit(tmp_path):
+def test_an_edited_entry_is_a_miss(tmp_path):
     first = rt.measure(_square, X, target="cpu", cache=tmp_path)
     (entry,) = tmp_path.iterdir()
     data = json.loads(entry.read_text())
@@ -46,26 +46,26 @@ def test_an_entry_whose_figures_were_changed_is_no_hit(tmp_path):
     assert again.argument_bytes == first.argument_bytes == 1024
 
 
-def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_measurement(tmp_path, monkeypatch):
+def test_an_unwritable_directory_loses_only_the_cache(tmp_path, monkeypatch):
     taken = tmp_path / "file"
     taken.write_text("")
     with pytest.warns(rt.CacheWarning, match="not cached"):
         assert rt.measure(_square, X, target="cpu", cache=taken).argument_bytes == 1024
-    folder = tmp_path / "full"
+    full = tmp_path / "full"
 
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(caching.os, "replace", no_space)
     with pytest.warns(rt.CacheWarning, match="No space left"):
-        assert rt.measure(_square, X, target="cpu", cache=folder).argument_bytes == 1024
-    assert list(folder.iterdir()) == []
+        assert rt.measure(_square, X, target="cpu", cache=full).argument_bytes == 1024
+    assert list(full.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "content", ["", "{}", "[1]", "null", "[" * 100_000, '{"target": 3}', '{"measurement": {}, "digest": ""}']
 )
-def test_a_damaged_entry_is_no_hit(tmp_path, content):
+def test_a_damaged_entry_is_a_miss(tmp_path, content):
     first = rt.measure(_square, X, cache=tmp_path)
     (entry,) = tmp_path.iterdir()
     entry.write_text(content)
@@ -74,7 +74,7 @@ def test_a_damaged_entry_is_no_hit(tmp_path, content):
     assert rt.measure(_square, X, cache=tmp_path) == again
 
 
-def test_flags_of_the_compiler_belong_to_the_key(monkeypatch):
+def test_compiler_flags_and_versions_are_in_the_key(monkeypatch):
     device = jax.devices("cpu")[0]
     before = caching.compute_key("program", "cpu", device)
     assert caching.compute_key("program", "cpu", device) == before  # control
@@ -84,25 +84,25 @@ def test_flags_of_the_compiler_belong_to_the_key(monkeypatch):
     assert len({before, flagged, caching.compute_key("program", "cpu", device)}) == 3
 
 
-def test_options_of_a_jitted_function_belong_to_the_key(tmp_path):
-    def compiled(**options):
+def test_compiler_options_of_a_jitted_function_are_in_the_key(tmp_path):
+    def count_entries(**options):
         rt.measure(jax.jit(_square, compiler_options=options), X, target="cpu", cache=tmp_path)
         return len(list(tmp_path.iterdir()))
 
-    assert compiled() == 1
-    assert compiled() == 1  # control
-    assert compiled(xla_cpu_enable_fast_math=True) == 2
-    assert compiled(xla_cpu_enable_fast_math=False) == 3
+    assert count_entries() == 1
+    assert count_entries() == 1  # control
+    assert count_entries(xla_cpu_enable_fast_math=True) == 2
+    assert count_entries(xla_cpu_enable_fast_math=False) == 3
 
 
-def test_settings_of_jax_belong_to_the_key():
+def test_jax_settings_are_in_the_key():
     device = jax.devices("cpu")[0]
     before = caching.compute_key("program", "cpu", device)
     with jax.enable_x64(not jax.config.jax_enable_x64):
         assert caching.compute_key("program", "cpu", device) != before
 
 
-def test_a_refusal_survives_storing(tmp_path):
+def test_an_out_of_memory_result_is_stored(tmp_path):
     refused = OutOfMemory(
         needed_bytes=2, limit_bytes=1, message="m", largest=(Allocation(path="a", name="b", shape="c", bytes=2),)
     )
@@ -115,6 +115,6 @@ def test_a_refusal_survives_storing(tmp_path):
     assert store.get("other") is None
 
 
-def test_the_users_folder_follows_the_desktop_convention(monkeypatch, tmp_path):
+def test_the_user_cache_follows_xdg_cache_home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert caching.open_user_cache().directory == tmp_path / "remattools"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cycles in a compiled text: loops count as often as they turn."""
+"""Cycles in compiled HLO: a loop's body is multiplied by its trip count."""
 
 import pytest
 
 from remattools.compiler.hlo_cycles import estimate_cycles
 
-TEXT = """HloModule jit_f, is_scheduled=true
+HLO = """HloModule jit_f, is_scheduled=true
 
 %body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
   %step = s32[]{:T(128)} constant(STEP)
@@ -34,7 +34,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %start = s32[]{:T(128)} copy(%zero)
   %init = (s32[], f32[8]) tuple(%start, %x)
   %loop = (s32[], f32[8]) while(%init), condition=%condition, body=%bodyTRIPS
-  %branch = f32[8] conditional(%x), branch_computations={%cheap, %dear}
+  %branch = f32[8] conditional(%x), branch_computations={%cheap, %costly}
   ROOT %r = f32[8] negate(%x), backend_config={"window_config":{"estimated_cycles":"5"}}
 }
 
@@ -42,33 +42,33 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   ROOT %n = f32[8] negate(%p), backend_config={"window_config":{"estimated_cycles":"20"}}
 }
 
-%dear (p: f32[8]) -> f32[8] {
+%costly (p: f32[8]) -> f32[8] {
   ROOT %n = f32[8] negate(%p), backend_config={"window_config":{"estimated_cycles":"30"}}
 }
 """
 
 
-def _text(step="1", direction="LT", trips=""):
-    return TEXT.replace("STEP", step).replace("DIRECTION", direction).replace("TRIPS", trips)
+def _make_hlo(step="1", direction="LT", trips=""):
+    return HLO.replace("STEP", step).replace("DIRECTION", direction).replace("TRIPS", trips)
 
 
 @pytest.mark.parametrize(
-    ("text", "turns"),
+    ("hlo", "trips"),
     [
-        pytest.param(_text(), 6, id="from 1 below 7"),
-        pytest.param(_text(step="2"), 3, id="in steps of 2"),
-        pytest.param(_text(trips=', backend_config={"known_trip_count":{"n":"9"}}'), 9, id="written down"),
+        pytest.param(_make_hlo(), 6, id="from 1 below 7"),
+        pytest.param(_make_hlo(step="2"), 3, id="in steps of 2"),
+        pytest.param(_make_hlo(trips=', backend_config={"known_trip_count":{"n":"9"}}'), 9, id="written down"),
     ],
 )
-def test_bodies_count_as_often_as_the_loop_turns_and_branches_by_the_dearest(text, turns):
-    found = estimate_cycles(text)
-    assert (found.total, found.unknown_loops) == (turns * 100 + 30 + 5, ())
+def test_bodies_count_per_trip_and_branches_by_the_costliest(hlo, trips):
+    found = estimate_cycles(hlo)
+    assert (found.total, found.unknown_loops) == (trips * 100 + 30 + 5, ())
 
 
-def test_a_loop_that_cannot_be_read_counts_once_and_is_named():
-    found = estimate_cycles(_text(direction="NE"))
+def test_a_loop_with_unknown_trip_count_counts_once():
+    found = estimate_cycles(_make_hlo(direction="NE"))
     assert (found.total, found.unknown_loops) == (135, ("loop",))
 
 
-def test_a_text_without_estimates_has_none():
+def test_hlo_without_estimates_has_none():
     assert estimate_cycles("HloModule m\nENTRY %main (x: f32[8]) -> f32[8] {\n}\n") is None

@@ -16,6 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from remattools.planner.model.block_ilp import BlockProblem
+from remattools.planner.model.memory import build_timetable
 from remattools.planner.model.outline import Outline
 
 _UNIT = 2.0**20
@@ -67,16 +68,14 @@ def least_cycles(shape: Outline, budget: float, seconds: float = 20.0) -> float:
     """A lower bound of the recomputation cycles of all choices that the model sees within the budget."""
     program = Program()
     visits = [_block(program, shape.problems[kind]) for _, kind in shape.visits]
-    base, kept, runs = shape.build_timetable()
-    for fixed, keeps, running in zip(base, kept, runs, strict=True):
+    table = build_timetable(shape.around, shape.calls)
+    moments = zip(table.around_bytes, table.saved_copies, table.runs_forward, table.runs_backward, strict=True)
+    for fixed, copies, runs_forward, runs_backward in moments:
         terms = [
             (column, -factor)
-            for (keep, forward, backward), keeping, state in zip(visits, keeps, running, strict=True)
-            for column, factor in (
-                *((keep,) if keeping else ()),
-                *((forward,) if state == 1 else ()),
-                *((backward,) if state == 2 else ()),
-            )
+            for (saved, forward, backward), *live in zip(visits, copies, runs_forward, runs_backward, strict=True)
+            for is_live, (column, factor) in zip(live, (saved, forward, backward), strict=True)
+            if is_live
         ]
         program.at_least(terms, (fixed - budget) / _UNIT)
     return program.bound(seconds)
@@ -145,7 +144,7 @@ def _forward_rows(program: Program, graph: Any, sizes: Any, by_value: Any, forwa
     there = _in_memory(graph, graph.forward)
     for number in range(len(graph.forward)):
         fixed, terms = 0.0, []
-        for value, maker in graph.makers.items():
+        for value, maker in graph.producers.items():
             if value in graph.inputs or value in graph.outputs or maker > number:
                 continue
             if last[value] >= number and value in there:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from remattools.planner.model.op_cost import get_rates
 from remattools.planner.model.outline import build_outline
-from remattools.planner.search.acquisition import Exploration
-from remattools.planner.search.candidates import Space
+from remattools.planner.model.time import get_rates
+from remattools.planner.search.exploration import Exploration
+from remattools.planner.search.space import Space
 
 from ..models import Tower, loss
 

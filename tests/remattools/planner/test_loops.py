@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.model.op_cost import get_rates
+from remattools.planner.model.memory import build_timetable
 from remattools.planner.model.outline import Outline, build_outline
-from remattools.planner.search.candidates import Assignment, Space
+from remattools.planner.model.time import get_rates
+from remattools.planner.search.assignments import Assignment
+from remattools.planner.search.space import Space
 from remattools.planner.search.to_rules import write_rules
 
 from ..exactness import assert_exact
@@ -220,9 +222,9 @@ def test_rules_of_blocks_in_loops_are_few() -> None:
 def test_what_a_loop_stacks_counts_as_often_as_it_turns() -> None:
     def kept_bytes(length: int) -> float:
         shape = outlined(lambda: Scanned(length))
-        _, kept, _ = shape.build_timetable()
+        timetable = build_timetable(shape.around, shape.calls)
         (plain,) = (problem.plain_choice for problem in shape.problems)
-        return float(kept.max() * plain.saved_bytes)
+        return float(timetable.saved_copies.max() * plain.saved_bytes)
 
     assert kept_bytes(8) == 2 * kept_bytes(4) > 0
 

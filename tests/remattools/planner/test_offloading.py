@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.model.op_cost import get_rates
 from remattools.planner.model.outline import build_outline
-from remattools.planner.search.candidates import Space
+from remattools.planner.model.time import get_rates
+from remattools.planner.search.space import Space
 from remattools.planner.search.to_rules import write_rules
 
 from ..models import loss

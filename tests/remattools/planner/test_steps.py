@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.model.graph import compute_live_bytes
-from remattools.planner.model.op_cost import get_rates
+from remattools.planner.model.memory import compute_live_bytes
 from remattools.planner.model.outline import Outline, build_outline
+from remattools.planner.model.time import get_rates
 
 from ..exactness import assert_same_values
 from ..models import MLP, Tower, inputs, loss

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 import remattools as rt
 from remattools.rules import policies
 from remattools.rules.policies import parse_policy, resolve
-from remattools.rules.policy import Decision
+from remattools.rules.policy_types import Decision
 
 
 def function(x):

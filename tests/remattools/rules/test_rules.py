@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import remattools as rt
-from remattools.rules import toml
+from remattools.rules import rule_file
 from tests.remattools.rules.test_policies import trees
 
 segments = st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_]{0,6}", fullmatch=True)
@@ -101,7 +101,7 @@ def test_errors_name_the_line(text, line, part):
 
 def test_lines_are_looked_for_in_errors_only(monkeypatch):
     # It reads the whole text: once for each rule, a long file would take minutes.
-    monkeypatch.delattr(toml, "_line")
+    monkeypatch.delattr(rule_file, "_line")
     assert len(rt.Rules.from_toml('[remat.rules]\n"a" = false\n[[remat.rule]]\npattern = "b"\noff = true\n')) == 2
 
 

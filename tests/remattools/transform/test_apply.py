@@ -292,10 +292,10 @@ def test_apply_copies_no_array():
 @pytest.mark.parametrize(
     ("thing", "what"),
     [
-        (lambda x: x, "the function <lambda> holds no nnx module"),
+        (lambda x: x, "the function <lambda> contains no nnx module"),
         (Tower, "Tower is a class"),
-        (nnx.state(Tower()), "this State holds no nnx module"),
-        (3, "this int holds no nnx module"),
+        (nnx.state(Tower()), "this State contains no nnx module"),
+        (3, "this int contains no nnx module"),
     ],
 )
 def test_what_is_no_model_is_said_to_be_none(thing, what):

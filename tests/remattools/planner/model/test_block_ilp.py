@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from remattools.planner.model.block_ilp import BlockProblem
-from remattools.planner.model.graph import build_block_graph, compute_live_bytes
-from remattools.planner.model.op_cost import get_rates
+from remattools.planner.model.dataflow_graph import build_block_graph
+from remattools.planner.model.memory import compute_live_bytes
+from remattools.planner.model.time import get_rates
 
 
 def _problem(

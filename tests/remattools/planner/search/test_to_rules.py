@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.planner.model.op_cost import get_rates
 from remattools.planner.model.outline import build_outline
-from remattools.planner.search.candidates import Assignment, Space
+from remattools.planner.model.time import get_rates
+from remattools.planner.search.assignments import Assignment
+from remattools.planner.search.space import Space
 from remattools.planner.search.to_rules import write_rules
 
 from ...models import MLP, Block, Tower, loss
@@ -82,7 +83,7 @@ def test_every_assignment_can_be_applied(make: Any) -> None:
             actions = {row.path: row.action for row in rt.explain(model).rows}
             rt.residuals(loss, model, x)  # raises if a name matches nothing
         for number, path in enumerate(space.members):
-            choice = space.levels[space.get_level(assignment, number)][kinds[path]]
+            choice = space.levels[assignment.get_level(number)][kinds[path]]
             assert (actions[".".join(map(str, path))] is None) == (choice.names is None)
 
 

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dataflow graph of a function and its gradient: operations over numbered values, and which of these are fused.
+
+Sits on `op_work`; `memory` and `time` count on it. A compiler computes some values only inside the operations that read
+them: those take no memory and cause no traffic. Values are numbers, so that JAX is not needed once a graph is built.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from ...jaxpr import jaxprs
+from ...transform.naming import names
+from .op_work import Work, estimate_work
+
+# Equations of these hold one jaxpr and do nothing else.
+INLINED_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
+_CANDIDATE_PREFIX = "plan:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One operation.
+
+    Attributes:
+        reads: Numbers of the values that it takes.
+        writes: Numbers of the values that it computes.
+        work: Its kind and arithmetic.
+        tag: For a block with a backward pass, "forward" or "backward" and the number of the visit; else None.
+        label: Its name for people.
+        iterations: How often it runs: the product of the lengths of the loops around it.
+    """
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    work: Work
+    tag: Any = None
+    label: str = ""
+    iterations: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A value that a rule can name.
+
+    Attributes:
+        name: As a rule names it, with its index.
+        value: Its number.
+        bytes: What saving it takes.
+    """
+
+    name: str
+    value: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The forward and the backward pass of a function.
+
+    Attributes:
+        forward: Steps of the forward pass in the program's order.
+        backward: Steps of the backward pass in the program's order.
+        bytes: Size of each value in bytes, by its number.
+        inputs: Numbers of the arguments.
+        outputs: Numbers of the results of both passes.
+        residuals: Values that the backward pass takes from the forward pass, arguments apart.
+        candidates: Values that a rule can name.
+        float32_values: Values of dtype float32.
+        fuses_products: Whether the compiler fuses a product, and what is computed between two products, into the one
+            product that reads it.
+    """
+
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    bytes: tuple[int, ...]
+    inputs: frozenset[int]
+    outputs: frozenset[int]
+    residuals: frozenset[int]
+    candidates: tuple[Candidate, ...] = ()
+    float32_values: frozenset[int] = frozenset()
+    fuses_products: bool = False
+
+    @functools.cached_property
+    def producers(self) -> dict[int, int]:
+        """Return for each value the number of the forward step that computes it."""
+        return {value: number for number, step in enumerate(self.forward) for value in step.writes}
+
+    @functools.cached_property
+    def _readers(self) -> dict[int, list[Step]]:
+        readers: dict[int, list[Step]] = {}
+        for step in (*self.forward, *self.backward):
+            for value in step.reads:
+                readers.setdefault(value, []).append(step)
+        return readers
+
+    @functools.cached_property
+    def fused_values(self) -> frozenset[int]:
+        """Return the values that exist only inside fused operations, if nothing is recomputed."""
+        return self.find_fused_values((*self.forward, *self.backward))
+
+    def find_fused_values(self, order: Sequence[Step], materialized: Iterable[int] = ()) -> frozenset[int]:
+        """Return the values that exist only inside fused operations when these steps run.
+
+        Args:
+            order: The steps as they run.
+            materialized: Values that are in memory in any case.
+        """
+        materialized = self.outputs.union(materialized)
+        readers: dict[int, list[int]] = {}
+        for number, step in enumerate(order):
+            for value in step.reads:
+                readers.setdefault(value, []).append(number)
+        found: set[int] = set()
+        roots: dict[int, frozenset[int]] = {}  # for each step those inside which it runs
+        for number in reversed(range(len(order))):
+            step = order[number]
+            below = [reader for value in step.writes for reader in readers.get(value, ())]
+            kinds = {order[reader].work.kind for reader in below}
+            within = frozenset[int]().union(*(roots[reader] for reader in below))
+            inside = step.work.kind == "free" or (step.work.kind == "elementwise" and not kinds & {"matrix", "other"})
+            if self.fuses_products and len(within) == 1 and "other" not in kinds:
+                inside |= step.work.kind == "elementwise"
+                inside |= step.work.kind == "matrix" and "matrix" not in kinds
+            if materialized.intersection(step.writes):
+                inside = False
+            roots[number] = within if inside else frozenset((number,))
+            if inside:
+                found.update(step.writes)
+        return frozenset(found)
+
+    def fuse_products(self) -> "Graph":
+        """Return the graph as a compiler for matrix units runs it.
+
+        Such compilers fuse products into each other. Values that only products read are stored in the precision of the
+        matrix units, in half the bytes.
+        """
+        narrow: set[int] = set()
+        for step in reversed((*self.forward, *self.backward)):
+            for value in step.writes:
+                readers = self._readers.get(value, ())
+                narrowed = all(
+                    reader.work.is_narrowing or (reader.work.kind == "free" and narrow.issuperset(reader.writes))
+                    for reader in readers
+                )
+                if value in self.float32_values and value not in self.outputs and readers and narrowed:
+                    narrow.add(value)
+        sizes = tuple(size // 2 if value in narrow else size for value, size in enumerate(self.bytes))
+        candidates = tuple(dataclasses.replace(one, bytes=sizes[one.value]) for one in self.candidates)
+        return dataclasses.replace(self, bytes=sizes, candidates=candidates, fuses_products=True)
+
+    def count_bytes(self, values: Iterable[int]) -> int:
+        """Return the bytes of these values together."""
+        return sum(self.bytes[value] for value in values)
+
+    @functools.cached_property
+    def memory_sources(self) -> dict[int, frozenset[int]]:
+        """Return for each value what has to be read from memory to have it: itself, unless it is fused."""
+        found: dict[int, frozenset[int]] = {}
+        for value in self.inputs:
+            found[value] = frozenset((value,))
+        for step in (*self.forward, *self.backward):
+            below = frozenset[int]().union(*(found.get(value, frozenset((value,))) for value in step.reads))
+            if step.work.kind == "matrix":  # read once, by the product
+                below = frozenset()
+            found.update((value, below if value in self.fused_values else frozenset((value,))) for value in step.writes)
+        return found
+
+
+def run_inlined(jaxpr: Any, leaves: Sequence[Any]) -> list[Any]:
+    """Evaluate a jaxpr with its jits inlined, so that one flat list of operations is traced.
+
+    Args:
+        jaxpr: The jaxpr, open or closed.
+        leaves: Its arguments.
+    """
+    inner = jaxprs.open_jaxpr(jaxpr)
+    values: dict[Any, Any] = dict(zip(inner.constvars, getattr(jaxpr, "consts", ()), strict=False))
+    values.update(zip(inner.invars, leaves, strict=True))
+    for equation in inner.eqns:
+        args = [jaxprs.read_atom(atom, values) for atom in equation.invars]
+        nested = [below for _, below in jaxprs.find_subjaxprs(equation)]
+        if equation.primitive.name in INLINED_PRIMITIVES and len(nested) == 1:
+            out = run_inlined(nested[0], args)
+        else:
+            closed = core.Jaxpr(
+                constvars=[],
+                invars=list(dict.fromkeys(v for v in equation.invars if isinstance(v, core.Var))),
+                outvars=list(equation.outvars),
+                eqns=[equation],
+                effects=equation.effects,
+                debug_info=inner.debug_info._replace(arg_names=None, result_paths=None),
+            )
+            out = jaxprs.run(core.ClosedJaxpr(closed, []), [values[v] for v in closed.invars])  # type: ignore[attr-defined]  # public, but not in its stub
+        values.update(zip(equation.outvars, out, strict=True))
+    return [jaxprs.read_atom(atom, values) for atom in inner.outvars]
+
+
+def build_graph(
+    run: Callable[[list[Any]], list[Any]],
+    avals: Sequence[Any],
+    labels: Mapping[str, str],
+    gradient_mask: Sequence[bool] | None = None,
+) -> Graph:
+    """Return the graph of a function of arrays and of its gradient with respect to its floats.
+
+    Args:
+        run: A function from arrays to arrays; candidates are marked in it by `checkpoint_name`s.
+        avals: Shapes and dtypes of its arguments.
+        labels: From the marks to the names that rules use.
+        gradient_mask: For each float argument whether its gradient is computed; None for all.
+    """
+    floats = [i for i, aval in enumerate(avals) if jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)]
+    if gradient_mask is not None:
+        floats = [i for i, needed in zip(floats, gradient_mask, strict=True) if needed]
+    counts: list[int] = []
+
+    def run_both_passes(leaves: list[Any]) -> Any:
+        def run_forward(chosen: list[Any]) -> list[Any]:
+            new = list(leaves)
+            for index, value in zip(floats, chosen, strict=True):
+                new[index] = value
+            out = run(new)
+            return [leaf for leaf in out if jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)]
+
+        out, backward = jax.vjp(run_forward, [leaves[i] for i in floats])
+        residuals = jax.tree.leaves(backward)
+        counts.append(len(residuals))
+        return residuals, out, backward([jax.numpy.ones_like(value) for value in out])
+
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    return _convert_jaxpr(jaxprs.open_jaxpr(jax.make_jaxpr(run_both_passes)(shapes)), counts[0], labels)
+
+
+def build_block_graph(jaxpr: Any, gradient_mask: Sequence[bool] | None = None) -> Graph:
+    """Return the graph of a block, with all values that a rule can name.
+
+    Args:
+        jaxpr: The block's forward pass, open or closed.
+        gradient_mask: For each float argument whether its gradient is computed; None for all.
+    """
+    values = [value for value in names.find_named_values(jaxpr) if value.reachable and value.kind != "module"]
+    marks = {position: f"{_CANDIDATE_PREFIX}{n}" for n, value in enumerate(values) for position in value.where}
+    labels = {f"{_CANDIDATE_PREFIX}{n}": f"{value.label}[{value.index}]" for n, value in enumerate(values)}
+    marked = names.mark_equations(jaxpr, marks)
+    avals = [var.aval for var in jaxprs.open_jaxpr(jaxpr).invars]
+    return build_graph(lambda leaves: run_inlined(marked, leaves), avals, labels, gradient_mask)
+
+
+def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str]) -> Graph:
+    numbers: dict[Any, int] = {}
+    sizes: list[int] = []
+    single: set[int] = set()
+
+    def get_number(var: Any) -> int:
+        if var not in numbers:
+            numbers[var] = len(sizes)
+            if is_float32(var.aval):
+                single.add(len(sizes))
+            sizes.append(jaxprs.count_aval_bytes(var.aval))
+        return numbers[var]
+
+    inputs = frozenset(get_number(var) for var in jaxpr.invars)
+    forward: list[Step] = []
+    backward: list[Step] = []
+    candidates = []
+    residuals = {var for var in jaxpr.outvars[:num_residuals] if isinstance(var, core.Var)}
+    for equation in jaxpr.eqns:
+        name = jaxprs.get_checkpoint_name(equation)
+        if name is not None:
+            # A mark is another name of the value that it marks.
+            (source,), (target,) = equation.invars, equation.outvars
+            if isinstance(source, core.Var):
+                numbers[target] = get_number(source)
+                if name in labels:
+                    candidates.append(Candidate(labels[name], numbers[target], jaxprs.count_aval_bytes(target.aval)))
+            continue
+        step = Step(
+            reads=tuple(dict.fromkeys(get_number(atom) for atom in equation.invars if isinstance(atom, core.Var))),
+            writes=tuple(get_number(var) for var in equation.outvars),
+            work=estimate_work(equation),
+            label=equation.primitive.name,
+        )
+        late = "transpose(" in str(equation.source_info.name_stack)
+        (backward if late else forward).append(step)
+    made = {value for step in forward for value in step.writes}
+    read_back = {value for step in backward for value in step.reads}
+    needed = ({numbers[var] for var in residuals if var in numbers} | (read_back & made)) & made
+    outputs = {numbers[var] for var in jaxpr.outvars[num_residuals:] if isinstance(var, core.Var) and var in numbers}
+    return Graph(
+        forward=tuple(forward),
+        backward=tuple(backward),
+        bytes=tuple(sizes),
+        inputs=inputs,
+        outputs=frozenset(outputs),
+        residuals=frozenset(needed & (read_back | outputs)) if backward else frozenset(),
+        candidates=tuple(candidates),
+        float32_values=frozenset(single),
+    )
+
+
+def is_float32(aval: Any) -> bool:
+    """Return whether a value is an array of float32."""
+    return jaxprs.is_array(aval) and aval.dtype == jax.numpy.float32

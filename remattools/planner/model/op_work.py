@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much one operation computes, and whether compilers fuse it; counted from its equation, for any target.
+
+Lowest file of `planner.model`. `time` turns work into cycles of a target; `dataflow_graph` needs the kinds to know
+which values exist only inside fused operations.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+
+from ...jaxpr import jaxprs
+
+WorkKind = Literal["matrix", "reduction", "elementwise", "free", "other"]
+
+# Shape changes that the compilers fold into the operations that read them.
+_FREE_PRIMITIVES = frozenset(
+    {"broadcast_in_dim", "reshape", "squeeze", "iota", "stop_gradient", "copy", "name", "expand_dims"}
+)
+_REDUCTION_PRIMITIVES = frozenset(
+    {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "reduce_and", "reduce_or"}
+)
+_MATRIX_PRIMITIVES = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
+# Neither matrix products nor fused: they write their results to memory.
+_OTHER_PRIMITIVES = frozenset(
+    {
+        *("sort", "top_k", "gather", "scatter", "scatter-add", "dynamic_slice", "dynamic_update_slice"),
+        *("cumsum", "cumlogsumexp", "fft", "reduce_window_max", "reduce_window_sum", "select_and_scatter_add"),
+        *("random_bits", "threefry2x32", "rng_bit_generator", "plan_block"),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The work of one operation.
+
+    Attributes:
+        kind: "matrix" (a product or convolution), "reduction", "elementwise" (fused where possible), "free" (a change
+            of shape) or "other" (never fused).
+        flops: Floating-point operations; one for each element where the primitive has no formula.
+        is_narrowing: Whether it is a product that leaves the precision of its operands to the target.
+    """
+
+    kind: WorkKind
+    flops: float
+    is_narrowing: bool = False
+
+
+def estimate_work(equation: Any) -> Work:
+    """Return the work of an equation, including that of the jaxprs inside it."""
+    name = equation.primitive.name
+    if name in _FREE_PRIMITIVES:
+        return Work("free", 0.0)
+    if name == "dot_general":
+        ((contracted, _), _) = equation.params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        depth = math.prod(shape[axis] for axis in contracted)
+        return Work("matrix", 2.0 * depth * _count_elements(equation.outvars), _is_narrowing(equation))
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+        return Work(
+            "matrix",
+            2.0 * math.prod(kernel) / max(features, 1) * _count_elements(equation.outvars),
+            _is_narrowing(equation),
+        )
+    inside = [_sum_flops(jaxpr) for _, jaxpr in jaxprs.find_subjaxprs(equation)]
+    if inside:
+        iterations = equation.params.get("length", 1) if name == "scan" else 1
+        return Work("other", iterations * sum(inside))
+    if name in _REDUCTION_PRIMITIVES:
+        return Work("reduction", float(_count_elements(equation.invars)))
+    if name in _MATRIX_PRIMITIVES or name in _OTHER_PRIMITIVES:
+        return Work("matrix" if name in _MATRIX_PRIMITIVES else "other", float(_count_elements(equation.outvars)))
+    return Work("elementwise", float(_count_elements(equation.outvars)))
+
+
+def _is_narrowing(equation: Any) -> bool:
+    precision = equation.params.get("precision")
+    each = precision if isinstance(precision, tuple) else (precision,)
+    return all(one in (None, jax.lax.Precision.DEFAULT) for one in each)
+
+
+def _sum_flops(jaxpr: Any) -> float:
+    return sum(estimate_work(equation).flops for equation in jaxprs.open_jaxpr(jaxpr).eqns)
+
+
+def _count_elements(atoms: Any) -> int:
+    return max((math.prod(atom.aval.shape) for atom in atoms if jaxprs.is_array(atom.aval)), default=0)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled points of one search, and what they say of the assignments that are not compiled yet.
+
+Sits on `space`, `next_compile` and `to_rules`. Each measurement corrects the predictions of all other assignments.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from ...compiler.report import Measurement, format_count
+from ...errors import RuleError
+from ...rules.ruleset import Rules
+from ...text import format_bytes
+from ..budget import BudgetKind, select_bytes
+from ..result import Point, Prediction
+from .next_compile import Posterior, choose_for_frontier, choose_for_limits
+from .space import Space
+from .to_rules import write_rules
+
+
+class Exploration:
+    """Compiled points, and what is expected of the other assignments.
+
+    Args:
+        space: What can be compiled.
+        measure_rules: Compiles a set of rules.
+        of: What budgets are about.
+        plain_cycles: Cycles of the plain model by the planner's time model.
+        progress: Called with a line of text before each compile.
+
+    Attributes:
+        points: The compiled points by the numbers of their assignments, in the order of compiling.
+        rejected: Numbers of assignments that this program does not allow.
+        measurements: All measurements by rules.
+    """
+
+    def __init__(
+        self,
+        *,
+        space: Space,
+        measure_rules: Callable[[Rules], Measurement],
+        of: BudgetKind,
+        plain_cycles: float,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.space, self.measure_rules = space, measure_rules
+        self.of: BudgetKind = of
+        self.plain_cycles, self.progress = plain_cycles, progress
+        self.points: dict[int, Point] = {}
+        self.rejected: set[int] = set()
+        self.measurements: dict[Rules, Measurement] = {}
+
+    def compile_assignment(self, number: int) -> None:
+        """Compile and measure an assignment.
+
+        Args:
+            number: The number of the assignment.
+
+        Raises:
+            RuleError: If the program does not allow its rules; groups are then rejected without an error.
+        """
+        rules = write_rules(self.space, self.space.assignments[number])
+        predicted = self._predict(number)
+        self.progress(
+            f"compile {len(self.points) + 1}: expecting {format_bytes(predicted.bytes)}, "
+            f"{format_count(predicted.cycles)} cycles"
+        )
+        if rules not in self.measurements:
+            try:
+                self.measurements[rules] = self.measure_rules(rules)
+            except RuleError:
+                if self.space.assignments[number].group == 1:
+                    raise
+                # The code between the blocks cannot be cut into groups: no group of this model can be compiled.
+                self.rejected |= {n for n, other in enumerate(self.space.assignments) if other.group > 1}
+                return
+        self._add_point(number, rules, predicted)
+
+    def add_measurements(self, measurements: Iterable[tuple[Rules, Measurement]]) -> None:
+        """Add points that were compiled earlier, as far as they are assignments of this space."""
+        earlier = dict(measurements)
+        if not earlier:
+            return
+        numbers = {
+            write_rules(self.space, a): number for number, a in reversed(list(enumerate(self.space.assignments)))
+        }
+        for rules, measured in earlier.items():
+            if rules in numbers and numbers[rules] not in self.points:
+                predicted = self._predict(numbers[rules])
+                self.measurements[rules] = measured
+                self._add_point(numbers[rules], rules, predicted)
+
+    def _predict(self, number: int) -> Prediction:
+        expected = self.compute_posterior()
+        # The correction may be larger than the prediction; nothing takes less than 0 bytes.
+        return Prediction(bytes=max(int(expected.bytes[number]), 0), cycles=float(expected.cycles[number]))
+
+    def _add_point(self, number: int, rules: Rules, prediction: Prediction) -> None:
+        measured = self.measurements[rules]
+        cycles = self.plain_cycles + self.space.cycles[number]
+        if measured.estimated_cycles is not None:
+            cycles = float(measured.estimated_cycles) + self.space.link_cycles[number]
+        elif not measured.fits:
+            cycles = float("inf")
+        self.points[number] = Point(
+            rules=rules,
+            predicted=prediction,
+            measured=measured,
+            bytes=select_bytes(measured, self.of),
+            cycles=float(cycles),
+            link_cycles=float(self.space.link_cycles[number]),
+        )
+
+    def compute_posterior(self) -> Posterior:
+        """Return what the predictions and all measurements say of each assignment."""
+        compiled = {number: point for number, point in self.points.items() if point.measured.fits}
+        cycles, no_std = self.plain_cycles + self.space.cycles, np.zeros(len(self.space.assignments))
+        if not compiled:
+            return Posterior(self.space.bytes, no_std, cycles, no_std)
+        size = self.space.correct_predictions("bytes", {n: float(p.bytes) for n, p in compiled.items()})
+        if any(point.measured.estimated_cycles is None for point in compiled.values()):
+            return Posterior(*size, cycles, no_std)
+        return Posterior(*size, *self.space.correct_predictions("cycles", {n: p.cycles for n, p in compiled.items()}))
+
+    def _find_open(self) -> np.ndarray:
+        """Return whether each assignment may be compiled, shape (assignments,)."""
+        numbers = range(len(self.space.assignments))
+        return np.array([number not in self.points and number not in self.rejected for number in numbers])
+
+    def propose(self, max_bytes: int | None, max_cycles: float | None) -> int | None:
+        """Return the assignment to compile next for these limits, or None if none promises an improvement."""
+        return choose_for_limits(
+            self.compute_posterior(),
+            self._find_open(),
+            self.points.values(),
+            max_bytes=max_bytes,
+            max_cycles=max_cycles,
+        )
+
+    def propose_for_frontier(self) -> int | None:
+        """Return the assignment that promises most over all budgets, or None if none promises an improvement."""
+        return choose_for_frontier(
+            self.compute_posterior(),
+            self._find_open(),
+            self.points.values(),
+            full_remat=self.space.assignments.index(self.space.full_remat),
+        )

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readers, writers, pins: what a session holds while a run is open."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ckpttools as ct
+
+from .runs import spec_for
+
+
+def test_two_writers_are_refused_and_a_reader_is_not(tmp_path):
+    params = {"params": jnp.ones(2)}
+    with ct.open(spec_for(tmp_path)) as writer, ct.open(spec_for(tmp_path)) as other:
+        writer.save(1, params)
+        writer.wait()
+        assert other.restore(params).step == 1
+        with pytest.raises(ct.RunInUseError, match="is being written"):
+            other.save(2, params)
+
+
+def test_a_reader_blocks_no_writer_and_sees_its_steps(tmp_path):
+    params = {"params": jnp.ones(2)}
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, params)
+    with ct.open(spec_for(tmp_path)) as reader:
+        reader.restore(params)
+        with ct.open(spec_for(tmp_path)) as writer:
+            writer.restore(params)
+            writer.save(2, params)
+            writer.wait()
+            assert reader.latest_step() == 2
+        # Another went on with the run since this one's restore, so what it saves is a branch.
+        reader.save(3, params)
+        reader.wait()
+        assert reader.all_steps() == (1, 3)
+
+
+def test_pinning_something_other_than_a_step_is_refused(tmp_path):
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, {"w": np.ones(2)})
+        with pytest.raises(ct.StepNotFoundError):
+            ckpt.pin(np.int64(1))
+
+
+def test_pins_and_best(tmp_path):
+    params = {"params": jnp.ones(2)}
+    spec = spec_for(tmp_path, save=ct.EverySteps(1), keep=ct.Latest(2) | ct.Best("loss", mode="min"))
+    with ct.open(spec) as ckpt:
+        for step, loss in enumerate([0.5, 0.1, float("nan"), 0.3, 0.4, 0.6], start=1):
+            ckpt.step(step, params, metrics={"loss": loss})
+            ckpt.wait()
+            if step == 1:
+                ckpt.pin(1)
+        assert ckpt.all_steps() == (1, 2, 5, 6)
+        assert ckpt.best_step() == 2
+        assert ckpt.restore(params, step=ct.best("loss")).step == 2
+        with pytest.raises(ct.StepNotFoundError):
+            ckpt.pin(3)
+        with pytest.raises(ct.StepNotFoundError):
+            ckpt.restore(params, step=3)
+        with pytest.raises(ct.StepNotFoundError, match="recorded: loss"):
+            ckpt.restore(params, step=ct.best("acc", mode="max"))
+        with pytest.raises(ct.SpecError, match="small or a large 'acc'"):
+            ckpt.best_step("acc")
+
+
+def test_a_step_is_pinned_while_it_is_being_saved(tmp_path):
+    with ct.open(spec_for(tmp_path, save=ct.EverySteps(1), keep=ct.Latest(2))) as ckpt:
+        for step in ckpt.steps(4):
+            ckpt.step(step, {"x": jnp.ones(3)})
+            if step == 1:
+                ckpt.pin(1)
+        assert ckpt.all_steps() == (1, 3, 4)
+
+
+def test_a_pinned_step_outlives_the_branch_that_needs_its_number(tmp_path):
+    state = {"x": jnp.ones(3)}
+    spec = spec_for(tmp_path, save=ct.EverySteps(1), keep=ct.Latest(2))
+    with ct.open(spec) as ckpt:
+        for step in ckpt.steps(3):
+            ckpt.step(step, state)
+        ckpt.pin(3)
+    old = next(listed.branch for listed in ct.ls(tmp_path) if listed.step == 3)
+    with ct.open(spec) as ckpt:
+        ckpt.restore(state, step=2)
+        for step in ckpt.steps(8):
+            ckpt.step(step, state)
+    assert (3, old, True) in [(listed.step, listed.branch, listed.pinned) for listed in ct.ls(tmp_path)]

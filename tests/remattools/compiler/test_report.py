@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A measurement as a value: what it prints, and how it is stored."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+
+import remattools as rt
+from remattools.compiler.out_of_memory import Allocation, OutOfMemory
+from remattools.compiler.report import Measurement
+
+MEASUREMENT = Measurement(
+    target="gpu", argument_bytes=4096, output_bytes=1024, alias_bytes=1024, temp_bytes=2048, peak_bytes=6144
+)
+
+
+def _stack(weights, x):
+    for _ in range(4):
+        x = jnp.sin(jnp.cos(x @ weights) @ weights)
+    return jnp.mean(x**2)
+
+
+def test_the_total_counts_a_donated_result_once():
+    assert MEASUREMENT.total_bytes == 4096 + 2048
+    assert dataclasses.replace(MEASUREMENT, alias_bytes=0).total_bytes == 4096 + 2048 + 1024
+
+
+def test_data_for_json_gives_the_measurement_back():
+    largest = (Allocation(path="a", name="b", shape="c", bytes=2),)
+    reason = OutOfMemory(needed_bytes=2, limit_bytes=1, message="m", largest=largest)
+    for measurement in (MEASUREMENT, dataclasses.replace(MEASUREMENT, out_of_memory=reason, notes=("n",))):
+        assert Measurement.from_dict(json.loads(json.dumps(measurement.as_dict()))) == measurement
+
+
+def test_repr_leaves_out_what_was_not_measured():
+    assert "temp_bytes=2048" in repr(MEASUREMENT)
+    assert "step_s" not in repr(MEASUREMENT)
+    assert "step_s=0.5" in repr(dataclasses.replace(MEASUREMENT, step_s=0.5))
+    assert eval(repr(MEASUREMENT), {"Measurement": Measurement}) == MEASUREMENT
+
+
+def test_a_peak_without_temporaries_is_marked():
+    assert "without temporaries" not in str(MEASUREMENT)
+    assert "without temporaries" in str(dataclasses.replace(MEASUREMENT, target="cpu"))
+
+
+def test_an_out_of_memory_report_names_the_excess_and_the_largest_values():
+    largest = (Allocation(path="layers.0", name="sin", shape="float32[8]", bytes=2048, count=3),)
+    reason = OutOfMemory(needed_bytes=3 * 2**30, limit_bytes=2**30, message="m", largest=largest)
+    text = str(dataclasses.replace(MEASUREMENT, out_of_memory=reason))
+    assert "OUT OF MEMORY: needs 3.0 GiB of 1.0 GiB, 2.0 GiB too much" in text
+    assert "layers.0  sin  float32[8] x3" in text
+    unknown = OutOfMemory(needed_bytes=None, limit_bytes=None, message="the compiler's words")
+    assert "the compiler's words" in str(dataclasses.replace(MEASUREMENT, out_of_memory=unknown))
+
+
+def test_temporaries_in_on_chip_memory_are_reported(tpu):
+    weights = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    small, large = (
+        rt.measure(_stack, weights, jax.ShapeDtypeStruct((n, 256), jnp.float32), differentiate=True, target=tpu)
+        for n in (512, 65536)
+    )
+    assert small.temporaries_on_chip
+    assert small.temp_bytes == 0 < small.total_bytes < small.peak_bytes
+    assert "on-chip" in str(small)
+    assert not large.temporaries_on_chip
+    assert large.temp_bytes > 0
+    assert "on-chip" not in str(large)

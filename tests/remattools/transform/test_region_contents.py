@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trace shows of the inside of regions."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import remattools as rt
+from remattools.transform.region_contents import find_contents, make_structure_key, trace_plain
+from tests.remattools.models import Tower, inputs
+
+SHAPE = jax.ShapeDtypeStruct((2, 3, 8), jnp.float32)
+
+
+class Noisy(nnx.Module):
+    def __init__(self, width, rngs):
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        jax.debug.callback(lambda y: None, x)
+        return jnp.sin(self.dropout(x))
+
+
+def test_paths_of_values_are_relative_to_the_region():
+    model = rt.apply(Tower(depth=2), {"layers.*": "nothing_saveable"})
+    (contents,) = find_contents(trace_plain(model, [SHAPE]), [("layers", 1)])
+    assert "attention.qkv" in {value.label for value in contents.values}
+    assert contents.has_activations
+    assert not contents.is_stacked
+    assert contents.warnings == ()
+
+
+def test_side_effects_and_random_operations_are_reported():
+    model = Tower(depth=1, block=Noisy)
+    count = model.layers[0].dropout.rngs.count[...]
+    (contents,) = find_contents(trace_plain(model, [SHAPE]), [("layers", 0)])
+    assert "calls back to Python" in contents.warnings[0]
+    assert "draws random numbers" in contents.warnings[1]
+    assert model.layers[0].dropout.rngs.count[...] == count, "the trace ran on a copy"
+
+
+def test_a_linear_layer_has_no_activations():
+    model = Tower(depth=1)
+    (contents,) = find_contents(trace_plain(model, [inputs()]), [("layers", 0, "mlp", "up", "kernel")])
+    assert not contents.has_activations
+
+
+def test_equal_structure_gives_equal_keys():
+    one, other = Tower(depth=2).layers
+    assert make_structure_key(one, None) == make_structure_key(other, None)
+    assert make_structure_key(one, None) != make_structure_key(other, rt.Remat())
+    assert make_structure_key(Tower(width=4), None) != make_structure_key(Tower(width=8), None)
