@@ -73,7 +73,7 @@ def test_a_correct_page_passes(tmp_path, monkeypatch):
     text = (
         "```python\nprint('saved 2026-01-01 10:00:00', 1)\n```\n\n```text\nsaved 2025-12-12 00:00:01   1\n```\n"
         "```python\nprint('temp 5.64 MiB 0.315 G 2')\n```\n\n```measured\ntemp  1.2 KiB  3 M  1,000\n```\n"
-        "```console\n$ ckpttools ls .\nthere are no steps\n```\n```sh\nmake test   # the tests\n```\n"
+        "```console\n$ ckpttools ls .\nno steps\n```\n```sh\nmake test   # the tests\n```\n"
         '```toml\n[remat.rules]\n"layers.*" = false\n```\n'
     )
     check_page(tmp_path / "page.md", text)

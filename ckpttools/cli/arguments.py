@@ -16,7 +16,7 @@ def parse_run_path(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
         The run's directory, and the step; None for a whole run.
 
     Raises:
-        CheckpointError: If there is no such directory.
+        CheckpointError: If the directory does not exist.
     """
     path = path.absolute()
     step = layout.parse_step_number(path.name)

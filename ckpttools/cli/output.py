@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command line prints: tables for people, JSON for programs, progress where somebody looks.
+"""What the command line prints: tables for people, JSON for programs, progress on a terminal.
 
-Names and reasons come from files that anybody may have written, so nothing of them reaches a terminal as a control
+Names and reasons come from files that anybody may have written, so none of them reaches a terminal as a control
 code, or rich as markup.
 """
 
@@ -23,11 +23,11 @@ from ..tools.ls import ListedStep, find_numeric_columns, make_rows
 from ..tools.show import ShownStep, format_leaf
 
 _FILE_WIDTH = 10_000
-"""Columns where the output is no terminal, so that a step stays on one line, for `grep`."""
+"""Columns where the output goes to a file or pipe: a step stays on one line, for `grep`."""
 
 
 class _Console(Console):
-    """Leaves it to `main` what it means that nobody reads on; rich would end the process with 1."""
+    """Raise when the reader of the output has left, where rich would end the process with 1."""
 
     def on_broken_pipe(self) -> None:
         """Called when the reader of the output has left."""
@@ -35,7 +35,7 @@ class _Console(Console):
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Sequence[str] = ()) -> None:
-    """Print rows under a head; the columns named in `numeric` are numbers."""
+    """Print a table; the columns named in `numeric` are aligned right."""
     console = _Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH  # as an argument of `print` it could only be narrower than the console
@@ -62,7 +62,7 @@ def _replace_non_finite(data: Any) -> Any:
 
 @contextlib.contextmanager
 def show_progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on the error stream; nothing where that is no terminal."""
+    """Show a bar of bytes on the error stream if that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(
@@ -75,7 +75,7 @@ def show_progress(text: str) -> Iterator[Callable[[int, int], None]]:
 def print_steps(steps: Sequence[ListedStep]) -> None:
     """The table of `ls`."""
     if not steps:
-        print("there are no steps")
+        print("no steps")
         return
     columns, rows = make_rows(steps)
     print_table(columns, rows, numeric=find_numeric_columns(columns))
@@ -102,7 +102,7 @@ def print_verdicts(verdicts: Sequence[Verdict], *, dry_run: bool) -> None:
         [str(verdict.step.step), "kept" if verdict.keep else gone, verdict.reason]
         for verdict in sorted(verdicts, key=lambda verdict: verdict.step.step)
     ]
-    print_table(["step", "", "why"], rows, numeric=["step"]) if rows else print("there are no steps")
+    print_table(["step", "", "why"], rows, numeric=["step"]) if rows else print("no steps")
 
 
 def print_quarantine(names: Sequence[str], *, dry_run: bool) -> None:

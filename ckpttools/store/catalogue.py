@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of a run's steps, made from the steps alone.
+"""The list of a run's steps, derived from the steps alone.
 
-There is no catalogue file that could be lost or lie: every manifest says where its step stands. `lineage` is the
-list of branches that led to a step, each with the step after which it began. The newest commit's lineage is the
-run's own; a step of an earlier branch is superseded if it lies after the point where the next branch began. If the
-newest commit is damaged, the second copy of its manifest tells its lineage: damage must not undo a rollback.
+No catalogue file exists that could be lost or be wrong: every manifest records where its step belongs. `lineage` is
+the list of branches that led to a step, each with the step after which it began. The newest commit's lineage is the
+run's; a step of an earlier branch is superseded if it comes after the point where the next branch began. If the
+newest commit is damaged, the second copy of its manifest gives its lineage: damage must not undo a rollback.
 """
 
 import contextlib
@@ -28,25 +28,25 @@ from .manifest import Lineage, Manifest, Summary, read_sealed
 from .manifest import read as read_manifest
 
 _PIN_FILES = ("pins.json", "pins.second.json")
-"""Kept twice: with the only list damaged, retention would delete what somebody asked to keep for good."""
+"""Stored twice: if the only list were damaged, retention would delete pinned steps."""
 
 type EntryState = Literal["committed", "unverified", "incomplete", "corrupt", "newer", "unreadable"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One numbered folder of a run.
+    """One numbered directory of a run.
 
     Attributes:
         step: The number.
-        path: The folder.
+        path: The directory.
         state: "committed" if its manifest and the sizes of its files are right; "unverified" if it has no manifest
             but looks like an Orbax checkpoint; "newer" if a newer version wrote it; "unreadable" if the disk did not
             answer; else the kind of its damage.
-        info: What retention may know; None unless committed.
+        info: What retention decides by; None unless committed.
         manifest: The manifest; None unless committed.
         error: What is wrong with it; None if committed.
-        fetch: Brings a copy at the mirror to `path`; None for what is there already.
+        fetch: Fetches a copy from the mirror to `path`; None for a local step.
     """
 
     step: int
@@ -63,9 +63,9 @@ class Catalogue:
     """All steps of a run at one moment, by step number.
 
     Attributes:
-        entries: Every numbered folder, committed or not.
+        entries: Every numbered directory, committed or not.
         moved_entries: Superseded steps whose number was needed again.
-        last_sequence: The greatest number of a commit that has left a trace, be it of a damaged step.
+        last_sequence: The greatest commit number of any step, damaged ones included.
     """
 
     entries: tuple[Entry, ...]
@@ -74,12 +74,12 @@ class Catalogue:
 
     @property
     def committed_entries(self) -> tuple[Entry, ...]:
-        """Committed steps of all branches."""
+        """The committed steps of all branches."""
         return tuple(entry for entry in (*self.entries, *self.moved_entries) if entry.state == "committed")
 
     @property
     def live_entries(self) -> tuple[Entry, ...]:
-        """Committed steps of the run's own branch."""
+        """The committed steps of the run's branch."""
         return tuple(entry for entry in self.committed_entries if entry.info and not entry.info.superseded)
 
     @property
@@ -95,15 +95,15 @@ class Catalogue:
 
     @property
     def next_sequence(self) -> int:
-        """The number of the next commit."""
+        """The number that the next commit gets."""
         return 1 + max(self.last_sequence, *map(_get_sequence, self.committed_entries), 0)
 
 
 def scan(root: pathlib.Path) -> Catalogue:
-    """List a run's folder; damaged steps are listed as such, never raised.
+    """List the steps of a run; damaged steps are listed as such, never raised.
 
     Raises:
-        StorageError: If the folder itself cannot be listed.
+        StorageError: If the directory itself cannot be listed.
     """
     with commit.wrap_os_errors(f"{root} cannot be listed"):
         return _scan(root)
@@ -132,10 +132,10 @@ def _scan(root: pathlib.Path) -> Catalogue:
 
 
 def add_step(steps: Catalogue, path: pathlib.Path, pins: frozenset[int]) -> Catalogue:
-    """A catalogue after the commit of one step, without reading the others again."""
+    """Return a catalogue after the commit of one step, without reading the other steps again."""
     step = int(path.name)
     if any(entry.step == step for entry in steps.entries):
-        # What was in its way has been moved aside: rare, so the folders are read again.
+        # A superseded step in its place was moved aside: rare, so the directories are read again.
         return scan(path.parent)
     examined = _examine_path(path, step)
     entries = sorted([*steps.entries, *([examined] if examined else [])], key=lambda entry: entry.step)
@@ -159,22 +159,22 @@ def _scan_directory(directory: pathlib.Path, *, allow_suffix: bool = False) -> l
 
 
 def _examine_path(path: pathlib.Path, step: int) -> Entry | None:
-    """What a numbered folder is; None if it is no folder."""
+    """Return the entry of a numbered directory; None if the path is not a directory."""
     try:
         return _examine_directory(path, step) if path.is_dir() else None
     except OSError as error:
-        # One bad sector must not hide the other steps; whoever needs this one is told.
+        # One bad sector must not hide the other steps; restoring this one raises.
         failure = StorageError(
             what=f"step {step} cannot be read: {error}.",
-            why="that is the disk or its permissions, not damage: an older step would meet the same trouble.",
-            fix="mend the cause and restore again, or restore(step=...) an older step by its number.",
+            why="that is the disk or its permissions, not damage: an older step would fail in the same way.",
+            fix="fix the cause and restore again, or restore(step=...) an older step by its number.",
         )
         return Entry(step=step, path=path, state="unreadable", error=failure)
 
 
 def _examine_directory(path: pathlib.Path, step: int) -> Entry:
     if path.is_symlink():
-        error = UntrustedStepError(what=f"{path.name} is a link.", why="a step lies in the run's own folder.")
+        error = UntrustedStepError(what=f"{path.name} is a link.", why="a step is a directory inside the run.")
         return Entry(step=step, path=path, state="corrupt", error=error)
     try:
         return Entry(step=step, path=path, state="committed", manifest=read_manifest(path))
@@ -189,7 +189,7 @@ def _examine_directory(path: pathlib.Path, step: int) -> Entry:
 
 
 def _has_spare_manifest(root: pathlib.Path, step: int) -> bool:
-    """Whether a step without a manifest once had one: its second copy tells it from a step of plain Orbax."""
+    """Return whether a step without a manifest once had one: plain Orbax steps have no second copy."""
     spares = layout.get_control_path(root, "spare")
     for spare in spares.iterdir() if spares.is_dir() else ():
         with contextlib.suppress(StepDamagedError, VersionError, OSError):
@@ -199,12 +199,12 @@ def _has_spare_manifest(root: pathlib.Path, step: int) -> bool:
 
 
 def is_orbax_checkpoint(directory: pathlib.Path) -> bool:
-    """Whether plain Orbax finished a checkpoint here (v0 and v1 write this file last)."""
+    """Return whether plain Orbax finished a checkpoint here (v0 and v1 write this file last)."""
     return (directory / "_CHECKPOINT_METADATA").is_file()
 
 
 def list_spares(root: pathlib.Path) -> list[int]:
-    """The numbers of the commits of which there are second copies, the last one first."""
+    """Return the numbers of the commits that have second copies, newest first."""
     spares = layout.get_control_path(root, "spare")
     names = [path.name for path in spares.iterdir()] if spares.is_dir() else []
     return sorted((number for name in names if (number := layout.parse_step_number(name)) is not None), reverse=True)
@@ -218,7 +218,7 @@ def _find_newest_lineage(entries: Iterable[Entry]) -> Lineage:
 def _find_damaged_lineage(
     root: pathlib.Path, entries: Sequence[Entry], moved_entries: Sequence[Entry], spares: Sequence[int]
 ) -> Lineage:
-    """The lineage of a damaged step that was committed after all intact ones; empty if there is none."""
+    """Return the lineage of a damaged step that was committed after all intact ones; empty if there is none."""
     newest = max((entry.manifest.summary.sequence for entry in (*entries, *moved_entries) if entry.manifest), default=0)
     quarantined = layout.get_control_path(root, "quarantine")
     names = [path.name.partition("-")[0] for path in quarantined.iterdir()] if quarantined.is_dir() else []
@@ -256,7 +256,7 @@ def _mark_superseded(entry: Entry) -> Entry:
 
 
 def is_live(summary: Summary, lineage: Lineage) -> bool:
-    """Whether a step belongs to a lineage: on one of its branches, and not after that branch was left."""
+    """Return whether a step belongs to a lineage: on one of its branches, and not after that branch ended."""
     branch = summary.lineage[-1][0]
     for index, (name, _) in enumerate(lineage):
         if name == branch:
@@ -270,13 +270,13 @@ def _get_sequence(entry: Entry) -> int:
 
 
 def read_pins(root: pathlib.Path) -> frozenset[int]:
-    """Steps that were pinned, from whichever of the two lists is whole; none if neither is."""
+    """Return the pinned steps, from whichever of the two lists is intact; none if neither is."""
     found = (_read_pin_file(layout.get_control_path(root, name)) for name in _PIN_FILES)
     return next((pins for pins in found if pins is not None), frozenset())
 
 
 def _read_pin_file(path: pathlib.Path) -> frozenset[int] | None:
-    """The steps of one list of pins; None if it is missing or its bytes are not those that were written."""
+    """Return the steps of one list of pins; None if it is missing or damaged."""
     try:
         data = json.loads(path.read_bytes())
         steps = data["steps"]
@@ -287,7 +287,7 @@ def _read_pin_file(path: pathlib.Path) -> frozenset[int] | None:
 
 
 def has_intact_pins(root: pathlib.Path) -> bool:
-    """Whether both lists of pins are whole and equal, or there are none."""
+    """Return whether both lists of pins are intact and equal, or neither exists."""
     paths = [layout.get_control_path(root, name) for name in _PIN_FILES]
     first, second = map(_read_pin_file, paths)
     return first == second and (first is not None or not any(path.exists() for path in paths))

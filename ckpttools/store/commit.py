@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only moves that change a run's folder, each of them safe against a cut at any moment.
+"""The only moves that change a run's directory, each of them safe against a kill or power cut at any moment.
 
-Commit: every file and folder of the step is synced, then one rename, then both parents are synced, and only after
-that is anything deleted. Delete: one rename into the trash, the parents synced, then the files one by one. A kill
-leaves a step whole, or absent, or in the trash, never half; a power cut after a commit finds it on the disk.
+Commit: fsync every file and directory of the step, rename once, fsync both parents, and only then delete anything.
+Delete: rename into the trash, fsync the parents, then remove the files one by one. A kill leaves a step whole, absent
+or in the trash, never partial; after a commit, a power cut finds it on the disk.
 
-`fsync` and `rename` are called through `os` on purpose: the tests record them there.
+`fsync` and `rename` are called through `os`, so that the tests can record them.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from ..errors import StepDamagedError, StorageError, VersionError
 from . import layout, manifest
 
 MAX_SPARE_BYTES = 1 << 16
-"""Files up to this size are kept twice: all of Orbax's metadata, and no array data worth mentioning."""
+"""Files up to this size get a second copy: all of Orbax's metadata, and hardly any array data."""
 
 
 @contextlib.contextmanager
-def wrap_os_errors(what: str, fix: str = "mend the cause and try again; no step was changed.") -> Iterator[None]:
-    """Turn what the disk raises into a `StorageError` that begins with `what`."""
+def wrap_os_errors(what: str, fix: str = "fix the cause and try again; no step was changed.") -> Iterator[None]:
+    """Raise an `OSError` of the block as a `StorageError` that begins with `what`."""
     try:
         yield
     except StorageError:
@@ -35,12 +35,12 @@ def wrap_os_errors(what: str, fix: str = "mend the cause and try again; no step 
 
 
 def raise_for_os_error(error: OSError) -> None:
-    """For `os.walk`, which takes a folder that cannot be listed for an empty one if nobody objects."""
+    """Raise the error that `os.walk` would swallow: it treats a directory that cannot be listed as empty."""
     raise error
 
 
 def sync_file(path: pathlib.Path) -> None:
-    """Force a file's or folder's bytes to the disk."""
+    """Flush a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,7 +49,7 @@ def sync_file(path: pathlib.Path) -> None:
 
 
 def sync_tree(directory: pathlib.Path) -> None:
-    """Force every file and folder below `directory`, and itself, to the disk; children before parents."""
+    """Flush every file and directory below `directory`, children before parents, and then `directory`."""
     for parent, _, names in os.walk(directory, topdown=False, onerror=raise_for_os_error):
         for name in names:
             sync_file(pathlib.Path(parent, name))
@@ -57,7 +57,7 @@ def sync_tree(directory: pathlib.Path) -> None:
 
 
 def make_directory(directory: pathlib.Path) -> None:
-    """Create a folder and its parents, and make each new entry durable."""
+    """Create a directory and its parents, and make each new entry durable."""
     if directory.is_dir():
         return
     make_directory(directory.parent)
@@ -66,7 +66,7 @@ def make_directory(directory: pathlib.Path) -> None:
 
 
 def move(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Rename a folder and make both its old and its new place durable."""
+    """Rename a directory and make its old and its new place durable."""
     make_directory(target.parent)
     os.rename(source, target)
     sync_file(target.parent)
@@ -76,7 +76,7 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
 def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int) -> pathlib.Path:
     """Make a complete staged step visible under its number.
 
-    What is in the way is moved aside first: a step of a superseded branch, or what never was a step.
+    A directory that already has the number is moved aside first: a superseded step, or one that never was a step.
     """
     target = layout.get_step_directory(root, step)
     sync_tree(staged)
@@ -89,9 +89,9 @@ def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int) -> pathlib.
         if staged.exists():
             raise
         raise StorageError(
-            what=f"step {step} stands in its place, but the disk did not confirm it: {error}.",
+            what=f"step {step} is in its place, but the disk did not confirm it: {error}.",
             why="a power cut could lose it; all earlier steps are as they were.",
-            fix="look at the disk; the next save tries anew.",
+            fix="check the disk; the next save tries again.",
         ) from error
     return target
 
@@ -103,25 +103,25 @@ def _is_step(directory: pathlib.Path) -> bool:
 
 
 def discard(root: pathlib.Path, directory: pathlib.Path) -> None:
-    """Delete a folder of the run: first out of sight by one rename, then for good."""
+    """Delete a directory of the run: rename it into the trash, then remove its files."""
     in_trash = layout.find_free_path(layout.get_control_path(root, "trash"), directory.name)
     move(directory, in_trash)
     shutil.rmtree(in_trash, ignore_errors=True)
 
 
 def quarantine(root: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
-    """Move a damaged step out of the way without losing a byte of it."""
+    """Move a damaged step to quarantine, with all its bytes."""
     target = layout.find_free_path(layout.get_control_path(root, "quarantine"), directory.name)
     move(directory, target)
     return target
 
 
 def sweep(root: pathlib.Path) -> None:
-    """Remove what a killed process left half done; only for the process that holds the lock."""
+    """Remove what a killed process left behind; only for the process that holds the lock."""
     for part in ("staging", "trash", "outbox"):
-        folder = layout.get_control_path(root, part)
-        if folder.is_dir():
-            for entry in folder.iterdir():
+        directory = layout.get_control_path(root, part)
+        if directory.is_dir():
+            for entry in directory.iterdir():
                 shutil.rmtree(entry, ignore_errors=True)
     own = layout.get_control_path(root)
     for entry in own.iterdir() if own.is_dir() else ():
@@ -130,11 +130,11 @@ def sweep(root: pathlib.Path) -> None:
 
 
 def copy_small_files(directory: pathlib.Path, spare: pathlib.Path) -> None:
-    """Second copies of a committed step's manifest and metadata, for `repair`; without them all still works."""
+    """Write second copies of a committed step's manifest and metadata, for `repair`; they are optional."""
     with contextlib.suppress(OSError):
         if spare.is_symlink():
             spare.unlink()
-        # Nothing that stands there already is written into, or followed out of the run.
+        # Never write into, or follow, an entry that exists already.
         shutil.rmtree(spare, ignore_errors=True)
         for parent, _, names in os.walk(directory):
             for name in names:
@@ -158,7 +158,7 @@ def write_file(path: pathlib.Path, data: bytes) -> None:
 
 
 def require_writable(root: pathlib.Path) -> None:
-    """Create the run's folder if need be and prove that it can be written.
+    """Create the run's directory if needed and verify that it can be written.
 
     Raises:
         StorageError: If it cannot, before anything was trained.
@@ -172,5 +172,5 @@ def require_writable(root: pathlib.Path) -> None:
         raise StorageError(
             what=f"{root} cannot be written: {error}.",
             why="no step of this run could be saved there.",
-            fix="choose another directory or mend its permissions; nothing was written or lost.",
+            fix="choose another directory or fix its permissions; nothing was written or lost.",
         ) from error

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's own folder must not lead out of the run.
+"""A run's control directory must not lead out of the run.
 
-Staging and trash are emptied, the lock and the list of pins are written, second copies are laid down: if one of them
-were a link, and a run may come from anybody, what is deleted or overwritten would be somebody else's. Asked by
-everything that is about to write; reading follows no such link.
+Staging and trash are emptied, the lock, the pins and second copies are written. A run may come from anybody: if one of
+these were a link, files outside the run would be deleted or overwritten. Checked before every write; reading follows
+no such link.
 """
 
 import os
@@ -14,7 +14,7 @@ from . import layout
 
 
 def require_confined(root: pathlib.Path) -> None:
-    """Raise `StorageError` if the run's control folder, or anything directly in it, is a link."""
+    """Raise `StorageError` if the run's control directory, or anything directly in it, is a link."""
     control = layout.get_control_path(root)
     if control.is_symlink():
         raise _make_link_error(control)
@@ -29,6 +29,6 @@ def require_confined(root: pathlib.Path) -> None:
 def _make_link_error(path: pathlib.Path) -> StorageError:
     return StorageError(
         what=f"{path} is a link.",
-        why="what is written and deleted there would lie outside the run; nothing was touched.",
+        why="files outside the run would be written and deleted; nothing was touched.",
         fix="remove the link; if the run came from somebody else, do not trust it.",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of a step differ from what was written: their digests against the manifest. Needs no Orbax."""
+"""Which files of a step differ from what was written, by the digests in the manifest. Needs no Orbax."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from .catalogue import Entry
 
 
 def find_damaged_files(entry: Entry, on_bytes: Callable[[int], None] = lambda size: None) -> tuple[str, ...]:
-    """Files of a committed step whose bytes are not those that were written; reads all of them.
+    """Read every file of a committed step and return the names of those that differ from what was written.
 
     Args:
         entry: The step.
@@ -26,7 +26,7 @@ def find_damaged_files(entry: Entry, on_bytes: Callable[[int], None] = lambda si
         except OSError as error:
             raise StorageError(
                 what=f"{entry.path / name} cannot be read: {error}.",
-                why="that is the disk or its permissions, not damage: an older step would meet the same trouble.",
-                fix="mend the cause and restore again; nothing was changed.",
+                why="that is the disk or its permissions, not damage: an older step would fail in the same way.",
+                fix="fix the cause and restore again; nothing was changed.",
             ) from error
     return tuple(damaged)

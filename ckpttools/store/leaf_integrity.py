@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a step what was written? Leaf by leaf as it is read, file by file when a leaf fails or somebody asks.
+"""Where a corrupt leaf is found: leaves are read to the host and their digests compared with the manifest.
 
-Orbax restored 149 of 150 single flipped bits without a word, and what it raises for other damage ranges from
-ValueError to a bare Exception. So its errors are not interpreted here: the files' digests tell what happened.
+Orbax restored 149 of 150 single flipped bits without an error, and for other damage it raises anything from ValueError
+to a bare Exception. So its errors are not interpreted: the files' digests decide what happened.
 """
 
 import math
@@ -23,10 +23,10 @@ def read_verified(entry: Entry, records: Mapping[str, tuple[Record, ...]]) -> or
     """Read leaves of a committed step to the host and compare their digests.
 
     Raises:
-        UntrustedStepError: If the step leads out of the run by a link.
+        UntrustedStepError: If a link leads out of the step.
         CorruptStepError: If a leaf differs, naming all such leaves and the damaged files.
         IncompleteStepError: If the step was removed meanwhile.
-        StorageError: If the files are intact and cannot be read all the same.
+        StorageError: If the files are intact and still cannot be read.
     """
     if entry.manifest:
         require_no_links(entry.path, entry.manifest.summary)
@@ -36,9 +36,9 @@ def read_verified(entry: Entry, records: Mapping[str, tuple[Record, ...]]) -> or
         raise _classify_read_error(entry, error) from error
     except MemoryError as error:
         raise StorageError(
-            what=f"step {entry.step} needs more host memory than there is: {error}.",
-            why="all leaves that are asked for are read to the host and proved before anything is replaced.",
-            fix="restore single items, or on a larger machine; a step from somebody else may claim absurd sizes.",
+            what=f"step {entry.step} needs more host memory than is available: {error}.",
+            why="all requested leaves are read to the host and verified before any is replaced.",
+            fix="restore single items, or use a larger machine; an untrusted step may claim absurd sizes.",
         ) from error
     damaged = tuple(find_damaged_leaves(records, arrays))
     if damaged:
@@ -48,7 +48,7 @@ def read_verified(entry: Entry, records: Mapping[str, tuple[Record, ...]]) -> or
 
 
 def find_damaged_leaves(records: Mapping[str, Sequence[Record]], arrays: orbax.HostArrays) -> Iterator[str]:
-    """Names of the leaves whose bytes are not those that were handed over."""
+    """Yield the names of the leaves whose bytes differ from what was saved."""
     for item, leaves in records.items():
         for record in leaves:
             if record.is_in_orbax and not _is_intact(record, arrays[item][record.path]):
@@ -65,7 +65,7 @@ def _is_intact(record: Record, array: np.ndarray[Any, Any]) -> bool:
 
 
 def has_full_coverage(slices: Sequence[tuple[Slice, str]], shape: Sequence[int]) -> bool:
-    """Whether parts of an array, which never overlap, are all of it."""
+    """Return whether slices of an array, which never overlap, cover it."""
     places = [where for where, _ in slices]
     inside = all(len(where) == len(shape) and all(b <= n for (_, b), n in zip(where, shape)) for where in places)
     sizes = {where: math.prod(stop - start for start, stop in where) for where, _ in slices}
@@ -79,13 +79,13 @@ def _make_corrupt_error(entry: Entry, text: str, leaves: tuple[str, ...] = ()) -
 
 
 def _classify_read_error(entry: Entry, error: orbax.ReadError) -> CheckpointError:
-    """What an error of Orbax means: the files tell, whatever type of exception came."""
+    """Return the error that an Orbax failure stands for, decided by the files' digests."""
     if not entry.path.is_dir():
         return IncompleteStepError(what=f"step {entry.step} was removed while it was read.")
     if file_integrity.find_damaged_files(entry):
         return _make_corrupt_error(entry, f"Orbax could not read it ({str(error).partition(':')[0]})")
     return StorageError(
-        what=f"step {entry.step} could not be read though its files are as they were written: {error}",
-        why="an older step would meet the same trouble, so none was tried; nothing was changed.",
-        fix="look at the cause above: the disk, its permissions, or the version of Orbax.",
+        what=f"step {entry.step} could not be read although its files are intact: {error}",
+        why="an older step would fail in the same way, so none was tried; nothing was changed.",
+        fix="check the cause above: the disk, its permissions, or the version of Orbax.",
     )

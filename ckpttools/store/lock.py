@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One writer for each run.
 
-Two processes that save into one folder would prune each other's steps. The lock is advisory and of the kernel
-(`flock`): it vanishes with its process, so a kill leaves nothing to clean up. What is forked off
-meanwhile would share it, and keep it after the writer was killed, so it is closed there.
+Two processes that save into one directory would prune each other's steps. The lock is advisory and held by the kernel
+(`flock`): it vanishes with its process, so a kill leaves nothing to clean up. A forked child would share it, and hold
+it after the writer was killed, so the child closes it.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from . import commit, confine, layout
 
 
 class WriterLock:
-    """The right to write to a run's folder, from `acquire` to `release`."""
+    """The right to write to a run's directory, from `acquire` to `release`."""
 
     def __init__(self, root: pathlib.Path) -> None:
         self._root = root
@@ -46,8 +46,8 @@ class WriterLock:
         except OSError as error:
             raise StorageError(
                 what=f"{path} cannot be opened: {error}.",
-                why="whoever changes a run holds its lock, so that two do not do it at once; nothing was changed.",
-                fix="mend the permissions; reading (ls, verify, a dry run, restore) needs no lock.",
+                why="every process that changes a run holds its lock, so that no two do at once; nothing was changed.",
+                fix="fix the permissions; reading (ls, verify, a dry run, restore) needs no lock.",
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,7 +57,7 @@ class WriterLock:
             raise RunInUseError(
                 what=f"{self._root} is being written by process {owner}.",
                 why="two writers would delete each other's steps.",
-                fix="wait for that process, or give this run a directory of its own; reading needs no lock.",
+                fix="wait for that process, or use another directory for this run; reading needs no lock.",
             ) from error
         except OSError as error:
             os.close(descriptor)
@@ -74,14 +74,14 @@ class WriterLock:
                 lock.release()
 
         os.register_at_fork(after_in_child=close_in_fork)
-        # Who holds it is for people: a full disk must not keep anybody from a lock that was granted.
+        # The owner's name is informational: a full disk must not deny a lock that was granted.
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Give the lock back; harmless if it is not held."""
+        """Release the lock; does nothing if it is not held."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifest: what a step is, file by file and leaf by leaf, with its own checksum.
 
-Three lines of JSON: a seal (format and the digest of the two lines below), a summary, and the contents. A folder is
-a step when its seal fits and the files of its summary are there with their sizes; its name proves nothing. The
-summary is apart because opening a run reads it for every step, and the contents, a hundred times longer, for one.
+Three lines of JSON: a seal (format and the digest of the other two lines), a summary, and the contents. A directory is
+a step when its seal fits and the files of its summary exist with their sizes; its name proves nothing. The summary is
+separate because opening a run reads it for every step, and the contents, a hundred times longer, for one.
 
-Data only: no name in it is imported, and no path in it may leave the step's folder.
+Data only: no name in it is imported, and no path in it may leave the step's directory.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ _MAX_SAVED_AT_S = 253_402_214_400
 """The end of the year 9999, in seconds since the epoch."""
 
 type Lineage = tuple[tuple[str, int], ...]
-"""Branches from the run's beginning, each with the step after which it began; see `catalogue`."""
+"""Branches since the start of the run, each with the step after which it began; see `catalogue`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What the catalogue needs to know of a step.
+    """What the catalogue needs from a step.
 
     Attributes:
         step: Completed updates.
@@ -44,7 +44,7 @@ class Summary:
         saved_at: Seconds since the epoch.
         run_s: Seconds of training up to this step.
         metrics: Recorded metrics.
-        lineage: The branches that led here; the last one is the step's own.
+        lineage: The branches that led to the step; the last one is its own.
         reason: Why it was saved.
         spec: Fingerprint of the spec that saved it.
         files: Size and digest of each file of the step, by its path with slashes; the manifest is not among them.
@@ -80,13 +80,13 @@ class Contents:
 
     Attributes:
         items: The state, item by item.
-        triggers: Memory of the triggers after this save.
+        triggers: What the triggers remember after this save.
         outputs: What the validation function returned, if the run has one.
-        state_version: The version that the user gave the structure of the state.
-        surgery: Operations that were applied in this run before, as code: they are done once.
+        state_version: The user's version of the structure of the state.
+        surgery: Operations that were applied in this run before, as code: each is applied once.
         processes: How many processes saved it.
-        local: Leaves and stateful objects of which a process other than the leader had a value of its own: by the
-            number of the process, then by item.
+        local: Leaves and stateful objects whose value differs in a process other than the leader, by the number of
+            the process and then by item.
     """
 
     items: dict[str, Item]
@@ -98,14 +98,14 @@ class Contents:
     local: Mapping[int, Mapping[str, Item]] = dataclasses.field(default_factory=dict)
 
     def get_process_items(self, index: int, count: int) -> dict[str, Item]:
-        """The items as one of `count` processes is to restore them."""
+        """Return the items as one of `count` processes is to restore them."""
         mine = self.local.get(index, {}) if count == self.processes else {}
         return {
             name: item if name not in mine else _overlay_item(item, mine[name]) for name, item in self.items.items()
         }
 
     def find_local_paths(self, count: int) -> set[tuple[str, Path]]:
-        """The leaves and stateful objects, by item and path, whose values do not fit another number of processes."""
+        """Return the leaves and stateful objects, by item and path, that only fit the same number of processes."""
         if count == self.processes:
             return set()
         parts = [(name, item) for items in self.local.values() for name, item in items.items()]
@@ -113,7 +113,7 @@ class Contents:
 
 
 def _overlay_item(item: Item, local: Item) -> Item:
-    """An item with the values of one process in place of the leader's."""
+    """Return an item with the values of one process in place of the leader's."""
     replaced = {record.path: record for record in local.records}
     kept = tuple(
         replaced.pop(record.path, record) for record in item.records if not is_below(record.path, local.skeletons)
@@ -123,7 +123,7 @@ def _overlay_item(item: Item, local: Item) -> Item:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """A manifest whose seal was checked; the contents are parsed when they are first asked for."""
+    """A manifest whose seal was checked; the contents are parsed on first use."""
 
     summary: Summary
     contents_json: bytes
@@ -133,16 +133,16 @@ class Manifest:
         """The contents.
 
         Raises:
-            CorruptStepError: If they do not have the form that this version writes.
+            CorruptStepError: If they are not in the form that this version writes.
         """
         return _decode_contents(_parse(self.contents_json))
 
 
 def write(directory: pathlib.Path, summary: Summary, contents: Contents, *, algorithm: str) -> None:
-    """Write the manifest of a step into its (staged) folder; it is synced with the rest of the tree."""
+    """Write the manifest of a step into its (staged) directory; it is synced with the rest of the tree."""
     plain = {**dataclasses.asdict(summary), "metrics": {k: _encode_float(v) for k, v in summary.metrics.items()}}
     body = b"\n".join(map(_dump, (plain, _encode_contents(contents))))
-    # The format stands there twice: the digest does not cover the seal, and damage must not look like a newer format.
+    # The format is stored twice: the digest does not cover the seal, and damage must not look like a newer format.
     seal = {"ckpttools": FORMAT, "format": FORMAT, "digest": digest.hash_bytes(algorithm, body)}
     (directory / layout.MANIFEST).write_bytes(_dump(seal) + b"\n" + body)
 
@@ -153,22 +153,22 @@ def read(directory: pathlib.Path) -> Manifest:
     Raises:
         IncompleteStepError: If the manifest or a file is missing or of the wrong size.
         CorruptStepError: If the manifest's bytes are not those that were written.
-        UntrustedStepError: If it names a path outside the step's folder or is absurdly large.
-        OSError: If the disk does not answer; that is no damage.
+        UntrustedStepError: If it names a path outside the step's directory or is absurdly large.
+        OSError: If the disk does not answer, which is not damage.
     """
     manifest = read_sealed(directory)
     number = layout.parse_step_number(directory.name.partition("-")[0])
     if number != manifest.summary.step:
         raise CorruptStepError(
             what=f"{directory.name}/{layout.MANIFEST} belongs to step {manifest.summary.step}.",
-            why="the manifest or the whole folder was exchanged or renamed.",
+            why="the manifest or the whole directory was replaced or renamed.",
         )
     _require_files(directory, manifest.summary)
     return manifest
 
 
 def read_sealed(directory: pathlib.Path) -> Manifest:
-    """Read a manifest and check its seal only, wherever it lies and whatever lies beside it."""
+    """Read a manifest and check only its seal, not the files beside it."""
     return parse_manifest(_read_bytes(directory))
 
 
@@ -179,8 +179,8 @@ def _read_bytes(directory: pathlib.Path) -> bytes:
     except FileNotFoundError as error:
         raise IncompleteStepError(
             what=f"{directory.name} has no {layout.MANIFEST}.",
-            why="the manifest is the last file of a save: without it the save was not finished, or was not ours.",
-            fix="a step that plain Orbax wrote is taken over by ct.adopt(directory).",
+            why="the manifest is the last file of a save: the save was not finished, or ckpttools did not make it.",
+            fix="ct.adopt(directory) adopts the steps that plain Orbax wrote.",
         ) from error
     if not stat.S_ISREG(status.st_mode):
         raise UntrustedStepError(what=f"{directory.name}/{layout.MANIFEST} is not a regular file.")
@@ -199,7 +199,7 @@ def parse_manifest(data: bytes) -> Manifest:
         VersionError: If a newer version wrote it.
         CorruptStepError: If its bytes are not those that were written.
     """
-    damaged = {"what": f"the {layout.MANIFEST} is damaged.", "why": "its bytes do not fit its own checksum."}
+    damaged = {"what": f"the {layout.MANIFEST} is damaged.", "why": "its bytes do not match its checksum."}
     first, _, body = data.partition(b"\n")
     seal = _parse(first)
     if not isinstance(seal, dict) or not isinstance(seal.get("digest"), str):
@@ -222,7 +222,7 @@ def parse_manifest(data: bytes) -> Manifest:
 def _require_files(directory: pathlib.Path, summary: Summary) -> None:
     missing, sizes = [], []
     for name, (size, _) in summary.files.items():
-        # Strings rather than Path objects: a run of a thousand steps has tens of thousands of files.
+        # Strings instead of Path objects: a run of a thousand steps has tens of thousands of files.
         try:
             status = os.lstat(f"{directory}/{name}")
         except (FileNotFoundError, NotADirectoryError):
@@ -241,9 +241,9 @@ def _require_files(directory: pathlib.Path, summary: Summary) -> None:
 
 
 def require_no_links(directory: pathlib.Path, summary: Summary) -> None:
-    """Raise `UntrustedStepError` if a folder of the step is a link; asked before a step is read, not for each listing.
+    """Raise `UntrustedStepError` if a directory of the step is a link; checked before a step is read, not when listed.
 
-    Files are asked at every listing, along with their sizes.
+    Files are checked at every listing, along with their sizes.
     """
     parents: set[str] = set()
     for name in summary.files:
@@ -258,7 +258,7 @@ def require_no_links(directory: pathlib.Path, summary: Summary) -> None:
 
 def _make_link_error(directory: pathlib.Path, name: str) -> UntrustedStepError:
     return UntrustedStepError(
-        what=f"{directory.name}/{name} is a link or no regular file.",
+        what=f"{directory.name}/{name} is a link or not a regular file.",
         why="a step consists of its own files; a link could lead out of the run.",
     )
 
@@ -281,10 +281,10 @@ def _decode_summary(data: Any) -> Summary:
         raise CorruptStepError(what=f"the summary of the {layout.MANIFEST} cannot be read: {error}.") from error
     counts = all(type(value) is int for value in (summary.step, summary.sequence))
     clocks = all(isinstance(value, int | float) for value in (summary.saved_at, summary.run_s))
-    # A moment that no calendar has would end every listing of the run.
+    # A date outside the calendar would make every listing of the run fail.
     clocks = clocks and 0 <= summary.saved_at < _MAX_SAVED_AT_S and math.isfinite(summary.run_s)
     if not (counts and clocks and summary.lineage and isinstance(summary.reason, str)):
-        raise CorruptStepError(what=f"the summary of the {layout.MANIFEST} makes no sense.")
+        raise CorruptStepError(what=f"the summary of the {layout.MANIFEST} has values that are out of range.")
     return summary
 
 
@@ -293,8 +293,8 @@ def _require_safe_path(name: str) -> str:
     if "" in parts or "." in parts or ".." in parts or "\0" in name or "\\" in name:
         raise UntrustedStepError(
             what=f"the manifest names the file {name!r}.",
-            why="a path in a manifest may not leave the step's folder.",
-            fix="do not restore from this folder; it was tampered with.",
+            why="a path in a manifest may not leave the step's directory.",
+            fix="do not restore from this directory; it was tampered with.",
         )
     return name
 
@@ -310,7 +310,7 @@ def _encode_contents(contents: Contents) -> Any:
 
 
 def encode_items(items: Mapping[str, Item]) -> dict[str, Any]:
-    """Items as plain data."""
+    """Return items as plain data."""
     return {
         name: {
             "leaves": [record.to_json() for record in item.records],
@@ -321,7 +321,7 @@ def encode_items(items: Mapping[str, Item]) -> dict[str, Any]:
 
 
 def decode_items(data: Any) -> dict[str, Item]:
-    """What `items_json` was given; a wrong form raises."""
+    """Return the items that `encode_items` encoded; invalid data raises."""
     return {
         str(name): Item(
             records=tuple(Record.from_json(leaf) for leaf in item["leaves"]),
@@ -357,7 +357,7 @@ def _parse(line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CorruptStepError(
-            what=f"the {layout.MANIFEST} is damaged.", why=f"a line of it is no JSON: {error}."
+            what=f"the {layout.MANIFEST} is damaged.", why=f"a line of it is not valid JSON: {error}."
         ) from error
 
 

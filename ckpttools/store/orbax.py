@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Array I/O through Orbax: the only file that imports it.
 
-Orbax v1's free functions write host arrays into a staging folder and read them back; no manager is involved. Facts:
+Orbax v1's free functions write host arrays into a staging directory and read them back; no manager is involved. Facts:
 
--   a v1 `Context` is per thread, so it is entered right around each call;
--   `deepcopy_host_arrays` is switched off: the arrays handed over are ours and do not change until the call returns;
--   Orbax refuses empty trees and numpy scalars, and of two names that are equal after joining keys with dots silently
-    keeps one (`state.tree.check_names` guards against that);
--   with several processes v1's functions run a collective that has no time limit and must not run beside the training;
-    v0's handler of pytrees, which they call, has no barrier of its own, so that is what the parts are written with.
+-   a v1 `Context` is per thread, so it is entered around each call;
+-   `deepcopy_host_arrays` is switched off: the arrays passed in are ours and do not change until the call returns;
+-   Orbax refuses empty trees and numpy scalars, and of two names that are equal after joining keys with dots it
+    silently keeps one (`tree.flatten.require_unique_names` guards against that);
+-   with several processes, v1's functions run a collective that has no time limit and must not run beside training;
+    v0's handler of pytrees, which they call, has no barrier of its own, so it writes the shards.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ from ..tree.snapshot import Snapshot, SnapshotLeaf
 _PACKAGE = str(pathlib.Path(str(v0.__file__)).parent)
 
 _DATA_FILE_BYTES = 128 << 20
-"""Orbax's default is 2 GB. Smaller files are written side by side (524 MB on 2 cores: 0.26 s instead of 0.42), and a
-copy to a mirror that was interrupted has less to do again."""
+"""Orbax's default is 2 GB. Smaller files are written in parallel (524 MB on 2 cores: 0.26 s instead of 0.42), and an
+interrupted copy to a mirror has less to repeat."""
 
 _SEQUENCE = 1
-"""What Orbax writes for the key of an entry of a list or a tuple, 2 for that of a dict."""
+"""Orbax's type code for the key of a list or tuple entry; 2 is that of a dict."""
 
 type HostArrays = dict[str, dict[Path, np.ndarray[Any, Any]]]
 """Arrays on the host by item and path; key data for typed keys."""
@@ -73,15 +73,15 @@ def write(directory: pathlib.Path, snapshot: Snapshot, *, compression: bool) -> 
 def _require_index(directory: pathlib.Path, items: Iterable[str]) -> None:
     """Raise `StorageError` if an item has no index of its arrays.
 
-    Orbax looks for what it has to merge with `Path.glob`, which takes a folder that cannot be listed (a bad disk, too
-    many open files) for an empty one: it merged nothing, said nothing, and nobody could read the step.
+    Orbax looks for what it has to merge with `Path.glob`, which treats a directory that cannot be listed (a bad disk,
+    too many open files) as empty: it merged nothing, raised nothing, and the step was unreadable.
     """
     lacking = [item for item in items if not (directory / item / "manifest.ocdbt").is_file()]
     if lacking:
         raise StorageError(
-            what=f"Orbax has left {', '.join(lacking)} of {directory.name} without the index of its arrays.",
-            why="it could not list what it had just written; without the index the step could not be read.",
-            fix="look at the disk and at the limit of open files (ulimit -n); the next save tries anew.",
+            what=f"Orbax left {', '.join(lacking)} of {directory.name} without the index of its arrays.",
+            why="it could not list what it had just written; without the index the step cannot be read.",
+            fix="check the disk and the limit of open files (ulimit -n); the next save tries again.",
         )
 
 
@@ -114,7 +114,7 @@ def write_shards(directory: pathlib.Path, snapshot: Snapshot, *, is_leader: bool
 
 
 def finalize_shards(directory: pathlib.Path, items: Sequence[str]) -> None:
-    """Make one checkpoint of the parts that all processes have written; called by process 0."""
+    """Merge the shards that all processes have written into one checkpoint; called by process 0."""
     for item in items:
         _make_shard_handler(compression=False).finalize(_to_orbax_path(directory / item))
     _require_index(directory, items)
@@ -133,7 +133,7 @@ def _to_orbax_path(path: pathlib.Path) -> Any:
 
 
 def get_coordination_store() -> Any:
-    """The key-value store of `jax.distributed`; JAX itself has no public name for it."""
+    """Return the key-value store of `jax.distributed`; JAX has no public name for it."""
     return multihost.get_jax_distributed_client()
 
 
@@ -141,7 +141,7 @@ def read(directory: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> 
     """Read the given leaves, and nothing else, to the host.
 
     Raises:
-        ReadError: If Orbax could not read them; the caller finds out by digests what is damaged.
+        ReadError: If Orbax could not read them; the caller finds the damage by digests.
     """
     items: dict[str, Any] = {}
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -163,7 +163,7 @@ def read(directory: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> 
     try:
         loaded = _load(_make_read_context(is_partial=True), directory, items)
     except ReadError:
-        # We write dicts only. An adopted step may hold lists and tuples, which Orbax does not take a dict for.
+        # We write dicts only. An adopted step may hold lists and tuples, which Orbax does not treat as dicts.
         if not _has_sequences(directory, items) or not (shaped := _match_stored_containers(directory, items)):
             raise
         loaded = _load(_make_read_context(is_partial=True), directory, shaped)
@@ -176,7 +176,7 @@ def read(directory: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> 
 
 
 def _has_sequences(directory: pathlib.Path, items: Iterable[str]) -> bool:
-    """Whether Orbax's own files speak of entries of lists or tuples; without Orbax, since the step may be damaged."""
+    """Return whether Orbax's metadata mentions lists or tuples; read without Orbax, since the step may be damaged."""
     for item in items:
         try:
             text = (directory / item / "_METADATA").read_text(errors="replace")
@@ -188,7 +188,7 @@ def _has_sequences(directory: pathlib.Path, items: Iterable[str]) -> bool:
 
 
 def _match_stored_containers(directory: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
-    """The same trees with lists and tuples where the file has them; empty if it has none."""
+    """Return the same trees with lists and tuples where the file has them; empty if it has none."""
 
     def match_containers(stored: Any, target: Any) -> Any:
         if isinstance(stored, list | tuple):
@@ -197,7 +197,7 @@ def _match_stored_containers(directory: pathlib.Path, items: Mapping[str, Any]) 
             return entries if isinstance(stored, list) else tuple(entries)
         if isinstance(stored, Mapping) and isinstance(target, dict):
             return {name: match_containers(stored[name], each) for name, each in target.items()}
-        # Of a sequence Orbax reads all or nothing, so a neighbour that nobody asked for is read too.
+        # Orbax reads a sequence as a whole, so entries that were not asked for are read, too.
         return np.empty(stored.shape, stored.dtype) if isinstance(target, dict) else target
 
     found: list[bool] = []
@@ -210,13 +210,13 @@ def _match_stored_containers(directory: pathlib.Path, items: Mapping[str, Any]) 
 
 
 def read_foreign(directory: pathlib.Path) -> dict[str, Any]:
-    """Read all items of a step that plain Orbax wrote, by what its own metadata says.
+    """Read all items of a step that plain Orbax wrote, as its metadata describes them.
 
     Raises:
         ReadError: If Orbax cannot read it as named items.
     """
     with warnings.catch_warnings():
-        # Without a template Orbax warns that it takes the sharding from the file, which is what is wanted here.
+        # Without a template Orbax warns that it takes the sharding from the file, which is intended here.
         warnings.filterwarnings("ignore", message="Sharding info not provided")
         return _load(
             _make_read_context(), directory, {name: None for name in _read_metadata(directory) if name != "metrics"}
@@ -224,9 +224,9 @@ def read_foreign(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def describe_foreign(directory: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and dtype of each leaf of a step that plain Orbax wrote; reads metadata only.
+    """Return name, shape and dtype of each leaf of a step that plain Orbax wrote; reads metadata only.
 
-    What is no array has the dtype "": Orbax's metadata does not hold its value.
+    The dtype is "" for a leaf that is not an array: Orbax's metadata does not hold its value.
 
     Raises:
         ReadError: If Orbax cannot read it.
@@ -243,10 +243,10 @@ def describe_foreign(directory: pathlib.Path) -> list[tuple[str, tuple[int, ...]
 
 
 class ReadError(Exception):
-    """Whatever Orbax or TensorStore raised while reading, as text.
+    """Whatever Orbax or TensorStore raised while reading, as a string.
 
-    The original is dropped on purpose: a load that fails half way leaves coroutines that nobody awaits, held by the
-    frames of the exception, and they would complain at some later moment of the user's program.
+    The original is dropped on purpose: a load that fails leaves coroutines that nobody awaits, held by the frames of
+    the exception, and they would warn at some later point of the user's program.
     """
 
     def __init__(self, error: Exception) -> None:
@@ -255,12 +255,12 @@ class ReadError(Exception):
 
 
 def _read_metadata(directory: pathlib.Path) -> Mapping[str, Any]:
-    """Orbax's own metadata of each item."""
+    """Return Orbax's metadata of each item."""
     return _call_orbax(_make_read_context(), lambda: dict(ocp.checkpointables_metadata(directory).metadata))
 
 
 def _make_read_context(*, is_partial: bool = False) -> ocp.Context:
-    """A context in which this process reads on its own, without waiting for others, and perhaps only some leaves."""
+    """Return a context in which this process reads alone, without waiting for others, and possibly only some leaves."""
     context = ocp.Context()
     context.pytree.loading.partial_load = is_partial
     if jax.process_count() > 1:
@@ -270,7 +270,7 @@ def _make_read_context(*, is_partial: bool = False) -> ocp.Context:
 
 
 def _load(context: ocp.Context, directory: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
-    """Load item by item: of several in one call, the failure of one drops the coroutines of the others unawaited."""
+    """Load item by item: in one call for several, the failure of one drops the coroutines of the others unawaited."""
 
     def load() -> dict[str, Any]:
         loaded: dict[str, Any] = {}
@@ -282,7 +282,7 @@ def _load(context: ocp.Context, directory: pathlib.Path, items: Mapping[str, Any
 
 
 def _call_orbax[T](context: ocp.Context, read: Callable[[], T]) -> T:
-    """What `read` returns; its failure is told once, as a `ReadError`, and not again by what it leaves behind."""
+    """Return what `read` returns; raise its failure once, as a `ReadError`, and silence what it leaves behind."""
     failure = None
     with context, _mute_leftovers():
         try:
@@ -295,11 +295,11 @@ def _call_orbax[T](context: ocp.Context, read: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def _mute_leftovers() -> Iterator[None]:
-    """Without complaints about what a failed load leaves: coroutines that nobody awaits and a loop that is closed.
+    """Silence the warnings about what a failed load leaves: coroutines that nobody awaits and a closed loop.
 
-    The failure itself is reported by us, with what it means. A coroutine of Orbax's may also raise while it is
-    collected, because its loop is gone or because it takes that for a failed read, and nobody can catch that: it
-    reaches `sys.unraisablehook`. Everything else is handed on.
+    We report the failure itself. A coroutine of Orbax's may also raise while it is collected, because its loop is
+    closed or because it treats that as a failed read, and nobody can catch that: it reaches `sys.unraisablehook`.
+    Everything else is passed on.
     """
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
 
@@ -321,14 +321,14 @@ def _mute_leftovers() -> Iterator[None]:
 
 
 def _to_native(record: Record, array: Any) -> Any:
-    """The array in the form that Orbax stores natively, so that plain Orbax reads typed keys as such."""
+    """Return the array in the form that Orbax stores natively, so that plain Orbax reads typed keys as such."""
     if record.kind != "key":
         return array
     return jax.random.wrap_key_data(array if isinstance(array, jax.Array) else jnp.asarray(array), impl=record.dtype)
 
 
 def _to_host(record: Record, loaded: Any) -> np.ndarray[Any, Any]:
-    if isinstance(loaded, jax.ShapeDtypeStruct):  # asked for by a name that the step's metadata does not have
+    if isinstance(loaded, jax.ShapeDtypeStruct):  # requested by a name that the step's metadata does not have
         raise ReadError(KeyError(f"Orbax did not find {'.'.join(map(str, record.path))}"))
     return np.asarray(jax.random.key_data(loaded) if record.kind == "key" else loaded)
 
@@ -351,16 +351,16 @@ policies = v0.checkpoint_managers
 
 
 def make_manager_options(**fields: Any) -> Any:
-    """Orbax's `CheckpointManagerOptions`; `timeout_s` stands for its options of background saves."""
+    """Return Orbax's `CheckpointManagerOptions`; `timeout_s` replaces its options for background saves."""
     timeout_s = fields.pop("timeout_s")
     return v0.CheckpointManagerOptions(async_options=v0.AsyncOptions(timeout_secs=timeout_s), **fields)
 
 
 def get_changed_options(options: Any) -> dict[str, Any]:
-    """The fields of `CheckpointManagerOptions` that differ from their defaults.
+    """Return the fields of `CheckpointManagerOptions` that differ from their defaults.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If `options` is of another type.
     """
     if not isinstance(options, v0.CheckpointManagerOptions):
         raise TypeError(f"{type(options).__name__} is not CheckpointManagerOptions")
@@ -370,9 +370,9 @@ def get_changed_options(options: Any) -> dict[str, Any]:
 
 
 def get_items(args: Any) -> tuple[dict[str, Any], bool]:
-    """Items by name out of what Orbax's managers are given to save or to restore, and whether they had names.
+    """Return the items that Orbax's managers are given to save or restore, by name, and whether they had names.
 
-    A single argument without a name is the item "default", as it is for Orbax.
+    A single argument without a name is the item "default", as in Orbax.
     """
     named = isinstance(args, Mapping)
     given = args if named else {"default": args}
@@ -381,5 +381,5 @@ def get_items(args: Any) -> tuple[dict[str, Any], bool]:
 
 
 def make_composite(items: Mapping[str, Any]) -> Any:
-    """Items as Orbax's managers return them: by key and by attribute."""
+    """Return items as Orbax's managers return them: by key and by attribute."""
     return v0.args.Composite(**items)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder as one object: its steps, its pins, its lock, and what retention deletes from it."""
+"""A run's directory as one object: its steps, its pins, its lock, and what retention deletes from it."""
 
 import contextlib
 import dataclasses
@@ -18,16 +18,16 @@ from .manifest import Lineage, read_sealed
 
 
 def require_run_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
-    """The absolute path of a run's folder.
+    """Return the absolute path of a run's directory.
 
     Raises:
-        StorageError: If there is none: a misspelt run must not pass for an intact or an empty one.
+        StorageError: If it does not exist: a misspelt path must not pass for an intact or an empty run.
     """
     root = pathlib.Path(directory).absolute()
     if not root.is_dir():
         raise StorageError(
-            what=f"{root} is no folder.",
-            why="a run is a folder with a numbered folder for each step.",
+            what=f"{root} is not a directory.",
+            why="a run is a directory with a numbered directory for each step.",
             fix="check the path.",
         )
     return root
@@ -36,7 +36,7 @@ def require_run_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
 class RunDirectory:
     """The steps of one run, as this process knows them.
 
-    The holder of the lock knows every change, since it makes them all; anybody else has to look again.
+    The holder of the lock makes every change, so it knows them all; any other process has to read again.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
@@ -45,7 +45,7 @@ class RunDirectory:
         self._steps: Catalogue | None = None
 
     def is_used(self) -> bool:
-        """Whether there is any numbered folder, whole or not; cheaper than `steps`."""
+        """Whether there is any numbered directory, whole or not; cheaper than `get_steps`."""
         with commit.wrap_os_errors(f"{self.directory} cannot be listed"):
             if not self.directory.is_dir():
                 return False
@@ -53,27 +53,27 @@ class RunDirectory:
                 return any(layout.parse_step_number(entry.name) is not None for entry in entries)
 
     def refresh_steps(self) -> Catalogue:
-        """The steps at this moment, read again unless this process makes all changes."""
+        """Return the current steps, read again unless this process makes all changes."""
         if not self.lock.is_held:
             self.invalidate()
         return self.get_steps()
 
     def get_steps(self) -> Catalogue:
-        """The steps as they were last read."""
+        """Return the steps as they were last read."""
         if self._steps is None:
             self._steps = catalogue.scan(self.directory)
         return self._steps
 
     def invalidate(self) -> None:
-        """Read the folder anew when the steps are next asked for: something in it was moved."""
+        """Read the directory again when the steps are next requested: something in it was moved."""
         self._steps = None
 
     def lock_for_writing(self) -> None:
-        """Take the lock, and then clean up what a killed writer left.
+        """Take the lock, and then remove what a killed writer left.
 
         Raises:
             RunInUseError: If another process holds the lock.
-            StorageError: If the folder cannot be written.
+            StorageError: If the directory cannot be written.
         """
         if not self.lock.is_held:
             commit.require_writable(self.directory)
@@ -83,7 +83,7 @@ class RunDirectory:
             self.invalidate()
 
     def quarantine(self, path: pathlib.Path) -> pathlib.Path | None:
-        """Move a damaged step out of the way; None if another process writes to the run or the disk cannot be written.
+        """Move a damaged step to quarantine; return None if another process writes to the run or the disk is read-only.
 
         A reader must not move a writer's steps: one that is being deleted looks damaged, too.
         """
@@ -99,12 +99,12 @@ class RunDirectory:
                 self.lock.release()
 
     def add(self, path: pathlib.Path) -> None:
-        """Take note of a step that was just committed."""
+        """Add a step that was just committed."""
         if self._steps is not None:
             self._steps = catalogue.add_step(self._steps, path, catalogue.read_pins(self.directory))
 
     def has_step(self, step: int, lineage: Lineage) -> bool:
-        """Whether a lineage has this step already; another branch may have one of the same number."""
+        """Return whether a lineage already has this step; another branch may have one of the same number."""
         found = (
             entry.manifest.summary
             for entry in self.get_steps().committed_entries
@@ -113,13 +113,13 @@ class RunDirectory:
         return any(catalogue.is_live(summary, lineage) for summary in found)
 
     def pin(self, step: int, *, pinned: bool) -> None:
-        """Protect a committed step from retention, or no longer."""
+        """Protect a committed step from retention, or with `pinned=False` no longer."""
         committed = {entry.step for entry in self.refresh_steps().committed_entries}
         if type(step) is not int or (pinned and step not in committed):
             raise StepNotFoundError(
-                what=f"there is no committed step {step!r} to pin.",
-                why="a pin on nothing would protect nothing.",
-                fix=f"there are {', '.join(map(str, sorted(committed))) or 'no steps'}.",
+                what=f"step {step!r} cannot be pinned: it is not a committed step.",
+                why="the pin would protect nothing.",
+                fix=f"committed: {', '.join(map(str, sorted(committed))) or 'no steps'}.",
             )
         pins = catalogue.read_pins(self.directory)
         with commit.wrap_os_errors(f"the pin of step {step} cannot be written"):
@@ -127,34 +127,34 @@ class RunDirectory:
         self.invalidate()
 
     def decide_retention(self, keep: retention.Retention) -> list[retention.Verdict]:
-        """What a retention value would keep and delete now, with reasons."""
+        """Return what a retention value would keep and delete now, with reasons."""
         infos = [entry.info for entry in self.get_steps().committed_entries if entry.info]
         newest = max((info.sequence for info in infos), default=None)
         return retention.decide_retention(keep, infos, newest_verified=newest)
 
     def prune(self, keep: retention.Retention) -> tuple[int, ...]:
-        """Delete what `keep` does not keep; returns the steps."""
+        """Delete what `keep` does not keep; return the steps."""
         self._invalidate_if_deleted()
-        # Not by number: two branches may have the same, nor by sequence: a step that was copied in has that of another.
+        # Not by number, which two branches may share, nor by sequence: a copied step has that of another.
         unwanted = {id(verdict.step) for verdict in self.decide_retention(keep) if not verdict.keep}
         gone = [entry for entry in self.get_steps().committed_entries if id(entry.info) in unwanted]
         self._remove(gone)
         return tuple(entry.step for entry in gone)
 
     def list_quarantined(self) -> list[pathlib.Path]:
-        """What may be deleted from quarantine, by name.
+        """Return the names of what may be deleted from quarantine.
 
-        A step that was committed after all intact ones stays: its second copies tell which branch the run is on.
+        A step that was committed after all intact ones stays: its second copies name the run's branch.
         """
-        folder = layout.get_control_path(self.directory, "quarantine")
-        with commit.wrap_os_errors(f"{folder} cannot be listed"):
-            found = sorted(folder.iterdir()) if folder.is_dir() else []
+        directory = layout.get_control_path(self.directory, "quarantine")
+        with commit.wrap_os_errors(f"{directory} cannot be listed"):
+            found = sorted(directory.iterdir()) if directory.is_dir() else []
         known = self.refresh_steps()
         newest = max((entry.info.sequence for entry in known.committed_entries if entry.info), default=0)
         return found if known.last_sequence <= newest else []
 
     def empty_quarantine(self) -> tuple[str, ...]:
-        """Delete what may be deleted from quarantine; returns the names."""
+        """Delete what may be deleted from quarantine; return the names."""
         gone = self.list_quarantined()
         for path in gone:
             with commit.wrap_os_errors(f"{path} cannot be deleted"):
@@ -163,7 +163,7 @@ class RunDirectory:
         return tuple(path.name for path in gone)
 
     def _remove_spares(self, steps: set[int | None]) -> None:
-        """Delete the second copies of steps that are gone; those of what stands in the run stay."""
+        """Delete the second copies of steps that no longer exist."""
         known = self.get_steps()
         committed = {entry.info.sequence for entry in known.committed_entries if entry.info}
         damaged = {entry.step for entry in known.entries if entry.info is None}
@@ -175,14 +175,14 @@ class RunDirectory:
                     shutil.rmtree(spare)
 
     def _invalidate_if_deleted(self) -> None:
-        """Steps that somebody has deleted by hand must not count as kept."""
+        """Steps that were deleted by hand must not count as kept."""
         known = self.get_steps()
         if not all(entry.path.exists() for entry in known.committed_entries):
             self.invalidate()
 
     def _remove(self, entries: Sequence[Entry]) -> None:
         known = self.get_steps()
-        self.invalidate()  # Should the disk refuse half way, the folder has to be read again.
+        self.invalidate()  # If the disk fails in between, the directory has to be read again.
         for entry in entries:
             with commit.wrap_os_errors(f"step {entry.step} cannot be deleted"):
                 commit.discard(self.directory, entry.path)
@@ -196,32 +196,32 @@ class RunDirectory:
         )
 
     def delete(self, step: int) -> None:
-        """Delete one committed step of the run's own branch, whatever the retention says; never the newest.
+        """Delete one committed step of the run's branch, whatever the retention says; never the newest.
 
         Raises:
-            StepNotFoundError: If there is no such step.
+            StepNotFoundError: If the step does not exist.
             StepOrderError: If it is the newest.
         """
         known = self.get_steps()
         entry = next((entry for entry in known.live_entries if entry.step == step), None)
         if entry is None:
             raise StepNotFoundError(
-                what=f"there is no committed step {step} to delete.",
+                what=f"step {step} cannot be deleted: it is not a committed step.",
                 why="it was never saved, or retention has deleted it.",
-                fix=f"there are {', '.join(str(entry.step) for entry in known.live_entries) or 'no steps'}.",
+                fix=f"committed: {', '.join(str(entry.step) for entry in known.live_entries) or 'no steps'}.",
             )
         if entry is known.newest_entry:
             raise StepOrderError(
                 what=f"step {step} is the newest and was not deleted.",
-                why="it is what a restart goes on from.",
+                why="a restart continues from it.",
                 fix="save the next step first.",
             )
         self._remove([entry])
 
     def derive_lineage(self, step: int, lineage: Lineage) -> Lineage:
-        """The lineage of what follows a restored step: its own branch, or a new one if the run went on from there.
+        """Return the lineage of what follows a restored step: its branch, or a new one if the run went on from there.
 
-        A branch supersedes the later steps with its first save, not before: looking back is no decision.
+        A branch supersedes the later steps with its first save, not before: restoring alone changes nothing.
         """
         newest = self.get_steps().newest_entry
         if newest is None or newest.manifest is None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files in the safetensors format: eight bytes of length, a header in JSON, the bytes of the tensors.
+"""Files in the safetensors format: eight bytes of length, a JSON header, the bytes of the tensors.
 
-Read and written here rather than by the package of that name, for two reasons: it hands over all tensors at once,
-where a state is exchanged leaf by leaf, and its numpy side knows no bfloat16 and no float8 in most releases.
+Read and written here instead of by the package of that name, for two reasons: it returns all tensors at once, where a
+state is exchanged leaf by leaf, and its numpy side has no bfloat16 and no float8 in most releases.
 
-The header of a foreign file is believed only after every name, dtype, shape and offset was checked against the
-file's size; then reading a tensor cannot fail half way.
+The header of a foreign file is trusted only after every name, dtype, shape and offset was checked against the file's
+size; then reading a tensor cannot fail in the middle.
 """
 
 import dataclasses
@@ -43,21 +43,21 @@ DTYPES = {
     "BOOL": "bool",
     "C64": "complex64",
 }
-"""The format's names of dtypes, and ours."""
+"""The format's names of dtypes, and numpy's."""
 
 CODES = {name: code for code, name in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""The format's limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """What a header says of one tensor.
+    """One tensor as a header describes it.
 
     Attributes:
-        dtype: Our name of its dtype.
+        dtype: Name of its numpy dtype.
         shape: Its shape.
-        start: Where its bytes begin in the file.
+        start: Offset of its bytes in the file.
     """
 
     dtype: str
@@ -66,7 +66,7 @@ class Tensor:
 
     @property
     def bytes(self) -> int:
-        """Bytes it takes."""
+        """Bytes of the tensor."""
         return math.prod(self.shape) * parse_dtype(self.dtype).itemsize
 
 
@@ -83,14 +83,14 @@ def write(
     Args:
         path: The file.
         tensors: Dtype and shape of each tensor.
-        read_batch: Hands over the arrays of some tensors.
-        metadata: Texts for the header.
-        batch_bytes: How many bytes are asked for at once, if a single tensor is not larger.
+        read_batch: Returns the arrays of some tensors.
+        metadata: Strings for the header.
+        batch_bytes: Bytes to request at once, unless a single tensor is larger.
 
     Raises:
         StorageError: If the disk refused.
     """
-    # The widest dtypes first, so that each tensor is aligned to its own; the format's own writer does the same.
+    # The widest dtypes first, so that each tensor is aligned; the reference writer does the same.
     order = sorted(tensors, key=lambda name: (-parse_dtype(tensors[name].dtype).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -116,8 +116,8 @@ def write(
             raise
         raise StorageError(
             what=f"{path} could not be written: {error}.",
-            why="nothing stands under that name that did not stand there before.",
-            fix="mend the cause above, or choose another file.",
+            why="whatever the name held before is unchanged.",
+            fix="fix the cause above, or choose another file.",
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -136,10 +136,10 @@ def _split_batches(order: Sequence[str], tensors: Mapping[str, Tensor], limit: i
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the texts of a file.
+    """Return the tensors and the metadata of a file.
 
     Raises:
-        TensorFileError: If it is no such file, or not a whole one.
+        TensorFileError: If it is not a whole safetensors file.
         StorageError: If it cannot be read.
     """
     try:
@@ -152,25 +152,25 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as error:
         raise StorageError(
             what=f"{path} cannot be read: {error}.",
-            why="the weights stand in it.",
-            fix="check the path and who may read it.",
+            why="the weights are in it.",
+            fix="check the path and its permissions.",
         ) from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, TensorFileError):
             raise
         raise _make_format_error(path, f"its header cannot be read: {error}") from error
     if not isinstance(header, dict):
-        raise _make_format_error(path, "its header is no table")
+        raise _make_format_error(path, "its header is not a table")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise _make_format_error(path, "its metadata are not texts")
+        raise _make_format_error(path, "its metadata values are not strings")
     return _parse_tensors(path, header, 8 + length, size), metadata
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name occurs twice")
     return table
 
 
@@ -180,27 +180,27 @@ def _parse_tensors(path: pathlib.Path, header: Mapping[str, Any], base: int, siz
         try:
             code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
-            raise _make_format_error(path, f"its entry for {name!r} has another form") from error
+            raise _make_format_error(path, f"its entry for {name!r} is malformed") from error
         if not isinstance(code, str) or code not in DTYPES:
-            raise _make_format_error(path, f"the tensor {name!r} is of the dtype {code!r}, which is not known here")
+            raise _make_format_error(path, f"the tensor {name!r} has the unknown dtype {code!r}")
         if not all(type(number) is int and 0 <= number < 2**56 for number in (*shape, begin, end)):
-            raise _make_format_error(path, f"its entry for {name!r} makes no sense")
+            raise _make_format_error(path, f"its entry for {name!r} is out of range")
         tensors[name] = Tensor(DTYPES[code], shape, base + begin)
         if end - begin != tensors[name].bytes:
-            raise _make_format_error(path, f"the tensor {name!r} has {end - begin} bytes where its shape needs others")
+            raise _make_format_error(path, f"the tensor {name!r} has {end - begin} bytes, which do not fit its shape")
         spans.append((begin, end))
     place = 0
     for begin, end in sorted(spans):
         if begin != place:
-            raise _make_format_error(path, "its tensors overlap or leave holes")
+            raise _make_format_error(path, "its tensors overlap or leave gaps")
         place = end
     if base + place != size:
-        raise _make_format_error(path, f"it has {size:,} bytes and its header tells of {base + place:,}")
+        raise _make_format_error(path, f"it has {size:,} bytes and its header describes {base + place:,}")
     return tensors
 
 
 def read(path: pathlib.Path, tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The array of one tensor."""
+    """Return the array of one tensor."""
     array = np.empty(tensor.shape, parse_dtype(tensor.dtype))
     view = memoryview(array.reshape(-1).view(np.uint8))
     try:
@@ -210,20 +210,22 @@ def read(path: pathlib.Path, tensor: Tensor) -> np.ndarray[Any, Any]:
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
-                    raise _make_format_error(path, "it became shorter while it was read")
+                    raise _make_format_error(path, "it was truncated while it was read")
                 done += count
     except OSError as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(
             what=f"{path} cannot be read: {error}.",
-            why="its header could be read a moment ago.",
-            fix="check the disk, and whether something else changes the file.",
+            why="its header was readable a moment ago.",
+            fix="check the disk, and whether another process changes the file.",
         ) from error
     return array
 
 
 def _make_format_error(path: pathlib.Path, why: str) -> TensorFileError:
     return TensorFileError(
-        what=f"{path} is no whole safetensors file.", why=f"{why}.", fix="fetch or export it again; nothing was read."
+        what=f"{path} is not a whole safetensors file.",
+        why=f"{why}.",
+        fix="fetch or export it again; nothing was read.",
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`adopt`: take over steps that plain Orbax wrote, by proving them from now on.
+"""`adopt`: add manifests to steps that plain Orbax wrote, so that they can be verified from now on.
 
-Nothing of a step is changed; a manifest is added. It says what is on the disk today: whether that is what was once
-saved nobody can tell, since Orbax keeps no digest of it.
+Nothing of a step is changed; a manifest is added. It records what is on the disk today: whether that is what was once
+saved cannot be known, since Orbax stores no digest of it.
 """
 
 import json
@@ -19,17 +19,17 @@ from ..tree import snapshot
 
 
 def adopt(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[int, ...]:
-    """Write manifests for the steps of plain Orbax (v0 and v1) in a run's folder.
+    """Write manifests for the steps of plain Orbax (v0 and v1) in a run's directory.
 
     Args:
-        directory: The folder whose numbered folders are the steps.
-        dry_run: Only say which steps would be taken over.
+        directory: The directory whose numbered directories are the steps.
+        dry_run: Only return which steps would be adopted.
 
     Returns:
         The steps, in increasing order.
 
     Raises:
-        StorageError: If a step cannot be read; those before it are taken over.
+        StorageError: If a step cannot be read; those before it are adopted.
         RunInUseError: If a process writes to the run.
     """
     root = require_run_directory(directory)
@@ -81,14 +81,14 @@ def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage
 
 def _make_unreadable_error(entry: catalogue.Entry, text: str) -> StorageError:
     return StorageError(
-        what=f"step {entry.step} cannot be taken over: {text.rstrip('.')}.",
+        what=f"step {entry.step} cannot be adopted: {text.rstrip('.')}.",
         why="Orbax cannot read it as named items.",
         fix=f"move {entry.path} away, or save it again with named items (args=Composite(model=...)).",
     )
 
 
 def _read_metrics(directory: pathlib.Path) -> dict[str, float]:
-    """Metrics as Orbax's managers write them; none if they cannot be read, for they decide nothing here."""
+    """Return metrics as Orbax's managers write them; none if they cannot be read, since nothing depends on them."""
     try:
         found = json.loads((directory / "metrics" / "metrics").read_bytes())
         return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between two steps, of one run or of two: leaves that only one has, other forms, and other values.
+"""`diff`: compare two steps, of one run or of two: missing and added leaves, other shapes or dtypes, other values.
 
 Leaves of equal digest are equal and are not read, so two steps of a run with frozen weights are compared in the time
-that the trained ones take. The rest is read and proved in batches, so the host never holds more than two of them.
+that the trained weights take. The rest is read and verified in batches; the host holds at most two of them.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ _MAX_ROWS = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChangedLeaf:
-    """A leaf that both steps have, with other values or of another form.
+    """A leaf of both steps with other values, or another shape, dtype or kind.
 
     Attributes:
         name: Such as `model.layers.0.kernel`.
         before: Dtype and shape in the first step, or the value.
         after: The same in the second.
-        max_abs: Largest absolute difference of two elements; None if the forms differ, or for what is no number.
+        max_abs: Largest absolute difference of two elements; None if shape or dtype differ or it is not numeric.
         relative: Norm of the difference over the norm in the first step; infinite if that is zero.
-        changed: How many elements differ.
+        changed: Number of elements that differ.
     """
 
     name: str
@@ -53,13 +53,13 @@ class DiffReport:
     """The differences of two steps.
 
     Attributes:
-        a: The first step's folder.
-        b: The second's.
-        removed: Leaves that only the first has.
-        added: Leaves that only the second has.
+        a: Directory of the first step.
+        b: Directory of the second step.
+        removed: Leaves that only the first step has.
+        added: Leaves that only the second step has.
         reformed: Leaves of another shape, dtype or kind.
-        changed: Leaves of equal form and other values, the largest relative change first.
-        equal: How many leaves are equal bit for bit.
+        changed: Leaves of equal shape and dtype with other values, the largest relative change first.
+        equal: Number of leaves that are equal bit for bit.
     """
 
     a: str
@@ -72,11 +72,11 @@ class DiffReport:
 
     @property
     def same(self) -> bool:
-        """Whether the two hold the same bits under the same names."""
+        """Whether both steps hold the same bits under the same names."""
         return not (self.removed or self.added or self.reformed or self.changed)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         return {**dataclasses.asdict(self), "same": self.same}
 
     def __str__(self) -> str:
@@ -103,13 +103,13 @@ def diff(
     """Compare two steps: their structure, and the values of the leaves that both have.
 
     Args:
-        a: A run's folder (its newest step is taken) or the folder of one step.
-        b: Another one, or the same.
+        a: Directory of a run (its newest step is used) or of one step.
+        b: Directory of another run or step, or the same.
         steps: Numbers of the steps, where `a` and `b` are runs.
-        progress: Called with the bytes that were compared and those of all leaves whose digests differ.
+        progress: Called with the bytes compared so far and the bytes of all leaves whose digests differ.
 
     Raises:
-        StepNotFoundError: If a step is not there.
+        StepNotFoundError: If a step does not exist.
         StepDamagedError: If a step is damaged.
     """
     first, second = _find_entry(a, steps[0]), _find_entry(b, steps[1])
@@ -140,15 +140,15 @@ type RecordPair = tuple[Names, ItemRecord, ItemRecord]
 
 
 def _find_entry(source: str | os.PathLike[str], step: int | None) -> Entry:
-    folder = pathlib.Path(os.path.abspath(source))
-    number = layout.parse_step_number(folder.name)
-    is_step = number is not None and (folder / layout.MANIFEST).exists()
-    entry = find_step(folder.parent, number) if is_step else find_step(folder, step)
+    directory = pathlib.Path(os.path.abspath(source))
+    number = layout.parse_step_number(directory.name)
+    is_step = number is not None and (directory / layout.MANIFEST).exists()
+    entry = find_step(directory.parent, number) if is_step else find_step(directory, step)
     if entry.manifest is None:
         raise CheckpointError(
-            what=f"step {entry.step} of {entry.path.parent} was written by plain Orbax and never proved.",
+            what=f"step {entry.step} of {entry.path.parent} was written by plain Orbax and has no manifest.",
             why="two steps are compared by their manifests and digests.",
-            fix="ct.adopt(directory) takes it over.",
+            fix="ct.adopt(directory) adds one.",
         )
     return entry
 
@@ -165,7 +165,7 @@ def _has_same_form(old: Record, new: Record) -> bool:
 
 
 def _has_same_digest(old: Record, new: Record) -> bool:
-    """Whether two leaves are known to be equal without reading them; digests of two algorithms say nothing."""
+    """Return whether two leaves are known to be equal without reading them; digests of two algorithms say nothing."""
     if not old.is_in_orbax:
         return bool(old.value == new.value)
     return (old.digest, old.slices) == (new.digest, new.slices)
@@ -217,7 +217,7 @@ def _read(entry: Entry, leaves: Sequence[ItemRecord]) -> dict[Names, np.ndarray[
 def _compare_arrays(
     path: Names, record: Record, old: np.ndarray[Any, Any], new: np.ndarray[Any, Any]
 ) -> ChangedLeaf | None:
-    """How two arrays of one form differ; None if they are equal bit for bit."""
+    """Return how two arrays of one shape and dtype differ; None if they are equal bit for bit."""
     if old.tobytes() == new.tobytes():
         return None
     shown = format_form(record)
@@ -237,7 +237,7 @@ def _compare_arrays(
 
 
 def _get_sort_key(leaf: ChangedLeaf) -> float:
-    """By what changes are sorted: what became NaN comes first, what has no number last."""
+    """Return the key that changes are sorted by: leaves that became NaN first, those that are not numeric last."""
     if leaf.relative is None:
         return -1.0
     return math.inf if math.isnan(leaf.relative) else leaf.relative

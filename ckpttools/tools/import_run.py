@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run from a safetensors file, so that weights from elsewhere are restored like any others."""
+"""`import_run`: create a run from a safetensors file, so that foreign weights are restored like any others."""
 
 import os
 import pathlib
@@ -30,33 +30,33 @@ def import_run(
     skip: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Make a run whose first step holds the tensors of a safetensors file; restoring it fills any state that fits.
+    """Create a run whose first step holds the tensors of a safetensors file; restoring it fills any state that fits.
 
     Args:
         file: The file.
-        directory: The run's folder, which must hold no steps.
+        directory: The run's directory, which must hold no steps.
         step: Number of the step.
         item: Name of the item.
-        names: From leaves to tensors, as for `export_safetensors`, read backwards.
-        skip: Patterns of leaves that are left out.
-        progress: Called with the bytes that were read and those of the file.
+        names: Names of leaves to names of tensors, as for `export_safetensors`; applied in reverse.
+        skip: Patterns of leaves to leave out.
+        progress: Called with the bytes read so far and the bytes of the file.
 
     Returns:
-        How many leaves the step holds.
+        The number of leaves of the step.
 
     Raises:
-        TensorFileError: If it is no whole safetensors file.
-        NotRestoredError: If the folder holds steps.
+        TensorFileError: If it is not a whole safetensors file.
+        NotRestoredError: If the directory holds steps.
     """
     path, run = pathlib.Path(file), RunDirectory(pathlib.Path(directory).absolute())
     if run.is_used():
         raise NotRestoredError(
             what=f"{directory} holds steps.",
-            why="weights from elsewhere begin a run; put into one, they would look like a step of its training.",
-            fix="a folder of their own, and ct.load(folder, state) where they are wanted.",
+            why="imported weights start a run; inside another run they would look like a step of its training.",
+            fix="import into a new directory, and ct.load(directory, state) from it.",
         )
-    tensors, texts = safetensors_format.read_header(path)
-    values = {name.removeprefix(VALUE): text for name, text in texts.items() if name.startswith(VALUE)}
+    tensors, header = safetensors_format.read_header(path)
+    values = {name.removeprefix(VALUE): text for name, text in header.items() if name.startswith(VALUE)}
     records = [Record(path=tuple(name.split(".")), kind="array") for name in (*tensors, *values)]
     back = {target: pattern for pattern, target in (names or {}).items()}
     leaves: dict[Path, str] = {
@@ -73,8 +73,8 @@ def import_run(
         done += getattr(value, "nbytes", 0)
         if progress is not None:
             progress(done, path.stat().st_size)
-        if KEY + name in texts:
-            value = jax.random.wrap_key_data(jnp.asarray(value), impl=texts[KEY + name])
+        if KEY + name in header:
+            value = jax.random.wrap_key_data(jnp.asarray(value), impl=header[KEY + name])
         _put(state, leaf, value)
     with Session(CheckpointSpec(directory=os.fspath(directory), storage=Storage(asynchronous=False))) as session:
         session.save(step, {item: state}, reason=f"imported from {path.name}")
@@ -85,8 +85,8 @@ def _decode_stored_value(name: str, text: str) -> Any:
     record, line = read_value(name, Record(path=(), kind="value"), {VALUE + name: text})
     if line is not None:
         raise TensorFileError(
-            what=f"a note of the file makes no sense: {line}.",
-            why="plain values stand in its header as texts, and this one cannot be read back.",
+            what=f"the metadata of the file holds an invalid value: {line}.",
+            why="plain values are stored in the header as strings, and this one cannot be decoded.",
             fix="export the file again.",
         )
     return decode_value(record.value)
@@ -100,6 +100,6 @@ def _put(state: dict[str, Any], path: Path, value: Any) -> None:
         raise StructureError(
             what=f"the file has a tensor {'.'.join(map(str, path))!r} and others below that name.",
             why="a leaf cannot be a table at the same time.",
-            fix="let names={...} move one of them.",
+            fix="rename one of them with names={...}.",
         )
     state[last] = value

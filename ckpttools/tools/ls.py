@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ls` and `prune`: what a run holds, how its steps hang together, and what a retention value would delete."""
+"""`ls`: list the steps of a run with metrics, sizes and branches."""
 
 import dataclasses
 import os
@@ -14,14 +14,14 @@ from ..store import catalogue
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ListedStep:
-    """One line of `ls`.
+    """One row of `ls`.
 
     Attributes:
         step: Its number.
         state: "committed", "superseded", "unverified", "incomplete", "corrupt", "unreadable" (the disk does not answer)
             or "newer" (written by a newer version of this package).
-        branch: Name of its branch; "" where it is not known.
-        began_after: The step after which the branch began; 0 for the run's beginning.
+        branch: Name of its branch; "" if unknown.
+        began_after: The step after which the branch began; 0 for the start of the run.
         saved_at: Seconds since the epoch.
         total_bytes: Bytes of its files.
         metrics: Recorded metrics.
@@ -47,11 +47,11 @@ class Listing(tuple[ListedStep, ...]):
 
     def __str__(self) -> str:
         columns, rows = make_rows(self)
-        return format_table(columns, rows, numeric=find_numeric_columns(columns)) if self else "there are no steps"
+        return format_table(columns, rows, numeric=find_numeric_columns(columns)) if self else "no steps"
 
 
 def make_rows(steps: Sequence[ListedStep]) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the table of steps; each metric has a column."""
+    """Return the titles and rows of the table of steps; each metric has a column."""
     names = sorted({name for step in steps for name in step.metrics})
     rows = [
         [
@@ -69,12 +69,12 @@ def make_rows(steps: Sequence[ListedStep]) -> tuple[list[str], list[list[str]]]:
 
 
 def find_numeric_columns(columns: Sequence[str]) -> list[str]:
-    """The columns of `rows_of` that hold numbers."""
+    """Return the titles of the numeric columns of `make_rows`."""
     return [columns[0], *columns[3:-2]]
 
 
 def ls(directory: str | os.PathLike[str]) -> Listing:
-    """Every step of a run in the order of the commits, damaged and foreign ones last; reads manifests only.
+    """List every step of a run in the order of the commits, damaged and foreign ones last; reads manifests only.
 
     Returns:
         A tuple of `ListedStep`, which prints as a table.
@@ -84,7 +84,7 @@ def ls(directory: str | os.PathLike[str]) -> Listing:
         (*known.entries, *known.moved_entries),
         key=lambda entry: (entry.info is None, entry.info.sequence if entry.info else entry.step),
     )
-    # A step that the run's own process deletes at this moment looks damaged; it is gone.
+    # A step that its own process is deleting at this moment looks damaged; it is about to vanish.
     return Listing(_make_listed_step(entry) for entry in entries if entry.state == "committed" or entry.path.exists())
 
 

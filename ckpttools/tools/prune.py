@@ -8,12 +8,12 @@ from ..store.run_directory import RunDirectory, require_run_directory
 
 
 def prune(directory: str | os.PathLike[str], keep: Retention, *, dry_run: bool = False) -> tuple[Verdict, ...]:
-    """Delete what a retention value does not keep; the verdicts say what and why.
+    """Delete the steps that a retention value does not keep.
 
     Args:
-        directory: The run's folder.
+        directory: The run's directory.
         keep: What to keep.
-        dry_run: Only say what would be deleted.
+        dry_run: Delete nothing, only return the verdicts.
 
     Raises:
         RunInUseError: If a process writes to the run.
@@ -31,18 +31,18 @@ def prune(directory: str | os.PathLike[str], keep: Retention, *, dry_run: bool =
 
 
 def empty_quarantine(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[str, ...]:
-    """Delete the damaged steps that restores have moved out of the way.
+    """Delete the damaged steps that restores have moved to quarantine.
 
-    Nothing else deletes them, but a save for which there is too little space with `when_full="prune"`: `repair` may
-    bring them back, and they show what happened. The damaged step that the run's branch hangs on stays as long as no
-    later one is committed.
+    Apart from this, only a save that runs out of space with `when_full="prune"` deletes them: `repair` may bring them
+    back, and they show what happened. The damaged step that the run's branch depends on stays until a later one is
+    committed.
 
     Args:
-        directory: The run's folder.
-        dry_run: Only say what would be deleted.
+        directory: The run's directory.
+        dry_run: Delete nothing, only return the names.
 
     Returns:
-        The names of the folders in `.ckpttools/quarantine`.
+        The names of the directories in `.ckpttools/quarantine`.
 
     Raises:
         RunInUseError: If a process writes to the run.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`repair`: rebuild what can be rebuilt, say what was done, and touch nothing in a dry run.
+"""`repair`: rebuild damaged metadata from its second copies, and report what was done.
 
-The list of steps needs no repair, since it is made from the steps. What a step needs beside its arrays is small and is
-kept twice (`store.commit.copy_small_files`): a damaged manifest or metadata file is put back bit by bit, proved by its
-digest. A step whose array data is damaged cannot be rebuilt; it is named and left to quarantine. Steps in quarantine
-that have become whole go back to their place.
+The list of steps needs no repair, since it is derived from the steps. What a step needs beside its arrays is small and
+stored twice (`store.commit.copy_small_files`): a damaged manifest or metadata file is replaced by its second copy,
+verified by its digest. A step whose array data is damaged is reported and left for quarantine. Steps in quarantine that
+have become whole are moved back.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from ..store.run_directory import require_run_directory
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """One thing that was found and what was, or would be, done about it.
+    """One problem, and what was, or would be, done about it.
 
     Attributes:
         where: The file or step.
         found: What is wrong with it.
-        done: What was done, or in a dry run would be; "" if nothing can be.
+        done: What was done, or in a dry run would be; "" if it cannot be repaired.
     """
 
     where: str
@@ -42,7 +42,7 @@ class RepairReport:
     """All that `repair` found.
 
     Attributes:
-        repairs: One entry each.
+        repairs: One entry for each problem.
         dry_run: Whether nothing was touched.
     """
 
@@ -58,8 +58,8 @@ def repair(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Repai
     """Rebuild damaged manifests and metadata, the list of pins, and whole steps from quarantine.
 
     Args:
-        directory: The run's folder.
-        dry_run: Say what would be done.
+        directory: The run's directory.
+        dry_run: Change nothing, only report what would be done.
 
     Raises:
         RunInUseError: If a process writes to the run.
@@ -71,7 +71,7 @@ def repair(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Repai
     try:
         found = [*_repair_pins(root, dry_run)]
         for entry in catalogue.scan(root).entries:
-            # What plain Orbax wrote has no manifest and no second copy; that is no damage.
+            # A step of plain Orbax has neither manifest nor second copy, which is not damage.
             found += [] if entry.state == "unverified" else _repair_step(root, entry.path, entry.step, dry_run)
         quarantined = layout.get_control_path(root, "quarantine")
         for path in sorted(quarantined.iterdir()) if quarantined.is_dir() else ():
@@ -89,12 +89,12 @@ def _repair_pins(root: pathlib.Path, dry_run: bool) -> list[Repair]:
     pins = catalogue.read_pins(root)
     if not dry_run:
         catalogue.write_pins(root, pins)
-    done = f"put back from its second copy: {sorted(pins)}" if pins else "an empty list begun"
+    done = f"restored from its second copy: {sorted(pins)}" if pins else "replaced by an empty list"
     return [Repair("pins.json", "the list of pinned steps is damaged", done)]
 
 
 def _repair_step(root: pathlib.Path, directory: pathlib.Path, step: int, dry_run: bool) -> list[Repair]:
-    """Put back what is damaged in one step's folder, and the folder itself if it is in quarantine."""
+    """Restore the damaged files of one step, and the step itself if it is in quarantine."""
     spare = _find_spare(root, directory, step)
     in_quarantine = directory.parent.name == "quarantine"
     damaged = _find_damaged(directory, spare)
@@ -108,13 +108,13 @@ def _repair_step(root: pathlib.Path, directory: pathlib.Path, step: int, dry_run
     link = _find_link(directory, damaged)
     if link is not None:
         return [Repair(where, f"{link} is a link, which could lead out of the run")]
-    repairs = [Repair(f"{where}/{name}", "damaged or missing", "put back from its second copy") for name in damaged]
+    repairs = [Repair(f"{where}/{name}", "damaged or missing", "restored from its second copy") for name in damaged]
     if not dry_run:
         for name in damaged:
             target = directory / name
             commit.make_directory(target.parent)
             if os.path.lexists(target) and not _is_regular(target):
-                # Whatever stands there is nobody's file of this step; nothing is written through it or deleted.
+                # Whatever is there does not belong to this step; it is neither written through nor deleted.
                 aside = layout.find_free_path(
                     layout.get_control_path(root, "quarantine"), f"stray-{step}-{target.name}"
                 )
@@ -131,7 +131,7 @@ def _repair_step(root: pathlib.Path, directory: pathlib.Path, step: int, dry_run
 
 
 def _find_spare(root: pathlib.Path, directory: pathlib.Path, step: int) -> pathlib.Path | None:
-    """The second copies that belong to a folder: by its own manifest, or, if that is damaged, by its files."""
+    """Return the second copies that belong to a directory: by its manifest, or, if that is damaged, by its files."""
     candidates = []
     spares = layout.get_control_path(root, "spare")
     for spare in spares.iterdir() if spares.is_dir() else ():
@@ -146,7 +146,7 @@ def _find_spare(root: pathlib.Path, directory: pathlib.Path, step: int) -> pathl
 
 
 def _find_link(directory: pathlib.Path, names: list[str]) -> str | None:
-    """The first link among a step's folder and the folders of the files that are to be put back."""
+    """Return the first link among a step's directory and the directories of the files to restore."""
     for name in names:
         for place in (directory, *(directory / parent for parent in reversed(pathlib.PurePath(name).parents))):
             if place.is_symlink():
@@ -173,7 +173,7 @@ def _is_intact(path: pathlib.Path, size: int, expected_digest: str) -> bool:
 
 
 def _find_damaged(directory: pathlib.Path, spare: pathlib.Path | None) -> list[str]:
-    """Damaged files of a step, the manifest first; judged by the second copy of the manifest where there is one."""
+    """Return the damaged files of a step, the manifest first; judged by the second copy of the manifest if any."""
     if spare is None:
         try:
             entry = catalogue.Entry(step=0, path=directory, state="committed", manifest=manifest.read(directory))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights from and to the wider world, as safetensors files, leaf by leaf.
+"""Export and import weights as safetensors files, leaf by leaf.
 
-The format knows arrays and texts. So typed keys travel as their data and plain values as texts, each with a note in
-the file's metadata by which they come back as what they were; elsewhere the notes are ignored.
+The format knows arrays and strings. Typed keys are stored as their data and plain values as strings, each with an entry
+in the file's metadata by which they come back as what they were; other readers ignore those entries.
 """
 
 import json
@@ -29,7 +29,7 @@ from ..tree.write_back import HostItem, fill_state
 from .show import find_step
 
 type NameMap = Mapping[str, str]
-"""From a leaf's path to a tensor's name; a `*` stands for one segment and `**` for any number, on both sides."""
+"""Names of leaves to names of tensors; `*` matches one segment and `**` any number, on both sides."""
 
 _BATCH_BYTES = 256 << 20
 KEY, VALUE = "ckpttools.key.", "ckpttools.value."
@@ -45,25 +45,24 @@ def export_safetensors(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[str, ...]:
-    """Write the leaves of a stored step, or of a live model, into a safetensors file.
+    """Write the leaves of a stored step, or of a live model, to a safetensors file.
 
     Args:
-        source: A run's folder (its newest step is taken), the folder of one step, or a state: an nnx module, an
+        source: Directory of a run (its newest step is used) or of one step, or a state: an nnx module, an
             `nnx.State`, a pytree of arrays.
-        file: The file; replaced if it is there.
+        file: The file; an existing one is replaced.
         item: Which item of the step.
-        names: What leaves are called in the file, as in `{"layers.*.kernel": "h.*.weight"}`; all others keep their
-            path.
-        skip: Patterns of leaves that are left out.
-        metadata: Texts for the header; by default the format "pt", which transformers asks for.
-        progress: Called with the bytes that were taken and those there are.
+        names: Names of leaves in the file, such as `{"layers.*.kernel": "h.*.weight"}`; all others keep their path.
+        skip: Patterns of leaves to leave out.
+        metadata: Strings for the header; by default the format "pt", which transformers requires.
+        progress: Called with the bytes written so far and the bytes in total.
 
     Returns:
         The names of the tensors.
 
     Raises:
-        LeafError: If a leaf is of a dtype that the format lacks.
-        StructureError: If two leaves would have one name.
+        LeafError: If a leaf has a dtype that the format lacks.
+        StructureError: If two leaves would have the same name.
         StepDamagedError: If the step is damaged.
         StorageError: If the disk refused.
     """
@@ -84,10 +83,10 @@ def export_safetensors(
             progress(done, total)
         return {name: loaded.get(named[name].path, np.empty(*get_host_shape(named[name]))) for name in batch}
 
-    texts = {"format": "pt"} if metadata is None else dict(metadata)
-    texts |= {KEY + name: record.dtype for name, record in named.items() if record.kind == "key"}
-    texts |= {VALUE + name: json.dumps(record.value) for name, record in named.items() if record.kind == "value"}
-    safetensors_format.write(pathlib.Path(file), tensors, load_batch, {**note, **texts}, batch_bytes=_BATCH_BYTES)
+    header = {"format": "pt"} if metadata is None else dict(metadata)
+    header |= {KEY + name: record.dtype for name, record in named.items() if record.kind == "key"}
+    header |= {VALUE + name: json.dumps(record.value) for name, record in named.items() if record.kind == "value"}
+    safetensors_format.write(pathlib.Path(file), tensors, load_batch, {**note, **header}, batch_bytes=_BATCH_BYTES)
     return tuple(tensors)
 
 
@@ -102,9 +101,9 @@ def _open_step(directory: pathlib.Path, item: str) -> tuple[tuple[Record, ...], 
     entry: Entry = find_step(directory.absolute().parent, step) if is_step else find_step(directory)
     if entry.manifest is None:
         raise CheckpointError(
-            what=f"step {entry.step} was written by plain Orbax and never proved.",
-            why="what is exported is proved by digests.",
-            fix="ct.adopt(directory) takes it over.",
+            what=f"step {entry.step} was written by plain Orbax and has no manifest.",
+            why="exported leaves are verified by the digests in the manifest.",
+            fix="ct.adopt(directory) adds one.",
         )
     stored = entry.manifest.contents.items
     if item not in stored:
@@ -130,14 +129,14 @@ def _make_tensor(item: str, record: Record) -> Tensor:
     if dtype.name not in CODES:
         raise LeafError(
             what=f"{format_tensor_name(item, record)} is of dtype {dtype.name}, which safetensors does not have.",
-            why="to store it as another would change what it means to whoever reads it.",
-            fix=f"leave it out with skip=({format_tensor_name('', record)!r},), or cast it first to one of {', '.join(CODES)}.",
+            why="storing it as another dtype would change its meaning for every reader.",
+            fix=f"leave it out with skip=({format_tensor_name('', record)!r},), or cast it to one of {', '.join(CODES)}.",
         )
     return Tensor(dtype.name, shape)
 
 
 def format_tensor_name(item: str, record: Record) -> str:
-    """A leaf's path as text, with the item in front if there is one."""
+    """Return a leaf's path as a string, preceded by the item if there is one."""
     return ".".join([*([item] if item else []), *map(str, record.path)])
 
 
@@ -149,12 +148,12 @@ def import_safetensors(
     skip: Sequence[str] = (),
     allow_extra: bool = False,
 ) -> Any:
-    """Fill a state from a safetensors file; shapes and dtypes have to be those of the state.
+    """Fill a state from a safetensors file; shapes and dtypes must be those of the state.
 
     Args:
         file: The file.
         state: An nnx module (filled in place), an `nnx.State` or a pytree of arrays.
-        names: What the leaves are called in the file, in the form of `export_safetensors`.
+        names: Names of the leaves in the file, as for `export_safetensors`.
         skip: Patterns of leaves that stay as they are.
         allow_extra: Whether the file may hold tensors that the state lacks.
 
@@ -162,11 +161,11 @@ def import_safetensors(
         The filled state: `state` itself if it is a live object.
 
     Raises:
-        TensorFileError: If it is no whole safetensors file.
-        StructureError: If it does not fit; the state is as it was, and every difference is named.
+        TensorFileError: If it is not a whole safetensors file.
+        StructureError: If it does not fit; the state is unchanged, and every difference is listed.
     """
     path = pathlib.Path(file)
-    tensors, texts = safetensors_format.read_header(path)
+    tensors, header = safetensors_format.read_header(path)
     flat = flatten.flatten_item(state, template=True)
     if flat.skeletons:
         raise StructureError(
@@ -178,7 +177,7 @@ def import_safetensors(
     wanted = name_leaves(exclude_skipped(records, skip), names)
     lines, placed = [], {}
     for name, record in wanted.items():
-        placed[record.path], line = _match_leaf(name, record, tensors, texts)
+        placed[record.path], line = _match_leaf(name, record, tensors, header)
         lines += [line] if line else []
     extra = [name for name in tensors if name not in wanted]
     lines += [] if allow_extra else [f"{name}: in the file, not in the state" for name in extra]
@@ -194,14 +193,14 @@ def import_safetensors(
 
 
 class _LazyArrays(dict[Path, np.ndarray[Any, Any]]):
-    """Arrays that are read when they are taken out, so that the host holds one at a time."""
+    """Arrays that are read when they are popped, so that the host holds one at a time."""
 
     def __init__(self, file: pathlib.Path, tensors: Mapping[Path, Tensor], arrays: Mapping[Path, Any]) -> None:
         super().__init__(arrays)
         self._file, self._tensors = file, tensors
 
     def pop(self, path: Path) -> np.ndarray[Any, Any]:  # type: ignore[override]
-        """The array of a leaf; asked for once."""
+        """Read and return the array of a leaf; each is requested once."""
         return safetensors_format.read(self._file, self._tensors[path]) if path in self._tensors else super().pop(path)
 
 
@@ -215,7 +214,7 @@ def _take_arrays(state: Any, records: Sequence[Record]) -> dict[Path, np.ndarray
 def _match_leaf(
     name: str, record: Record, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[Record, str | None]:
-    """The record of what the file holds for a leaf, or a line that says why it does not fit."""
+    """Return the record of a leaf's tensor in the file, and a line that says why it does not fit; "" if it does."""
     if record.kind == "value":
         return read_value(name, record, metadata)
     if name not in tensors:
@@ -230,7 +229,7 @@ def _match_leaf(
 
 
 def read_value(name: str, record: Record, metadata: Mapping[str, str]) -> tuple[Record, str | None]:
-    """A plain value from the file's notes; a file from elsewhere has none, and the state keeps its own."""
+    """Return a plain value from the file's metadata; foreign files have none, and the state keeps its own."""
     text = metadata.get(VALUE + name)
     if text is None:
         return record, None
@@ -246,7 +245,7 @@ def _make_mismatch_error(path: pathlib.Path, lines: Sequence[str], extra: Sequen
     shown = "".join(f"\n    {line}" for line in lines[:40])
     error = StructureError(
         what=f"{path} does not fit the state:{shown}" + ("\n    ..." if len(lines) > 40 else ""),
-        why="nothing was changed; shapes and dtypes are not bent.",
+        why="nothing was changed; shapes and dtypes must be equal.",
         fix="names={...} renames, skip=(...) keeps leaves of the state" + (", allow_extra=True" if extra else "") + ".",
     )
     error.mismatches = tuple(lines)
@@ -254,7 +253,7 @@ def _make_mismatch_error(path: pathlib.Path, lines: Sequence[str], extra: Sequen
 
 
 def exclude_skipped(records: Iterable[Record], skip: Sequence[str]) -> tuple[Record, ...]:
-    """The leaves that no pattern of `skip` matches.
+    """Return the leaves that no pattern of `skip` matches.
 
     Raises:
         SpecError: If a pattern matches no leaf.
@@ -266,7 +265,7 @@ def exclude_skipped(records: Iterable[Record], skip: Sequence[str]) -> tuple[Rec
         if not skipped:
             raise SpecError(
                 what=f"skip={text!r} matches no leaf.",
-                why="a mistyped pattern would leave nothing out without a word.",
+                why="a mistyped pattern would silently leave nothing out.",
                 fix=suggest_names(text, [format_tensor_name("", record) for record in left]),
             )
         left = tuple(record for record in left if record.path not in skipped)
@@ -274,7 +273,7 @@ def exclude_skipped(records: Iterable[Record], skip: Sequence[str]) -> tuple[Rec
 
 
 def name_leaves(records: Iterable[Record], names: NameMap | None) -> dict[str, Record]:
-    """Leaves by the names of their tensors."""
+    """Return leaves by the names of their tensors."""
     rules = [(_compile_pattern(pattern), pattern, target) for pattern, target in (names or {}).items()]
     unused = {pattern for _, pattern, _ in rules}
     found: dict[str, Record] = {}
@@ -287,15 +286,16 @@ def name_leaves(records: Iterable[Record], names: NameMap | None) -> dict[str, R
                 break
         if name in found:
             raise StructureError(
-                what=f"two leaves would be called {name!r}: {format_tensor_name('', found[name])} and {format_tensor_name('', record)}.",
+                what=f"two leaves have the name {name!r}: {format_tensor_name('', found[name])} and "
+                f"{format_tensor_name('', record)}.",
                 why="a file holds one tensor under each name.",
-                fix="let names={...} tell them apart.",
+                fix="rename one of them with names={...}.",
             )
         found[name] = record
     if unused:
         raise SpecError(
-            what=f"names has {', '.join(map(repr, sorted(unused)))}, which no leaf is called.",
-            why="a mistyped name would leave its leaf under the old one without a word.",
+            what=f"names has {', '.join(map(repr, sorted(unused)))}, which match no leaf.",
+            why="a mistyped name would silently leave its leaf under the old one.",
             fix=suggest_names(min(unused), [format_tensor_name("", record) for record in found.values()]),
         )
     return found
@@ -311,7 +311,7 @@ def _substitute(pattern: str, target: str, match: re.Match[str]) -> str:
     if len(parts) - 1 != len(match.groups()):
         raise SpecError(
             what=f"names={{{pattern!r}: {target!r}}} has {len(match.groups())} and {len(parts) - 1} stars.",
-            why="each star on the right stands for what the star in its place on the left has matched.",
+            why="each star on the right stands for what the star in its place on the left matched.",
             fix="write as many stars on both sides.",
         )
     return "".join(part for pair in zip(parts, (*match.groups(), "")) for part in pair)

@@ -57,7 +57,7 @@ class ShownStep:
     leaves: tuple[ShownLeaf, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The step as plain data; values that JSON lacks as text."""
+        """Return the step as plain data; values that JSON lacks as strings."""
         plain = dataclasses.asdict(self)
         for leaf in plain["leaves"]:
             if not isinstance(leaf["value"], bool | int | float | str | None):
@@ -70,17 +70,17 @@ class ShownStep:
 
 
 def format_leaf(leaf: ShownLeaf) -> str:
-    """A leaf's dtype and shape, or its value, as one reads them."""
+    """Return a leaf's dtype and shape, or its value, as a string."""
     if leaf.kind == "value":
         return repr(leaf.value) if leaf.dtype else str(leaf.value)
     return f"{'key ' if leaf.kind == 'key' else ''}{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
 def find_step(directory: str | os.PathLike[str], step: int | None = None) -> catalogue.Entry:
-    """A readable step of a run: the newest committed one, or the one of that number.
+    """Return a readable step of a run: the newest committed one, or the one of that number.
 
     Raises:
-        StepNotFoundError: If it is not there.
+        StepNotFoundError: If it does not exist.
         StepDamagedError: If it is damaged.
     """
     known = catalogue.scan(pathlib.Path(directory).absolute())
@@ -94,7 +94,7 @@ def find_step(directory: str | os.PathLike[str], step: int | None = None) -> cat
         raise StepNotFoundError(
             what=f"{directory} has no {'step that can be read' if step is None else f'step {step}'}.",
             why="nothing was saved there, or retention has deleted it.",
-            fix=f"there are {', '.join(str(entry.step) for entry in known.entries) or 'no steps'}.",
+            fix=f"available: {', '.join(str(entry.step) for entry in known.entries) or 'no steps'}.",
         )
     if found.state not in ("committed", "unverified") and found.error is not None:
         raise found.error
@@ -102,14 +102,14 @@ def find_step(directory: str | os.PathLike[str], step: int | None = None) -> cat
 
 
 def show(directory: str | os.PathLike[str], step: int | None = None) -> ShownStep:
-    """The tree of a step, by default of the newest; reads its manifest or, for plain Orbax, its metadata.
+    """Return the tree of a step; reads its manifest or, for plain Orbax, its metadata, and no array.
 
     Args:
-        directory: The run's folder.
-        step: Which step.
+        directory: The run's directory.
+        step: Number of the step; None for the newest.
 
     Raises:
-        StepNotFoundError: If it is not there.
+        StepNotFoundError: If it does not exist.
         StepDamagedError: If its manifest is damaged.
     """
     entry = find_step(directory, step)
@@ -149,7 +149,7 @@ def _show_foreign_step(entry: catalogue.Entry) -> ShownStep:
         raise CheckpointError(
             what=f"the metadata of step {entry.step} cannot be read: {str(error).rstrip('.')}.",
             why="it was written by plain Orbax, and Orbax cannot read it as named items.",
-            fix=f"look at {entry.path} with the version of Orbax that wrote it.",
+            fix=f"read {entry.path} with the version of Orbax that wrote it.",
         ) from error
     leaves = tuple(
         ShownLeaf(
@@ -163,7 +163,7 @@ def _show_foreign_step(entry: catalogue.Entry) -> ShownStep:
         for name, shape, dtype in described
     )
     total = sum(path.stat().st_size for path in entry.path.rglob("*") if path.is_file())
-    reason = "written by plain Orbax; ct.adopt takes it over"
+    reason = "written by plain Orbax; ct.adopt adds a manifest"
     return ShownStep(step=entry.step, state="unverified", reason=reason, total_bytes=total, leaves=leaves)
 
 

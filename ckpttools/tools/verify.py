@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verify`: read every byte of a run and compare; changes nothing."""
+"""`verify`: read every byte of a run and compare it with what was written; changes nothing.
+
+File digests need no JAX; the reader of the leaves, which does, is imported once they have been compared.
+"""
 
 import dataclasses
 import os
@@ -15,14 +18,14 @@ from ..text import format_health
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepHealth:
-    """What `verify` found out about one step.
+    """What `verify` found about one step.
 
     Attributes:
         step: Its number.
-        state: "intact", "incomplete", "corrupt", "unreadable" if the disk or Orbax refused what is undamaged,
+        state: "intact", "incomplete", "corrupt", "unreadable" if the disk or Orbax failed on undamaged files,
             "newer" if a newer version wrote it, or "unverified" for a step of plain Orbax.
         reason: What is wrong; "" if it is intact.
-        files: Damaged files, relative to the step's folder.
+        files: Damaged files, relative to the step's directory.
         leaves: Damaged leaves, as far as the files could be read.
     """
 
@@ -38,21 +41,21 @@ class StepHealth:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport:
-    """The health of every step that was looked at."""
+    """The health of every step that was read."""
 
     steps: tuple[StepHealth, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is damaged; steps of plain Orbax do not count, since nothing is known of them."""
+        """Whether nothing is damaged; steps of plain Orbax are not counted, since nothing is known about them."""
         return all(step.state in ("intact", "unverified") for step in self.steps)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         return {"ok": self.ok, "steps": [dataclasses.asdict(step) for step in self.steps]}
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.steps)) or "there are no steps"
+        return "\n".join(map(str, self.steps)) or "no steps"
 
 
 def verify(
@@ -63,25 +66,25 @@ def verify(
 ) -> VerifyReport:
     """Compare every file and leaf of a run, or of one step, with what was written.
 
-    Steps that the run's own process deletes meanwhile are left out.
+    Steps that the run's own process deletes in the meantime are left out.
 
     Args:
-        directory: The run's folder.
-        step: Only this step.
-        progress: Called with the bytes that were read and those there are.
+        directory: The run's directory.
+        step: Only this step; None for all.
+        progress: Called with the bytes read so far and the bytes in total.
 
     Raises:
-        StepNotFoundError: If `step` is not there.
-        StorageError: If there is no such folder.
+        StepNotFoundError: If `step` does not exist.
+        StorageError: If the directory does not exist.
     """
     root = require_run_directory(directory)
     known = catalogue.scan(root)
     entries = [entry for entry in (*known.entries, *known.moved_entries) if step is None or entry.step == step]
     if step is not None and not entries:
         raise StepNotFoundError(
-            what=f"there is no step {step} in {root}.",
+            what=f"{root} has no step {step}.",
             why="it was never saved, or retention has deleted it.",
-            fix=f"there are {', '.join(str(entry.step) for entry in known.entries) or 'no steps'}.",
+            fix=f"available: {', '.join(str(entry.step) for entry in known.entries) or 'no steps'}.",
         )
     total = sum(_get_total_bytes(entry) for entry in entries)
     done = 0
@@ -113,7 +116,7 @@ def _examine(entry: catalogue.Entry, on_bytes: Callable[[int], None]) -> StepHea
     except StepDamagedError as error:
         return StepHealth(step=entry.step, state="corrupt", reason=error.what, files=files, leaves=error.leaves)
     except StorageError as error:
-        # The others are judged all the same.
+        # The other steps are checked all the same.
         return StepHealth(step=entry.step, state="unreadable", reason=error.what)
     if files:
         reason = f"{len(files)} file(s) differ from what was written; all leaves are still readable"

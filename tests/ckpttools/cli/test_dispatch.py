@@ -255,11 +255,11 @@ def test_repair_puts_back_what_has_a_second_copy(run, capsys):
 
 def test_an_empty_and_a_missing_folder(tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    assert call(capsys, "ls", tmp_path / "run")[:2] == (parser.EXIT_OK, "there are no steps\n")
-    assert call(capsys, "verify", tmp_path / "run")[:2] == (parser.EXIT_OK, "there are no steps\n")
+    assert call(capsys, "ls", tmp_path / "run")[:2] == (parser.EXIT_OK, "no steps\n")
+    assert call(capsys, "verify", tmp_path / "run")[:2] == (parser.EXIT_OK, "no steps\n")
     assert call(capsys, "prune", tmp_path / "run", "--latest", 2, "--dry-run")[:2] == (
         parser.EXIT_OK,
-        "there are no steps\n",
+        "no steps\n",
     )
     code, _, err = call(capsys, "show", tmp_path / "run")
     assert code == parser.EXIT_FAILED

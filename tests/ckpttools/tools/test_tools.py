@@ -47,7 +47,7 @@ def test_verify_names_the_damaged_file_and_leaf(run):
 
 
 def test_verify_of_an_empty_folder(tmp_path):
-    assert str(ct.verify(tmp_path)) == "there are no steps"
+    assert str(ct.verify(tmp_path)) == "no steps"
 
 
 def small_files(folder):
@@ -143,7 +143,7 @@ def write_v0(folder, state):
 
 
 def test_a_listing_prints_as_a_table(tmp_path):
-    assert str(ct.ls(tmp_path)) == "there are no steps"
+    assert str(ct.ls(tmp_path)) == "no steps"
     with ct.open(spec_for(tmp_path)) as ckpt:
         ckpt.save(3, {"model": {"w": np.ones(2)}}, metrics={"loss": 0.25})
     head, row = str(ct.ls(tmp_path)).splitlines()

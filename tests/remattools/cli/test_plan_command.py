@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`remattools plan`: rules in a file that `measure` takes, figures in JSON, refusals with exit code 2."""
+"""`remattools plan`: rules in a file that `measure` takes, points as JSON, failures with exit code 2."""
 
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 import remattools as rt
 from remattools.cli import parser
 from remattools.cli.main import main
-from remattools.planner.search.exploration import Exploration
+from remattools.planner.search.acquisition import Exploration
 
-FACTORY = """
+FACTORIES = """
 import optax
 from flax import nnx
 from tests.remattools.models import MLP, Tower, inputs, loss
@@ -31,55 +33,67 @@ def stepping():
 """
 
 
-def test_a_plan_is_written_and_measured(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Return a function that runs a command on one of the factories, for the CPU, and returns its exit code."""
     monkeypatch.setenv("REMATTOOLS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "subject.py").write_text(FACTORY)
-    subject, out = f"{tmp_path / 'subject.py'}:training", tmp_path / "rules.toml"
-    common = ["--target", "cpu", "--json"]
-    assert main(["plan", subject, "--budget", "0.7", "--of", "temp", "-o", str(out), *common]) == parser.EXIT_OK
-    said = json.loads(capsys.readouterr().out)
-    chosen = next(point for point in said["points"] if point["chosen"])
-    assert chosen["bytes"] <= said["budget_bytes"]
-    assert len(rt.Rules.load(out))
-    assert main(["measure", subject, "--rules", str(out), *common]) == parser.EXIT_OK
+    path = tmp_path / "plan_factories.py"
+    path.write_text(FACTORIES)
+    return lambda command, factory, *options: main(
+        [command, f"{path}:{factory}", "--target", "cpu", *map(str, options)]
+    )
+
+
+def find_chosen_point(output: str) -> dict[str, Any]:
+    point: dict[str, Any] = next(point for point in json.loads(output)["points"] if point["chosen"])
+    return point
+
+
+def test_planned_rules_measure_as_planned(
+    run: Callable[..., int], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = tmp_path / "rules.toml"
+    assert run("plan", "training", "--budget", "0.7", "--of", "temp", "-o", rules, "--json") == parser.EXIT_OK
+    output = capsys.readouterr().out
+    chosen = find_chosen_point(output)
+    assert chosen["bytes"] <= json.loads(output)["budget_bytes"]
+    assert len(rt.Rules.load(rules))
+    assert run("measure", "training", "--rules", rules, "--json") == parser.EXIT_OK
     assert json.loads(capsys.readouterr().out)["temp_bytes"] == chosen["bytes"]
-    assert main(["plan", subject, "--budget", "1000", "--of", "temp", "--target", "cpu"]) == parser.EXIT_FAILED
-    assert "the least is" in capsys.readouterr().err
 
 
-def test_a_whole_step_is_planned_as_it_is(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_unreachable_budget_exits_with_failure(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "training", "--budget", "1000", "--of", "temp") == parser.EXIT_FAILED
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "fix:" in captured.err
+
+
+def test_as_is_plans_a_whole_step(
+    run: Callable[..., int], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("REMATTOOLS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "stepping.py").write_text(FACTORY)
-    subject, out = f"{tmp_path / 'stepping.py'}:stepping", tmp_path / "rules.toml"
-    common = ["--target", "cpu", "--as-is"]
+    rules = tmp_path / "rules.toml"
     limits = ["--budget", "0.7", "--of", "temp", "--max-compiles", "4"]
-    assert main(["plan", subject, *limits, "-o", str(out), "--json", *common]) == parser.EXIT_OK
-    chosen = next(point for point in json.loads(capsys.readouterr().out)["points"] if point["chosen"])
-    assert main(["measure", subject, "--rules", str(out), "--json", *common]) == parser.EXIT_OK
+    assert run("plan", "stepping", *limits, "-o", rules, "--json", "--as-is") == parser.EXIT_OK
+    chosen = find_chosen_point(capsys.readouterr().out)
+    assert run("measure", "stepping", "--rules", rules, "--json", "--as-is") == parser.EXIT_OK
     assert json.loads(capsys.readouterr().out)["temp_bytes"] == chosen["bytes"]
-    assert main(["plan", subject, *limits, "--target", "cpu"]) == parser.EXIT_FAILED  # control: a step is no loss
+    assert run("plan", "stepping", *limits) == parser.EXIT_FAILED  # control: a step is not a loss
     assert "differentiate=False" in capsys.readouterr().err
 
 
-def test_an_interrupt_without_a_plan_says_so(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_interrupt_before_a_plan_has_its_exit_code(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("REMATTOOLS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "subject.py").write_text(FACTORY)
     compiles: list[int] = []
 
-    def interrupted(self: Exploration, number: int) -> None:
+    def interrupt_the_second(self: Exploration, number: int) -> None:
         compiles.append(number)
         if len(compiles) == 2:
             raise KeyboardInterrupt
-        compile_(self, number)
+        compile_assignment(self, number)
 
-    compile_ = Exploration.compile_assignment
-    monkeypatch.setattr(Exploration, "compile_assignment", interrupted)
-    subject = f"{tmp_path / 'subject.py'}:training"
-    assert main(["plan", subject, "--budget", "0.3", "--of", "temp", "--target", "cpu"]) == parser.EXIT_INTERRUPTED
-    assert "before any compiled rules kept the budget" in capsys.readouterr().err
+    compile_assignment = Exploration.compile_assignment
+    monkeypatch.setattr(Exploration, "compile_assignment", interrupt_the_second)
+    assert run("plan", "training", "--budget", "0.3", "--of", "temp") == parser.EXIT_INTERRUPTED
+    assert "before any compiled" in capsys.readouterr().err
