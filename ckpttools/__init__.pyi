@@ -34,11 +34,11 @@ from .integrations.trainers import TrainReport as TrainReport
 from .integrations.trainers import train as train
 from .integrations.tunix import PeftCheckpoints as PeftCheckpoints
 from .integrations.tunix import peft_trainer as peft_trainer
+from .mirror.fetch import fetch_step as fetch_step
+from .mirror.status import MirrorStatus as MirrorStatus
 from .mirror.sync import MirroredStep as MirroredStep
 from .mirror.sync import MirrorReport as MirrorReport
-from .mirror.sync import fetch_step as fetch_step
 from .mirror.sync import sync_mirror as sync_mirror
-from .mirror.upload import MirrorStatus as MirrorStatus
 from .restore.load import Preview as Preview
 from .restore.load import load as load
 from .restore.load import preview as preview
@@ -84,7 +84,9 @@ from .tools.adopt import adopt as adopt
 from .tools.diff import ChangedLeaf as ChangedLeaf
 from .tools.diff import DiffReport as DiffReport
 from .tools.diff import diff as diff
+from .tools.export_safetensors import export_safetensors as export_safetensors
 from .tools.import_run import import_run as import_run
+from .tools.import_safetensors import import_safetensors as import_safetensors
 from .tools.ls import ListedStep as ListedStep
 from .tools.ls import Listing as Listing
 from .tools.ls import ls as ls
@@ -93,8 +95,6 @@ from .tools.prune import prune as prune
 from .tools.repair import Repair as Repair
 from .tools.repair import RepairReport as RepairReport
 from .tools.repair import repair as repair
-from .tools.safetensors_exchange import export_safetensors as export_safetensors
-from .tools.safetensors_exchange import import_safetensors as import_safetensors
 from .tools.show import ShownLeaf as ShownLeaf
 from .tools.show import ShownStep as ShownStep
 from .tools.show import show as show

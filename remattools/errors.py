@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that say what is wrong, why it matters and how to mend it.
+"""Errors that say what is wrong, why it matters and how to fix it.
 
-The lowest room: imports nothing of the package. `ckpttools.errors` builds on
-`Explained` too, so that both packages speak in one form.
+The lowest room: it imports nothing from the package. `ckpttools.errors` builds on
+`ExplainedError` too, so that the errors of both packages have one form.
 """
 
 import difflib
@@ -13,9 +13,15 @@ class ExplainedError(Exception):
     """An error in three parts, each also an attribute.
 
     Attributes:
-        what: The offending value and where it stands.
-        why: What would go wrong if it were accepted.
-        fix: Something to paste or to do; the empty string if there is none.
+        what: The offending value and where it is.
+        why: What would go wrong if it were accepted; "" if that is obvious.
+        fix: Something to paste or to do; "" if there is none.
+
+    Example:
+        >>> print(ExplainedError("n=0 is not a count.", "nothing would be saved.", "n=1"))
+        n=0 is not a count.
+          why: nothing would be saved.
+          fix: n=1
     """
 
     def __init__(self, what: str, why: str = "", fix: str = "") -> None:
@@ -24,7 +30,7 @@ class ExplainedError(Exception):
         super().__init__("\n".join(parts))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions cross process boundaries; the default would call `cls(message)`.
+        # Exceptions cross process boundaries, and the default would call `cls(message)`.
         return (type(self), (self.what, self.why, self.fix), self.__dict__)
 
 
@@ -33,19 +39,19 @@ class RematError(ExplainedError):
 
 
 class PatternError(RematError, ValueError):
-    """A path pattern that cannot be read."""
+    """A path pattern with a syntax error."""
 
 
 class PolicyError(RematError, ValueError):
-    """A policy that does not exist or cannot be combined."""
+    """A policy that does not exist, or that its arguments do not define."""
 
 
 class RuleError(RematError, ValueError):
-    """A rule, an action or a set of rules that cannot be honoured."""
+    """A rule, an action or a set of rules that is invalid."""
 
 
 class RuleFileError(RuleError):
-    """A rule file that cannot be read; the message names file and line."""
+    """A rule file that cannot be read or holds an invalid rule; the message names file and line."""
 
 
 class UnmatchedRuleError(RuleError, LookupError):
@@ -53,7 +59,7 @@ class UnmatchedRuleError(RuleError, LookupError):
 
 
 class UnmatchedRuleWarning(UserWarning):
-    """Said instead of `UnmatchedRuleError` where `strict=False`."""
+    """Issued instead of an `UnmatchedRuleError` if `strict=False`."""
 
 
 class CallError(RematError, TypeError):
@@ -65,23 +71,36 @@ class MeasureError(RematError, ValueError):
 
 
 class CacheWarning(UserWarning):
-    """Said instead of an error where a measurement cannot be stored."""
+    """Issued if a measurement cannot be stored in the cache; the measurement itself is valid."""
 
 
 class TargetError(RematError, ValueError):
-    """A target to compile for that does not exist or is not installed."""
+    """A compile target that does not exist, or whose compiler is not installed."""
 
 
 class BudgetError(RematError, ValueError):
-    """A budget that cannot be read, or that no plan reaches."""
+    """A memory budget that cannot be parsed, or that no plan meets."""
 
 
 def suggest_names(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
-    """The closest of `choices` as a half sentence, or all of a few, or ""."""
-    known = sorted(set(choices))
-    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
-    shown = close or known[: limit * 2]
+    """Return a sentence that suggests names for a misspelt one, for the `fix` of an error.
+
+    Args:
+        name: The misspelt name.
+        choices: The names that exist.
+        limit: How many close names to suggest; if none is close, twice as many of all.
+
+    Returns:
+        The sentence; "" if there are no choices.
+
+    Example:
+        >>> suggest_names("keeep", ["keep", "save"])
+        "did you mean 'keep'?"
+    """
+    names = sorted(set(choices))
+    close = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
+    shown = close or names[: limit * 2]
     if not shown:
         return ""
-    listing = ", ".join(map(repr, shown)) + ("" if close or len(known) == len(shown) else ", ...")
+    listing = ", ".join(map(repr, shown)) + ("" if close or len(names) == len(shown) else ", ...")
     return f"did you mean {listing}?" if close else f"there are {listing}."

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterator
 
 import ckpttools
+import ckpttools.cli.main
 import ckpttools.cli.parser
 import remattools
 import remattools.cli.main
@@ -153,7 +154,7 @@ def _run_commands(text: str, place: str) -> None:
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, shown = part.partition("\n")
         program, *arguments = shlex.split(command, comments=True)
-        main = {"ckpttools": ckpttools.cli.parser.main, "remattools": remattools.cli.main.main}[program]
+        main = {"ckpttools": ckpttools.cli.main.main, "remattools": remattools.cli.main.main}[program]
         stream = io.StringIO()
         with contextlib.redirect_stdout(stream):
             main(arguments)

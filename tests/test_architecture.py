@@ -233,7 +233,7 @@ def test_a_way_around_it_is_found(file, source):
             "ckpttools/session/session.py",
             "from remattools.rules.paths import Pattern\nfrom remattools.errors import ExplainedError",
         ),
-        ("ckpttools/mirror/remote.py", "def f():\n    import fsspec"),
+        ("ckpttools/mirror/remote_store.py", "def f():\n    import fsspec"),
         ("ckpttools/store/orbax.py", "import orbax.checkpoint as ocp"),
         ("remattools/compat.py", "from jax._src import core"),
     ],

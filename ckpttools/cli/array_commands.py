@@ -7,13 +7,14 @@ import dataclasses
 from remattools.text import format_bytes
 
 from ..errors import SpecError
-from ..mirror.sync import MirrorReport, fetch_step, sync_mirror
+from ..mirror.fetch import fetch_step
+from ..mirror.sync import MirrorReport, sync_mirror
 from ..spec.mirror import Mirror, as_mirror
 from ..spec.spec import CheckpointSpec
 from ..tools.adopt import adopt
 from ..tools.diff import diff
+from ..tools.export_safetensors import export_safetensors
 from ..tools.import_run import import_run
-from ..tools.safetensors_exchange import export_safetensors
 from . import output
 from .arguments import parse_pair, parse_run_path, require_whole_run
 from .parser import EXIT_NO, EXIT_OK

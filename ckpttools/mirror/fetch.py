@@ -1,29 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Restore from the nearest intact copy: a local step before its copy at the mirror, a newer step before an older one.
+"""Fetch copies from a mirror: for a restore, the nearest intact one; by hand, one step.
 
-The steps of both places are put in one order. A copy is fetched when its turn comes, into staging; its files are
-proved by their digests as they come in, its leaves as they are read, and only a step that was restored is committed
-to the run's folder.
-
-Whether a copy belongs to the run's own branch is judged by the local steps, as long as there are any: on one branch a
-later step is saved later, so a copy with a greater number that was saved earlier is of a past that the run has left.
+A local step is tried before its copy at the mirror, and a newer step before an older one. A copy is fetched only when
+it is tried, into staging. Its files are verified by their digests as they arrive, its leaves as they are read, and only
+a step that was restored is committed to the run directory.
 """
 
-import dataclasses
+import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ..errors import CheckpointError, DiskSpaceError, MirrorError, StepNotFoundError, StorageError
 from ..restore.select import Selector, list_candidates, require_selector
-from ..spec.mirror import Mirror
-from ..spec.retention import StepInfo
-from ..store import catalogue, commit, confine, layout
-from ..store.catalogue import Catalogue, Entry
-from ..store.manifest import Lineage, Summary
+from ..spec.mirror import Mirror, as_mirror
+from ..store import commit, confine, layout
+from ..store.catalogue import Entry
 from ..store.run_directory import RunDirectory
-from .remote import Copy, RemoteStore
+from .merge_copies import merge_copies
+from .remote_store import Copy, RemoteStore
+
+type Progress = Callable[[int, int], None]
 
 
 class Fetcher:
@@ -164,66 +162,56 @@ class Fetcher:
             shutil.rmtree(holder, ignore_errors=True)
 
 
-def merge_copies(steps: Catalogue, copies: Sequence[tuple[Copy, Entry]]) -> Catalogue:
-    """The steps of a run and their copies in one list, local ones first, for choosing among them.
-
-    Args:
-        steps: The run's steps.
-        copies: Finished copies, each with the entry that fetches it.
-    """
-    newest = steps.newest_entry.manifest.summary if steps.newest_entry and steps.newest_entry.manifest else None
-    last = max((copy.manifest.summary for copy, _ in copies), key=lambda summary: summary.saved_at, default=None)
-    lineage = _choose_lineage(newest, last)
-    placed = []
-    for entry in (*steps.entries, *steps.moved_entries):
-        live = entry.manifest is not None and catalogue.is_live(entry.manifest.summary, lineage)
-        placed.append((entry, live and entry not in steps.moved_entries))
-    for _, entry in copies:
-        if entry.manifest is not None:
-            placed.append((entry, _is_live_copy(entry.manifest.summary, lineage, newest)))
-    # The metric of a local step and of its copy are equal: the greater number makes the local one the first.
-    order_of_commit = sorted(
-        (entry for entry, _ in placed if entry.manifest),
-        key=lambda entry: (entry.manifest.summary.saved_at if entry.manifest else 0.0, entry.fetch is None),
-    )
-    number = {entry.path: index for index, entry in enumerate(order_of_commit, start=1)}
-    return Catalogue(tuple(_renumber(entry, live, number.get(entry.path, 0)) for entry, live in placed))
-
-
-def _renumber(entry: Entry, is_live: bool, sequence: int) -> Entry:
-    if entry.manifest is None:
-        return entry
-    summary = entry.manifest.summary
-    info = StepInfo(
-        step=summary.step,
-        sequence=sequence,
-        saved_at=summary.saved_at,
-        metrics=summary.metrics,
-        superseded=not is_live,
-    )
-    return dataclasses.replace(entry, info=info)
-
-
-def _choose_lineage(newest_local: Summary | None, newest_copy: Summary | None) -> Lineage:
-    """The run's lineage: the local one, unless the run went on elsewhere from one of its steps."""
-    if newest_local is None or newest_copy is None:
-        known = newest_local or newest_copy
-        return known.lineage if known else ()
-    went_on = (
-        newest_copy.lineage[: len(newest_local.lineage)] == newest_local.lineage
-        and newest_copy.saved_at > newest_local.saved_at
-    )
-    return newest_copy.lineage if went_on else newest_local.lineage
-
-
-def _is_live_copy(summary: Summary, lineage: Lineage, newest: Summary | None) -> bool:
-    left_behind = newest is not None and summary.step > newest.step and summary.saved_at < newest.saved_at
-    return catalogue.is_live(summary, lineage) and not left_behind
-
-
 def _make_unreachable_error(directory: pathlib.Path, error: MirrorError) -> MirrorError:
     return MirrorError(
         what=f"{directory} holds no steps, and the mirror does not answer: {error.what}",
         why="the run may be at the mirror; to begin afresh would train it again.",
         fix="try again; for a new run drop the mirror, or say Mirror(url, must_answer=False).",
     )
+
+
+def fetch_step(
+    directory: str | os.PathLike[str],
+    mirror: Mirror | str,
+    step: int | None = None,
+    *,
+    progress: Progress | None = None,
+) -> int:
+    """Bring a step from a mirror to a run's folder, by default the newest; a damaged one there is set aside.
+
+    Args:
+        directory: The run's folder; made if need be.
+        mirror: The mirror or its address.
+        step: Which step.
+        progress: Called with the bytes that were fetched and those there are.
+
+    Returns:
+        Its number.
+
+    Raises:
+        StepNotFoundError: If the mirror has no such step.
+        StepDamagedError: If its copy is damaged.
+        MirrorError: If the store does not answer.
+        RunInUseError: If a process writes to the run.
+    """
+    place = as_mirror(mirror)
+    assert place is not None
+    run = RunDirectory(pathlib.Path(directory).absolute())
+    run.lock_for_writing()
+    fetcher = Fetcher(run, place, RemoteStore(place.url, place.store_options), progress)
+    try:
+        entry = fetcher.find_copy("latest" if step is None else step)
+        assert entry.fetch is not None
+        entry.fetch()
+        in_the_way = layout.get_step_directory(run.directory, entry.step)
+        if in_the_way.exists() and not _is_superseded(run, entry.step):
+            run.quarantine(in_the_way)
+        fetcher.commit(entry)
+        return entry.step
+    finally:
+        fetcher.clean_up()
+        run.lock.release()
+
+
+def _is_superseded(run: RunDirectory, step: int) -> bool:
+    return any(entry.step == step and entry.info and entry.info.superseded for entry in run.refresh_steps().entries)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mirror by hand: what is where, bring it up to date, prove what is there, fetch a step from it."""
+"""Bring a mirror up to date by hand, and verify what it holds: `ct.sync_mirror` and its report."""
 
 import dataclasses
 import os
@@ -10,14 +10,15 @@ from typing import Any, Literal
 from ..errors import StepDamagedError
 from ..spec.mirror import Mirror, as_mirror
 from ..spec.retention import All
-from ..store import catalogue, layout
+from ..store import catalogue
 from ..store.manifest import Summary
 from ..store.run_directory import RunDirectory
-from .fetch import Fetcher
-from .remote import Copy, RemoteStore
-from .upload import CopyNames, get_summaries, make_sync_plan, require_outside_run
+from .remote_store import Copy, RemoteStore
+from .upload_plan import CopyNames, get_summaries, make_upload_plan, require_outside_run
 
 type Progress = Callable[[int, int], None]
+
+
 type CopyState = Literal["complete", "damaged", "missing", "another run's"]
 
 
@@ -133,7 +134,7 @@ class _Sync:
             **get_summaries(self._local_entries),
             **{name: copy.manifest.summary for name, copy in self._copies.items()},
         }
-        self._plan = make_sync_plan(
+        self._plan = make_upload_plan(
             get_summaries(self._local_entries),
             {name: copy.manifest.summary for name, copy in self._copies.items()},
             names,
@@ -188,50 +189,3 @@ class _Sync:
         except StepDamagedError as error:
             return f"not {action}: {error.what}", False
         return action, True
-
-
-def fetch_step(
-    directory: str | os.PathLike[str],
-    mirror: Mirror | str,
-    step: int | None = None,
-    *,
-    progress: Progress | None = None,
-) -> int:
-    """Bring a step from a mirror to a run's folder, by default the newest; a damaged one there is set aside.
-
-    Args:
-        directory: The run's folder; made if need be.
-        mirror: The mirror or its address.
-        step: Which step.
-        progress: Called with the bytes that were fetched and those there are.
-
-    Returns:
-        Its number.
-
-    Raises:
-        StepNotFoundError: If the mirror has no such step.
-        StepDamagedError: If its copy is damaged.
-        MirrorError: If the store does not answer.
-        RunInUseError: If a process writes to the run.
-    """
-    place = as_mirror(mirror)
-    assert place is not None
-    run = RunDirectory(pathlib.Path(directory).absolute())
-    run.lock_for_writing()
-    fetcher = Fetcher(run, place, RemoteStore(place.url, place.store_options), progress)
-    try:
-        entry = fetcher.find_copy("latest" if step is None else step)
-        assert entry.fetch is not None
-        entry.fetch()
-        in_the_way = layout.get_step_directory(run.directory, entry.step)
-        if in_the_way.exists() and not _is_superseded(run, entry.step):
-            run.quarantine(in_the_way)
-        fetcher.commit(entry)
-        return entry.step
-    finally:
-        fetcher.clean_up()
-        run.lock.release()
-
-
-def _is_superseded(run: RunDirectory, step: int) -> bool:
-    return any(entry.step == step and entry.info and entry.info.superseded for entry in run.refresh_steps().entries)

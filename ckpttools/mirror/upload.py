@@ -1,196 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every committed step to its mirror, in the background, whatever the store does.
+"""Copy every committed step to the mirror from a background thread, whatever the store does.
 
-One thread compares what the run holds with what the mirror holds and copies what is missing, the newest first. It is
-woken by each commit, and by itself while the store does not answer, so that nothing has to be remembered: a session
-that begins after a failure finds the same differences and mends them.
+The thread is woken by each commit, and by a timer while the store does not answer. It copies what `upload_plan` finds
+missing, the newest step first.
 
-Nothing here is raised into the training. What went wrong is kept as notes, which the session gives as warnings.
+Nothing here raises in the training loop. Failures become notes, which the session turns into warnings.
 """
 
-import contextlib
 import dataclasses
 import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from ..errors import CheckpointError, SpecError, StepDamagedError
-from ..spec import retention
+from ..errors import CheckpointError, StepDamagedError
 from ..spec.mirror import Mirror
-from ..spec.retention import Retention, StepInfo
+from ..spec.retention import Retention
 from ..store import catalogue, layout
 from ..store.catalogue import Catalogue, Entry
-from ..store.manifest import Lineage, Summary
-from .remote import RemoteStore, get_copy_name
-
-type Pins = frozenset[int]
+from ..store.manifest import Summary
+from .remote_store import RemoteStore
+from .status import MirrorStatus
+from .upload_plan import CopyNames, NamedSummaries, UploadPlan, get_summaries, make_upload_plan, require_outside_run
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MirrorStatus:
-    """How far the mirror is.
-
-    Attributes:
-        url: Its address.
-        copied: Steps that are complete there, as far as is known.
-        pending: Steps that are still to be copied.
-        missed: Steps that the run deleted before they could be copied.
-        damaged: Steps that were not copied because their local files are damaged.
-        error: What the store said last; "" if it answered.
-        failures: How many tries in a row have failed.
-    """
-
-    url: str
-    copied: tuple[int, ...] = ()
-    pending: tuple[int, ...] = ()
-    missed: tuple[int, ...] = ()
-    damaged: tuple[int, ...] = ()
-    error: str = ""
-    failures: int = 0
-
-    @property
-    def ok(self) -> bool:
-        """Whether the store answers and nothing is missing there."""
-        return not (self.error or self.pending or self.missed or self.damaged)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The status as plain data."""
-        return {"ok": self.ok, **dataclasses.asdict(self)}
-
-    def __str__(self) -> str:
-        parts = [f"{self.url}: {len(self.copied)} step(s) copied"]
-        for name in ("pending", "missed", "damaged"):
-            steps = getattr(self, name)
-            parts += [f"{name} {', '.join(map(str, steps))}"] if steps else []
-        return "; ".join([*parts, *([self.error] if self.error else [])])
-
-
-@dataclasses.dataclass(frozen=True)
-class SyncPlan:
-    """What would bring a mirror up to date.
-
-    Attributes:
-        names_to_copy: Names of the local steps that are missing there, the newest first.
-        names_to_delete: Names of copies that the mirror's retention does not keep, and of unfinished ones.
-        missed_names: Names of steps that it would keep, and that are neither there nor here any more.
-        foreign_names: Names of copies of another run, which are never touched.
-    """
-
-    names_to_copy: tuple[str, ...]
-    names_to_delete: tuple[str, ...]
-    missed_names: tuple[str, ...]
-    foreign_names: tuple[str, ...]
-
-
-def require_outside_run(root: pathlib.Path, mirror: Mirror) -> None:
-    """Raise `SpecError` if a mirror lies in the folder of its run.
-
-    Args:
-        root: The run's folder.
-        mirror: The mirror.
-    """
-    place = mirror.url.removeprefix("file://").removeprefix("local://")
-    if "://" not in place and "::" not in place and pathlib.Path(place).resolve().is_relative_to(root.resolve()):
-        raise SpecError(
-            what=f"the mirror {mirror.url} lies in the folder of its run, {root}.",
-            why="what takes the run away would take its copies along.",
-            fix="an address on another disk or in a store, such as s3://bucket/run.",
-        )
-
-
-type NamedSummaries = Mapping[str, Summary]
-
-
-def make_sync_plan(
-    local: NamedSummaries,
-    copies: NamedSummaries,
-    names: Iterable[str],
-    keep: Retention,
-    *,
-    lineage: Lineage,
-    deleted: NamedSummaries,
-    pins: Pins,
-) -> SyncPlan:
-    """Compare a run with its mirror.
-
-    Args:
-        local: The run's steps, by the names of their copies.
-        copies: The finished copies.
-        names: All names at the mirror, also of unfinished copies.
-        keep: The mirror's retention, which decides over the steps of both places.
-        lineage: That of the run.
-        deleted: Steps that were committed here, and deleted again.
-        pins: Steps that are pinned.
-    """
-    run = lineage[0][0] if lineage else ""
-    foreign = tuple(name for name, summary in copies.items() if run and summary.lineage[0][0] != run)
-    ours = {name: summary for name, summary in copies.items() if name not in foreign}
-    both = _make_step_infos({**ours, **local}, lineage, pins)
-    wanted = _select_kept(both, keep)
-    all_ever = _select_kept(_make_step_infos({**deleted, **ours, **local}, lineage, pins), keep)
-    unfinished = [name for name in names if name not in copies and name not in wanted]
-    return SyncPlan(
-        names_to_copy=tuple(
-            sorted((name for name in wanted if name not in copies), key=lambda name: -both[name].sequence)
-        ),
-        names_to_delete=(*(name for name in ours if name not in wanted), *unfinished),
-        missed_names=tuple(name for name in deleted if name in all_ever and name not in copies and name not in local),
-        foreign_names=foreign,
-    )
-
-
-def _make_step_infos(summaries: NamedSummaries, lineage: Lineage, pins: Pins) -> dict[str, StepInfo]:
-    """What retention may know of steps from two places, numbered by the time of their commits."""
-    ordered = sorted(summaries.items(), key=lambda pair: (pair[1].saved_at, pair[1].sequence))
-    return {
-        name: StepInfo(
-            step=summary.step,
-            sequence=number,
-            saved_at=summary.saved_at,
-            metrics=summary.metrics,
-            pinned=summary.step in pins,
-            superseded=not catalogue.is_live(summary, lineage),
-        )
-        for number, (name, summary) in enumerate(ordered, start=1)
-    }
-
-
-def _select_kept(infos: Mapping[str, StepInfo], keep: Retention) -> set[str]:
-    verdicts = retention.decide_retention(keep, list(infos.values()), newest_verified=None)
-    kept = {verdict.step.sequence for verdict in verdicts if verdict.keep}
-    return {name for name, info in infos.items() if info.sequence in kept}
-
-
-class CopyNames:
-    """The names under which the steps of a run are copied; each manifest is read once."""
-
-    def __init__(self) -> None:
-        self._names: dict[tuple[int, int, float], str] = {}
-
-    def name_entries(self, steps: Catalogue) -> dict[str, Entry]:
-        """The steps that are on the disk now, by name."""
-        found, names = {}, {}
-        for entry in steps.committed_entries:
-            summary = entry.manifest.summary if entry.manifest else None
-            path = entry.path / layout.MANIFEST
-            if summary is None or not path.is_file():
-                continue
-            key = summary.step, summary.sequence, summary.saved_at
-            with contextlib.suppress(OSError, StepDamagedError):
-                names[key] = self._names[key] if key in self._names else get_copy_name(path.read_bytes())
-                found[names[key]] = entry
-        self._names = names
-        return found
-
-
-def get_summaries(entries: Mapping[str, Entry]) -> dict[str, Summary]:
-    """The summaries of committed steps."""
-    return {name: entry.manifest.summary for name, entry in entries.items() if entry.manifest}
 
 
 class MirrorUploader:
@@ -308,7 +142,7 @@ class MirrorUploader:
                 return
             took = self._upload(name, local[name]) or took
 
-    def _make_plan(self, copies: NamedSummaries, names: Iterable[str] = ()) -> SyncPlan:
+    def _make_plan(self, copies: NamedSummaries, names: Iterable[str] = ()) -> UploadPlan:
         local = get_summaries(self._copy_names.name_entries(self._steps))
         gone = {
             name: summary
@@ -316,7 +150,7 @@ class MirrorUploader:
             if name not in {*local, self._current_name}
         }
         pins = catalogue.read_pins(self._root)
-        return make_sync_plan(local, copies, names, self._keep, lineage=self._steps.lineage, deleted=gone, pins=pins)
+        return make_upload_plan(local, copies, names, self._keep, lineage=self._steps.lineage, deleted=gone, pins=pins)
 
     def _upload(self, name: str, entry: Entry) -> bool:
         """Copy one step from links to its files, so that retention cannot take them away half way.
@@ -341,7 +175,7 @@ class MirrorUploader:
             self._current_name = ""
             shutil.rmtree(links, ignore_errors=True)
 
-    def _update_status(self, plan: SyncPlan, *, is_reachable: bool = False) -> None:
+    def _update_status(self, plan: UploadPlan, *, is_reachable: bool = False) -> None:
         """Write down how far the mirror is, and note what was missed; with the lock held."""
         steps = {
             name: summary.step for name, summary in {**self._committed_summaries, **self._copied_summaries}.items()

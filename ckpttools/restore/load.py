@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights out of any run into any state: pretrained models, parts of models, models that have changed since.
+"""Load weights from any run into any state: `ct.load`, and `ct.preview` for a dry run.
 
-The run is only read: no lock is taken, nothing is moved, and the program's own run knows nothing of it. Of the step,
-the leaves that are placed are read and proved by their digests, and no others.
+The run is only read: no lock is taken, nothing is moved, and an open session is not affected. Only the leaves that are
+placed are read, and verified by their digests.
 """
 
 import dataclasses
@@ -29,12 +29,13 @@ from ..tree.items import require_items
 from ..tree.match import Difference
 from ..tree.records import count_host_bytes
 from ..tree.write_back import fill_state
-from . import recovery, select
+from . import first_intact, select
+from .read_step import GetChanges, pair_leaves
 from .report import RestoreReport
 from .select import BestStep, Selector
 
 type Source = str | os.PathLike[str]
-"""A run's folder, or the folder of one step in it."""
+"""A run's directory, or the directory of one step in it."""
 
 
 def load(
@@ -49,55 +50,69 @@ def load(
     """Fill a state from a step of any run, such as a pretrained one; the run is only read.
 
     Args:
-        source: The run's folder, or the folder of one step.
-        state: Items by name. Live objects are filled in place; the rest is in the report's `state`.
-        surgery: What to do to leaves that do not fit.
+        source: The run's directory, or the directory of one step.
+        state: Items by name. Live objects are filled in place; all items are in the report's `state`.
+        surgery: Operations for leaves that do not fit, such as `ct.Rename`.
         only: Patterns of the leaves to load, such as "model.encoder"; all others keep their values and are not read.
-        step: "latest" (damaged steps are passed over), a number, or `ct.best(metric, mode)`.
-        state_version: The version of the state, with migrations, if the run is one of the same program. Without it
-            the run's versions are not looked at.
+        step: "latest" (damaged steps are skipped), a number, or `ct.best(metric, mode)`.
+        state_version: The version of the state, with migrations, if the run is one of the same program. Without it,
+            the step's version is ignored.
 
     Returns:
-        What was loaded; `.altered` lists the leaves that were changed or kept.
+        A report of what was loaded; `.altered` lists the leaves that were changed or kept.
 
     Raises:
-        StepNotFoundError: If there is no such step.
-        NoIntactStepError: If there are steps and none is intact.
-        StructureError: If the step does not fit; nothing was changed, and the surgery that would fit it is named.
-        VersionError: If the step is of a version that is not known here.
+        StepNotFoundError: If the step does not exist.
+        NoIntactStepError: If the run has steps and none is intact.
+        StructureError: If the step does not fit; nothing was changed, and the error suggests surgery.
+        VersionError: If the step's version is not supported.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, ckpttools as ct
+        >>> directory = tempfile.mkdtemp()
+        >>> with ct.open(ct.CheckpointSpec(directory=directory)) as ckpt:
+        ...     ckpt.save(1, {"model": {"w": jnp.ones(2)}})
+        ...     ckpt.wait()
+        Started(step=1, reason='save() was called')
+        >>> ct.load(directory, {"model": {"w": jnp.zeros(2)}}).state["model"]["w"]
+        Array([1., 1.], dtype=float32)
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     require_items(state)
     root, step = _locate_step(source, step)
-    alter = _make_get_changes(surgery, only, state_version)
+    get_changes = _make_get_changes(surgery, only, state_version)
     candidates = _list_candidates(root, step)
-    asked = isinstance(step, int)
-    loaded, tried = recovery.load_first_intact(
-        candidates, state, check=lambda loaded: None, run=None, is_explicit=asked, get_changes=alter
+    loaded, tried = first_intact.load_first_intact(
+        candidates,
+        state,
+        check=lambda loaded: None,
+        run=None,
+        is_explicit=isinstance(step, int),
+        get_changes=get_changes,
     )
     report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried))
     if loaded is None:
-        raise recovery.make_no_intact_step_error(report, root)
+        raise first_intact.make_no_intact_step_error(report, root)
     filled = fill_state(state, loaded.items)
     return dataclasses.replace(
         report,
         step=loaded.entry.step,
         state=filled,
         metrics=dict(loaded.manifest.summary.metrics),
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - start_time,
         altered=list_altered_leaves(loaded.plan),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What a restore or `ct.load` would do, leaf by leaf; no array was read.
+    """What `ct.load` would do, leaf by leaf; no array was read.
 
     Attributes:
-        step: The step it would take.
+        step: The step that would be loaded.
         leaves: Every leaf of the state, and every leaf on disk that is dropped.
-        differences: What does not fit, one line for each leaf; empty if the restore would go on.
-        surgery: Operations that would make it fit, those that were asked for included; a guess.
+        differences: What does not fit, one line for each leaf; empty if the step fits.
+        surgery: Suggested operations that would make it fit, including the requested ones.
         read_bytes: Bytes of the arrays that would be read.
     """
 
@@ -109,11 +124,11 @@ class Preview:
 
     @property
     def fits(self) -> bool:
-        """Whether the restore would go on."""
+        """Return whether the step fits."""
         return not self.differences
 
     def as_dict(self) -> dict[str, Any]:
-        """The preview as plain data."""
+        """Return the preview as plain data."""
         return {
             "step": self.step,
             "fits": self.fits,
@@ -142,66 +157,83 @@ def preview(
     step: Selector = "latest",
     state_version: StateVersion | int | None = None,
 ) -> Preview:
-    """Say what `ct.load` would do with the same arguments; reads manifests and changes nothing.
+    """Return what `ct.load` would do with the same arguments; reads manifests only and changes nothing.
+
+    Args:
+        source: The run directory, or the directory of one step.
+        state: Items by name; shapes and dtypes suffice.
+        surgery: Operations for leaves that do not fit.
+        only: Patterns of the leaves to load; empty for all.
+        step: "latest", a number, or `ct.best(metric, mode)`.
+        state_version: The version of the state, with migrations; None to ignore the step's version.
 
     Raises:
-        StepNotFoundError: If there is no step with a whole manifest.
+        StepNotFoundError: If no step has a readable manifest.
         StructureError: If an operation matches nothing.
-        VersionError: If the step is of a version that is not known here.
+        VersionError: If the step's version is not supported.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, ckpttools as ct
+        >>> state, directory = {"model": {"w": jnp.ones(2)}}, tempfile.mkdtemp()
+        >>> with ct.open(ct.CheckpointSpec(directory=directory)) as ckpt:
+        ...     _ = ckpt.save(1, state)
+        >>> ct.preview(directory, state).fits
+        True
     """
     require_items(state)
     root, step = _locate_step(source, step)
-    changes = _make_get_changes(surgery, only, state_version)
+    get_changes = _make_get_changes(surgery, only, state_version)
     entry = next(
         (each for each in _list_candidates(root, step) if each.manifest is not None or each.state == "newer"), None
     )
     if entry is None:
         raise StepNotFoundError(
-            what=f"{root} has no step with a whole manifest.",
-            why="what a step holds stands in its manifest.",
-            fix="see ct.verify(directory), and ct.adopt(directory) for the steps of plain Orbax.",
+            what=f"{root} has no step with a readable manifest.",
+            why="without a manifest, what a step holds is not known.",
+            fix="ct.verify(directory) shows what is damaged; ct.adopt(directory) adopts steps of plain Orbax.",
         )
     if entry.manifest is None and entry.error is not None:
         raise entry.error
     templates = {item: flatten.flatten_item(value, template=True) for item, value in state.items()}
-    wanted = changes(entry)
-    plan, here, retry = recovery.pair_leaves(entry, templates, wanted)
-    unfit: Sequence[Difference] = plan.differences
-    mending = suggest.find_fix(plan, here, retry) if unfit else ()
+    requested = get_changes(entry)
+    plan, state_names, replan = pair_leaves(entry, templates, requested)
+    differences: Sequence[Difference] = plan.differences
+    suggested = suggest.find_fix(plan, state_names, replan) if differences else ()
+    unfit_names = {".".join(each.path) for each in differences}
     return Preview(
         step=entry.step,
-        leaves=tuple(leaf for leaf in list_leaves(plan) if leaf.name not in {".".join(each.path) for each in unfit}),
-        differences=tuple(map(str, unfit)),
-        surgery=(*wanted.surgery, *mending) if mending else (),
+        leaves=tuple(leaf for leaf in list_leaves(plan) if leaf.name not in unfit_names),
+        differences=tuple(map(str, differences)),
+        surgery=(*requested.surgery, *suggested) if suggested else (),
         read_bytes=sum(count_host_bytes(records) for records in plan.collect_records().values()),
     )
 
 
 def _locate_step(source: Source, step: Selector) -> tuple[pathlib.Path, Selector]:
-    """The run and the step that are meant; `source` may be the folder of a step."""
-    folder = pathlib.Path(os.path.abspath(source))
-    number = layout.parse_step_number(folder.name)
-    if number is not None and (folder / layout.MANIFEST).exists():
+    """The run and the step that are meant; `source` may be the directory of a step."""
+    directory = pathlib.Path(os.path.abspath(source))
+    number = layout.parse_step_number(directory.name)
+    if number is not None and (directory / layout.MANIFEST).exists():
         if step not in ("latest", number):
             raise SpecError(
-                what=f"{folder} is step {number}, and step={step!r} was asked for.",
+                what=f"{directory} is step {number}, and step={step!r} was asked for.",
                 why="one of the two would be passed over.",
-                fix=f"{str(folder.parent)!r} with step={step!r}, or the folder alone.",
+                fix=f"{str(directory.parent)!r} with step={step!r}, or the directory alone.",
             )
-        return folder.parent, number
-    if not folder.is_dir():
+        return directory.parent, number
+    if not directory.is_dir():
         raise StepNotFoundError(
-            what=f"{folder} is no folder.",
+            what=f"{directory} is no directory.",
             why="weights are loaded from a run, or from a step in it.",
-            fix="check the path; a copy at a mirror is fetched by ct.fetch_step.",
+            fix="check the path; ct.fetch_step fetches a copy from a mirror.",
         )
     if isinstance(step, BestStep) and step.mode is None:
         raise SpecError(
-            what=f"it is not known whether a small or a large {step.metric!r} is better.",
-            why="a run that is only read has no spec to ask.",
+            what=f"ct.best({step.metric!r}) has no mode.",
+            why="ct.load has no spec that could name it.",
             fix=f'ct.best({step.metric!r}, mode="min")',
         )
-    return folder, step
+    return directory, step
 
 
 def _list_candidates(root: pathlib.Path, step: Selector) -> list[Entry]:
@@ -210,19 +242,19 @@ def _list_candidates(root: pathlib.Path, step: Selector) -> list[Entry]:
         raise StepNotFoundError(
             what=f"{root} holds no steps.",
             why="there is nothing to load; a state that was meant to be pretrained would be a fresh one.",
-            fix="check the path: it is the folder that ct.open was given as directory.",
+            fix="check the path: it is the directory that ct.open was given as directory.",
         )
     return found
 
 
 def _make_get_changes(
     surgery: Iterable[Operation], only: str | Sequence[str], state_version: StateVersion | int | None
-) -> recovery.GetChanges:
-    wanted = Surgery(surgery)
+) -> GetChanges:
+    requested = Surgery(surgery)
     patterns = (only,) if isinstance(only, str) else tuple(only)
 
     def get_changes(version: StateVersion | None, entry: Entry) -> Changes:
-        steps_up = migrations.get_migrations(version, entry) if version is not None else ()
-        return Changes(migrations=steps_up, surgery=wanted, only=patterns)
+        needed = migrations.get_migrations(version, entry) if version is not None else ()
+        return Changes(migrations=needed, surgery=requested, only=patterns)
 
     return functools.partial(get_changes, None if state_version is None else as_state_version(state_version))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a restore did: the step it used, and every candidate it looked at."""
+"""What a restore did: the step it used, and every candidate it tried."""
 
 import dataclasses
 import pathlib
@@ -13,15 +13,20 @@ type CandidateVerdict = Literal["used", "incomplete", "corrupt", "rejected", "un
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One step that a restore looked at.
+    """One step that a restore tried.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> ct.Candidate(step=500, verdict="used").as_dict()["verdict"]
+        'used'
 
     Attributes:
         step: Its number.
-        verdict: "used", or the class of its failure; "rejected" if it is intact and the run's validation refuses it.
-        reason: Why it was rejected; "" if it was used.
+        verdict: "used", or why it was not; "rejected" if it is intact and the run's validation rejects it.
+        reason: Why it was not used; "" if it was.
         leaves: Damaged leaves, such as `model.layers.0.kernel`.
-        files: Damaged files, relative to the step's folder.
-        moved_to: Where the damaged step was put; None if it was left in place.
+        files: Damaged files, relative to the step's directory.
+        moved_to: Where the damaged step was moved; None if it was left in place.
         source: "local", or "mirror" for a copy that was fetched.
     """
 
@@ -34,7 +39,7 @@ class Candidate:
     source: Literal["local", "mirror"] = "local"
 
     def as_dict(self) -> dict[str, Any]:
-        """The candidate as plain data."""
+        """Return the candidate as plain data."""
         return {**dataclasses.asdict(self), "moved_to": str(self.moved_to) if self.moved_to else None}
 
     def __str__(self) -> str:
@@ -47,15 +52,20 @@ class Candidate:
 class RestoreReport:
     """What a restore did.
 
+    Example:
+        >>> import ckpttools as ct
+        >>> print(ct.RestoreReport(step=None, state={}))
+        nothing to restore
+
     Attributes:
-        step: The restored step; None if the directory held none.
-        state: The whole state: live objects filled in place, all else rebuilt. What was passed in if nothing was
-            restored.
-        candidates: Every step that was looked at, in that order.
+        step: The restored step; None if the run has no steps.
+        state: The whole state, items by name: live objects filled in place, the rest rebuilt. Without a restore, the
+            state passed in.
+        candidates: Every step that was tried, in that order.
         metrics: Metrics that were recorded with the restored step.
-        seconds: How long it took.
-        mirror_error: Why the mirror could not be asked; "" if it answered or there is none.
-        altered: The leaves that surgery or a migration has changed or kept; empty if the step fitted as it was.
+        seconds: Wall time of the restore, in seconds.
+        mirror_error: Why the mirror could not be used; "" if it answered or there is none.
+        altered: The leaves that surgery or a migration changed or kept; empty if the step fitted unchanged.
     """
 
     step: int | None
@@ -68,16 +78,16 @@ class RestoreReport:
 
     @property
     def rejected(self) -> tuple[Candidate, ...]:
-        """The candidates that were passed over."""
+        """Return the candidates that were skipped."""
         return tuple(candidate for candidate in self.candidates if candidate.verdict != "used")
 
     @property
     def damaged(self) -> int:
-        """How many steps were damaged, here or at the mirror."""
+        """Return how many steps were damaged, here or at the mirror."""
         return len({each.step for each in self.candidates if each.verdict in ("incomplete", "corrupt")})
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain data, without the state."""
+        """Return the report as plain data, without the state."""
         return {
             "step": self.step,
             "metrics": self.metrics,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a restored model still compute what the saved one did?
+"""Check that a restored model still computes what the saved one did.
 
-The function that `ct.open(spec, validate=...)` is given sees a fresh copy of the state, never the live one, so it may
-use and change whatever it likes. Its outputs are stored with the step and compared when the step is restored; outputs
-that are not finite are a failure, at both ends.
+The function passed as `ct.open(spec, validate=...)` receives a fresh copy of the state, never the live one, so it may
+change anything in it. Its outputs are stored with the step and compared when the step is restored; outputs that are not
+finite fail both the save and the restore.
 """
 
 import base64
@@ -22,11 +22,11 @@ type Validate = Callable[[dict[str, Any]], Any]
 
 _MAX_BYTES = 1 << 20
 _TOLERANCE = 1e-4
-"""Of the outputs' own scale: another machine may fuse and round in another order."""
+"""Relative to the largest output: another machine may fuse and round in another order."""
 
 
 def compute_outputs(validate: Validate, state: Mapping[str, Any], *, step: int) -> list[dict[str, Any]]:
-    """Run the function on a copy of the live state; the outputs as JSON for the manifest.
+    """Run the function on a copy of the live state, and return its outputs as JSON for the manifest.
 
     Raises:
         ValidationError: If outputs are not finite, or too large to be stored with every step.
@@ -36,14 +36,14 @@ def compute_outputs(validate: Validate, state: Mapping[str, Any], *, step: int) 
         raise ValidationError(
             what=f"the validation outputs at step {step} are not finite.",
             why="a diverged model would be saved as the newest good one.",
-            fix="restore an earlier step, or look at the learning rate.",
+            fix="restore an earlier step, or check the learning rate.",
         )
     total = sum(array.nbytes for array in outputs)
     if total > _MAX_BYTES:
         raise ValidationError(
             what=f"the validation function returns {total:,} bytes.",
-            why=f"they are stored with every step; at most {_MAX_BYTES:,} bytes are.",
-            fix="return a few rows, or a mean.",
+            why=f"they are stored with every step, up to {_MAX_BYTES:,} bytes.",
+            fix="return a few rows or a mean of the outputs.",
         )
     return [
         {
@@ -68,8 +68,8 @@ def check(
     if not _is_finite(outputs):
         error = StepRejectedError(
             what=f"step {step} fails validation: its outputs are not finite.",
-            why="training would go on from NaN or infinity. The step's bytes are as they were saved.",
-            fix="look at what the function and the model do with the batch; an older step: restore(state, step=...).",
+            why="training would continue from NaN or infinity. The step's bytes are as they were saved.",
+            fix="check the function and the model on this batch, or restore an older step: restore(state, step=...).",
         )
         error.step = step
         raise error
@@ -79,7 +79,7 @@ def check(
     same_form = [(a.shape, a.dtype) for a in outputs] == [(a.shape, a.dtype) for a in before]
     if not same_form or not all(map(_is_close, outputs, before)):
         error = StepRejectedError(
-            what=f"step {step} fails validation: the model computes something else than when it was saved."
+            what=f"step {step} fails validation: the model does not compute what it did when it was saved."
         )
         error.step = step
         raise error
@@ -106,6 +106,6 @@ def _decode_output(entry: Any) -> np.ndarray[Any, Any]:
     except (TypeError, KeyError, ValueError) as error:
         raise CorruptStepError(
             what=f"the stored validation outputs cannot be read: {error}.",
-            why="without them nothing can be compared.",
+            why="the restored model cannot be compared with the saved one.",
             fix="open the run without validate=, or restore another step.",
         ) from error

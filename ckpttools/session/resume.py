@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Restore a session's run: find the nearest intact step here or at the mirror, fill the state, and continue from it.
 
-Sits on `restore.recovery`, which tries a list of candidates; a session adds other processes, a mirror, a validation
+Sits on `restore.first_intact`, which tries a list of candidates; a session adds other processes, a mirror, a validation
 function, versions of the state, and surgery.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..mirror.fetch import Fetcher
-from ..restore import multiprocess_restore, recovery, validation
-from ..restore.recovery import LoadedStep
+from ..restore import first_intact, multiprocess_restore, validation
+from ..restore.read_step import LoadedStep
 from ..restore.report import Candidate, RestoreReport
 from ..restore.select import BestStep, Selector, resolve_mode
 from ..spec.operations import Operation, as_code
@@ -53,7 +53,7 @@ def restore(
     operations = tuple(map(as_code, changes))
     if loaded is None:
         if any(candidate.verdict != "empty" for candidate in report.candidates):
-            raise recovery.make_no_intact_step_error(report, resources.directory)
+            raise first_intact.make_no_intact_step_error(report, resources.directory)
         # A state that starts here already has the new structure.
         loop.progress.surgery = operations
         loop.progress.begin()
@@ -89,14 +89,14 @@ def _load(
             validation.check(validate, state, loaded.items, outputs, step=loaded.entry.step)
 
     load_from = functools.partial(
-        recovery.load_first_intact,
+        first_intact.load_first_intact,
         state=state,
         check=check,
         run=run if group.is_leader else None,
         # A step that was requested by number is the only candidate; its damage is raised rather than passed over.
         is_explicit=isinstance(step, int),
         get_changes=functools.partial(migrations.get_changes, spec, surgery=surgery),
-        coordinate=recovery.run_attempt if group.count == 1 else multiprocess_restore.make_coordinator(group),
+        coordinate=first_intact.run_attempt if group.count == 1 else multiprocess_restore.make_coordinator(group),
     )
     if resources.uploader is None:
         loaded, tried = load_from(multiprocess_restore.list_candidates(group, run, step))

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from ..errors import CheckpointError, StepOrderError
-from ..mirror.upload import MirrorStatus
+from ..mirror.status import MirrorStatus
 from ..restore.report import RestoreReport
 from ..restore.select import Selector
 from ..restore.validation import Validate

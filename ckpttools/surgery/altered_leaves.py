@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surgery does to each leaf, in words: the rows of a dry run and of a restore's report."""
+"""Describe what a restore does to each leaf: the rows of a preview and of a restore's report."""
 
 import dataclasses
 
 from ..spec.operations import Cast
 from ..tree.records import format_form
 from .plan import PlacedLeaf, RestorePlan, SourceLeaf
+from .resize import needs_pad, needs_slice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlteredLeaf:
-    """One leaf and what becomes of it.
+    """One leaf and what a restore does to it.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> leaf = ct.AlteredLeaf(name="model.a", action="renamed", source="model.b", before="f32[2]", after="f32[2]")
+        >>> print(leaf)
+        model.a: renamed from model.b, f32[2]
 
     Attributes:
         name: Its name in the state; "" for a leaf on disk that is dropped.
-        action: Such as "renamed", "cast, padded", "kept", "dropped"; "" if it is restored as it is.
+        action: "renamed", "cast", "sliced" and "padded", joined by commas, or "kept" or "dropped"; "" if it is restored
+            unchanged.
         source: Its name on disk; "" if the state keeps its own value.
         before: Dtype and shape on disk.
         after: Dtype and shape in the state.
@@ -27,7 +35,7 @@ class AlteredLeaf:
     after: str = ""
 
     def as_dict(self) -> dict[str, str]:
-        """The leaf as plain data."""
+        """Return the leaf as a dict of strings."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -39,12 +47,12 @@ class AlteredLeaf:
 
 
 def list_altered_leaves(plan: RestorePlan) -> tuple[AlteredLeaf, ...]:
-    """The leaves that are not restored as they are."""
+    """Return the leaves that are not restored unchanged."""
     return tuple(leaf for leaf in list_leaves(plan) if leaf.action)
 
 
 def list_leaves(plan: RestorePlan) -> tuple[AlteredLeaf, ...]:
-    """Every leaf of the state, and every leaf on disk that is dropped."""
+    """Return every leaf of the state, and every leaf on disk that is dropped."""
     return (*map(_describe_leaf, plan.placed_leaves), *map(_describe_dropped_leaf, plan.dropped_leaves))
 
 
@@ -56,9 +64,8 @@ def _describe_leaf(leaf: PlacedLeaf) -> AlteredLeaf:
     if source.record.kind in ("array", "empty"):
         actions += ["cast"] if any(isinstance(each, Cast) for each in source.operations) else []
         if len(source.record.shape) == len(target.shape):
-            pairs = list(zip(source.record.shape, target.shape))
-            actions += ["sliced"] if any(old > new for old, new in pairs) else []
-            actions += ["padded"] if any(old < new for old, new in pairs) else []
+            actions += ["sliced"] if needs_slice(source.record.shape, target.shape) else []
+            actions += ["padded"] if needs_pad(source.record.shape, target.shape) else []
     return AlteredLeaf(
         name=name,
         action=", ".join(actions),

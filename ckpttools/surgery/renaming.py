@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names under patterns: which parts of a state a pattern means, and what a `Rename` makes of them.
+"""Rename leaves: which parts of a state a pattern matches, and which names a `Rename` gives them.
 
-A pattern that matches a part of the state means everything below it. Of several such parts on the way to a leaf the
-outermost counts, so that every leaf is renamed at one place.
+A pattern that matches a part of the state applies to everything below it. If several parts above a leaf match, the
+outermost counts, so that each leaf is renamed at one place.
 """
 
 import functools
@@ -15,48 +15,60 @@ from ..spec.operations import WILDCARD, Rename, split_segments
 from ..tree.leaf_paths import Names
 
 _MARK = "\x1f"
-"""Stands before every segment in the text that a regex sees."""
+"""Precedes every segment in the string that the regex matches."""
 
 
 class Parts:
-    """All parts of some states by name, leaves and what lies above them."""
+    """The leaves of a state and all nodes above them, by name."""
 
     def __init__(self, leaves: Iterable[Names]) -> None:
         self.leaves = list(leaves)
         nodes = {leaf[:depth]: None for leaf in self.leaves for depth in range(1, len(leaf) + 1)}
         self._nodes = list(nodes)
-        # Orbax keeps no ints, and slices pick integers.
+        # Orbax turns ints into strings, but slices select integers.
         self.paths = [tuple(int(part) if part.isdecimal() else part for part in node) for node in self._nodes]
         self._universe = PathIndex(self.paths)
 
     def match(self, pattern: str) -> frozenset[Names]:
-        """The parts that a pattern matches."""
+        """Return the parts that a pattern matches."""
         return frozenset(self._nodes[index] for index in self._universe.match(Pattern.parse(pattern)))
 
 
 def find_outermost_depth(leaf: Names, parts: frozenset[Names]) -> int:
-    """How many segments of `leaf` the outermost of the parts above it (or itself) takes; 0 if there is none."""
+    """Return how many segments of `leaf` name the outermost of `parts` that holds it; 0 if none does."""
     return next((depth for depth in range(1, len(leaf) + 1) if leaf[:depth] in parts), 0)
 
 
+def rename_leaf(operation: Rename, leaf: Names, matches: frozenset[Names]) -> Names:
+    """Return a leaf's name after a `Rename`; unchanged if the pattern matches no part above it.
+
+    Args:
+        operation: The rename.
+        leaf: The leaf's name.
+        matches: The parts of the state that the operation's pattern matches.
+    """
+    depth = find_outermost_depth(leaf, matches)
+    return (*rename_part(operation, leaf[:depth]), *leaf[depth:]) if depth else leaf
+
+
 def rename_part(operation: Rename, part: Names) -> Names:
-    """The new name of a part that the operation's pattern matches."""
+    """Return the new name of a part that the operation's pattern matches."""
     regex = _compile_pattern(operation.pattern)
     found = regex.fullmatch("".join(_MARK + segment for segment in part))
-    assert found is not None  # It says no more than the pattern: of a slice only that there is a segment.
-    taken = iter(found.groups()[1:])
+    assert found is not None  # The regex is never stricter than the pattern: a slice matches any segment.
+    groups = iter(found.groups()[1:])
     text = found[1]
     for segment in split_segments(operation.new):
         if segment == "**":
-            text += next(taken)
+            text += next(groups)
         else:
-            text += _MARK + WILDCARD.sub(lambda _: next(taken), segment)
+            text += _MARK + WILDCARD.sub(lambda _: next(groups), segment)
     return tuple(text.split(_MARK)[1:])
 
 
 @functools.lru_cache(maxsize=1024)
 def _compile_pattern(pattern: str) -> re.Pattern[str]:
-    """A regex whose first group is what stands before a pattern without a dot, and the others its wildcards."""
+    """Return a regex: group 1 is the prefix of a pattern without a dot, the other groups are its wildcards."""
     segments = split_segments(pattern)
     free = len(segments) == 1 and segments != ["**"]
     text = f"((?:{_MARK}[^{_MARK}]*)*?)" if free else "()"

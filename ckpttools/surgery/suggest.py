@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differences as an error that a person can act on: every leaf by path, and the surgery that would fix it.
+"""Report differences by leaf path, and suggest the surgery that would fix them.
 
-The suggestion is a guess about what the person meant and is never applied unasked. Renames are found by kinds of
-names (`layers.0` and `layers.7` are one kind): of a missing and an unexpected kind of equal form, what differs
-between the two names is a rule, and the rule that mends most leaves is taken first.
+The suggestion is a guess and is never applied without a request. Renames are found by kinds of names (`layers.0` and
+`layers.7` are one kind). Where a missing and an unexpected kind have the same shape and dtype, the part of their names
+that differs becomes a rule; the rule that fixes most leaves comes first.
 
-Before it is shown, a suggestion is tried on the names: it has to leave no difference, and every leaf that fitted
-without it where it was. Names that hold what patterns give a meaning (`a*`, `b[0]`) cannot always be told apart.
+Before it is shown, a suggestion is tried on the names: it must leave no difference, and every leaf that already fitted
+must stay where it was. Names that contain pattern characters (`a*`, `b[0]`) cannot always be distinguished.
 """
 
 import collections
@@ -23,15 +23,16 @@ from ..tree.leaf_paths import Names
 from ..tree.match import Difference, is_transposed, mask_numbers
 from ..tree.records import format_form
 from .plan import RestorePlan
-from .renaming import Parts, find_outermost_depth, rename_part
+from .renaming import Parts, find_outermost_depth, rename_leaf
+from .resize import needs_pad, needs_slice
 
 type Replan = Callable[[Sequence[Operation]], RestorePlan]
-"""The plan with more operations after those that were asked for."""
+"""Returns the plan with more operations after the requested ones."""
 
 _MAX_LINES = 100
-"""More leaves than this are shown by kind."""
+"""Above this number, leaves are grouped by kind."""
 _MAX_KINDS = 300
-"""Of more kinds of names than this on either side, no renames are guessed."""
+"""With more kinds of names than this on either side, no renames are guessed."""
 
 
 def require_match(
@@ -48,7 +49,7 @@ def require_match(
         plan: What the restore would do.
         state_names: Names of all leaves of the state.
         replan: Makes the plan with more operations.
-        requested_operations: The operations that were asked for; what is suggested begins with them.
+        requested_operations: The requested operations; the suggestion begins with them.
     """
     differences = plan.differences
     if not differences:
@@ -58,10 +59,10 @@ def require_match(
         operations = (*requested_operations, *operations)
     shown = "".join(f"\n    {line}" for line in format_differences(differences))
     surgery = "".join(f"\n    {as_code(each)}," for each in operations)
-    offer = f"surgery=[{surgery}\n  ] mends it, if that is what is meant; or " if operations else ""
+    offer = f"surgery=[{surgery}\n  ] fixes it, if that is what you mean; or " if operations else ""
     error = StructureError(
         what=f"step {step} does not fit the state passed in, in {len(differences)} place(s):{shown}",
-        why="restoring part of it, or casting, would change the model without a word. Nothing was restored or lost.",
+        why="restoring part of it, or casting, would silently change the model. Nothing was restored or lost.",
         fix=f"{offer}build the state as it was when the step was saved, or leave the item out of the state.",
     )
     error.mismatches = tuple(map(str, differences))
@@ -70,7 +71,7 @@ def require_match(
 
 
 def format_differences(differences: Sequence[Difference]) -> list[str]:
-    """One line for each difference, or for each kind where they are hundreds."""
+    """Return one line for each difference, or for each kind if there are more than `_MAX_LINES`."""
     if len(differences) <= _MAX_LINES:
         return list(map(str, differences))
     kinds: dict[tuple[Names, str], list[Difference]] = {}
@@ -87,15 +88,15 @@ def format_differences(differences: Sequence[Difference]) -> list[str]:
 
 
 def find_fix(plan: RestorePlan, state_names: Sequence[Names], replan: Replan) -> tuple[Operation, ...]:
-    """Operations after which the differences are gone and nothing else is changed; none if none are found.
+    """Return operations that remove all differences and change nothing else; empty if none are found.
 
     Args:
         plan: What the restore would do.
         state_names: Names of all leaves of the state.
         replan: Makes the plan with more operations.
     """
-    for whole in (True, False):
-        operations = suggest_operations(plan.differences, state_names, plan.stored_names, allow_parts=whole)
+    for allow_parts in (True, False):
+        operations = suggest_operations(plan.differences, state_names, plan.stored_names, allow_parts=allow_parts)
         if operations and _is_fix(operations, plan, replan):
             return operations
     return ()
@@ -122,13 +123,13 @@ def suggest_operations(
     *,
     allow_parts: bool = True,
 ) -> tuple[Operation, ...]:
-    """Operations after which the differences should be gone.
+    """Return operations that should remove the differences.
 
     Args:
         differences: What does not fit.
         state_names: Names of all leaves of the state.
         stored_names: Names of all leaves on disk.
-        allow_parts: Whether parts may be renamed as a whole, and not only leaves.
+        allow_parts: Whether whole parts may be renamed, and not only leaves.
     """
     missing = {each.path: each for each in differences if each.kind == "missing"}
     extra = {each.path: each for each in differences if each.kind == "unexpected"}
@@ -140,19 +141,18 @@ def suggest_operations(
     resizing: list[tuple[Names, str, Operation]] = []
     for rule in _find_renames(missing, extra, Parts(taken), allow_parts=allow_parts):
         matched = Parts(extra).match(rule.pattern)
-        depths = {path: find_outermost_depth(path, matched) for path in extra}
-        moved = {path: (*rename_part(rule, path[:depth]), *path[depth:]) for path, depth in depths.items() if depth}
+        moved = {path: rename_leaf(rule, path, matched) for path in extra if find_outermost_depth(path, matched)}
         collide = set(moved.values()) & (taken - moved.keys()) or len(set(moved.values())) < len(moved)
         if collide or not missing.keys() & set(moved.values()):
             continue
         found.append(rule)
         taken = (taken - moved.keys()) | set(moved.values())
         for path, new in moved.items():
-            old, wanted = extra.pop(path), missing.pop(new, None)
-            if wanted is None:
-                extra[new] = dataclasses.replace(old, path=new)  # Another leaf of the part, and nobody misses it.
-            elif old.stored is not None and wanted.expected is not None:
-                both = Difference(kind="reshaped", path=new, expected=wanted.expected, stored=old.stored)
+            old, match = extra.pop(path), missing.pop(new, None)
+            if match is None:
+                extra[new] = dataclasses.replace(old, path=new)  # Another leaf of the part; the state lacks it.
+            elif old.stored is not None and match.expected is not None:
+                both = Difference(kind="reshaped", path=new, expected=match.expected, stored=old.stored)
                 resizing += [(new, type(each).__name__, each) for each in _suggest_leaf_operations(both)]
     for each in differences:
         if each.kind in ("reshaped", "recast", "other"):
@@ -166,7 +166,7 @@ def suggest_operations(
         grouped.setdefault((kind, *dtypes), []).append(path)
     kinds: dict[str, type[Any]] = {"Cast": Cast, "Pad": Pad, "Slice": Slice, "Reinit": Reinit}
     for (kind, *rest), paths in grouped.items():
-        # A cast means leaves of its own dtype only, so a part that is cast as a whole may be named as such.
+        # A cast applies to leaves of its own dtype only, so its pattern may name a whole part.
         patterns = (
             _find_covering_patterns(paths, set(state_names), kept_names=set())
             if kind == "Cast"
@@ -188,32 +188,31 @@ def _suggest_leaf_operations(difference: Difference) -> list[Operation]:
             if here is not None and stored is not None and format_form(here) == format_form(stored)
             else [Reinit("**")]
         )
-    mended: list[Operation] = []
+    operations: list[Operation] = []
     if here.dtype != stored.dtype:
         if not {here.dtype, stored.dtype} <= set(DTYPES):
             return [Reinit("**")]
-        mended.append(Cast("**", stored.dtype, here.dtype))
+        operations.append(Cast("**", stored.dtype, here.dtype))
     if here.shape != stored.shape:
         if len(here.shape) != len(stored.shape) or is_transposed(stored.shape, here.shape):
             return [Reinit("**")]
-        pairs = list(zip(stored.shape, here.shape))
-        mended += [Pad("**")] if any(old < new for old, new in pairs) else []
-        mended += [Slice("**")] if any(old > new for old, new in pairs) else []
-    return mended
+        operations += [Pad("**")] if needs_pad(stored.shape, here.shape) else []
+        operations += [Slice("**")] if needs_slice(stored.shape, here.shape) else []
+    return operations
 
 
 def _find_renamed_items(
     differences: Sequence[Difference], state_names: set[Names], stored_names: set[Names]
 ) -> list[Rename]:
-    """Items that are on disk under another name: those that hold mostly the same leaves."""
+    """Return a rename for each item on disk that has another name and mostly the same leaves."""
     found, used = [], {path[0] for path in state_names}
     for each in differences:
         if each.kind != "missing" or len(each.path) > 1:
             continue
-        wanted = {path[1:] for path in state_names if path[0] == each.path[0]}
-        shared: collections.Counter[str] = collections.Counter(path[0] for path in stored_names if path[1:] in wanted)
+        leaves = {path[1:] for path in state_names if path[0] == each.path[0]}
+        shared: collections.Counter[str] = collections.Counter(path[0] for path in stored_names if path[1:] in leaves)
         best = next(
-            (item for item, count in shared.most_common() if item not in used and 2 * count > len(wanted)), None
+            (item for item, count in shared.most_common() if item not in used and 2 * count > len(leaves)), None
         )
         if best is not None:
             used.add(best)
@@ -224,19 +223,19 @@ def _find_renamed_items(
 def _find_renames(
     missing: dict[Names, Difference], extra: dict[Names, Difference], stored_parts: Parts, *, allow_parts: bool
 ) -> list[Rename]:
-    """Rules that give unexpected leaves the names of missing ones, in the order in which they are applied."""
-    wanted, unused = _group_by_kind(missing), _group_by_kind(extra)
-    if not wanted or not unused or max(len(wanted), len(unused)) > _MAX_KINDS:
+    """Return rules that give unexpected leaves the names of missing ones, in the order of their application."""
+    lacking, unused = _group_by_kind(missing), _group_by_kind(extra)
+    if not lacking or not unused or max(len(lacking), len(unused)) > _MAX_KINDS:
         return []
 
     @functools.cache
     def match_leaves(pattern: str) -> frozenset[Names]:
-        """The leaves on disk that a pattern means."""
+        """Return the leaves on disk at or below what a pattern matches."""
         matched = stored_parts.match(pattern)
         return frozenset(leaf for leaf in stored_parts.leaves if find_outermost_depth(leaf, matched))
 
     likeness = []
-    for new in wanted:
+    for new in lacking:
         for old in unused:
             if new[1] == old[1]:
                 ratio = difflib.SequenceMatcher(None, ".".join(old[0]), ".".join(new[0])).ratio()
@@ -244,7 +243,7 @@ def _find_renames(
                     likeness.append((ratio, old, new))
     rules: collections.Counter[tuple[str, str]] = collections.Counter()
     done = set[tuple[str, Names, str]]()
-    # Each kind goes to the kind that is most like it.
+    # Each kind is paired with the most similar kind.
     for _, old, new in sorted(likeness, key=lambda each: each[0], reverse=True):
         if ("old", *old) in done or ("new", *new) in done:
             continue
@@ -252,8 +251,8 @@ def _find_renames(
         sides = _generate_rules(old[0], new[0], allow_parts=allow_parts)
         rule = next((rule for rule in sides if match_leaves(rule[0]) <= extra.keys()), None)
         if rule is not None:
-            rules[rule] += len(wanted[new])
-    # What lies deeper first: after that, a part above it can be renamed as a whole.
+            rules[rule] += len(lacking[new])
+    # Deeper rules first: afterwards a part above can be renamed as a whole.
     ordered = sorted(rules, key=lambda rule: (-rule[0].count("."), -rules[rule], rule))
     return [Rename(*rule) for rule in ordered]
 
@@ -268,7 +267,7 @@ def _group_by_kind(differences: dict[Names, Difference]) -> dict[tuple[Names, st
 
 
 def _generate_rules(old: Names, new: Names, *, allow_parts: bool) -> Iterator[tuple[str, str]]:
-    """What differs between two kinds of names, as the two sides of a rename, those without the common end first."""
+    """Yield the differing parts of two kinds of names as the two sides of a rename, without their common end first."""
     end = 0
     while allow_parts and end < min(len(old), len(new)) - 1 and old[-1 - end] == new[-1 - end]:
         end += 1
@@ -279,17 +278,16 @@ def _generate_rules(old: Names, new: Names, *, allow_parts: bool) -> Iterator[tu
 
 
 def _format_pattern(path: Names) -> str:
-    """A name as a pattern; what the pattern language gives a meaning becomes a star, and numbers do too."""
+    """Return a name as a pattern; special characters and masked numbers become a star."""
     parts = [re.sub(r"[#\[\]{}:.*\s]+", "*", part) for part in path]
-    # One word alone would mean that name at any depth.
+    # A single segment would match that name at any depth.
     return ".".join(parts) if len(parts) > 1 else f"{parts[0]}.**"
 
 
 def _find_covering_patterns(targets: Iterable[Names], all_names: set[Names], *, kept_names: set[Names]) -> list[str]:
-    """Patterns that cover the wanted names and nothing else: parts that are wanted as a whole are named as such."""
+    """Return patterns that cover the target names and nothing else; a part that is covered whole gets one pattern."""
     targets = list(targets)
-    lost = set(targets)
-    others = (all_names | kept_names) - lost
+    others = (all_names | kept_names) - set(targets)
     blocked = {other[:depth] for other in others for depth in range(1, len(other) + 1)}
     parts: dict[Names, list[Names]] = {}
     for path in targets:
@@ -299,7 +297,7 @@ def _find_covering_patterns(targets: Iterable[Names], all_names: set[Names], *, 
 
 
 def _make_patterns(paths: list[Names], other_names: set[Names]) -> list[str]:
-    """Patterns for names: one for each kind if it means nothing else, else one for each name."""
+    """Return patterns for names: one for each kind if it matches nothing else, otherwise one for each name."""
     kinds: dict[Names, list[Names]] = {}
     for path in paths:
         kinds.setdefault(mask_numbers(path), []).append(path)

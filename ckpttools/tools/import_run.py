@@ -17,7 +17,7 @@ from ..store import safetensors_format
 from ..store.run_directory import RunDirectory
 from ..tree.leaf_paths import Path
 from ..tree.records import Record, decode_value
-from .safetensors_exchange import KEY, VALUE, NameMap, exclude_skipped, format_tensor_name, name_leaves, read_value
+from .tensor_names import KEY, VALUE, NameMap, exclude_skipped, format_tensor_name, name_leaves, read_value
 
 
 def import_run(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Budgets: what a user may write, and the bytes that it means.
+"""Budgets: what a user may pass, and the bytes that it means.
 
-Bytes, a text with a unit, a fraction of what the plain model takes, or "fit".
+A budget is bytes, a string with a unit, a fraction of what the plain model takes, or "fit".
 """
 
 import re
@@ -16,52 +16,67 @@ from ..errors import BudgetError
 BudgetKind = Literal["peak", "temp"]
 
 _UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-# Main memory of one device by the vendors' data sheets, in bytes; the compilers reserve a part of it.
+# Bytes of main memory of one chip, from the vendors' data sheets. The compilers reserve a part of it: hence the margin.
 _TPU_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
 _MARGIN = 0.94
-# Above this a number of bytes is a slip.
+# A larger number of bytes is a typing error.
 _MAX_BYTES = 2**62
 
 
 def select_bytes(measurement: Measurement, of: BudgetKind) -> int:
-    """The figure that a budget is about: all that main memory has to hold, or the temporaries."""
+    """Return the bytes that a budget is about.
+
+    Args:
+        measurement: Of one compiled program.
+        of: "peak" for all that main memory has to hold, "temp" for the temporaries.
+    """
     if not measurement.fits and measurement.out_of_memory is not None:
-        return measurement.out_of_memory.needed_bytes or 2**62
+        return measurement.out_of_memory.needed_bytes or _MAX_BYTES
     return measurement.total_bytes if of == "peak" else measurement.temp_bytes
 
 
 def _convert_numpy(budget: Any) -> Any:
-    """NumPy's numbers as Python's; everything else as it is."""
+    """Return NumPy's numbers as Python's, everything else unchanged."""
     return budget.item() if isinstance(budget, np.number) else budget
 
 
 def require_positive(name: str, value: Any, unit: str, example: str, *, or_zero: bool = False) -> None:
-    """Refuse a limit that is no number of something.
+    """Raise an error for a limit that is not a positive number.
+
+    Args:
+        name: The name of the argument.
+        value: Its value.
+        unit: What it counts, for the message.
+        example: A value that the message suggests.
+        or_zero: Whether 0 is allowed.
 
     Raises:
-        BudgetError: If it is none.
+        BudgetError: If `value` is not a finite int or float above zero.
     """
     number = _convert_numpy(value)
     if type(number) not in (int, float) or not (0 < number < float("inf") or (or_zero and number == 0)):
         raise BudgetError(
-            what=f"{name}={value!r} is no limit.",
-            why=f"it is a finite number of {unit}, {'not below' if or_zero else 'above'} zero.",
+            what=f"{name}={value!r} is not a valid limit.",
+            why=f"it has to be a finite number of {unit}, {'zero or more' if or_zero else 'above zero'}.",
             fix=f"{name}={example}, or leave it out for no limit.",
         )
 
 
 def is_fraction(budget: Any) -> bool:
-    """Whether the plain model has to be known."""
+    """Return whether a budget is a fraction of what the plain model takes."""
     return isinstance(budget, float) and 0 < budget <= 1
 
 
 def require_budget(budget: Any) -> None:
-    """Refuse what no model and no target could make a budget of, before anything is compiled.
+    """Raise an error, before anything is compiled, for what cannot be a budget of any model.
+
+    Args:
+        budget: What the user passed.
 
     Raises:
-        BudgetError: If it is none.
+        BudgetError: If `budget` is not bytes, a string with a unit, a fraction, or "fit".
     """
-    budget, given = _convert_numpy(budget), budget
+    budget, original = _convert_numpy(budget), budget
     if isinstance(budget, str):
         if budget == "fit":
             return
@@ -72,17 +87,18 @@ def require_budget(budget: Any) -> None:
             or not 1 <= _UNIT_BYTES[unit] * float(number) <= _MAX_BYTES
         ):
             raise BudgetError(
-                what=f"budget={budget!r} is no budget.",
-                why="a text is a number of bytes with a unit: B, kB, MB, GB, KiB, MiB or GiB; or 'fit'.",
-                fix='budget="12GiB", budget="fit"; for a share of the plain model a number, budget=0.5.',
+                what=f"budget={budget!r} is not a valid budget.",
+                why="a string has to be a number with a unit (B, kB, MB, GB, KiB, MiB or GiB), or 'fit'.",
+                fix='budget="12GiB" or budget="fit"; for a fraction of the plain model a float, budget=0.5.',
             )
-    # A float is a share, unless nobody can mean one: 12e9.
+    # A float is a fraction, unless it is clearly a number of bytes: 12e9.
     elif type(budget) not in (int, float) or not (
         is_fraction(budget) or (1 <= budget <= _MAX_BYTES and _is_bytes(budget))
     ):
         raise BudgetError(
-            what=f"budget={given!r} is no budget.",
-            why="it is whole bytes, a text with a unit, a share of the plain model (a float up to 1.0), or 'fit'.",
+            what=f"budget={original!r} is not a valid budget.",
+            why="it has to be an int of bytes, a string with a unit, a fraction of the plain model (a float up to "
+            "1.0), or 'fit'.",
             fix='budget="12GiB", budget=0.5, or budget="fit".',
         )
 
@@ -92,21 +108,21 @@ def _is_bytes(budget: float) -> bool:
 
 
 def _split_units(text: str) -> tuple[str, str]:
-    """Number and unit of a text; the unit is "?" if it cannot be read."""
+    """Return number and unit of a string; the unit is "?" if it cannot be parsed."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     return (found[1], found[2]) if found else ("0", "?")
 
 
 def compute_budget_bytes(budget: Any, *, target: Target, plain_bytes: int) -> int:
-    """The bytes that a budget means.
+    """Return a budget in bytes.
 
     Args:
-        budget: As in `plan`.
-        target: For "fit".
+        budget: Bytes, a string with a unit, a fraction, or "fit".
+        target: The target whose memory "fit" means.
         plain_bytes: What the plain model takes, for fractions.
 
     Raises:
-        BudgetError: If it is none.
+        BudgetError: If `budget` is not valid, or is "fit" and the memory of the target is unknown.
     """
     require_budget(budget)
     budget = _convert_numpy(budget)
@@ -126,8 +142,8 @@ def _get_memory_bytes(target: Target) -> int:
     generation = target.name.split(":")[1] if target.name.startswith("tpu:") else ""
     if generation not in _TPU_BYTES:
         raise BudgetError(
-            what=f'budget="fit", but how much memory {target.name} has is not known.',
-            why="the budget would be the device's memory less a margin.",
-            fix='the bytes: budget="12GiB".',
+            what=f'budget="fit" is not available: the memory of {target.name} is unknown.',
+            why='"fit" means the memory of the device minus a margin.',
+            fix='pass the bytes: budget="12GiB".',
         )
     return _TPU_BYTES[generation]

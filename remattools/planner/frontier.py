@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory-time curve of one model: compiled once, it answers every budget.
 
-Sits on `explore`. Plans are picked from compiled points only.
+Sits on `search`. Plans are chosen among compiled points only.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from ..compiler.targets import Target
 from ..errors import BudgetError
 from ..text import format_bytes
 from .budget import BudgetKind, compute_budget_bytes, require_budget, require_positive
-from .result import Plan, Point, find_frontier, format_footer, format_table, plot_points
+from .result import EndReason, Plan, Point, TimeSource, find_frontier, format_footer, format_table, plot_points
 from .search.next_compile import find_best_point
 
 
@@ -23,30 +23,48 @@ class Frontier:
 
     Attributes:
         points: Every set of rules that was compiled, the plain model first.
-        of: What budgets are about.
-        time_by: "estimated_cycles" (the compiler's) or "model" (the planner's own).
-        subject: What it was made for, for people.
-        target: What was compiled for.
-        holding: What is alive at the fullest moment under the rules of a point.
-        ended: "max_compiles", "converged" (nothing promised more), "time_limit" or "interrupted" (Ctrl-C).
+        of: What budgets are about: "peak" or "temp".
+        time_by: Where cycles come from: "estimated_cycles" (the compiler) or "model" (the planner's time model).
+        subject: The model and the batch, for people.
+        target: What the points were compiled for.
+        holding: Returns the largest live buffers at the peak under the rules of a point, for people.
+        ended: What ended the search: "max_compiles", "converged" (nothing promised an improvement), "time_limit" or
+            "interrupted" (Ctrl-C).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, remattools as rt
+        >>> from flax import nnx
+        >>> class MLP(nnx.Module):
+        ...     def __init__(self):
+        ...         self.layers = nnx.List([nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in range(2)])
+        ...     def __call__(self, x):
+        ...         for layer in self.layers:
+        ...             x = jnp.sin(layer(x))
+        ...         return x
+        >>> model, x = nnx.eval_shape(MLP), jax.ShapeDtypeStruct((64, 16), jnp.float32)
+        >>> curve = rt.frontier(lambda m, x: m(x).sum(), model, x, target="cpu", max_compiles=2)
+        >>> curve.least_bytes <= curve.plain_bytes
+        True
+        >>> curve.plan(budget=1.0).budget_bytes == curve.plain_bytes
+        True
     """
 
     points: tuple[Point, ...]
     of: BudgetKind
-    time_by: str
+    time_by: TimeSource
     subject: str
     target: Target = dataclasses.field(repr=False)
     holding: Callable[[Point], str] = dataclasses.field(repr=False)
-    ended: str = "converged"
+    ended: EndReason = "converged"
 
     @property
     def best(self) -> tuple[Point, ...]:
-        """The points that no other beats in both, by rising memory."""
+        """The points that no other point beats in both memory and time, by rising memory."""
         return find_frontier(self.points)
 
     @property
     def least_bytes(self) -> int:
-        """The smallest budget that can be kept."""
+        """The minimum reached: the smallest budget with a plan."""
         return min(point.bytes for point in self.points)
 
     @property
@@ -55,14 +73,16 @@ class Frontier:
         return self.points[0].bytes
 
     def plan(self, budget: int | float | str | None = None, *, max_cycles: float | None = None) -> Plan:
-        """The best of the compiled points; nothing is compiled.
+        """Return the best of the compiled points within a budget; nothing is compiled.
 
         Args:
-            budget: As in `remattools.plan`.
-            max_cycles: Likewise.
+            budget: Bytes, a string such as `"12GiB"`, a fraction of what the plain model takes (`0.5`), or `"fit"` (the
+                device's memory minus a margin). None if `max_cycles` is the only limit.
+            max_cycles: A time limit, in cycles of a whole step: the smallest point within it is returned. Without it,
+                the fastest point within the budget.
 
         Raises:
-            BudgetError: If the budget cannot be read, or no point keeps it.
+            BudgetError: If neither limit is given, one is not valid, or no point is within the limits.
         """
         check_limits(budget, max_cycles)
         limit = (
@@ -84,16 +104,19 @@ class Frontier:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         points = [point.as_dict() for point in self.points]
         return {"of": self.of, "time_by": self.time_by, "ended": self.ended, "points": points}
 
     def table(self) -> str:
-        """All points by memory; those that no other beats are marked."""
+        """Return a table of all points by memory; those that no other point beats are marked."""
         return format_table(self.points, self.of, None)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw cycles against memory; PNG or SVG, by the file's ending.
+        """Plot cycles against memory.
+
+        Args:
+            path: Where to write the image; PNG or SVG, by the extension.
 
         Raises:
             MeasureError: If matplotlib is not installed.
@@ -104,44 +127,48 @@ class Frontier:
         return f"{self.table()}\n{format_footer(self.points, self.time_by, self.ended)}"
 
     def _make_unreachable_error(self, limit: int | None, max_cycles: float | None) -> BudgetError:
-        kept = [point for point in self.points if limit is None or point.bytes <= limit]
+        within = [point for point in self.points if limit is None or point.bytes <= limit]
         number = f"{len(self.points)} point{'s' * (len(self.points) != 1)}"
-        compiles = f"more compiles than for {number} (max_compiles=, --max-compiles)"
+        compiles = f"more compiles than these {number} (max_compiles=, --max-compiles)"
         if self.ended == "time_limit":
             compiles = "more time than time_limit_s (--time-limit), which ended the search"
-        if max_cycles is not None and kept:
-            fastest = min(kept, key=lambda point: point.cycles)
+        if max_cycles is not None and within:
+            fastest = min(within, key=lambda point: point.cycles)
             return BudgetError(
                 what=f"no compiled rules stay within {max_cycles:,.0f} cycles"
                 + ("." if limit is None else f" and {format_bytes(limit)}."),
-                why=("the fastest" if limit is None else "the fastest of those that keep the budget")
+                why=("the fastest" if limit is None else "the fastest within the budget")
                 + f" takes {fastest.cycles:,.0f} cycles and {format_bytes(fastest.bytes)}.",
                 fix=f"max_cycles={int(fastest.cycles) + 1}, {compiles}"
                 + ("." if limit is None else ", or a larger budget."),
             )
-        least = min(self.points, key=lambda point: point.bytes)
+        smallest = min(self.points, key=lambda point: point.bytes)
         return BudgetError(
-            what=f"no compiled rules stay within {format_bytes(limit)} of {self.of}; the least is "
-            f"{least.bytes} bytes ({format_bytes(least.bytes)}); "
-            f"the arguments are {format_bytes(least.measured.argument_bytes)}.",
-            why=f"at the fullest moment these are alive: {self.holding(least)}.",
-            fix=f"budget={least.bytes}, {compiles}, a smaller batch, "
-            "or a loss that makes its largest values in pieces.",
+            what=f"no compiled rules stay within {format_bytes(limit)} of {self.of}; the minimum reached is "
+            f"{smallest.bytes} bytes ({format_bytes(smallest.bytes)}), the arguments are "
+            f"{format_bytes(smallest.measured.argument_bytes)}.",
+            why=f"the largest live buffers at the peak are {self.holding(smallest)}.",
+            fix=f"budget={smallest.bytes}, {compiles}, a smaller batch, or a loss that computes its largest values in "
+            "pieces.",
         )
 
 
 def check_limits(budget: Any, max_cycles: float | None) -> None:
-    """Refuse a plan without any limit, or with one that cannot be read.
+    """Raise an error for a plan without a limit, or with one that is not valid.
+
+    Args:
+        budget: What the user passed as the budget; None for none.
+        max_cycles: What the user passed as the time limit; None for none.
 
     Raises:
-        BudgetError: If there is none.
+        BudgetError: If both are None, or one is not valid.
     """
     if budget is not None:
         require_budget(budget)
     if budget is None and max_cycles is None:
         raise BudgetError(
             what="neither a budget nor max_cycles was given.",
-            why="a plan is the best there is within a limit.",
+            why="a plan is the best set of rules within a limit.",
             fix='budget="12GiB", or budget=0.5 for half of what the plain model takes.',
         )
     if max_cycles is not None:

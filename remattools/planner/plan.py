@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`plan`: a budget in, rules out, every one of them compiled; `frontier`: all budgets at once.
+"""`plan`: find rules within a memory budget, verified by the compiler; `frontier`: the same for all budgets at once.
 
-Sits on everything else in `plan`. The search ends when nothing promises more, when the
-compiles or the time are spent, or at Ctrl-C; what was compiled until then is the result.
+Sits on everything else in `planner`. The search ends when no compile promises an improvement, at the limit of compiles
+or of time, or at Ctrl-C; the result is what was compiled until then.
 """
 
 import os
@@ -25,13 +25,13 @@ from .budget import BudgetKind, compute_budget_bytes, require_positive
 from .frontier import Frontier, check_limits
 from .model.outline import build_outline
 from .model.time import get_rates
-from .result import Plan, Point
+from .result import EndReason, Plan, Point
 from .search.exploration import Exploration
 from .search.history import RuleHistory
 from .search.space import Space
 
 _REGIONS_OFF = Rules(((".", False), ("**", False)))
-# From this on the head of a rule file says how many arrays an argument has, not which.
+# For arguments with more arrays a rule file says how many there are, not which.
 _MAX_LISTED_ARRAYS = 8
 Progress = Callable[[str], None]
 _ProposeNext = Callable[[Exploration], int | None]
@@ -51,32 +51,52 @@ def plan(
     cache: Cache | str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Find rules that keep a memory budget with the least recomputation.
+    """Find rules within a memory budget that recompute as little as possible.
 
     Args:
-        loss_fn: A loss of the model and the batch; or with `differentiate=False` a step of the model, the optimizer and
-            the batch, jitted or not.
-        model: An nnx model, real or abstract; rules on it are left out of account.
-        *batch: The function's other arguments, real or abstract.
-        budget: Bytes, a text such as `"12GiB"`, a fraction of what the plain model takes (`0.5`), or `"fit"` (the
-            device's memory less a margin).
-        of: What the budget is about: "peak", all that the gradient or the step takes, or "temp", the compiler's
+        loss_fn: A loss of the model and the batch; or with `differentiate=False` a whole step of the model, the
+            optimizer and the batch, jitted or not.
+        model: An nnx model, real or abstract; rules already applied to it are ignored.
+        *batch: The other arguments of `loss_fn`, real or abstract.
+        budget: Bytes, a string such as `"12GiB"`, a fraction of what the plain model takes (`0.5`), or `"fit"` (the
+            device's memory minus a margin). None if `max_cycles` is the only limit.
+        of: What the budget is about: "peak", all memory that the gradient or the step takes, or "temp", the compiler's
             temporaries.
-        max_cycles: Ask the other way round: the least memory within this time, in cycles of a whole step, and within
-            the budget, if one is given.
-        differentiate: False for a whole step, which takes its gradient itself, of the model that comes first.
-        target: As in `measure`.
-        max_compiles: The most programs to compile; those that an earlier plan left in the cache do not count.
-        time_limit_s: After this time no further compile begins.
-        cache: As in `measure`.
+        max_cycles: A time limit, in cycles of a whole step. With it the plan has the minimum memory within this time
+            (and within the budget, if one is given), rather than the minimum time.
+        differentiate: Whether `loss_fn` is a loss, whose gradient is planned. False for a whole step, which computes
+            the gradient of its first argument itself.
+        target: What to compile for: "cpu", "gpu", a TPU topology such as "tpu:v5e:2x2", a device, or a `Target`; the
+            default device by default.
+        max_compiles: The most programs to compile, 2 or more; measurements from the cache do not count.
+        time_limit_s: Seconds after which no further compile starts; None for no limit.
+        cache: A directory or `Cache` for measurements; by default the one of the environment variable
+            REMATTOOLS_CACHE, or none.
         progress: Called with a line of text before each compile.
 
     Returns:
-        The fastest of all compiled points that keep the budget. Ctrl-C returns the best one so far.
+        The fastest compiled point within the budget. After Ctrl-C, the best one so far.
 
     Raises:
-        BudgetError: If the budget cannot be read or reached; with the least that was reached and what holds it there.
-        MeasureError: If no block of the model has a backward pass here, or there is nothing to differentiate.
+        BudgetError: If the budget is not valid, or no compiled point is within it; the message has the minimum reached
+            and the largest live buffers.
+        MeasureError: If no block of the model has a backward pass in `loss_fn`, or there is nothing to differentiate.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, remattools as rt
+        >>> from flax import nnx
+        >>> class MLP(nnx.Module):
+        ...     def __init__(self):
+        ...         self.layers = nnx.List([nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in range(2)])
+        ...     def __call__(self, x):
+        ...         for layer in self.layers:
+        ...             x = jnp.sin(layer(x))
+        ...         return x
+        >>> model, x = MLP(), jnp.ones((64, 16))
+        >>> plan = rt.plan(lambda m, x: m(x).sum(), model, x, budget="1MiB", target="cpu", max_compiles=2)
+        >>> plan.measured.total_bytes <= 2**20
+        True
+        >>> model = rt.apply(model, plan.rules)
     """
     check_limits(budget, max_cycles)
     where = find_target(target)
@@ -102,7 +122,7 @@ def plan(
         return found.plan(budget, max_cycles=max_cycles)
     except BudgetError:
         if found.ended == "interrupted":
-            raise KeyboardInterrupt("interrupted before any compiled rules kept the budget") from None
+            raise KeyboardInterrupt("interrupted before any compiled rules were within the budget") from None
         raise
 
 
@@ -121,22 +141,42 @@ def frontier(
     """Compile the memory-time curve of a model once; `Frontier.plan` then answers every budget.
 
     Args:
-        loss_fn: As in `plan`.
-        model: Likewise.
-        *batch: Likewise.
-        of: Likewise.
-        differentiate: Likewise.
-        target: Likewise.
-        max_compiles: The most points; those that an earlier call left in the cache count.
-        time_limit_s: Likewise.
-        cache: Likewise.
-        progress: Likewise.
+        loss_fn: A loss of the model and the batch; or with `differentiate=False` a whole step of the model, the
+            optimizer and the batch, jitted or not.
+        model: An nnx model, real or abstract; rules already applied to it are ignored.
+        *batch: The other arguments of `loss_fn`, real or abstract.
+        of: What budgets are about: "peak", all memory that the gradient or the step takes, or "temp", the compiler's
+            temporaries.
+        differentiate: Whether `loss_fn` is a loss, whose gradient is planned. False for a whole step, which computes
+            the gradient of its first argument itself.
+        target: What to compile for: "cpu", "gpu", a TPU topology such as "tpu:v5e:2x2", a device, or a `Target`; the
+            default device by default.
+        max_compiles: The most points, 2 or more; points of earlier calls, whose measurements are in the cache, count.
+        time_limit_s: Seconds after which no further compile starts; None for no limit.
+        cache: A directory or `Cache` for measurements; by default the one of the environment variable
+            REMATTOOLS_CACHE, or none.
+        progress: Called with a line of text before each compile.
 
     Returns:
-        All compiled points. Ctrl-C returns those compiled so far.
+        All compiled points. After Ctrl-C, those compiled so far.
 
     Raises:
-        MeasureError: If no block of the model has a backward pass here, or there is nothing to differentiate.
+        MeasureError: If no block of the model has a backward pass in `loss_fn`, or there is nothing to differentiate.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, remattools as rt
+        >>> from flax import nnx
+        >>> class MLP(nnx.Module):
+        ...     def __init__(self):
+        ...         self.layers = nnx.List([nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in range(2)])
+        ...     def __call__(self, x):
+        ...         for layer in self.layers:
+        ...             x = jnp.sin(layer(x))
+        ...         return x
+        >>> model, x = nnx.eval_shape(MLP), jax.ShapeDtypeStruct((64, 16), jnp.float32)
+        >>> curve = rt.frontier(lambda m, x: m(x).sum(), model, x, target="cpu", max_compiles=2)
+        >>> len(curve.points)
+        2
     """
     return _explore(
         (loss_fn, model, batch),
@@ -165,38 +205,39 @@ def _explore(
     cache: Cache | str | os.PathLike[str] | None,
     progress: Progress | None,
 ) -> Frontier:
-    """Compile what `choose` says until it says nothing more."""
+    """Compile what `choose` proposes until it proposes nothing or a limit is reached."""
     _check_options(of, max_compiles, time_limit_s)
     loss_fn, model, batch = subject
     store = find_cache(cache)
     start = time.monotonic()
-    shape = build_outline(loss_fn, model, batch, get_rates(target.name), differentiate=differentiate)
+    outline = build_outline(loss_fn, model, batch, get_rates(target.name), differentiate=differentiate)
 
     def measure_rules(rules: Rules, rules_cache: Cache | None = store) -> Measurement:
         with application.applied(model, _REGIONS_OFF), application.applied(model, rules):
             return measure(loss_fn, model, *batch, target=target, differentiate=differentiate, cache=rules_cache)
 
     search = Exploration(
-        space=Space(shape),
+        space=Space(outline),
         measure_rules=measure_rules,
         of=of,
-        plain_cycles=shape.count_plain_cycles(),
+        plain_cycles=outline.count_plain_cycles(),
         progress=progress or (lambda _: None),
     )
-    history = RuleHistory(store, shape, target.name)
-    before = history.load_measurements(measure_rules)
-    compiled, ended = 0, "converged"
+    history = RuleHistory(store, outline, target.name)
+    earlier = history.load_measurements(measure_rules)
+    compiled = 0
+    ended: EndReason = "converged"
 
-    def find_stop_reason() -> str | None:
+    def find_stop_reason() -> EndReason | None:
         if (len(search.points) if count_cached else compiled) >= max_compiles:
             return "max_compiles"
-        late = time_limit_s is not None and time.monotonic() - start > time_limit_s
-        return "time_limit" if late else None
+        is_late = time_limit_s is not None and time.monotonic() - start > time_limit_s
+        return "time_limit" if is_late else None
 
     try:
         search.compile_assignment(search.space.assignments.index(search.space.plain))
         compiled = 1
-        search.add_measurements(before)
+        search.add_measurements(earlier)
         history.save(point.rules for point in search.points.values())
         while (number := choose(search)) is not None:
             if (reason := find_stop_reason()) is not None:
@@ -212,8 +253,10 @@ def _explore(
 
     def describe_largest(point: Point) -> str:
         with application.applied(model, _REGIONS_OFF), application.applied(model, point.rules):
-            alive = timeline(loss_fn, model, *batch, differentiate=differentiate).largest[:3]
-        return "; ".join(f"{a.path} {a.name} {a.shape}: {format_bytes(a.bytes)}" for a in alive)
+            buffers = timeline(loss_fn, model, *batch, differentiate=differentiate).largest[:3]
+        return "; ".join(
+            f"{buffer.path} {buffer.name} {buffer.shape}: {format_bytes(buffer.bytes)}" for buffer in buffers
+        )
 
     points = tuple(search.points.values())
     no_cycles = any(point.measured.estimated_cycles is None for point in points if point.measured.fits)
@@ -231,14 +274,14 @@ def _explore(
 def _check_options(of: str, max_compiles: int, time_limit_s: float | None) -> None:
     if of not in ("peak", "temp"):
         raise BudgetError(
-            what=f"of={of!r} is no figure of a program.",
+            what=f"of={of!r} is not something that a budget can be about.",
             why='"peak" counts parameters, gradients and temporaries, "temp" the temporaries alone.',
             fix='of="peak" or of="temp".',
         )
     if type(max_compiles) is not int or max_compiles < 2:
         raise BudgetError(
-            what=f"max_compiles={max_compiles!r} compiles too little.",
-            why="the plain model is compiled first, and at least one plan has to be verified.",
+            what=f"max_compiles={max_compiles!r} is not an int of 2 or more.",
+            why="the plain model is compiled first, and at least one set of rules after it.",
             fix="max_compiles=8.",
         )
     if time_limit_s is not None:
@@ -246,10 +289,10 @@ def _check_options(of: str, max_compiles: int, time_limit_s: float | None) -> No
 
 
 def _describe_subject(model: Any, batch: tuple[Any, ...]) -> str:
-    """A model and what comes with it, for people; of an argument with many arrays the number."""
-    told = []
+    """Return the model and the batch for people: the arrays of an argument, or their number if there are many."""
+    parts: list[str] = []
     for argument in batch:
         arrays = [leaf for leaf in jax.tree.leaves(argument) if hasattr(leaf, "shape")]
         shapes = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in arrays]
-        told += [f"{type(argument).__name__} of {len(arrays)} arrays"] if len(arrays) > _MAX_LISTED_ARRAYS else shapes
-    return f"{type(model).__name__}, batch {', '.join(told) or 'none'}"
+        parts += [f"{type(argument).__name__} of {len(arrays)} arrays"] if len(arrays) > _MAX_LISTED_ARRAYS else shapes
+    return f"{type(model).__name__}, batch {', '.join(parts) or 'none'}"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan: rules with the figures that the compiler gave for them."""
+"""A plan: rules with what the compiler measured for them; tables and plots of compiled points."""
 
 import dataclasses
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from ..analysis import plot
 from ..compiler.report import Measurement, format_count
@@ -12,14 +12,17 @@ from ..rules.ruleset import Rules
 from ..text import format_bytes
 from .budget import BudgetKind
 
+TimeSource = Literal["estimated_cycles", "model"]
+EndReason = Literal["max_compiles", "converged", "time_limit", "interrupted"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the planner's model said before it was compiled.
+    """What the planner expected of rules before they were compiled.
 
     Attributes:
-        bytes: Of the budget's kind.
-        cycles: Of a whole step.
+        bytes: Bytes that the budget is about.
+        cycles: Cycles of a whole step.
     """
 
     bytes: int
@@ -31,13 +34,14 @@ class Point:
     """One compiled set of rules.
 
     Attributes:
-        rules: Empty for the plain model.
-        predicted: What was expected of them.
-        measured: What the compiler said.
-        bytes: The figure that the budget is about.
-        cycles: The compiler's estimate, and `link_cycles`; where it has none, the planner's model.
-        link_cycles: What transfers to the host's memory and back take beyond what runs meanwhile. By the planner's
-            model: compilers do not count them.
+        rules: The rules; empty for the plain model.
+        predicted: What the planner expected of them.
+        measured: What the compiler measured.
+        bytes: The measured bytes that the budget is about.
+        cycles: Cycles of a whole step: the compiler's estimate plus `link_cycles`; where the compiler gives none, the
+            planner's time model.
+        link_cycles: Cycles that transfers to the host's memory and back take beyond the computation that they overlap
+            with. By the planner's time model, since compilers do not count them.
     """
 
     rules: Rules
@@ -48,7 +52,7 @@ class Point:
     link_cycles: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "rules": self.rules.to_toml(),
             "bytes": self.bytes,
@@ -61,19 +65,36 @@ class Point:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Rules that keep a budget, verified by the compiler; `str()` is a table.
+    """Rules within a budget, verified by the compiler; `str()` is a table.
 
     Attributes:
-        rules: To be applied, or written by `to_toml`.
+        rules: The rules, for `apply`, or for a file by `to_toml`.
         predicted: What the planner expected of them.
-        measured: What the compiler said of them.
+        measured: What the compiler measured for them.
         points: Every set of rules that was compiled, in the order of compiling.
-        budget_bytes: The budget, None if only a time was asked for.
-        of: What the budget is about.
-        time_by: "estimated_cycles" (the compiler's) or "model" (the planner's own).
-        subject: What it was made for, for people.
-        ended: What ended the search: "max_compiles", "converged" (nothing promised more), "time_limit" or "interrupted"
-            (Ctrl-C).
+        budget_bytes: The budget in bytes; None if there was only a time limit.
+        of: What the budget is about: "peak" or "temp".
+        time_by: Where cycles come from: "estimated_cycles" (the compiler) or "model" (the planner's time model).
+        subject: The model and the batch, for people.
+        ended: What ended the search: "max_compiles", "converged" (nothing promised an improvement), "time_limit" or
+            "interrupted" (Ctrl-C).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, remattools as rt
+        >>> from flax import nnx
+        >>> class MLP(nnx.Module):
+        ...     def __init__(self):
+        ...         self.layers = nnx.List([nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in range(2)])
+        ...     def __call__(self, x):
+        ...         for layer in self.layers:
+        ...             x = jnp.sin(layer(x))
+        ...         return x
+        >>> model, x = nnx.eval_shape(MLP), jax.ShapeDtypeStruct((64, 16), jnp.float32)
+        >>> plan = rt.plan(lambda m, x: m(x).sum(), model, x, budget=1.0, target="cpu", max_compiles=2)
+        >>> plan.measured.total_bytes <= plan.budget_bytes
+        True
+        >>> rt.Rules.from_toml(plan.to_toml()) == plan.rules
+        True
     """
 
     rules: Rules
@@ -82,22 +103,22 @@ class Plan:
     points: tuple[Point, ...]
     budget_bytes: int | None
     of: BudgetKind
-    time_by: str
+    time_by: TimeSource
     subject: str
-    ended: str = "converged"
+    ended: EndReason = "converged"
 
     @property
     def frontier(self) -> tuple[Point, ...]:
-        """The compiled points that no other beats in both, by rising memory."""
+        """The compiled points that no other point beats in both memory and time, by rising memory."""
         return find_frontier(self.points)
 
     def to_toml(self) -> str:
-        """The rules as a rule file that says where it comes from."""
+        """Return the rules as a rule file, with comments that say where they come from."""
         lines = [
             f"made by remattools.plan for {self.subject}",
             f"target {self.measured.target}, budget {format_bytes(self.budget_bytes)} of {self.of}"
             if self.budget_bytes is not None
-            else f"target {self.measured.target}, the least {self.of} within a time",
+            else f"target {self.measured.target}, the minimum {self.of} within a time limit",
             f"measured: temp {self.measured.temp_bytes} B, total {self.measured.total_bytes} B"
             + (
                 "" if self.measured.estimated_cycles is None else f", {self.measured.estimated_cycles} estimated cycles"
@@ -106,16 +127,16 @@ class Plan:
         if any(action and action.offload for _, action in self.rules):
             beyond = next(point.link_cycles for point in self.points if point.rules == self.rules)
             lines.append(
-                f"transfers to the host, by the planner's model: {beyond:.0f} cycles beyond what runs meanwhile"
+                f"transfers to the host, by the planner's time model: {beyond:.0f} cycles that nothing hides"
             )
         if describe_early_end(self.ended):
             lines.append(describe_early_end(self.ended).removeprefix("; "))
         if not len(self.rules):
-            lines.append("the plain model keeps the budget: no rule is needed")
+            lines.append("the plain model is within the budget: no rule is needed")
         return "\n".join([*(f"# {line}" for line in lines), "", self.rules.to_toml()])
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         points = [point.as_dict() | {"chosen": point.rules == self.rules} for point in self.points]
         return {
             "budget_bytes": self.budget_bytes,
@@ -126,11 +147,14 @@ class Plan:
         }
 
     def table(self) -> str:
-        """All compiled points by memory; the plan's own is marked."""
+        """Return a table of all compiled points by memory; the plan's point is marked."""
         return format_table(self.points, self.of, self.rules)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw cycles against memory of all compiled points; PNG or SVG, by the file's ending.
+        """Plot cycles against memory of all compiled points.
+
+        Args:
+            path: Where to write the image; PNG or SVG, by the extension.
 
         Raises:
             MeasureError: If matplotlib is not installed.
@@ -141,27 +165,29 @@ class Plan:
         return f"{self.table()}\n{format_footer(self.points, self.time_by, self.ended)}"
 
 
-def describe_early_end(ended: str) -> str:
-    """What to say of a search that was ended from outside; nothing of others."""
+def describe_early_end(ended: EndReason) -> str:
+    """Return a remark on a search that the user or a limit ended early; empty for others."""
     reasons = {"interrupted": "Ctrl-C", "time_limit": "its time limit"}
-    return f"; the search was ended by {reasons[ended]}: more compiles may find better" if ended in reasons else ""
+    return (
+        f"; the search was ended by {reasons[ended]}: more compiles may find better rules" if ended in reasons else ""
+    )
 
 
-def format_footer(points: Iterable[Point], time_by: str, ended: str) -> str:
-    """What to say below a table of points."""
+def format_footer(points: Iterable[Point], time_by: TimeSource, ended: EndReason) -> str:
+    """Return what stands below a table of points."""
     points = tuple(points)
     below = f"time by {time_by}; target {points[0].measured.target}{describe_early_end(ended)}"
     on_chip = sum(point.measured.temporaries_on_chip for point in points)
     if on_chip:
         below += (
-            f"\ntemporaries of {on_chip} of {len(points)} points lie in the chip's own memory (VMEM), which no figure "
-            "above counts: of so small a program they say little"
+            f"\ntemporaries of {on_chip} of {len(points)} points are in on-chip memory (VMEM), which is not counted "
+            "above: for programs this small the memory column says little"
         )
     return below
 
 
 def find_frontier(points: Iterable[Point]) -> tuple[Point, ...]:
-    """The points that no other beats in both, by rising memory."""
+    """Return the points that no other point beats in both memory and time, by rising memory."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.bytes, p.cycles)):
         if point.measured.fits and (not best or point.cycles < best[-1].cycles):
@@ -170,7 +196,7 @@ def find_frontier(points: Iterable[Point]) -> tuple[Point, ...]:
 
 
 def format_table(points: Iterable[Point], of: BudgetKind, chosen: Rules | None) -> str:
-    """Points by memory, those of the frontier and the chosen one marked."""
+    """Return a table of points by memory; those of the frontier and the chosen one are marked."""
     points = tuple(points)
     lines = [f"{'':2}{of:>12}{'cycles':>10}{'predicted':>14}{'':>10}  rules"]
     frontier = find_frontier(points)
@@ -178,8 +204,8 @@ def format_table(points: Iterable[Point], of: BudgetKind, chosen: Rules | None) 
         mark = "->" if point.rules == chosen else "* " if point in frontier else "  "
         rules = "; ".join(_format_rule(pattern.text, action) for pattern, action in point.rules) or "plain"
         if point.link_cycles:
-            rules += f" (transfers by the planner's model: {format_count(point.link_cycles)} cycles)"
-        size = format_bytes(point.bytes) if point.measured.fits else "no fit"
+            rules += f" (transfers by the planner's time model: {format_count(point.link_cycles)} cycles)"
+        size = format_bytes(point.bytes) if point.measured.fits else "OOM"
         lines.append(
             f"{mark}{size:>12}{format_count(point.cycles):>10}{format_bytes(point.predicted.bytes):>14}"
             f"{format_count(point.predicted.cycles):>10}  {rules}"
@@ -188,9 +214,14 @@ def format_table(points: Iterable[Point], of: BudgetKind, chosen: Rules | None) 
 
 
 def plot_points(
-    points: Iterable[Point], path: str | os.PathLike[str], *, of: BudgetKind, time_by: str, budget_bytes: int | None
+    points: Iterable[Point],
+    path: str | os.PathLike[str],
+    *,
+    of: BudgetKind,
+    time_by: TimeSource,
+    budget_bytes: int | None,
 ) -> None:
-    """Draw cycles against memory."""
+    """Plot cycles against memory."""
     points = tuple(points)
     with plot.open_figure(path) as axes:
         drawn = [point for point in points if point.measured.fits]
@@ -200,10 +231,10 @@ def plot_points(
         if budget_bytes is not None:
             axes.axvline(budget_bytes / 2**20, linestyle=":", color="black")
         axes.set_xlabel(f"{of}, MiB")
-        axes.set_ylabel("million cycles" + (" by the planner's model" if time_by == "model" else ""))
+        axes.set_ylabel("million cycles" + (" by the planner's time model" if time_by == "model" else ""))
 
 
 def _format_rule(pattern: str, action: Any) -> str:
-    kept = f"keep {len(action.save)} names" if action.save else "nothing"
-    kept = f"offload {len(action.offload)} names" if action.offload else kept
-    return f"{pattern}: {kept}" + (f", {action.group} in a region" if action.group != 1 else "")
+    verb, names = ("offload", action.offload) if action.offload else ("save", action.save)
+    what = f"{len(names)} name{'s' * (len(names) != 1)}" if names else "nothing"
+    return f"{pattern}: {verb} {what}" + (f", {action.group} in a region" if action.group != 1 else "")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One line for what differs in indices only: `layers.[0:32].attn`, `dec_{0,1,2}.mlp`.
+"""Fold paths that differ in indices only into one pattern: `layers.[0:32].attn`, `dec_{0,1,2}.mlp`.
 
-Knows texts only. What counts as an index is what `every_n` counts along: a number, or
-the number at the end of a name. A folded path is a pattern that means these paths and
-no others, so that it can be pasted into a rule.
+Works on strings. An index is what `every_n` counts along: a number, or the number at the
+end of a name. A folded path is a pattern that matches these paths and no others, so that
+it can be pasted into a rule.
 """
 
 import re
@@ -14,17 +14,27 @@ _INDEX_IN_SENTENCE = re.compile(r"\d+(?=[.:,;\s]|$)")
 
 
 def mask_path(path: str) -> tuple[str, ...]:
-    """The parts of a path with "#" for each index: equal for paths that one line can stand for."""
+    """Return the segments of a path with "#" for each index; equal masks mean that the paths can be folded.
+
+    Example:
+        >>> mask_path("layers.3.attn")
+        ('layers', '#', 'attn')
+    """
     return tuple(_INDEX.sub("#", part) for part in path.split("."))
 
 
 def mask_text(text: str, mark: str = "#") -> str:
-    """A sentence with a mark for each index in it."""
+    """Return a sentence with `mark` for each index in it."""
     return _INDEX_IN_SENTENCE.sub(mark, text)
 
 
 def format_paths(paths: Sequence[str]) -> str:
-    """One text for paths that differ in indices only: it means these paths and no others."""
+    """Return one pattern for paths of equal mask; it matches these paths and no others.
+
+    Example:
+        >>> format_paths(["layers.0.attn", "layers.1.attn", "layers.2.attn"])
+        'layers.[0:3].attn'
+    """
     if len(paths) == 1:
         return paths[0]
     blocks = [tuple(frozenset({part}) for part in path.split(".")) for path in paths]
@@ -38,7 +48,7 @@ def format_paths(paths: Sequence[str]) -> str:
 
 
 def _format_indices(parts: frozenset[str]) -> str:
-    """One part of a path: a name or an index, a slice of indices, or the indices one by one."""
+    """Return one segment of a folded path: a name or an index, a slice, or alternatives in braces."""
     if len(parts) == 1:
         return next(iter(parts))
     names = {_INDEX.sub("", part) for part in parts}

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pattern language over paths: modules in rules, leaves in checkpoints, names in regions.
 
-Pure: text and tuples, no JAX. The language, segment by segment:
+Pure: strings and tuples, no JAX. The language:
 
--   `*` stays inside one segment, `**` crosses any number of segments;
--   `{a,b}` alternates;
--   `[start:stop:step]` or `[i]` as a whole segment picks integer segments with
-    Python's meaning, so `layers.[:-1]` leaves out the last layer;
--   `:Name` at the end asks for a class (or a base class) of that name;
+-   `*` matches inside one segment, `**` any number of segments;
+-   `{a,b}` matches either alternative;
+-   `[start:stop:step]` or `[i]` as a whole segment selects integer segments with
+    Python's meaning, so `layers.[:-1]` excludes the last layer;
+-   `:Name` at the end requires a class or base class of that name;
 -   a pattern without a dot matches the last segment at any depth, as in
     `.gitignore`; "." is the root.
 """
@@ -23,7 +23,7 @@ from ..errors import PatternError
 
 Path = tuple[str | int, ...]
 
-_SEPARATOR = "\x1f"  # stands before every segment in the text a regex sees; in no attribute name
+_SEPARATOR = "\x1f"  # precedes every segment in the string a regex sees; no attribute name contains it
 _MAX_BRACE_ALTERNATIVES = 1024
 _SLICE = re.compile(r"\[(-?\d*)(?:(:)(-?\d*)(?::(-?\d*))?)?\]")
 _DIGITS = re.compile(r"(\d+)")
@@ -31,60 +31,67 @@ _INDEX = re.compile(r"(?P<rest>.*[^.\s])\[(?P<index>\d+)\]\Z", re.DOTALL)
 
 
 def format_path(path: Path) -> str:
-    """Text of a path: segments joined by dots, "." for the root."""
+    """Return a path as a string: segments joined by dots, "." for the root."""
     return ".".join(map(str, path)) or "."
 
 
 def parse_path(text: str) -> Path:
-    """Inverse of `format_path`; segments of digits become ints."""
+    """Return the path that a string stands for, the inverse of `format_path`; segments of digits become ints."""
     if text == ".":
         return ()
     return tuple(int(part) if part.isdecimal() else part for part in text.split("."))
 
 
 def make_natural_key(path: Path) -> tuple[Any, ...]:
-    """Sorting key under which `layer2` comes before `layer10`."""
+    """Return a sort key under which `layer2` comes before `layer10`."""
     return tuple(
         tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _DIGITS.split(str(segment)) if part)
         for segment in path
     )
 
 
-# One segment of a pattern: "**" or a regex for one segment or a slice.
+# One segment of a pattern: "**", a regex for a name, a slice or an index.
 _Token = str | re.Pattern[str] | slice | int
 
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """A pattern over paths; equal by its text.
+    """A pattern over paths; patterns are equal if their strings are.
 
     Attributes:
-        text: As written.
+        text: The pattern as written.
+
+    Example:
+        >>> Pattern("layers.[:-1]").is_match(("layers", 3), lengths={("layers",): 4})
+        False
     """
 
     text: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str):  # here, since a list is no key of the cache below
-            raise _make_pattern_error(self.text, "it is no text", 'a pattern such as "layers.*".')
+        if not isinstance(self.text, str):  # checked here, because the cache below needs a hashable key
+            raise _make_pattern_error(self.text, "it is not a string", 'a pattern such as "layers.*".')
         _compile_pattern(self.text)
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
-        """Read a pattern.
+        """Return the pattern that a string stands for.
+
+        Args:
+            text: The pattern as written.
 
         Raises:
-            PatternError: If the text is no pattern of this language.
+            PatternError: If the string has a syntax error.
         """
         return cls(text)
 
     def is_match(self, path: Path, class_names: Sequence[str] = (), lengths: Mapping[Path, int] | None = None) -> bool:
-        """Whether one path matches.
+        """Return whether a path matches.
 
         Args:
-            path: The path.
-            class_names: Names of the class and its bases of what stands there.
-            lengths: Length of the sequence at each path, for slices that count from the end.
+            path: Segments from the root; indices of sequences are ints.
+            class_names: Names of the class and bases of the object at the path; needed if the pattern has `:Name`.
+            lengths: Length of the sequence at each path; needed if a slice counts from the end.
         """
         return any(
             alternative.is_match(path, class_names, lengths or {}) for alternative in _compile_pattern(self.text)
@@ -111,8 +118,9 @@ class PathIndex:
     """All paths of a tree, prepared for many patterns.
 
     Args:
-        paths: The paths; the same object may be reached by several.
-        class_names: For each path the names of the class and bases there.
+        paths: The paths; several can lead to the same object.
+        class_names: For each path the names of the class and bases of the object there; None if no pattern has
+            `:Name`.
     """
 
     def __init__(self, paths: Sequence[Path], class_names: Sequence[Sequence[str]] | None = None) -> None:
@@ -123,16 +131,16 @@ class PathIndex:
     @functools.cached_property
     def lengths(self) -> dict[Path, int]:
         """Length of the sequence at each path that has integer children."""
-        found: dict[Path, int] = {}
+        lengths: dict[Path, int] = {}
         for path in self.paths:
             for depth, segment in enumerate(path):
                 if isinstance(segment, int):
                     parent = path[:depth]
-                    found[parent] = max(found.get(parent, 0), segment + 1)
-        return found
+                    lengths[parent] = max(lengths.get(parent, 0), segment + 1)
+        return lengths
 
     def match(self, pattern: Pattern) -> tuple[int, ...]:
-        """Indices of the paths that match, in order."""
+        """Return the indices of the paths that match, in increasing order."""
         hits: set[int] = set()
         for alternative in _compile_pattern(pattern.text):
             hits.update(self._match_alternative(alternative))
@@ -153,15 +161,31 @@ class PathIndex:
 def match(
     pattern: Pattern, paths: Sequence[Path], class_names: Sequence[Sequence[str]] | None = None
 ) -> tuple[int, ...]:
-    """Indices of the `paths` that match; for many patterns build a `Universe` once."""
+    """Return the indices of the paths that match; for many patterns, build a `PathIndex` once.
+
+    Args:
+        pattern: The pattern.
+        paths: The paths.
+        class_names: For each path the names of the class and bases of the object there.
+
+    Example:
+        >>> match(Pattern("layers.*"), [("layers", 0), ("layers", 1), ("head",)])
+        (0, 1)
+    """
     return PathIndex(paths, class_names).match(pattern)
 
 
 def find_closest(pattern: Pattern | str, paths: Sequence[Path], limit: int = 3) -> tuple[str, ...]:
-    """The real paths nearest to a pattern that matched none, as texts."""
+    """Return the existing paths that resemble a pattern most, formatted; for the `fix` of an error.
+
+    Args:
+        pattern: A pattern that matched nothing.
+        paths: The existing paths.
+        limit: How many to return at most.
+    """
     text = pattern if isinstance(pattern, str) else pattern.text
     text = text.rpartition(":")[0] or text
-    # Equal blocks differ in their index only: one of each kind is enough to show.
+    # Layers of equal structure differ in their index only, so one of each kind is enough.
     representatives: dict[str, str] = {}
     for path in paths:
         if path:
@@ -179,12 +203,16 @@ def find_closest(pattern: Pattern | str, paths: Sequence[Path], limit: int = 3) 
 class NamePattern:
     """A pattern over the names of values inside a region.
 
-    `path`, `path[i]`: what a submodule returned; `path:primitive`, `path:primitive[i]`:
-    an operation written there; `@name`: a `checkpoint_name` of the model's author. The
-    path part is a `Pattern` relative to the region; an empty one means the region itself.
+    `path`, `path[i]`: the output of a submodule; `path:primitive`, `path:primitive[i]`:
+    the result of an operation there; `@name`: a `checkpoint_name` of the model's author.
+    The path is a `Pattern` relative to the region; an empty one means the region itself.
 
     Attributes:
-        text: As written.
+        text: The pattern as written.
+
+    Example:
+        >>> NamePattern("attn:exp").is_match("op", ("attn",), "exp", 0)
+        True
     """
 
     text: str
@@ -194,28 +222,32 @@ class NamePattern:
 
     @classmethod
     def parse(cls, text: str) -> "NamePattern":
-        """Read a name pattern.
+        """Return the name pattern that a string stands for.
+
+        Args:
+            text: The pattern as written.
 
         Raises:
-            PatternError: If the text is none.
+            PatternError: If the string has a syntax error.
         """
         return cls(text)
 
     def is_match(self, kind: str, path: Path, primitive: str, index: int) -> bool:
-        """Whether it names a value.
+        """Return whether the pattern matches a value.
 
         Args:
-            kind: "module", "op" or "user".
+            kind: "module" for the output of a module, "op" for the result of an operation, "user" for a
+                `checkpoint_name`.
             path: Module of the value, relative to the region.
             primitive: Name of the primitive or of the `checkpoint_name`; "" for a module's output.
-            index: Which one in trace order.
+            index: Position in trace order among the values of equal name.
         """
-        wanted, where, what, number = _compile_name(self.text)
-        if kind != wanted or (number is not None and number != index):
+        expected_kind, path_pattern, glob, expected_index = _compile_name(self.text)
+        if kind != expected_kind or (expected_index is not None and expected_index != index):
             return False
-        if what is not None and not what.fullmatch(primitive):
+        if glob is not None and not glob.fullmatch(primitive):
             return False
-        return where is None or where.is_match(path)
+        return path_pattern is None or path_pattern.is_match(path)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -231,7 +263,7 @@ def _compile_name(text: str) -> tuple[str, Pattern | None, re.Pattern[str] | Non
         return "module", Pattern(path), None, number
     if not primitive:
         raise _make_pattern_error(
-            text, "nothing follows the colon", f'"{path}:*" for every operation written in {path or "."}.'
+            text, "nothing follows the colon", f'"{path}:*" for every operation in {path or "."}.'
         )
     return "op", Pattern(path or "."), _compile_glob(primitive, text), number
 
@@ -242,7 +274,7 @@ def _compile_pattern(text: str) -> tuple[_Alternative, ...]:
         raise _make_pattern_error(text, "it is empty", '"." for the root, "**" for everything.')
     if text != text.strip() or any(character in text for character in "\n\t" + _SEPARATOR):
         raise _make_pattern_error(
-            text, "it has white space around it or control characters inside", f"{text.strip()!r}."
+            text, "it starts or ends with white space, or contains control characters", f"{text.strip()!r}."
         )
     return tuple(_compile_alternative(expanded, text) for expanded in _expand_braces(text, text))
 
@@ -261,7 +293,7 @@ def _compile_alternative(expanded: str, text: str) -> _Alternative:
 
 
 def _split_colon(text: str) -> tuple[str, str, str]:
-    """`rpartition(":")`, where a colon inside a slice does not count."""
+    """Split at the last colon outside of a slice, as `rpartition` does."""
     head, colon, tail = text.rpartition(":")
     return (text, "", "") if not colon or "]" in tail else (head, colon, tail)
 
@@ -269,7 +301,7 @@ def _split_colon(text: str) -> tuple[str, str, str]:
 def _tokenize(body: str, text: str) -> Iterator[_Token]:
     if body == ".":
         return
-    if body in ("", "**"):  # "" where only a class was asked for
+    if body in ("", "**"):  # "" if the pattern is a class name only
         yield "**"
         return
     segments = body.split(".")
@@ -282,21 +314,21 @@ def _tokenize(body: str, text: str) -> Iterator[_Token]:
             yield _parse_slice(segment, text)
         elif not segment:
             raise _make_pattern_error(
-                text, "two dots enclose an empty segment", '"**" to cross any number of segments.'
+                text, "two dots enclose an empty segment", '"**" to match any number of segments.'
             )
         else:
             yield _compile_glob(segment, text)
 
 
 def _parse_slice(segment: str, text: str) -> slice | int:
-    found = _SLICE.fullmatch(segment)
-    if found is None or (not found[2] and not found[1]):
+    parsed = _SLICE.fullmatch(segment)
+    if parsed is None or (not parsed[2] and not parsed[1]):
         raise _make_pattern_error(
-            text, f"{segment!r} is no slice", '"[0]", "[-1]", "[:-2]" or "[::2]" as a whole segment.'
+            text, f"{segment!r} is not a slice", '"[0]", "[-1]", "[:-2]" or "[::2]" as a whole segment.'
         )
-    if not found[2]:
-        return int(found[1])
-    start, stop, step = (int(part) if part else None for part in (found[1], found[3], found[4]))
+    if not parsed[2]:
+        return int(parsed[1])
+    start, stop, step = (int(part) if part else None for part in (parsed[1], parsed[3], parsed[4]))
     if step == 0:
         raise _make_pattern_error(text, "a slice cannot step by 0", '"[::2]" for every second.')
     return slice(start, stop, step)
@@ -305,11 +337,11 @@ def _parse_slice(segment: str, text: str) -> slice | int:
 def _compile_glob(segment: str, text: str) -> re.Pattern[str]:
     if any(character in segment for character in "[]{}"):
         raise _make_pattern_error(
-            text, "brackets stand inside a segment", "a slice as a segment of its own: layers.[0]."
+            text, "there are brackets inside a segment", "a slice as a whole segment: layers.[0]."
         )
     if "**" in segment:
         raise _make_pattern_error(
-            text, "** stands beside other characters", "** as a segment of its own: encoder.**.attn."
+            text, "** is combined with other characters", "** as a whole segment: encoder.**.attn."
         )
     return re.compile(re.escape(segment).replace(r"\*", f"[^{_SEPARATOR}]*"))
 
@@ -326,7 +358,7 @@ def _join_path(path: Path) -> str:
 
 
 def _is_match_from(tokens: tuple[_Token, ...], path: Path, depth: int, lengths: Mapping[Path, int]) -> bool:
-    """Match `tokens` against `path` from `depth` on; only needed where slices look at lengths."""
+    """Match `tokens` against `path` from `depth` on; a regex cannot, if slices depend on lengths."""
     if not tokens:
         return depth == len(path)
     token, rest = tokens[0], tokens[1:]
@@ -351,13 +383,11 @@ def _is_token_match(token: _Token, path: Path, depth: int, lengths: Mapping[Path
 
 
 def _expand_braces(text: str, pattern: str) -> list[str]:
-    """All texts that the braces of `text` stand for."""
+    """Return the strings that `text` stands for, without braces."""
     start = text.find("{")
     if start < 0:
         if "}" in text:
-            raise _make_pattern_error(
-                pattern, "a brace is closed that was never opened", "{a,b} around the alternatives."
-            )
+            raise _make_pattern_error(pattern, "it closes a brace that is not open", "{a,b} around the alternatives.")
         return [text]
     depth, parts, begin = 0, [], start + 1
     for position in range(start, len(text)):
@@ -369,15 +399,17 @@ def _expand_braces(text: str, pattern: str) -> list[str]:
         if depth == 0:
             break
     else:
-        raise _make_pattern_error(pattern, "a brace is opened and never closed", "{a,b} around the alternatives.")
+        raise _make_pattern_error(pattern, "it opens a brace and does not close it", "{a,b} around the alternatives.")
     tails = _expand_braces(text[position + 1 :], pattern)
     heads = [text[:start] + inner for part in parts for inner in _expand_braces(part, pattern)]
     if len(heads) * len(tails) > _MAX_BRACE_ALTERNATIVES:
         raise _make_pattern_error(
-            pattern, f"its braces stand for more than {_MAX_BRACE_ALTERNATIVES} patterns", "several rules, or a *."
+            pattern, f"its braces stand for more than {_MAX_BRACE_ALTERNATIVES} alternatives", "several rules, or a *."
         )
     return [head + tail for head in heads for tail in tails]
 
 
 def _make_pattern_error(text: object, problem: str, fix: str) -> PatternError:
-    return PatternError(what=f"{text!r} is no pattern: {problem}.", why="it could match nothing as it stands.", fix=fix)
+    return PatternError(
+        what=f"{text!r} is not a pattern: {problem}.", why="as written it would match nothing.", fix=fix
+    )

@@ -43,7 +43,7 @@ class ModuleEntry:
 
 
 def find_modules(model: Any) -> list[ModuleEntry]:
-    """Return all modules reachable from `model`, itself first, in attribute order.
+    """Return all modules reachable from `model`, itself first, in the order of nnx (attributes by name).
 
     Args:
         model: An nnx module, or any pytree that holds modules; concrete or abstract.

@@ -2,7 +2,7 @@
 """Which assignment is compiled next: the one whose measurement is expected to improve the result most.
 
 Pure functions of what is expected (`Posterior`) and what was compiled (`Point`s); `exploration` calls them. The score
-is the expected improvement (Mockus 1975) times the probability that the limits are kept.
+is the expected improvement (Mockus 1975) times the probability of staying within the limits.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from ..result import Point
 # A smaller expected gain, as a share of what was reached, is not worth a compile. Standard deviations are themselves
 # uncertain, so it is small.
 _MIN_GAIN = 1e-4
-# Where nothing keeps a limit yet: from this probability an assignment is taken to keep it.
+# Where nothing is within the limits yet: an assignment with this probability is taken to be.
 _MIN_PROBABILITY = 0.5
-# The budgets at which a frontier may improve, and the time of a budget that nothing keeps yet, as a multiple of the
+# The budgets at which a frontier may improve, and the time at a budget not reached yet, as a multiple of the
 # slowest point.
 _BUDGETS, _UNREACHED = 24, 1.2
 # The lowest budget lies this many standard deviations below the lowest expectation, but not below this share of the
@@ -74,12 +74,12 @@ def choose_for_limits(
     if not is_open.any():
         return None
     likely = np.flatnonzero(probability > _MIN_PROBABILITY)
-    if len(likely):  # of those that most probably keep the limits, the best
+    if len(likely):  # the best of those that are probably within the limits
         return int(likely[goal[0][likely].argmin()])
     compiled = [point for point in points if point.measured.fits]
     if not compiled:  # everything so far ran out of memory: the smallest
         return int(np.where(is_open, expected.bytes, np.inf).argmin())
-    # Nothing is expected to keep the limits: come nearer to the one that is missed.
+    # Nothing is expected to be within the limits: come nearer to the one that is missed.
     is_late = max_cycles is not None and all(point.cycles > max_cycles for point in compiled)
     nearest = min(point.cycles if is_late else point.bytes for point in compiled)
     return _select_most_promising(
@@ -110,7 +110,7 @@ def choose_for_frontier(
         return full_remat
     most = max([1, *(point.bytes for point in compiled)])
     slowest = max(point.cycles for point in compiled)
-    # Budgets that nothing is expected to keep are worth a compile as well, as far as that is uncertain.
+    # Budgets below all expectations are worth a compile as well, as far as the expectations are uncertain.
     lowest = float((sizes - _BELOW_EXPECTED_STDS * expected.bytes_std[candidates]).min())
     lowest = max(lowest, _BELOW_MEASURED * min(point.bytes for point in compiled), 1.0)
     limits = np.geomspace(min(lowest, most), most, _BUDGETS)

@@ -178,14 +178,18 @@ class _Predictor:
         peak = predict_peak(self.timetable, visits, group_memory)
         recomputed = predict_recompute_cycles(costs["recompute_cycles"], costs["output_cycles"], outputs_mask)
         by_kind = costs["recompute_cycles"].sum(axis=0)
+        matrix, reduction, elementwise, other = by_kind
         features = _Features(
-            visits.saved_bytes.sum(),
-            costs["bytes_without_region"].sum() + peak.held_bytes,
-            visits.backward_bytes.max(),
-            *by_kind,
-            costs["is_without_region"].sum(),
-            recomputed - by_kind.sum(),
-            sum(moved_bytes),
+            saved_bytes=visits.saved_bytes.sum(),
+            unnamed_bytes=costs["bytes_without_region"].sum() + peak.held_bytes,
+            backward_bytes=visits.backward_bytes.max(),
+            matrix_cycles=matrix,
+            reduction_cycles=reduction,
+            elementwise_cycles=elementwise,
+            other_cycles=other,
+            visits_without_region=costs["is_without_region"].sum(),
+            group_cycles=recomputed - by_kind.sum(),
+            offloaded_bytes=sum(moved_bytes),
         )
         return _Row(peak.bytes, recomputed + link_cycles, link_cycles, features)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ckpttools as ct
-from ckpttools.mirror.remote import RemoteStore
+from ckpttools.mirror.remote_store import RemoteStore
 from ckpttools.store import catalogue
 
 TOTAL = 45

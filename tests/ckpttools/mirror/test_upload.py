@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 import ckpttools as ct
-from ckpttools.mirror import remote, upload
+from ckpttools.mirror import remote_store, upload_plan
 from ckpttools.store import layout
 from ckpttools.store.manifest import Manifest, Summary
 from tests.ckpttools import stores
-from tests.ckpttools.restore.test_recovery import flip_bit, largest_file
+from tests.ckpttools.restore.test_first_intact import flip_bit, largest_file
 
 STATE = {"model": {"w": jnp.arange(4096.0), "b": jnp.arange(3.0)}}
 
@@ -217,7 +217,7 @@ def test_a_store_that_takes_copies_and_deletes_none_is_reported_once(on_disk, mo
     def refuse(store, name):
         raise ct.MirrorError(what="no right to delete.")
 
-    monkeypatch.setattr(remote.RemoteStore, "delete", refuse)
+    monkeypatch.setattr(remote_store.RemoteStore, "delete", refuse)
     spec = dataclasses.replace(on_disk, keep=ct.All(), mirror=dataclasses.replace(on_disk.mirror, keep=ct.Latest(2)))
     status, warned = save(spec, 1, 2, 3, 4, 5)
     assert set(status.copied) >= {4, 5}
@@ -401,7 +401,7 @@ def test_a_past_that_the_run_has_left_does_not_come_back(on_disk, tmp_path):
 
 def test_a_step_is_copied_whole_though_retention_deletes_it_meanwhile(on_disk, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
-    send = remote.RemoteStore._upload_file
+    send = remote_store.RemoteStore._upload_file
 
     def slow(store, source, name, file):
         started.set()
@@ -409,7 +409,7 @@ def test_a_step_is_copied_whole_though_retention_deletes_it_meanwhile(on_disk, m
             go_on.wait(20)
         send(store, source, name, file)
 
-    monkeypatch.setattr(remote.RemoteStore, "_upload_file", slow)
+    monkeypatch.setattr(remote_store.RemoteStore, "_upload_file", slow)
     spec = dataclasses.replace(on_disk, keep=ct.Latest(2), mirror=dataclasses.replace(on_disk.mirror, keep=ct.All()))
     with ct.open(spec) as ckpt:
         ckpt.save(1, state_at(1))
@@ -436,14 +436,14 @@ def summaries_alive():
 
 def test_a_mirror_that_is_slower_than_the_saves_takes_no_more_memory_and_loses_nothing_at_the_end(on_disk, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
-    send = remote.RemoteStore._upload_file
+    send = remote_store.RemoteStore._upload_file
 
     def slow(store, source, name, file):
         started.set()
         assert go_on.wait(60)
         send(store, source, name, file)
 
-    monkeypatch.setattr(remote.RemoteStore, "_upload_file", slow)
+    monkeypatch.setattr(remote_store.RemoteStore, "_upload_file", slow)
     spec = dataclasses.replace(
         on_disk, keep=ct.Latest(2), mirror=dataclasses.replace(on_disk.mirror, keep=ct.Latest(3))
     )
@@ -487,7 +487,7 @@ def test_a_mirror_of_many_steps_is_known_by_summaries_only(on_disk):
 
 def test_a_store_that_hangs_is_waited_for_no_longer_than_agreed(on_disk, monkeypatch):
     hang = threading.Event()
-    monkeypatch.setattr(remote.RemoteStore, "list_names", lambda store: hang.wait(20) and ())
+    monkeypatch.setattr(remote_store.RemoteStore, "list_names", lambda store: hang.wait(20) and ())
     began = time.monotonic()
     status, warned = save(changed(on_disk, wait_s=0.2), 1)
     hang.set()
@@ -497,7 +497,7 @@ def test_a_store_that_hangs_is_waited_for_no_longer_than_agreed(on_disk, monkeyp
 
 
 def test_a_store_that_changes_bytes_is_found_out(on_disk, monkeypatch):
-    send = remote.RemoteStore._upload_file
+    send = remote_store.RemoteStore._upload_file
 
     def flipping(store, source, name, file):
         send(store, source, name, file)
@@ -505,7 +505,7 @@ def test_a_store_that_changes_bytes_is_found_out(on_disk, monkeypatch):
         if not file.startswith("_") and copy.stat().st_size:
             flip_bit(copy)
 
-    monkeypatch.setattr(remote.RemoteStore, "_upload_file", flipping)
+    monkeypatch.setattr(remote_store.RemoteStore, "_upload_file", flipping)
     status, _ = save(on_disk, 1)
     assert "came back" in status.error
     assert status.copied == ()
@@ -514,7 +514,7 @@ def test_a_store_that_changes_bytes_is_found_out(on_disk, monkeypatch):
 
 
 def test_a_store_that_changes_the_manifest_is_found_out(on_disk, monkeypatch):
-    monkeypatch.setattr(remote.RemoteStore, "_read_small", lambda store, path: b"no manifest")
+    monkeypatch.setattr(remote_store.RemoteStore, "_read_small", lambda store, path: b"no manifest")
     status, _ = save(on_disk, 1)
     assert "the manifest of 1-" in status.error
 
@@ -532,11 +532,11 @@ def test_names_from_a_store_never_leave_the_run(on_disk, tmp_path, monkeypatch):
     seal = b'{"ckpttools":1,"digest":"%s"}' % digest.hash_bytes("xxh3", body).encode()
     data = seal + b"\n" + body
     with pytest.raises(ct.UntrustedStepError):
-        remote.get_copy_name(data)
+        remote_store.get_copy_name(data)
     (copy / layout.MANIFEST).write_bytes(data)
     assert restore(on_disk).step is None, "a manifest that leads outside is no copy"
     assert not secret.exists()
-    store = remote.RemoteStore(on_disk.mirror.url, {})
+    store = remote_store.RemoteStore(on_disk.mirror.url, {})
     for name in ("..", "1-0123abcd/../x", "notes"):
         with pytest.raises(ValueError):
             store.delete(name)
@@ -579,7 +579,7 @@ def test_a_disk_that_refuses_what_is_fetched(on_disk, monkeypatch):
     def refuse(*args, **options):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(remote.RemoteStore, "_fetch_file", refuse)
+    monkeypatch.setattr(remote_store.RemoteStore, "_fetch_file", refuse)
     with pytest.raises(ct.StorageError, match="could not be fetched from the mirror"):
         restore(on_disk)
 
@@ -601,7 +601,7 @@ def test_without_fsspec_the_error_says_what_to_install(on_disk, monkeypatch):
     status, _ = save(on_disk, 1)
     assert "needs the package fsspec" in status.error
     with pytest.raises(ct.MirrorError, match=r"nnx-checkpointing\[mirror\]"):
-        remote.RemoteStore("s3://bucket/run", {}).list_names()
+        remote_store.RemoteStore("s3://bucket/run", {}).list_names()
 
 
 def test_an_unknown_kind_of_address_is_reported(tmp_path):
@@ -639,7 +639,7 @@ def summary(step, saved_at, lineage=(("a", 0),)):
 def test_the_plan_copies_the_newest_first_and_deletes_what_nothing_keeps():
     local = {f"{step}-x": summary(step, step) for step in (3, 4, 5)}
     there = {f"{step}-x": summary(step, step) for step in (1, 2, 3)}
-    todo = upload.make_sync_plan(
+    todo = upload_plan.make_upload_plan(
         local, there, [*there, "9-y"], ct.Latest(3), lineage=(("a", 0),), deleted={}, pins=frozenset({1})
     )
     assert todo.names_to_copy == ("5-x", "4-x")

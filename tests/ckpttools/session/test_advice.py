@@ -6,7 +6,7 @@ import pytest
 
 import ckpttools as ct
 from ckpttools.session.advice import MetricWatch, StallMeter, advise_on_retention
-from tests.ckpttools.restore.test_recovery import STATE, flip_bit, largest_file
+from tests.ckpttools.restore.test_first_intact import STATE, flip_bit, largest_file
 
 
 def advice(*, stall_s, every_s, saves=6, steps_each=10):

@@ -10,8 +10,8 @@ import pytest
 
 import ckpttools as ct
 from ckpttools.spec.operations import as_code
-from ckpttools.surgery import array_operations, suggest
-from ckpttools.surgery import plan as surgery_plan
+from ckpttools.surgery import array_operations, make_plan, resize, suggest
+from ckpttools.surgery.plan import Changes
 from ckpttools.tree import flatten
 from ckpttools.tree.leaf_paths import to_names
 from ckpttools.tree.leaves import describe
@@ -29,13 +29,13 @@ def stored(state):
 
 def plan(disk, state, operations=(), **options):
     templates = {item: flatten.flatten_item(value, template=True) for item, value in state.items()}
-    return surgery_plan.make_restore_plan(
-        stored(disk), templates, surgery_plan.Changes(surgery=ct.Surgery(operations), **options)
+    return make_plan.make_restore_plan(
+        stored(disk), templates, Changes(surgery=ct.Surgery(operations), **options)
     )
 
 
 def sources(made):
-    return {".".join(leaf.path): ".".join(leaf.source.stored_path) if leaf.source else None for leaf in made.placed}
+    return {".".join(leaf.path): ".".join(leaf.source.stored_path) if leaf.source else None for leaf in made.placed_leaves}
 
 
 def leaf(*shape, dtype=jnp.float32):
@@ -147,7 +147,7 @@ def test_a_migration_passes_over_what_a_run_does_not_have():
 
 def altered(array, operations, template):
     record = Record(path=("w",), kind="array", shape=array.shape, dtype=array.dtype.name)
-    shape = array_operations.compute_shape("m.w", operations, array.shape, template.shape)
+    shape = resize.compute_shape("m.w", operations, array.shape, template.shape)
     target = Record(path=("w",), kind="array", shape=shape, dtype=template.dtype.name)
     return array_operations.apply("m.w", operations, record, array, target, template)
 
@@ -198,9 +198,9 @@ def test_a_cast_that_loses_the_value_is_refused(values, to, text):
     ids=["slice", "pad", "rank"],
 )
 def test_a_block_that_leaves_its_array_is_refused(operation, shape):
-    with pytest.raises(ct.StructureError, match="leaves an array") as caught:
+    with pytest.raises(ct.StructureError, match="exceeds an array") as caught:
         altered(ROWS, [operation], np.zeros(shape, np.float32))
-    assert "is the last place" in caught.value.fix
+    assert "is the last position that fits" in caught.value.fix
 
 
 @pytest.mark.parametrize("operation", [ct.Reinit("m.w"), ct.Pad("m.w")], ids=["reinit", "pad"])

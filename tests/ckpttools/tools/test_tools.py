@@ -14,7 +14,7 @@ from orbax.checkpoint import v1
 
 import ckpttools as ct
 from ckpttools.store import catalogue, layout
-from tests.ckpttools.restore.test_recovery import STATE, flip_bit, largest_file, restore, spec_for
+from tests.ckpttools.restore.test_first_intact import STATE, flip_bit, largest_file, restore, spec_for
 
 
 def snapshot_of(folder):

@@ -11,7 +11,7 @@ import pytest
 import remattools as rt
 from remattools.cli import parser
 from remattools.cli.main import main
-from remattools.planner.search.acquisition import Exploration
+from remattools.planner.search.exploration import Exploration
 
 FACTORIES = """
 import optax

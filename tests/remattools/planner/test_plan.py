@@ -88,7 +88,7 @@ def test_an_impossible_budget_says_what_is_possible(folder: pathlib.Path) -> Non
     with pytest.raises(rt.BudgetError) as caught:
         rt.plan(loss, model, x, budget=1000, of="temp", target="cpu", cache=folder)
     least, _ = _bounds(folder)
-    assert str(least) in str(caught.value) or "the least is" in str(caught.value)
+    assert str(least) in str(caught.value) or "the minimum reached is" in str(caught.value)
     fix = int(caught.value.fix.split("=")[1].split(",")[0])
     found = rt.plan(loss, model, x, budget=fix, of="temp", target="cpu", cache=folder)
     assert found.measured.temp_bytes <= fix

@@ -11,11 +11,11 @@ def find_paths(model):
     return [entry.paths for entry in find_modules(model)]
 
 
-def test_modules_come_in_attribute_order_with_containers_marked():
+def test_modules_come_in_the_order_of_nnx_with_containers_marked():
     entries = find_modules(Tower(depth=1))
-    assert [entry.path for entry in entries][:3] == [(), ("layers",), ("layers", 0)]
+    assert [entry.path for entry in entries][:4] == [(), ("head",), ("layers",), ("layers", 0)]
     assert [entry.path for entry in entries if entry.container] == [("layers",)]
-    assert "Block" in entries[2].class_names
+    assert "Block" in entries[3].class_names
 
 
 def test_a_shared_module_has_every_path():

@@ -21,6 +21,9 @@ from tests.remattools.transform.hosts import Host, Layer, check_exact, loss
 class Slotted:
     __slots__ = ("__length",)
 
+    def __init__(self, length):
+        self.__length = length
+
 
 class Named(collections.OrderedDict):
     """A mapping with attributes."""
@@ -30,16 +33,10 @@ class Queue(collections.deque):
     """Its items are out of sight of `vars`."""
 
 
-def slotted(length):
-    value = Slotted()
-    value.length = length
-    return value
-
-
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        pytest.param(slotted(1), slotted(2), id="private-slot"),
+        pytest.param(Slotted(1), Slotted(2), id="private-slot"),
         pytest.param(Queue([1]), Queue([2]), id="subclass-of-deque"),
         pytest.param(collections.deque([1]), collections.deque([2]), id="deque"),
         pytest.param(iter([1]), iter([1]), id="iterator"),

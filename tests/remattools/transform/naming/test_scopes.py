@@ -33,9 +33,14 @@ def test_operations_carry_the_path_of_their_module():
 def test_classes_are_restored_also_after_an_error():
     model = Tower(depth=1)
     before = dict(vars(model))
-    with pytest.raises(ZeroDivisionError), scopes.record_paths([((), model)]):
-        assert type(model) is not Tower
-        raise ZeroDivisionError
+
+    def fail():
+        with scopes.record_paths([((), model)]):
+            assert type(model) is not Tower
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert type(model) is Tower
     assert vars(model) == before
 

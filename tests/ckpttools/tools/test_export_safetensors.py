@@ -15,9 +15,9 @@ from safetensors import numpy as oracle
 
 import ckpttools as ct
 from ckpttools.store import safetensors_format
-from ckpttools.tools import safetensors_exchange
+from ckpttools.tools import export_safetensors
 from tests.ckpttools.behaviour.examples import Net, leaves
-from tests.ckpttools.restore.test_recovery import flip_bit, largest_file
+from tests.ckpttools.restore.test_first_intact import flip_bit, largest_file
 
 NARROW = ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float16"]
 WIDE = ["float32", "int8", "uint8", "int16", "uint16", "int32", "uint32", "bool", "complex64"]
@@ -122,10 +122,10 @@ def test_a_step_of_a_run_is_exported_and_proved(run, tmp_path):
 
 def test_many_leaves_are_read_a_few_at_a_time(run, tmp_path, monkeypatch):
     asked = []
-    read = safetensors_exchange.leaf_integrity.read_verified
-    monkeypatch.setattr(safetensors_exchange, "_BATCH_BYTES", 100)
+    read = export_safetensors.leaf_integrity.read_verified
+    monkeypatch.setattr(export_safetensors, "_BATCH_BYTES", 100)
     monkeypatch.setattr(
-        safetensors_exchange.leaf_integrity,
+        export_safetensors.leaf_integrity,
         "read_proved",
         lambda entry, records: asked.append(records) or read(entry, records),
     )

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read one step into host memory: plan it, verify every byte that the state needs, and apply surgery.
+
+All leaves are read and their digests compared before the first live leaf is replaced (`tree.write_back`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from ..errors import IncompleteStepError, StructureError
+from ..processes import group
+from ..spec.operations import Operation
+from ..store import leaf_integrity
+from ..store.catalogue import Entry
+from ..store.manifest import Manifest
+from ..surgery.make_plan import make_restore_plan
+from ..surgery.plan import Changes, RestorePlan
+from ..surgery.suggest import Replan, require_match
+from ..tree import flatten
+from ..tree.leaf_paths import Names, to_names
+from ..tree.write_back import HostItem, require_legal_skeletons
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedStep:
+    """A step on the host whose bytes were verified.
+
+    Attributes:
+        entry: The step.
+        manifest: Its manifest.
+        items: Its leaves after surgery, by item of the state.
+        plan: What was done to each leaf, without the values of the state.
+    """
+
+    entry: Entry
+    manifest: Manifest
+    items: dict[str, HostItem]
+    plan: RestorePlan
+
+
+type GetChanges = Callable[[Entry], Changes]
+"""Returns what may be changed in the leaves of a step; raises `VersionError` if its version is not supported."""
+
+
+def get_no_changes(entry: Entry) -> Changes:
+    """Return no changes, for steps that must fit as they are."""
+    return Changes()
+
+
+def read_step(entry: Entry, templates: Mapping[str, flatten.FlatItem], get_changes: GetChanges) -> LoadedStep:
+    """Read and verify the leaves of one step that the templates need, and apply the operations.
+
+    Raises:
+        StepDamagedError: If a leaf is missing or damaged.
+        StructureError: If the step does not fit.
+        VersionError: If the version of its state is not supported.
+    """
+    if entry.manifest is None:
+        raise entry.error or IncompleteStepError(what=f"step {entry.step} has no manifest.")
+    plan = plan_restore(entry, templates, get_changes(entry))
+    for item, template in templates.items():
+        leaves = [leaf.target for leaf in plan.placed_leaves if leaf.path[0] == item and leaf.target is not None]
+        require_legal_skeletons(template, leaves, plan.skeletons.get(item, {}))
+    _require_same_processes(entry, plan)
+    arrays = leaf_integrity.read_verified(entry, plan.collect_records())
+    return LoadedStep(entry, entry.manifest, plan.make_host_items(templates, arrays), plan.drop_templates())
+
+
+def _require_same_processes(entry: Entry, plan: RestorePlan) -> None:
+    """Raise `StructureError` if the state needs a per-process leaf and the number of processes has changed."""
+    contents, count = entry.manifest and entry.manifest.contents, group.get_process_index_and_count()[1]
+    local = {(item, *to_names(path)) for item, path in contents.find_local_paths(count)} if contents else set()
+    for leaf in plan.placed_leaves:
+        stored = leaf.source.stored_path if leaf.source else ()
+        if contents and any(stored[: len(path)] == path for path in local):
+            raise StructureError(
+                what=f"{'.'.join(stored)} of step {entry.step} was saved by {contents.processes} processes, each with "
+                f"its own value; now there are {count}.",
+                why="assigning the values to processes would be a guess. Nothing was changed.",
+                fix=f"leave {stored[0]!r} out of the state and set it yourself, or restore with as many processes.",
+            )
+
+
+def plan_restore(entry: Entry, templates: Mapping[str, flatten.FlatItem], changes: Changes) -> RestorePlan:
+    """Return what a restore of one step will do.
+
+    Raises:
+        StructureError: If the step does not fit; the error suggests surgery.
+    """
+    plan, state_names, replan = pair_leaves(entry, templates, changes)
+    require_match(entry.step, plan, state_names, replan, tuple(changes.surgery))
+    return plan
+
+
+def pair_leaves(
+    entry: Entry, templates: Mapping[str, flatten.FlatItem], changes: Changes
+) -> tuple[RestorePlan, list[Names], Replan]:
+    """Return the plan for one step, the names of the state's leaves, and a function that plans with more surgery."""
+    stored = entry.manifest.contents.get_process_items(*group.get_process_index_and_count()) if entry.manifest else {}
+    state_names = [to_names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
+
+    def replan(more: Sequence[Operation]) -> RestorePlan:
+        return make_restore_plan(stored, templates, dataclasses.replace(changes, surgery=changes.surgery + more))
+
+    return replan(()), state_names, replan

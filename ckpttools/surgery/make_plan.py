@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the stored leaf for every leaf of a state, and list every difference.
+
+Without surgery, leaves of equal names are paired, and whatever does not fit is a difference.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+from ..tree.flatten import FlatItem
+from ..tree.leaf_paths import Names, Path, to_names
+from ..tree.leaves import Leaf, describe, is_array
+from ..tree.match import Difference, add_closest_names, compare
+from ..tree.records import Record
+from .array_operations import require_values
+from .plan import Changes, PlacedLeaf, RestorePlan, SourceLeaf
+from .renaming import Parts, find_outermost_depth
+from .resize import compute_shape
+from .stored_leaves import StoredItem, StoredLeaves, make_unmatched_error
+
+
+def make_restore_plan(
+    stored: Mapping[str, StoredItem], templates: Mapping[str, FlatItem], changes: Changes
+) -> RestorePlan:
+    """Return the plan that pairs every leaf of a state with a stored leaf.
+
+    Args:
+        stored: All items of a step.
+        templates: The items of the state, flattened as templates.
+        changes: Migrations, surgery and the selection of leaves.
+
+    Raises:
+        StructureError: If an operation matches nothing, or cannot be applied.
+    """
+    table = StoredLeaves(stored)
+    for surgery in changes.migrations:
+        table.apply(surgery, strict=False)
+    table.apply(changes.surgery, strict=True)
+    return _LeafMatcher(table, templates, changes.only).plan()
+
+
+class _LeafMatcher:
+    """Pairs the leaves of a state with the leaves on disk."""
+
+    def __init__(self, table: StoredLeaves, templates: Mapping[str, FlatItem], only: Sequence[str]) -> None:
+        self._table, self._templates = table, templates
+        self._state_names = [to_names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
+        self._roots = [to_names((item, *root)) for item, flat in templates.items() for root in flat.skeletons]
+        self._reinit_parts: frozenset[Names] = frozenset()
+        self._only_parts: frozenset[Names] | None = None
+        if table.reinits or only:
+            both = Parts([*self._state_names, *self._roots, *(source.path for source in table.sources)])
+            for operation, strict in table.reinits:
+                matched = both.match(operation.pattern)
+                if strict and not matched:
+                    raise make_unmatched_error(operation, both, "in the state")
+                self._reinit_parts |= matched
+            for pattern in only:
+                here = Parts([*self._state_names, *self._roots])
+                if not here.match(pattern):
+                    raise make_unmatched_error(pattern, here, "in the state")
+                self._only_parts = (self._only_parts or frozenset()) | both.match(pattern)
+        self._differences: list[Difference] = []
+
+    def _get_skip_reason(self, path: Names) -> Literal["", "reinit", "only"]:
+        """Return why a leaf keeps the value in the state and is not read from disk; "" if it is read."""
+        if self._reinit_parts and find_outermost_depth(path, self._reinit_parts):
+            return "reinit"
+        return "only" if self._only_parts is not None and not find_outermost_depth(path, self._only_parts) else ""
+
+    def plan(self) -> RestorePlan:
+        """Pair all leaves and collect the differences."""
+        roots = frozenset(self._roots)
+        free: dict[Names, SourceLeaf] = {}
+        owned: list[PlacedLeaf] = []
+        dropped = list(self._table.dropped_leaves)
+        for source in self._table.sources:
+            if source.path[0] not in self._templates:
+                continue
+            if self._get_skip_reason(source.path):
+                dropped.append(source)
+            elif find_outermost_depth(source.path, roots):
+                target = dataclasses.replace(source.record, path=source.path[1:])
+                owned.append(PlacedLeaf(path=source.path, source=source, target=target))
+            else:
+                free[source.path] = source
+        placed = [each for item in self._templates for each in self._match_item(item, free)]
+        unexpected = [
+            Difference(kind="unexpected", path=path, stored=source.record, text="on disk, not in the state passed in")
+            for path, source in free.items()
+        ]
+        return RestorePlan(
+            placed_leaves=(*placed, *owned),
+            dropped_leaves=tuple(dropped),
+            differences=tuple(add_closest_names([*self._differences, *unexpected])),
+            skeletons=self._collect_skeletons(),
+            stored_names=tuple(source.path for source in self._table.sources),
+        )
+
+    def _collect_skeletons(self) -> dict[str, dict[Path, Any]]:
+        found: dict[str, dict[Path, Any]] = {item: {} for item in self._templates}
+        for root in self._roots:
+            if root in self._table.roots and not self._get_skip_reason(root):
+                found[root[0]][root[1:]] = self._table.roots[root]
+        return found
+
+    def _match_item(self, item: str, unmatched: dict[Names, SourceLeaf]) -> Iterator[PlacedLeaf]:
+        flat = self._templates[item]
+        is_stored = item in self._table.items or any(source.path[0] == item for source in self._table.sources)
+        if not is_stored and self._only_parts is None and not self._reinit_parts:
+            stored_items = ", ".join(self._table.items) or "no items"
+            text = f"not on disk; the step has {stored_items}"
+            self._differences.append(Difference(kind="missing", path=(item,), text=text))
+            return
+        for root in flat.skeletons:
+            path = to_names((item, *root))
+            if path not in self._table.roots and not self._get_skip_reason(path):
+                text = "holds a state (get_state/set_state) here and none on disk"
+                self._differences.append(Difference(kind="other", path=path, text=text))
+        for leaf in flat.leaves:
+            path = to_names((item, *leaf.path))
+            if why := self._get_skip_reason(path):
+                if why == "reinit" and isinstance(leaf.value, jax.ShapeDtypeStruct):
+                    require_values(".".join(path), leaf.value, "ct.Reinit")
+                yield PlacedLeaf(path=path, source=None, target=None, template=leaf.value)
+            else:
+                yield self._match_leaf(item, leaf, unmatched)
+
+    def _match_leaf(self, item: str, leaf: Leaf, unmatched: dict[Names, SourceLeaf]) -> PlacedLeaf:
+        path = to_names((item, *leaf.path))
+        # In an nnx state that plain Orbax wrote, the `value` of each variable has a key of its own.
+        source = unmatched.pop(path, None) or unmatched.pop((*path, "value"), None)
+        if source is None:
+            self._differences.append(
+                Difference(kind="missing", path=path, text="not on disk", expected=_make_record(leaf))
+            )
+            return PlacedLeaf(path=path, source=None, target=None, template=leaf.value)
+        target = _make_target_record(source, leaf)
+        difference = compare(item, leaf, target)
+        if difference is not None:
+            self._differences.append(difference)
+        return PlacedLeaf(path=path, source=source, target=target, template=leaf.value)
+
+
+def _make_record(leaf: Leaf) -> Record:
+    """Return a leaf of the state as a record, for messages."""
+    return describe("", leaf) if is_array(leaf.value) else Record(path=leaf.path, kind="value")
+
+
+def _make_target_record(source: SourceLeaf, leaf: Leaf) -> Record:
+    """Return the record of a stored leaf after its operations, under its path in the state."""
+    record = dataclasses.replace(source.record, path=leaf.path)
+    if not source.operations or not is_array(leaf.value):
+        return record
+    shape = compute_shape(".".join(source.path), source.operations, record.shape, tuple(leaf.value.shape))
+    return dataclasses.replace(
+        record, shape=shape, dtype=source.dtype, kind="empty" if 0 in shape else "array", digest="", value=None
+    )
