@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of the checkpointing guide, under its names, with its signatures and return values.
+"""The functions of the checkpointing guide, with its names, signatures and return values, on top of a session.
 
-They stand on a session and do not have the guide's faults: a damaged step is recognised by its digests and passed
-over with a warning, a model that does not fit raises instead of suggesting a fresh start, a validation leaves the live
-model alone and fails on NaN, nothing is gathered on one device, and a resumed training makes as many updates as an
-unbroken one. docs/guide-checkpointing.md goes through the guide block by block.
+They differ from the guide where it is unsafe: a damaged step is recognised by its digests and skipped with a warning, a
+model that does not fit raises instead of suggesting a fresh start, validation leaves the live model alone and fails on
+NaN, nothing is gathered on one device, and a resumed run makes as many updates as an uninterrupted one.
+docs/guide-checkpointing.md covers the guide block by block.
 """
 
 import os
@@ -29,17 +29,44 @@ def setup_checkpoint_manager(base_dir: str | os.PathLike[str] | CheckpointSpec) 
     """Open a run.
 
     Args:
-        base_dir: Its folder, relative or absolute; all its steps are kept. A spec says more.
+        base_dir: The run directory, relative or absolute, in which all steps are kept; or a spec.
 
     Returns:
-        The manager and the absolute path of the folder.
+        The manager and the absolute path of the directory.
+
+    Example:
+        >>> import tempfile
+        >>> from ckpttools import functional
+        >>> manager, path = functional.setup_checkpoint_manager(tempfile.mkdtemp())
+        >>> manager.all_steps()
+        []
+        >>> manager.close()
     """
     manager = CheckpointManager(base_dir)
     return manager, str(manager.directory)
 
 
 def save_checkpoint(checkpoint_manager: CheckpointManager, model: Any, step: int) -> CheckpointManager:
-    """Save a model; it is on the disk when the call returns."""
+    """Save a model; it is on disk when the call returns.
+
+    Args:
+        checkpoint_manager: The run.
+        model: The model, or any pytree of arrays.
+        step: Completed updates.
+
+    Returns:
+        The manager.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> from ckpttools import functional
+        >>> manager, path = functional.setup_checkpoint_manager(tempfile.mkdtemp())
+        >>> functional.save_checkpoint(manager, {"w": jnp.ones(2)}, step=1).latest_step()
+        1
+        >>> functional.load_checkpoint(manager, {"w": jnp.zeros(2)})
+        ({'w': Array([1., 1.], dtype=float32)}, 1)
+        >>> manager.close()
+    """
     return _save(checkpoint_manager, step, {"model": model})
 
 
@@ -51,15 +78,15 @@ def load_checkpoint(
     Args:
         checkpoint_manager: The run.
         target_model_template: A model of the same structure; filled in place.
-        step: Which step; None for the newest intact one.
+        step: Number of the step; None for the newest intact one.
 
     Returns:
-        The model and the step it is from; (None, None) if the run has no steps.
+        The model and its step; (None, None) if the run has no steps.
 
     Raises:
-        NoIntactStepError: If there are steps and none is intact.
+        NoIntactStepError: If the run has steps and none is intact.
         StructureError: If the model does not fit; it was not changed.
-        StepNotFoundError: If `step` is not there.
+        StepNotFoundError: If `step` does not exist.
         StepDamagedError: If `step` is damaged.
     """
     report = checkpoint_manager.load({"model": target_model_template}, step)
@@ -69,16 +96,26 @@ def load_checkpoint(
 def save_model_and_optimizer(
     checkpoint_manager: CheckpointManager, model: Any, optimizer: Any, step: int
 ) -> CheckpointManager:
-    """Save a model and its optimizer; they are on the disk when the call returns."""
+    """Save a model and its optimizer; they are on disk when the call returns."""
     return _save(checkpoint_manager, step, {"model": model, "optimizer": optimizer})
 
 
 def load_model_and_optimizer(
     checkpoint_manager: CheckpointManager, model_template: Any, optimizer_template: Any, step: int | None = None
 ) -> tuple[Any, Any, int | None]:
-    """Fill a model and its optimizer from a step; (None, None, None) if the run has no steps.
+    """Fill a model and its optimizer from a step.
 
-    Raises what `load_checkpoint` raises.
+    Args:
+        checkpoint_manager: The run.
+        model_template: A model of the same structure; filled in place.
+        optimizer_template: Its optimizer; filled in place.
+        step: Number of the step; None for the newest intact one.
+
+    Returns:
+        Model, optimizer and step; (None, None, None) if the run has no steps.
+
+    Raises:
+        CheckpointError: As `load_checkpoint`.
     """
     report = checkpoint_manager.load({"model": model_template, "optimizer": optimizer_template}, step)
     if report.step is None:
@@ -95,13 +132,13 @@ def save_sharded_checkpoint(
         checkpoint_manager: The run.
         model: The model; its arrays stay where they are.
         step: Completed updates.
-        num_shards: Kept for the guide's signature. What is written follows the arrays' own shardings.
+        num_shards: Ignored; part of the guide's signature. The files follow the arrays' own shardings.
     """
     if type(num_shards) is not int or num_shards < 1:
         raise SpecError(
-            what=f"num_shards={num_shards!r} is no count.",
-            why="it is kept for the guide's signature, where it is a number of files.",
-            fix="num_shards=4, or leave it out: the arrays' own shardings decide.",
+            what=f"num_shards={num_shards!r} is not a positive int.",
+            why="in the guide it is a number of files; here the arrays' own shardings decide.",
+            fix="leave it out, or pass num_shards=4.",
         )
     return save_checkpoint(checkpoint_manager, model, step)
 
@@ -109,23 +146,23 @@ def save_sharded_checkpoint(
 def load_sharded_checkpoint(
     checkpoint_manager: CheckpointManager, model_template: Any, step: int | None = None
 ) -> tuple[Any, int | None]:
-    """Fill a model from a step, each array sharded as the template's, whatever the sharding was at the save."""
+    """Fill a model from a step, each array sharded as in the template, whatever its sharding at the save."""
     return load_checkpoint(checkpoint_manager, model_template, step)
 
 
 def save_and_validate_checkpoint(
     checkpoint_manager: CheckpointManager, model: Any, step: int, validation_data: Any
 ) -> bool:
-    """Save a model, read it back into another, and compare their outputs; the live model is not touched.
+    """Save a model, read it back into another, and compare their outputs; the live model does not change.
 
     Args:
         checkpoint_manager: The run.
-        model: The model; called on `validation_data` as a copy, since a call may move averages and random streams.
+        model: The model; a copy is called, since a call may change running averages and random streams.
         step: Completed updates.
         validation_data: What the model is called with.
 
     Returns:
-        Whether the outputs are finite and the same; if not, a warning says what is wrong.
+        Whether the outputs are finite and equal within `TOLERANCE`; if not, a warning says what is wrong.
     """
     expected = nnx.clone(model)(validation_data)
     save_checkpoint(checkpoint_manager, model, step)
@@ -159,20 +196,20 @@ def setup_training_from_checkpoint(
     create_model: Callable[..., Any],
     create_optimizer: Callable[[Any, Any], Any] | None = None,
 ) -> tuple[Any, Any, int, CheckpointManager]:
-    """Make a model and an optimizer, and go on from the newest intact step if there is one.
+    """Create a model and an optimizer, and resume from the newest intact step if there is one.
 
     Args:
-        checkpoint_dir: The run's folder, or a spec.
+        checkpoint_dir: The run directory, or a spec.
         config: Passed to the two functions.
         create_model: Called as `create_model(config, rngs=nnx.Rngs(0))`.
         create_optimizer: Called as `create_optimizer(model, config)`; by default Adam with `config`'s learning_rate.
 
     Returns:
         Model, optimizer, start step and manager. The start step is the number of completed updates, so that
-        `for step in range(start_step, num_steps)`, saved as `step + 1`, repeats none and leaves none out.
+        `for step in range(start_step, num_steps)`, saved as `step + 1`, repeats and skips none.
 
     Raises:
-        NoIntactStepError: If there are steps and none is intact.
+        NoIntactStepError: If the run has steps and none is intact.
         StructureError: If the newest step does not fit.
     """
     checkpoint_manager, _ = setup_checkpoint_manager(checkpoint_dir)
@@ -185,13 +222,17 @@ def setup_training_from_checkpoint(
 def recover_from_corruption(
     checkpoint_dir: str | os.PathLike[str] | CheckpointSpec, model_template: Any
 ) -> tuple[Any, int | None]:
-    """Fill a model from the newest intact step; damaged ones are passed over with a warning that names them.
+    """Fill a model from the newest intact step; damaged steps are skipped with a warning that names them.
+
+    Args:
+        checkpoint_dir: The run directory, or a spec.
+        model_template: A model of the same structure; filled in place.
 
     Returns:
-        The model and the step it is from; (None, None) if the run has no steps.
+        The model and its step; (None, None) if the run has no steps.
 
     Raises:
-        NoIntactStepError: If there are steps and none is intact: that is no reason to start from scratch.
+        NoIntactStepError: If the run has steps and none is intact, so that it is never mistaken for a new run.
         StructureError: If the model does not fit.
     """
     checkpoint_manager, _ = setup_checkpoint_manager(checkpoint_dir)
@@ -207,8 +248,8 @@ def _save(checkpoint_manager: CheckpointManager, step: int, items: Mapping[str, 
     return checkpoint_manager
 
 
-def _warn_invalid(step: int, text: str) -> bool:
-    warnings.warn(f"the checkpoint of step {step} is not valid: {text}", CheckpointWarning, stacklevel=3)
+def _warn_invalid(step: int, reason: str) -> bool:
+    warnings.warn(f"the checkpoint of step {step} is not valid: {reason}", CheckpointWarning, stacklevel=3)
     return False
 
 

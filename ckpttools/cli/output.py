@@ -97,9 +97,9 @@ def print_tree(step: ShownStep) -> None:
 
 def print_verdicts(verdicts: Sequence[Verdict], *, dry_run: bool) -> None:
     """The table of `prune`."""
-    gone = "would be deleted" if dry_run else "deleted"
+    deletion = "would be deleted" if dry_run else "deleted"
     rows = [
-        [str(verdict.step.step), "kept" if verdict.keep else gone, verdict.reason]
+        [str(verdict.step.step), "kept" if verdict.keep else deletion, verdict.reason]
         for verdict in sorted(verdicts, key=lambda verdict: verdict.step.step)
     ]
     print_table(["step", "", "why"], rows, numeric=["step"]) if rows else print("no steps")
@@ -107,8 +107,8 @@ def print_verdicts(verdicts: Sequence[Verdict], *, dry_run: bool) -> None:
 
 def print_quarantine(names: Sequence[str], *, dry_run: bool) -> None:
     """What `prune` deletes from quarantine."""
-    gone = "would be deleted" if dry_run else "deleted"
-    print_text("\n".join(f"quarantined {name} {gone}" for name in names) or "nothing to delete in quarantine")
+    deletion = "would be deleted" if dry_run else "deleted"
+    print_text("\n".join(f"quarantined {name} {deletion}" for name in names) or "nothing to delete in quarantine")
 
 
 def print_error(text: str) -> None:

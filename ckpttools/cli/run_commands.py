@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands that read no arrays: `ls`, `show`, `verify`, `prune`, `pin`, `unpin`, `repair`.
 
-They import no JAX, so that they answer at once; `verify` loads the reader of the arrays once the files are intact.
+They import no JAX, so that they answer at once. Only `verify` loads the reader of the arrays, after it has compared the
+files, to read each leaf back.
 """
 
 import argparse

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run with the methods of Orbax's `CheckpointManager`: for code that was written for one.
+"""A session with the methods of Orbax's `CheckpointManager`, for code written for one.
 
-The methods are Orbax's, the behaviour is the session's: a call to `save` saves or raises, what is called latest is on
-the disk, and a damaged step never comes back. Facts that shaped it:
+The methods are Orbax's, the behaviour is the session's: a call to `save` saves or raises, the latest step is on disk,
+and a damaged step is never restored. Facts that shaped it:
 
--   such code looks at an old step and then goes on with the training. A look back is no rollback: only a save with a
-    number that the run has passed begins a branch, from the step that was restored last;
--   such code closes nothing, so the run is closed with the object. At the end of the program that is too late for a
-    save in progress: Python makes no thread any more by then. It is warned of, and the run is as it was;
--   Orbax's `check_for_errors` raises, while such code asks it as a question; here it answers, and the error is
-    raised by the next `save` or `wait_until_finished`.
+-   such code may restore an old step to inspect it and then continue training. That is not a rollback: only a save with
+    a number that the run has passed starts a branch, from the step that was restored last;
+-   such code rarely closes its manager, so the run is closed with the object. At interpreter exit that is too late for
+    a save in progress, because Python starts no threads any more: a warning says so, and the run stays as it was;
+-   Orbax's `check_for_errors` raises, while such code uses it as a query. Here it returns the error, which the next
+    `save` or `wait_until_finished` raises.
 """
 
 import os
@@ -32,19 +32,29 @@ from ..store import orbax
 
 
 class CheckpointManager:
-    """A run, as code that was written for Orbax's manager expects it.
+    """A run with the interface of Orbax's manager.
 
     Args:
-        directory: The run's folder, created if it is not there; or a spec. Of the spec `save` is not asked: a call
-            to `save` saves.
+        directory: The run directory, created if it does not exist; or a spec, whose `save` triggers are ignored:
+            each call to `save` saves.
         options: Orbax's `CheckpointManagerOptions`, with `max_to_keep`, `enable_async_checkpointing` and `create`.
             Without options all steps are kept.
 
     Attributes:
-        session: The session beneath.
+        session: The underlying session.
 
     Raises:
-        SpecError: If the options say something else, or there are several processes.
+        SpecError: If other options are set, or there are several processes.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> from ckpttools.functional import CheckpointManager
+        >>> with CheckpointManager(tempfile.mkdtemp()) as manager:
+        ...     manager.save(1, {"model": {"w": jnp.ones(2)}})
+        ...     manager.wait_until_finished()
+        ...     manager.all_steps()
+        True
+        [1]
     """
 
     def __init__(self, directory: str | os.PathLike[str] | CheckpointSpec, options: Any = None) -> None:
@@ -64,7 +74,7 @@ class CheckpointManager:
 
     @property
     def directory(self) -> pathlib.Path:
-        """The run's folder, absolute."""
+        """Return the run directory, absolute."""
         return self.session.directory
 
     def save(self, step: int, args: Any, *, metrics: Mapping[str, Any] | None = None) -> bool:
@@ -73,10 +83,10 @@ class CheckpointManager:
         Args:
             step: Completed updates.
             args: `ocp.args.Composite(model=ocp.args.StandardSave(state), ...)`, or the items by name as they are.
-            metrics: Values of this step.
+            metrics: Metrics of this step, by name.
 
         Returns:
-            False if this step is saved already.
+            Whether a save was started; False if this step is already saved.
 
         Raises:
             NotRestoredError: If the run has steps and none was restored.
@@ -96,50 +106,54 @@ class CheckpointManager:
         self.session.wait()
         newest = self.session.latest_step()
         if newest is not None and self._restored_step not in (None, newest) and step > newest:
-            # Restores no leaf: the session goes on from the run's end instead of branching off.
+            # Restores no leaf: the session continues from the newest step instead of starting a branch.
             self._restored_step = self.session.restore({}).step
 
     def load(self, items: Mapping[str, Any], step: int | None = None) -> RestoreReport:
-        """Restore items by name, live ones in place; without a step the newest intact one.
+        """Restore items by name, live ones in place.
+
+        Args:
+            items: Live objects or templates, by name.
+            step: Number of the step; None for the newest intact one.
 
         Raises:
-            NoIntactStepError: If there are steps and none is intact.
+            NoIntactStepError: If the run has steps and none is intact.
             StructureError: If the step does not fit; nothing was changed.
         """
         report = self.session.restore(items, "latest" if step is None else step)
         self._restored_step = report.step
         if report.damaged:
-            warnings.warn(f"damaged steps were passed over: {report}", CheckpointWarning, stacklevel=3)
+            warnings.warn(f"damaged steps were skipped: {report}", CheckpointWarning, stacklevel=3)
         return report
 
     def restore(self, step: int | None = None, args: Any = None) -> Any:
         """Restore what `args` holds as templates.
 
         Args:
-            step: Which one; the newest intact one if it is None.
+            step: Number of the step; None for the newest intact one.
             args: `ocp.args.Composite(model=ocp.args.StandardRestore(state), ...)`, or templates by name.
 
         Returns:
             A `Composite` with an entry for each name, or the state alone if `args` has no names.
 
         Raises:
-            StepNotFoundError: If there is no such step, or none at all.
+            StepNotFoundError: If the step does not exist, or the run has no steps.
             StructureError: If an item has no template, or the step does not fit.
         """
         items, named = orbax.get_items(args)
         bare = [name for name, template in items.items() if template is None]
         if bare:
             raise StructureError(
-                what=f"there is no template for {', '.join(bare)}.",
-                why="without one, whether a step fits could not be told, and lists would come back as dicts.",
+                what=f"no template was passed for {', '.join(bare)}.",
+                why="without one the step cannot be checked against the state, and lists would come back as dicts.",
                 fix="ocp.args.StandardRestore(nnx.state(model))",
             )
         report = self.load(items, step)
         if report.step is None:
             raise StepNotFoundError(
                 what=f"{self.directory} holds no steps.",
-                why="nothing was saved there, or it is another folder than the one that was saved to.",
-                fix="ask latest_step() first: it is None then.",
+                why="nothing was saved there, or the directory is not the one that was saved to.",
+                fix="check latest_step() first: it is None for a run without steps.",
             )
         return orbax.make_composite(report.state) if named else report.state["default"]
 
@@ -152,23 +166,23 @@ class CheckpointManager:
         self.session.pin(step)
 
     def latest_step(self) -> int | None:
-        """The newest step that is on the disk."""
+        """Return the newest step on disk; None if there is none."""
         return self.session.latest_step()
 
     def all_steps(self) -> list[int]:
-        """The steps that are on the disk, in increasing order."""
+        """Return the steps on disk, in increasing order."""
         return list(self.session.all_steps())
 
     def wait_until_finished(self) -> None:
-        """Wait until the save in progress is on the disk, and raise its error."""
+        """Wait until the save in progress is on disk, and raise its error."""
         self.session.wait()
 
     def check_for_errors(self) -> BaseException | None:
-        """The error of a save that has failed in the background, or None; the next save or wait raises it."""
+        """Return the error of a failed background save, or None; the next save or wait raises it."""
         return self.session.failure
 
     def close(self) -> None:
-        """Wait for the save in progress, raise its error, and let others write to the run."""
+        """Wait for the save in progress, raise its error, and release the writer's lock."""
         self._finalizer.detach()
         self.session.close()
 
@@ -178,7 +192,7 @@ def _require_one_process() -> None:
     if count > 1:
         raise SpecError(
             what=f"CheckpointManager was made in one of {count} processes.",
-            why="what it remembers of looks at old steps is not shared between processes in this version.",
+            why="it tracks which step was restored last, and processes do not share that.",
             fix="use `with ct.open(spec) as ckpt`, which saves and restores with several processes.",
         )
 
@@ -188,7 +202,7 @@ def _make_spec(directory: str | os.PathLike[str] | CheckpointSpec, options: Any)
         if options is not None:
             raise SpecError(
                 what="a spec and Orbax's options were both passed.",
-                why="each says what is kept.",
+                why="both say which steps are kept.",
                 fix="CheckpointManager(spec)",
             )
         return directory
@@ -196,7 +210,7 @@ def _make_spec(directory: str | os.PathLike[str] | CheckpointSpec, options: Any)
     keep: Retention = All() if changed.get("max_to_keep") is None else Latest(changed["max_to_keep"])
     storage = Storage(asynchronous=changed.get("enable_async_checkpointing", True))
     if not changed.get("create", True) and not pathlib.Path(directory).is_dir():
-        raise SpecError(what=f"{directory} is no folder.", why="the options say create=False.", fix="create=True")
+        raise SpecError(what=f"{directory} is not a directory.", why="the options set create=False.", fix="create=True")
     return CheckpointSpec(directory=pathlib.Path(directory), keep=keep, storage=storage)
 
 
@@ -207,15 +221,15 @@ def _get_changed_options(options: Any) -> dict[str, Any]:
         changed = orbax.get_changed_options(options)
     except TypeError as error:
         raise SpecError(
-            what=f"{options!r:.80} are no options: {error}.",
-            why="only those of Orbax's manager are understood here.",
+            what=f"options={options!r:.80} is not a CheckpointManagerOptions: {error}.",
+            why="only the options of Orbax's manager are supported.",
             fix="ocp.CheckpointManagerOptions(max_to_keep=3), or CheckpointManager(spec).",
         ) from error
     unknown = sorted(changed.keys() - {"max_to_keep", "enable_async_checkpointing", "create"})
     if unknown:
         raise SpecError(
             what=f"the options set {', '.join(unknown)}.",
-            why="that is a policy of Orbax's manager, and this one has a spec instead.",
+            why="those are policies of Orbax's manager; this manager takes them from a spec.",
             fix='CheckpointManager(ct.CheckpointSpec(directory=..., keep=ct.Latest(3) | ct.Best("loss", mode="min")))',
         )
     return changed

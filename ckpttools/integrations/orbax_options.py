@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A spec as Orbax's `CheckpointManagerOptions`, for trainers that build Orbax's manager themselves.
+"""Translate a spec to Orbax's `CheckpointManagerOptions`, for trainers that build Orbax's manager themselves.
 
-A translation or an error, nothing in between: what Orbax cannot express raises, with the reason. Facts that shaped it:
+Whatever Orbax cannot express raises, with the reason. Facts that shaped it:
 
--   Orbax asks its save policy before the metrics are there, so no trigger that looks at one can be expressed;
--   with a `preservation_policy` and without `best_fn`, metrics never reach the disk; so both are set;
--   its best step may be one whose metric is NaN, and may be all that is kept; so NaN ranks last and the two latest
+-   Orbax calls its save policy before the metrics exist, so no trigger that uses a metric can be expressed;
+-   with a `preservation_policy` and without `best_fn`, metrics are never written to disk, so both are set;
+-   its best step may be one whose metric is NaN, and may be the only one kept, so NaN ranks last and the two latest
     steps are kept with every policy.
 """
 
@@ -22,14 +22,22 @@ from ..store import orbax
 
 
 def orbax_options(spec: CheckpointSpec) -> Any:
-    """Orbax's `CheckpointManagerOptions` for a spec; its directory is passed to the trainer beside them.
+    """Return Orbax's `CheckpointManagerOptions` for a spec; pass its directory to the trainer separately.
 
-    What Orbax's manager does with them is Orbax's: no digests, no proof on restore, compressed arrays, no room kept
-    free, no save of the final step. Its `best_step()` means the first metric that the spec gives a direction to.
-    Where a trainer lets its manager be replaced, do that.
+    Orbax's manager itself writes no digests, verifies nothing on restore, compresses arrays, reserves no disk space,
+    and does not save the final step. Its `best_step()` uses the first metric whose mode the spec names. If the
+    trainer lets you replace its manager, do that instead.
+
+    Args:
+        spec: The spec to translate.
 
     Raises:
-        SpecError: If the spec asks for something that these options cannot say.
+        SpecError: If these options cannot express the spec.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> type(ct.orbax_options(ct.CheckpointSpec(directory="runs/a"))).__name__
+        'CheckpointManagerOptions'
     """
     _require_expressible(spec)
     fields: dict[str, Any] = {
@@ -51,27 +59,27 @@ def orbax_options(spec: CheckpointSpec) -> Any:
 
 
 def _require_expressible(spec: CheckpointSpec) -> None:
-    asked = {
+    requested = {
         "mirror": (spec.mirror is not None, "Orbax's manager writes to one place"),
         "state_version": (
             as_state_version(spec.state_version) != StateVersion(),
-            "Orbax marks no step with a version and changes none",
+            "Orbax neither records a version nor migrates a step",
         ),
         "integrity.verify": (spec.integrity.verify != "digest", "Orbax does not read back what it wrote"),
-        "integrity.digest": (spec.integrity.digest != Integrity().digest, "Orbax keeps no digests"),
-        "storage.min_free": (spec.storage.min_free != Storage().min_free, "Orbax does not look at the free space"),
-        "storage.when_full": (spec.storage.when_full != "raise", "Orbax does not look at the free space"),
+        "integrity.digest": (spec.integrity.digest != Integrity().digest, "Orbax writes no digests"),
+        "storage.min_free": (spec.storage.min_free != Storage().min_free, "Orbax does not check the free space"),
+        "storage.when_full": (spec.storage.when_full != "raise", "Orbax does not check the free space"),
     }
-    for field, (is_asked, why) in asked.items():
-        if is_asked:
+    for field, (is_requested, why) in requested.items():
+        if is_requested:
             raise _make_inexpressible_error(field, why)
 
 
 def _make_inexpressible_error(what: str, why: str) -> SpecError:
     return SpecError(
-        what=f"{what} cannot be said in Orbax's options.",
-        why=f"{why}; leaving it out would not be what the spec says.",
-        fix="hand the trainer a session (ct.open, ct.train, ct.peft_trainer), or leave it out of this trainer's spec.",
+        what=f"{what} cannot be expressed in Orbax's options.",
+        why=f"{why}; without it the run would not follow the spec.",
+        fix="use a session (ct.open, ct.train, ct.peft_trainer), or leave it out of this trainer's spec.",
     )
 
 
@@ -89,7 +97,9 @@ def _make_save_policy(trigger: triggers.Trigger) -> Any:
             raise _make_inexpressible_error(repr(trigger), "Orbax combines its policies by 'or' only")
         case _:
             why = (
-                "Orbax decides before it sees a metric" if trigger.get_metric_names() else "Orbax has no policy like it"
+                "Orbax decides before it gets the metrics"
+                if trigger.get_metric_names()
+                else "Orbax has no policy like it"
             )
             raise _make_inexpressible_error(repr(trigger), why)
 
@@ -119,7 +129,7 @@ def _make_preservation_policy(keep: retention.Retention) -> Any:
 
 
 def _make_metric_fn(metric: str, mode: Literal["min", "max"]) -> Callable[[Mapping[str, Any]], float]:
-    """Looks a metric up; NaN, and a step without it, are worst."""
+    """Return a function that looks a metric up; NaN and a missing metric rank worst."""
     worst = math.inf if mode == "min" else -math.inf
 
     def get_value(metrics: Mapping[str, Any]) -> float:

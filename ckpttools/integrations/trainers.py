@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainers that are handed a spec and nothing else.
+"""Train with a spec: restore, the loop, the saves, and the exit at SIGTERM in one call.
 
-Whoever can say what its state is and make one update is a `Trainer`, and `train(trainer, spec)` is then the whole of
-its checkpointing: restore, the loop, the saves, the end at SIGTERM. A trainer with a loop of its own needs another
-handle: `peft_trainer` gives tunix's one, `CheckpointManager` has the methods of Orbax's manager, and `orbax_options`
-is for those who build that themselves.
+Anything that can return its state and make one update is a `Trainer`, for `train(trainer, spec)`. A trainer that has
+its own loop needs another way in: `peft_trainer` for tunix, `CheckpointManager` for code written for Orbax's manager,
+and `orbax_options` for trainers that build Orbax's manager themselves.
 """
 
 import dataclasses
@@ -19,20 +18,20 @@ from ..spec.spec import CheckpointSpec
 
 @runtime_checkable
 class Trainer(Protocol):
-    """What `train` asks of a trainer."""
+    """The interface that `train` expects of a trainer."""
 
     @property
     def total_steps(self) -> int:
-        """How many updates the whole training makes."""
+        """Return how many updates the whole training makes."""
 
     def get_state(self) -> Mapping[str, Any]:
-        """Items by name: live objects or pytrees, data iterator included; the same names each time."""
+        """Return items by name: live objects or pytrees, data iterator included; the same names each time."""
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Take the restored items; live objects are filled in place before and are passed along."""
+        """Accept the restored items; live objects are already filled in place."""
 
     def train_step(self) -> Mapping[str, Any] | None:
-        """Make one update; returns the metrics of this step, which may be arrays."""
+        """Make one update, and return the metrics of this step, which may be arrays."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,9 +40,15 @@ class FlaxLoop:
 
     Attributes:
         state: Items by name.
-        update: Makes one update: changes the live objects in `state`, or puts new values in their place; returns
-            the metrics, or None.
+        update: Makes one update by changing or replacing the items of `state`; returns the metrics, or None.
         total_steps: How many updates the whole training makes.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> def update(state):
+        ...     state["model"]["w"] += 1
+        >>> ct.FlaxLoop(state={"model": {"w": 0}}, update=update, total_steps=3).total_steps
+        3
     """
 
     state: dict[str, Any]
@@ -51,11 +56,11 @@ class FlaxLoop:
     total_steps: int
 
     def get_state(self) -> Mapping[str, Any]:
-        """The items."""
+        """Return the items."""
         return self.state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Take the restored items."""
+        """Replace the items by the restored ones."""
         self.state.update(state)
 
     def train_step(self) -> Mapping[str, Any] | None:
@@ -65,12 +70,12 @@ class FlaxLoop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """What a training came to.
+    """The result of a training.
 
     Attributes:
-        restored: What it went on from.
-        last_step: Completed updates at its end; saved.
-        preempted: Whether it was asked to stop before all updates were made.
+        restored: The restore that it resumed from.
+        last_step: Completed updates at its end; this step is saved.
+        preempted: Whether a signal stopped it before all updates were made.
     """
 
     restored: RestoreReport
@@ -82,12 +87,23 @@ def train(trainer: Trainer, spec: CheckpointSpec, validate: Validate | None = No
     """Train to the end, from the newest intact step if there is one.
 
     Args:
-        trainer: The trainer.
-        spec: When to save, what to keep, where.
-        validate: As for `ct.open`.
+        trainer: The trainer, such as a `FlaxLoop`.
+        spec: Where and when to save, and what to keep.
+        validate: Returns outputs that are stored with each step and compared at a restore; see `ct.open`.
+
+    Returns:
+        The step reached, and what it resumed from.
 
     Raises:
         CheckpointError: If a step cannot be restored or saved.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, ckpttools as ct
+        >>> def update(state):
+        ...     state["model"] = {"w": state["model"]["w"] + 1}
+        >>> loop = ct.FlaxLoop(state={"model": {"w": jnp.zeros(2)}}, update=update, total_steps=3)
+        >>> ct.train(loop, ct.CheckpointSpec(directory=tempfile.mkdtemp())).last_step
+        3
     """
     with Session(spec, validate) as session:
         restored = session.restore(trainer.get_state())

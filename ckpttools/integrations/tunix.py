@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tunix's `PeftTrainer` on a spec: its checkpoint manager is replaced, its code is not touched.
+"""Run tunix's `PeftTrainer` with a spec, by replacing its checkpoint manager.
 
 Nothing here imports tunix, and no module of it is patched. Facts that shaped it (google-tunix 0.1.7):
 
--   the trainer makes its manager in its constructor and restores from it a few lines later, so what has to be there by
-    then is the class: the subclass made here takes no manager but its own;
--   the manager is asked at every update; whether one is saved is its decision;
--   the loop cannot be ended from within, so after a signal the step is saved and the signal is let through;
+-   the trainer creates its manager in its constructor and restores from it a few lines later, so the class itself must
+    replace the manager: the subclass made here ignores any manager that is assigned;
+-   the trainer calls `save` after every update, and the manager decides whether to save;
+-   the loop cannot be ended from within, so after a signal the step is saved and the signal is raised again;
 -   with LoRA only the LoRA parameters are saved; the frozen rest comes from the base model;
--   of the data the trainer remembers only how many batches it has taken.
+-   of its data, the trainer records only how many batches it has read.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,11 +22,11 @@ from ..session.session import Session
 from ..spec.spec import CheckpointSpec
 
 type Metrics = Callable[[Any], Mapping[str, Any]]
-"""Given the trainer, the metrics of the update that it has just made."""
+"""Given the trainer, returns the metrics of the last update."""
 
 
 class _Json:
-    """A dict of plain values that may have other keys on the disk than here."""
+    """A dict of plain values whose keys on disk may differ from those in memory."""
 
     def __init__(self, value: Mapping[str, Any]) -> None:
         self.value = dict(value)
@@ -44,11 +44,11 @@ class PeftCheckpoints:
     The items carry tunix's names, `model_params` and `optimizer_state`.
 
     Args:
-        spec: When to save, what to keep, where.
-        metrics: Returns the metrics of the update that was just made.
+        spec: Where and when to save, and what to keep.
+        metrics: Returns the metrics of the last update.
 
     Attributes:
-        session: The session beneath.
+        session: The underlying session.
     """
 
     def __init__(self, spec: CheckpointSpec, metrics: Callable[[], Mapping[str, Any]] = dict) -> None:
@@ -56,7 +56,7 @@ class PeftCheckpoints:
         self._metrics = metrics
 
     def latest_step(self) -> int | None:
-        """The newest step that is on the disk."""
+        """Return the newest step on disk; None if there is none."""
         return self.session.latest_step()
 
     def save(
@@ -68,15 +68,23 @@ class PeftCheckpoints:
         force: bool = False,
         custom_metadata: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Save if the spec says so, if `force` does, or if a signal has asked this process to stop.
+        """Save if the spec says so, if `force` is true, or if a signal has asked this process to stop.
+
+        Args:
+            step: Completed updates.
+            model: The model.
+            optimizer: Its optimizer; None to save none.
+            save_only_lora_params: Whether to save the LoRA parameters only.
+            force: Whether to save regardless of the spec.
+            custom_metadata: Plain values of the trainer.
 
         Returns:
-            Whether a save was made or begun.
+            Whether a save was made or started.
         """
         state = _make_items(model, optimizer, save_only_lora_params)
         state["custom_metadata"] = _Json(custom_metadata or {})
         if force:
-            outcome = self.session.save(step, state, self._metrics(), reason="the trainer asked for it")
+            outcome = self.session.save(step, state, self._metrics(), reason="requested by the trainer")
         else:
             outcome = self.session.step(step, state, self._metrics())
         if self.session.preempted:
@@ -93,10 +101,10 @@ class PeftCheckpoints:
         """Fill the model and the optimizer from the newest intact step, or from `step`.
 
         Returns:
-            The step and the trainer's metadata; (0, {}) if there are no steps.
+            The step and the trainer's metadata; (0, {}) if the run has no steps.
 
         Raises:
-            NoIntactStepError: If there are steps and none is intact.
+            NoIntactStepError: If the run has steps and none is intact.
             StructureError: If the step does not fit; nothing was changed.
         """
         metadata = _Json({})
@@ -109,7 +117,7 @@ class PeftCheckpoints:
         return report.step, metadata.value
 
     def close(self) -> None:
-        """Wait for the save in progress, raise its error, and give back the signals and the lock."""
+        """Wait for the save in progress, raise its error, and release the signal handlers and the lock."""
         self.session.close()
 
 
@@ -119,23 +127,29 @@ def _make_items(model: Any, optimizer: Any, only_lora: bool) -> dict[str, Any]:
 
 
 def peft_trainer[T](trainer_class: type[T], spec: CheckpointSpec, *, metrics: Metrics | None = None) -> type[T]:
-    """A class of trainers that save and restore by a spec; otherwise it is `trainer_class`.
+    """Return a subclass of a tunix trainer that saves and restores by a spec.
 
     Args:
         trainer_class: tunix's `PeftTrainer` or a subclass.
-        spec: When to save, what to keep, where. `checkpoint_root_directory` and `checkpointing_options` of the
+        spec: Where and when to save, and what to keep. `checkpoint_root_directory` and `checkpointing_options` of the
             trainer's configuration stay empty.
-        metrics: For a spec that looks at metrics, since tunix passes none: given the trainer, returns them, such as
+        metrics: Given the trainer, returns the metrics that the spec uses, since tunix passes none, such as
             `lambda trainer: {"loss": trainer.metrics_logger.get_metric("", "loss", "train")}`.
 
     Raises:
-        SpecError: If the spec looks at metrics and there is no `metrics`.
+        SpecError: If the spec uses metrics and `metrics` is None.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> class Trainer: ...  # tunix.PeftTrainer
+        >>> ct.peft_trainer(Trainer, ct.CheckpointSpec(directory="runs/a")).__name__
+        'Trainer'
     """
-    wanted = sorted(spec.save.get_metric_names() | spec.get_metric_modes().keys())
-    if wanted and metrics is None:
+    names = sorted(spec.save.get_metric_names() | spec.get_metric_modes().keys())
+    if names and metrics is None:
         raise SpecError(
-            what=f"the spec looks at {', '.join(wanted)} and the trainer passes no metrics.",
-            why="without them it would never save or keep by them.",
+            what=f"the spec uses {', '.join(names)}, but the trainer passes no metrics.",
+            why="the rules that need them would never apply.",
             fix='peft_trainer(PeftTrainer, spec, metrics=lambda trainer: {"loss": ...})',
         )
 
@@ -144,10 +158,10 @@ def peft_trainer[T](trainer_class: type[T], spec: CheckpointSpec, *, metrics: Me
         return manager
 
     def set_manager(self: Any, manager: Any) -> None:
-        if (folder := self.config.checkpoint_root_directory) is not None:
+        if (root := self.config.checkpoint_root_directory) is not None:
             raise SpecError(
-                what=f"the trainer's configuration has checkpoint_root_directory={folder!r}.",
-                why="the spec says where this run is saved, and two managers would each keep a part of it.",
+                what=f"the trainer's configuration has checkpoint_root_directory={root!r}.",
+                why="the spec already names the directory, and two managers would each save part of the run.",
                 fix="leave checkpoint_root_directory out of the TrainingConfig.",
             )
         manager.close()

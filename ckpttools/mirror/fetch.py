@@ -25,10 +25,16 @@ type Progress = Callable[[int, int], None]
 
 
 class Fetcher:
-    """The copies of one restore, from `list_candidates` to `clean_up`.
+    """Fetches copies for one restore, from `list_candidates` to `clean_up`.
+
+    Args:
+        run: The run to fetch to.
+        mirror: The mirror of the spec.
+        store: Its store.
+        progress: Called with the bytes fetched so far and their total.
 
     Attributes:
-        error: Why the store could not be asked; None if it answered.
+        error: Why the store could not be read; None if it answered.
     """
 
     def __init__(
@@ -43,64 +49,63 @@ class Fetcher:
         self.error: MirrorError | None = None
 
     def list_candidates(self, selector: Selector) -> list[Entry]:
-        """Local steps and copies, the one to try first in front.
+        """Return local steps and copies in the order in which they are tried.
 
         Raises:
-            MirrorError: If there is no local step and the store does not answer: the run may be there.
-            StepNotFoundError: If the step that is asked for is in neither place.
+            MirrorError: If the run has no local step and the store, which may hold one, does not answer.
+            StepNotFoundError: If the requested step is in neither place.
         """
         require_selector(selector)
-        known = self._run.refresh_steps()
+        local = self._run.refresh_steps()
         try:
             copies = self._store.list_copies()
         except MirrorError as error:
             self.error = error
             if self._mirror.must_answer and not self._run.is_used():
                 raise _make_unreachable_error(self._run.directory, error) from error
-            return list_candidates(known, selector)
-        both = merge_copies(known, [(copy, self._make_entry(copy)) for copy in copies])
+            return list_candidates(local, selector)
+        both = merge_copies(local, [(copy, self._make_entry(copy)) for copy in copies])
         if not isinstance(selector, int):
             return list_candidates(both, selector)
         found = [entry for entry in (*both.entries, *both.moved_entries) if entry.step == selector]
         if not found:
             steps = sorted({entry.step for entry in both.entries})
             raise StepNotFoundError(
-                what=f"there is no step {selector}.",
+                what=f"step {selector} does not exist.",
                 why="it was never saved, or retention has deleted it here and at the mirror.",
-                fix=f"there are {', '.join(map(str, steps)) or 'no steps'}.",
+                fix=f"available: {', '.join(map(str, steps)) or 'no steps'}.",
             )
         return found
 
     def find_copy(self, selector: Selector) -> Entry:
-        """The copy to fetch for a selector, whatever there is in the run's folder.
+        """Return the copy to fetch for a selector, regardless of the local steps.
 
         Raises:
-            StepNotFoundError: If the mirror has none.
+            StepNotFoundError: If the mirror has no such copy.
             MirrorError: If the store does not answer.
         """
         copies = self._store.list_copies()
         both = merge_copies(self._run.refresh_steps(), [(copy, self._make_entry(copy)) for copy in copies])
         chosen = both.entries if isinstance(selector, int) else tuple(list_candidates(both, selector))
-        wanted = (entry for entry in chosen if entry.fetch and selector in (entry.step, "latest"))
-        found = next(wanted, None)
+        found = next((entry for entry in chosen if entry.fetch and selector in (entry.step, "latest")), None)
         if found is None:
             steps = sorted({copy.manifest.summary.step for copy in copies})
             raise StepNotFoundError(
                 what=f"{self._store.url} has no {'step of this run' if selector == 'latest' else f'step {selector}'}.",
                 why="it was never copied, or the mirror's retention has deleted it.",
-                fix=f"there are {', '.join(map(str, steps)) or 'no steps'}.",
+                fix=f"available: {', '.join(map(str, steps)) or 'no steps'}.",
             )
         return found
 
     def _make_entry(self, copy: Copy) -> Entry:
         holder = layout.get_control_path(self._run.directory, f"staging/{copy.name}-{secrets.token_hex(4)}")
-        folder = holder / str(copy.manifest.summary.step)
+        directory = holder / str(copy.manifest.summary.step)
         return Entry(
             step=copy.manifest.summary.step,
-            path=folder,
+            path=directory,
             state="committed",
             manifest=copy.manifest,
-            fetch=lambda: self._fetch(copy, folder),
+            fetch=lambda: self._fetch(copy, directory),
         )
 
     def _fetch(self, copy: Copy, directory: pathlib.Path) -> None:
@@ -113,7 +118,7 @@ class Fetcher:
             if free < needed:
                 raise DiskSpaceError(
                     what=f"step {copy.manifest.summary.step} at the mirror takes {needed:,} bytes; {free:,} are free.",
-                    why="a step is fetched to the run's folder before it is restored.",
+                    why="a step is fetched to the run directory before it is restored.",
                     fix="free some space and restore again.",
                 )
             done = 0
@@ -133,15 +138,15 @@ class Fetcher:
         except OSError as error:
             raise StorageError(
                 what=f"step {copy.manifest.summary.step} could not be fetched from the mirror: {error}.",
-                why="it is written to the run's folder first.",
-                fix="mend the cause and restore again; nothing was changed.",
+                why="a copy is written to the run directory before it is restored.",
+                fix="fix the cause and restore again; nothing was changed.",
             ) from error
 
     def commit(self, entry: Entry) -> None:
-        """Commit a fetched step that was restored; another process that writes to the run keeps it from that."""
+        """Commit a fetched step that was restored, unless another process writes to the run."""
         if entry.fetch is None:
             return
-        root, held = self._run.directory, self._run.lock.is_held
+        root, was_held = self._run.directory, self._run.lock.is_held
         try:
             self._run.lock.acquire()
             commit.commit_step(root, entry.path, entry.step)
@@ -149,15 +154,15 @@ class Fetcher:
                 spare = layout.get_spare_directory(root, entry.manifest.summary.sequence)
                 commit.copy_small_files(layout.get_step_directory(root, entry.step), spare)
         except OSError:
-            # The state was restored all the same; only its step stays at the mirror.
+            # The state was restored anyway; only its step stays at the mirror.
             return
         finally:
             self._run.invalidate()
-            if not held:
+            if not was_held:
                 self._run.lock.release()
 
     def clean_up(self) -> None:
-        """Remove what was fetched and not committed."""
+        """Remove copies that were fetched but not committed."""
         for holder in self._staging_directories:
             shutil.rmtree(holder, ignore_errors=True)
 
@@ -165,8 +170,8 @@ class Fetcher:
 def _make_unreachable_error(directory: pathlib.Path, error: MirrorError) -> MirrorError:
     return MirrorError(
         what=f"{directory} holds no steps, and the mirror does not answer: {error.what}",
-        why="the run may be at the mirror; to begin afresh would train it again.",
-        fix="try again; for a new run drop the mirror, or say Mirror(url, must_answer=False).",
+        why="the run may be at the mirror, and a fresh start would train it again.",
+        fix="try again; for a new run leave out the mirror, or pass ct.Mirror(url, must_answer=False).",
     )
 
 
@@ -177,22 +182,30 @@ def fetch_step(
     *,
     progress: Progress | None = None,
 ) -> int:
-    """Bring a step from a mirror to a run's folder, by default the newest; a damaged one there is set aside.
+    """Fetch a step from a mirror into a run directory; a local step of that number is moved to quarantine.
 
     Args:
-        directory: The run's folder; made if need be.
+        directory: The run directory; created if it does not exist.
         mirror: The mirror or its address.
-        step: Which step.
-        progress: Called with the bytes that were fetched and those there are.
+        step: Number of the step; None for the newest.
+        progress: Called with the bytes fetched so far and their total.
 
     Returns:
-        Its number.
+        The number of the step.
 
     Raises:
         StepNotFoundError: If the mirror has no such step.
         StepDamagedError: If its copy is damaged.
         MirrorError: If the store does not answer.
         RunInUseError: If a process writes to the run.
+
+    Example:
+        >>> import pathlib, tempfile, jax.numpy as jnp, ckpttools as ct
+        >>> root = pathlib.Path(tempfile.mkdtemp())
+        >>> with ct.open(ct.CheckpointSpec(directory=root / "run", mirror=f"file://{root}/copies")) as ckpt:
+        ...     _ = ckpt.save(1, {"model": {"w": jnp.ones(2)}})
+        >>> ct.fetch_step(root / "another", f"file://{root}/copies")
+        1
     """
     place = as_mirror(mirror)
     assert place is not None

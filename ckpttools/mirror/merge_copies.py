@@ -16,7 +16,7 @@ from .remote_store import Copy
 
 
 def merge_copies(steps: Catalogue, copies: Sequence[tuple[Copy, Entry]]) -> Catalogue:
-    """The steps of a run and their copies in one list, local ones first, for choosing among them.
+    """Return the steps of a run and their copies as one catalogue, local steps before their copies.
 
     Args:
         steps: The run's steps.
@@ -32,7 +32,7 @@ def merge_copies(steps: Catalogue, copies: Sequence[tuple[Copy, Entry]]) -> Cata
     for _, entry in copies:
         if entry.manifest is not None:
             placed.append((entry, _is_live_copy(entry.manifest.summary, lineage, newest)))
-    # The metric of a local step and of its copy are equal: the greater number makes the local one the first.
+    # A local step and its copy have equal metrics: the greater number puts the local one first.
     order_of_commit = sorted(
         (entry for entry, _ in placed if entry.manifest),
         key=lambda entry: (entry.manifest.summary.saved_at if entry.manifest else 0.0, entry.fetch is None),
@@ -56,15 +56,15 @@ def _renumber(entry: Entry, is_live: bool, sequence: int) -> Entry:
 
 
 def _choose_lineage(newest_local: Summary | None, newest_copy: Summary | None) -> Lineage:
-    """The run's lineage: the local one, unless the run went on elsewhere from one of its steps."""
+    """Return the run's lineage: the local one, unless the run continued elsewhere from one of its steps."""
     if newest_local is None or newest_copy is None:
-        known = newest_local or newest_copy
-        return known.lineage if known else ()
-    went_on = (
+        newest = newest_local or newest_copy
+        return newest.lineage if newest else ()
+    continued_elsewhere = (
         newest_copy.lineage[: len(newest_local.lineage)] == newest_local.lineage
         and newest_copy.saved_at > newest_local.saved_at
     )
-    return newest_copy.lineage if went_on else newest_local.lineage
+    return newest_copy.lineage if continued_elsewhere else newest_local.lineage
 
 
 def _is_live_copy(summary: Summary, lineage: Lineage, newest: Summary | None) -> bool:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of steps at an fsspec address: the only file that imports fsspec.
+"""Read and write copies of steps at an fsspec address; the only file that imports fsspec.
 
     s3://bucket/run/
-        500-1a2b3c4d/          one step: the files of its folder, each under its own name
+        500-1a2b3c4d/          one step: the files of its directory, under their own names
             ckpttools.manifest written last: without it the copy is not a step
 
-The name holds the step and the first digits of its manifest's digest, so that a name never stands for two contents,
-an unfinished copy is taken up where it was left, and a manifest that was read once need not be read again.
+The name holds the step and the first digits of its manifest's digest. So a name never stands for two contents, an
+unfinished copy is resumed where it stopped, and each manifest is read only once.
 
-Stores raise whatever their drivers raise; all of it becomes `MirrorError` here. Nothing that a store says is
-believed: names are matched, never joined as they come, manifests are sealed, files are compared with their digests.
+Stores raise whatever their drivers raise; all of it becomes `MirrorError` here. No answer of a store is trusted: names
+must match a pattern, manifests are sealed, and files are compared with their digests.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from ..store.manifest import Manifest, Summary
 _NAME = re.compile(r"(0|[1-9]\d{0,17})-([0-9a-f]{8})")
 _BLOCK_BYTES = 1 << 22
 _FLAT_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "tos", "memory"})
-"""Stores of flat names; asking some of them for a folder would create a bucket."""
+"""Stores without directories; creating one would create a bucket on some of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Copy:
     """A finished copy of a step.
 
     Attributes:
-        name: Its folder, below the mirror's address.
-        manifest: The step's manifest, whose seal was checked.
+        name: Its directory, below the mirror's address.
+        manifest: The step's manifest, with a verified seal.
         manifest_bytes: The manifest's bytes.
     """
 
@@ -46,14 +46,18 @@ class Copy:
 
 
 def get_copy_name(data: bytes) -> str:
-    """The name of the copy of the step whose manifest has these bytes."""
+    """Return the name of the copy of a step, from the bytes of its manifest."""
     summary = manifest.parse_manifest(data).summary
     mark = digest.hash_bytes("sha256", data).partition(":")[2]
     return f"{summary.step}-{mark[:8]}"
 
 
 class RemoteStore:
-    """The steps at one address. Opening it reaches nothing.
+    """The copies at one address; the constructor does not contact it.
+
+    Args:
+        url: The address, such as "s3://bucket/run".
+        options: Options of the fsspec driver.
 
     Attributes:
         url: The address.
@@ -75,7 +79,7 @@ class RemoteStore:
                 fix='pip install "nnx-checkpointing[mirror]", and the driver of your store, such as s3fs.',
             ) from error
         with self._wrap_errors("opened"):
-            # A file system of its own: a cached listing would hide what others wrote, and a cached failure its end.
+            # No caches: a cached listing would hide what others wrote, and a cached failure would outlast its cause.
             system, root = fsspec.core.url_to_fs(
                 self.url, skip_instance_cache=True, use_listings_cache=False, **self._options
             )
@@ -90,11 +94,11 @@ class RemoteStore:
 
     @property
     def known_summaries(self) -> dict[str, Summary]:
-        """The summaries of the finished copies whose manifests were read so far."""
+        """Return the summaries of the finished copies whose manifests were read so far."""
         return dict(self._summaries)
 
     def list_names(self) -> tuple[str, ...]:
-        """The names of all copies, finished or not.
+        """Return the names of all copies, finished or not.
 
         Raises:
             MirrorError: If the store does not answer.
@@ -105,13 +109,13 @@ class RemoteStore:
             try:
                 found = system.ls(root, detail=False)
             except FileNotFoundError:
-                # A folder without files; where it is the bucket that is missing, the first copy will tell.
+                # An empty directory; if the bucket itself is missing, the first copy fails.
                 return ()
-        last = (str(path).rstrip("/").rpartition("/")[2] for path in found)
-        return tuple(sorted(name for name in last if _NAME.fullmatch(name)))
+        names = (str(path).rstrip("/").rpartition("/")[2] for path in found)
+        return tuple(sorted(name for name in names if _NAME.fullmatch(name)))
 
     def list_copies(self) -> tuple[Copy, ...]:
-        """Every finished copy, in the order of the commits; unfinished and damaged ones are left out.
+        """Return every finished copy in the order of the commits, without unfinished and damaged ones.
 
         Raises:
             MirrorError: If the store does not answer.
@@ -120,15 +124,15 @@ class RemoteStore:
         return tuple(sorted((copy for copy in found if copy), key=lambda copy: copy.manifest.summary.saved_at))
 
     def read_summary(self, name: str) -> Summary | None:
-        """The summary of the finished copy of that name, which is read once; None as for `copy`."""
+        """Return the summary of a finished copy, reading it at most once; None if `read_copy` returns None."""
         if name not in self._summaries:
             self.read_copy(name)
         return self._summaries.get(name)
 
     def read_copy(self, name: str) -> Copy | None:
-        """The finished copy of that name; None if its manifest is missing, damaged or another's.
+        """Return the finished copy of a name; None if its manifest is missing, damaged or another step's.
 
-        Only its summary is kept: the manifests of many copies of a large model would fill the memory of a training.
+        Only the summary stays in memory: the manifests of many copies of a large model would fill it.
         """
         self._summaries.pop(name, None)
         data = self._read_small(self._join_path(name, layout.MANIFEST))
@@ -153,26 +157,26 @@ class RemoteStore:
     def upload(
         self, directory: pathlib.Path, *, readback: bool, should_stop: Callable[[], bool] = lambda: False
     ) -> str:
-        """Copy a committed step, its manifest last; what is there already in the right size is not sent again.
+        """Copy a committed step, its manifest last; files that are intact at the store are not sent again.
 
         Args:
             directory: The step, or links to its files, which do not change.
             readback: Whether to read each file back and compare.
-            should_stop: Asked before each file; a copy that is stopped goes on with the next call.
+            should_stop: Called before each file; the next call resumes a copy that was stopped.
 
         Raises:
-            MirrorError: If the store does not take it.
+            MirrorError: If the store does not accept it.
             StepDamagedError: If the local files are not what was committed; the copy is not finished.
             InterruptedError: If it was stopped.
         """
         data = (directory / layout.MANIFEST).read_bytes()
         name, files = get_copy_name(data), manifest.parse_manifest(data).summary.files
         self._summaries.pop(name, None)
-        there = self._list_sizes(name)
+        remote_sizes = self._list_sizes(name)
         for file, (size, mark) in files.items():
             if should_stop():
                 raise InterruptedError
-            if there.get(file) == size and self._hash_file(name, file, mark) == mark:
+            if remote_sizes.get(file) == size and self._hash_file(name, file, mark) == mark:
                 continue
             _require_local_intact(directory / file, file, mark)
             self._upload_file(directory / file, name, file)
@@ -183,8 +187,8 @@ class RemoteStore:
         if self.read_copy(name) is None:
             raise MirrorError(
                 what=f"the manifest of {name} came back from {self.url} with other bytes.",
-                why="the store does not keep what it is given; the copy does not count.",
-                fix="look at the store.",
+                why="the store changes what is written to it; the copy is not used.",
+                fix="check the store.",
             )
         return name
 
@@ -219,15 +223,15 @@ class RemoteStore:
         ):
             raise MirrorError(
                 what=f"{name}/{file} came back from {self.url} with other bytes ({found} of {size}).",
-                why="the store does not keep what it is given; the copy does not count.",
-                fix="look at the store; the copy is tried again.",
+                why="the store changes what is written to it; the copy is not used.",
+                fix="check the store; the copy is retried.",
             )
 
     def _hash_file(self, name: str, file: str, expected_digest: str) -> str | None:
-        """Digest of a file at the store; None if it is not there."""
-        pieces = self._read_chunks(name, file)
+        """Return the digest of a file at the store; None if the file does not exist."""
+        chunks = self._read_chunks(name, file)
         try:
-            return digest.hash_chunks(digest.get_algorithm(expected_digest), pieces)
+            return digest.hash_chunks(digest.get_algorithm(expected_digest), chunks)
         except FileNotFoundError:
             return None
 
@@ -236,16 +240,21 @@ class RemoteStore:
             self._wrap_errors("read", allow_missing=True),
             self._filesystem.open(self._join_path(name, file), "rb", block_size=_BLOCK_BYTES) as source,
         ):
-            while piece := source.read(_BLOCK_BYTES):
-                yield piece
+            while chunk := source.read(_BLOCK_BYTES):
+                yield chunk
 
     def find_damaged_files(self, copy: Copy) -> tuple[str, ...]:
-        """Files of a copy that are missing or not what was written; reads all of them."""
+        """Return the files of a copy that are missing or damaged; reads all of them."""
         files = copy.manifest.summary.files
         return tuple(file for file, (_, mark) in files.items() if self._hash_file(copy.name, file, mark) != mark)
 
     def fetch(self, copy: Copy, directory: pathlib.Path, on_bytes: Callable[[int], None] = lambda size: None) -> None:
-        """Write a step's files into a new local folder, each proved by its digest.
+        """Write a step's files into a new local directory, and verify each by its digest.
+
+        Args:
+            copy: The copy to fetch.
+            directory: The new directory.
+            on_bytes: Called with the size of each file that was written.
 
         Raises:
             MirrorError: If the store does not answer.
@@ -254,7 +263,7 @@ class RemoteStore:
         commit.make_directory(directory)
         missing, damaged = [], []
         for file, (size, mark) in copy.manifest.summary.files.items():
-            # `file` was checked when the manifest was read: it does not leave the step's folder.
+            # `file` was checked when the manifest was read: it does not leave the step's directory.
             target = directory / file
             commit.make_directory(target.parent)
             try:
@@ -273,15 +282,15 @@ class RemoteStore:
         (directory / layout.MANIFEST).write_bytes(copy.manifest_bytes)
 
     def _fetch_file(self, name: str, file: str, target: pathlib.Path, size: int) -> None:
-        """Write one file; no more of it than its manifest says, whatever the store sends."""
+        """Write one file, at most one chunk beyond its recorded size, whatever the store sends."""
         with target.open("wb") as sink:
-            for piece in self._read_chunks(name, file):
-                sink.write(piece)
+            for chunk in self._read_chunks(name, file):
+                sink.write(chunk)
                 if sink.tell() > size:
                     return
 
     def delete(self, name: str) -> None:
-        """Delete a copy, its manifest first, so that it is no step any more."""
+        """Delete a copy, its manifest first, so that it stops being a step."""
         if not _NAME.fullmatch(name):
             raise ValueError(name)
         self._summaries.pop(name, None)
@@ -293,7 +302,7 @@ class RemoteStore:
 
     @contextlib.contextmanager
     def _wrap_errors(self, action: str, *, allow_missing: bool = False) -> Iterator[None]:
-        """Errors of the store as `MirrorError`; with `allow_missing`, that a file is not there is left to the caller."""
+        """Raise errors of the store as `MirrorError`; with `allow_missing`, `FileNotFoundError` passes through."""
         try:
             yield
         except MirrorError:
@@ -301,20 +310,20 @@ class RemoteStore:
         except Exception as error:
             if allow_missing and isinstance(error, FileNotFoundError):
                 raise
-            told = str(error).rstrip(". \n") or "no reason given"
+            reason = str(error).rstrip(". \n") or "no reason given"
             raise MirrorError(
-                what=f"{self.url} could not be {action}: {type(error).__name__}: {told}.",
-                why="the store does not answer, or refuses this address or these credentials; local steps are safe.",
-                fix="see the cause above; what is missing at the store is copied when it answers again.",
+                what=f"{self.url} could not be {action}: {type(error).__name__}: {reason}.",
+                why="the store does not answer, or rejects this address or these credentials; local steps are safe.",
+                fix="fix the cause above; missing steps are copied when the store answers again.",
             ) from error
 
 
 def _require_local_intact(path: pathlib.Path, file: str, expected_digest: str) -> None:
     if digest.hash_file(digest.get_algorithm(expected_digest), path) != expected_digest:
         error = CorruptStepError(
-            what=f"{file} is not what was committed, so the step is not copied.",
-            why="a mirror of damage would be worth nothing.",
-            fix="ct.verify(directory) names all damage.",
+            what=f"{file} differs from what was committed, so the step is not copied.",
+            why="the copy would be damaged too.",
+            fix="ct.verify(directory) lists all damage.",
         )
         error.files = (file,)
         raise error

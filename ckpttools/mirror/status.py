@@ -7,16 +7,21 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MirrorStatus:
-    """How far the mirror is.
+    """What a mirror holds and lacks.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> print(ct.MirrorStatus(url="s3://bucket/run", copied=(1, 2), pending=(3,)))
+        s3://bucket/run: 2 step(s) copied; pending 3
 
     Attributes:
         url: Its address.
-        copied: Steps that are complete there, as far as is known.
-        pending: Steps that are still to be copied.
+        copied: Steps that are complete at the mirror, as of the last contact.
+        pending: Steps that are not copied yet.
         missed: Steps that the run deleted before they could be copied.
         damaged: Steps that were not copied because their local files are damaged.
-        error: What the store said last; "" if it answered.
-        failures: How many tries in a row have failed.
+        error: The store's last error; "" if it answered.
+        failures: How many attempts in a row have failed.
     """
 
     url: str
@@ -29,11 +34,11 @@ class MirrorStatus:
 
     @property
     def ok(self) -> bool:
-        """Whether the store answers and nothing is missing there."""
+        """Return whether the store answers and no step is missing or damaged."""
         return not (self.error or self.pending or self.missed or self.damaged)
 
     def as_dict(self) -> dict[str, Any]:
-        """The status as plain data."""
+        """Return the status as plain data."""
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:

@@ -24,17 +24,22 @@ type CopyState = Literal["complete", "damaged", "missing", "another run's"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MirroredStep:
-    """One step, here and at the mirror.
+    """One step, in the run directory and at the mirror.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> ct.MirroredStep(step=1, total_bytes=8, here=True, there="complete").ok
+        True
 
     Attributes:
         step: Its number.
-        total_bytes: Bytes of its files.
-        here: Whether it is in the run's folder.
-        there: How it is at the mirror, before anything was done.
-        files: Damaged files there.
-        done: What was done, or in a dry run would be: "copied", "deleted", "mended", or why nothing could be; "" if
-            there was nothing to do.
-        ok: Whether nothing is wrong with it any more.
+        total_bytes: Size of its files, in bytes.
+        here: Whether it is in the run directory.
+        there: Its state at the mirror before the sync.
+        files: Its damaged files at the mirror.
+        done: What was done, or would be done in a dry run: "copied", "deleted", "repaired", or why nothing could be
+            done; "" if there was nothing to do.
+        ok: Whether the step is fine after the sync.
     """
 
     step: int
@@ -50,11 +55,17 @@ class MirroredStep:
 class MirrorReport:
     """What `sync_mirror` found and did.
 
+    Example:
+        >>> import ckpttools as ct
+        >>> print(ct.MirrorReport("s3://bucket/run", steps=(), dry_run=False))
+        s3://bucket/run
+        no steps in either place
+
     Attributes:
         url: The mirror's address.
         steps: Every step of either place.
-        dry_run: Whether nothing was touched.
-        unverified: Steps that plain Orbax wrote: without digests they are not copied until `adopt` takes them over.
+        dry_run: Whether this was a dry run, which changes nothing.
+        unverified: Steps that plain Orbax wrote; they have no digests and are not copied before `ct.adopt`.
     """
 
     url: str
@@ -64,27 +75,27 @@ class MirrorReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong that could not be mended."""
+        """Return whether every step is fine after the sync."""
         return all(step.ok for step in self.steps)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
-        lines = [f"{self.url}{' (dry run, nothing was touched)' if self.dry_run else ''}"]
+        lines = [f"{self.url}{' (dry run, nothing was changed)' if self.dry_run else ''}"]
         for step in self.steps:
             here = "here" if step.here else "not here"
             lines.append(f"step {step.step}: {here}, {step.there} there{'; ' + step.done if step.done else ''}")
             lines += [f"    damaged file: {file}" for file in step.files]
         lines += [self.left] if self.left else []
-        return "\n".join(lines if self.steps or self.left else [*lines, "there are no steps"])
+        return "\n".join(lines if self.steps or self.left else [*lines, "no steps in either place"])
 
     @property
     def left(self) -> str:
-        """A line on the steps that are not copied; empty without any."""
+        """Return a line about the steps that are not copied; empty if there are none."""
         steps = ", ".join(map(str, self.unverified))
-        return steps and f"not copied, since plain Orbax wrote them without digests: {steps}; adopt takes them over"
+        return steps and f"not copied, because plain Orbax wrote them without digests: {steps}; adopt them first"
 
 
 def sync_mirror(
@@ -95,18 +106,29 @@ def sync_mirror(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MirrorReport:
-    """Copy what a mirror lacks, and delete there what its retention does not keep; without one, nothing.
+    """Copy what a mirror lacks, and delete what its retention does not keep; without a retention, delete nothing.
 
     Args:
-        directory: The run's folder.
+        directory: The run directory.
         mirror: The mirror or its address.
-        check: Also read every byte there, and send again what is damaged.
-        dry_run: Only say what would be done.
-        progress: Called with the bytes that were copied or read, and those there are.
+        check: Also read every byte at the mirror, and copy damaged steps again.
+        dry_run: Report what would be done, and change nothing.
+        progress: Called with the bytes copied or read so far and their total.
+
+    Returns:
+        Every step of either place, and what was done.
 
     Raises:
         MirrorError: If the store does not answer.
-        RunInUseError: If a process writes to the run; it copies by itself.
+        RunInUseError: If a process writes to the run; that process copies its steps itself.
+
+    Example:
+        >>> import pathlib, tempfile, jax.numpy as jnp, ckpttools as ct
+        >>> root = pathlib.Path(tempfile.mkdtemp())
+        >>> with ct.open(ct.CheckpointSpec(directory=root / "run")) as ckpt:
+        ...     _ = ckpt.save(1, {"model": {"w": jnp.ones(2)}})
+        >>> ct.sync_mirror(root / "run", f"file://{root}/copies").steps[0].done
+        'copied'
     """
     root, place = pathlib.Path(directory).absolute(), as_mirror(mirror)
     assert place is not None
@@ -121,7 +143,7 @@ def sync_mirror(
 
 
 class _Sync:
-    """One comparison of a run with its mirror, and what follows from it."""
+    """One comparison of a run with its mirror, and the copies and deletions that follow."""
 
     def __init__(self, root: pathlib.Path, steps: catalogue.Catalogue, mirror: Mirror, progress: Progress) -> None:
         self._mirror, self._progress = mirror, progress
@@ -167,9 +189,9 @@ class _Sync:
         elif name in self._plan.names_to_copy:
             done, ok = ("would be copied", True) if dry_run else self._upload(name, "copied")
         elif check and (files := self._store.find_damaged_files(self._copies[name])):
-            there, done, ok = "damaged", "there is no copy here to mend it", False
+            there, done, ok = "damaged", "no local copy to repair it from", False
             if name in self._local_entries:
-                done, ok = ("would be mended", False) if dry_run else self._upload(name, "mended")
+                done, ok = ("would be repaired", False) if dry_run else self._upload(name, "repaired")
         if check or name in self._plan.names_to_copy:
             self._done_bytes += summary.total_bytes
             self._progress(self._done_bytes, self._total_bytes)

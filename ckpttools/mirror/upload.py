@@ -28,11 +28,16 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 
 class MirrorUploader:
-    """The thread that keeps a mirror up to date, from the first `update` to `close`.
+    """Keeps a mirror up to date from a thread, from the first `update` to `close`.
+
+    Args:
+        root: The run directory.
+        mirror: The mirror of the spec.
+        keep: The run's retention, used if the mirror has none.
 
     Attributes:
         mirror: The mirror of the spec.
-        store: Its store; nothing is reached before the first `update`.
+        store: Its store; not contacted before the first `update`.
     """
 
     def __init__(self, root: pathlib.Path, mirror: Mirror, keep: Retention) -> None:
@@ -56,22 +61,22 @@ class MirrorUploader:
 
     @property
     def status(self) -> MirrorStatus:
-        """How far the mirror is."""
+        """Return what the mirror holds and lacks."""
         with self._condition:
             return self._status
 
     def take_notes(self) -> list[str]:
-        """What went wrong since the last call, each thing once."""
+        """Return the failures since the last call, each once."""
         with self._condition:
             notes, self._notes = self._notes, []
         return notes
 
     def update(self, steps: Catalogue) -> None:
-        """Take note of a commit, or of the steps that the run had when it was opened."""
+        """Wake the thread with the steps that the run has now."""
         with self._condition:
             self._steps, self._version = steps, self._version + 1
             if not self._copied_summaries:
-                # A restore has asked the store already.
+                # A restore has read these summaries already.
                 self._copied_summaries = self.store.known_summaries
             self._committed_summaries |= get_summaries(self._copy_names.name_entries(steps))
             self._update_status(self._make_plan(self._copied_summaries))
@@ -82,7 +87,7 @@ class MirrorUploader:
             self._condition.notify_all()
 
     def close(self) -> None:
-        """Wait for the copies, for as long as the mirror says; what is left is left for the next session."""
+        """Wait up to the mirror's `wait_s` for the copies; the next session copies the rest."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -111,7 +116,7 @@ class MirrorUploader:
             except InterruptedError:
                 return
             except Exception as error:
-                # Whatever a driver or the disk does, the training goes on; the next round begins anew.
+                # Whatever a driver or the disk does, training continues; the next round plans again.
                 self._record_failure(error)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             done = version
@@ -119,44 +124,46 @@ class MirrorUploader:
                 return
 
     def _sync(self) -> None:
-        # That the store lists and reads is no answer yet to what it is asked for: it may refuse to be written.
-        took = False
+        # A store that can be listed and read may still refuse writes: only a write proves that it is reachable.
+        has_written = False
         while True:
             names = self.store.list_names()
             found = {name: summary for name in names if (summary := self.store.read_summary(name))}
             with self._condition:
                 local = self._copy_names.name_entries(self._steps)
-                todo = self._make_plan(found, names)
+                plan = self._make_plan(found, names)
                 self._copied_summaries = found
-                self._update_status(todo, is_reachable=took)
-            name = next((name for name in todo.names_to_copy if name not in self._damaged_steps), None)
+                self._update_status(plan, is_reachable=has_written)
+            name = next((name for name in plan.names_to_copy if name not in self._damaged_steps), None)
             if name is None:
-                for name in todo.names_to_delete:
+                for name in plan.names_to_delete:
                     self.store.delete(name)
                 with self._condition:
                     self._copied_summaries = {
-                        name: copy for name, copy in found.items() if name not in todo.names_to_delete
+                        name: copy for name, copy in found.items() if name not in plan.names_to_delete
                     }
-                    self._update_status(todo, is_reachable=True)
+                    self._update_status(plan, is_reachable=True)
                     self._has_noted_failure = False
                 return
-            took = self._upload(name, local[name]) or took
+            has_written = self._upload(name, local[name]) or has_written
 
     def _make_plan(self, copies: NamedSummaries, names: Iterable[str] = ()) -> UploadPlan:
         local = get_summaries(self._copy_names.name_entries(self._steps))
-        gone = {
+        deleted = {
             name: summary
             for name, summary in self._committed_summaries.items()
             if name not in {*local, self._current_name}
         }
         pins = catalogue.read_pins(self._root)
-        return make_upload_plan(local, copies, names, self._keep, lineage=self._steps.lineage, deleted=gone, pins=pins)
+        return make_upload_plan(
+            local, copies, names, self._keep, lineage=self._steps.lineage, deleted=deleted, pins=pins
+        )
 
     def _upload(self, name: str, entry: Entry) -> bool:
-        """Copy one step from links to its files, so that retention cannot take them away half way.
+        """Copy one step from hard links to its files, so that retention cannot delete them half way.
 
         Returns:
-            Whether the store took it; False if the step is gone or damaged here.
+            Whether the store accepted it; False if the local step was deleted or is damaged.
         """
         links = layout.get_control_path(self._root, f"outbox/{name}")
         self._current_name = name
@@ -176,7 +183,7 @@ class MirrorUploader:
             shutil.rmtree(links, ignore_errors=True)
 
     def _update_status(self, plan: UploadPlan, *, is_reachable: bool = False) -> None:
-        """Write down how far the mirror is, and note what was missed; with the lock held."""
+        """Update the status and note missed steps; the caller holds the lock."""
         steps = {
             name: summary.step for name, summary in {**self._committed_summaries, **self._copied_summaries}.items()
         }
@@ -188,9 +195,9 @@ class MirrorUploader:
             damaged=tuple(sorted(self._damaged_steps.values())),
         )
         self._status = dataclasses.replace(status, error="", failures=0) if is_reachable else status
-        # What is gone, and what the mirror would not keep either, is forgotten: a long run has many such steps.
-        here = self._copy_names.name_entries(self._steps)
-        needed = {*here, *plan.missed_names, self._current_name}
+        # Forget deleted steps that the mirror would not keep either: a long run has many of them.
+        local = self._copy_names.name_entries(self._steps)
+        needed = {*local, *plan.missed_names, self._current_name}
         self._committed_summaries = {
             name: summary for name, summary in self._committed_summaries.items() if name in needed
         }
@@ -198,28 +205,31 @@ class MirrorUploader:
         if fresh:
             self._notes.append(
                 f"the run's retention deleted step(s) {', '.join(sorted(str(steps[name]) for name in fresh))} before "
-                "they were copied to the mirror; keep more steps here, or save less often."
+                "they were copied to the mirror; keep more local steps, or save less often."
             )
         if plan.foreign_names and not self._has_noted_foreign:
             self._has_noted_foreign = True
             self._notes.append(
-                f"{self.mirror.url} also holds {len(plan.foreign_names)} step(s) of another run, which are left alone; "
-                "give each run an address of its own."
+                f"{self.mirror.url} also holds {len(plan.foreign_names)} step(s) of another run, which stay there; "
+                "give each run its own address."
             )
 
     def _record_failure(self, error: Exception) -> None:
-        text = error.what if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}."
+        reason = error.what if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}."
         with self._condition:
             if not self._has_noted_failure:
                 self._has_noted_failure = True
-                self._notes.append(f"the mirror is not up to date: {text} The training goes on; it is tried again.")
-            self._status = dataclasses.replace(self._status, error=text, failures=self._status.failures + 1)
+                self._notes.append(
+                    f"the mirror is not up to date: {reason} Training continues, and the copy is retried."
+                )
+            self._status = dataclasses.replace(self._status, error=reason, failures=self._status.failures + 1)
 
 
 def _link_files(entry: Entry, directory: pathlib.Path) -> pathlib.Path | None:
-    """The step's files under second names, which no retention knows; the step itself where links are not possible.
+    """Hard-link the step's files into a directory that retention does not touch.
 
-    None if the step was deleted meanwhile.
+    Returns:
+        The directory; the step itself if links are not possible; None if the step was deleted meanwhile.
     """
     files = [*(entry.manifest.summary.files if entry.manifest else ()), layout.MANIFEST]
     try:

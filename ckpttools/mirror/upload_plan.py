@@ -26,12 +26,12 @@ type NamedSummaries = Mapping[str, Summary]
 
 @dataclasses.dataclass(frozen=True)
 class UploadPlan:
-    """What would bring a mirror up to date.
+    """What brings a mirror up to date.
 
     Attributes:
-        names_to_copy: Names of the local steps that are missing there, the newest first.
+        names_to_copy: Names of the local steps that the mirror lacks, the newest first.
         names_to_delete: Names of copies that the mirror's retention does not keep, and of unfinished ones.
-        missed_names: Names of steps that it would keep, and that are neither there nor here any more.
+        missed_names: Names of steps that it would keep, but that exist neither there nor here any more.
         foreign_names: Names of copies of another run, which are never touched.
     """
 
@@ -51,36 +51,36 @@ def make_upload_plan(
     deleted: NamedSummaries,
     pins: Pins,
 ) -> UploadPlan:
-    """Compare a run with its mirror.
+    """Decide what to copy to a mirror and what to delete there.
 
     Args:
-        local: The run's steps, by the names of their copies.
+        local: The run's steps, by the names that their copies have.
         copies: The finished copies.
-        names: All names at the mirror, also of unfinished copies.
-        keep: The mirror's retention, which decides over the steps of both places.
-        lineage: That of the run.
-        deleted: Steps that were committed here, and deleted again.
-        pins: Steps that are pinned.
+        names: All names at the mirror, including unfinished copies.
+        keep: The mirror's retention, applied to the steps of both places.
+        lineage: The run's lineage.
+        deleted: Steps that were committed here and deleted since.
+        pins: Numbers of the pinned steps.
     """
     run = lineage[0][0] if lineage else ""
     foreign = tuple(name for name, summary in copies.items() if run and summary.lineage[0][0] != run)
     ours = {name: summary for name, summary in copies.items() if name not in foreign}
     both = _make_step_infos({**ours, **local}, lineage, pins)
-    wanted = _select_kept(both, keep)
-    all_ever = _select_kept(_make_step_infos({**deleted, **ours, **local}, lineage, pins), keep)
-    unfinished = [name for name in names if name not in copies and name not in wanted]
+    kept = _select_kept(both, keep)
+    ever_kept = _select_kept(_make_step_infos({**deleted, **ours, **local}, lineage, pins), keep)
+    unfinished = [name for name in names if name not in copies and name not in kept]
     return UploadPlan(
         names_to_copy=tuple(
-            sorted((name for name in wanted if name not in copies), key=lambda name: -both[name].sequence)
+            sorted((name for name in kept if name not in copies), key=lambda name: -both[name].sequence)
         ),
-        names_to_delete=(*(name for name in ours if name not in wanted), *unfinished),
-        missed_names=tuple(name for name in deleted if name in all_ever and name not in copies and name not in local),
+        names_to_delete=(*(name for name in ours if name not in kept), *unfinished),
+        missed_names=tuple(name for name in deleted if name in ever_kept and name not in copies and name not in local),
         foreign_names=foreign,
     )
 
 
 def _make_step_infos(summaries: NamedSummaries, lineage: Lineage, pins: Pins) -> dict[str, StepInfo]:
-    """What retention may know of steps from two places, numbered by the time of their commits."""
+    """Return what retention sees of steps from two places, numbered in the order of their commits."""
     ordered = sorted(summaries.items(), key=lambda pair: (pair[1].saved_at, pair[1].sequence))
     return {
         name: StepInfo(
@@ -102,13 +102,13 @@ def _select_kept(infos: Mapping[str, StepInfo], keep: Retention) -> set[str]:
 
 
 class CopyNames:
-    """The names under which the steps of a run are copied; each manifest is read once."""
+    """Names the copies of a run's steps; reads each manifest once."""
 
     def __init__(self) -> None:
         self._names: dict[tuple[int, int, float], str] = {}
 
     def name_entries(self, steps: Catalogue) -> dict[str, Entry]:
-        """The steps that are on the disk now, by name."""
+        """Return the steps that are on disk now, by the names of their copies."""
         found, names = {}, {}
         for entry in steps.committed_entries:
             summary = entry.manifest.summary if entry.manifest else None
@@ -124,21 +124,21 @@ class CopyNames:
 
 
 def get_summaries(entries: Mapping[str, Entry]) -> dict[str, Summary]:
-    """The summaries of committed steps."""
+    """Return the summaries of committed steps."""
     return {name: entry.manifest.summary for name, entry in entries.items() if entry.manifest}
 
 
 def require_outside_run(root: pathlib.Path, mirror: Mirror) -> None:
-    """Raise `SpecError` if a mirror lies in the folder of its run.
+    """Raise `SpecError` if a mirror lies inside the directory of its run.
 
     Args:
-        root: The run's folder.
+        root: The run directory.
         mirror: The mirror.
     """
     place = mirror.url.removeprefix("file://").removeprefix("local://")
     if "://" not in place and "::" not in place and pathlib.Path(place).resolve().is_relative_to(root.resolve()):
         raise SpecError(
-            what=f"the mirror {mirror.url} lies in the folder of its run, {root}.",
-            why="what takes the run away would take its copies along.",
-            fix="an address on another disk or in a store, such as s3://bucket/run.",
+            what=f"the mirror {mirror.url} lies inside the directory of its run, {root}.",
+            why="whatever deletes the run would delete its copies too.",
+            fix='an address on another disk or in a store, such as ct.Mirror("s3://bucket/run").',
         )

@@ -35,7 +35,7 @@ from .report import RestoreReport
 from .select import BestStep, Selector
 
 type Source = str | os.PathLike[str]
-"""A run's directory, or the directory of one step in it."""
+"""A run directory, or the directory of one step in it."""
 
 
 def load(
@@ -50,7 +50,7 @@ def load(
     """Fill a state from a step of any run, such as a pretrained one; the run is only read.
 
     Args:
-        source: The run's directory, or the directory of one step.
+        source: The run directory, or the directory of one step.
         state: Items by name. Live objects are filled in place; all items are in the report's `state`.
         surgery: Operations for leaves that do not fit, such as `ct.Rename`.
         only: Patterns of the leaves to load, such as "model.encoder"; all others keep their values and are not read.
@@ -71,9 +71,7 @@ def load(
         >>> import tempfile, jax.numpy as jnp, ckpttools as ct
         >>> directory = tempfile.mkdtemp()
         >>> with ct.open(ct.CheckpointSpec(directory=directory)) as ckpt:
-        ...     ckpt.save(1, {"model": {"w": jnp.ones(2)}})
-        ...     ckpt.wait()
-        Started(step=1, reason='save() was called')
+        ...     _ = ckpt.save(1, {"model": {"w": jnp.ones(2)}})
         >>> ct.load(directory, {"model": {"w": jnp.zeros(2)}}).state["model"]["w"]
         Array([1., 1.], dtype=float32)
     """
@@ -210,21 +208,21 @@ def preview(
 
 
 def _locate_step(source: Source, step: Selector) -> tuple[pathlib.Path, Selector]:
-    """The run and the step that are meant; `source` may be the directory of a step."""
+    """Return the run directory and the step to load; `source` may be the directory of a step."""
     directory = pathlib.Path(os.path.abspath(source))
     number = layout.parse_step_number(directory.name)
     if number is not None and (directory / layout.MANIFEST).exists():
         if step not in ("latest", number):
             raise SpecError(
-                what=f"{directory} is step {number}, and step={step!r} was asked for.",
-                why="one of the two would be passed over.",
-                fix=f"{str(directory.parent)!r} with step={step!r}, or the directory alone.",
+                what=f"{directory} is step {number}, and step={step!r} was requested.",
+                why="one of the two would be ignored.",
+                fix=f"ct.load({str(directory.parent)!r}, state, step={step!r})",
             )
         return directory.parent, number
     if not directory.is_dir():
         raise StepNotFoundError(
-            what=f"{directory} is no directory.",
-            why="weights are loaded from a run, or from a step in it.",
+            what=f"{directory} is not a directory.",
+            why="weights are loaded from a run directory, or from a step in it.",
             fix="check the path; ct.fetch_step fetches a copy from a mirror.",
         )
     if isinstance(step, BestStep) and step.mode is None:
@@ -241,8 +239,8 @@ def _list_candidates(root: pathlib.Path, step: Selector) -> list[Entry]:
     if not found:
         raise StepNotFoundError(
             what=f"{root} holds no steps.",
-            why="there is nothing to load; a state that was meant to be pretrained would be a fresh one.",
-            fix="check the path: it is the directory that ct.open was given as directory.",
+            why="there is nothing to load, and training would silently start from scratch.",
+            fix="check the path: it is the directory of the spec that saved the run.",
         )
     return found
 

@@ -115,10 +115,10 @@ class Contents:
 def _overlay_item(item: Item, local: Item) -> Item:
     """Return an item with the values of one process in place of the leader's."""
     replaced = {record.path: record for record in local.records}
-    kept = tuple(
+    records = tuple(
         replaced.pop(record.path, record) for record in item.records if not is_below(record.path, local.skeletons)
     )
-    return Item(records=(*kept, *replaced.values()), skeletons={**item.skeletons, **local.skeletons})
+    return Item(records=(*records, *replaced.values()), skeletons={**item.skeletons, **local.skeletons})
 
 
 @dataclasses.dataclass(frozen=True)

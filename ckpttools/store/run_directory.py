@@ -137,9 +137,9 @@ class RunDirectory:
         self._invalidate_if_deleted()
         # Not by number, which two branches may share, nor by sequence: a copied step has that of another.
         unwanted = {id(verdict.step) for verdict in self.decide_retention(keep) if not verdict.keep}
-        gone = [entry for entry in self.get_steps().committed_entries if id(entry.info) in unwanted]
-        self._remove(gone)
-        return tuple(entry.step for entry in gone)
+        deleted = [entry for entry in self.get_steps().committed_entries if id(entry.info) in unwanted]
+        self._remove(deleted)
+        return tuple(entry.step for entry in deleted)
 
     def list_quarantined(self) -> list[pathlib.Path]:
         """Return the names of what may be deleted from quarantine.
@@ -149,24 +149,24 @@ class RunDirectory:
         directory = layout.get_control_path(self.directory, "quarantine")
         with commit.wrap_os_errors(f"{directory} cannot be listed"):
             found = sorted(directory.iterdir()) if directory.is_dir() else []
-        known = self.refresh_steps()
-        newest = max((entry.info.sequence for entry in known.committed_entries if entry.info), default=0)
-        return found if known.last_sequence <= newest else []
+        current = self.refresh_steps()
+        newest = max((entry.info.sequence for entry in current.committed_entries if entry.info), default=0)
+        return found if current.last_sequence <= newest else []
 
     def empty_quarantine(self) -> tuple[str, ...]:
         """Delete what may be deleted from quarantine; return the names."""
-        gone = self.list_quarantined()
-        for path in gone:
+        deleted = self.list_quarantined()
+        for path in deleted:
             with commit.wrap_os_errors(f"{path} cannot be deleted"):
                 commit.discard(self.directory, path)
-        self._remove_spares({layout.parse_step_number(path.name.partition("-")[0]) for path in gone})
-        return tuple(path.name for path in gone)
+        self._remove_spares({layout.parse_step_number(path.name.partition("-")[0]) for path in deleted})
+        return tuple(path.name for path in deleted)
 
     def _remove_spares(self, steps: set[int | None]) -> None:
         """Delete the second copies of steps that no longer exist."""
-        known = self.get_steps()
-        committed = {entry.info.sequence for entry in known.committed_entries if entry.info}
-        damaged = {entry.step for entry in known.entries if entry.info is None}
+        current = self.get_steps()
+        committed = {entry.info.sequence for entry in current.committed_entries if entry.info}
+        damaged = {entry.step for entry in current.entries if entry.info is None}
         for number in catalogue.list_spares(self.directory):
             spare = layout.get_spare_directory(self.directory, number)
             with contextlib.suppress(StepDamagedError, VersionError, OSError):
@@ -176,12 +176,12 @@ class RunDirectory:
 
     def _invalidate_if_deleted(self) -> None:
         """Steps that were deleted by hand must not count as kept."""
-        known = self.get_steps()
-        if not all(entry.path.exists() for entry in known.committed_entries):
+        current = self.get_steps()
+        if not all(entry.path.exists() for entry in current.committed_entries):
             self.invalidate()
 
     def _remove(self, entries: Sequence[Entry]) -> None:
-        known = self.get_steps()
+        current = self.get_steps()
         self.invalidate()  # If the disk fails in between, the directory has to be read again.
         for entry in entries:
             with commit.wrap_os_errors(f"step {entry.step} cannot be deleted"):
@@ -190,9 +190,9 @@ class RunDirectory:
             shutil.rmtree(spare, ignore_errors=True)
         paths = {entry.path for entry in entries}
         self._steps = dataclasses.replace(
-            known,
-            entries=tuple(entry for entry in known.entries if entry.path not in paths),
-            moved_entries=tuple(entry for entry in known.moved_entries if entry.path not in paths),
+            current,
+            entries=tuple(entry for entry in current.entries if entry.path not in paths),
+            moved_entries=tuple(entry for entry in current.moved_entries if entry.path not in paths),
         )
 
     def delete(self, step: int) -> None:
@@ -202,15 +202,15 @@ class RunDirectory:
             StepNotFoundError: If the step does not exist.
             StepOrderError: If it is the newest.
         """
-        known = self.get_steps()
-        entry = next((entry for entry in known.live_entries if entry.step == step), None)
+        current = self.get_steps()
+        entry = next((entry for entry in current.live_entries if entry.step == step), None)
         if entry is None:
             raise StepNotFoundError(
                 what=f"step {step} cannot be deleted: it is not a committed step.",
                 why="it was never saved, or retention has deleted it.",
-                fix=f"committed: {', '.join(str(entry.step) for entry in known.live_entries) or 'no steps'}.",
+                fix=f"committed: {', '.join(str(entry.step) for entry in current.live_entries) or 'no steps'}.",
             )
-        if entry is known.newest_entry:
+        if entry is current.newest_entry:
             raise StepOrderError(
                 what=f"step {step} is the newest and was not deleted.",
                 why="a restart continues from it.",

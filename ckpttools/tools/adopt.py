@@ -2,7 +2,7 @@
 """`adopt`: add manifests to steps that plain Orbax wrote, so that they can be verified from now on.
 
 Nothing of a step is changed; a manifest is added. It records what is on the disk today: whether that is what was once
-saved cannot be known, since Orbax stores no digest of it.
+saved cannot be current, since Orbax stores no digest of it.
 """
 
 import json
@@ -31,6 +31,15 @@ def adopt(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[
     Raises:
         StorageError: If a step cannot be read; those before it are adopted.
         RunInUseError: If a process writes to the run.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> run = tempfile.mkdtemp()
+        >>> with ct.open(ct.CheckpointSpec(directory=run, storage=ct.Storage(asynchronous=False))) as ckpt:
+        ...     saved = [ckpt.save(step, {"count": step}) for step in (1, 2)]
+        >>> ct.adopt(run, dry_run=True)  # this run has no steps of plain Orbax
+        ()
     """
     root = require_run_directory(directory)
     foreign = [entry for entry in catalogue.scan(root).entries if entry.state == "unverified"]
@@ -45,9 +54,9 @@ def adopt(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[
     lock = WriterLock(root)
     lock.acquire()
     try:
-        known = catalogue.scan(root)
-        lineage = known.lineage or ((secrets.token_hex(4), 0),)
-        for sequence, entry in enumerate(foreign, start=known.next_sequence):
+        current = catalogue.scan(root)
+        lineage = current.lineage or ((secrets.token_hex(4), 0),)
+        for sequence, entry in enumerate(foreign, start=current.next_sequence):
             _adopt_step(entry, sequence, lineage)
     finally:
         lock.release()

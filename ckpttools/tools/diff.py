@@ -111,6 +111,16 @@ def diff(
     Raises:
         StepNotFoundError: If a step does not exist.
         StepDamagedError: If a step is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> run = tempfile.mkdtemp()
+        >>> with ct.open(ct.CheckpointSpec(directory=run, storage=ct.Storage(asynchronous=False))) as ckpt:
+        ...     saved = [ckpt.save(step, {"count": step}) for step in (1, 2)]
+        >>> report = ct.diff(run, run, steps=(1, 2))
+        >>> [(leaf.name, leaf.before, leaf.after) for leaf in report.changed]
+        [('count', '1', '2')]
     """
     first, second = _find_entry(a, steps[0]), _find_entry(b, steps[1])
     left, right = _collect_records(first), _collect_records(second)
@@ -204,12 +214,12 @@ def _split_batches(pairs: Sequence[RecordPair]) -> Iterator[list[RecordPair]]:
 
 
 def _read(entry: Entry, leaves: Sequence[ItemRecord]) -> dict[Names, np.ndarray[Any, Any]]:
-    wanted: dict[str, list[Record]] = {}
+    records_by_item: dict[str, list[Record]] = {}
     for item, record in leaves:
         if record.is_in_orbax:
-            wanted.setdefault(item, []).append(record)
+            records_by_item.setdefault(item, []).append(record)
     arrays: Mapping[str, Mapping[Any, Any]] = leaf_integrity.read_verified(
-        entry, {k: tuple(v) for k, v in wanted.items()}
+        entry, {k: tuple(v) for k, v in records_by_item.items()}
     )
     return {(item, *to_names(path)): array for item, found in arrays.items() for path, array in found.items()}
 

@@ -52,6 +52,14 @@ def export_safetensors(
         StructureError: If two leaves would have the same name.
         StepDamagedError: If the step is damaged.
         StorageError: If the disk refused.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> import ckpttools as ct
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> ct.export_safetensors({"kernel": jnp.ones((2, 3))}, file, names={"kernel": "weight"})
+        ('weight',)
     """
     if isinstance(source, str | os.PathLike):
         records, load, note = _open_step(pathlib.Path(source), item)

@@ -45,8 +45,17 @@ def import_run(
         The number of leaves of the step.
 
     Raises:
-        TensorFileError: If it is not a whole safetensors file.
+        TensorFileError: If the file is not a complete safetensors file.
         NotRestoredError: If the directory holds steps.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> import ckpttools as ct
+        >>> directory = pathlib.Path(tempfile.mkdtemp())
+        >>> names = ct.export_safetensors({"kernel": jnp.ones(3)}, directory / "model.safetensors")
+        >>> ct.import_run(directory / "model.safetensors", directory / "run")
+        1
     """
     path, run = pathlib.Path(file), RunDirectory(pathlib.Path(directory).absolute())
     if run.is_used():
@@ -58,14 +67,15 @@ def import_run(
     tensors, header = safetensors_format.read_header(path)
     values = {name.removeprefix(VALUE): text for name, text in header.items() if name.startswith(VALUE)}
     records = [Record(path=tuple(name.split(".")), kind="array") for name in (*tensors, *values)]
-    back = {target: pattern for pattern, target in (names or {}).items()}
+    reversed_names = {target: pattern for pattern, target in (names or {}).items()}
     leaves: dict[Path, str] = {
-        tuple(leaf.split(".")): format_tensor_name("", record) for leaf, record in name_leaves(records, back).items()
+        tuple(leaf.split(".")): format_tensor_name("", record)
+        for leaf, record in name_leaves(records, reversed_names).items()
     }
-    kept = {record.path for record in exclude_skipped([Record(path=leaf, kind="array") for leaf in leaves], skip)}
+    imported = {record.path for record in exclude_skipped([Record(path=leaf, kind="array") for leaf in leaves], skip)}
     state: dict[str, Any] = {}
     done = 0
-    for leaf in sorted(kept, key=len, reverse=True):
+    for leaf in sorted(imported, key=len, reverse=True):
         name = leaves[leaf]
         value = (
             _decode_stored_value(name, values[name]) if name in values else safetensors_format.read(path, tensors[name])
@@ -78,7 +88,7 @@ def import_run(
         _put(state, leaf, value)
     with Session(CheckpointSpec(directory=os.fspath(directory), storage=Storage(asynchronous=False))) as session:
         session.save(step, {item: state}, reason=f"imported from {path.name}")
-    return len(kept)
+    return len(imported)
 
 
 def _decode_stored_value(name: str, text: str) -> Any:
@@ -99,7 +109,7 @@ def _put(state: dict[str, Any], path: Path, value: Any) -> None:
     if last in state:
         raise StructureError(
             what=f"the file has a tensor {'.'.join(map(str, path))!r} and others below that name.",
-            why="a leaf cannot be a table at the same time.",
+            why="a leaf cannot also be a dict of leaves.",
             fix="rename one of them with names={...}.",
         )
     state[last] = value

@@ -40,8 +40,17 @@ def import_safetensors(
         The filled state: `state` itself if it is a live object.
 
     Raises:
-        TensorFileError: If it is not a whole safetensors file.
-        StructureError: If it does not fit; the state is unchanged, and every difference is listed.
+        TensorFileError: If the file is not a complete safetensors file.
+        StructureError: If a name, shape or dtype does not match; the state is unchanged, and each is listed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> import ckpttools as ct
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> names = ct.export_safetensors({"kernel": jnp.ones(3)}, file)
+        >>> ct.import_safetensors(file, {"kernel": jnp.zeros(3)})["kernel"]
+        Array([1., 1., 1.], dtype=float32)
     """
     path = pathlib.Path(file)
     tensors, header = safetensors_format.read_header(path)
@@ -93,7 +102,7 @@ def _take_arrays(state: Any, records: Sequence[Record]) -> dict[Path, np.ndarray
 def _match_leaf(
     name: str, record: Record, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[Record, str | None]:
-    """Return the record of a leaf's tensor in the file, and a line that says why it does not fit; "" if it does."""
+    """Return a leaf's record, and a line that says why the file does not match it; None if it does."""
     if record.kind == "value":
         return read_value(name, record, metadata)
     if name not in tensors:

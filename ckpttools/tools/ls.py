@@ -78,10 +78,19 @@ def ls(directory: str | os.PathLike[str]) -> Listing:
 
     Returns:
         A tuple of `ListedStep`, which prints as a table.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> run = tempfile.mkdtemp()
+        >>> with ct.open(ct.CheckpointSpec(directory=run, storage=ct.Storage(asynchronous=False))) as ckpt:
+        ...     saved = [ckpt.save(step, {"count": step}) for step in (1, 2)]
+        >>> [(step.step, step.state) for step in ct.ls(run)]
+        [(1, 'committed'), (2, 'committed')]
     """
-    known = catalogue.scan(pathlib.Path(directory).absolute())
+    current = catalogue.scan(pathlib.Path(directory).absolute())
     entries = sorted(
-        (*known.entries, *known.moved_entries),
+        (*current.entries, *current.moved_entries),
         key=lambda entry: (entry.info is None, entry.info.sequence if entry.info else entry.step),
     )
     # A step that its own process is deleting at this moment looks damaged; it is about to vanish.

@@ -17,6 +17,15 @@ def prune(directory: str | os.PathLike[str], keep: Retention, *, dry_run: bool =
 
     Raises:
         RunInUseError: If a process writes to the run.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> run = tempfile.mkdtemp()
+        >>> with ct.open(ct.CheckpointSpec(directory=run, storage=ct.Storage(asynchronous=False))) as ckpt:
+        ...     saved = [ckpt.save(step, {"count": step}) for step in (1, 2, 3)]
+        >>> [verdict.step.step for verdict in ct.prune(run, ct.Latest(1)) if not verdict.keep]
+        [1]
     """
     run = RunDirectory(require_run_directory(directory))
     if not dry_run:
@@ -46,6 +55,15 @@ def empty_quarantine(directory: str | os.PathLike[str], *, dry_run: bool = False
 
     Raises:
         RunInUseError: If a process writes to the run.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> run = tempfile.mkdtemp()
+        >>> with ct.open(ct.CheckpointSpec(directory=run, storage=ct.Storage(asynchronous=False))) as ckpt:
+        ...     saved = [ckpt.save(step, {"count": step}) for step in (1, 2)]
+        >>> ct.empty_quarantine(run)  # nothing was damaged
+        ()
     """
     run = RunDirectory(require_run_directory(directory))
     if dry_run:

@@ -63,6 +63,15 @@ def repair(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Repai
 
     Raises:
         RunInUseError: If a process writes to the run.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> run = tempfile.mkdtemp()
+        >>> with ct.open(ct.CheckpointSpec(directory=run, storage=ct.Storage(asynchronous=False))) as ckpt:
+        ...     saved = [ckpt.save(step, {"count": step}) for step in (1, 2)]
+        >>> print(ct.repair(run, dry_run=True))
+        nothing to repair
     """
     root = require_run_directory(directory)
     lock = WriterLock(root)

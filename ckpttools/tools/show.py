@@ -83,18 +83,18 @@ def find_step(directory: str | os.PathLike[str], step: int | None = None) -> cat
         StepNotFoundError: If it does not exist.
         StepDamagedError: If it is damaged.
     """
-    known = catalogue.scan(pathlib.Path(directory).absolute())
+    current = catalogue.scan(pathlib.Path(directory).absolute())
     if step is None:
-        newest = max(known.live_entries, key=lambda entry: entry.step, default=None)
-        foreign = [entry for entry in known.entries if entry.state == "unverified"]
+        newest = max(current.live_entries, key=lambda entry: entry.step, default=None)
+        foreign = [entry for entry in current.entries if entry.state == "unverified"]
         found = newest or max(foreign, key=lambda entry: entry.step, default=None)
     else:
-        found = next((entry for entry in (*known.entries, *known.moved_entries) if entry.step == step), None)
+        found = next((entry for entry in (*current.entries, *current.moved_entries) if entry.step == step), None)
     if found is None:
         raise StepNotFoundError(
             what=f"{directory} has no {'step that can be read' if step is None else f'step {step}'}.",
             why="nothing was saved there, or retention has deleted it.",
-            fix=f"available: {', '.join(str(entry.step) for entry in known.entries) or 'no steps'}.",
+            fix=f"available: {', '.join(str(entry.step) for entry in current.entries) or 'no steps'}.",
         )
     if found.state not in ("committed", "unverified") and found.error is not None:
         raise found.error
@@ -111,6 +111,15 @@ def show(directory: str | os.PathLike[str], step: int | None = None) -> ShownSte
     Raises:
         StepNotFoundError: If it does not exist.
         StepDamagedError: If its manifest is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> run = tempfile.mkdtemp()
+        >>> with ct.open(ct.CheckpointSpec(directory=run, storage=ct.Storage(asynchronous=False))) as ckpt:
+        ...     saved = [ckpt.save(step, {"count": step}) for step in (1, 2)]
+        >>> [(leaf.name, leaf.value) for leaf in ct.show(run, 1).leaves]
+        [('count', 1)]
     """
     entry = find_step(directory, step)
     if entry.manifest is None:

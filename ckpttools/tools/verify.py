@@ -76,15 +76,24 @@ def verify(
     Raises:
         StepNotFoundError: If `step` does not exist.
         StorageError: If the directory does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> import ckpttools as ct
+        >>> run = tempfile.mkdtemp()
+        >>> with ct.open(ct.CheckpointSpec(directory=run, storage=ct.Storage(asynchronous=False))) as ckpt:
+        ...     saved = [ckpt.save(step, {"count": step}) for step in (1, 2)]
+        >>> ct.verify(run).ok
+        True
     """
     root = require_run_directory(directory)
-    known = catalogue.scan(root)
-    entries = [entry for entry in (*known.entries, *known.moved_entries) if step is None or entry.step == step]
+    current = catalogue.scan(root)
+    entries = [entry for entry in (*current.entries, *current.moved_entries) if step is None or entry.step == step]
     if step is not None and not entries:
         raise StepNotFoundError(
             what=f"{root} has no step {step}.",
             why="it was never saved, or retention has deleted it.",
-            fix=f"available: {', '.join(str(entry.step) for entry in known.entries) or 'no steps'}.",
+            fix=f"available: {', '.join(str(entry.step) for entry in current.entries) or 'no steps'}.",
         )
     total = sum(_get_total_bytes(entry) for entry in entries)
     done = 0

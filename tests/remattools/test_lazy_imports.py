@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both packages offer what their stubs list, import it on first use, and show nothing else."""
 
+import ast
 import importlib
 import pathlib
+import pickle
+import pkgutil
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -49,7 +53,33 @@ def test_importing_a_package_imports_no_jax_until_a_name_is_used(package):
     assert done.stdout.split() == ["False", "True"]
 
 
-def test_a_submodule_can_be_imported_under_its_full_name():
-    import remattools.analysis.compare as module
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_submodule_is_where_its_full_name_says(package):
+    names = [name for _, name, _ in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    assert len(names) > 30
+    for name in (name for name in names if not name.endswith("__main__")):
+        module = importlib.import_module(name)
+        parent, _, last = name.rpartition(".")
+        assert getattr(sys.modules[parent], last) is module
 
-    assert module.compare is remattools.compare
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_all_is_a_literal(package):
+    tree = ast.parse(pathlib.Path(package.__file__).read_text())
+    values = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
+    assert [ast.literal_eval(value) for value in values] == [package.__all__]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_star_import_brings_every_name(package):
+    names = {}
+    exec(f"from {package.__name__} import *", names)
+    assert names.keys() - {"__builtins__"} == set(package.__all__)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_classes_and_functions_are_pickled_by_name(package):
+    values = [getattr(package, name) for name in package.__all__]
+    named = [value for value in values if isinstance(value, type | types.FunctionType)]
+    assert len(named) > 20
+    assert pickle.loads(pickle.dumps(named)) == named

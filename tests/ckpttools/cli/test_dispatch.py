@@ -399,7 +399,7 @@ def test_the_mirror_of_a_foreign_run_says_what_it_leaves_out(tmp_path, capsys):
     url = f"file://{tmp_path}/copy"
     code, out, _ = call(capsys, "mirror", tmp_path / "run", url)
     assert code == parser.EXIT_OK
-    assert "not copied, since plain Orbax wrote them without digests: 5; adopt takes them over" in out
+    assert "not copied, because plain Orbax wrote them without digests: 5; adopt them first" in out
     assert as_json(capsys, "mirror", tmp_path / "run", url)[1]["unverified"] == [5]
     call(capsys, "adopt", tmp_path / "run")
     out = call(capsys, "mirror", tmp_path / "run", url)[1]
@@ -421,8 +421,8 @@ def test_a_mirror_by_hand(run, tmp_path, capsys):
     damage(tmp_path / "nas", copy.name)
     code, out, _ = call(capsys, "mirror", run, url, "--check", "--dry-run")
     assert code == parser.EXIT_NO
-    assert "would be mended" in out
-    assert "mended" in call(capsys, "mirror", run, url, "--check")[1]
+    assert "would be repaired" in out
+    assert "repaired" in call(capsys, "mirror", run, url, "--check")[1]
     damage(run, 30)
     assert call(capsys, "mirror", run, url, "--fetch", "30")[:2] == (parser.EXIT_OK, "fetched step 30\n")
     assert call(capsys, "verify", run)[0] == parser.EXIT_OK
@@ -489,7 +489,7 @@ def test_an_import_with_keys_and_values(tmp_path):
     assert back["count"] == 7
     assert jax.random.key_data(back["key"]).tolist() == jax.random.key_data(state["key"]).tolist()
     (tmp_path / "m").write_bytes(b"\x2e" + b"\0" * 7 + b'{"__metadata__":{"ckpttools.value.count":"["}}')
-    with pytest.raises(ct.TensorFileError, match="a note of the file makes no sense"):
+    with pytest.raises(ct.TensorFileError, match="the metadata of the file holds an invalid value"):
         ct.import_run(tmp_path / "m", tmp_path / "bad")
 
 
@@ -536,8 +536,8 @@ def test_a_mirror_inside_its_run_is_refused(run, capsys):
     for url in (run, run / "copies", f"file://{run}/copies"):
         code, _, err = call(capsys, "mirror", run, url)
         assert code == parser.EXIT_FAILED
-        assert "lies in the folder of its run" in err
-    with pytest.raises(ct.SpecError, match="lies in the folder"):
+        assert "lies inside the directory of its run" in err
+    with pytest.raises(ct.SpecError, match="lies inside the directory"):
         ct.open(ct.CheckpointSpec(directory=run, mirror=f"{run}/copies"))
     assert sorted(run.iterdir()) == before
 

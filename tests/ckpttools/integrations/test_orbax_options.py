@@ -94,15 +94,15 @@ class OwnRetention(Retention):
 
 
 REFUSED = {
-    "improvement": ({"save": ct.OnImprovement("loss", mode="min")}, "before it sees a metric"),
-    "adaptive": ({"save": ct.EverySteps(5) | ct.Adaptive("loss")}, "before it sees a metric"),
+    "improvement": ({"save": ct.OnImprovement("loss", mode="min")}, "before it gets the metrics"),
+    "adaptive": ({"save": ct.EverySteps(5) | ct.Adaptive("loss")}, "before it gets the metrics"),
     "and": ({"save": ct.EverySteps(5) & ct.EverySeconds(9)}, "by 'or' only"),
     "own trigger": ({"save": OwnTrigger()}, "no policy like it"),
     "own retention": ({"keep": Union(OwnRetention())}, "no policy like it"),
     "mirror": ({"mirror": "memory://run"}, "one place"),
-    "version": ({"state_version": 2}, "no step with a version"),
+    "version": ({"state_version": 2}, "neither records a version"),
     "readback": ({"integrity": ct.Integrity(verify="readback")}, "does not read back"),
-    "sha256": ({"integrity": ct.Integrity(digest="sha256")}, "keeps no digests"),
+    "sha256": ({"integrity": ct.Integrity(digest="sha256")}, "writes no digests"),
     "free space": ({"storage": ct.Storage(min_free=10)}, "free space"),
     "prune": ({"storage": ct.Storage(when_full="prune")}, "free space"),
 }

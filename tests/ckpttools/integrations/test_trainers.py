@@ -163,7 +163,7 @@ def test_peft_trainer_saves_when_the_spec_says_so(tmp_path):
 
 def test_peft_trainer_without_the_metrics_that_the_spec_looks_at(tmp_path):
     for fields in ({"save": ct.OnImprovement("loss", mode="min")}, {"keep": ct.Best("loss", mode="min")}):
-        with pytest.raises(ct.SpecError, match="looks at loss"):
+        with pytest.raises(ct.SpecError, match="uses loss"):
             ct.peft_trainer(ImitatedTrainer, spec_of(tmp_path, **fields))
 
 

@@ -129,6 +129,6 @@ def test_an_intact_step_that_orbax_cannot_read_raises_and_no_older_one_is_used(r
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("orbax.checkpoint.v1.load_checkpointables", fail)
-    with pytest.raises(ct.StorageError, match="its files are as they were written"):
+    with pytest.raises(ct.StorageError, match="although its files are intact"):
         restore(run)
     assert (run / "30").is_dir()

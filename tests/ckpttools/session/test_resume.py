@@ -50,5 +50,5 @@ def test_an_invalid_selector_does_not_restore_the_latest_step(tmp_path, step):
         ckpt.save(1, state)
         ckpt.save(2, state)
         ckpt.wait()
-        with pytest.raises(ct.SpecError, match="names no step to restore"):
+        with pytest.raises(ct.SpecError, match="does not select a step"):
             ckpt.restore(state, step=step)

@@ -77,7 +77,7 @@ def test_a_state_of_a_newer_version_is_an_error_and_stays_where_it_is(tmp_path):
     save(tmp_path, 3, 2, "c")
     with ct.open(spec_for(tmp_path, VERSIONS[2])) as ckpt:
         with pytest.raises(
-            ct.VersionError, match="step 2 has version 3; this program knows versions up to 2"
+            ct.VersionError, match="step 2 has version 3; this program supports versions up to 2"
         ) as caught:
             ckpt.restore({"model": {"b": jnp.zeros(2)}})
         assert "newer program" in caught.value.fix

@@ -82,7 +82,7 @@ def test_names_are_mapped_both_ways(tmp_path):
 
 def test_wrong_name_maps_are_refused(tmp_path):
     state = {"a": jnp.ones(1), "b": jnp.ones(1)}
-    with pytest.raises(ct.SpecError, match=r"which no leaf is called"):
+    with pytest.raises(ct.SpecError, match=r"which match no leaf"):
         ct.export_safetensors(state, tmp_path / "m", names={"aa": "x"})
     with pytest.raises(ct.SpecError, match=r"has 1 and 0 stars"):
         ct.export_safetensors(state, tmp_path / "m", names={"*": "x"})
@@ -179,7 +179,7 @@ def test_what_cannot_be_exchanged_is_refused(tmp_path, run):
     (tmp_path / "plain" / "3").mkdir(parents=True)
     (tmp_path / "plain" / "3" / "_CHECKPOINT_METADATA").write_text("{}")
     for folder in (tmp_path / "plain", tmp_path / "plain" / "3"):
-        with pytest.raises(ct.CheckpointError, match=r"never proved"):
+        with pytest.raises(ct.CheckpointError, match=r"has no manifest"):
             ct.export_safetensors(folder, file)
     with pytest.raises(ct.SpecError, match=r"skip='b' matches no leaf"):
         ct.export_safetensors({"a": jnp.ones(1)}, file, skip="b")

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A restore uses the nearest intact copy, whatever happened to the local disk."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+import ckpttools as ct
+from ckpttools.mirror import remote_store
+from ckpttools.store import layout
+from tests.ckpttools.mirror.mirrors import (
+    STATE,
+    changed,
+    damage,
+    nas,
+    restore,
+    restore_offline,
+    save,
+    state_at,
+    wait_for,
+)
+from tests.ckpttools.restore.test_first_intact import flip_bit, largest_file
+
+
+def test_on_s3_a_truncated_object_is_found_and_the_next_copy_taken(on_s3, s3, request):
+    save(on_s3, 1, 2, 3)
+    objects = s3.objects(request.node.name)
+    largest = max((key for key in objects if "/3-" in key), key=objects.__getitem__)
+    s3.truncate(largest)
+    damage(on_s3, 3)
+    report = restore(on_s3)
+    assert report.step == 2
+    assert report.damaged == 1
+    verdicts = [(each.step, each.source, each.verdict) for each in report.candidates]
+    assert verdicts == [(3, "local", "corrupt"), (3, "mirror", "corrupt"), (2, "local", "used")]
+    assert report.candidates[1].files == (largest.split("/", 2)[2],)
+    assert not list(layout.get_control_path(on_s3.directory, "staging").iterdir()), (
+        "what was fetched in vain is removed"
+    )
+
+
+def test_on_s3_a_connection_that_is_cut_while_a_step_is_fetched(on_s3, way):
+    save(on_s3, 1, 2)
+    shutil.rmtree(on_s3.directory / "2")
+    way.bytes_left = 4_000
+    assert restore_offline(on_s3) == 1
+    shutil.rmtree(on_s3.directory / "1")
+    way.bytes_left, way.open = 4_000, True
+    with pytest.raises(ct.MirrorError, match="could not be"):
+        restore(on_s3)
+    way.bytes_left, way.open = None, True
+    assert restore(on_s3).step == 2
+
+
+def test_an_empty_folder_and_a_store_that_does_not_answer_is_no_fresh_start(on_s3, way):
+    way.open = False
+    with ct.open(on_s3) as ckpt, pytest.raises(ct.MirrorError, match="holds no steps, and the mirror does not answer"):
+        ckpt.restore(STATE)
+    relaxed = changed(on_s3, must_answer=False)
+    with ct.open(relaxed) as ckpt:
+        with pytest.warns(ct.CheckpointWarning, match="only local steps were considered"):
+            report = ckpt.restore(STATE)
+        assert report.step is None
+        assert "could not be listed" in report.mirror_error
+        assert report.as_dict()["mirror_error"] == report.mirror_error
+
+
+def test_without_a_mirror_an_empty_folder_restores_nothing(on_disk):
+    """The control: what the mirror does is done by nothing else."""
+    save(on_disk, 1)
+    shutil.rmtree(on_disk.directory)
+    assert restore(dataclasses.replace(on_disk, mirror=None)).step is None
+    assert restore(on_disk).step == 1
+
+
+def test_a_step_that_is_damaged_here_is_fetched(on_disk):
+    save(on_disk, 1, 2)
+    damage(on_disk, 2)
+    report = restore(on_disk)
+    assert report.step == 2
+    assert [(each.source, each.verdict) for each in report.candidates] == [("local", "corrupt"), ("mirror", "used")]
+    assert report.candidates[0].moved_to == layout.get_control_path(on_disk.directory, "quarantine") / "2"
+    assert ct.verify(on_disk.directory).ok
+    damage(on_disk, 2)
+    assert restore(on_disk, step=2).step == 2, "asked for by number"
+    shutil.rmtree(on_disk.directory / "2")
+    assert restore(on_disk, step=2).step == 2
+    assert layout.get_spare_directory(on_disk.directory, 2).is_dir(), "with its second copies"
+
+
+def test_a_step_that_was_asked_for_and_is_intact_nowhere_is_an_error(on_disk):
+    save(on_disk, 1, 2)
+    damage(on_disk, 2)
+    flip_bit(largest_file(nas(on_disk, 2)))
+    with pytest.raises(ct.CorruptStepError, match="step 2 is corrupt"):
+        restore(on_disk, step=2)
+    with pytest.raises(ct.StepNotFoundError, match="here and at the mirror"):
+        restore(on_disk, step=7)
+    damage(on_disk, 1)
+    flip_bit(largest_file(nas(on_disk, 1)))
+    with pytest.raises(ct.NoIntactStepError, match="step 1 from the mirror: corrupt"):
+        restore(on_disk)
+
+
+def test_the_best_step_may_be_at_the_mirror(on_disk):
+    spec = dataclasses.replace(on_disk, keep=ct.Latest(2), mirror=dataclasses.replace(on_disk.mirror, keep=ct.All()))
+    with ct.open(spec) as ckpt:
+        for step, loss in ((1, 0.1), (2, 0.5), (3, 0.4)):
+            ckpt.save(step, state_at(step), metrics={"loss": loss})
+            ckpt.wait()
+            wait_for(lambda step=step: step in ckpt.mirror_status.copied)
+    assert [row.step for row in ct.ls(spec.directory)] == [2, 3]
+    assert restore(spec, step=ct.best("loss", mode="min")).step == 1
+    assert restore(spec).step == 3
+
+
+def test_nothing_is_fetched_through_a_link_out_of_the_run(on_disk, tmp_path):
+    save(on_disk, 1)
+    shutil.rmtree(on_disk.directory / "1")
+    shutil.rmtree(layout.get_control_path(on_disk.directory, "staging"))
+    (tmp_path / "outside").mkdir()
+    layout.get_control_path(on_disk.directory, "staging").symlink_to(tmp_path / "outside")
+    with pytest.raises(ct.StorageError, match="is a link"):
+        restore(on_disk)
+    assert not list((tmp_path / "outside").iterdir())
+
+
+def test_too_little_room_for_a_fetch(on_disk, monkeypatch):
+    save(on_disk, 1)
+    shutil.rmtree(on_disk.directory)
+    usage = type(shutil.disk_usage("/"))(total=100, used=99, free=1)
+    with monkeypatch.context() as patched, ct.open(on_disk) as ckpt:
+        patched.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(ct.DiskSpaceError, match="at the mirror takes"):
+            ckpt.restore(STATE)
+
+
+def test_a_disk_that_refuses_what_is_fetched(on_disk, monkeypatch):
+    save(on_disk, 1)
+    shutil.rmtree(on_disk.directory)
+
+    def refuse(*args, **options):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(remote_store.RemoteStore, "_fetch_file", refuse)
+    with pytest.raises(ct.StorageError, match="could not be fetched from the mirror"):
+        restore(on_disk)
+
+
+def test_a_reader_beside_the_run_fetches_and_leaves_nothing(on_disk):
+    save(on_disk, 1, 2)
+    shutil.rmtree(on_disk.directory / "2")
+    with ct.open(on_disk) as writer:
+        writer.restore(STATE, step=1)
+        writer.steps(9)
+        with ct.open(dataclasses.replace(on_disk)) as reader:
+            assert reader.restore(STATE).step == 2
+        assert not (on_disk.directory / "2").exists()
+        assert not list(layout.get_control_path(on_disk.directory, "staging").iterdir())
