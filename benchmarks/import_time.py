@@ -11,6 +11,7 @@ them. `--write` writes docs/benchmarks/import_time.md.
 import argparse
 import datetime
 import importlib.metadata
+import os
 import pathlib
 import platform
 import resource
@@ -39,14 +40,15 @@ GOALS = {
 def measure_cpu_seconds(arguments: list[str]) -> float:
     """Return the CPU seconds of a new interpreter with these arguments."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def write_run(directory: str) -> None:
     """Save `STEPS` steps of a small state."""
-    spec = ct.CheckpointSpec(directory=directory, storage=ct.Storage(asynchronous=False))
+    spec = ct.CheckpointSpec(directory=directory, keep=ct.All(), storage=ct.Storage(asynchronous=False))
     with ct.open(spec) as ckpt:
         for step in range(1, STEPS + 1):
             ckpt.save(step, {"count": step}, metrics={"loss": 1 / step})

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of ckpttools, in the what/why/fix form that both packages share.
 
-The lowest room. Failures of a stored step come in four classes, because what may be done about them differs:
-incomplete and corrupt steps are passed over for an older one; a structure that does not fit and a disk that does
-not answer are raised, since an older step would not help and starting afresh would lose the run.
+The lowest room. Failures of a stored step come in four classes, because the remedies differ: incomplete and corrupt
+steps are passed over for an older one; a structure that does not fit and a disk that does not answer are raised, since
+an older step would not help and starting again would lose the run.
 """
 
 from typing import Any
@@ -29,11 +29,11 @@ class LeafError(CheckpointError, TypeError):
 
 
 class StructureError(CheckpointError, ValueError):
-    """The state passed in and the state on disk are of different structure.
+    """The state passed in and the state on disk differ in structure.
 
     Attributes:
         mismatches: One line for each leaf that is missing, unexpected, of another shape or of another dtype.
-        surgery: Operations that would make the step fit; a guess, to be passed to `restore` if it is what is meant.
+        surgery: Operations that would make the step fit; a guess, to be passed to `restore` if it is the intent.
     """
 
     mismatches: tuple[str, ...] = ()
@@ -41,20 +41,20 @@ class StructureError(CheckpointError, ValueError):
 
 
 class VersionError(StructureError):
-    """A step of a version of the format, or of the user's state, that is not known here; nothing is wrong with it."""
+    """A step with an unknown version of the format or of the user's state; the step is not damaged."""
 
 
 class StepDamagedError(CheckpointError, ValueError):
-    """Base of what recovery passes over: two kinds of damage, and steps that the run's validation rejects.
+    """Base of what a restore passes over: two kinds of damage, and steps that the run's validation rejects.
 
     Attributes:
-        step: The damaged step, or None where it cannot be told.
-        leaves: Paths of the damaged leaves, as far as they are known.
-        files: Damaged files, relative to the step's folder.
+        step: The damaged step; None if unknown.
+        leaves: Paths of the damaged leaves, as far as known.
+        files: Damaged files, relative to the step's directory.
     """
 
     default_why = "what is stored is not what was saved."
-    default_fix = "restore another step: `ckpttools ls --verify` says which are intact."
+    default_fix = "restore another step: `ckpttools ls --verify` lists the intact ones."
     step: int | None = None
     leaves: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
@@ -66,8 +66,8 @@ class StepDamagedError(CheckpointError, ValueError):
 class IncompleteStepError(StepDamagedError):
     """A step whose manifest or files are missing or too short."""
 
-    default_why = "a part of what was saved is not there."
-    default_fix = "`ckpttools repair` puts metadata back; else restore another step, which `ckpttools ls` lists."
+    default_why = "a part of what was saved is missing."
+    default_fix = "`ckpttools repair` restores metadata; else restore another step, which `ckpttools ls` lists."
 
 
 class CorruptStepError(StepDamagedError):
@@ -75,29 +75,27 @@ class CorruptStepError(StepDamagedError):
 
     default_why = "some bytes are not those that were written."
     default_fix = (
-        "`ckpttools repair` puts metadata back, a mirror has arrays; else restore another step: "
-        "`ckpttools ls --verify` says which are intact."
+        "`ckpttools repair` restores metadata, a mirror has arrays; else restore another step: "
+        "`ckpttools ls --verify` lists the intact ones."
     )
 
 
 class StepRejectedError(StepDamagedError):
-    """A step whose bytes are as they were saved, and whose model does not pass the run's validation function."""
+    """An intact step whose model does not pass the run's validation function."""
 
-    default_why = (
-        "its bytes are as they were saved, so the validation function, its batch or the model's code has changed."
-    )
-    default_fix = "undo that change, or open the run without validate= if it was meant."
+    default_why = "its bytes are intact, so the validation function, its batch or the model's code has changed."
+    default_fix = "undo that change, or open the run without validate= if it was intended."
 
 
 class UntrustedStepError(CorruptStepError):
-    """A step that asks for something no honest step asks for: a path out of the run, an absurd size, a link."""
+    """A step with content that ckpttools never writes: a path out of the run, an absurd size, a link."""
 
-    default_why = "no step that was saved here asks for it, so somebody has changed the folder."
-    default_fix = "do not use the folder before you know who wrote it."
+    default_why = "ckpttools never writes such a step, so somebody has changed the directory."
+    default_fix = "do not use the directory of the step before you know who wrote it."
 
 
 class StepNotFoundError(CheckpointError, LookupError):
-    """A step that was asked for by number or metric and is not there."""
+    """A step requested by number or metric does not exist."""
 
 
 class NoIntactStepError(CheckpointError, LookupError):
@@ -111,7 +109,7 @@ class NoIntactStepError(CheckpointError, LookupError):
 
 
 class NotRestoredError(CheckpointError, RuntimeError):
-    """Training was about to go on in a used directory without `restore`."""
+    """Training would continue in a used directory without `restore`."""
 
 
 class StepOrderError(CheckpointError, ValueError):
@@ -131,11 +129,11 @@ class RunInUseError(StorageError):
 
 
 class MirrorError(StorageError):
-    """The store of a mirror does not answer, or does not keep what it is given; local steps are as they were."""
+    """The store of a mirror does not answer, or loses what it is given; local steps are unaffected."""
 
 
 class TensorFileError(CheckpointError, ValueError):
-    """A file that was to be imported and is no whole safetensors file."""
+    """A file to import that is not a whole safetensors file."""
 
 
 class SaveTimeoutError(CheckpointError, TimeoutError):
@@ -146,7 +144,7 @@ class ProcessError(CheckpointError, RuntimeError):
     """Another process of the same run failed, died, left, or is doing something else.
 
     Attributes:
-        missing: Whether it was not heard of, so that it may still be writing.
+        missing: Whether it did not answer, so that it may still be writing.
     """
 
     missing: bool = False
@@ -157,4 +155,4 @@ class ValidationError(CheckpointError, ValueError):
 
 
 class CheckpointWarning(UserWarning):
-    """Advice: something works and costs more, or protects less, than it should."""
+    """Advice: something works but costs more, or protects less, than it should."""

@@ -91,7 +91,7 @@ def suggest_names(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
         limit: How many close names to suggest; if none is close, twice as many of all.
 
     Returns:
-        The sentence; "" if there are no choices.
+        The sentence; "" without choices.
 
     Example:
         >>> suggest_names("keeep", ["keep", "save"])

@@ -42,7 +42,7 @@ class Fetcher:
         run: RunDirectory,
         mirror: Mirror,
         store: RemoteStore,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._run, self._mirror, self._store, self._progress = run, mirror, store, progress
         self._staging_directories: list[pathlib.Path] = []

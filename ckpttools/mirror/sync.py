@@ -4,7 +4,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..errors import StepDamagedError
@@ -13,11 +13,9 @@ from ..spec.retention import All
 from ..store import catalogue
 from ..store.manifest import Summary
 from ..store.run_directory import RunDirectory
+from .fetch import Progress
 from .remote_store import Copy, RemoteStore
 from .upload_plan import CopyNames, get_summaries, make_upload_plan, require_outside_run
-
-type Progress = Callable[[int, int], None]
-
 
 type CopyState = Literal["complete", "damaged", "missing", "another run's"]
 

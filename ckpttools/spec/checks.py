@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that the values of a spec share, so that an error reads alike wherever it is raised."""
+"""Checks that the values of a spec share, so that equal mistakes give equal errors."""
 
 import math
 
@@ -7,7 +7,7 @@ from ..errors import SpecError
 
 
 def require_count(owner: str, field: str, value: object, *, minimum: int = 1) -> None:
-    """Raise `SpecError` unless `value` is an int of at least `minimum` (bool is no number here)."""
+    """Raise `SpecError` unless `value` is an int of at least `minimum`; a bool does not count."""
     if type(value) is not int or value < minimum:
         raise SpecError(
             what=f"{owner}({field}={value!r}) cannot be honoured.",
@@ -30,7 +30,7 @@ def require_name(owner: str, field: str, value: object) -> None:
     """Raise `SpecError` unless `value` is a metric's name."""
     if not isinstance(value, str) or not value.strip():
         raise SpecError(
-            what=f"{owner}({field}={value!r}) names no metric.",
+            what=f"{owner}({field}={value!r}) does not name a metric.",
             why="a metric is looked up by this name in the `metrics` that are passed along with a step.",
             fix=f'{owner}({field}="val_loss")',
         )

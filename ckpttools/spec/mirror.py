@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run's steps are copied to, as a frozen value of the spec.
 
-Pure: nothing is imported for an address and nothing is reached before a run is opened. Secrets have no place here,
-because a spec is written into files, logs and fingerprints; every store reads them from its own environment.
+Pure: the address imports nothing, and nothing is contacted before a run is opened. Secrets are refused, because a spec
+is written into files, logs and fingerprints; every store reads them from its environment.
 """
 
 import dataclasses
@@ -25,18 +25,17 @@ type Option = str | int | float | bool
 
 @dataclasses.dataclass(frozen=True)
 class Mirror:
-    """A second place for a run's steps, at any address that fsspec knows.
+    """A second place for a run's steps, at any address that fsspec supports.
 
     Attributes:
-        url: Address of a folder that belongs to this run alone: "s3://bucket/run", "file:///mnt/nas/run", ...
+        url: Address of a directory for this run alone: "s3://bucket/run", "file:///mnt/nas/run", ...
         keep: What to keep there; None for what the run keeps.
         options: Options of the store, such as `{"endpoint_url": "http://..."}`; no secrets.
         verify: "readback" reads every copied file back and compares its digest; "size" compares sizes only. A
             restore compares digests in any case.
-        must_answer: Whether `restore` in a folder without steps raises if the store does not answer. Otherwise it
-            begins afresh, though the run may be there.
-        wait_s: How long `close` waits for copies, in seconds; what is not copied by then is copied by the next
-            session.
+        must_answer: Whether `restore` in a directory without steps raises if the store does not answer. Otherwise
+            training starts from scratch although the run may be there.
+        wait_s: How long `close` waits for copies, in seconds; the next session copies the rest.
     """
 
     url: str
@@ -50,7 +49,7 @@ class Mirror:
     def __post_init__(self) -> None:
         if not isinstance(self.url, str) or not self.url.strip():
             raise SpecError(
-                what=f"Mirror({self.url!r}) names no address.",
+                what=f"Mirror({self.url!r}) is not an address.",
                 why="copies of the steps are written below it.",
                 fix='Mirror("s3://bucket/run")',
             )
@@ -68,7 +67,7 @@ class Mirror:
             )
         if not isinstance(self.must_answer, bool):
             raise SpecError(
-                what=f"Mirror(must_answer={self.must_answer!r}) is neither true nor false.",
+                what=f"Mirror(must_answer={self.must_answer!r}) is not a bool.",
                 why="must_answer is switched on or off.",
                 fix="Mirror(url, must_answer=True)",
             )
@@ -78,17 +77,17 @@ class Mirror:
 
     @property
     def store_options(self) -> dict[str, Option]:
-        """The options as keyword arguments."""
+        """Return the options as keyword arguments."""
         return dict(self.options)
 
 
 def _list_query_names(url: str) -> list[str]:
-    """Names of what is handed over behind the question mark of an address, such as a signature."""
+    """Return the names of the parameters behind the question mark of an address, such as a signature."""
     return [part.partition("=")[0] for part in url.partition("?")[2].split("&")]
 
 
 def _freeze_options(options: Any) -> tuple[tuple[str, Option], ...]:
-    """Options in a form that can be compared and hashed."""
+    """Return options in a form that can be compared and hashed."""
     try:
         pairs = sorted(dict(options).items())
     except (TypeError, ValueError) as error:
@@ -102,7 +101,7 @@ def _freeze_options(options: Any) -> tuple[tuple[str, Option], ...]:
             raise SpecError(
                 what=f"Mirror(options={{{name!r}: {value!r}}}) cannot be written to a file.",
                 why="an option is a name with a string, a number or a truth value.",
-                fix="nested options of a store stand in ~/.config/fsspec.",
+                fix="put nested options of a store into ~/.config/fsspec.",
             )
         if _SECRET.search(name):
             raise SpecError(
@@ -114,7 +113,7 @@ def _freeze_options(options: Any) -> tuple[tuple[str, Option], ...]:
 
 
 def as_mirror(value: Any) -> Mirror | None:
-    """What `CheckpointSpec(mirror=...)` was given, an address or a `Mirror`, as a `Mirror`."""
+    """Return the value of `CheckpointSpec(mirror=...)`, an address or a `Mirror`, as a `Mirror`."""
     if value is None or isinstance(value, Mirror):
         return value
     if isinstance(value, str):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations of surgery: what has to happen to stored leaves so that they fit another model, as frozen values.
+"""Operations of surgery: what must happen to stored leaves so that they fit another model, as frozen values.
 
-Pure: values and text. Names begin with the item, as errors and reports show them: `model.layers.0.kernel`. A pattern
-(the language of remattools' rules) means a leaf or any part of the state above it, and then everything below. The
-operations are applied in order, each to the names that the one before it left. `state.surgery` applies them.
+Pure: values and strings. Names begin with the item, as errors and reports show them: `model.layers.0.kernel`. A pattern
+(the language of remattools' rules) matches a leaf or any part of the state above it, and then everything below. The
+operations are applied in order, each to the names that the previous one left. The room `surgery` applies them.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from remattools.rules.paths import Pattern
 from ..errors import SpecError, suggest_names
 
 WILDCARD = re.compile(r"\*\*|\*|\{[^{}]*\}|^\[[^\]]*\]$")
-"""What stands for more than itself in one segment of a pattern."""
+"""The wildcards in one segment of a pattern."""
 
 DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -28,7 +28,7 @@ DTYPES = (
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """Base of all operations; `pattern` says on what."""
+    """Base of all operations; `pattern` says what it applies to."""
 
     pattern: str
 
@@ -41,21 +41,21 @@ class Operation:
         if ":" in re.sub(r"\[[^\]]*\]", "", self.pattern):
             raise SpecError(
                 what=f"ct.{kind}({self.pattern!r}) asks for a class.",
-                why="what is on disk are arrays with names; no class is stored with them.",
+                why="arrays on disk have names; no class is stored with them.",
                 fix=f"ct.{kind}({self.pattern.partition(':')[0] or '**'!r})",
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Rename(Operation):
-    """Stored leaves under another name.
+    """Rename stored leaves.
 
-    Each wildcard of `new` (`*`, `**`) stands for what the wildcard in its place in `pattern` has matched; there,
-    braces and slices count as `*`. A pattern without a dot means the name at any depth, and only that name changes.
+    Each wildcard of `new` (`*`, `**`) stands for what the wildcard in its place in `pattern` matched; there, braces and
+    slices count as `*`. A pattern without a dot matches the name at any depth, and only that name changes.
 
     Attributes:
         pattern: The names on disk, such as "model.blocks.*.attn".
-        new: What they are called in the state, such as "model.layers.*.attention".
+        new: Their names in the state, such as "model.layers.*.attention".
 
     Examples:
         >>> Rename("encoder", "backbone")      # in the model and in the optimizer's copies of it
@@ -69,28 +69,28 @@ class Rename(Operation):
         pieces = self.new.split(".") if isinstance(self.new, str) else [""]
         if not all(pieces) or any(set(piece.replace("**", "")) & set("[]{}: \t\n") for piece in pieces):
             raise SpecError(
-                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has no name to give.",
-                why="the new name consists of segments between dots, in which only * and ** stand for something.",
+                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has no valid new name.",
+                why="the new name consists of segments between dots, in which only * and ** are wildcards.",
                 fix=f'ct.Rename({self.pattern!r}, "model.new_name")',
             )
         if re.search(r"\{[^{}]*\{", self.pattern):
             raise SpecError(
                 what=f"ct.Rename({self.pattern!r}, {self.new!r}) has braces inside braces.",
                 why="each pair of braces is one wildcard on the right, so they cannot be nested.",
-                fix="several ct.Rename, one for each.",
+                fix="use several ct.Rename, one for each.",
             )
         old, new = find_wildcards(self.pattern), find_wildcards(self.new)
         if ["**" if each == "**" else "*" for each in old] != new:
             raise SpecError(
-                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has {_count_wildcards(old)} and {_count_wildcards(new)}.",
-                why="each * and ** on the right stands for what the wildcard in its place on the left has matched.",
+                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has {_count_wildcards(old)}, {_count_wildcards(new)}.",
+                why="each * and ** on the right stands for what the wildcard in its place on the left matched.",
                 fix="write the same wildcards on both sides, in the same order.",
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Drop(Operation):
-    """Stored leaves that the state does not have; they are not read.
+    """Drop stored leaves that the state does not have; they are not read.
 
     Examples:
         >>> Drop("model.decoder")
@@ -100,7 +100,7 @@ class Drop(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class Reinit(Operation):
-    """Leaves of the state that keep the values they have; what is stored under their names is not read.
+    """Let leaves of the state keep their values; what is stored under their names is not read.
 
     Examples:
         >>> Reinit("{lora_a,lora_b}")          # additions that no checkpoint has
@@ -110,7 +110,7 @@ class Reinit(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class Cast(Operation):
-    """Allows one cast: leaves of `from_dtype` become `to_dtype`; leaves of any other dtype stay as they are.
+    """Allow one cast: leaves of `from_dtype` become `to_dtype`; leaves of any other dtype stay as they are.
 
     A value that the new dtype cannot hold (a fraction as an int, an int that a float would round, a finite number as
     infinity) is an error. Floats are rounded.
@@ -132,7 +132,7 @@ class Cast(Operation):
         for dtype in (self.from_dtype, self.to_dtype):
             if dtype not in DTYPES:
                 raise SpecError(
-                    what=f"ct.Cast({self.pattern!r}, {self.from_dtype!r}, {self.to_dtype!r}) names no dtype {dtype!r}.",
+                    what=f"ct.Cast({self.pattern!r}, {self.from_dtype!r}, {self.to_dtype!r}): unknown dtype {dtype!r}.",
                     why="a cast is allowed from one dtype to one other, each by its name.",
                     fix=suggest_names(str(dtype), DTYPES) or f'ct.Cast({self.pattern!r}, "float32", "bfloat16")',
                 )
@@ -140,11 +140,11 @@ class Cast(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class Pad(Operation):
-    """Stored arrays that are smaller than those of the state along some axes, such as an embedding of fewer words.
+    """Pad stored arrays that are smaller than those of the state along some axes, such as an embedding of fewer words.
 
     Attributes:
-        fill: What the rest is: a number, or "template" for the values that the state has there.
-        start: Where the stored block begins, axis by axis; 0 where nothing is said.
+        fill: Values of the rest: a number, or "template" for those of the state.
+        start: Where the stored block begins, for each axis; 0 for axes not given.
 
     Examples:
         >>> Pad("embedding")
@@ -159,7 +159,7 @@ class Pad(Operation):
         if self.fill != "template" and (isinstance(self.fill, bool) or not isinstance(self.fill, int | float)):
             raise SpecError(
                 what=f"ct.Pad({self.pattern!r}, fill={self.fill!r}) cannot be honoured.",
-                why='fill is a number, or "template" for the values that the state has.',
+                why='fill is a number, or "template" for the values of the state.',
                 fix=f"ct.Pad({self.pattern!r}, fill=0.0)",
             )
         _require_start(self, self.start)
@@ -167,10 +167,10 @@ class Pad(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class Slice(Operation):
-    """Stored arrays that are larger than those of the state along some axes: a block of them is taken.
+    """Slice stored arrays that are larger than those of the state along some axes: take a block of them.
 
     Attributes:
-        start: Where the block begins in the stored array, axis by axis; 0 where nothing is said.
+        start: Where the block begins in the stored array, for each axis; 0 for axes not given.
 
     Examples:
         >>> Slice("embedding", start=(100,))
@@ -192,11 +192,11 @@ OPERATIONS: dict[str, type[Operation]] = {
     "pad": Pad,
     "slice": Slice,
 }
-"""By their names in files."""
+"""Operations by their names in files."""
 
 
 def as_code(operation: Operation) -> str:
-    """An operation as one writes it: `ct.Rename("a", "b")`."""
+    """Return an operation as Python code: `ct.Rename("a", "b")`."""
     shown = []
     for field in dataclasses.fields(operation):
         value: Any = getattr(operation, field.name)
@@ -208,12 +208,12 @@ def as_code(operation: Operation) -> str:
 
 
 def find_wildcards(pattern: str) -> list[str]:
-    """The parts of a pattern that stand for more than themselves, in order."""
+    """Return the wildcards of a pattern, in order."""
     return [found for segment in split_segments(pattern) for found in WILDCARD.findall(segment)]
 
 
 def split_segments(pattern: str) -> list[str]:
-    """The segments of a pattern; a dot inside braces divides nothing."""
+    """Split a pattern into segments; a dot inside braces does not separate."""
     return re.findall(r"(?:[^.{}]|\{[^{}]*\})+", pattern)
 
 

@@ -21,7 +21,7 @@ def json_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "required": ["directory"],
         "properties": {
-            "directory": {"type": "string", "description": "The run's folder; relative to the file."},
+            "directory": {"type": "string", "description": "The run's directory; relative to the file."},
             "save": _allow_list("trigger"),
             "keep": _allow_list("retention"),
             "storage": _make_object(Storage),

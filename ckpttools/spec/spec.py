@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`CheckpointSpec`: the whole of a run's checkpointing as one frozen, hashable, comparable value.
 
-Pure: building a spec touches no disk. What exists is legal; every field is checked when the value is built, so that
-a spec that can be written down can be run.
+Pure: building a spec touches no disk. Every field is checked when the value is built, so what exists is legal and a
+spec that can be written down can be run.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from .triggers import EverySteps, OnImprovement, Trigger
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSpec:
-    """When a run is saved, what is kept, and how it is proved intact.
+    """When a run is saved, what is kept, and how it is verified.
 
     Attributes:
-        directory: The run's folder on a POSIX file system. A relative one is resolved when the run is opened; one
-            that was read from a file, against that file's folder.
+        directory: The run's directory on a POSIX file system. A relative one is resolved when the run is opened; one
+            from a file, against the directory of that file.
         save: When to save.
         keep: What to keep.
         storage: How bytes reach the disk.
-        integrity: How a step is proved intact.
+        integrity: How a step is verified.
         mirror: Where each step is copied to: an address such as "s3://bucket/run", or a `Mirror`.
         state_version: The version of the state's structure: a number, or a `StateVersion` with the migrations that
             bring steps of older versions up to it.
@@ -55,13 +55,13 @@ class CheckpointSpec:
         named = isinstance(self.directory, str | os.PathLike) and str(self.directory).strip()
         if not named or "\0" in str(self.directory):
             raise SpecError(
-                what=f"CheckpointSpec(directory={self.directory!r}) names no folder.",
-                why="every step of the run is a folder below it.",
+                what=f"CheckpointSpec(directory={self.directory!r}) does not name a directory.",
+                why="every step of the run is a directory below it.",
                 fix='CheckpointSpec(directory="runs/exp1")',
             )
         if "://" in str(self.directory):
             raise SpecError(
-                what=f"CheckpointSpec(directory={str(self.directory)!r}) is an address, not a folder.",
+                what=f"CheckpointSpec(directory={str(self.directory)!r}) is an address, not a directory.",
                 why="a commit needs rename and fsync, which object stores do not have.",
                 fix='directory="runs/exp1", mirror="s3://bucket/run" copies every step there.',
             )
@@ -100,7 +100,7 @@ class CheckpointSpec:
         return cls(**spec_file.read(text, source="<text>"))
 
     def to_toml(self) -> str:
-        """The `[checkpoint]` table that `from_toml` reads back to an equal spec."""
+        """Return the `[checkpoint]` table that `from_toml` reads back to an equal spec."""
         return spec_file.write(self)
 
     @classmethod
@@ -109,11 +109,11 @@ class CheckpointSpec:
         return cls(**spec_file.read_json(text, source="<text>"))
 
     def to_json(self) -> str:
-        """The spec as JSON of the same form as its TOML."""
+        """Return the spec as JSON of the same form as its TOML."""
         return json.dumps(spec_file.encode(self), indent=2)
 
     def get_metric_modes(self) -> dict[str, Literal["min", "max"]]:
-        """Metrics that the spec gives a direction, what it keeps before what it saves."""
+        """Return the metrics that have a direction in the spec, those of `keep` before those of `save`."""
 
         def visit(value: Any) -> Iterator[tuple[str, Literal["min", "max"]]]:
             if isinstance(value, Best | OnImprovement):
@@ -127,10 +127,10 @@ class CheckpointSpec:
         return found
 
     def fingerprint(self) -> str:
-        """A short hash that changes when the spec does; recorded with every step."""
+        """Return a short hash that changes when the spec does; recorded with every step."""
         try:
             text = json.dumps({**spec_file.encode(self), "directory": ""}, sort_keys=True)
         except SpecError:
-            # A trigger of the user's own has no file form; its name must do.
+            # A user-defined trigger has no file form, so its name is hashed.
             text = repr(dataclasses.replace(self, directory="-"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

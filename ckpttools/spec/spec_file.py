@@ -54,7 +54,7 @@ _UNIONS: dict[str, type[Any]] = {"save": triggers.AnyOf, "keep": retention.Union
 
 
 def encode(spec: Any) -> dict[str, Any]:
-    """The fields of a `CheckpointSpec` as plain data."""
+    """Return the fields of a `CheckpointSpec` as plain data."""
     plain = {
         "directory": spec.directory.as_posix(),
         "save": _encode_value(spec.save, "save"),
@@ -110,12 +110,12 @@ def _encode_fields(name: str, value: Any, group: str) -> dict[str, Any]:
 
 
 def decode(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `CheckpointSpec` from plain data; errors name the key they stumbled on."""
+    """Return keyword arguments of `CheckpointSpec` from plain data; errors name the key at fault."""
     known = ("directory", "save", "keep", "storage", "integrity", "mirror", "state_version")
     _require_known(table, known, "the table of a spec")
     if "directory" not in table:
         raise _ValueAtKeyError(
-            "directory", "the spec has no directory.", "every step is a folder below it.", 'directory = "run"'
+            "directory", "the spec has no directory.", "every step is a directory below it.", 'directory = "run"'
         )
     fields: dict[str, Any] = {"directory": table["directory"]}
     for group in ("save", "keep"):
@@ -132,14 +132,14 @@ def decode(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decode_version(data: Any) -> Any:
-    """A number, or a table with the migrations that lead to it."""
+    """Parse a number, or a table with the migrations that lead to it."""
     key = "state_version"
     if not isinstance(data, Mapping):
         return _construct(StateVersion, [data], {}, key)
     migrations = data.get("migrations", [])
     if not isinstance(migrations, list) or not all(isinstance(each, Mapping) for each in migrations):
         raise _ValueAtKeyError(
-            "migrations", "migrations is no list of tables.", "each is a table.", "{ from_version = 1 }"
+            "migrations", "migrations is not a list of tables.", "each is a table.", "{ from_version = 1 }"
         )
     decoded = []
     for each in migrations:
@@ -151,7 +151,7 @@ def _decode_version(data: Any) -> Any:
 
 
 def _decode_mirror(data: Any) -> Any:
-    """An address, or a table whose `keep` is written as that of the run."""
+    """Parse an address, or a table whose `keep` has the form of the run's."""
     if isinstance(data, str):
         data = {"url": data}
     if isinstance(data, Mapping) and "keep" in data:
@@ -190,9 +190,7 @@ def _decode_value(data: Any, group: str, *, key: str) -> Any:
 
 def _build(kind: type[Any], data: Any, *, key: str) -> Any:
     if not isinstance(data, Mapping):
-        raise _ValueAtKeyError(
-            key, f"{key} = {data!r} is not a table.", "its fields stand in a table of their own.", f"[{key}]"
-        )
+        raise _ValueAtKeyError(key, f"{key} = {data!r} is not a table.", "its fields belong in a table.", f"[{key}]")
     _require_known(data, [field.name for field in dataclasses.fields(kind)], key)
     return _construct(kind, [], data, key)
 
@@ -218,7 +216,7 @@ def _require_known(data: Mapping[str, Any], known_names: typing.Iterable[str], w
             raise _ValueAtKeyError(
                 name,
                 f"{name!r} is not known in {where}.",
-                "an entry that nothing reads would be taken for one that has an effect.",
+                "an entry that nothing reads would silently have no effect.",
                 suggest_names(name, known_names),
             )
 
@@ -232,25 +230,25 @@ class _ValueAtKeyError(Exception):
 
 
 def read_file(path: pathlib.Path) -> dict[str, Any]:
-    """Keyword arguments of `CheckpointSpec` from the `[checkpoint]` table of a file."""
+    """Return keyword arguments of `CheckpointSpec` from the `[checkpoint]` table of a file."""
     text = toml.read_text(path, description="the spec of the run", error_type=SpecFileError)
     return read(text, source=str(path))
 
 
 def read(text: str, *, source: str) -> dict[str, Any]:
-    """Keyword arguments of `CheckpointSpec` from TOML text with a `[checkpoint]` table."""
+    """Return keyword arguments of `CheckpointSpec` from TOML text with a `[checkpoint]` table."""
     document = toml.parse_toml(text, source=source, error_type=SpecFileError)
     if not isinstance(document.get(TABLE), dict):
         raise SpecFileError(
             what=f"{source} has no [{TABLE}] table.",
-            why="the spec of a run stands in that table, beside the other tables of the run.",
+            why="the spec of a run is in that table, beside the other tables of the run.",
             fix=suggest_names(TABLE, document) or f'[{TABLE}]\ndirectory = "runs/exp1"',
         )
     return _decode_table(document[TABLE], source, lambda key: _find_line(text, key))
 
 
 def read_json(text: str, *, source: str) -> dict[str, Any]:
-    """Keyword arguments of `CheckpointSpec` from JSON text."""
+    """Return keyword arguments of `CheckpointSpec` from JSON text."""
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -261,7 +259,7 @@ def read_json(text: str, *, source: str) -> dict[str, Any]:
         ) from error
     if not isinstance(document, dict):
         raise SpecFileError(
-            what=f"{source} holds no JSON object.",
+            what=f"{source} does not hold a JSON object.",
             why="a spec is an object with named fields.",
             fix='{"directory": "runs/exp1"}',
         )
@@ -280,7 +278,7 @@ def _decode_table(
 
 
 def _find_line(text: str, key: str) -> int | None:
-    """The line, from 1, where `key` is set in the checkpoint table or one below it; else that of the table."""
+    """Return the line, from 1, where `key` is set in the checkpoint table or one below it; else that of the table."""
     inside, table_line = False, None
     wanted = re.compile(rf"(^|[\s{{,\[.\"']){re.escape(key)}[\"']?\s*[=\].]")
     for number, line in enumerate(text.splitlines(), start=1):
@@ -298,7 +296,7 @@ def write(spec: Any) -> str:
     data = encode(spec)
     tables = {name: data.pop(name) for name in ("storage", "integrity", "mirror") if name in data}
     for group in _GROUPS:
-        # One entry a line, also if there is only one.
+        # One entry per line, even if there is only one.
         data[group] = data[group] if isinstance(data[group], list) else [data[group]]
     return toml.format_tables(
         [(f"[{TABLE}]", data), *((f"[{TABLE}.{name}]", entries) for name, entries in tables.items())]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How bytes reach the disk and how they are proved intact: the two parts of a spec that are no decisions."""
+"""How bytes reach the disk and how they are verified."""
 
 import dataclasses
 import re
@@ -19,9 +19,9 @@ class Storage:
         asynchronous: Whether `step` and `save` return once the state is copied, and write in the background.
         compression: Whether arrays are compressed (zstd). On float weights it saved 7.7 % of the disk and took 2.4
             to 3.5 times as long, which is why it is off.
-        min_free: Room that must be free before a save: "2x" is twice the size of that save, an int is in bytes.
-        when_full: With too little room, "raise" at once, or "prune" first what the retention does not keep.
-        timeout_s: Longest wait for one save, in seconds; a wait that takes longer raises.
+        min_free: Space that must be free before a save: "2x" is twice the size of that save, an int is in bytes.
+        when_full: If space is short, "raise" at once, or "prune" first what the retention does not keep.
+        timeout_s: Longest wait for one save, in seconds; a longer wait raises.
     """
 
     asynchronous: bool = True
@@ -34,7 +34,7 @@ class Storage:
         for field in ("asynchronous", "compression"):
             if not isinstance(getattr(self, field), bool):
                 raise SpecError(
-                    what=f"Storage({field}={getattr(self, field)!r}) is neither true nor false.",
+                    what=f"Storage({field}={getattr(self, field)!r}) is not a bool.",
                     why=f"{field} is switched on or off.",
                     fix=f"Storage({field}=True)",
                 )
@@ -50,7 +50,7 @@ class Storage:
         require_positive("Storage", "timeout_s", self.timeout_s)
 
     def compute_required_bytes(self, save_bytes: int) -> int:
-        """Free bytes that a save of `save_bytes` asks for; never less than the save itself."""
+        """Return the free bytes that a save of `save_bytes` requires; at least the size of the save itself."""
         if isinstance(self.min_free, int):
             return max(self.min_free, save_bytes)
         return int(max(1.0, float(self.min_free[:-1])) * save_bytes)
@@ -58,7 +58,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Integrity:
-    """How a step is proved intact.
+    """How a step is verified.
 
     Attributes:
         digest: "xxh3" finds damage at memory speed; "sha256" also finds changes made on purpose, at about an eighth

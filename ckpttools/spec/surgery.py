@@ -42,16 +42,16 @@ class Surgery:
     def __init__(self, operations: Iterable[Operation] | Operation = ()) -> None:
         if isinstance(operations, str | Mapping):
             raise SpecError(
-                what=f"{operations!r} is no list of operations.",
-                why="surgery in text or in a file is read first.",
+                what=f"{operations!r} is not a list of operations.",
+                why="surgery in a string or a file has to be parsed first.",
                 fix="ct.Surgery.load(path), or ct.Surgery.from_toml(text)",
             )
         given = (operations,) if isinstance(operations, Operation) else tuple(operations)
         for each in given:
             if type(each) not in OPERATIONS.values():
                 raise SpecError(
-                    what=f"{each!r} is no operation of surgery.",
-                    why=f"there are {', '.join(kind.__name__ for kind in OPERATIONS.values())}.",
+                    what=f"{each!r} is not a surgery operation.",
+                    why=f"the operations are {', '.join(kind.__name__ for kind in OPERATIONS.values())}.",
                     fix='surgery=[ct.Rename("model.encoder", "model.backbone")]',
                 )
         object.__setattr__(self, "operations", given)

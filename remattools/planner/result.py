@@ -126,9 +126,7 @@ class Plan:
         ]
         if any(action and action.offload for _, action in self.rules):
             beyond = next(point.link_cycles for point in self.points if point.rules == self.rules)
-            lines.append(
-                f"transfers to the host, by the planner's time model: {beyond:.0f} cycles that nothing hides"
-            )
+            lines.append(f"transfers to the host, by the planner's time model: {beyond:.0f} cycles that nothing hides")
         if describe_early_end(self.ended):
             lines.append(describe_early_end(self.ended).removeprefix("; "))
         if not len(self.rules):

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies as values: what a region keeps, combined by `|`, `&` and `~`.
+"""Policies as values: what a region saves, combined by `|`, `&` and `~`.
 
-All of JAX's policies under their names. Where JAX's own object does what its name
-says, `lower` gives exactly that object, so that the program is the one of
-hand-written `jax.checkpoint`; where it does not (`save_anything_except_these_names`
-saves everything; `save_from_both_policies` raises on offloading), ours does.
+All of JAX's policies under their names. Where JAX's object does what its name says,
+`lower` returns exactly that object, so that the program is that of hand-written
+`jax.checkpoint`; where it does not (`save_anything_except_these_names` saves
+everything; `save_from_both_policies` raises on offloading), ours does.
 
-A policy is asked for each operation and answers save, offload or recompute. `|`
-keeps what either keeps, saving before offloading; `&` what both keep; `~` keeps
-what the other recomputes.
+A policy answers save, offload or recompute for each operation. `|` saves what
+either saves, saving before offloading; `&` what both save; `~` saves what the other
+recomputes.
 """
 
 import ast
@@ -38,7 +38,7 @@ def _require_strings(values: Iterable[Any], where: str) -> frozenset[str]:
         if not isinstance(name, str):
             raise PolicyError(
                 what=f"{where} was given {name!r}.",
-                why="names are compared as text; anything else would match nothing.",
+                why="names are compared as strings; anything else would match nothing.",
                 fix=f"{where}('first', 'second').",
             )
     return frozenset(names)
@@ -69,7 +69,7 @@ def save_anything_except_these_names(*names: str) -> Policy:
 
 
 def save_from_both_policies(first: Any, second: Any) -> Policy:
-    """Keep what either policy keeps; unlike JAX's, also where one offloads."""
+    """Save what either policy saves; unlike JAX's, also if one offloads."""
     return resolve(first) | resolve(second)
 
 
@@ -94,8 +94,8 @@ def save_and_offload_only_these_names(
     offloaded = _require_strings(names_which_can_be_offloaded, "names_which_can_be_offloaded")
     if saved & offloaded:
         raise PolicyError(
-            what=f"{format_names(saved & offloaded)} is to be saved and offloaded.",
-            why="a value is kept in one place.",
+            what=f"{format_names(saved & offloaded)} cannot be both saved and offloaded.",
+            why="a value is stored in one place.",
             fix="name it in one of the two lists.",
         )
     return NamePolicy(saved, offloaded, offload_src, offload_dst)
@@ -120,15 +120,15 @@ _FACTORIES: dict[str, Callable[..., Policy]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Names of all policies; those that take arguments are functions of this module."""
+    """Return the names of all policies; those that take arguments are functions of this module."""
     return tuple(sorted((*_POLICIES, *_FACTORIES)))
 
 
 def resolve(value: Any) -> Policy:
-    """A policy from its text, from a JAX policy callable, or from itself.
+    """Return a policy from its name, from a JAX policy callable, or from itself.
 
     Raises:
-        PolicyError: If there is no such policy.
+        PolicyError: If the policy does not exist.
     """
     if isinstance(value, Policy):
         return value
@@ -142,8 +142,8 @@ def resolve(value: Any) -> Policy:
             raise _make_no_arguments_error(value.__name__)
         return value.policy if isinstance(value, LoweredPolicy) else CallablePolicy(value)
     raise PolicyError(
-        what=f"{value!r} is no policy.",
-        why="a region has to know which of its values to keep.",
+        what=f"{value!r} is not a policy.",
+        why="a region has to know which of its values to save.",
         fix='the name of a policy such as "dots_saveable", or a callable as jax.checkpoint takes it.',
     )
 
@@ -151,16 +151,16 @@ def resolve(value: Any) -> Policy:
 def _make_no_arguments_error(name: str) -> PolicyError:
     return PolicyError(
         what=f"{name} was given without its arguments.",
-        why="it makes a policy, and is none itself: JAX would take its result, a function, for True.",
-        fix=f"{name}(...) with the names or memory kinds it is about.",
+        why="it returns a policy, but is not one: JAX would treat its result, a function, as True.",
+        fix=f"{name}(...) with its names or memory kinds.",
     )
 
 
 def parse_policy(text: str) -> Policy:
-    """Read `dots_saveable | save_only_these_names('qkv')` and the like; nothing is evaluated.
+    """Parse `dots_saveable | save_only_these_names('qkv')` and the like; nothing is evaluated.
 
     Raises:
-        PolicyError: If the text is no expression of known policies.
+        PolicyError: If the string is not an expression of known policies.
     """
     try:
         return _build_policy(ast.parse(text.strip(), mode="eval").body, text)
@@ -172,7 +172,7 @@ def parse_policy(text: str) -> Policy:
 
 def _make_unreadable_error(text: str) -> PolicyError:
     return PolicyError(
-        what=f"{text!r} is no policy.",
+        what=f"{text!r} is not a policy.",
         why="policies are names, combined by |, & and ~, with names of values in quotes.",
         fix="for example: dots_saveable | save_only_these_names('qkv').",
     )
@@ -208,7 +208,7 @@ def _call_factory(name: str, node: ast.Call, text: str) -> Policy:
         )
     except TypeError as error:
         raise PolicyError(
-            what=f"{text!r}: {error}.", why="the policy cannot be made from these arguments.", fix=f"{name}(...)."
+            what=f"{text!r}: {error}.", why="the policy cannot be built from these arguments.", fix=f"{name}(...)."
         ) from None
 
 
@@ -221,7 +221,7 @@ def _evaluate_literal(node: ast.expr, text: str) -> Any:
 
 def _make_unknown_error(name: str) -> PolicyError:
     return PolicyError(
-        what=f"there is no policy {name!r}.",
+        what=f"the policy {name!r} does not exist.",
         why="a misspelt policy would otherwise save nothing, or everything.",
         fix=suggest_names(name, names()),
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rule decides over which module.
+"""Which rule governs a module, given its paths.
 
-Pure: takes paths and class names, returns verdicts with their reasons. The last
+Pure: takes paths and class names, returns decisions with their reasons. The last
 rule that takes a module wins; `every_n` is part of taking, so a module that a
 later rule leaves out stays with the earlier one.
 """
@@ -21,7 +21,7 @@ _NUMBERED = re.compile(r"(.*?)(\d+)\Z")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModuleNode:
-    """What the rules may know of one module.
+    """What rules can match on in one module.
 
     Attributes:
         paths: All paths that reach it; it matches by any of them.
@@ -36,12 +36,12 @@ class ModuleNode:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModuleDecision:
-    """The verdict on one module.
+    """The decision on one module.
 
     Attributes:
-        action: What to do; None if no rule speaks of it, False if one takes it out.
+        action: What to do; None if no rule matches it, False if one takes it out.
         rule: Index of the winning rule, or None.
-        shadowed: Indices of the rules that also took it and lost.
+        shadowed: Indices of the rules that also matched it and lost.
         path: The path by which the winner matched.
     """
 
@@ -52,16 +52,16 @@ class ModuleDecision:
 
 
 def resolve(rules: Rules, nodes: Sequence[ModuleNode], *, strict: bool = True) -> list[ModuleDecision]:
-    """Decide over every node.
+    """Decide on every node.
 
     Args:
         rules: In order; the last that takes a node wins.
         nodes: All modules of the model, containers included.
-        strict: Raise on a rule without effect; else warn.
+        strict: Raise for a rule without effect; else warn.
 
     Raises:
         UnmatchedRuleError: If a rule takes no module (`strict=True`).
-        RuleError: If `every_n` finds nothing to count along.
+        RuleError: If `every_n` finds no sequence to count along.
     """
     universe = [(path, index) for index, node in enumerate(nodes) for path in node.paths]
     paths = [path for path, _ in universe]
@@ -111,7 +111,7 @@ def _report_unmatched(
         near = _suggest_anywhere(text, paths) or format_closest(text, paths)
         error = UnmatchedRuleError(
             what=f"the rule {text!r} matches no module of this model.",
-            why="it would silently do nothing, and the memory would be as without it.",
+            why="it would silently do nothing, and memory would not change.",
             fix=near or "`remattools.explain(model)` lists all paths.",
         )
     if strict:
@@ -138,13 +138,13 @@ def _make_no_method_error(
     name = nodes[index].class_names[0] if nodes[index].class_names else "module"
     return UnmatchedRuleError(
         what=f"the rule {text!r} matches {format_path(path)} ({name}), which has no {wanted}.",
-        why="a region is a method call; a module that only holds others has nothing to rematerialise.",
+        why="a region is a method call; a container of modules has nothing to rematerialise.",
         fix="name " + " or ".join(fixes) + "." if fixes else "",
     )
 
 
 def _suggest_anywhere(text: str, paths: Sequence[Path]) -> str:
-    """A pattern with a dot starts at the root: if it would match further down, the sentence that says so, else ""."""
+    """Return the hint for a pattern with a dot that would match further down; "" if there is none."""
     deeper = f"**.{text}"
     if "." not in text or text.startswith((".", "**")):
         return ""
@@ -153,19 +153,19 @@ def _suggest_anywhere(text: str, paths: Sequence[Path]) -> str:
 
 
 def format_closest(text: str, paths: Sequence[Path]) -> str:
-    """The nearest real paths as a sentence, or ""."""
+    """Return the closest real paths as a sentence, or ""."""
     from_text = find_closest(text, paths)
     return f"the closest paths are {', '.join(from_text)}." if from_text else ""
 
 
 def _is_counted(action: Remat, text: str, path: Path, paths: Sequence[Path]) -> bool:
-    """Whether `every_n` and `offset` take the module at `path`."""
+    """Return whether `every_n` and `offset` take the module at `path`."""
     if action.every_n == 1:
         return True
     index = find_sequence_index(path, paths)
     if index is None:
         raise RuleError(
-            what=f"the rule {text!r} has every_n={action.every_n}, but {format_path(path)} stands in no sequence.",
+            what=f"the rule {text!r} has every_n={action.every_n}, but {format_path(path)} is not in a sequence.",
             why="every_n counts along a list of modules, or along siblings with numbers such as layer1, layer2.",
             fix="drop every_n, or match modules inside a list; layers stacked for a scan are one module that group= "
             "divides.",
@@ -174,7 +174,7 @@ def _is_counted(action: Remat, text: str, path: Path, paths: Sequence[Path]) -> 
 
 
 def find_sequence_index(path: Path, paths: Sequence[Path]) -> int | None:
-    """Index of a module in its nearest sequence, else among its numbered siblings, else None."""
+    """Return the index of a module in its nearest sequence, else among its numbered siblings, else None."""
     for segment in reversed(path):
         if isinstance(segment, int):
             return segment

@@ -22,10 +22,10 @@ class Remat:
 
     Attributes:
         policy: Name of a policy, a `Policy`, a JAX policy callable, or None.
-        save: Patterns over the names inside the region to keep on the device: `"attn.qkv"` (what a submodule
-            returned), `"mlp:dot_general"` (an operation written in it), `"@name"` (a `checkpoint_name`).
-        offload: Likewise, to keep in host memory.
-        every_n: Take every n-th module along the sequence it stands in; an int, at least 1.
+        save: Patterns over the names inside the region to save on the device: `"attn.qkv"` (the output of a
+            submodule), `"mlp:dot_general"` (an operation written in it), `"@name"` (a `checkpoint_name`).
+        offload: Patterns over the same names, to save in host memory.
+        every_n: Take every n-th module of its sequence; an int, at least 1.
         offset: Index of the first one taken, below `every_n`.
         group: How many consecutive modules of a sequence share one region, or "sqrt" to choose it.
         methods: Methods that become regions.
@@ -52,19 +52,19 @@ class Remat:
         both = set(self.save) & set(self.offload)
         if both:
             raise RuleError(
-                what=f"{sorted(both)[0]!r} is to be saved and offloaded.",
-                why="a value is kept in one place.",
+                what=f"{sorted(both)[0]!r} cannot be both saved and offloaded.",
+                why="a value is stored in one place.",
                 fix="name it in save= or in offload=.",
             )
         self._check_counts()
         for name in self.methods:
             if not name.isidentifier():
-                raise RuleError(what=f"{name!r} is no method name.", why="regions are methods.", fix='"__call__".')
+                raise RuleError(what=f"{name!r} is not a method name.", why="regions are methods.", fix='"__call__".')
         if not self.methods:
             raise RuleError(what="methods is empty.", why="no call would become a region.", fix='("__call__",).')
         if type(self.prevent_cse) is not bool:
             raise RuleError(
-                what=f"prevent_cse={self.prevent_cse!r} is no bool.",
+                what=f"prevent_cse={self.prevent_cse!r} is not a bool.",
                 why="without it the compiler merges the recomputation with the first computation.",
                 fix="True, or False for a region inside a scan.",
             )
@@ -73,15 +73,15 @@ class Remat:
         value = getattr(self, field)
         if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
             raise RuleError(
-                what=f"{field}={value!r} is no sequence of texts.",
-                why="a lone text would be read letter by letter.",
+                what=f"{field}={value!r} is not a sequence of strings.",
+                why="a lone string would be read character by character.",
                 fix=f"{field}=({value!r},)." if isinstance(value, str) else f"{field}=(...).",
             )
-        texts = tuple(value)
-        for text in texts:
+        strings = tuple(value)
+        for text in strings:
             if not isinstance(text, str):
-                raise RuleError(what=f"{text!r} in {field} is no text.", why="names are texts.", fix="quote it.")
-        return texts
+                raise RuleError(what=f"{text!r} in {field} is not a string.", why="names are strings.", fix="quote it.")
+        return strings
 
     def _check_counts(self) -> None:
         # bool is an int in Python, so every_n=True would otherwise mean 1.
@@ -94,12 +94,12 @@ class Remat:
         if type(self.offset) is not int or not 0 <= self.offset < self.every_n:
             raise RuleError(
                 what=f"offset={self.offset!r} lies outside of every_n={self.every_n}.",
-                why="modules with index % every_n == offset are taken; there would be none.",
+                why="modules with index % every_n == offset are taken, so none would be.",
                 fix=f"an int from 0 to {self.every_n - 1}.",
             )
         if self.group != "sqrt" and (type(self.group) is not int or self.group < 1):
             raise RuleError(
-                what=f"group={self.group!r} is no number of modules.",
+                what=f"group={self.group!r} is not a number of modules.",
                 why="that many consecutive modules share one region.",
                 fix='an int of 1 or more, or "sqrt".',
             )
@@ -118,17 +118,17 @@ Action = Remat | Literal[False]
 
 
 def coerce_action(value: Any) -> Action:
-    """An action from a policy (name, value or callable), a `Remat`, or False.
+    """Return an action from a policy (name, value or callable), a `Remat`, or False.
 
     Raises:
         RuleError: If it is none of these.
-        PolicyError: If it names no policy.
+        PolicyError: If it does not name a policy.
     """
     if value is False or isinstance(value, Remat):
         return value
     if isinstance(value, bool) or value is None:
         raise RuleError(
-            what=f"{value!r} is no action.",
+            what=f"{value!r} is not an action.",
             why="it does not say what to save.",
             fix='"nothing_saveable", Remat(save=(...)), or False to take a module out.',
         )

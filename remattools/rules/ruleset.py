@@ -26,7 +26,7 @@ class Rules:
 
     Raises:
         PatternError: If a pattern cannot be read.
-        RuleError: If an action is none.
+        RuleError: If an action is invalid.
 
     Examples:
         >>> rules = Rules({"layers.*": "nothing_saveable", "layers.[-1]": False})
@@ -63,37 +63,37 @@ class Rules:
 
     @classmethod
     def preset(cls, name: str) -> "Rules":
-        """Rules for a known architecture, such as "llama3"; the file says what they were measured to do.
+        """Load the rules for a known architecture, such as "llama3"; the file says what they were measured to do.
 
-        Patterns name the modules as the models of google-tunix do; other models with the same names can use them too.
+        Patterns use the module names of google-tunix's models; other models with the same names can use them, too.
 
         Raises:
-            RuleError: If there is no preset of that name.
+            RuleError: If the preset does not exist.
         """
         if name not in cls.presets():
             near = difflib.get_close_matches(str(name), cls.presets(), n=3, cutoff=0.3) or cls.presets()
             raise RuleError(
-                what=f"there is no preset {name!r}.",
-                why="presets are rule files that come with the package, by the name of an architecture.",
-                fix=f"there are {', '.join(map(repr, near))}; Rules.presets() names all, Rules.load(path) reads yours.",
+                what=f"the preset {name!r} does not exist.",
+                why="presets are rule files of this package, by the name of an architecture.",
+                fix=f"{', '.join(map(repr, near))}; Rules.presets() lists all, Rules.load(path) reads yours.",
             )
         return cls.load(_PRESETS / f"{name}.toml")
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
-        """The names that `preset` knows, in order."""
+        """Return the names of all presets, in order."""
         return tuple(sorted(path.stem for path in _PRESETS.glob("*.toml")))
 
     @classmethod
     def coerce(cls, value: Any) -> "Rules":
-        """Rules from anything that stands for them: rules, a mapping, pairs, or the path of a rule file."""
+        """Return rules from anything that stands for them: rules, a mapping, pairs, or the path of a rule file."""
         if isinstance(value, Rules):
             return value
         if isinstance(value, str | os.PathLike):
             if isinstance(value, str) and not value.endswith(".toml"):
                 raise RuleError(
-                    what=f"{value!r} is no rule file.",
-                    why="an action needs a pattern to say which modules it is for.",
+                    what=f"{value!r} is not a rule file.",
+                    why="an action needs a pattern that selects its modules.",
                     fix=f'{{"layers.*": {value!r}}}, apply(model, {value!r}, on="layers.*"), or a path in .toml.',
                 )
             return cls.load(value)
@@ -104,16 +104,16 @@ class Rules:
             if all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
                 return cls(pairs)
         raise RuleError(
-            what=f"{value!r} is no set of rules.",
+            what=f"{value!r} is not a set of rules.",
             why="rules are patterns with actions.",
             fix='{"layers.*": "nothing_saveable"}.',
         )
 
     def to_toml(self) -> str:
-        """The rules as `[[remat.rule]]` tables; `from_toml` gives equal rules back.
+        """Return the rules as `[[remat.rule]]` tables; `from_toml` reads equal rules back.
 
         Raises:
-            RuleError: If an action holds a bare callable, which has no text.
+            RuleError: If an action holds a bare callable, which has no TOML form.
         """
         return rule_file.dumps((pattern.text, action) for pattern, action in self)
 

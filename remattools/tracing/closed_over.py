@@ -90,9 +90,7 @@ class _Rebinder:
         if isinstance(value, types.MethodType):
             owner = self.visit_owner(value.__self__, depth)
             return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-        if hasattr(value, "lower") and hasattr(
-            value, "__wrapped__"
-        ):  # jitted; an outer trace inlines it anyway
+        if hasattr(value, "lower") and hasattr(value, "__wrapped__"):  # jitted; an outer trace inlines it anyway
             inner = self.visit("fn", value.__wrapped__, depth)
             return value if inner is value.__wrapped__ else inner
         has_python_call = isinstance(getattr(type(value), "__call__", None), types.FunctionType)  # noqa: B004

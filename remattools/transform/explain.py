@@ -250,7 +250,7 @@ def _add_useless_warnings(
         if rows[i].rule in useful:
             continue
         reason = "computes nothing but what it returns" if view.values else "is not called with these arguments"
-        note = f"{reason}, so there is no activation to free and the rule does not change memory."
+        note = f"{reason}, so it has no activation to free and the rule does not change memory."
         rows[i] = dataclasses.replace(rows[i], warnings=(*rows[i].warnings, note))
     return rows
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stores for the tests of the mirror: a real S3 server on loopback with a way to it that can be cut, and a folder."""
+"""A real S3 server on loopback, behind a connection that can be cut, for the tests of the mirror."""
 
 import contextlib
 import json

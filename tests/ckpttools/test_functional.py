@@ -42,9 +42,9 @@ def bits(model):
     return leaves({"model": model})
 
 
-def saved_run(folder, *steps):
+def saved_run(directory, *steps):
     """A run with another model at each step."""
-    manager, _ = functional.setup_checkpoint_manager(folder)
+    manager, _ = functional.setup_checkpoint_manager(directory)
     models = {step: plain(step) for step in steps}
     for step, model in models.items():
         assert functional.save_checkpoint(manager, model, step) is manager
@@ -59,8 +59,8 @@ def kernel(model):
 def test_a_model_comes_back_and_a_saved_step_is_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models = saved_run("run", 1, 2)
-    manager, folder = functional.setup_checkpoint_manager("run")
-    assert folder == str(tmp_path / "run")
+    manager, directory = functional.setup_checkpoint_manager("run")
+    assert directory == str(tmp_path / "run")
     template = plain(0)
     assert functional.load_checkpoint(manager, template) == (template, 2)
     assert bits(template) == bits(models[2])
@@ -100,7 +100,7 @@ def test_a_flipped_bit_is_passed_over_with_a_warning(tmp_path):
     assert bits(model) == bits(models[2])
 
 
-def test_a_run_without_an_intact_step_is_no_fresh_start(tmp_path):
+def test_a_run_without_an_intact_step_never_starts_afresh(tmp_path):
     models = saved_run(tmp_path, 1)
     flip_bit_of(tmp_path / "1", kernel(models[1]))
     with pytest.raises(ct.NoIntactStepError):
@@ -110,9 +110,9 @@ def test_a_run_without_an_intact_step_is_no_fresh_start(tmp_path):
 
 
 def test_a_resumed_training_ends_as_an_unbroken_one(tmp_path):
-    def training(folder, num_steps, save_every=2):
+    def training(directory, num_steps, save_every=2):
         model, optimizer, start_step, manager = functional.setup_training_from_checkpoint(
-            folder, CONFIG, create_model=Plain
+            directory, CONFIG, create_model=Plain
         )
         for step in range(start_step, num_steps):
             update(model, optimizer, X + step)
@@ -135,7 +135,7 @@ def test_the_configuration_may_be_a_dict(tmp_path):
     np.testing.assert_allclose(made[0].first.bias[...], -0.25, rtol=1e-5)
 
 
-def test_an_optimizer_of_ones_own(tmp_path):
+def test_a_custom_optimizer_is_used(tmp_path):
     made = functional.setup_training_from_checkpoint(
         tmp_path,
         None,
@@ -176,7 +176,7 @@ def test_validation_reads_from_the_disk(tmp_path, monkeypatch):
         assert functional.save_and_validate_checkpoint(manager, model, 1, X) is False
 
 
-def test_sharded_arrays_are_saved_where_they_are_and_come_back_as_the_template_says(tmp_path):
+def test_sharded_arrays_are_restored_with_the_templates_sharding(tmp_path):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.NamedSharding(mesh, jax.P("x"))
     model, template = plain(0), plain(1)
@@ -195,11 +195,11 @@ def test_sharded_arrays_are_saved_where_they_are_and_come_back_as_the_template_s
 
 def test_a_spec_says_what_is_kept(tmp_path):
     spec = ct.CheckpointSpec(directory=tmp_path / "few", keep=ct.Latest(2))
-    manager, folder = functional.setup_checkpoint_manager(spec)
+    manager, directory = functional.setup_checkpoint_manager(spec)
     everything, _ = functional.setup_checkpoint_manager(tmp_path / "all")
     for step in range(1, 5):
         functional.save_checkpoint(manager, {"w": jnp.ones(2)}, step)
         functional.save_checkpoint(everything, {"w": jnp.ones(2)}, step)
-    assert folder == str(tmp_path / "few")
+    assert directory == str(tmp_path / "few")
     assert manager.all_steps() == [3, 4]
     assert everything.all_steps() == [1, 2, 3, 4], "control"

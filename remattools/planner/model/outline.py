@@ -121,7 +121,7 @@ def _trace_blocks(
     fn: Callable[..., Any], model: Any, args: Sequence[Any], patterns: Sequence[BlockPattern], *, differentiate: bool
 ) -> Any:
     """Return the program with the modules of these patterns as single equations, and with module paths."""
-    # JAX caches the traces of inner jits by policy, so that these need a policy of which there is no other.
+    # JAX caches the traces of inner jits by policy, so this needs a policy that nothing else uses.
     policy = CallablePolicy(lambda *_, **__: False)
     rules = Rules((pattern, Remat(policy, methods=methods)) for pattern, methods in patterns)
     with (

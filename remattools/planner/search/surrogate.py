@@ -15,7 +15,7 @@ import numpy as np
 # Standard deviations: of a feature's rate, of the smooth rest, and of a measurement that nothing explains. The constant
 # is a variance, so large that one measurement determines it.
 _CONSTANT, _RATE, _REST, _NOISE = 100.0, 0.5, 0.05, 1e-3
-# The squared distance of features at which the smooth rest is no longer alike.
+# The squared distance of features at which the smooth residual decorrelates.
 _REST_SCALE = 0.05
 # The same for the second features: of a rate, and of a rest that is alike at a squared distance of 1.
 _SECOND_RATE, _SECOND_REST = 0.1, 0.2

@@ -78,7 +78,7 @@ def test_a_used_directory_asks_for_a_restore(manager, tmp_path):
     assert again.all_steps() == [1, 2]
 
 
-def test_a_look_back_is_no_rollback(manager):
+def test_restoring_an_old_step_is_not_a_rollback(manager):
     save(manager, 1, 2, 3)
     manager.restore(1, args={"model": state(0)})
     save(manager, 4)
@@ -118,7 +118,7 @@ def test_delete_without_the_lock_takes_it_for_a_moment(manager, tmp_path):
             first.delete(2)
 
 
-def test_a_failed_save_is_told_and_raised(manager, monkeypatch):
+def test_a_failed_save_is_reported_and_raised(manager, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
@@ -159,7 +159,7 @@ def test_the_run_is_closed_with_the_manager(tmp_path):
         save(again, 2)
 
 
-def test_a_script_that_ends_without_a_wait_is_told_of_what_it_loses(tmp_path):
+def test_a_script_that_ends_without_a_wait_is_warned(tmp_path):
     """Python makes no thread at its end, and Orbax needs some."""
     code = f"""
 import jax.numpy as jnp, ckpttools as ct

@@ -16,8 +16,8 @@ NAN = float("nan")
 LOSSES = [0.5, 0.2, NAN, 0.4, 0.2, 0.9, 0.8]
 
 
-def spec_of(folder="run", **fields):
-    return ct.CheckpointSpec(directory=folder, **fields)
+def spec_of(directory="run", **fields):
+    return ct.CheckpointSpec(directory=directory, **fields)
 
 
 @pytest.fixture(autouse=True)

@@ -38,8 +38,8 @@ def loop(total_steps, stop_after=None):
     return ct.FlaxLoop(state=state, update=update, total_steps=total_steps)
 
 
-def spec_of(folder, **fields):
-    return ct.CheckpointSpec(directory=folder, **{"save": ct.EverySteps(3), "keep": ct.All(), **fields})
+def spec_of(directory, **fields):
+    return ct.CheckpointSpec(directory=directory, **{"save": ct.EverySteps(3), "keep": ct.All(), **fields})
 
 
 def test_a_flax_loop_is_stopped_and_goes_on_with_the_same_bits(tmp_path):

@@ -59,7 +59,7 @@ def damage(spec, step):
 
 
 def nas(spec, step):
-    """The folder of a copy at a mirror on the disk."""
+    """The directory of a copy at a mirror on the disk."""
     (found,) = (pathlib.Path(spec.mirror.url.removeprefix("file://"))).glob(f"{step}-*")
     return found
 

@@ -23,7 +23,7 @@ from tests.ckpttools.mirror.mirrors import (
 from tests.ckpttools.restore.test_first_intact import flip_bit, largest_file
 
 
-def test_on_s3_a_truncated_object_is_found_and_the_next_copy_taken(on_s3, s3, request):
+def test_a_truncated_object_on_s3_is_found_and_skipped(on_s3, s3, request):
     save(on_s3, 1, 2, 3)
     objects = s3.objects(request.node.name)
     largest = max((key for key in objects if "/3-" in key), key=objects.__getitem__)
@@ -35,12 +35,10 @@ def test_on_s3_a_truncated_object_is_found_and_the_next_copy_taken(on_s3, s3, re
     verdicts = [(each.step, each.source, each.verdict) for each in report.candidates]
     assert verdicts == [(3, "local", "corrupt"), (3, "mirror", "corrupt"), (2, "local", "used")]
     assert report.candidates[1].files == (largest.split("/", 2)[2],)
-    assert not list(layout.get_control_path(on_s3.directory, "staging").iterdir()), (
-        "what was fetched in vain is removed"
-    )
+    assert not list(layout.get_control_path(on_s3.directory, "staging").iterdir()), "rejected copies are removed"
 
 
-def test_on_s3_a_connection_that_is_cut_while_a_step_is_fetched(on_s3, way):
+def test_a_connection_cut_during_a_fetch_raises_or_falls_back(on_s3, way):
     save(on_s3, 1, 2)
     shutil.rmtree(on_s3.directory / "2")
     way.bytes_left = 4_000
@@ -53,7 +51,7 @@ def test_on_s3_a_connection_that_is_cut_while_a_step_is_fetched(on_s3, way):
     assert restore(on_s3).step == 2
 
 
-def test_an_empty_folder_and_a_store_that_does_not_answer_is_no_fresh_start(on_s3, way):
+def test_an_unreachable_store_never_means_a_fresh_start(on_s3, way):
     way.open = False
     with ct.open(on_s3) as ckpt, pytest.raises(ct.MirrorError, match="holds no steps, and the mirror does not answer"):
         ckpt.restore(STATE)
@@ -66,15 +64,15 @@ def test_an_empty_folder_and_a_store_that_does_not_answer_is_no_fresh_start(on_s
         assert report.as_dict()["mirror_error"] == report.mirror_error
 
 
-def test_without_a_mirror_an_empty_folder_restores_nothing(on_disk):
-    """The control: what the mirror does is done by nothing else."""
+def test_without_a_mirror_an_empty_directory_restores_nothing(on_disk):
+    """Control: nothing but the mirror restores the run."""
     save(on_disk, 1)
     shutil.rmtree(on_disk.directory)
     assert restore(dataclasses.replace(on_disk, mirror=None)).step is None
     assert restore(on_disk).step == 1
 
 
-def test_a_step_that_is_damaged_here_is_fetched(on_disk):
+def test_a_damaged_local_step_is_fetched(on_disk):
     save(on_disk, 1, 2)
     damage(on_disk, 2)
     report = restore(on_disk)
@@ -89,7 +87,7 @@ def test_a_step_that_is_damaged_here_is_fetched(on_disk):
     assert layout.get_spare_directory(on_disk.directory, 2).is_dir(), "with its second copies"
 
 
-def test_a_step_that_was_asked_for_and_is_intact_nowhere_is_an_error(on_disk):
+def test_a_requested_step_that_is_intact_nowhere_raises(on_disk):
     save(on_disk, 1, 2)
     damage(on_disk, 2)
     flip_bit(largest_file(nas(on_disk, 2)))
@@ -115,7 +113,7 @@ def test_the_best_step_may_be_at_the_mirror(on_disk):
     assert restore(spec).step == 3
 
 
-def test_nothing_is_fetched_through_a_link_out_of_the_run(on_disk, tmp_path):
+def test_nothing_is_fetched_through_a_link_outside_the_run(on_disk, tmp_path):
     save(on_disk, 1)
     shutil.rmtree(on_disk.directory / "1")
     shutil.rmtree(layout.get_control_path(on_disk.directory, "staging"))
@@ -126,7 +124,7 @@ def test_nothing_is_fetched_through_a_link_out_of_the_run(on_disk, tmp_path):
     assert not list((tmp_path / "outside").iterdir())
 
 
-def test_too_little_room_for_a_fetch(on_disk, monkeypatch):
+def test_a_fetch_without_enough_disk_space_raises(on_disk, monkeypatch):
     save(on_disk, 1)
     shutil.rmtree(on_disk.directory)
     usage = type(shutil.disk_usage("/"))(total=100, used=99, free=1)
@@ -136,7 +134,7 @@ def test_too_little_room_for_a_fetch(on_disk, monkeypatch):
             ckpt.restore(STATE)
 
 
-def test_a_disk_that_refuses_what_is_fetched(on_disk, monkeypatch):
+def test_a_disk_that_refuses_a_fetch_raises(on_disk, monkeypatch):
     save(on_disk, 1)
     shutil.rmtree(on_disk.directory)
 
@@ -148,7 +146,7 @@ def test_a_disk_that_refuses_what_is_fetched(on_disk, monkeypatch):
         restore(on_disk)
 
 
-def test_a_reader_beside_the_run_fetches_and_leaves_nothing(on_disk):
+def test_a_reader_beside_a_writer_fetches_and_leaves_nothing(on_disk):
     save(on_disk, 1, 2)
     shutil.rmtree(on_disk.directory / "2")
     with ct.open(on_disk) as writer:

@@ -8,7 +8,7 @@ import ckpttools as ct
 from tests.ckpttools.mirror.mirrors import STATE, restore, save, state_at
 
 
-def test_going_back_on_purpose_holds_at_the_mirror_too(on_disk):
+def test_an_abandoned_branch_is_not_restored_from_the_mirror(on_disk):
     save(on_disk, 1, 2, 3)
     with ct.open(on_disk) as ckpt:
         ckpt.restore(STATE, step=1)
@@ -18,7 +18,7 @@ def test_going_back_on_purpose_holds_at_the_mirror_too(on_disk):
     assert restore(on_disk).step == 2, "the copies of the branch that was left do not come back"
 
 
-def test_a_run_that_went_on_elsewhere_is_taken_up(on_disk, tmp_path):
+def test_a_run_continued_elsewhere_is_restored(on_disk, tmp_path):
     save(on_disk, 1, 2)
     elsewhere = dataclasses.replace(on_disk, directory=tmp_path / "elsewhere")
     assert restore(elsewhere).step == 2
@@ -26,7 +26,7 @@ def test_a_run_that_went_on_elsewhere_is_taken_up(on_disk, tmp_path):
     assert restore(on_disk).step == 3
 
 
-def test_a_past_that_the_run_has_left_does_not_come_back(on_disk, tmp_path):
+def test_newer_copies_of_an_abandoned_past_are_ignored(on_disk, tmp_path):
     """A machine lost its disk while the store did not answer; the run went on from an older step under its old name."""
     save(on_disk, 1)
     shutil.copytree(on_disk.directory, tmp_path / "backup")

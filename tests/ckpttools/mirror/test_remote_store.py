@@ -20,7 +20,7 @@ def reader(s3):
     return s3.add_user("reader", "s3:ListBucket", "s3:GetObject")
 
 
-def test_on_s3_wrong_credentials_are_reported_and_do_not_stop_the_training(on_s3, monkeypatch, s3):
+def test_missing_credentials_are_reported_and_training_continues(on_s3, monkeypatch, s3):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
@@ -38,9 +38,7 @@ def test_on_s3_wrong_credentials_are_reported_and_do_not_stop_the_training(on_s3
         pytest.param(lambda key, secret: (key, secret), "Access Denied", id="may-only-read"),
     ],
 )
-def test_on_s3_rejected_credentials_are_reported_once_and_the_next_session_copies(
-    on_s3, monkeypatch, s3, reader, who, says
-):
+def test_rejected_credentials_are_reported_once_and_copied_next_session(on_s3, monkeypatch, s3, reader, who, says):
     key, secret = who(*reader)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
@@ -59,7 +57,7 @@ def test_on_s3_rejected_credentials_are_reported_once_and_the_next_session_copie
     assert not warned
 
 
-def test_a_store_that_changes_bytes_is_found_out(on_disk, monkeypatch):
+def test_a_store_that_changes_bytes_is_detected(on_disk, monkeypatch):
     send = remote_store.RemoteStore._upload_file
 
     def flipping(store, source, name, file):
@@ -76,7 +74,7 @@ def test_a_store_that_changes_bytes_is_found_out(on_disk, monkeypatch):
     assert 2 in status.copied, "the control: sizes alone do not tell"
 
 
-def test_a_store_that_changes_the_manifest_is_found_out(on_disk, monkeypatch):
+def test_a_store_that_changes_the_manifest_is_detected(on_disk, monkeypatch):
     monkeypatch.setattr(remote_store.RemoteStore, "_read_small", lambda store, path: b"no manifest")
     status, _ = save(on_disk, 1)
     assert "the manifest of 1-" in status.error

@@ -28,7 +28,7 @@ from tests.ckpttools.mirror.mirrors import (
 from tests.ckpttools.restore.test_first_intact import largest_file
 
 
-def test_on_s3_every_step_is_copied_and_an_empty_folder_is_filled_from_there(on_s3, s3, request):
+def test_every_step_is_copied_to_s3_and_restored_from_there(on_s3, s3, request):
     status, warned = save(on_s3, 1, 2)
     assert status.ok
     assert status.copied == (1, 2)
@@ -42,14 +42,14 @@ def test_on_s3_every_step_is_copied_and_an_empty_folder_is_filled_from_there(on_
     assert report.step == 2
     assert [(each.step, each.source, each.verdict) for each in report.candidates] == [(2, "mirror", "used")]
     assert "step 2 from the mirror: used" in str(report)
-    assert ct.verify(on_s3.directory).ok, "what was fetched is a step like any other"
+    assert ct.verify(on_s3.directory).ok, "a fetched step is like any other"
     again = restore(on_s3)
     assert [each.source for each in again.candidates] == ["local"], "the nearest copy"
-    assert save(on_s3, 3)[0].copied == (1, 2, 3), "the run goes on where it was"
+    assert save(on_s3, 3)[0].copied == (1, 2, 3), "the run continues from there"
     assert [row.branch for row in ct.ls(on_s3.directory)] == [ct.ls(on_s3.directory)[0].branch] * 2
 
 
-def test_on_s3_a_connection_that_is_cut_half_way_never_stops_the_training(on_s3, way, s3, request):
+def test_a_connection_cut_half_way_never_stops_training(on_s3, way, s3, request):
     save(on_s3, 1)
     way.bytes_left = 12_000
     status, warned = save(on_s3, 2, 3)
@@ -69,7 +69,7 @@ def test_on_s3_a_connection_that_is_cut_half_way_never_stops_the_training(on_s3,
     assert not warned
 
 
-def test_a_store_that_takes_copies_and_deletes_none_is_reported_once(on_disk, monkeypatch):
+def test_a_store_that_refuses_deletions_is_reported_once(on_disk, monkeypatch):
     def refuse(store, name):
         raise ct.MirrorError(what="no right to delete.")
 
@@ -86,13 +86,13 @@ def test_a_store_that_takes_copies_and_deletes_none_is_reported_once(on_disk, mo
     assert status.copied == (5, 6)
 
 
-def test_the_mirror_keeps_by_its_own_retention(on_disk):
+def test_the_mirror_applies_its_own_retention(on_disk):
     spec = dataclasses.replace(on_disk, keep=ct.All(), mirror=dataclasses.replace(on_disk.mirror, keep=ct.Latest(2)))
     assert save(spec, 1, 2, 3, 4)[0].copied == (3, 4)
     assert [row.step for row in ct.ls(spec.directory)] == [1, 2, 3, 4]
 
 
-def test_a_copy_without_a_manifest_is_no_step_and_is_taken_up_again(on_disk):
+def test_an_unfinished_copy_is_ignored_and_resumed(on_disk):
     save(on_disk, 1, 2)
     copy = nas(on_disk, 2)
     (copy / layout.MANIFEST).unlink()
@@ -107,7 +107,7 @@ def test_a_copy_without_a_manifest_is_no_step_and_is_taken_up_again(on_disk):
     assert restore(on_disk, step=2).step == 2
 
 
-def test_a_leftover_of_a_step_that_is_gone_is_removed(on_disk):
+def test_leftovers_of_deleted_steps_are_removed(on_disk):
     save(on_disk, 1)
     left = nas(on_disk, 1).with_name("7-0123abcd")
     left.mkdir()
@@ -117,7 +117,7 @@ def test_a_leftover_of_a_step_that_is_gone_is_removed(on_disk):
     (stranger / "mine").write_text("x")
     save(on_disk, 2)
     assert not left.exists()
-    assert (stranger / "mine").exists(), "what has no name of ours is not touched"
+    assert (stranger / "mine").exists(), "other names are not touched"
 
 
 def test_damage_is_not_copied(on_disk):
@@ -132,7 +132,7 @@ def test_damage_is_not_copied(on_disk):
     assert "damaged 1" in str(status)
 
 
-def test_the_steps_of_another_run_at_the_same_address_are_left_alone(on_disk, tmp_path):
+def test_steps_of_another_run_at_the_address_stay(on_disk, tmp_path):
     save(on_disk, 1, 2)
     other = dataclasses.replace(changed(on_disk, keep=ct.Latest(1)), directory=tmp_path / "other")
     status, warned = save(other, 5, 6, 7)
@@ -142,7 +142,7 @@ def test_the_steps_of_another_run_at_the_same_address_are_left_alone(on_disk, tm
     assert restore(on_disk).step == 2
 
 
-def test_a_step_is_copied_whole_though_retention_deletes_it_meanwhile(on_disk, monkeypatch):
+def test_a_step_deleted_during_its_upload_is_copied_whole(on_disk, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
     send = remote_store.RemoteStore._upload_file
 
@@ -172,12 +172,12 @@ def test_a_step_is_copied_whole_though_retention_deletes_it_meanwhile(on_disk, m
     assert not list(layout.get_control_path(spec.directory, "outbox").iterdir())
 
 
-def summaries_alive():
+def count_live_summaries():
     gc.collect()
     return sum(isinstance(each, Summary) for each in gc.get_objects())
 
 
-def test_a_mirror_that_is_slower_than_the_saves_takes_no_more_memory_and_loses_nothing_at_the_end(on_disk, monkeypatch):
+def test_a_slow_mirror_uses_bounded_memory_and_catches_up(on_disk, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
     send = remote_store.RemoteStore._upload_file
 
@@ -198,7 +198,7 @@ def test_a_mirror_that_is_slower_than_the_saves_takes_no_more_memory_and_loses_n
                 ckpt.save(step, state_at(step))
                 ckpt.wait()
                 assert started.wait(20)
-                alive.append(summaries_alive())
+                alive.append(count_live_summaries())
             assert alive[-1] <= alive[4], "what waits does not grow with the steps"
             assert [path.name[0] for path in layout.get_control_path(spec.directory, "outbox").iterdir()] == ["1"]
             assert ckpt.mirror_status.pending == (23, 24)
@@ -213,7 +213,7 @@ def test_a_mirror_that_is_slower_than_the_saves_takes_no_more_memory_and_loses_n
     assert restore(spec).step == 24
 
 
-def test_a_mirror_of_many_steps_is_known_by_summaries_only(on_disk):
+def test_a_mirror_of_many_steps_holds_only_summaries(on_disk):
     spec = dataclasses.replace(on_disk, keep=ct.Latest(2), mirror=dataclasses.replace(on_disk.mirror, keep=ct.All()))
     gc.collect()
     before = sum(isinstance(each, Manifest) for each in gc.get_objects())
@@ -228,7 +228,7 @@ def test_a_mirror_of_many_steps_is_known_by_summaries_only(on_disk):
     assert held <= 3, "those of the steps here, and not of the copies"
 
 
-def test_a_store_that_hangs_is_waited_for_no_longer_than_agreed(on_disk, monkeypatch):
+def test_a_hanging_store_is_waited_for_at_most_wait_s(on_disk, monkeypatch):
     hang = threading.Event()
     monkeypatch.setattr(remote_store.RemoteStore, "list_names", lambda store: hang.wait(20) and ())
     began = time.monotonic()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged steps are passed over, named and kept; a run never starts afresh while it has steps."""
+"""Damaged steps are skipped, named and kept; a run with steps never starts afresh."""
 
 import shutil
 
@@ -15,8 +15,8 @@ STATE = {
 }
 
 
-def spec_for(folder):
-    return ct.CheckpointSpec(directory=folder, keep=ct.All())
+def spec_for(directory):
+    return ct.CheckpointSpec(directory=directory, keep=ct.All())
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def run(tmp_path):
     return tmp_path
 
 
-def largest_file(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+def largest_file(directory):
+    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
 def flip_bit(path, position=0.5):
@@ -37,8 +37,8 @@ def flip_bit(path, position=0.5):
     path.write_bytes(data)
 
 
-def restore(folder, **options):
-    with ct.open(spec_for(folder)) as ckpt:
+def restore(directory, **options):
+    with ct.open(spec_for(directory)) as ckpt:
         return ckpt.restore(STATE, **options)
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_step_that_was_asked_for_by_number_raises(run):
         restore(run, step=30)
 
 
-def test_an_empty_numbered_folder_is_no_step(tmp_path):
+def test_an_empty_numbered_directory_is_not_a_step(tmp_path):
     (tmp_path / "7").mkdir()
     with ct.open(spec_for(tmp_path)) as ckpt:
         assert ckpt.latest_step() is None
@@ -124,7 +124,7 @@ def test_items_that_are_left_out_are_not_read(run):
         assert ckpt.restore({"optimizer": STATE["optimizer"]}).step == 30
 
 
-def test_an_intact_step_that_orbax_cannot_read_raises_and_no_older_one_is_used(run, monkeypatch):
+def test_an_unreadable_intact_step_raises_and_none_older_is_used(run, monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError(5, "Input/output error")
 

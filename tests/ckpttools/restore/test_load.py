@@ -44,12 +44,12 @@ def with_optimizer(model):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A run of one step, and what is in it."""
-    folder = tmp_path_factory.mktemp("surgery") / "run"
+    directory = tmp_path_factory.mktemp("surgery") / "run"
     state = {**with_optimizer(Model()), "data": Batches(3)}
     next(state["data"])
-    with ct.open(ct.CheckpointSpec(directory=folder, storage=ct.Storage(asynchronous=False))) as ckpt:
+    with ct.open(ct.CheckpointSpec(directory=directory, storage=ct.Storage(asynchronous=False))) as ckpt:
         ckpt.save(7, state)
-    return folder, leaves(state)
+    return directory, leaves(state)
 
 
 @pytest.fixture
@@ -59,15 +59,15 @@ def run(saved, tmp_path):
 
 
 def test_a_renamed_part_is_renamed_in_the_optimizer_too(saved):
-    folder, before = saved
+    directory, before = saved
     state = with_optimizer(Model(1, blocks="layers", attention="attention"))
     surgery = [ct.Rename("blocks", "layers"), ct.Rename("attn", "attention")]
     with pytest.raises(ct.StructureError) as caught:
-        ct.load(folder, state)
+        ct.load(directory, state)
     assert caught.value.surgery
-    report = ct.load(folder, state, surgery=caught.value.surgery)
+    report = ct.load(directory, state, surgery=caught.value.surgery)
     suggested = leaves(state)
-    assert ct.load(folder, state, surgery=surgery).step == report.step == 7
+    assert ct.load(directory, state, surgery=surgery).step == report.step == 7
     after = leaves(state)
     assert after == suggested
     wanted = {name.replace("blocks", "layers").replace("attn", "attention"): bits for name, bits in before.items()}
@@ -78,10 +78,10 @@ def test_a_renamed_part_is_renamed_in_the_optimizer_too(saved):
 
 
 def test_a_larger_vocabulary_keeps_the_new_rows_of_the_model(saved):
-    folder, before = saved
+    directory, before = saved
     state = {"model": Model(1, words=WORDS + 3)}
     fresh = np.asarray(state["model"].embed.embedding[...]).copy()
-    ct.load(folder, state, surgery=[ct.Pad("embedding"), ct.Pad("head", fill=0.0)])
+    ct.load(directory, state, surgery=[ct.Pad("embedding"), ct.Pad("head", fill=0.0)])
     embedding = np.asarray(state["model"].embed.embedding[...])
     assert embedding[:WORDS].tobytes() == before["model.embed.embedding"][2]
     assert (embedding[WORDS:] == fresh[WORDS:]).all()
@@ -89,12 +89,12 @@ def test_a_larger_vocabulary_keeps_the_new_rows_of_the_model(saved):
 
 
 def test_additions_keep_their_values_and_the_rest_comes_back(saved):
-    folder, before = saved
+    directory, before = saved
     state = {"model": Model(1, extra="lora")}
     lora = leaves({"model": state["model"].lora})
     with pytest.raises(ct.StructureError, match=r'ct.Reinit\("model.lora"\)'):
-        ct.load(folder, state)
-    report = ct.load(folder, state, surgery=ct.Reinit("lora"))
+        ct.load(directory, state)
+    report = ct.load(directory, state, surgery=ct.Reinit("lora"))
     after = leaves(state)
     assert leaves({"model": state["model"].lora}) == lora
     assert {name: bits for name, bits in after.items() if "lora" not in name} == {
@@ -104,58 +104,58 @@ def test_additions_keep_their_values_and_the_rest_comes_back(saved):
 
 
 def test_only_a_part_is_loaded_from_a_run_that_is_only_read(saved):
-    folder, before = saved
-    listing = sorted(folder.rglob("*"))
+    directory, before = saved
+    listing = sorted(directory.rglob("*"))
     state = {"model": Model(1, words=WORDS + 1, extra="lora"), "optimizer": "not looked at"}
     untouched = leaves({"head": state["model"].head})
-    ct.load(folder, state, only="model.blocks")
+    ct.load(directory, state, only="model.blocks")
     assert leaves(state)["model.blocks.1.attn.kernel"] == before["model.blocks.1.attn.kernel"]
     assert leaves({"head": state["model"].head}) == untouched
-    assert sorted(folder.rglob("*")) == listing
+    assert sorted(directory.rglob("*")) == listing
 
 
 def test_a_cast_is_done_where_it_is_declared(saved):
-    folder, before = saved
+    directory, before = saved
     state = {"model": Model(1, dtype=jnp.bfloat16)}
     with pytest.raises(ct.StructureError, match="bfloat16"):
-        ct.load(folder, state)
-    ct.load(folder, state, surgery=ct.Cast("model", "float32", "bfloat16"))
+        ct.load(directory, state)
+    ct.load(directory, state, surgery=ct.Cast("model", "float32", "bfloat16"))
     kernel = np.frombuffer(before["model.head.kernel"][2], np.float32).astype(jnp.bfloat16)
     assert leaves(state)["model.head.kernel"][2] == kernel.tobytes()
 
 
 def test_surgery_places_leaves_where_the_template_says(saved):
-    folder, before = saved
+    directory, before = saved
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     state = {"model": {"table": jax.device_put(jnp.zeros((12, WIDTH)), sharding)}}
     surgery = [ct.Rename("model.embed.embedding", "model.table"), ct.Pad("table", fill=2.0)]
-    table = ct.load(folder, state, surgery=surgery, only="model.table").state["model"]["table"]
+    table = ct.load(directory, state, surgery=surgery, only="model.table").state["model"]["table"]
     assert table.sharding == sharding
     assert np.asarray(table)[:WORDS].tobytes() == before["model.embed.embedding"][2]
     assert (np.asarray(table)[WORDS:] == 2).all()
 
 
 def test_an_abstract_model_is_filled_through_a_rename(saved):
-    folder, before = saved
+    directory, before = saved
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Model(1, blocks="layers")))
-    report = ct.load(folder, {"model": abstract}, surgery=ct.Rename("blocks", "layers"))
+    report = ct.load(directory, {"model": abstract}, surgery=ct.Rename("blocks", "layers"))
     model = nnx.merge(graphdef, report.state["model"])
     assert leaves({"m": model})["m.layers.0.attn.kernel"] == before["model.blocks.0.attn.kernel"]
 
 
 def test_an_iterator_is_moved_dropped_or_kept_as_a_whole(saved):
-    folder, before = saved
+    directory, before = saved
     state = {"batches": Batches(0)}
-    ct.load(folder, state, surgery=ct.Rename("data.**", "batches.**"))
+    ct.load(directory, state, surgery=ct.Rename("data.**", "batches.**"))
     moved = {name.replace("batches", "data"): bits for name, bits in leaves(state).items()}
     assert moved == {name: bits for name, bits in before.items() if name.startswith("data")}
     kept = {"data": Batches(0)}
     fresh = leaves(kept)
-    ct.load(folder, kept, surgery=ct.Reinit("data"))
+    ct.load(directory, kept, surgery=ct.Reinit("data"))
     assert leaves(kept) == fresh
     # Casts never mean the leaves of an iterator, which are its own affair.
-    ct.load(folder, kept, surgery=ct.Cast("**", "int64", "int32"))
+    ct.load(directory, kept, surgery=ct.Cast("**", "int64", "int32"))
     assert leaves(kept) == {name: bits for name, bits in before.items() if name.startswith("data")}
 
 
@@ -212,18 +212,18 @@ def test_a_validation_of_kept_leaves_cannot_touch_the_live_ones(run):
 
 
 def test_a_preview_says_what_would_be_done_and_reads_no_array(saved, monkeypatch):
-    folder, _ = saved
+    directory, _ = saved
     monkeypatch.setattr("ckpttools.store.orbax.read", lambda *_: pytest.fail("an array was read"))
     state = {"model": Model(1, words=WORDS + 2, blocks="layers", extra="lora")}
     surgery = [ct.Rename("blocks", "layers"), ct.Pad("embedding"), ct.Drop("model.head.bias")]
-    seen = ct.preview(folder, state, surgery=[*surgery, ct.Reinit("lora")])
+    seen = ct.preview(directory, state, surgery=[*surgery, ct.Reinit("lora")])
     by_name = {leaf.name: leaf for leaf in seen.leaves}
     assert by_name["model.layers.0.attn.kernel"].action == "renamed"
     assert by_name["model.embed.embedding"].action == "padded"
     assert (by_name["model.lora.lora_a"].action, by_name[""].source) == ("kept", "model.head.bias")
     assert not seen.fits
     assert "model.head.bias: not on disk" in " ".join(seen.differences)
-    again = ct.preview(folder, state, surgery=[*surgery[:2], ct.Reinit("lora"), ct.Pad("head")])
+    again = ct.preview(directory, state, surgery=[*surgery[:2], ct.Reinit("lora"), ct.Pad("head")])
     assert again.fits
     assert again.read_bytes == 4 * (2 * (WIDTH * WIDTH + WIDTH) + WORDS * WIDTH + WIDTH * WORDS + WORDS)
     text = str(again)
@@ -234,21 +234,21 @@ def test_a_preview_says_what_would_be_done_and_reads_no_array(saved, monkeypatch
 
 
 def test_loading_says_what_is_missing(saved, tmp_path):
-    folder, _ = saved
+    directory, _ = saved
     state = {"model": Model(1)}
     with pytest.raises(ct.StepNotFoundError, match="is not a directory"):
         ct.load(tmp_path / "none", state)
     with pytest.raises(ct.StepNotFoundError, match="holds no steps"):
         ct.load(tmp_path, state)
     with pytest.raises(ct.StepNotFoundError, match="step 8 does not exist"):
-        ct.load(folder, state, step=8)
+        ct.load(directory, state, step=8)
     with pytest.raises(ct.SpecError, match="has no mode"):
-        ct.load(folder, state, step=ct.best("loss"))
+        ct.load(directory, state, step=ct.best("loss"))
     for step in (8, ct.best("loss", mode="min")):
         with pytest.raises(ct.SpecError, match="was requested"):
-            ct.load(folder / "7", state, step=step)
+            ct.load(directory / "7", state, step=step)
     with pytest.raises(ct.SpecError, match="no list of operations") as caught:
-        ct.load(folder, state, surgery="surgery.toml")
+        ct.load(directory, state, surgery="surgery.toml")
     assert "ct.Surgery.load(path)" in caught.value.fix
     (tmp_path / "3").mkdir()
     with pytest.raises(ct.StepNotFoundError, match="readable manifest"):
@@ -257,7 +257,7 @@ def test_loading_says_what_is_missing(saved, tmp_path):
         ct.load(tmp_path, state)
 
 
-def test_the_folder_of_a_step_is_enough_and_damage_is_passed_over_without_moving_it(run):
+def test_load_takes_a_step_directory_and_moves_no_damage(run):
     with ct.open(ct.CheckpointSpec(directory=run, storage=ct.Storage(asynchronous=False))) as ckpt:
         ckpt.restore({"model": Model(1)})
         ckpt.save(8, {"model": Model(2)})

@@ -17,17 +17,17 @@ def outputs(state):
     return state["model"](BATCH)
 
 
-def spec_for(folder):
-    return ct.CheckpointSpec(directory=folder, keep=ct.All())
+def spec_for(directory):
+    return ct.CheckpointSpec(directory=directory, keep=ct.All())
 
 
 def test_a_validated_run_resumes_with_the_same_bits(tmp_path):
     ends = []
     for validate in (None, outputs):
-        folder = tmp_path / str(validate is None)
+        directory = tmp_path / str(validate is None)
         for total in (2, 4):
             state = make_state()
-            with ct.open(spec_for(folder), validate=validate) as ckpt:
+            with ct.open(spec_for(directory), validate=validate) as ckpt:
                 ckpt.restore(state)
                 for step in ckpt.steps(total):
                     train_step(state)
@@ -63,7 +63,7 @@ def test_a_step_whose_model_computes_something_else_is_rejected(tmp_path):
         assert ckpt.restore(other).step == 2
 
 
-def test_a_step_that_validation_rejects_is_intact_and_stays_until_the_run_has_gone_on_without_it(tmp_path):
+def test_a_rejected_step_stays_until_the_run_moves_on(tmp_path):
     def check(copy, spoiled=3):
         w = copy["params"]["w"]
         return jnp.where(w[0] == spoiled, w + 1, w)

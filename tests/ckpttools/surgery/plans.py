@@ -28,9 +28,8 @@ def plan(disk, state, operations=(), **options):
 
 
 def sources(made):
-    return {
-        ".".join(leaf.path): ".".join(leaf.source.stored_path) if leaf.source else None for leaf in made.placed_leaves
-    }
+    names = {leaf.path: leaf.source and ".".join(leaf.source.stored_path) for leaf in made.placed_leaves}
+    return {".".join(path): name for path, name in names.items()}
 
 
 def leaf(*shape, dtype=jnp.float32):

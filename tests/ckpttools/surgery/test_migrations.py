@@ -34,24 +34,24 @@ def test_every_released_format_is_read_to_the_bit(golden, tmp_path):
     assert [listed.pinned for listed in ct.ls(tmp_path / "run")] == [True, False]
 
 
-def test_there_is_a_golden_run_of_the_present_format_and_its_generator_writes_the_same(tmp_path):
+def test_the_golden_run_of_the_present_format_is_reproducible(tmp_path):
     make(tmp_path / "run")
     golden = GOLDEN[-1]
     for step in STEPS:
         assert ct.diff(golden / str(step), tmp_path / "run" / str(step)).same
         fields = [
             (shown.reason, shown.metrics, list(shown.leaves))
-            for shown in (ct.show(folder, step) for folder in (golden, tmp_path / "run"))
+            for shown in (ct.show(directory, step) for directory in (golden, tmp_path / "run"))
         ]
         assert repr(fields[0]) == repr(fields[1])
 
 
-def spec_for(folder, version):
-    return ct.CheckpointSpec(directory=folder, storage=ct.Storage(asynchronous=False), state_version=version)
+def spec_for(directory, version):
+    return ct.CheckpointSpec(directory=directory, storage=ct.Storage(asynchronous=False), state_version=version)
 
 
-def save(folder, version, step, name):
-    with ct.open(spec_for(folder, VERSIONS[version])) as ckpt:
+def save(directory, version, step, name):
+    with ct.open(spec_for(directory, VERSIONS[version])) as ckpt:
         ckpt.restore({})
         ckpt.save(step, {"model": {name: jnp.full(2, float(step))}})
 

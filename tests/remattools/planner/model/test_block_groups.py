@@ -14,9 +14,9 @@ from remattools.planner.model.memory import compute_boundary_bytes
 from remattools.planner.search.assignments import Assignment
 from remattools.planner.search.to_rules import write_rules
 
-from ..exactness import assert_exact
-from ..models import Tower, inputs, loss
-from .spaces import DEPTH, SHAPE, Light, exploration, light_tower, space_of
+from ...exactness import assert_exact
+from ...models import Tower, inputs, loss
+from ..spaces import DEPTH, SHAPE, Light, exploration, light_tower, space_of
 
 
 class Twice(Tower):
