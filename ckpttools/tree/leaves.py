@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leaves: what one entry of a state is, and how it is written down.
+"""Leaves: one entry of a live state, and the record that describes it.
 
-A leaf is an array that goes to Orbax (`array`, `key`), or something that stands in the manifest: an array without
-elements (`empty`; Orbax refuses those) or a plain value (`value`). Typed PRNG keys are kept as their key data on
+A leaf is an array that Orbax stores (`array`, `key`), or something that the manifest stores: an array without
+elements (`empty`; Orbax refuses those) or a plain value (`value`). Typed PRNG keys are handled as their key data on
 the host, which can be copied, hashed and compared like any array.
 """
 
@@ -22,7 +22,12 @@ from .records import ML_DTYPES, Kind, Record, encode_value
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One entry of a state, as it stands in the program (arrays may be abstract in a template)."""
+    """One entry of a live state.
+
+    Attributes:
+        path: Keys from the item's root.
+        value: The array or plain value; arrays may be abstract in a template.
+    """
 
     path: Path
     value: Any
@@ -40,7 +45,11 @@ def is_array(value: Any) -> bool:
 
 
 def describe(item: str, leaf: Leaf) -> Record:
-    """The record of a leaf, without its digest.
+    """Return the record of a leaf, without its digest.
+
+    Args:
+        item: Name of the leaf's item, for errors.
+        leaf: The leaf.
 
     Raises:
         LeafError: If the leaf is of a type that cannot be stored.
@@ -54,21 +63,21 @@ def describe(item: str, leaf: Leaf) -> Record:
     if isinstance(value, np.ma.MaskedArray):
         raise LeafError(
             what=f"{format_leaf_name(item, leaf.path)} is a masked array.",
-            why="only its data would be stored, and its mask lost.",
+            why="only its data would be stored, and its mask would be lost.",
             fix="store both as arrays: {'data': x.data, 'mask': np.ma.getmaskarray(x)}.",
         )
     dtype = np.dtype(value.dtype)
     if dtype.hasobject or (dtype.kind in "SUVmM" and dtype.name not in ML_DTYPES):
         raise LeafError(
             what=f"{format_leaf_name(item, leaf.path)} is an array of dtype {dtype}.",
-            why="only numbers and booleans have one form on every machine; an object array would need pickle.",
-            fix="store numbers, or turn the array into a list of strings.",
+            why="only numbers and booleans have the same bytes on every machine; an object array would need pickle.",
+            fix="store numbers, or convert the array to a list of strings.",
         )
     if math.prod(shape) and dtype.name not in _WRITABLE_DTYPES:
         raise LeafError(
             what=f"{format_leaf_name(item, leaf.path)} is an array of dtype {dtype}.",
-            why="TensorStore, which writes the arrays, has no such type.",
-            fix="keep it in a wider type, such as uint8 for uint4 or float64 for longdouble.",
+            why="TensorStore, which writes the arrays, does not have that type.",
+            fix="convert it to another type, such as uint8 for uint4 or float64 for longdouble.",
         )
     scalar: Literal["", "numpy", "weak"] = ""
     if isinstance(value, np.generic):
@@ -86,11 +95,11 @@ _WRITABLE_DTYPES = frozenset(
     | {f"float{bits}" for bits in (16, 32, 64)}
     | {f"float8_{form}" for form in ("e3m4", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")}
 )
-"""Dtypes that TensorStore writes; for any other it fails in a thread of its own, with no leaf named."""
+"""Dtypes that TensorStore writes; for any other it fails in its own thread, without naming the leaf."""
 
 
 def _get_key_implementation(key: Any) -> str:
-    """The name of a key's implementation, also of an abstract one, whose dtype only shows a tag of it."""
+    """Return the name of a key's implementation; also for an abstract key, whose dtype has only a tag of it."""
     if isinstance(key, jax.Array):
         return str(jax.random.key_impl(key))
     for name in ("threefry2x32", "rbg", "unsafe_rbg"):
@@ -98,6 +107,6 @@ def _get_key_implementation(key: Any) -> str:
             return name
     raise LeafError(
         what=f"an abstract key has the unknown dtype {key.dtype}.",
-        why="only the implementations that come with JAX can be told from a dtype.",
+        why="only the implementations that come with JAX can be recognised by their dtype.",
         fix="pass a concrete state as the template.",
     )

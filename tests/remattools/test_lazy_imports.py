@@ -66,7 +66,9 @@ def test_every_submodule_is_where_its_full_name_says(package):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_all_is_a_literal(package):
     tree = ast.parse(pathlib.Path(package.__file__).read_text())
-    values = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
+    values = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
     assert [ast.literal_eval(value) for value in values] == [package.__all__]
 
 

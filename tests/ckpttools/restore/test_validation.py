@@ -50,7 +50,7 @@ def test_a_step_whose_model_computes_something_else_is_rejected(tmp_path):
         ckpt.restore(other)
     assert leaves(other) == before
     assert {each.verdict for each in caught.value.report.candidates} == {"rejected"}
-    assert "undo what has changed in the validation function" in caught.value.fix
+    assert "undo the change in the validation function" in caught.value.fix
     assert "repair" not in caught.value.fix, "there is nothing to repair"
     with (
         ct.open(spec_for(tmp_path), validate=lambda copy: outputs(copy)[:1]) as ckpt,

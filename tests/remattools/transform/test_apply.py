@@ -31,7 +31,7 @@ def test_apply_keeps_gradients_and_cuts_the_compilers_temporaries(policy, saves_
     assert (temp_bytes(loss, ruled, x) < 0.9 * temp_bytes(loss, plain, x)) is saves_memory
 
 
-def test_under_jit_the_bits_are_those_of_handwritten_checkpoint():
+def test_jitted_results_equal_handwritten_checkpoint_bit_for_bit():
     x = inputs()
 
     class Handwritten(Tower):
@@ -123,7 +123,7 @@ def test_revert_restores_exactly():
     assert type(model.layers[0]) is Block
 
 
-def test_applied_is_gone_afterwards_also_after_an_error():
+def test_applied_ends_with_its_block_also_after_an_error():
     model = rt.apply(Tower(), {"layers.0": "dots_saveable"})
     before = nnx.graphdef(model)
 
@@ -153,7 +153,7 @@ def test_two_models_of_one_class_do_not_influence_each_other():
     assert type(Tower().layers[0]) is Block
 
 
-def test_last_rule_wins_and_false_takes_out():
+def test_the_last_rule_wins_and_false_excludes():
     model = rt.apply(Tower(), {"layers.*": "nothing_saveable", "layers.1": "dots_saveable", "layers.[-1]": False})
     actions = [rt.explain(model).rows[i].action for i in _rows(model, "layers.0", "layers.1", "layers.2")]
     assert actions == [rt.Remat(policy="nothing_saveable"), rt.Remat(policy="dots_saveable"), None]
@@ -183,7 +183,7 @@ def test_every_n_counts_numbered_siblings_naturally():
     assert sorted(row.path for row in rt.explain(model).regions) == ["block1", "block10"]
 
 
-def test_every_n_outside_a_sequence_says_so():
+def test_every_n_outside_a_sequence_raises():
     with pytest.raises(rt.RuleError) as caught:
         rt.apply(Tower(), {"head": rt.Remat(every_n=2)})
     assert "sequence" in caught.value.what
@@ -201,19 +201,19 @@ def test_a_rule_that_matches_nothing_names_the_closest_paths():
         rt.apply(model, {"layers.*.atention": "nothing_saveable"}, strict=False)
 
 
-def test_a_pattern_that_would_match_further_down_is_told_how():
+def test_a_pattern_that_matches_deeper_is_suggested():
     with pytest.raises(rt.UnmatchedRuleError) as caught:
         rt.apply(nnx.List([nnx.Dict(tower=Tower())]), {"layers.*": "nothing_saveable"})
     assert '"**.layers.*" matches 0.tower.layers.0' in caught.value.fix
 
 
-def test_a_container_is_no_region_and_its_children_are_named():
+def test_a_rule_for_a_container_raises_and_names_its_children():
     with pytest.raises(rt.UnmatchedRuleError) as caught:
         rt.apply(Tower(), {"layers": "nothing_saveable"})
     assert "layers.*" in caught.value.fix
 
 
-def test_a_missing_method_names_those_there_are():
+def test_a_missing_method_lists_the_existing_ones():
     class Coder(nnx.Module):
         def __init__(self):
             self.proj = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
@@ -235,7 +235,7 @@ def test_a_missing_method_names_those_there_are():
     assert_exact(loss, Model(), rt.apply(Model(), {"coder": rt.Remat(methods=("encode",))}), x)
 
 
-def test_a_method_that_hands_control_back_is_refused():
+def test_generator_and_coroutine_methods_raise():
     class Streaming(nnx.Module):
         def words(self, x):
             yield x
@@ -298,7 +298,7 @@ def test_apply_copies_no_array():
         (3, "this int contains no nnx module"),
     ],
 )
-def test_what_is_no_model_is_said_to_be_none(thing, what):
+def test_a_value_without_modules_raises(thing, what):
     with pytest.raises(rt.RuleError) as caught:
         rt.apply(thing, {"layers.*": "nothing_saveable"})
     assert what in caught.value.what
@@ -306,6 +306,6 @@ def test_what_is_no_model_is_said_to_be_none(thing, what):
 
 
 @pytest.mark.parametrize("rules", [["layers.*"], [("layers.*",)], [3]])
-def test_a_list_that_holds_no_pairs_is_no_set_of_rules(rules):
+def test_a_list_without_pairs_raises(rules):
     with pytest.raises(rt.RuleError, match="is no set of rules"):
         rt.apply(Tower(), rules)

@@ -75,7 +75,7 @@ def test_a_model_class_with_rules():
     assert [row.path for row in rt.explain(Ruled(depth=2)).regions] == ["layers.0.attention", "layers.1.attention"]
 
 
-def test_a_model_class_without_sequence_says_so():
+def test_a_model_class_without_a_sequence_raises():
     @rt.remat(every_n=2)
     class Single(nnx.Module):
         def __init__(self):

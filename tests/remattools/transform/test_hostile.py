@@ -223,7 +223,7 @@ METHODS = [Jitted, JittedOverFunction, PartialCall, PropertyCall, PropertyOverMe
 
 
 @pytest.mark.parametrize("block", METHODS, ids=lambda block: block.__name__)
-def test_methods_that_are_no_functions(block):
+def test_callables_that_are_not_functions_as_methods(block):
     holding = type("Holding", (Holding,), {"odd": block})
     for kind, action in (
         (block, "nothing_saveable"),
@@ -255,7 +255,7 @@ def test_second_derivatives_and_forward_mode():
     assert_same_values(products(ruled), products(plain))
 
 
-def test_an_error_inside_a_region_leaves_the_model_whole():
+def test_an_error_inside_a_region_leaves_the_model_unchanged():
     class Failing(Base):
         fail = True
 

@@ -141,7 +141,7 @@ def test_dict_caches_are_updated_in_place():
     assert all(count == [(1, ["k", "count", "new"], 1)] * 2 for count in counts)
 
 
-def test_the_returned_argument_is_the_callers_own_object():
+def test_a_returned_argument_is_the_callers_object():
     class Passing(Layer):
         def __call__(self, x, cache, extra):
             cache["x"] = self.proj(x)
@@ -197,7 +197,7 @@ def test_one_class_with_none_in_one_layer_and_an_array_in_the_next():
     check_exact(Masked, lambda m, x: m.layers[1](m.layers[0](x, None), jnp.ones(8)))
 
 
-def test_values_handed_from_block_to_block():
+def test_values_passed_from_block_to_block():
     class Handing(Layer):
         def __call__(self, x, kv=None):
             new = (jnp.sin(self.proj(x)), "kind")

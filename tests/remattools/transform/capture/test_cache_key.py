@@ -90,7 +90,7 @@ def test_unhashable_static_attributes_are_compared_by_value(make):
     assert float(after) != float(before)
 
 
-def test_a_static_mutated_in_place_between_two_traces_is_seen():
+def test_a_static_mutated_between_two_traces_is_traced_again():
     class Scaled(Layer):
         def __init__(self, width, rngs):
             super().__init__(width, rngs)
@@ -107,7 +107,7 @@ def test_a_static_mutated_in_place_between_two_traces_is_seen():
     np.testing.assert_allclose(second, 4 * first, rtol=1e-6)
 
 
-def test_an_object_of_unknown_content_is_never_shared():
+def test_an_object_with_invisible_content_is_never_shared():
     class Closing(Layer):
         def __init__(self, width, rngs):
             super().__init__(width, rngs)

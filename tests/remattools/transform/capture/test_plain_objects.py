@@ -217,7 +217,7 @@ def test_objects_made_inside_are_each_blocks_own(action):
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_an_output_that_is_no_pytree(action):
+def test_an_output_that_is_not_a_pytree(action):
     @dataclasses.dataclass(frozen=True)
     class Output:
         hidden: jax.Array
@@ -298,7 +298,7 @@ def test_a_counter_in_a_config_counts_in_every_equal_block(action):
     assert run(make()) == run(rt.apply(make(), {"layers.*": action})) == [1, 1, 1]
 
 
-def test_looking_at_a_model_leaves_its_plain_objects_alone():
+def test_explaining_a_model_leaves_its_plain_objects_unchanged():
     class Recording(Layer):
         def __call__(self, x):
             self.extra.outputs.append(x)
@@ -346,7 +346,7 @@ def test_a_global_that_changes_between_two_traces_is_seen(monkeypatch):
 FACTOR = 1.0
 
 
-def test_an_object_with_an_end_is_not_copied():
+def test_an_object_with_a_finalizer_is_not_copied():
     ended = []
 
     class Handle:
