@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What to keep: frozen values that choose from a list of committed steps.
 
-Pure: no disk, no clock. Each value names the steps it wants to keep and why; `a | b` keeps what either wants.
-`decide` adds what no spec can take away: the newest verified step, at least two committed steps, and pins.
+Pure: no disk, no clock. Each value selects the steps to keep, with reasons; `a | b` keeps what either selects.
+`decide_retention` adds what no spec can delete: the newest verified step, at least two committed steps, and pins.
 """
 
 import dataclasses
@@ -14,20 +14,20 @@ from ..errors import SpecError
 from .checks import require_count, require_mode, require_name, require_positive, require_steps
 
 MIN_KEPT_STEPS = 2
-"""Committed steps that are always kept: with one, its damage would be the end of the run."""
+"""Committed steps that are always kept: if there were one, damage to it would end the run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepInfo:
-    """What retention may know of a committed step.
+    """What retention decides from: the facts on a committed step.
 
     Attributes:
         step: Completed updates.
-        sequence: Order of the commits, from 1; after a rollback it does not follow `step`.
+        sequence: Number of the commit, from 1; after a rollback, its order is not that of `step`.
         saved_at: Seconds since the epoch.
         metrics: Metrics recorded with the step.
         pinned: Whether `pin` was called on it.
-        superseded: Whether it belongs to a branch that was given up by resuming from an earlier step.
+        superseded: Whether it is on a branch that was abandoned by resuming from an earlier step.
     """
 
     step: int
@@ -48,10 +48,20 @@ class Verdict:
 
 
 class Retention:
-    """Base of all retention values: `a | b` keeps what either keeps."""
+    """Base of all retention values: `a | b` keeps what either keeps.
+
+    Example:
+        >>> keep = Latest(3) | Best("val_loss", mode="min")
+        >>> isinstance(keep, Retention)
+        True
+    """
 
     def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
-        """Sequence numbers of the steps to keep, with the reason; `steps` are in the order of their commits."""
+        """Return the sequence numbers of the steps to keep, each with the reason.
+
+        Args:
+            steps: Committed steps, in the order of their commits.
+        """
         raise NotImplementedError
 
     def __or__(self, other: "Retention") -> "Retention":
@@ -62,7 +72,15 @@ class Retention:
 
 @dataclasses.dataclass(frozen=True)
 class Latest(Retention):
-    """Keep the `n` steps that were committed last."""
+    """Keep the `n` steps that were committed last.
+
+    Attributes:
+        n: How many steps to keep; an int, at least 1. Two are kept in any case.
+
+    Example:
+        >>> list(Latest(2).select_steps([StepInfo(step=10 * n, sequence=n) for n in (1, 2, 3)]))
+        [2, 3]
+    """
 
     n: int
 
@@ -78,12 +96,17 @@ class Latest(Retention):
 class Best(Retention):
     """Keep the `n` steps with the best value of one recorded metric.
 
-    NaN counts as worst. Superseded steps do not compete.
+    NaN is worst. Superseded steps are ignored.
 
     Attributes:
         metric: Name of a metric passed to `step` or `save`, such as "val_loss".
         mode: "min" if smaller is better, "max" if larger is better.
         n: How many steps to keep; an int, at least 1.
+
+    Example:
+        >>> steps = [StepInfo(step=n, sequence=n, metrics={"loss": 1 / n}) for n in (1, 2, 3)]
+        >>> Best("loss", mode="min").select_steps(steps)
+        {3: 'one of the best 1 by loss'}
     """
 
     metric: str
@@ -104,7 +127,15 @@ class Best(Retention):
 
 @dataclasses.dataclass(frozen=True)
 class EveryNSteps(Retention):
-    """Keep every step that `n` divides."""
+    """Keep every step that is a multiple of `n`.
+
+    Attributes:
+        n: An int, at least 1.
+
+    Example:
+        >>> EveryNSteps(100).select_steps([StepInfo(step=100, sequence=1), StepInfo(step=150, sequence=2)])
+        {1: 'a multiple of 100'}
+    """
 
     n: int
 
@@ -118,9 +149,17 @@ class EveryNSteps(Retention):
 
 @dataclasses.dataclass(frozen=True)
 class EveryNSeconds(Retention):
-    """Keep the first step, and then each that was saved at least `seconds` after the one kept before it.
+    """Keep the first step, and then each that was saved at least `seconds` after the previous one kept.
 
-    A clock that was set back begins anew: else nothing would be kept until it has caught up.
+    After a clock was set back, the next step is kept; otherwise none would be until the clock has caught up.
+
+    Attributes:
+        seconds: Time between two kept steps, in seconds; above 0.
+
+    Example:
+        >>> steps = [StepInfo(step=n, sequence=n, saved_at=1000.0 * n) for n in (1, 2, 3, 4)]
+        >>> list(EveryNSeconds(2000).select_steps(steps))
+        [1, 3]
     """
 
     seconds: float
@@ -134,14 +173,22 @@ class EveryNSeconds(Retention):
         last_s = -math.inf
         for step in steps:
             if not 0 <= step.saved_at - last_s < self.seconds:
-                kept[step.sequence] = f"{self.seconds:g} s after the one before"
+                kept[step.sequence] = f"{self.seconds:g} s after the previous one"
                 last_s = step.saved_at
         return kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Pinned(Retention):
-    """Keep the given steps. Steps pinned with `ckpt.pin` are kept in any case."""
+    """Keep the given steps; steps pinned with `ckpt.pin` are kept in any case.
+
+    Attributes:
+        steps: Steps to keep, increasing; ints of at least 1.
+
+    Example:
+        >>> Pinned((1_000,)).select_steps([StepInfo(step=1_000, sequence=1)])
+        {1: 'pinned by the spec'}
+    """
 
     steps: tuple[int, ...] = ()
 
@@ -157,7 +204,12 @@ class Pinned(Retention):
 
 @dataclasses.dataclass(frozen=True)
 class All(Retention):
-    """Keep everything."""
+    """Keep every step.
+
+    Example:
+        >>> All().select_steps([StepInfo(step=10, sequence=1)])
+        {1: 'everything is kept'}
+    """
 
     @override
     def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
@@ -166,7 +218,7 @@ class All(Retention):
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Union(Retention):
-    """Keep what at least one part keeps; written `a | b`."""
+    """Keep what at least one part does; written `a | b`."""
 
     parts: tuple[Retention, ...]
 
@@ -189,7 +241,13 @@ class Union(Retention):
 
 
 def rank_steps(steps: Sequence[StepInfo], metric: str, mode: Literal["min", "max"]) -> list[StepInfo]:
-    """Live steps that recorded `metric`, best first, NaN last, the newer of two equals first."""
+    """Return the steps that recorded `metric`, best first, NaN last, the newer of two equals first.
+
+    Args:
+        steps: Committed steps; superseded ones are left out.
+        metric: Name of the metric.
+        mode: "min" if smaller is better, "max" if larger is better.
+    """
     sign = 1.0 if mode == "min" else -1.0
 
     def get_sort_key(step: StepInfo) -> tuple[bool, float, int]:
@@ -200,15 +258,20 @@ def rank_steps(steps: Sequence[StepInfo], metric: str, mode: Literal["min", "max
 
 
 def decide_retention(retention: Retention, steps: Sequence[StepInfo], *, newest_verified: int | None) -> list[Verdict]:
-    """What is kept and what may be deleted, with a reason for each.
+    """Decide which steps are kept and which may be deleted, with a reason for each.
 
     Args:
-        retention: The spec's wish.
+        retention: The `keep` of the spec.
         steps: Committed steps, in any order.
-        newest_verified: Sequence number of the newest step whose manifest verified; never deleted.
+        newest_verified: Sequence number of the newest verified step, which is never deleted; None if there is none.
 
     Returns:
-        One verdict a step, in the order of the commits.
+        One verdict for each step, in the order of the commits.
+
+    Example:
+        >>> steps = [StepInfo(step=10 * n, sequence=n) for n in (1, 2, 3)]
+        >>> [verdict.keep for verdict in decide_retention(Latest(1), steps, newest_verified=3)]
+        [False, True, True]
     """
     ordered = sorted(steps, key=lambda step: step.sequence)
     reasons = retention.select_steps(ordered)

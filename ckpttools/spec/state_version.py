@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The version of a user's own state, and the way from older versions to it."""
+"""The version of a user's state, and the migrations from older versions to it."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -12,11 +12,16 @@ from .surgery import Surgery
 
 @dataclasses.dataclass(frozen=True)
 class Migration:
-    """What makes a state of one version one of the next.
+    """The surgery that turns a stored state of one version into one of the next.
 
     Attributes:
-        from_version: The version that it takes.
-        surgery: What is done; what an operation does not find is passed over, since runs of one version may differ.
+        from_version: The version before the migration; an int, at least 1.
+        surgery: Operations, in order. One that matches no leaf is ignored, since runs of one version can differ.
+
+    Example:
+        >>> from ckpttools.spec.operations import Rename
+        >>> len(Migration(1, Rename("encoder", "backbone")).surgery)
+        1
     """
 
     from_version: int
@@ -30,13 +35,13 @@ class Migration:
 
 @dataclasses.dataclass(frozen=True)
 class StateVersion:
-    """The version that every save is marked with, and how older ones are brought up to it when they are restored.
+    """The version that every step is saved with, and how older steps are migrated to it when they are restored.
 
     Attributes:
-        number: The version of the state as the program builds it now; raise it with every change of structure.
+        number: The version of the state as the program builds it now; increase it with every change of structure.
         migrations: One for each older version that can still be restored, without a gap up to `number`.
 
-    Examples:
+    Example:
         >>> StateVersion(2, (Migration(1),)).oldest
         1
     """
@@ -51,7 +56,7 @@ class StateVersion:
         if versions != list(range(number - len(given), number)) or (versions and versions[0] < 1):
             raise SpecError(
                 what=f"StateVersion({number}) has migrations from {', '.join(map(str, versions))}.",
-                why="they are applied one after the other, each from its version to the next, up to the last.",
+                why="they are applied in order, each from its version to the next, up to the last.",
                 fix=f"StateVersion({number}, migrations=[ct.Migration({max(1, number - 1)}, surgery=[...])])",
             )
         object.__setattr__(self, "number", number)
@@ -59,14 +64,14 @@ class StateVersion:
 
     @property
     def oldest(self) -> int:
-        """The oldest version that can be restored."""
+        """Oldest version that can be restored."""
         return self.number - len(self.migrations)
 
     def get_surgery_since(self, version: int) -> tuple[Surgery, ...]:
-        """The surgery that brings a state of `version` up to this one; the version has to be known."""
+        """Return the surgery that brings a state of `version` up to this one, in order."""
         return tuple(each.surgery for each in self.migrations if each.from_version >= version)
 
 
 def as_state_version(value: "StateVersion | int") -> StateVersion:
-    """A version given as a number or in full."""
+    """Return a version that is given as a number or as a `StateVersion`."""
     return value if isinstance(value, StateVersion) else StateVersion(value)

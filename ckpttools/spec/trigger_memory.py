@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What triggers remember, as it is written down: each trigger's own, under the trigger's own description.
+"""The memories of triggers in the form that manifests store: each under the description of its trigger.
 
-A spec may change between two runs. Memory that was stored by position was handed to whatever stood there next, and
-the seconds of an `EverySeconds` became the best loss of an `OnImprovement`, which then never saved again. By
-description, a trigger that is still in the spec goes on with what it knew wherever it stands, and a new or changed one
-starts afresh.
+A spec can change between two runs. Stored by position, the seconds of an `EverySeconds` would become the best loss of
+an `OnImprovement` that takes its place, which then would never save again. Stored by description, a trigger that is
+still in the spec resumes with its memory wherever it is, and a new or changed one starts without.
 """
 
 import dataclasses
@@ -14,18 +13,31 @@ from .triggers import AllOf, AnyOf, Memory, Trigger
 
 
 def encode_memory(trigger: Trigger, memory: Memory) -> dict[str, Any]:
-    """The memories of a trigger and its parts by their descriptions, for the manifest."""
+    """Return the memories of a trigger and its parts by their descriptions.
+
+    Args:
+        trigger: The trigger of the spec.
+        memory: Its memory.
+
+    Returns:
+        A JSON value, for the manifest of a step.
+    """
     if not isinstance(trigger, AnyOf | AllOf):
         return {} if memory is None else {_describe_trigger(trigger): memory}
     parts: dict[str, Any] = {}
-    for part, own in zip(trigger.parts, memory or [None] * len(trigger.parts), strict=True):
-        # Equal parts have seen the same moments, so they have the same memory.
-        parts |= encode_memory(part, own)
+    for part, part_memory in zip(trigger.parts, memory or [None] * len(trigger.parts), strict=True):
+        # Equal parts observed the same steps, so they have the same memory.
+        parts |= encode_memory(part, part_memory)
     return parts
 
 
 def decode_memory(trigger: Trigger, encoded: Any) -> Memory:
-    """The memory of a trigger out of what `written` gave; what does not fit is forgotten."""
+    """Return the memory of a trigger from what `encode_memory` returned; what does not fit is dropped.
+
+    Args:
+        trigger: The trigger of the spec, which may have changed.
+        encoded: The stored memories; any JSON value, since it comes from a file.
+    """
     if isinstance(trigger, AnyOf | AllOf):
         return [decode_memory(part, encoded) for part in trigger.parts]
     memory = encoded.get(_describe_trigger(trigger)) if isinstance(encoded, dict) else None
@@ -33,5 +45,5 @@ def decode_memory(trigger: Trigger, encoded: Any) -> Memory:
 
 
 def _describe_trigger(trigger: Trigger) -> str:
-    # The plain `repr` of an object holds its address, which no other process has.
+    # The default `repr` of an object contains its address, which differs in every process.
     return repr(trigger) if dataclasses.is_dataclass(trigger) else type(trigger).__qualname__

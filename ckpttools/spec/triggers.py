@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """When to save: frozen values that decide from a step, a clock and metrics.
 
-Pure. A trigger holds no state; what it must remember (the last time, the best value, a history of losses) is a
-JSON value that the caller keeps, passes in and stores in each step's manifest. That is what makes a resumed run
-decide as an uninterrupted one would.
+Pure. A trigger holds no state. What it must remember (the last time, the best value, a history of losses) is a JSON
+value that the caller passes in and stores in each step's manifest, so that a resumed run decides as an uninterrupted
+one.
 
-Three moments matter, and each is one method: `observe` sees every step, `decide` answers whether to save at this
-one, and `saved` learns that a save happened, for whatever reason. Improvement is therefore measured against what
-was *saved*: in `EverySteps(500) & OnImprovement("val_loss", mode="min")` a better value at step 450 is not
-forgotten, and does not hide the one at 500.
+A trigger has three methods: `observe` sees every step, `decide` says whether to save at this step, and
+`update_after_save` records that a save happened, for whatever reason. Improvement is therefore measured against what
+was *saved*: with `EverySteps(500) & OnImprovement("val_loss", mode="min")`, a better value at step 450, which is not
+saved, does not keep a slightly worse one from being saved at step 500.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from ..errors import SpecError
 from .checks import require_count, require_mode, require_name, require_positive, require_steps
 
 type Memory = Any
-"""What a trigger remembers: a JSON value, None at the start of a run."""
+"""What a trigger remembers: a JSON value; None at the start of a run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """What a trigger may look at.
+    """What a trigger decides from.
 
     Attributes:
         step: Completed updates, from 1.
-        run_s: Seconds that the run has been training, pauses between processes left out.
-        get_metric: Looks up a metric of this step by name; None where the step has no such metric.
+        run_s: Seconds that the run has been training, without the pauses between processes.
+        get_metric: Returns a metric of this step by name; None if the step has no such metric.
     """
 
     step: int
@@ -40,33 +40,41 @@ class StepContext:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """Whether to save, and the reason as half a sentence."""
+    """Whether to save, and the reason as a phrase such as "every 500 steps"."""
 
     save: bool
     reason: str
 
 
 class Trigger:
-    """Base of all triggers: combine with `|` (either) and `&` (both at the same step)."""
+    """Base of all triggers: combine them with `|` (either) and `&` (both at the same step).
+
+    A subclass overrides `decide`, and the other methods if it needs a memory.
+
+    Example:
+        >>> trigger = EverySteps(1000) | (EverySteps(100) & OnImprovement("val_loss", mode="min"))
+        >>> trigger.get_metric_names()
+        frozenset({'val_loss'})
+    """
 
     def observe(self, context: StepContext, memory: Memory) -> Memory:
-        """The memory after seeing a step."""
+        """Return the memory after a step, whether or not it is saved."""
         return memory
 
     def decide(self, context: StepContext, memory: Memory) -> Decision:
-        """Whether to save at this step."""
+        """Return whether to save at this step."""
         raise NotImplementedError
 
     def update_after_save(self, context: StepContext, memory: Memory) -> Memory:
-        """The memory after a save at this step."""
+        """Return the memory after a save at this step."""
         return memory
 
     def is_valid_memory(self, memory: Memory) -> bool:
-        """Whether a memory that was read from a disk is of the form that this trigger writes."""
+        """Return whether a memory that was read from disk has the form that this trigger writes."""
         return True
 
     def get_metric_names(self) -> frozenset[str]:
-        """Names of the metrics that the trigger looks at."""
+        """Return the names of the metrics that the trigger reads."""
         return frozenset()
 
     def __or__(self, other: "Trigger") -> "Trigger":
@@ -82,7 +90,15 @@ class Trigger:
 
 @dataclasses.dataclass(frozen=True)
 class EverySteps(Trigger):
-    """Save at every step that `n` divides."""
+    """Save at every step that is a multiple of `n`.
+
+    Attributes:
+        n: Steps between two saves; an int, at least 1.
+
+    Example:
+        >>> EverySteps(500).decide(StepContext(step=1500), None).save
+        True
+    """
 
     n: int
 
@@ -96,7 +112,15 @@ class EverySteps(Trigger):
 
 @dataclasses.dataclass(frozen=True)
 class EverySeconds(Trigger):
-    """Save when `seconds` of training have passed since the last save, whatever caused that one."""
+    """Save when `seconds` of training have passed since the last save, whatever caused that save.
+
+    Attributes:
+        seconds: Training time between two saves, in seconds; above 0.
+
+    Example:
+        >>> EverySeconds(900).decide(StepContext(step=10, run_s=60.0), None).save
+        False
+    """
 
     seconds: float
 
@@ -118,7 +142,15 @@ class EverySeconds(Trigger):
 
 @dataclasses.dataclass(frozen=True)
 class AtSteps(Trigger):
-    """Save at the given steps."""
+    """Save at the given steps.
+
+    Attributes:
+        steps: Steps to save, increasing; ints of at least 1.
+
+    Example:
+        >>> AtSteps((1_000, 10_000)).decide(StepContext(step=1_000), None).save
+        True
+    """
 
     steps: tuple[int, ...]
 
@@ -129,7 +161,7 @@ class AtSteps(Trigger):
 
     @override
     def decide(self, context: StepContext, memory: Memory) -> Decision:
-        return Decision(context.step in self.steps, "a step that was asked for")
+        return Decision(context.step in self.steps, "one of the given steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +169,14 @@ class OnImprovement(Trigger):
     """Save when a metric is better than at any saved step.
 
     Attributes:
-        metric: Name of a metric passed to `step`, such as "val_loss". Steps without it are passed over.
+        metric: Name of a metric passed to `step`, such as "val_loss"; steps without it are not saved.
         mode: "min" if smaller is better, "max" if larger is better.
-        min_delta: By how much it must be better, in the metric's own unit.
+        min_delta: By how much it must be better, in the unit of the metric.
+
+    Example:
+        >>> loss = lambda name: 0.2
+        >>> OnImprovement("val_loss", mode="min").decide(StepContext(step=7, get_metric=loss), 0.3).save
+        True
     """
 
     metric: str
@@ -185,19 +222,23 @@ class OnImprovement(Trigger):
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive(Trigger):
-    """Save often while a loss is unstable and seldom while it is calm.
+    """Save often while a loss is unstable and rarely while it is stable.
 
-    The interval is halved when the last `window` values spread more than `unstable` times their mean (relative
-    standard deviation) or one of them is not finite, and doubled when they spread less; it is reconsidered once
-    after each `window` values, so that one bad batch does not swing it to an end.
+    After each `window` values of the loss, the interval between saves is halved if their relative standard deviation
+    is above `unstable` or one of them is not finite, and doubled otherwise. It changes once per window, so that one
+    bad batch does not drive it to its limit.
 
     Attributes:
-        metric: Name of the loss, passed to `step` as often as the interval shall follow it.
-        base_steps: Interval at the start.
-        min_steps: Smallest interval.
-        max_steps: Largest interval.
-        window: How many values are looked at.
-        unstable: Relative standard deviation above which the loss counts as unstable.
+        metric: Name of the loss, passed to `step`; the more often it is passed, the faster the interval follows.
+        base_steps: Interval at the start, in steps.
+        min_steps: Smallest interval, in steps.
+        max_steps: Largest interval, in steps.
+        window: Number of values per adjustment; an int, at least 2.
+        unstable: Relative standard deviation above which the loss is unstable.
+
+    Example:
+        >>> Adaptive("loss", min_steps=100).decide(StepContext(step=1000), None).reason
+        'every 1000 steps at present, following loss'
     """
 
     metric: str
@@ -218,7 +259,7 @@ class Adaptive(Trigger):
             raise SpecError(
                 what=f"Adaptive has min_steps={self.min_steps}, base_steps={self.base_steps}, "
                 f"max_steps={self.max_steps}.",
-                why="the interval starts at base_steps and stays within the other two.",
+                why="the interval starts at base_steps and stays between min_steps and max_steps.",
                 fix="choose min_steps <= base_steps <= max_steps.",
             )
 
@@ -265,26 +306,26 @@ class Adaptive(Trigger):
         if not all(map(math.isfinite, history)):
             return True
         mean = math.fsum(history) / len(history)
-        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in history) / len(history))
-        return spread > self.unstable * abs(mean)
+        standard_deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in history) / len(history))
+        return standard_deviation > self.unstable * abs(mean)
 
 
 class _Combination(Trigger):
-    """What `AnyOf` and `AllOf` share: each part keeps its own memory, in order."""
+    """Base of `AnyOf` and `AllOf`: the memory is a list of the parts' memories, in order."""
 
     parts: tuple[Trigger, ...]
 
     def observe(self, context: StepContext, memory: Memory) -> Memory:
-        return [part.observe(context, own) for part, own in self._pair_with_memory(memory)]
+        return [part.observe(context, part_memory) for part, part_memory in self._pair_with_memory(memory)]
 
     def update_after_save(self, context: StepContext, memory: Memory) -> Memory:
-        return [part.update_after_save(context, own) for part, own in self._pair_with_memory(memory)]
+        return [part.update_after_save(context, part_memory) for part, part_memory in self._pair_with_memory(memory)]
 
     def get_metric_names(self) -> frozenset[str]:
         return frozenset().union(*(part.get_metric_names() for part in self.parts))
 
     def _decide_parts(self, context: StepContext, memory: Memory) -> list[Decision]:
-        return [part.decide(context, own) for part, own in self._pair_with_memory(memory)]
+        return [part.decide(context, part_memory) for part, part_memory in self._pair_with_memory(memory)]
 
     def _pair_with_memory(self, memory: Memory) -> list[tuple[Trigger, Memory]]:
         return list(zip(self.parts, memory or [None] * len(self.parts), strict=True))
@@ -292,7 +333,7 @@ class _Combination(Trigger):
 
 @dataclasses.dataclass(frozen=True, init=False)
 class AnyOf(_Combination):
-    """Save when at least one part says so; written `a | b`."""
+    """Save when at least one part does; written `a | b`."""
 
     parts: tuple[Trigger, ...]
 
@@ -308,7 +349,7 @@ class AnyOf(_Combination):
 
 @dataclasses.dataclass(frozen=True, init=False)
 class AllOf(_Combination):
-    """Save when all parts say so at the same step; written `a & b`."""
+    """Save when all parts do at the same step; written `a & b`."""
 
     parts: tuple[Trigger, ...]
 
@@ -322,7 +363,7 @@ class AllOf(_Combination):
 
 
 def _get_parts(kind: type[AnyOf] | type[AllOf], trigger: Trigger) -> tuple[Trigger, ...]:
-    """The parts of `trigger` if it is of `kind`, so that `a | b | c` is one flat value."""
+    """Return the parts of `trigger` if it is of `kind`, so that `a | b | c` is one flat value."""
     return trigger.parts if isinstance(trigger, kind) else (trigger,)
 
 
@@ -330,7 +371,7 @@ def _require_parts(owner: str, operator: str, parts: tuple[Trigger, ...]) -> tup
     if not parts or not all(isinstance(part, Trigger) for part in parts):
         raise SpecError(
             what=f"{owner}{parts!r} does not combine triggers.",
-            why="an empty combination would either never save or save at every step.",
+            why="its parts must be triggers, and an empty combination would save never or always.",
             fix=f"EverySteps(500) {operator} EverySeconds(900)",
         )
     return parts

@@ -51,17 +51,17 @@ dots_with_no_batch_dims_saveable = checkpoint_dots_with_no_batch_dims = JaxPolic
 
 
 def save_only_these_names(*names: str) -> Policy:
-    """Save only values with these `checkpoint_name`s."""
+    """Return a policy that saves only values with these `checkpoint_name`s."""
     return NamePolicy(saved_names=_require_strings(names, "save_only_these_names"))
 
 
 def save_any_names_but_these(*names: str) -> Policy:
-    """Save every named value except these; unnamed ones are recomputed."""
+    """Return a policy that saves every named value except these, and recomputes unnamed ones."""
     return AllExceptNames(_require_strings(names, "save_any_names_but_these"), is_named_only=True)
 
 
 def save_anything_except_these_names(*names: str) -> Policy:
-    """Save every value, named or not, except these.
+    """Return a policy that saves every value, named or not, except these.
 
     JAX's policy of this name saves everything since jax#37888.
     """
@@ -74,7 +74,12 @@ def save_from_both_policies(first: Any, second: Any) -> Policy:
 
 
 def offload_dot_with_no_batch_dims(offload_src: str = "device", offload_dst: str = "pinned_host") -> Policy:
-    """Offload matrix products without batch dimensions to another memory kind."""
+    """Return a policy that offloads matrix products without batch dimensions.
+
+    Args:
+        offload_src: Memory kind to move from.
+        offload_dst: Memory kind to move to.
+    """
     return OffloadDots(offload_src, offload_dst)
 
 
@@ -85,7 +90,13 @@ def save_and_offload_only_these_names(
     offload_src: str = "device",
     offload_dst: str = "pinned_host",
 ) -> Policy:
-    """Save some named values, offload others.
+    """Return a policy that saves some named values and offloads others.
+
+    Args:
+        names_which_can_be_saved: The `checkpoint_name`s to save on the device.
+        names_which_can_be_offloaded: The `checkpoint_name`s to offload.
+        offload_src: Memory kind to move from.
+        offload_dst: Memory kind to move to.
 
     Raises:
         PolicyError: If a name is in both lists.
@@ -120,15 +131,29 @@ _FACTORIES: dict[str, Callable[..., Policy]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all policies; those that take arguments are functions of this module."""
+    """Return the names of all policies; those that take arguments are functions of this module.
+
+    Example:
+        >>> "dots_saveable" in names()
+        True
+    """
     return tuple(sorted((*_POLICIES, *_FACTORIES)))
 
 
 def resolve(value: Any) -> Policy:
-    """Return a policy from its name, from a JAX policy callable, or from itself.
+    """Return the policy that a value stands for.
+
+    Args:
+        value: A `Policy`, an expression such as "dots_saveable | save_only_these_names('qkv')", or a policy callable
+            as `jax.checkpoint` takes it.
 
     Raises:
-        PolicyError: If the policy does not exist.
+        PolicyError: If it is none of these, or names an unknown policy.
+
+    Example:
+        >>> import jax
+        >>> resolve(jax.checkpoint_policies.dots_saveable) == resolve("dots_saveable")
+        True
     """
     if isinstance(value, Policy):
         return value
@@ -157,10 +182,17 @@ def _make_no_arguments_error(name: str) -> PolicyError:
 
 
 def parse_policy(text: str) -> Policy:
-    """Parse `dots_saveable | save_only_these_names('qkv')` and the like; nothing is evaluated.
+    """Return the policy that an expression stands for; the expression is parsed, not evaluated.
+
+    Args:
+        text: Names of policies and calls with literals, combined by |, & and ~.
 
     Raises:
-        PolicyError: If the string is not an expression of known policies.
+        PolicyError: If it is not such an expression, or names an unknown policy.
+
+    Example:
+        >>> str(parse_policy("dots_saveable | save_only_these_names('qkv')"))
+        "dots_saveable | save_only_these_names('qkv')"
     """
     try:
         return _build_policy(ast.parse(text.strip(), mode="eval").body, text)

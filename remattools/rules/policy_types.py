@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Types of policies: values that decide for each operation whether its result is saved, offloaded or recomputed.
 
-`policies` gives them their names, and parses and combines them.
-`lower` gives JAX's own object wherever that does what its name says, so that the
-program is the one of hand-written `jax.checkpoint`.
+`policies` has their names and parses expressions of them. `lower` returns JAX's own
+object wherever that does what its name says, so that the program equals that of a
+hand-written `jax.checkpoint`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _JAX_POLICIES = jax.checkpoint_policies
 
 
 class Decision(enum.IntEnum):
-    """What becomes of one value, the stronger the greater."""
+    """What happens to one value; the greater, the more is saved on the device."""
 
     RECOMPUTE = 0
     OFFLOAD = 1
@@ -29,10 +29,10 @@ class Decision(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Base of all policies: immutable, hashable, equal by what they do."""
+    """Base of all policies: immutable and hashable; equal if they were built from equal parts."""
 
     def decide(self, primitive: Any, *avals: Any, **params: Any) -> Decision:
-        """The verdict on one operation.
+        """Return the decision on one operation.
 
         Args:
             primitive: The JAX primitive.
@@ -42,15 +42,15 @@ class Policy:
         return self._classify(primitive, *avals, **params)[0]
 
     def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
-        raise NotImplementedError  # every policy below says how
+        raise NotImplementedError
 
     def lower(self) -> Callable[..., Any]:
-        """The policy as JAX takes it; equal policies give equal callables, so that JAX's caches hit."""
+        """Return the policy as JAX takes it; equal policies return equal callables, so that JAX's caches hit."""
         return LoweredPolicy(self)
 
     @property
     def is_lowered_to_names(self) -> bool:
-        """Whether jax_remat3 would not ask it: that knows JAX's own policies over names and matrix products only."""
+        """Whether jax_remat3 ignores it: that supports JAX's own policies over names and matrix products only."""
         return True
 
     def __or__(self, other: "Policy") -> "Policy":
@@ -65,7 +65,7 @@ class Policy:
 
 @functools.cache
 def _make_jax_policy(factory: str, args: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    """A policy made by JAX, one object for equal arguments: JAX's caches compare policies."""
+    """Return a policy made by JAX, the same object for equal arguments: JAX's caches compare policies."""
     policy: Callable[..., Any] = getattr(_JAX_POLICIES, factory)(*args, **dict(keywords))
     return policy
 
@@ -77,7 +77,7 @@ class LoweredPolicy:
     policy: Policy
 
     def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
-        """What JAX's own policies return."""
+        """Return what JAX's own policies return: a bool, or an instance of a private class."""
         decision, kinds = self.policy._classify(primitive, *avals, **params)
         if decision is Decision.SAVE:
             return compat.SAVEABLE
@@ -85,7 +85,7 @@ class LoweredPolicy:
 
 
 def _parse_decision(decision: Any) -> tuple[Decision, tuple[str, str] | None]:
-    """A JAX policy's answer: a bool or one of JAX's classes."""
+    """Return a JAX policy's answer, a bool or an instance of a private class, with the memory kinds of an offload."""
     kinds = compat.parse_offload(decision)
     if kinds is not None:
         return Decision.OFFLOAD, kinds
@@ -106,13 +106,13 @@ class JaxPolicy(Policy):
         return _parse_decision(self.lower()(primitive, *avals, **params))
 
     def lower(self) -> Callable[..., Any]:
-        """JAX's own object."""
+        """Return JAX's own object."""
         policy: Callable[..., Any] = getattr(_JAX_POLICIES, self.name)
         return policy
 
     @property
     def is_lowered_to_names(self) -> bool:
-        """False: JAX handles its own under jax_remat3 too."""
+        """False, as jax_remat3 supports JAX's own policies."""
         return False
 
     def __str__(self) -> str:
@@ -124,8 +124,8 @@ class NamePolicy(Policy):
     """Saves and offloads values by their `checkpoint_name`.
 
     Attributes:
-        saved_names: Names to keep on the device.
-        offloaded_names: Names to keep in host memory.
+        saved_names: Names of values to save on the device.
+        offloaded_names: Names of values to offload to host memory.
         src: Memory kind on the device.
         dst: Memory kind of the host.
     """
@@ -142,7 +142,7 @@ class NamePolicy(Policy):
         return (Decision.OFFLOAD, (self.src, self.dst)) if name in self.offloaded_names else (Decision.RECOMPUTE, None)
 
     def lower(self) -> Callable[..., Any]:
-        """What JAX's factory makes of it."""
+        """Return the policy that JAX's factory makes."""
         if not self.offloaded_names:
             return _make_jax_policy("save_only_these_names", tuple(sorted(self.saved_names)), ())
         keywords = (
@@ -155,7 +155,7 @@ class NamePolicy(Policy):
 
     @property
     def is_lowered_to_names(self) -> bool:
-        """False: it is about names."""
+        """False, as jax_remat3 supports policies over names."""
         return False
 
     def __str__(self) -> str:
@@ -186,14 +186,14 @@ class AllExceptNames(Policy):
         return (Decision.RECOMPUTE if self.is_named_only else Decision.SAVE), None
 
     def lower(self) -> Callable[..., Any]:
-        """What JAX's factory makes of it, if that does what its name says."""
+        """Return the policy that JAX's factory makes, if that does what its name says."""
         if self.is_named_only:
             return _make_jax_policy("save_any_names_but_these", tuple(sorted(self.names)), ())
         return super().lower()
 
     @property
     def is_lowered_to_names(self) -> bool:
-        """Whether unnamed values count too."""
+        """True if unnamed values are saved too."""
         return not self.is_named_only
 
     def __str__(self) -> str:
@@ -219,12 +219,12 @@ class OffloadDots(Policy):
         return Decision.RECOMPUTE, None
 
     def lower(self) -> Callable[..., Any]:
-        """What JAX's factory makes of it."""
+        """Return the policy that JAX's factory makes."""
         return _make_jax_policy("offload_dot_with_no_batch_dims", (self.src, self.dst), ())
 
     @property
     def is_lowered_to_names(self) -> bool:
-        """False: it is about matrix products."""
+        """False, as jax_remat3 supports policies over matrix products."""
         return False
 
     def __str__(self) -> str:
@@ -233,7 +233,7 @@ class OffloadDots(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class CallablePolicy(Policy):
-    """A policy callable of the user, compared by identity; it has no text.
+    """A policy callable of the user, compared by identity; it cannot be written to a file.
 
     Attributes:
         function: Called as JAX calls a policy.
@@ -245,7 +245,7 @@ class CallablePolicy(Policy):
         return _parse_decision(self.function(primitive, *avals, **params))
 
     def lower(self) -> Callable[..., Any]:
-        """The callable itself."""
+        """Return the callable itself."""
         return self.function
 
     def __str__(self) -> str:
@@ -254,7 +254,7 @@ class CallablePolicy(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Union(Policy):
-    """Keeps what any of its parts keeps; saving wins over offloading."""
+    """Saves or offloads what any of its parts does; saving wins over offloading."""
 
     parts: tuple[Policy, ...]
 
@@ -267,7 +267,7 @@ class Union(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Intersection(Policy):
-    """Keeps what all of its parts keep; offloading wins over saving."""
+    """Saves or offloads what all of its parts do; offloading wins over saving."""
 
     parts: tuple[Policy, ...]
 
@@ -280,13 +280,13 @@ class Intersection(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Complement(Policy):
-    """Saves what another recomputes, recomputes what the other saves or offloads."""
+    """Saves what another policy recomputes, and recomputes what that policy saves or offloads."""
 
     policy: Policy
 
     def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
-        kept = self.policy._classify(primitive, *avals, **params)[0] is not Decision.RECOMPUTE
-        return (Decision.RECOMPUTE if kept else Decision.SAVE), None
+        is_recomputed = self.policy._classify(primitive, *avals, **params)[0] is Decision.RECOMPUTE
+        return (Decision.SAVE if is_recomputed else Decision.RECOMPUTE), None
 
     def __str__(self) -> str:
         inner = str(self.policy)
@@ -308,5 +308,5 @@ def _combine(kind: type[Union] | type[Intersection], first: Policy, second: Poli
 
 
 def format_names(names: Iterable[str]) -> str:
-    """Names as they stand in a call."""
+    """Return names as the arguments of a call, sorted."""
     return ", ".join(map(repr, sorted(names)))

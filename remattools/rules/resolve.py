@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rule governs a module, given its paths.
 
-Pure: takes paths and class names, returns decisions with their reasons. The last
-rule that takes a module wins; `every_n` is part of taking, so a module that a
-later rule leaves out stays with the earlier one.
+Pure: takes paths and class names, returns decisions. The last rule that selects a
+module wins. `every_n` is part of selecting, so a module that a later rule skips
+stays with the earlier one.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ class ModuleNode:
     """What rules can match on in one module.
 
     Attributes:
-        paths: All paths that reach it; it matches by any of them.
+        paths: All paths that lead to it; it matches by any of them.
         class_names: Names of its class and bases.
-        methods: Methods that can be called on it; none for a container.
+        methods: Names of the methods that can be called on it; empty for a container.
     """
 
     paths: tuple[Path, ...]
@@ -39,9 +39,9 @@ class ModuleDecision:
     """The decision on one module.
 
     Attributes:
-        action: What to do; None if no rule matches it, False if one takes it out.
+        action: What to do; None if no rule selects the module, False if the winning rule excludes it.
         rule: Index of the winning rule, or None.
-        shadowed: Indices of the rules that also matched it and lost.
+        shadowed: Indices of the earlier rules that select it too.
         path: The path by which the winner matched.
     """
 
@@ -52,33 +52,41 @@ class ModuleDecision:
 
 
 def resolve(rules: Rules, nodes: Sequence[ModuleNode], *, strict: bool = True) -> list[ModuleDecision]:
-    """Decide on every node.
+    """Return the decision on every module.
 
     Args:
-        rules: In order; the last that takes a node wins.
+        rules: The rules, in order; the last that selects a module wins.
         nodes: All modules of the model, containers included.
-        strict: Raise for a rule without effect; else warn.
+        strict: Whether to raise if a rule selects no module; if False, warn.
+
+    Returns:
+        One decision for each node, in order.
 
     Raises:
-        UnmatchedRuleError: If a rule takes no module (`strict=True`).
-        RuleError: If `every_n` finds no sequence to count along.
+        UnmatchedRuleError: If a rule selects no module and `strict` is True.
+        RuleError: If a rule has `every_n` and matches a module that is not in a sequence.
+
+    Example:
+        >>> nodes = [ModuleNode(paths=(("layers", i),)) for i in range(2)]
+        >>> [each.rule for each in resolve(Rules({"layers.*": "dots_saveable", "layers.[-1]": False}), nodes)]
+        [0, 1]
     """
     universe = [(path, index) for index, node in enumerate(nodes) for path in node.paths]
     paths = [path for path, _ in universe]
     class_names = [nodes[index].class_names for _, index in universe]
-    everything = PathIndex(paths, class_names)
-    taken: list[list[tuple[int, Path]]] = [[] for _ in nodes]
+    path_index = PathIndex(paths, class_names)
+    selecting: list[list[tuple[int, Path]]] = [[] for _ in nodes]
     for number, (pattern, action) in enumerate(rules):
-        hits = everything.match(pattern)
-        found = {universe[hit][1]: paths[hit] for hit in reversed(hits)}
-        fitting = {i: path for i, path in found.items() if _has_methods(nodes[i], action)}
-        if not fitting:
-            _report_unmatched(pattern.text, action, found, nodes, paths, strict=strict)
-        for index, path in fitting.items():
+        hits = path_index.match(pattern)
+        matches = {universe[hit][1]: paths[hit] for hit in reversed(hits)}
+        callable_matches = {i: path for i, path in matches.items() if _has_methods(nodes[i], action)}
+        if not callable_matches:
+            _report_unmatched(pattern.text, action, matches, nodes, paths, strict=strict)
+        for index, path in callable_matches.items():
             if isinstance(action, Remat) and not _is_counted(action, pattern.text, path, paths):
                 continue
-            taken[index].append((number, path))
-    return [_decide(rules, entry) for entry in taken]
+            selecting[index].append((number, path))
+    return [_decide(rules, matches) for matches in selecting]
 
 
 def _decide(rules: Rules, matches: list[tuple[int, Path]]) -> ModuleDecision:
@@ -99,14 +107,14 @@ def _has_methods(node: ModuleNode, action: Remat | bool) -> bool:
 def _report_unmatched(
     text: str,
     action: Remat | bool,
-    found: dict[int, Path],
+    matches: dict[int, Path],
     nodes: Sequence[ModuleNode],
     paths: Sequence[Path],
     *,
     strict: bool,
 ) -> None:
-    if found:
-        error = _make_no_method_error(text, action, found, nodes)
+    if matches:
+        error = _make_no_method_error(text, action, matches, nodes)
     else:
         near = _suggest_anywhere(text, paths) or format_closest(text, paths)
         error = UnmatchedRuleError(
@@ -116,28 +124,28 @@ def _report_unmatched(
         )
     if strict:
         raise error
-    # Pointing at the caller of the public function: apply -> resolve -> here.
+    # The warning points at the caller of the public function: apply -> resolve -> here.
     warnings.warn(UnmatchedRuleWarning(str(error)), stacklevel=4)
 
 
 def _make_no_method_error(
-    text: str, action: Remat | bool, found: dict[int, Path], nodes: Sequence[ModuleNode]
+    text: str, action: Remat | bool, matches: dict[int, Path], nodes: Sequence[ModuleNode]
 ) -> UnmatchedRuleError:
-    index, path = min(found.items(), key=lambda item: len(item[1]))
-    wanted = ", ".join(action.methods) if isinstance(action, Remat) else "a call"
+    index, path = min(matches.items(), key=lambda item: len(item[1]))
+    required = ", ".join(action.methods) if isinstance(action, Remat) else "method to call"
     methods = sorted(nodes[index].methods)
     below = sorted({p for node in nodes for p in node.paths if p[: len(path)] == path and len(p) == len(path) + 1})
     fixes = []
     if below:
-        # A pattern of paths is best extended as it was written; a bare name or a class means something else with a dot.
+        # A bare name or a class would change its meaning with a dot; other patterns are extended as written.
         stem = text if "." in text and ":" not in text else format_path(path)
         prefix = stem + "." if path else ""
         fixes.append(f'its children: "{prefix}*" ({", ".join(format_path(child) for child in below[:3])}, ...)')
     if methods:
-        fixes.append(f"another method: Remat(methods=({methods[0]!r},)), out of {', '.join(methods)}")
+        fixes.append(f"another method: Remat(methods=({methods[0]!r},)); it has {', '.join(methods)}")
     name = nodes[index].class_names[0] if nodes[index].class_names else "module"
     return UnmatchedRuleError(
-        what=f"the rule {text!r} matches {format_path(path)} ({name}), which has no {wanted}.",
+        what=f"the rule {text!r} matches {format_path(path)} ({name}), which has no {required}.",
         why="a region is a method call; a container of modules has nothing to rematerialise.",
         fix="name " + " or ".join(fixes) + "." if fixes else "",
     )
@@ -148,33 +156,42 @@ def _suggest_anywhere(text: str, paths: Sequence[Path]) -> str:
     deeper = f"**.{text}"
     if "." not in text or text.startswith((".", "**")):
         return ""
-    found = next((path for path in paths if Pattern.parse(deeper).is_match(path)), None)
-    return "" if found is None else f'a pattern with a dot starts at the root: "{deeper}" matches {format_path(found)}.'
+    match = next((path for path in paths if Pattern.parse(deeper).is_match(path)), None)
+    return "" if match is None else f'a pattern with a dot starts at the root: "{deeper}" matches {format_path(match)}.'
 
 
 def format_closest(text: str, paths: Sequence[Path]) -> str:
-    """Return the closest real paths as a sentence, or ""."""
-    from_text = find_closest(text, paths)
-    return f"the closest paths are {', '.join(from_text)}." if from_text else ""
+    """Return a sentence that names the existing paths most like a pattern; "" if none is like it."""
+    closest = find_closest(text, paths)
+    return f"the closest paths are {', '.join(closest)}." if closest else ""
 
 
 def _is_counted(action: Remat, text: str, path: Path, paths: Sequence[Path]) -> bool:
-    """Return whether `every_n` and `offset` take the module at `path`."""
+    """Return whether `every_n` and `offset` select the module at `path`."""
     if action.every_n == 1:
         return True
     index = find_sequence_index(path, paths)
     if index is None:
         raise RuleError(
             what=f"the rule {text!r} has every_n={action.every_n}, but {format_path(path)} is not in a sequence.",
-            why="every_n counts along a list of modules, or along siblings with numbers such as layer1, layer2.",
-            fix="drop every_n, or match modules inside a list; layers stacked for a scan are one module that group= "
+            why="every_n counts along a list of modules, or along numbered siblings such as layer1, layer2.",
+            fix="drop every_n, or match modules in a list; layers stacked for a scan are one module, which group= "
             "divides.",
         )
     return index % action.every_n == action.offset
 
 
 def find_sequence_index(path: Path, paths: Sequence[Path]) -> int | None:
-    """Return the index of a module in its nearest sequence, else among its numbered siblings, else None."""
+    """Return the index of a module in its innermost sequence, else among its numbered siblings, else None.
+
+    Args:
+        path: Path of the module.
+        paths: Paths of all modules.
+
+    Example:
+        >>> find_sequence_index(("layer2",), [("layer1",), ("layer2",)])
+        1
+    """
     for segment in reversed(path):
         if isinstance(segment, int):
             return segment

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Actions: what a region saves, offloads and recomputes.
 
-Pure values, validated when they are built, so that what exists is legal.
+Pure values, validated when they are built, so that every existing one is valid.
 """
 
 import dataclasses
@@ -18,18 +18,23 @@ from .policy_types import Policy
 class Remat:
     """What a region saves, offloads and recomputes.
 
-    With neither a policy nor names nothing is saved but the region's inputs.
+    With neither a policy nor names, only the region's inputs are saved.
 
     Attributes:
         policy: Name of a policy, a `Policy`, a JAX policy callable, or None.
         save: Patterns over the names inside the region to save on the device: `"attn.qkv"` (the output of a
-            submodule), `"mlp:dot_general"` (an operation written in it), `"@name"` (a `checkpoint_name`).
-        offload: Patterns over the same names, to save in host memory.
-        every_n: Take every n-th module of its sequence; an int, at least 1.
-        offset: Index of the first one taken, below `every_n`.
-        group: How many consecutive modules of a sequence share one region, or "sqrt" to choose it.
-        methods: Methods that become regions.
+            submodule), `"mlp:dot_general"` (the result of an operation in it), `"@name"` (a `checkpoint_name`).
+        offload: Patterns over the same names, to offload to host memory.
+        every_n: Select every n-th module of a sequence; an int, at least 1.
+        offset: Index of the first module that `every_n` selects; an int below `every_n`.
+        group: How many consecutive modules of a sequence share one region; an int of at least 1, or "sqrt" for about
+            the square root of the sequence's length.
+        methods: Names of the methods that become regions.
         prevent_cse: As in `jax.checkpoint`; False only inside a scan.
+
+    Example:
+        >>> Remat(save=["attn.qkv"], every_n=2)
+        Remat(save=('attn.qkv',), every_n=2)
     """
 
     policy: Policy | None = None
@@ -65,7 +70,7 @@ class Remat:
         if type(self.prevent_cse) is not bool:
             raise RuleError(
                 what=f"prevent_cse={self.prevent_cse!r} is not a bool.",
-                why="without it the compiler merges the recomputation with the first computation.",
+                why="it decides whether the compiler may merge the recomputation with the first computation.",
                 fix="True, or False for a region inside a scan.",
             )
 
@@ -87,9 +92,9 @@ class Remat:
         # bool is an int in Python, so every_n=True would otherwise mean 1.
         if type(self.every_n) is not int or self.every_n < 1:
             raise RuleError(
-                what=f"every_n={self.every_n!r} cannot be counted.",
-                why="every n-th module of a sequence is taken.",
-                fix="an int of 1 or more; False as the action takes a module out.",
+                what=f"every_n={self.every_n!r} is not a count.",
+                why="every n-th module of a sequence is selected.",
+                fix="an int of 1 or more; to exclude a module, use False as its action.",
             )
         if type(self.offset) is not int or not 0 <= self.offset < self.every_n:
             raise RuleError(
@@ -113,7 +118,7 @@ class Remat:
         return f"Remat({', '.join(parts)})"
 
 
-# False takes a module out.
+# False excludes a module.
 Action = Remat | Literal[False]
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules: patterns with actions, in order. The last that matches a module wins.
+"""Rules: patterns with actions, in order; the last that matches a module wins.
 
-An ordered, hashable value; from mappings, pairs and TOML, and back to TOML.
+An ordered, hashable value, built from a mapping, pairs or TOML, and written as TOML.
 """
 
 import difflib
@@ -22,13 +22,13 @@ class Rules:
     """Ordered rules; the last that matches a module wins.
 
     Args:
-        rules: A mapping of patterns to actions, or pairs; `Rules(())` is empty.
+        rules: A mapping from patterns to actions, or pairs of both; none by default.
 
     Raises:
-        PatternError: If a pattern cannot be read.
+        PatternError: If a pattern has a syntax error.
         RuleError: If an action is invalid.
 
-    Examples:
+    Example:
         >>> rules = Rules({"layers.*": "nothing_saveable", "layers.[-1]": False})
         >>> len(rules | {"head": "dots_saveable"})
         3
@@ -47,35 +47,53 @@ class Rules:
     def load(cls, path: str | os.PathLike[str]) -> "Rules":
         """Read the `[remat]` table of a TOML file.
 
+        Args:
+            path: The file; its other tables are ignored.
+
         Raises:
-            RuleFileError: With file and line, if it cannot be read.
+            RuleFileError: If the file cannot be read or holds an invalid rule; the message names file and line.
         """
         return cls(rule_file.load(pathlib.Path(path)))
 
     @classmethod
     def from_toml(cls, text: str, source: str | None = None) -> "Rules":
-        """Read the `[remat]` table of a TOML text; `source` is named in errors.
+        """Read the `[remat]` table of a TOML document.
+
+        Args:
+            text: The document.
+            source: Name of the document in errors.
 
         Raises:
-            RuleFileError: With the line, if it cannot be read.
+            RuleFileError: If it is not TOML or holds an invalid rule; the message names the line.
+
+        Example:
+            >>> Rules.from_toml('remat.rules = { "layers.*" = "dots_saveable" }')
+            Rules([('layers.*', Remat(policy='dots_saveable'))])
         """
         return cls(rule_file.loads(text, source or "<text>"))
 
     @classmethod
     def preset(cls, name: str) -> "Rules":
-        """Load the rules for a known architecture, such as "llama3"; the file says what they were measured to do.
+        """Return the rules for a known architecture; the preset's file says what they were measured to do.
 
-        Patterns use the module names of google-tunix's models; other models with the same names can use them, too.
+        Patterns use the module names of google-tunix's models; they fit other models with the same names.
+
+        Args:
+            name: Name of the architecture, such as "llama3".
 
         Raises:
             RuleError: If the preset does not exist.
+
+        Example:
+            >>> len(Rules.preset("llama3") | {"layers.[-1]": False})
+            2
         """
         if name not in cls.presets():
             near = difflib.get_close_matches(str(name), cls.presets(), n=3, cutoff=0.3) or cls.presets()
             raise RuleError(
                 what=f"the preset {name!r} does not exist.",
                 why="presets are rule files of this package, by the name of an architecture.",
-                fix=f"{', '.join(map(repr, near))}; Rules.presets() lists all, Rules.load(path) reads yours.",
+                fix=f"use {', '.join(map(repr, near))}; Rules.presets() lists all, Rules.load(path) reads yours.",
             )
         return cls.load(_PRESETS / f"{name}.toml")
 
@@ -86,7 +104,15 @@ class Rules:
 
     @classmethod
     def coerce(cls, value: Any) -> "Rules":
-        """Return rules from anything that stands for them: rules, a mapping, pairs, or the path of a rule file."""
+        """Return the rules that a value stands for.
+
+        Args:
+            value: `Rules`, a mapping from patterns to actions, pairs of both, or the path of a rule file (.toml).
+
+        Raises:
+            RuleError: If it is none of these.
+            RuleFileError: If it is a path and the file cannot be read.
+        """
         if isinstance(value, Rules):
             return value
         if isinstance(value, str | os.PathLike):
@@ -113,7 +139,13 @@ class Rules:
         """Return the rules as `[[remat.rule]]` tables; `from_toml` reads equal rules back.
 
         Raises:
-            RuleError: If an action holds a bare callable, which has no TOML form.
+            RuleError: If a policy is a callable, which has no TOML form.
+
+        Example:
+            >>> print(Rules({"layers.*": "dots_saveable"}).to_toml(), end="")
+            [[remat.rule]]
+            pattern = "layers.*"
+            policy = "dots_saveable"
         """
         return rule_file.dumps((pattern.text, action) for pattern, action in self)
 

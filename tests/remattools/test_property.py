@@ -30,7 +30,7 @@ class Spec:
 
 
 class Node(nnx.Module):
-    """Built from a `Spec`; reads and writes a cache that is handed along, as decoders do."""
+    """Built from a `Spec`; reads and writes a cache that is passed along, as decoders do."""
 
     def __init__(self, spec: Spec, rngs: nnx.Rngs) -> None:
         self.before, self.flag = spec.before, spec.flag

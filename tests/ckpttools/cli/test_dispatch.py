@@ -268,7 +268,7 @@ def test_an_empty_and_a_missing_folder(tmp_path, capsys):
     for command in ("ls", "show", "verify", "repair"):
         code, _, err = call(capsys, command, tmp_path / "nothing")
         assert code == parser.EXIT_FAILED
-        assert "is no folder" in err
+        assert "is not a directory" in err
 
 
 def test_a_run_of_plain_orbax(foreign, capsys):
@@ -390,7 +390,7 @@ def test_weights_go_out_and_come_in(run, tmp_path, capsys):
     assert "has no '='" in err
     code, _, err = call(capsys, "import", tmp_path / "other", run / "30" / layout.MANIFEST)
     assert code == parser.EXIT_FAILED
-    assert "no whole safetensors file" in err
+    assert "not a whole safetensors file" in err
 
 
 def test_the_mirror_of_a_foreign_run_says_what_it_leaves_out(tmp_path, capsys):
@@ -431,7 +431,7 @@ def test_a_mirror_by_hand(run, tmp_path, capsys):
     damage(tmp_path / "nas", copy.name)
     code, out, _ = call(capsys, "mirror", tmp_path / "empty", url, "--check")
     assert code == parser.EXIT_NO
-    assert "there is no copy here to mend it" in out
+    assert "no local copy to repair it from" in out
 
 
 def test_a_mirror_takes_its_address_and_retention_from_a_spec(run, tmp_path, capsys):
@@ -555,4 +555,4 @@ def test_an_import_into_a_run_is_refused_before_anything_is_read(run, tmp_path, 
     code, _, err = call(capsys, "import", run, tmp_path / "none.safetensors")
     assert code == parser.EXIT_FAILED
     assert "holds steps" in err
-    assert "a folder of their own" in err
+    assert "import into a new directory" in err

@@ -247,7 +247,7 @@ def test_loading_says_what_is_missing(saved, tmp_path):
     for step in (8, ct.best("loss", mode="min")):
         with pytest.raises(ct.SpecError, match="was requested"):
             ct.load(directory / "7", state, step=step)
-    with pytest.raises(ct.SpecError, match="no list of operations") as caught:
+    with pytest.raises(ct.SpecError, match="not a list of operations") as caught:
         ct.load(directory, state, surgery="surgery.toml")
     assert "ct.Surgery.load(path)" in caught.value.fix
     (tmp_path / "3").mkdir()

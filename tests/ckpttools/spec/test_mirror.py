@@ -39,10 +39,10 @@ def test_a_mirror_does_not_change_the_fingerprint_of_specs_without_one():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"url": " "}, "names no address"),
+        ({"url": " "}, "is not an address"),
         ({"url": "sftp://me:hush@host/run"}, "holds a secret"),
         ({"url": "s3://b/r", "keep": 3}, "keep must be a Retention"),
-        ({"url": "s3://b/r", "must_answer": 1}, "neither true nor false"),
+        ({"url": "s3://b/r", "must_answer": 1}, "is not a bool"),
         ({"url": "s3://b/r", "verify": "maybe"}, "one of 'readback', 'size'"),
         ({"url": "s3://b/r", "wait_s": 0}, "above zero"),
         ({"url": "s3://b/r", "options": 3}, "options are names with values"),

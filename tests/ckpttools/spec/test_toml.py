@@ -81,7 +81,7 @@ def test_a_run_file_is_read_beside_other_tables(tmp_path):
         pytest.param(["[checkpoint.storage]", "a = 1", "min_free = '2'"], 4, "'a' is not known", id="below a table"),
         pytest.param(["[checkpoint.storage]", "min_free = '2'"], 4, "Storage(min_free='2')", id="no size"),
         pytest.param(["[checkpoint.storage]", "timeout_s = 0"], 4, "Storage(timeout_s=0)", id="no time"),
-        pytest.param(["[checkpoint.storage]", "asynchronous = 1"], 4, "neither true nor false", id="no bool"),
+        pytest.param(["[checkpoint.storage]", "asynchronous = 1"], 4, "is not a bool", id="no bool"),
         pytest.param(["[checkpoint.integrity]", "digest = 'md5'"], 4, "'md5'", id="an unknown digest"),
         pytest.param(["save = [{ all_of = [] }]"], 3, "does not combine", id="an empty combination"),
     ],
@@ -125,7 +125,7 @@ def test_json_that_is_no_spec_is_refused(text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"directory": ""}, "names no folder", id="no folder"),
+        pytest.param({"directory": ""}, "does not name a directory", id="no directory"),
         pytest.param({"directory": "gs://bucket/run"}, "is an address", id="an object store"),
         pytest.param({"save": ct.Latest(3)}, "save must be a Trigger", id="the wrong kind"),
         pytest.param({"keep": 3}, "keep must be a Retention", id="a number"),

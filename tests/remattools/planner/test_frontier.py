@@ -128,7 +128,7 @@ def test_temporaries_in_the_chips_own_memory_are_told_of(folder: pathlib.Path) -
     first, *others = found.points
     small = dataclasses.replace(first.measured, target="tpu:v5e:2x2", peak_bytes=2 * first.measured.total_bytes)
     found = dataclasses.replace(found, points=(dataclasses.replace(first, measured=small), *others))
-    assert f"1 of {len(found.points)} points lie in the chip's own memory" in str(found)
+    assert f"1 of {len(found.points)} points are in on-chip memory" in str(found)
     assert "VMEM" in str(found.plan(1.0))
 
 

@@ -263,5 +263,5 @@ def test_blocks_that_are_differentiated_otherwise_are_refused() -> None:
 
     with pytest.raises(rt.MeasureError, match="differentiated twice"):
         outlined(Listed, derived)
-    with pytest.raises(rt.MeasureError, match="differentiated twice, or forward"):
+    with pytest.raises(rt.MeasureError, match="differentiated twice, or in forward mode"):
         outlined(Listed, lambda model, x: jnp.sum(jax.jvp(model, (x,), (x,))[1]))

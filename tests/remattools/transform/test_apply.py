@@ -307,5 +307,5 @@ def test_a_value_without_modules_raises(thing, what):
 
 @pytest.mark.parametrize("rules", [["layers.*"], [("layers.*",)], [3]])
 def test_a_list_without_pairs_raises(rules):
-    with pytest.raises(rt.RuleError, match="is no set of rules"):
+    with pytest.raises(rt.RuleError, match="is not a set of rules"):
         rt.apply(Tower(), rules)

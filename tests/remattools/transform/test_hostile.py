@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is not in any tutorial: errors half way, threads, thousands of applications, checks of JAX switched on."""
+"""Unusual use: errors inside a region, threads, hundreds of `apply` calls, JAX's debug checks."""
 
 import concurrent.futures
 import dataclasses
@@ -102,7 +102,7 @@ class Pair(Base):
 
 
 class Aliased(Base):
-    """Returns its argument twice and a view of its own parameter."""
+    """Returns its argument twice and a view of its parameter."""
 
     def __call__(self, x):
         y = super().__call__(x)
@@ -147,7 +147,7 @@ class Looping(Base):
 
 
 class Checkpointed(Base):
-    """Has a `jax.checkpoint` of its own inside."""
+    """Contains a `jax.checkpoint`."""
 
     def odd(self, x):
         return jax.checkpoint(lambda y: jnp.sin(jnp.cos(y)))(x)

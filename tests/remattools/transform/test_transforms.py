@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ruled model under every transform, closed over and passed; it survives each one unharmed."""
+"""A ruled model under every transform, closed over and passed; none of them changes it."""
 
 import functools
 
@@ -17,7 +17,7 @@ from tests.remattools.models import Block, Tower, inputs, loss
 RULES = {"layers.*": "nothing_saveable", "attention": rt.Remat(save=("qkv",))}
 
 
-def _unharmed(model, before):
+def _assert_unchanged(model, before):
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), before)
     assert not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(nnx.state(model)))
     model(inputs())  # and it still runs
@@ -48,7 +48,7 @@ def test_a_model_closed_over(name):
     before = nnx.to_pure_dict(nnx.state(ruled))
     x = inputs()
     assert_same_values(CLOSED_OVER[name](ruled, x), CLOSED_OVER[name](plain, x))
-    _unharmed(ruled, before)
+    _assert_unchanged(ruled, before)
 
 
 PASSED = {
@@ -70,7 +70,7 @@ def test_a_model_passed(name):
     before = nnx.to_pure_dict(nnx.state(ruled))
     x = inputs()
     assert_same_values(PASSED[name](ruled, x), PASSED[name](plain, x))
-    _unharmed(ruled, before)
+    _assert_unchanged(ruled, before)
 
 
 def test_a_model_as_a_pytree_under_plain_jax():

@@ -9,19 +9,12 @@ import pytest
 
 import remattools as rt
 from remattools.compiler.out_of_memory import OutOfMemory
-from remattools.planner.search import surrogate
 from remattools.planner.search.exploration import Exploration
 from remattools.planner.search.space import Space
 from remattools.planner.search.to_rules import write_rules
 
 from ...models import Tower
 from ..spaces import SHAPE, Gated, exploration, light_tower, space_of
-
-
-def test_of_a_small_block_every_subset_can_be_tried() -> None:
-    _, space = space_of(lambda: Tower(1, SHAPE[-1], block=Gated))
-    assert len(space.outline.problems[0].names) == 4
-    assert len({level[0].names for level in space.levels}) == 2**4 + 1
 
 
 def _surprising(space: Space, small: int, *, least: int, other: int) -> Exploration:
@@ -44,17 +37,6 @@ def test_a_budget_that_nothing_is_expected_to_keep_is_looked_for(small: int) -> 
     while small not in search.points and (number := search.propose(110_000, None)) is not None:
         search.compile_assignment(number)
     assert small in search.points
-
-
-def test_predictions_are_doubted_where_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a chip's own memory all programs take 0 bytes, whatever was predicted."""
-    _, space = space_of(light_tower)
-    seen = {space.assignments.index(space.plain): 0.0, space.assignments.index(space.full_remat): 0.0}
-    _, spread = space.correct_predictions("bytes", seen)
-    assert spread.max() > 1e-3 * space.bytes.max()
-    monkeypatch.setattr(surrogate, "_MIN_SCALE_SHARE", 0.0)
-    _, spread = space.correct_predictions("bytes", seen)
-    assert spread.max() < 1e-3 * space.bytes.max()  # control
 
 
 def test_no_prediction_is_below_nothing() -> None:

@@ -2,7 +2,6 @@
 """Rules of a plan are few, mean what was decided, and are found without tracing each layer."""
 
 import itertools
-import time
 from typing import Any
 
 import jax
@@ -96,11 +95,6 @@ def test_rules_are_few_and_speak_in_slices() -> None:
     assert len(write_rules(space, space.plain)) == 0
 
 
-def test_equal_blocks_are_one_problem_and_different_ones_are_not() -> None:
-    assert len(_space(lambda: Tower(8, 16))[1].outline.problems) == 1
-    assert len(_space(Mixed)[1].outline.problems) == 2
-
-
 def test_keeping_more_is_predicted_to_take_less_time_and_at_last_more_memory() -> None:
     """Not at each step: what is kept is not made again, which can need more than keeping it."""
     _, space = _space(lambda: Tower(4, 16))
@@ -115,15 +109,3 @@ def test_a_measurement_corrects_its_neighbours() -> None:
     shifted, _ = space.correct_predictions("bytes", {0: space.bytes[0] + 1e6})
     assert shifted[0] == space.bytes[0] + 1e6
     assert np.all(shifted > space.bytes)
-
-
-def test_planning_hardly_grows_with_depth() -> None:
-    def seconds(depth: int) -> float:
-        start = time.process_time()
-        _space(lambda: Tower(depth, 16))
-        return time.process_time() - start
-
-    seconds(2)  # what JAX sets up once
-    small, large = seconds(4), seconds(32)
-    assert large < 10
-    assert large < 6 * small  # eight times as deep

@@ -1,4 +1,4 @@
-"""Plain Python objects in a call: caches, recorders, contexts, outputs; and what no key can see."""
+"""Plain Python objects in a call: caches, recorders, contexts, outputs, and changes between two traces."""
 
 import collections
 import dataclasses
@@ -92,7 +92,7 @@ class Slotted:
 
 
 class Named(collections.OrderedDict):
-    """A mapping with attributes, as outputs of models often are; no pytree."""
+    """A mapping with attributes, as outputs of models often are; not a pytree."""
 
     keys_seen = property(lambda self: len(self))
 
@@ -122,7 +122,7 @@ def test_a_cache_object_for_each_block_is_written_to(action, kind):
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_one_recorder_is_handed_from_block_to_block(action):
+def test_one_recorder_is_passed_from_block_to_block(action):
     class Recorder(types.SimpleNamespace):
         pass
 

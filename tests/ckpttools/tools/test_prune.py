@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`prune` says what it deletes and why; quarantine is emptied on request only."""
+
+import ckpttools as ct
+from ckpttools.store import layout
+from tests.ckpttools.restore.test_first_intact import STATE, flip_bit, largest_file, restore, spec_for
+
+
+def test_prune_says_what_it_would_delete_and_why(run):
+    verdicts = ct.prune(run, ct.Latest(1), dry_run=True)
+    assert [(v.step.step, v.keep) for v in verdicts] == [(10, False), (20, True), (30, True)]
+    assert (run / "10").exists()
+    ct.prune(run, ct.Latest(1))
+    assert not (run / "10").exists()
+    assert not layout.get_spare_directory(run, 1).exists()
+
+
+def test_quarantine_is_emptied_when_asked_and_not_before_the_run_went_on(run):
+    flip_bit(largest_file(run / "30" / "model"))
+    assert restore(run).step == 20
+    assert ct.empty_quarantine(run) == (), "it tells which branch the run is on"
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(STATE)
+        ckpt.save(25, STATE)
+    assert ct.empty_quarantine(run, dry_run=True) == ("30",)
+    assert (layout.get_control_path(run, "quarantine") / "30").is_dir()
+    assert ct.empty_quarantine(run) == ("30",)
+    assert not list(layout.get_control_path(run, "quarantine").iterdir())
+    assert sorted(path.name for path in layout.get_control_path(run, "spare").iterdir()) == ["1", "2", "4"]
+    assert [row.step for row in ct.ls(run)] == [10, 20, 25]

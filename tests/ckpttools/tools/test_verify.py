@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verify` finds damage, names it, and changes nothing."""
+
+import pytest
+
+import ckpttools as ct
+from tests.ckpttools.restore.test_first_intact import flip_bit, largest_file
+from tests.ckpttools.tools.runs import snapshot_of
+
+
+def test_verify_finds_nothing_in_a_healthy_run_and_changes_nothing(run):
+    before = snapshot_of(run)
+    report = ct.verify(run)
+    assert report.ok
+    assert [step.state for step in report.steps] == ["intact"] * 3
+    assert report.as_dict()["ok"] is True
+    assert str(ct.verify(run, 20)) == "step 20: intact"
+    assert snapshot_of(run) == before
+
+
+def test_verify_names_the_damaged_file_and_leaf(run):
+    flip_bit(largest_file(run / "30" / "model"))
+    flip_bit(run / "20" / "commit_success.txt")
+    (run / "10" / "ckpttools.manifest").unlink()
+    ten, twenty, thirty = ct.verify(run).steps
+    assert thirty.state == "corrupt"
+    assert thirty.leaves == ("model.large",)
+    assert thirty.files[0].startswith("model/ocdbt.process_0/d/")
+    assert twenty.files == ("commit_success.txt",)
+    assert "all leaves are still readable" in twenty.reason
+    assert ten.state == "incomplete"
+    assert "10 has no ckpttools.manifest" in ten.reason
+    assert not ct.verify(run).ok
+
+
+def test_verify_of_an_empty_folder(tmp_path):
+    assert str(ct.verify(tmp_path)) == "no steps"
+
+
+@pytest.mark.parametrize("tool", ["verify", "repair", "adopt", "prune"])
+def test_a_misspelt_run_is_neither_intact_nor_created(tmp_path, tool):
+    more = [ct.Latest(1)] if tool == "prune" else []
+    with pytest.raises(ct.StorageError, match="is not a directory"):
+        getattr(ct, tool)(tmp_path / "typo", *more)
+    assert not (tmp_path / "typo").exists()

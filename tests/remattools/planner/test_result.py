@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables, frontiers and rule files of compiled points."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+import remattools as rt
+from remattools.compiler.out_of_memory import OutOfMemory
+from remattools.planner.result import Plan, Point, Prediction, describe_early_end, find_frontier, format_table
+
+
+@pytest.fixture(scope="module")
+def measured() -> rt.Measurement:
+    return rt.measure(jnp.sin, jnp.ones(3), target="cpu")
+
+
+def make_point(measured: rt.Measurement, size: int, cycles: float, rules: dict[str, object] | None = None) -> Point:
+    return Point(
+        rules=rt.Rules(rules or {}),
+        predicted=Prediction(bytes=size, cycles=cycles),
+        measured=measured,
+        bytes=size,
+        cycles=cycles,
+    )
+
+
+def test_a_frontier_has_no_point_that_another_beats(measured: rt.Measurement) -> None:
+    small, worse, fast = (make_point(measured, *pair) for pair in ((10, 5.0), (20, 6.0), (30, 1.0)))
+    assert find_frontier([fast, worse, small]) == (small, fast)
+
+
+def test_a_point_out_of_memory_is_shown_but_not_on_the_frontier(measured: rt.Measurement) -> None:
+    full = OutOfMemory(needed_bytes=2**40, limit_bytes=2**30, message="full")
+    failed = make_point(dataclasses.replace(measured, out_of_memory=full), 1, 1.0)
+    assert find_frontier([failed]) == ()
+    assert "OOM" in format_table([failed], "peak", None)
+    assert "OOM" not in format_table([make_point(measured, 1, 1.0)], "peak", None)  # control
+
+
+@pytest.mark.parametrize(
+    ("action", "text"),
+    [
+        (rt.Remat(), "layers.*: save nothing"),
+        (rt.Remat(save=("a",)), "layers.*: save 1 name"),
+        (rt.Remat(save=("a", "b"), group=2), "layers.*: save 2 names, 2 in a region"),
+        (rt.Remat(offload=("a",)), "layers.*: offload 1 name"),
+    ],
+)
+def test_a_table_says_what_rules_do(measured: rt.Measurement, action: rt.Remat, text: str) -> None:
+    assert format_table([make_point(measured, 1, 1.0, {"layers.*": action})], "temp", None).endswith(text)
+
+
+def test_a_rule_file_says_where_it_comes_from(measured: rt.Measurement) -> None:
+    point = make_point(measured, 10, 5.0, {"layers.*": rt.Remat(save=("a",))})
+    plan = Plan(
+        rules=point.rules,
+        predicted=point.predicted,
+        measured=measured,
+        points=(point,),
+        budget_bytes=2**20,
+        of="temp",
+        time_by="model",
+        subject="Tower",
+        ended="time_limit",
+    )
+    text = plan.to_toml()
+    assert "# made by remattools.plan for Tower\n# target cpu, budget 1.0 MiB of temp" in text
+    assert "its time limit" in text
+    assert rt.Rules.from_toml(text) == plan.rules
+    assert "# target cpu, the minimum temp" in dataclasses.replace(plan, budget_bytes=None).to_toml()
+
+
+def test_only_an_early_end_is_remarked_on() -> None:
+    assert describe_early_end("converged") == describe_early_end("max_compiles") == ""
+    assert "Ctrl-C" in describe_early_end("interrupted")
