@@ -57,7 +57,7 @@ def test_repair_says_what_it_cannot_rebuild(run):
 def test_repair_puts_the_list_of_pins_back_or_begins_a_new_one(run):
     catalogue.write_pins(run, frozenset({20}))
     layout.get_control_path(run, "pins.json").write_text("{")
-    assert "put back from its second copy: [20]" in str(ct.repair(run))
+    assert "restored from its second copy: [20]" in str(ct.repair(run))
     assert catalogue.has_intact_pins(run)
     for name in ("pins.json", "pins.second.json"):
         layout.get_control_path(run, name).write_text("{")

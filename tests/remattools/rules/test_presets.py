@@ -24,6 +24,6 @@ def test_a_preset_is_layered_under_rules_of_ones_own():
 
 @pytest.mark.parametrize("name", ["lama3", "", "../../../etc/passwd", "llama3.toml"])
 def test_an_unknown_preset_names_those_that_there_are(name):
-    with pytest.raises(rt.RuleError, match="preset .* does not exist") as caught:
+    with pytest.raises(rt.RuleError, match="does not exist") as caught:
         rt.Rules.preset(name)
     assert "'llama3'" in caught.value.fix
