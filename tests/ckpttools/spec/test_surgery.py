@@ -57,9 +57,9 @@ def test_surgeries_are_joined_in_order():
     [
         pytest.param(lambda: ct.Drop("a..b"), "two dots", "**", id="pattern"),
         pytest.param(lambda: ct.Drop("**:Linear"), "asks for a class", "'**'", id="class"),
-        pytest.param(lambda: ct.Drop(3), "no pattern", "layers", id="no text"),
+        pytest.param(lambda: ct.Drop(3), "not a pattern", "layers", id="not a string"),
         pytest.param(lambda: ct.Rename("a", ""), "has no valid new name", "new_name", id="empty name"),
-        pytest.param(lambda: ct.Rename("a.*", "b"), "has * and no wildcard", "same wildcards", id="wildcards"),
+        pytest.param(lambda: ct.Rename("a.*", "b"), "has *, no wildcard", "same wildcards", id="wildcards"),
         pytest.param(lambda: ct.Rename("a.{b,{c,d}}", "a.*"), "braces inside braces", "several", id="nested braces"),
         pytest.param(lambda: ct.Rename("a.b", "a.[0]"), "has no valid new name", "new_name", id="slice on the right"),
         pytest.param(lambda: ct.Cast("a", "flaot32", "int8"), "no dtype 'flaot32'", "float32", id="dtype"),

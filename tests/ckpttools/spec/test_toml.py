@@ -98,7 +98,7 @@ def test_a_mistake_is_shown_with_file_and_line(tmp_path, lines, line, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param("[checkpoint]\ndirectory = ", "is not TOML", id="no TOML"),
+        pytest.param("[checkpoint]\ndirectory = ", "line 2: not TOML", id="not TOML"),
         pytest.param("[chekpoint]\ndirectory = 'x'", "no [checkpoint] table", id="no table"),
         pytest.param("[checkpoint]\n", "no directory", id="no directory"),
     ],

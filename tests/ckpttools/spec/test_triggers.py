@@ -27,7 +27,7 @@ def saved_steps(trigger, losses, *, memory=None, start=0, seconds_per_step=1.0):
             continue
         memory = trigger.observe(moment, memory)
         if trigger.decide(moment, memory).save:
-            memory = trigger.saved(moment, memory)
+            memory = trigger.update_after_save(moment, memory)
             steps.append((moment.step, memory))
     return steps
 
@@ -114,7 +114,7 @@ EACH = [
 def memory_after(trigger, losses):
     memory = None
     for moment in moments(losses):
-        memory = trigger.saved(moment, trigger.observe(moment, memory))
+        memory = trigger.update_after_save(moment, trigger.observe(moment, memory))
     return memory
 
 
@@ -127,7 +127,7 @@ def test_a_memory_survives_being_written_and_no_other_trigger_takes_it_for_its_o
     assert before.decide(moment, again) == before.decide(moment, memory)
     for after in EACH:
         own = decode_memory(after, stored)
-        after.decide(moment, after.saved(moment, after.observe(moment, own)))
+        after.decide(moment, after.update_after_save(moment, after.observe(moment, own)))
         if before in (ct.EverySeconds(1.0), ct.Adaptive("loss")) and after == EACH[2]:
             assert own is None
 
