@@ -289,7 +289,7 @@ def test_an_unconfirmed_commit_is_reported_and_counted_once(tmp_path, monkeypatc
             real(path)
 
         monkeypatch.setattr(commit, "sync_file", refuse)
-        with pytest.raises(ct.StorageError, match="step 2 stands in its place"):
+        with pytest.raises(ct.StorageError, match="step 2 is in its place"):
             ckpt.save(2, STATE)
         monkeypatch.undo()
         assert isinstance(ckpt.save(2, STATE), ct.Skipped)

@@ -133,7 +133,7 @@ def test_verify_names_the_damage(run, capsys):
     assert as_json(capsys, "verify", run)[1]["ok"] is False
     code, _, err = call(capsys, "verify", run / "99")
     assert code == parser.EXIT_FAILED
-    assert "there is no step 99" in err
+    assert "has no step 99" in err
 
 
 def test_verify_tells_how_far_it_is(run):
@@ -238,7 +238,7 @@ def test_pin_protects_and_unpin_gives_back(run, capsys):
     assert "would be deleted" in call(capsys, "prune", run, "--latest", 2, "--dry-run")[1]
     code, _, err = call(capsys, "pin", run, 99)
     assert code == parser.EXIT_FAILED
-    assert "no committed step 99" in err
+    assert "step 99 cannot be pinned" in err
 
 
 def test_repair_puts_back_what_has_a_second_copy(run, capsys):
@@ -528,7 +528,7 @@ def test_numbers_that_are_none_are_refused(run, tmp_path, capsys):
     assert "--fetch newest: not a step" in err
     code, _, err = call(capsys, "prune", run, "--best", "loss:min:two")
     assert code == parser.EXIT_FAILED
-    assert "'two' is no number of steps" in err
+    assert "'two' is not a number of steps" in err
 
 
 def test_a_mirror_inside_its_run_is_refused(run, capsys):
@@ -548,7 +548,7 @@ def test_plain_orbax_is_no_damage_and_a_dry_run_of_adopt_is_honest(foreign, tmp_
     (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("[")
     code, out, err = call(capsys, "adopt", tmp_path, "--dry-run")
     assert (code, out) == (parser.EXIT_FAILED, "")
-    assert "step 3 cannot be taken over" in err
+    assert "step 3 cannot be adopted" in err
 
 
 def test_an_import_into_a_run_is_refused_before_anything_is_read(run, tmp_path, capsys):

@@ -98,7 +98,7 @@ def test_delete_takes_any_but_the_newest(manager):
     manager.delete(1)
     assert manager.all_steps() == [2, 3]
     assert not (manager.directory / "1").exists()
-    with pytest.raises(ct.StepNotFoundError, match="no committed step 1"):
+    with pytest.raises(ct.StepNotFoundError, match="step 1 cannot be deleted"):
         manager.delete(1)
     with pytest.raises(ct.StepOrderError, match="step 3 is the newest"):
         manager.delete(3)

@@ -62,7 +62,7 @@ def test_surgeries_are_joined_in_order():
         pytest.param(lambda: ct.Rename("a.*", "b"), "has *, no wildcard", "same wildcards", id="wildcards"),
         pytest.param(lambda: ct.Rename("a.{b,{c,d}}", "a.*"), "braces inside braces", "several", id="nested braces"),
         pytest.param(lambda: ct.Rename("a.b", "a.[0]"), "has no valid new name", "new_name", id="slice on the right"),
-        pytest.param(lambda: ct.Cast("a", "flaot32", "int8"), "no dtype 'flaot32'", "float32", id="dtype"),
+        pytest.param(lambda: ct.Cast("a", "flaot32", "int8"), "unknown dtype 'flaot32'", "float32", id="dtype"),
         pytest.param(lambda: ct.Pad("a", fill="zero"), "fill='zero'", "fill=0.0", id="fill"),
         pytest.param(lambda: ct.Pad("a", start=[1]), "start=[1]", "start=(0, 0)", id="start of a pad"),
         pytest.param(lambda: ct.Slice("a", start=(-1,)), "start=(-1,)", "start=(0, 0)", id="start of a slice"),
