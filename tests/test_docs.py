@@ -184,7 +184,7 @@ def test_a_damaged_step_has_a_default_why_and_fix():
         error = pickle.loads(pickle.dumps(kind(what="step 3 is damaged.")))
         assert str(error).splitlines()[0] == "step 3 is damaged."
         assert error.why
-        assert "step" in error.fix or "folder" in error.fix
+        assert "step" in error.fix or "directory" in error.fix
         assert kind(what="a", why="b", fix="c").why == "b"
 
 

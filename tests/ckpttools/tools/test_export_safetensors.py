@@ -126,7 +126,7 @@ def test_many_leaves_are_read_a_few_at_a_time(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export_safetensors, "_BATCH_BYTES", 100)
     monkeypatch.setattr(
         export_safetensors.leaf_integrity,
-        "read_proved",
+        "read_verified",
         lambda entry, records: asked.append(records) or read(entry, records),
     )
     state = {f"w{number}": jnp.full(20, float(number)) for number in range(5)}
@@ -203,7 +203,7 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (file_with([]), "is not a table"),
         (file_with(b'{"a":1,"a":2}'), "a name occurs twice"),
         (file_with({"__metadata__": {"a": 1}}), "values are not strings"),
-        (file_with({"a": {}}), "another form"),
+        (file_with({"a": {}}), "is malformed"),
         (file_with({"a": {**ENTRY, "dtype": "X9"}}, b"1234"), "unknown dtype 'X9'"),
         (file_with({"a": {**ENTRY, "dtype": ["F32"]}}, b"1234"), "unknown dtype"),
         (file_with({"a": {**ENTRY, "shape": [-1]}}, b"1234"), "is out of range"),
