@@ -114,7 +114,7 @@ def test_show_of_a_step_that_is_not_there_or_damaged(run, capsys):
     code, out, err = call(capsys, "show", run / "99")
     assert (code, out) == (parser.EXIT_FAILED, "")
     assert "has no step 99" in err
-    assert "there are 10, 20, 30" in err
+    assert "available: 10, 20, 30" in err
     (run / "20" / layout.MANIFEST).write_text("{}")
     code, _, err = call(capsys, "show", run / "20")
     assert code == parser.EXIT_FAILED

@@ -41,7 +41,7 @@ def our_run(spec, losses):
         for step, loss in enumerate(losses, start=1):
             ckpt.step(step, {"model": STATE}, metrics={"loss": loss})
             ckpt.wait()
-        named = spec.directed_metrics()
+        named = spec.get_metric_modes()
         return list(ckpt.all_steps()), ckpt.best_step() if named else None
 
 
