@@ -9,7 +9,7 @@ import pytest
 import ckpttools as ct
 from ckpttools.save import multiprocess_save, write_step
 from ckpttools.tree import snapshot
-from ckpttools.tree.leaves import Record
+from ckpttools.tree.records import Record
 
 
 class Batches:
