@@ -155,4 +155,4 @@ def test_group_outside_of_a_sequence_says_so():
     model = rt.apply(Tower(), {"head": rt.Remat(group=2)})
     with pytest.raises(rt.RuleError) as caught:
         jax.grad(lambda x: loss(model, x))(inputs())
-    assert "sequence" in caught.value.what
+    assert "neither in a list of modules" in caught.value.what
