@@ -62,7 +62,7 @@ def save_step(
     save, may_remove = _MultiprocessSave(root, staged, spec, job, group), True
     try:
         save.run_phase("begin", lambda: save.prepare() if group.is_leader else None)
-        save.run_phase("write", lambda: save.write(is_abandoned=worker.is_abandoned.is_set))
+        save.run_phase("write", lambda: save.write(may_commit=worker.may_commit))
         committed = group.broadcast(f"the commit of step {step}", lambda: save.commit(run), channel=_CHANNEL)
     except ProcessError as error:
         # A process that does not answer may still be writing there; the next session removes what is left.
@@ -118,7 +118,7 @@ class _MultiprocessSave:
         fingerprints = _fingerprint_leaves(self._algorithm, self._snapshot)
         self._get_message_path("fingerprints").write_text(json.dumps(fingerprints))
 
-    def write(self, *, is_abandoned: Callable[[], bool]) -> None:
+    def write(self, *, may_commit: Callable[[], bool]) -> None:
         """Write and hash what this process holds."""
         with concurrent.futures.ThreadPoolExecutor(1, "ckpttools-digest") as pool:
             hashing = pool.submit(_hash_shards, self._algorithm, self._job.snapshot)
@@ -137,8 +137,8 @@ class _MultiprocessSave:
             )
         part = {"slices": slices, "local": manifest.encode_items(local), "files": self._describe_own_files()}
         commit.write_file(self._get_message_path(f"part-{self._group.index}"), json.dumps(part).encode())
-        if is_abandoned():
-            raise write_step.make_abandoned_error(self._job.summary.step)
+        if not may_commit():
+            raise write_step.make_interrupted_error(self._job.summary.step)
 
     def commit(self, run: RunDirectory) -> dict[str, Any]:
         """Merge all parts into one step, commit it, and apply retention; for the leader."""

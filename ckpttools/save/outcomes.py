@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The outcome of a call to `step` or `save`: one of four frozen values, for a `match` statement."""
+"""The outcome of a call to `step` or `save`: one of four frozen values, for a `match` statement.
+
+Each step that reaches the disk is reported once: as the `Saved` of the call that waited for it, of `wait`, or as the
+`finished` of a later outcome.
+"""
 
 import dataclasses
 import pathlib
@@ -20,6 +24,7 @@ class Saved:
         reason: Why it was saved, such as "every 500 steps".
         deleted: Steps that retention deleted after it.
         trouble: What could not be deleted or copied after the commit, which is also a warning; "" if nothing.
+        finished: An earlier background save that has ended since the last call; None if there is none.
 
     Example:
         >>> import tempfile
@@ -40,6 +45,7 @@ class Saved:
     reason: str
     deleted: tuple[int, ...] = ()
     trouble: str = ""
+    finished: "Saved | None" = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +101,7 @@ class Failed:
     Attributes:
         step: The step of the call; the error says which save failed.
         error: What would have been raised.
+        finished: An earlier background save that has ended since the last call; None if there is none.
 
     Example:
         >>> import tempfile
@@ -106,6 +113,7 @@ class Failed:
 
     step: int
     error: CheckpointError
+    finished: Saved | None = None
 
 
 type Outcome = Saved | Started | Skipped | Failed

@@ -61,7 +61,7 @@ def save_step(run: RunDirectory, spec: CheckpointSpec, job: Job, worker: Worker,
         start_time: `time.monotonic()` when the save was requested.
     """
     try:
-        path = write_step(run.directory, spec, job, is_abandoned=worker.is_abandoned.is_set)
+        path = write_step(run.directory, spec, job, may_commit=worker.may_commit)
     except StorageError:
         run.invalidate()  # The step may be in place all the same, unconfirmed.
         raise
@@ -139,15 +139,15 @@ def require_space(root: pathlib.Path, spec: CheckpointSpec, save_bytes: int) -> 
         )
 
 
-def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, is_abandoned: Callable[[], bool]) -> pathlib.Path:
+def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, may_commit: Callable[[], bool]) -> pathlib.Path:
     """Write, verify and commit one step.
 
     Args:
         root: The run's directory.
         spec: The run's spec.
         job: What to save.
-        is_abandoned: Called right before the commit: whether the caller has given up waiting and continued, so that
-            the arrays may have changed during the save.
+        may_commit: Called right before the commit: False if the caller has not waited, so that the arrays may have
+            changed during the save.
 
     Returns:
         The directory of the committed step.
@@ -162,8 +162,8 @@ def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, is_abandon
         staged = holder / str(step)
         commit.make_directory(holder)
         _write_files(staged, spec, job)
-        if is_abandoned():
-            raise make_abandoned_error(step)
+        if not may_commit():
+            raise make_interrupted_error(step)
         return commit.commit_step(root, staged, step)
     except CheckpointError:
         raise
@@ -277,11 +277,11 @@ def _read_back(staged: pathlib.Path, step: int, records: Mapping[str, tuple[Reco
         raise failure
 
 
-def make_abandoned_error(step: int) -> StorageError:
+def make_interrupted_error(step: int) -> StorageError:
     """Return the error for a save whose caller has stopped waiting for it."""
     return StorageError(
         what=f"step {step} was not committed.",
-        why="the wait for it had timed out, and its arrays may have changed since.",
+        why="the wait for it was interrupted or timed out, and its arrays may have changed since.",
         fix="nothing: the next save writes a whole step. Storage(timeout_s=...) waits longer.",
     )
 

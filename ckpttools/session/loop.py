@@ -2,12 +2,18 @@
 """The steps of a training loop: whether a step is saved, which step is the last, and when the loop stops.
 
 With several processes the leader decides for all of them, once per step.
+
+A process has at most one session that writes to a run. A later one closes it and continues: most often the earlier one
+was left open by a notebook cell that is run again.
 """
 
+import pathlib
+import signal
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ..errors import NotRestoredError, StepOrderError
+from ..errors import CheckpointError, NotRestoredError, RunInUseError, StepOrderError
 from ..save.outcomes import Outcome, Skipped
 from ..spec.triggers import StepContext
 from .advice import MetricWatch, warn
@@ -16,6 +22,9 @@ from .resources import RunResources
 from .saver import Saver
 from .signals import StopRequest
 
+_writers: dict[pathlib.Path, "weakref.ref[TrainingLoop]"] = {}
+"""The session of this process that writes to a run, by the run's directory."""
+
 
 class TrainingLoop:
     """The steps of one session.
@@ -23,6 +32,7 @@ class TrainingLoop:
     Args:
         resources: The open run.
         close: Closes the session; called at exit if a background save is still in progress then.
+        signals: The signals that ask the loop to stop.
 
     Attributes:
         progress: Where the run stands.
@@ -30,17 +40,20 @@ class TrainingLoop:
         stop_request: Whether this process was asked to stop.
     """
 
-    def __init__(self, resources: RunResources, close: Callable[[], None]) -> None:
+    def __init__(self, resources: RunResources, close: Callable[[], None], signals: tuple[signal.Signals, ...]) -> None:
         spec = resources.spec
         self.progress = RunProgress(spec.save, resources.run)
         self.saver = Saver(resources, self.progress, close)
-        self.stop_request = StopRequest()
+        self._close_session = close
+        self.stop_request = StopRequest(signals)
         self._resources = resources
         self._metric_watch = MetricWatch({*spec.save.get_metric_names(), *spec.get_metric_modes()})
         self._final_step: int | None = None
         self._is_writing = False
         self._is_stopping = False
         self._is_closed = False
+        self._is_iterated = False
+        self._is_superseded = False
 
     def begin(self) -> None:
         """Check that this process may continue the run, and make it the only one that does.
@@ -50,12 +63,19 @@ class TrainingLoop:
             NotRestoredError: If the run has steps and none was restored.
             RunInUseError: If another process writes to the run.
         """
+        if self._is_superseded:
+            raise RunInUseError(
+                what=f"a later session of this process has opened {self._resources.directory} and writes to it.",
+                why="two sessions would delete each other's steps, so this one was closed.",
+                fix="use the later one; a second run needs a directory of its own.",
+            )
         if self._is_closed:
             raise StepOrderError(
                 what=f"the run in {self._resources.directory} is closed.",
                 why="after the with block nothing waits for a background save or reports its error.",
                 fix="call step() and save() inside `with ct.open(spec) as ckpt:`.",
             )
+        self.saver.leave_interrupted()
         if not self.progress.has_begun:
             if self._resources.run.is_used():
                 raise NotRestoredError(
@@ -69,10 +89,47 @@ class TrainingLoop:
             self._is_writing = True
 
     def _begin_writing(self) -> None:
+        other = self._get_other_writer()
+        if other is not None:
+            other.supersede()
+        _writers[self._resources.directory.resolve()] = weakref.ref(self)
         self._resources.run.lock_for_writing()
         self.progress.branch()
         # Copies what an earlier session could not copy.
         self._resources.update_mirror()
+
+    def _get_other_writer(self) -> "TrainingLoop | None":
+        reference = _writers.get(self._resources.directory.resolve())
+        other = None if reference is None else reference()
+        return other if other is not self and other is not None and other._resources.run.lock.is_held else None
+
+    def wait_for_other_writer(self) -> None:
+        """Wait for the save in progress of an earlier session of this process, so that a restore finds its step."""
+        other = self._get_other_writer()
+        if other is not None and not other._is_closed and other._resources.guard.current_call is None:
+            try:
+                other.saver.wait()
+            except CheckpointError as failure:
+                warn(f"the save in progress of an earlier session failed: {failure}")
+
+    def supersede(self) -> None:
+        """Close the session, because a later one of this process writes to the run.
+
+        Raises:
+            RunInUseError: If it is in the middle of a call.
+        """
+        if self._resources.guard.current_call is not None:
+            raise RunInUseError(
+                what=f"another session of this process is writing to {self._resources.directory}.",
+                why="two sessions would delete each other's steps.",
+                fix="use that session, or another directory for this run; reading needs no lock.",
+            )
+        self._is_superseded = True
+        try:
+            if not self._is_closed:
+                self._close_session()
+        except CheckpointError as failure:
+            warn(f"an earlier session of this process was closed: {failure}")
 
     def iterate(self, total: int) -> Iterator[int]:
         """Return an iterator over the steps after the current one, up to `total`; see `Session.steps`."""
@@ -85,15 +142,33 @@ class TrainingLoop:
             )
         return self._iterate(total)
 
+    def describe_unsaved(self, error: BaseException | None) -> str | None:
+        """Return which passed steps are not saved, if the loop did not come to its end; None if nothing is lost.
+
+        Args:
+            error: What ended the loop; None if no error did.
+        """
+        first, last = self.progress.saved_step + 1, self.progress.step
+        has_ended_early = self._final_step is not None and not self._is_iterated
+        if last < first or not (error is not None or has_ended_early):
+            return None
+        steps = f"steps {first} to {last} are" if first < last else f"step {last} is"
+        newest = f"the newest saved step is {first - 1}" if first > 1 else "no step is saved"
+        if self.saver.worker is not None:
+            newest += f"; the save of step {self.saver.worker.step} has not ended"
+        cause = "the loop was left" if error is None else f"{type(error).__name__} ended the loop"
+        return f"{steps} not saved: {cause}, and {newest}."
+
     def _iterate(self, total: int) -> Iterator[int]:
         self._final_step = total
-        self.stop_request.install_handlers()
+        self.stop_request.listen()
         for step in range(self.progress.step + 1, total + 1):
             yield step
             if self._is_stopping:
                 return
+        self._is_iterated = True
         # No later step could act on a request to stop, so from here a signal does what it did before the loop.
-        self.stop_request.restore_handlers()
+        self.stop_request.stop_listening()
         if self.progress.step < total:
             warn(
                 f"the final step {total} was not passed to step(), so it is not saved. Call ckpt.step(step, state) "
@@ -103,24 +178,24 @@ class TrainingLoop:
     def step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> Outcome:
         """Save a completed step if it is due, the last, or the one to stop after; see `Session.step`."""
         self.begin()
-        self.stop_request.install_handlers()
+        self.stop_request.listen()
         context = self.progress.make_context(step, metrics)
         is_final = step == self._final_step
         group = self._resources.group
         group.request_stop(self.stop_request.get_reason(step))
         verdict = group.broadcast(f"step {step}", lambda: self._decide(context))
-        finished = self.saver.wait() if verdict["ended"] else None
+        if verdict["ended"]:
+            self.saver.wait()
         warn(self._metric_watch.add(metrics, is_last=is_final))
         stop: str | None = verdict["stop"]
         if stop:
-            self.stop_request.reason = stop
+            self.stop_request.ask(stop)
         if not (stop or is_final or verdict["due"]):
-            self.progress.step = step
-            return Skipped(step=step, reason=f"not due: {verdict['reason']}", finished=finished)
+            self.progress.pass_step(step)
+            reason = f"not due: {verdict['reason']}"
+            return Skipped(step=step, reason=reason, finished=self.saver.take_finished())
         reason = stop or ("the final step" if is_final else verdict["reason"])
-        outcome = self.saver.save(
-            context, state, metrics, reason=reason, finished=finished, blocking=bool(stop) or is_final
-        )
+        outcome = self.saver.save(context, state, metrics, reason=reason, blocking=bool(stop) or is_final)
         self._is_stopping = bool(stop)
         return outcome
 
@@ -137,11 +212,10 @@ class TrainingLoop:
     def save(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any], reason: str) -> Outcome:
         """Save a step whatever the triggers say; see `Session.save`."""
         self.begin()
-        finished = self.saver.wait()
         context = self.progress.make_context(step, metrics, minimum=0)
-        return self.saver.save(context, state, metrics, reason=reason, finished=finished)
+        return self.saver.save(context, state, metrics, reason=reason)
 
     def close(self) -> None:
-        """Refuse further steps, and restore the previous signal handlers."""
+        """Refuse further steps, and listen to signals no longer."""
         self._is_closed = True
-        self.stop_request.restore_handlers()
+        self.stop_request.stop_listening()

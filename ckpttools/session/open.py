@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ct.open`: the function that opens a run."""
 
+from collections.abc import Iterable
+
 from ..restore.validation import Validate
 from ..spec.spec import CheckpointSpec
 from .session import Session
+from .signals import DEFAULT_SIGNALS
 
 
-def open(spec: CheckpointSpec, validate: Validate | None = None) -> Session:
+def open(
+    spec: CheckpointSpec,
+    validate: Validate | None = None,
+    *,
+    signals: Iterable[str | int] = DEFAULT_SIGNALS,
+    save_on_exception: bool = False,
+) -> Session:
     """Open a run for saving and restoring; creates its directory and checks that it can be written.
 
     Args:
         spec: When to save, what to keep, where.
         validate: Given a copy of the state, returns arrays such as the logits of a fixed batch. They are stored with
             every step; a step whose restored copy computes other values, or NaN, is rejected.
+        signals: Names or numbers of the signals that ask the run to stop: it saves the current step and ends the loop.
+            Schedulers also send others, such as Slurm's `--signal=USR1@120`: ("SIGTERM", "SIGINT", "SIGUSR1"). With
+            () no handler is installed; `Session.request_stop` asks for the same.
+        save_on_exception: Whether to save the last completed step when an exception leaves the `with` block, if its
+            state has not changed since. The state that was last passed to `step` stays alive until the next call.
 
     Returns:
         The run, for a `with` statement.
@@ -20,7 +34,7 @@ def open(spec: CheckpointSpec, validate: Validate | None = None) -> Session:
     Raises:
         StorageError: If the directory cannot be written.
         SpecError: If `spec` is not a `CheckpointSpec`, or cannot be followed here, such as a mirror inside the run's
-            directory.
+            directory, or a signal does not exist.
 
     Example:
         >>> import tempfile
@@ -34,4 +48,4 @@ def open(spec: CheckpointSpec, validate: Validate | None = None) -> Session:
         ...     print(ckpt.all_steps())
         (2, 4)
     """
-    return Session(spec, validate)
+    return Session(spec, validate, signals=signals, save_on_exception=save_on_exception)

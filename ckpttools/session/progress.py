@@ -2,9 +2,10 @@
 """Where a run stands: its step and branch, how long it has trained, and the memory of its triggers.
 
 Writes nothing. A background save may still fail, so the memory of the triggers from before it is kept until its
-result is known.
+result is known. The position changes in one assignment: an interrupt finds the one before or the one after.
 """
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,37 +18,78 @@ from ..store.run_directory import RunDirectory
 from ..tree.items import as_metric, require_metrics
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        origin: The step and branch that it continues from.
+        step: Completed updates: the step that was restored, passed or saved last; 0 before.
+        saved_step: The newest step that was restored, or saved by this session; 0 before.
+        lineage: The branch that its saves belong to.
+        memory: Memory of the triggers.
+        surgery: Operations that were applied in this run, as code.
+        previous_run_s: Seconds of training up to the origin.
+        start_time: `time.monotonic()` at the origin.
+    """
+
+    origin: tuple[int, Lineage]
+    step: int
+    saved_step: int
+    lineage: Lineage
+    memory: Memory
+    surgery: tuple[str, ...]
+    previous_run_s: float
+    start_time: float
+
+
 class RunProgress:
     """Where a run stands.
 
     Args:
         trigger: When it saves.
         run: Its directory.
-
-    Attributes:
-        step: Completed updates: the step that was restored, passed or saved last; 0 before.
-        lineage: The branch that its saves belong to.
-        surgery: Operations that were applied in this run, as code.
     """
 
     def __init__(self, trigger: Trigger, run: RunDirectory) -> None:
-        self.step = 0
-        self.lineage: Lineage = ()
-        self.surgery: tuple[str, ...] = ()
         self._trigger = trigger
         self._run = run
-        self._origin: tuple[int, Lineage] | None = None
-        self._memory: Memory = None
-        self._memory_before_save: Memory = None
-        self._previous_run_s = 0.0
-        self._start_time = time.monotonic()
+        self._position: Position | None = None
+        self._before_save: tuple[object, Memory] = (None, None)
 
     @property
     def has_begun(self) -> bool:
         """Whether it is decided which step the run continues from, or that it starts from nothing."""
-        return self._origin is not None
+        return self._position is not None
 
-    def begin(self, step: int = 0, lineage: Lineage = (), memory: Memory = None, run_s: float = 0.0) -> None:
+    @property
+    def step(self) -> int:
+        """Completed updates: the step that was restored, passed or saved last; 0 before."""
+        return 0 if self._position is None else self._position.step
+
+    @property
+    def saved_step(self) -> int:
+        """The newest step that was restored, or saved by this session; 0 before."""
+        return 0 if self._position is None else self._position.saved_step
+
+    @property
+    def lineage(self) -> Lineage:
+        """The branch that the run's saves belong to."""
+        return () if self._position is None else self._position.lineage
+
+    @property
+    def surgery(self) -> tuple[str, ...]:
+        """Operations that were applied in this run, as code."""
+        return () if self._position is None else self._position.surgery
+
+    def begin(
+        self,
+        step: int = 0,
+        lineage: Lineage = (),
+        memory: Memory = None,
+        run_s: float = 0.0,
+        surgery: tuple[str, ...] = (),
+    ) -> None:
         """Continue from a restored step, or start from nothing.
 
         Args:
@@ -55,16 +97,44 @@ class RunProgress:
             lineage: Its branch.
             memory: Memory of the triggers after it.
             run_s: Seconds of training up to it.
+            surgery: Operations that were applied in this run, as code.
         """
-        self._origin = step, lineage
-        self.branch()
-        self.step, self._memory = step, memory
-        self._previous_run_s, self._start_time = run_s, time.monotonic()
+        self._position = Position(
+            origin=(step, lineage),
+            step=step,
+            saved_step=step,
+            lineage=self._run.derive_lineage(step, lineage),
+            memory=memory,
+            surgery=surgery,
+            previous_run_s=run_s,
+            start_time=time.monotonic(),
+        )
 
     def branch(self) -> None:
         """Derive the branch again: another process may have continued the run since the restore."""
-        if self._origin is not None:
-            self.lineage = self._run.derive_lineage(*self._origin)
+        if self._position is not None:
+            self._change(lineage=self._run.derive_lineage(*self._position.origin))
+
+    def suspend(self) -> Position | None:
+        """Forget the position while the state is replaced, and return it: until `begin`, no step can be saved."""
+        position, self._position = self._position, None
+        return position
+
+    def reinstate(self, position: Position | None) -> None:
+        """Go back to a position that `suspend` returned: the state was not replaced."""
+        self._position = position
+
+    def pass_step(self, step: int) -> None:
+        """Record a completed step that is not saved."""
+        self._change(step=step)
+
+    def record_saved(self, step: int) -> None:
+        """Record that a step is on the disk."""
+        self._change(saved_step=max(step, self.saved_step))
+
+    def _change(self, **values: Any) -> None:
+        if self._position is not None:
+            self._position = dataclasses.replace(self._position, **values)
 
     def make_context(self, step: int, metrics: Mapping[str, Any], *, minimum: int = 1) -> StepContext:
         """Return a completed step as the triggers see it.
@@ -95,24 +165,37 @@ class RunProgress:
         def get_metric(name: str) -> float | None:
             return as_metric(name, metrics[name]) if name in metrics else None
 
-        return StepContext(
-            step=step, run_s=self._previous_run_s + time.monotonic() - self._start_time, get_metric=get_metric
-        )
+        previous_s, start = (0.0, time.monotonic())
+        if self._position is not None:
+            previous_s, start = self._position.previous_run_s, self._position.start_time
+        return StepContext(step=step, run_s=previous_s + time.monotonic() - start, get_metric=get_metric)
 
     def decide(self, context: StepContext) -> Decision:
         """Return whether the triggers ask for a save; they remember that they were asked."""
-        self._memory = self._trigger.observe(context, self._memory)
-        return self._trigger.decide(context, self._memory)
+        memory = self._trigger.observe(context, self._memory)
+        self._change(memory=memory)
+        return self._trigger.decide(context, memory)
 
     def compute_memory(self, context: StepContext) -> Memory:
         """Return the memory of the triggers once this step is saved."""
         return self._trigger.update_after_save(context, self._memory)
 
-    def begin_save(self, context: StepContext) -> None:
-        """Record that a save of this step has started."""
-        self.step = context.step
-        self._memory_before_save, self._memory = self._memory, self.compute_memory(context)
+    def begin_save(self, context: StepContext, save: object) -> None:
+        """Record that a save of this step is about to start.
 
-    def revert_save(self) -> None:
-        """Record that the save failed."""
-        self._memory = self._memory_before_save
+        Args:
+            context: The step.
+            save: Stands for the save in `revert_save`.
+        """
+        self._before_save = save, self._memory
+        self._change(step=context.step, memory=self.compute_memory(context))
+
+    def revert_save(self, save: object) -> None:
+        """Record that a save failed."""
+        begun, memory = self._before_save
+        if begun is save:
+            self._change(memory=memory)
+
+    @property
+    def _memory(self) -> Memory:
+        return None if self._position is None else self._position.memory

@@ -47,6 +47,7 @@ def restore(
     changes = Surgery(surgery)
     require_items(state)
     loop.saver.wait()
+    loop.wait_for_other_writer()
     loaded, report = _load(resources, state, step, changes)
     if report.mirror_error:
         warn(f"only local steps were considered: {report.mirror_error}")
@@ -55,14 +56,20 @@ def restore(
         if any(candidate.verdict != "empty" for candidate in report.candidates):
             raise first_intact.make_no_intact_step_error(report, resources.directory)
         # A state that starts here already has the new structure.
-        loop.progress.surgery = operations
-        loop.progress.begin()
+        loop.progress.begin(surgery=operations)
         return report
-    filled = fill_state(state, loaded.items)
+    # While the state is replaced, no step may be saved: an interrupt could leave the state of one step under the number
+    # of another.
+    position = loop.progress.suspend()
+    try:
+        filled = fill_state(state, loaded.items)
+    except Exception:
+        loop.progress.reinstate(position)
+        raise
     summary, contents = loaded.manifest.summary, loaded.manifest.contents
     memory = decode_memory(resources.spec.save, contents.triggers)
-    loop.progress.begin(summary.step, summary.lineage, memory, summary.run_s)
-    loop.progress.surgery = tuple(dict.fromkeys([*contents.surgery, *operations]))
+    surgery_codes = tuple(dict.fromkeys([*contents.surgery, *operations]))
+    loop.progress.begin(summary.step, summary.lineage, memory, summary.run_s, surgery_codes)
     intact_count = len(resources.run.get_steps().live_entries)
     warn(advise_on_retention(rejected_count=report.damaged, intact_count=intact_count))
     return dataclasses.replace(

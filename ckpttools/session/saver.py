@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The saves of a session: one at a time, each in a thread, whose result or error is fetched once."""
+"""The saves of a session: one at a time, each in a thread, whose result or error is fetched once.
+
+The calling thread may be interrupted at any bytecode. A save is therefore recorded before its thread starts, and is
+forgotten only once it has ended; until then nothing touches the buffers that it reads, and the lock is held.
+"""
 
 import atexit
 import dataclasses
@@ -19,6 +23,7 @@ from ..store import manifest
 from ..tree import snapshot
 from ..tree.items import as_metric, require_items
 from .advice import StallMeter, warn
+from .call_guard import Call
 from .progress import RunProgress
 from .resources import RunResources
 
@@ -44,6 +49,8 @@ class Saver:
         self._progress = progress
         self._close_session = close
         self._stall_meter = StallMeter()
+        self._waiting_call: Call | None = None
+        self._finished: tuple[Worker | None, Saved | None] = (None, None)
 
     @property
     def has_ended(self) -> bool:
@@ -62,7 +69,6 @@ class Saver:
         metrics: Mapping[str, Any],
         *,
         reason: str,
-        finished: Saved | None,
         blocking: bool = False,
     ) -> Outcome:
         """Save a step, in the background if the spec says so.
@@ -72,15 +78,15 @@ class Saver:
             state: Items by name.
             metrics: Recorded with the step.
             reason: Recorded with the step.
-            finished: An earlier background save whose result was fetched by this call.
             blocking: Whether to wait for the commit, whatever the spec says.
         """
         start_time = time.monotonic()
         require_items(state)
-        finished = self.wait() or finished
+        self.wait()
         is_background = self._spec.storage.asynchronous and not blocking
         worker = self._start(context, state, metrics, reason, start_time, is_background=is_background)
         if worker is None:
+            finished = self.take_finished()
             return Skipped(step=context.step, reason="this step is saved already", finished=finished)
         if is_background:
             # A program that ends without `close` would lose this save silently.
@@ -88,7 +94,7 @@ class Saver:
             atexit.register(self._close_session)
             stall_s = worker.stall_s = time.monotonic() - start_time
             warn(self._stall_meter.add(now_s=time.monotonic(), step=context.step, stall_s=stall_s))
-            return Started(step=context.step, reason=reason, stall_s=stall_s, finished=finished)
+            return Started(step=context.step, reason=reason, stall_s=stall_s, finished=self.take_finished())
         saved = self._wait_for(worker)
         stall_s = time.monotonic() - start_time
         if not blocking:
@@ -114,39 +120,69 @@ class Saver:
         buffers = self.buffers if is_background else None
         job = group.run_on_all(topic, lambda: self._make_job(context, state, metrics, reason, buffers, staging))
         group.broadcast(topic, lambda: write_step.make_room(self._resources.run, self._spec, job))
-        self.worker = Worker(context.step, lambda worker: self._run_job(job, worker, start_time))
-        self._progress.begin_save(context)
-        return self.worker
+        self._waiting_call = self._resources.guard.current_call
+        self.worker = worker = Worker(
+            context.step,
+            lambda worker: self._run_job(job, worker, start_time),
+            asks_before_commit=not is_background,
+            timeout_s=self._spec.storage.timeout_s,
+        )
+        self._progress.begin_save(context, worker)
+        worker.start()
+        return worker
 
-    def wait(self) -> Saved | None:
-        """Wait for the save in progress; return its result or raise its error, once.
+    def wait(self) -> None:
+        """Wait for the save in progress, and raise its error; `take_finished` returns its result.
 
         Raises:
             SaveTimeoutError: After `storage.timeout_s`.
         """
         worker = self.worker
         if worker is None:
-            return None
+            return
+        self.leave_interrupted()
         worker.wait(self._spec.storage.timeout_s)
-        self.worker = None
         try:
             saved = worker.get_result()
-        except Exception:
-            self._progress.revert_save()
-            raise
-        if saved is not None:
-            warn(saved.trouble)
+        except Exception as error:
+            self._progress.revert_save(worker)
+            self.worker = None
+            if not worker.was_left:
+                raise
+            # Its caller knows that it was interrupted, and has met an error there.
+            warn(f"step {worker.step} is not saved: {error}")
+            return
+        if saved is None:
+            self._progress.revert_save(worker)
+            self.worker = None
+            warn(f"step {worker.step} is not saved: the call was interrupted before the save began.")
+            return
+        self._progress.record_saved(saved.step)
+        if self._finished[0] is not worker:
+            self._finished = worker, dataclasses.replace(saved, finished=self._finished[1])
+        self.worker = None
+        warn(saved.trouble)
+
+    def leave_interrupted(self) -> None:
+        """Let no save be committed that reads the live arrays of a call that was interrupted."""
+        if self.worker is not None and self._resources.guard.current_call is not self._waiting_call:
+            self.worker.leave()
+
+    def take_finished(self) -> Saved | None:
+        """Return the save that has ended since the last call of this method, with the one before it, if any."""
+        worker, saved = self._finished
+        self._finished = worker, None
         return saved
 
     def _wait_for(self, worker: Worker) -> Saved:
         """Wait for a save that works on the live arrays, not on copies."""
         try:
-            saved = self.wait()
+            self.wait()
         except BaseException:
-            # Once the program continues, the arrays may change, so this save must not be committed.
-            worker.is_abandoned.set()
+            worker.leave()
             raise
-        if saved is None:
+        saved = self.take_finished()
+        if saved is None or saved.step != worker.step:
             raise StorageError(
                 what=f"the save of step {worker.step} ended without a result.",
                 why="the thread that wrote it ended before the commit, so the step was not saved.",
@@ -163,10 +199,12 @@ class Saver:
             self.buffers.clear()
 
         # A save that did not end in time is still writing; until it has ended, no other process may write.
-        if self.worker is None:
+        worker = self.worker
+        if worker is None:
             release()
         else:
-            self.worker.add_done_callback(release)
+            worker.cancel()
+            worker.add_done_callback(release)
 
     def _make_staging_name(self, step: int) -> str | None:
         """The name of a new staging directory; None if the step is saved already."""

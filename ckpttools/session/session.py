@@ -20,8 +20,10 @@ from ..spec.operations import Operation
 from ..spec.spec import CheckpointSpec
 from . import resume
 from .advice import warn
+from .last_step import LastStep
 from .loop import TrainingLoop
 from .resources import RunResources
+from .signals import DEFAULT_SIGNALS, as_signals
 
 type OnError = Literal["raise", "return"]
 
@@ -32,6 +34,8 @@ class Session:
     Args:
         spec: When to save, what to keep, where.
         validate: As for `ct.open`.
+        signals: As for `ct.open`.
+        save_on_exception: As for `ct.open`.
 
     Attributes:
         spec: The spec it was opened with.
@@ -52,12 +56,21 @@ class Session:
         (2, 4, 5) the final step
     """
 
-    def __init__(self, spec: CheckpointSpec, validate: Validate | None = None) -> None:
+    def __init__(
+        self,
+        spec: CheckpointSpec,
+        validate: Validate | None = None,
+        *,
+        signals: Iterable[str | int] = DEFAULT_SIGNALS,
+        save_on_exception: bool = False,
+    ) -> None:
+        stop_signals = as_signals(signals)
         self._resources = RunResources(spec, validate)
         self.spec = spec
         self.directory = self._resources.directory
-        self._loop = TrainingLoop(self._resources, self.close)
+        self._loop = TrainingLoop(self._resources, self.close, stop_signals)
         self._saver = self._loop.saver
+        self._last_step = LastStep() if save_on_exception else None
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +78,18 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(raise_errors=kind is None)
+        try:
+            if error is not None:
+                self._save_last_step(error)
+        finally:
+            try:
+                self._close(raise_errors=error is None, error=error)
+            except CheckpointError:
+                raise
+            except BaseException:
+                # Interrupted: the lock and the handlers are released all the same, and a save goes on by itself.
+                self._release()
+                raise
 
     def close(self, *, raise_errors: bool = True) -> None:
         """Wait for the save in progress and its copy at the mirror, and release the signal handlers and the lock.
@@ -79,11 +103,14 @@ class Session:
         Raises:
             CheckpointError: If the save in progress failed.
         """
+        self._close(raise_errors=raise_errors, error=None)
+
+    def _close(self, *, raise_errors: bool, error: BaseException | None) -> None:
         waits = not self._loop.stop_request.is_repeated
         try:
             try:
                 if waits:
-                    self.wait()
+                    self._saver.wait()
             finally:
                 if waits:
                     self._resources.close_mirror()
@@ -93,14 +120,55 @@ class Session:
             # Another error is being raised; this one must neither hide it nor be lost.
             warn(f"the save in progress failed: {failure}")
         finally:
-            self._loop.close()
-            self._resources.group.close()
-            self._saver.close()
+            self._release()
+        warn(self._loop.describe_unsaved(error))
+
+    def _release(self) -> None:
+        self._loop.close()
+        self._resources.group.close()
+        self._saver.close()
+
+    def _save_last_step(self, error: BaseException) -> None:
+        """Save the step that was last passed to `step`, if it was asked for and its state is unchanged."""
+        last = self._last_step
+        if last is None or not last.step > self._loop.progress.saved_step or self._loop.stop_request.is_repeated:
+            return
+        name = type(error).__name__
+        changed = last.find_changed_leaf()
+        if changed or self._resources.group.count > 1:
+            reason = f"{changed} has changed since" if changed else "the other processes would wait for this one"
+            warn(f"step {last.step} was not saved after {name}: {reason}.")
+            return
+        try:
+            self.save(last.step, last.state, last.metrics, reason=f"{name} ended the loop")
+        except CheckpointError as failure:
+            warn(f"step {last.step} could not be saved after {name}: {failure}")
 
     @property
     def preempted(self) -> bool:
-        """Whether this process was asked to stop, by SIGTERM, SIGINT or a preemption notice."""
+        """Whether the run was asked to stop: by a signal, a preemption notice, or `request_stop`."""
         return self._loop.stop_request.reason is not None
+
+    def request_stop(self, reason: str = "request_stop() asked to stop") -> None:
+        """Ask the run to stop, as a signal does: the next call of `step` saves, and the loop ends there.
+
+        May be called from a signal handler and from any thread.
+
+        Args:
+            reason: Recorded with the step.
+
+        Example:
+            >>> import tempfile
+            >>> import ckpttools as ct
+            >>> with ct.open(ct.CheckpointSpec(directory=tempfile.mkdtemp())) as ckpt:
+            ...     for step in ckpt.steps(100):
+            ...         if step == 3:
+            ...             ckpt.request_stop("the budget is used up")
+            ...         outcome = ckpt.step(step, {"count": step})
+            ...     print(ckpt.all_steps(), outcome.reason)
+            (3,) the budget is used up
+        """
+        self._loop.stop_request.ask(reason)
 
     @property
     def mirror_status(self) -> MirrorStatus | None:
@@ -156,9 +224,12 @@ class Session:
         Raises:
             StepNotFoundError: If that step does not exist.
         """
-        with self._resources.guard:
-            self.wait()
+
+        def pin() -> None:
+            self._saver.wait()
             self._resources.pin(step, pinned=pinned)
+
+        self._resources.guard.run(pin)
 
     def delete(self, step: int) -> None:
         """Delete a committed step, whatever the spec keeps; the newest cannot be deleted.
@@ -170,9 +241,12 @@ class Session:
             StepNotFoundError: If that step does not exist.
             StepOrderError: If it is the newest.
         """
-        with self._resources.guard:
-            self.wait()
+
+        def delete() -> None:
+            self._saver.wait()
             self._resources.delete(step)
+
+        self._resources.guard.run(delete)
 
     def leave(self) -> None:
         """Close, and deliver the signal that asked to stop again: for a loop that cannot be ended from here."""
@@ -213,8 +287,7 @@ class Session:
             >>> report.step, report.state["params"]
             (100, array([0, 1, 2]))
         """
-        with self._resources.guard:
-            return resume.restore(self._resources, self._loop, state, step, surgery)
+        return self._resources.guard.run(lambda: resume.restore(self._resources, self._loop, state, step, surgery))
 
     def steps(self, total: int) -> Iterator[int]:
         """Return an iterator over the remaining steps: from the one after the restored step to `total`.
@@ -264,7 +337,14 @@ class Session:
             ...     ckpt.step(1, {"count": 1})
             Skipped(step=1, reason='not due: every 2 steps', finished=None)
         """
-        return self._run_guarded(step, on_error, lambda: self._loop.step(step, state, metrics or {}))
+
+        def report() -> Outcome:
+            outcome = self._loop.step(step, state, metrics or {})
+            if self._last_step is not None:
+                self._last_step.record(step, state, metrics or {})
+            return outcome
+
+        return self._run_guarded(step, on_error, report)
 
     def save(
         self,
@@ -330,20 +410,24 @@ class Session:
         """Wait until the save in progress is on the disk.
 
         Returns:
-            The save that was waited for; None if none was in progress.
+            The save that has ended since the last call that returned one; None if none has.
 
         Raises:
             CheckpointError: If the save failed.
             SaveTimeoutError: After `storage.timeout_s`.
         """
-        return self._saver.wait()
+
+        def wait() -> Saved | None:
+            self._saver.wait()
+            return self._saver.take_finished()
+
+        return self._resources.guard.run(wait)
 
     def _run_guarded(self, step: int, on_error: OnError, action: Callable[[], Outcome]) -> Outcome:
         self._resources.warn_of_mirror()
         try:
-            with self._resources.guard:
-                return action()
+            return self._resources.guard.run(action)
         except CheckpointError as error:
             if on_error == "return":
-                return Failed(step=step, error=error)
+                return Failed(step=step, error=error, finished=self._saver.take_finished())
             raise

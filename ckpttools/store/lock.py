@@ -4,6 +4,9 @@
 Two processes that save into one directory would prune each other's steps. The lock is advisory and held by the kernel
 (`flock`): it vanishes with its process, so a kill leaves nothing to clean up. A forked child would share it, and hold
 it after the writer was killed, so the child closes it.
+
+A call may be interrupted at any bytecode. The lock is held exactly as long as its file is open, and a file that an
+interrupted `acquire` left is closed by the next one.
 """
 
 import contextlib
@@ -11,9 +14,12 @@ import fcntl
 import os
 import pathlib
 import weakref
+from typing import BinaryIO
 
 from ..errors import RunInUseError, StorageError
 from . import commit, confine, layout
+
+_locks: "weakref.WeakSet[WriterLock]" = weakref.WeakSet()
 
 
 class WriterLock:
@@ -21,12 +27,14 @@ class WriterLock:
 
     def __init__(self, root: pathlib.Path) -> None:
         self._root = root
-        self._descriptor: int | None = None
+        self._locked_file: BinaryIO | None = None
+        self._open_files: list[BinaryIO] = []
+        _locks.add(self)
 
     @property
     def is_held(self) -> bool:
         """Whether this object holds the lock."""
-        return self._descriptor is not None
+        return self._locked_file is not None and not self._locked_file.closed
 
     def acquire(self) -> None:
         """Take the lock.
@@ -37,58 +45,65 @@ class WriterLock:
         """
         if self.is_held:
             return
+        self.release()
         with commit.wrap_os_errors(f"{layout.get_control_path(self._root)} cannot be read"):
             confine.require_confined(self._root)
         path = layout.get_control_path(self._root, "lock")
         try:
             commit.make_directory(layout.get_control_path(self._root))
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._open_files.append(path.open("a+b", buffering=0))
         except OSError as error:
             raise StorageError(
                 what=f"{path} cannot be opened: {error}.",
                 why="every process that changes a run holds its lock, so that no two do at once; nothing was changed.",
                 fix="fix the permissions; reading (ls, verify, a dry run, restore) needs no lock.",
             ) from error
+        file = self._open_files[-1]
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = _read_owner(descriptor)
-            os.close(descriptor)
+            owner = _read_owner(file)
+            self.release()
+            is_own = owner == str(os.getpid())
             raise RunInUseError(
-                what=f"{self._root} is being written by process {owner}.",
+                what=f"{self._root} is being written by process {owner}{', which is this one' if is_own else ''}.",
                 why="two writers would delete each other's steps.",
-                fix="wait for that process, or use another directory for this run; reading needs no lock.",
+                fix="close the other session first; reading needs no lock."
+                if is_own
+                else "wait for that process, or use another directory for this run; reading needs no lock.",
             ) from error
         except OSError as error:
-            os.close(descriptor)
+            self.release()
             raise StorageError(
                 what=f"{path} cannot be locked: {error}.",
                 why="without a lock two writers would delete each other's steps; nothing was changed.",
                 fix="use a file system with locks (NFS needs its lock service); reading needs no lock.",
             ) from error
-        owner_ref = weakref.ref(self)
-
-        def close_in_fork() -> None:
-            lock = owner_ref()
-            if lock is not None and lock._descriptor == descriptor:
-                lock.release()
-
-        os.register_at_fork(after_in_child=close_in_fork)
         # The owner's name is informational: a full disk must not deny a lock that was granted.
         with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, str(os.getpid()).encode())
-        self._descriptor = descriptor
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
+        self._locked_file = file
 
     def release(self) -> None:
         """Release the lock; does nothing if it is not held."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        for file in self._open_files:
+            file.close()
+        self._open_files.clear()
+        self._locked_file = None
 
 
-def _read_owner(descriptor: int) -> str:
+def _read_owner(file: BinaryIO) -> str:
     try:
-        return os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        file.seek(0)
+        return file.read(32).decode(errors="replace").strip() or "unknown"
     except OSError:
         return "unknown"
+
+
+def _close_in_fork() -> None:
+    for lock in list(_locks):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_close_in_fork)

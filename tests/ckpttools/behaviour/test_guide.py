@@ -215,7 +215,7 @@ def test_asynchronous_notices_a_failed_save(names, capsys, monkeypatch):
 
 def self_join(manager):
     """Wait until the background save has ended, without fetching its error."""
-    manager.session._saver.worker._thread.join(60)
+    manager.session._saver.worker.wait(60)
 
 
 def test_retention(names):

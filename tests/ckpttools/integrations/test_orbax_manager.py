@@ -116,6 +116,8 @@ def test_delete_without_the_lock_takes_it_for_a_moment(manager, tmp_path):
         second.save(3, {"model": state(3)})
         with pytest.raises(ct.RunInUseError):
             first.delete(2)
+        second.wait_until_finished()
+        assert second.all_steps() == [2, 3]
 
 
 def test_a_failed_save_is_reported_and_raised(manager, monkeypatch):
@@ -125,7 +127,7 @@ def test_a_failed_save_is_reported_and_raised(manager, monkeypatch):
     assert manager.check_for_errors() is None
     monkeypatch.setattr("ckpttools.store.orbax.write", full)
     manager.save(1, {"model": state(1)})
-    manager.session._saver.worker._thread.join(60)
+    manager.session._saver.worker.wait(60)
     for _ in range(2):
         assert isinstance(manager.check_for_errors(), ct.DiskSpaceError)
     with pytest.raises(ct.DiskSpaceError):

@@ -16,6 +16,7 @@ def make_saved(step):
 
 def test_the_result_is_that_of_the_save():
     worker = Worker(3, lambda worker: make_saved(worker.step))
+    worker.start()
     worker.wait(10)
     assert worker.has_ended
     assert worker.error is None
@@ -27,6 +28,7 @@ def test_an_error_is_shown_before_it_is_raised():
         raise ct.StorageError(what="a disk failed.", why="", fix="")
 
     worker = Worker(3, fail)
+    worker.start()
     worker.wait(10)
     assert isinstance(worker.error, ct.StorageError)
     with pytest.raises(ct.StorageError, match="a disk failed"):
@@ -41,6 +43,7 @@ def test_a_wait_times_out_and_callbacks_run_at_the_end():
         return make_saved(worker.step)
 
     worker = Worker(3, block)
+    worker.start()
     worker.add_done_callback(lambda: calls.append("early"))
     with pytest.raises(ct.SaveTimeoutError, match=r"step 3 has not ended after 0\.01 s"):
         worker.wait(0.01)

@@ -1,23 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers, writers, pins: what a session holds while a run is open."""
 
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ckpttools as ct
+from ckpttools.tree import snapshot
 
 from .runs import spec_for
 
+HOLD_A_RUN = """
+import sys, ckpttools as ct
+with ct.open(ct.CheckpointSpec(directory=sys.argv[1])) as ckpt:
+    ckpt.restore({"params": [0.0]})
+    ckpt.steps(9)
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
 
-def test_two_writers_are_refused_and_a_reader_is_not(tmp_path):
+
+def test_a_second_process_may_read_but_not_write(tmp_path):
+    params = {"params": [1.0]}
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, params)
+    command = [sys.executable, "-c", HOLD_A_RUN, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        with ct.open(spec_for(tmp_path)) as reader:
+            assert reader.restore(params).step == 1
+            with pytest.raises(ct.RunInUseError, match=f"is being written by process {writer.pid}"):
+                reader.save(2, params)
+        writer.communicate("")
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.restore(params)
+        ckpt.save(2, params)
+
+
+def test_a_later_session_of_the_process_replaces_an_earlier_one(tmp_path):
     params = {"params": jnp.ones(2)}
-    with ct.open(spec_for(tmp_path)) as writer, ct.open(spec_for(tmp_path)) as other:
-        writer.save(1, params)
-        writer.wait()
-        assert other.restore(params).step == 1
-        with pytest.raises(ct.RunInUseError, match="is being written"):
-            other.save(2, params)
+    earlier = ct.open(spec_for(tmp_path))
+    earlier.save(1, params)
+    with ct.open(spec_for(tmp_path)) as later:
+        assert later.restore(params).step == 1, "the save in progress is waited for"
+        later.save(2, params)
+        later.wait()
+        with pytest.raises(ct.RunInUseError, match="a later session"):
+            earlier.save(3, params)
+        assert later.all_steps() == (1, 2)
+
+
+def test_a_session_in_the_middle_of_a_call_is_not_replaced(tmp_path, monkeypatch):
+    real, errors = snapshot.take, []
+
+    def open_another(state, buffers):
+        monkeypatch.undo()
+        with ct.open(spec_for(tmp_path)) as later, pytest.raises(ct.RunInUseError, match="another session") as caught:
+            later.save(9, state)
+        errors.append(caught.value)
+        return real(state, buffers)
+
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        monkeypatch.setattr(snapshot, "take", open_another)
+        ckpt.save(1, {"params": jnp.ones(2)})
+        ckpt.wait()
+        assert ckpt.all_steps() == (1,)
+    assert len(errors) == 1
 
 
 def test_a_reader_blocks_no_writer_and_sees_its_steps(tmp_path):

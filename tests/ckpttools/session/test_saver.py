@@ -25,7 +25,7 @@ def test_an_error_of_a_background_save_reaches_the_next_call(tmp_path, monkeypat
             ckpt.wait()
         assert ckpt.latest_step() is None
         ckpt.step(2, params)
-        ckpt._saver.worker._thread.join(10)
+        ckpt._saver.worker.wait(10)
         failed = ckpt.step(3, params, on_error="return")
         assert isinstance(failed, ct.Failed)
         assert isinstance(failed.error, ct.DiskSpaceError)

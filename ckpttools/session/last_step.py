@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last completed step, as long as its state is unchanged: what can still be saved when an exception ends the loop.
+
+A loop changes its state between two calls of `Session.step`, so an exception may leave half of the next update. Whether
+the state is still that of the last step is decided by identity for device arrays, which are immutable, and by value
+for everything else.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..store import digest
+from ..tree import flatten
+from ..tree.leaf_paths import format_leaf_name
+
+
+class LastStep:
+    """The arguments of the last call of `Session.step`, and how to find out that the state has changed since.
+
+    Attributes:
+        step: Completed updates; 0 before the first call.
+        state: Items by name.
+        metrics: Metrics of that step, by name.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.state: Mapping[str, Any] = {}
+        self.metrics: Mapping[str, Any] = {}
+        self._checks: dict[str, Callable[[Any], bool]] = {}
+
+    def record(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Remember a completed step."""
+        self.step = 0  # An interrupt below must not combine two steps.
+        self._checks = {name: _make_check(value) for name, value in _list_leaves(state)}
+        self.state, self.metrics, self.step = state, metrics, step
+
+    def find_changed_leaf(self) -> str | None:
+        """Return the name of a leaf that is not as it was at that step; None if all are."""
+        leaves = dict(_list_leaves(self.state))
+        for name in self._checks.keys() ^ leaves.keys():
+            return name
+        return next((name for name, value in leaves.items() if not self._checks[name](value)), None)
+
+
+def _list_leaves(state: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        (format_leaf_name(item, leaf.path), leaf.value)
+        for item, value in state.items()
+        for leaf in flatten.flatten_item(value).leaves
+    ]
+
+
+def _make_check(value: Any) -> Callable[[Any], bool]:
+    """Return whether a later value is the same, without keeping a device array alive."""
+    if isinstance(value, jax.Array):
+        reference = weakref.ref(value)
+        return lambda later: isinstance(later, jax.Array) and later is reference() and not later.is_deleted()
+    if isinstance(value, np.ndarray):
+        before = value.shape, value.dtype, digest.hash_array("xxh3", value)
+        return lambda later: (
+            isinstance(later, np.ndarray)
+            and (later.shape, later.dtype) == before[:2]
+            and digest.hash_array("xxh3", later) == before[2]
+        )
+    return lambda later: type(later) is type(value) and bool(later == value)
