@@ -34,6 +34,7 @@ ROOMS = {
     "ckpttools": [
         "errors",
         "text",
+        "threads",
         "spec",
         "tree",
         "store",

@@ -54,6 +54,7 @@ class TrainingLoop:
         self._is_closed = False
         self._is_iterated = False
         self._is_superseded = False
+        self._has_described = False
 
     def begin(self) -> None:
         """Check that this process may continue the run, and make it the only one that does.
@@ -142,22 +143,24 @@ class TrainingLoop:
             )
         return self._iterate(total)
 
-    def describe_unsaved(self, error: BaseException | None) -> str | None:
-        """Return which passed steps are not saved, if the loop did not come to its end; None if nothing is lost.
+    def describe_unsaved(self, error: BaseException | None = None, obstacle: str = "") -> str | None:
+        """Return, once, which passed steps are not saved if the loop did not come to its end; None if nothing is lost.
 
         Args:
             error: What ended the loop; None if no error did.
+            obstacle: Why `save_on_exception` did not save the last step, as a sentence.
         """
         first, last = self.progress.saved_step + 1, self.progress.step
         has_ended_early = self._final_step is not None and not self._is_iterated
-        if last < first or not (error is not None or has_ended_early):
+        if last < first or not (error is not None or has_ended_early) or self._has_described:
             return None
+        self._has_described = True
         steps = f"steps {first} to {last} are" if first < last else f"step {last} is"
         newest = f"the newest saved step is {first - 1}" if first > 1 else "no step is saved"
         if self.saver.worker is not None:
             newest += f"; the save of step {self.saver.worker.step} has not ended"
         cause = "the loop was left" if error is None else f"{type(error).__name__} ended the loop"
-        return f"{steps} not saved: {cause}, and {newest}."
+        return f"{steps} not saved: {cause}, and {newest}. {obstacle}".rstrip()
 
     def _iterate(self, total: int) -> Iterator[int]:
         self._final_step = total

@@ -79,17 +79,12 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is not None:
-                self._save_last_step(error)
+            obstacle = self._save_last_step(error)
+            self._close(raise_errors=error is None)
+            warn(self._loop.describe_unsaved(error, obstacle))
         finally:
-            try:
-                self._close(raise_errors=error is None, error=error)
-            except CheckpointError:
-                raise
-            except BaseException:
-                # Interrupted: the lock and the handlers are released all the same, and a save goes on by itself.
-                self._release()
-                raise
+            # Also if this was interrupted; a save in progress goes on by itself and keeps the lock until it has ended.
+            self._release()
 
     def close(self, *, raise_errors: bool = True) -> None:
         """Wait for the save in progress and its copy at the mirror, and release the signal handlers and the lock.
@@ -103,9 +98,10 @@ class Session:
         Raises:
             CheckpointError: If the save in progress failed.
         """
-        self._close(raise_errors=raise_errors, error=None)
+        self._close(raise_errors=raise_errors)
+        warn(self._loop.describe_unsaved())
 
-    def _close(self, *, raise_errors: bool, error: BaseException | None) -> None:
+    def _close(self, *, raise_errors: bool) -> None:
         waits = not self._loop.stop_request.is_repeated
         try:
             try:
@@ -121,28 +117,29 @@ class Session:
             warn(f"the save in progress failed: {failure}")
         finally:
             self._release()
-        warn(self._loop.describe_unsaved(error))
 
     def _release(self) -> None:
         self._loop.close()
         self._resources.group.close()
         self._saver.close()
 
-    def _save_last_step(self, error: BaseException) -> None:
-        """Save the step that was last passed to `step`, if it was asked for and its state is unchanged."""
+    def _save_last_step(self, error: BaseException | None) -> str:
+        """Save the last completed step, if it was asked for; return what stood in the way, as a sentence."""
         last = self._last_step
-        if last is None or not last.step > self._loop.progress.saved_step or self._loop.stop_request.is_repeated:
-            return
-        name = type(error).__name__
+        if error is None or last is None or last.step <= self._loop.progress.saved_step:
+            return ""
+        if self._loop.stop_request.is_repeated:
+            return "A second signal came."
+        if self._resources.group.count > 1:
+            return "An exception in one process saves nothing, since the others would not take part."
         changed = last.find_changed_leaf()
-        if changed or self._resources.group.count > 1:
-            reason = f"{changed} has changed since" if changed else "the other processes would wait for this one"
-            warn(f"step {last.step} was not saved after {name}: {reason}.")
-            return
+        if changed:
+            return f"{changed} has changed since step {last.step}."
         try:
-            self.save(last.step, last.state, last.metrics, reason=f"{name} ended the loop")
+            self.save(last.step, last.state, last.metrics, reason=f"{type(error).__name__} ended the loop")
         except CheckpointError as failure:
-            warn(f"step {last.step} could not be saved after {name}: {failure}")
+            return str(failure)
+        return ""
 
     @property
     def preempted(self) -> bool:

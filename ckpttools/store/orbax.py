@@ -31,6 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.multihost import multihost
 
 from ..errors import StorageError
+from ..threads import run_outside_main_thread
 from ..tree.key_data import get_key_dtype
 from ..tree.leaf_paths import Path
 from ..tree.records import Record, get_host_shape
@@ -283,14 +284,18 @@ def _load(context: ocp.Context, directory: pathlib.Path, items: Mapping[str, Any
 
 def _call_orbax[T](context: ocp.Context, read: Callable[[], T]) -> T:
     """Return what `read` returns; raise its failure once, as a `ReadError`, and silence what it leaves behind."""
-    failure = None
-    with context, _mute_leftovers():
-        try:
-            return read()
-        except Exception as error:
-            failure = ReadError(error)
-        gc.collect()
-    raise failure
+
+    def call() -> T:
+        failure = None
+        with context, _mute_leftovers():
+            try:
+                return read()
+            except Exception as error:
+                failure = ReadError(error)
+            gc.collect()
+        raise failure
+
+    return run_outside_main_thread(call)
 
 
 @contextlib.contextmanager

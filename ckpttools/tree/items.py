@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The outermost level of a state, items by name, and the metrics of a step."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,13 +33,17 @@ def require_items(state: Mapping[str, Any]) -> None:
 
 
 def require_metrics(metrics: Any) -> None:
-    """Raise `LeafError` unless the metrics are a mapping by name."""
+    """Raise `LeafError` unless the metrics are numbers by name; reads no value, which would wait for the device."""
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise LeafError(
             what=f"the metrics are {metrics!r:.80}.",
             why="the spec and ct.best refer to a metric by its name.",
             fix='metrics={"loss": loss}',
         )
+    for name, value in metrics.items():
+        is_real = getattr(getattr(value, "dtype", None), "kind", "f") not in "cSUOMm"
+        if not (is_real and hasattr(value, "__float__") and math.prod(getattr(value, "shape", ())) == 1):
+            raise _make_metric_error(name, f"{value!r:.80}")
 
 
 def as_metric(name: str, value: Any) -> float:
@@ -48,12 +53,18 @@ def as_metric(name: str, value: Any) -> float:
         LeafError: If it is not a number.
     """
     try:
+        if isinstance(value, str | bytes | bytearray):
+            raise _make_metric_error(name, f"{value!r:.80}")
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         # Printing a deleted array raises, too.
         shown = "a deleted array" if isinstance(error, RuntimeError) else f"{value!r:.80}"
-        raise LeafError(
-            what=f"the metric {name!r} is {shown}.",
-            why="metrics are compared, so each has to be a number.",
-            fix=f"{{{name!r}: float(loss)}}",
-        ) from error
+        raise _make_metric_error(name, shown) from error
+
+
+def _make_metric_error(name: str, shown: str) -> LeafError:
+    return LeafError(
+        what=f"the metric {name!r} is {shown}.",
+        why="metrics are compared, so each has to be a number.",
+        fix=f"{{{name!r}: float(loss)}}",
+    )
