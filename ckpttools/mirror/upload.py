@@ -4,9 +4,11 @@
 The thread is woken by each commit, and by a timer while the store does not answer. It copies what `upload_plan` finds
 missing, the newest step first.
 
-Nothing here raises in the training loop. Failures become notes, which the session turns into warnings.
+Nothing here raises in the training loop. Failures become notes, which the session turns into warnings. The calling
+thread never holds the thread's lock, since an interrupted call might not release it.
 """
 
+import collections
 import dataclasses
 import os
 import pathlib
@@ -20,6 +22,7 @@ from ..spec.retention import Retention
 from ..store import catalogue, layout
 from ..store.catalogue import Catalogue, Entry
 from ..store.manifest import Summary
+from ..threads import run_outside_main_thread
 from .remote_store import RemoteStore
 from .status import MirrorStatus
 from .upload_plan import CopyNames, NamedSummaries, UploadPlan, get_summaries, make_upload_plan, require_outside_run
@@ -57,22 +60,22 @@ class MirrorUploader:
         self._current_name = ""
         self._has_noted_foreign = self._has_noted_failure = False
         self._status = MirrorStatus(url=mirror.url)
-        self._notes: list[str] = []
+        self._notes: collections.deque[str] = collections.deque()
 
     @property
     def status(self) -> MirrorStatus:
         """Return what the mirror holds and lacks."""
-        with self._condition:
-            return self._status
+        return self._status
 
     def take_notes(self) -> list[str]:
         """Return the failures since the last call, each once."""
-        with self._condition:
-            notes, self._notes = self._notes, []
-        return notes
+        return [self._notes.popleft() for _ in range(len(self._notes))]
 
     def update(self, steps: Catalogue) -> None:
         """Wake the thread with the steps that the run has now."""
+        run_outside_main_thread(lambda: self._update(steps))
+
+    def _update(self, steps: Catalogue) -> None:
         with self._condition:
             self._steps, self._version = steps, self._version + 1
             if not self._copied_summaries:
@@ -88,6 +91,9 @@ class MirrorUploader:
 
     def close(self) -> None:
         """Wait up to the mirror's `wait_s` for the copies; the next session copies the rest."""
+        run_outside_main_thread(self._close)
+
+    def _close(self) -> None:
         thread, self._thread = self._thread, None
         if thread is None:
             return

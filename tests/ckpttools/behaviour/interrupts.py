@@ -243,7 +243,10 @@ def run_trial(seed: int, event_count: int) -> tuple[str, str]:
         check(directory, program)
         return injector.place, ""
     except (AssertionError, ct.CheckpointError) as error:
-        return injector.place, f"seed {seed}: {type(error).__name__}: {str(error)[:500]} (interrupted at {injector.place})"
+        return (
+            injector.place,
+            f"seed {seed}: {type(error).__name__}: {str(error)[:500]} (interrupted at {injector.place})",
+        )
     finally:
         faulthandler.cancel_dump_traceback_later()
         shutil.rmtree(directory, ignore_errors=True)
