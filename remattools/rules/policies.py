@@ -29,6 +29,9 @@ from .policy_types import (
     format_names,
 )
 
+# What stands for a policy: an expression, a policy of this package, or a callable as `jax.checkpoint` takes it.
+type PolicyLike = str | Policy | Callable[..., Any]
+
 _JAX_POLICIES = jax.checkpoint_policies
 
 
@@ -68,7 +71,7 @@ def save_anything_except_these_names(*names: str) -> Policy:
     return AllExceptNames(_require_strings(names, "save_anything_except_these_names"), is_named_only=False)
 
 
-def save_from_both_policies(first: Any, second: Any) -> Policy:
+def save_from_both_policies(first: PolicyLike, second: PolicyLike) -> Policy:
     """Save what either policy saves; unlike JAX's, also if one offloads."""
     return resolve(first) | resolve(second)
 
@@ -140,7 +143,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted((*_POLICIES, *_FACTORIES)))
 
 
-def resolve(value: Any) -> Policy:
+def resolve(value: PolicyLike) -> Policy:
     """Return the policy that a value stands for.
 
     Args:
