@@ -53,6 +53,16 @@ class Tower(nnx.Module):
         return self.head(x)
 
 
+class One(nnx.Module):
+    """One block and a sum, so that the gradient holds exactly one region."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.block(x).sum()
+
+
 def inputs(batch: int = 4, seq: int = 6, width: int = 8) -> jax.Array:
     return jax.random.normal(jax.random.key(1), (batch, seq, width))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 
+from remattools.rules import policies
 from remattools.rules.policy_types import Decision
 from tests.remattools.rules.sample_policies import LEAVES, decide_all, function, trees
 
