@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules of a plan are few, mean what was decided, and are found without tracing each layer."""
 
-import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -93,19 +91,3 @@ def test_rules_are_few_and_speak_in_slices() -> None:
     assert [p.text for p, _ in write_rules(space, Assignment(0, last, 6))] == ["layers.[:6]"]
     assert [p.text for p, _ in write_rules(space, Assignment(0, 1, 6))] == ["layers.[:6]", "layers.[6:]"]
     assert len(write_rules(space, space.plain)) == 0
-
-
-def test_keeping_more_is_predicted_to_take_less_time_and_at_last_more_memory() -> None:
-    """Not at each step: what is kept is not made again, which can need more than keeping it."""
-    _, space = _space(lambda: Tower(4, 16))
-    regions = slice(0, len(space.levels) - 1)
-    assert all(a >= b for a, b in itertools.pairwise(space.cycles[regions]))
-    assert space.cycles[0] > 0
-    assert space.bytes[0] == space.bytes[regions].min() < space.bytes[regions].max()
-
-
-def test_a_measurement_corrects_its_neighbours() -> None:
-    _, space = _space(lambda: Tower(4, 16))
-    shifted, _ = space.correct_predictions("bytes", {0: space.bytes[0] + 1e6})
-    assert shifted[0] == space.bytes[0] + 1e6
-    assert np.all(shifted > space.bytes)
