@@ -98,7 +98,7 @@ def test_notes_of_another_program_are_left_out(folder: pathlib.Path, tmp_path: p
         assert len(_frontier("tower", tmp_path, max_compiles=2).points) == 2
 
 
-def test_budgets_of_a_frontier_are_read_like_those_of_a_plan(folder: pathlib.Path) -> None:
+def test_a_frontier_reads_budgets_as_a_plan_does(folder: pathlib.Path) -> None:
     found = _frontier("tower", folder)
     assert found.plan(0.9).budget_bytes == int(0.9 * found.plain_bytes)
     slow = max(point.cycles for point in found.best)

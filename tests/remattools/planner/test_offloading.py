@@ -66,7 +66,7 @@ def test_what_is_learnt_of_the_others_does_not_change() -> None:
     ("link_bytes", "make"),
     [pytest.param(0.0, Scanned, id="no host memory"), pytest.param(10.0, Listed, id="no loop")],
 )
-def test_where_it_is_of_no_use_it_is_not_looked_at(link_bytes: float, make: Any) -> None:
+def test_useless_offloading_is_not_searched(link_bytes: float, make: Any) -> None:
     assert not any(a.offload for a in space_with(link_bytes, make).assignments)
 
 

@@ -168,7 +168,7 @@ class _Spectral(nnx.Module):
         return x + jnp.real(jnp.fft.ifft(jnp.tanh(jnp.fft.fft(y)) * jnp.exp(1j * y)))
 
 
-def test_of_an_argument_with_many_arrays_the_head_says_how_many() -> None:
+def test_the_heading_counts_the_arrays_of_large_arguments() -> None:
     model, x = _abstract()
     optimizer = {f"moment_{number}": x for number in range(9)}
     assert _describe_subject(model, (optimizer, x)) == f"Tower, batch dict of 9 arrays, float32{list(x.shape)}"

@@ -165,7 +165,7 @@ def test_blocks_inside_loops_of_a_step() -> None:
     assert len(outlined(two_losses).visits) == 8
 
 
-def test_the_peak_of_a_step_holds_gradients_that_a_loss_only_returns() -> None:
+def test_the_peak_of_a_step_includes_gradients() -> None:
     def at_the_end(shape: Outline) -> int:
         return compute_live_bytes(shape.around, shape.around.forward)[shape.calls[0].backward]
 
@@ -216,7 +216,7 @@ def test_a_step_is_planned_at_half_of_its_memory(fn: Any, make: Callable[[], Any
     assert_same_step(fn, make, plan.rules)
 
 
-def test_the_peak_of_a_step_is_more_than_that_of_its_gradient(folder: pathlib.Path) -> None:
+def test_a_step_peaks_higher_than_its_gradient(folder: pathlib.Path) -> None:
     model, optimizer, x = abstract(tower)
     whole = rt.frontier(jitted, model, optimizer, x, differentiate=False, target="cpu", cache=folder, max_compiles=3)
     gradient = rt.measure(loss, model, x, differentiate=True, target="cpu", cache=folder)

@@ -52,7 +52,7 @@ def test_values_of_a_scan_count_its_iterations():
     assert find_output_origin(run, jnp.ones((5, 2))).iterations == 5
 
 
-def test_a_train_step_is_not_a_loss_but_a_gradient_penalty_is():
+def test_a_gradient_penalty_is_a_loss_unlike_a_step():
     def step(model, x):
         return nnx.value_and_grad(loss)(model, x)[0]
 

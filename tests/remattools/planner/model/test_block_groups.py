@@ -47,7 +47,7 @@ def _temp_bytes(model: Any, rules: Any) -> int:
         ).temp_bytes
 
 
-def test_every_grouping_can_be_applied_and_is_predicted_near_enough_to_be_ordered() -> None:
+def test_every_grouping_applies_and_predictions_order_them() -> None:
     model, space = space_of(light_tower)
     single = _temp_bytes(model, write_rules(space, space.full_remat))
     expected = space.bytes[space.assignments.index(space.full_remat)]

@@ -100,7 +100,7 @@ def test_what_products_alone_read_takes_half_on_a_tpu() -> None:
     assert _problem(exact, *SHAPES).bytes[".:sin[0]"] == VALUE
 
 
-def test_without_a_region_a_tpu_keeps_what_crosses_from_one_pass_to_the_other() -> None:
+def test_without_a_region_a_tpu_saves_what_crosses_passes() -> None:
     """Both products and what they become; their derivatives (cos, sin) are parts of what reads them."""
     assert _problem(_residual, *SHAPES).plain_choice.saved_bytes == 2 * VALUE + 2 * VALUE // 2
 

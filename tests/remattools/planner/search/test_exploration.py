@@ -31,7 +31,7 @@ def _surprising(space: Space, small: int, *, least: int, other: int) -> Explorat
 
 
 @pytest.mark.parametrize("small", [8, 13])
-def test_a_budget_that_nothing_is_expected_to_keep_is_looked_for(small: int) -> None:
+def test_a_budget_below_every_prediction_is_searched_for(small: int) -> None:
     _, space = space_of(lambda: Tower(1, SHAPE[-1], block=Gated))
     search = _surprising(space, small, least=100_000, other=300_000)
     while small not in search.points and (number := search.propose(110_000, None)) is not None:
@@ -39,7 +39,7 @@ def test_a_budget_that_nothing_is_expected_to_keep_is_looked_for(small: int) -> 
     assert small in search.points
 
 
-def test_no_prediction_is_below_nothing() -> None:
+def test_no_prediction_is_negative() -> None:
     _, space = space_of(light_tower)
     some = dataclasses.replace(rt.measure(jnp.sin, jnp.ones(3), target="cpu"), temp_bytes=0)
     search = exploration(space, lambda _: some)
@@ -51,7 +51,7 @@ def test_no_prediction_is_below_nothing() -> None:
     assert below  # control: the model alone says that
 
 
-def test_a_time_limit_is_looked_for_where_the_plain_model_does_not_fit() -> None:
+def test_a_time_limit_is_searched_if_the_plain_model_fails() -> None:
     _, space = space_of(light_tower)
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
     full = OutOfMemory(needed_bytes=2**40, limit_bytes=2**30, message="full")
@@ -61,7 +61,7 @@ def test_a_time_limit_is_looked_for_where_the_plain_model_does_not_fit() -> None
     assert number == space.bytes.argmin() != space.assignments.index(space.plain)
 
 
-def test_of_two_limits_the_one_that_is_missed_is_looked_for() -> None:
+def test_the_search_pursues_the_limit_that_is_missed() -> None:
     """Whatever is compiled is fast enough, and the budget is not kept: less memory is wanted, not less time."""
     _, space = space_of(light_tower)
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
