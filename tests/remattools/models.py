@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models that do what models in the wild do; shared by the tests."""
+"""Small models with the structure of real ones; shared by the tests."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The private JAX that is used does what this package takes it to do."""
+"""The private parts of JAX behave as this package assumes."""
 
 import jax
 import jax.numpy as jnp

@@ -11,7 +11,7 @@ from remattools.errors import ExplainedError, suggest_names
 ERRORS = [value for name in rt.__all__ if isinstance(value := getattr(rt, name), type) and issubclass(value, Exception)]
 
 
-def test_the_message_holds_the_parts_that_there_are():
+def test_the_message_leaves_out_empty_parts():
     assert str(ExplainedError("what.", "why.", "fix.")) == "what.\n  why: why.\n  fix: fix."
     assert str(ExplainedError("what.", fix="fix.")) == "what.\n  fix: fix."
     assert str(ExplainedError("what.")) == "what."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jaxprs are looked into, named and split, and compute what they computed before."""
+"""Jaxprs are searched, named and split, and still compute the same values."""
 
 import itertools
 

@@ -13,7 +13,7 @@ from tests.remattools.rules.sample_policies import EQUATIONS, decide_all, trees
 
 
 def test_all_of_jaxs_names_are_there():
-    # Some releases list their classes beside the functions.
+    # Some releases list their classes next to the functions.
     assert set(policies.names()) == {name for name in vars(jax.checkpoint_policies) if name.islower()}
 
 

@@ -24,7 +24,7 @@ def test_a_computed_value_has_module_and_primitive():
     assert (origin.kind, origin.path, origin.region) == ("computed", "layers.1.mlp.up", None)
 
 
-def test_arguments_and_parameters_are_told_apart():
+def test_arguments_and_parameters_are_distinguished():
     model, x = Tower(depth=1), inputs()
     assert find_output_origin(lambda model, x: x, model, x).kind == "argument"
     origin = find_output_origin(lambda model, x: model.head.bias[...], model, x)

@@ -101,7 +101,7 @@ def test_callbacks_and_random_operations_are_warned_of():
 
 
 class Stacked(nnx.Module):
-    """Layers stacked for a scan, as large models keep them."""
+    """Layers stacked for a scan, as in large models."""
 
     def __init__(self, rngs):
         @nnx.split_rngs(splits=3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compiled next: surprises are looked for, and the whole curve is looked at."""
+"""What is compiled next: assignments that may beat their prediction, and points along the whole curve."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from ..spaces import SHAPE, Gated, exploration, light_tower, space_of
 
 
 def _surprising(space: Space, small: int, *, least: int, other: int) -> Exploration:
-    """A search in which one assignment alone takes little, which nothing tells beforehand."""
+    """A search in which one assignment takes less than others, against its prediction."""
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
     by_rules = {write_rules(space, a): n for n, a in reversed(list(enumerate(space.assignments)))}
 
@@ -62,7 +62,7 @@ def test_a_time_limit_is_searched_if_the_plain_model_fails() -> None:
 
 
 def test_the_search_pursues_the_limit_that_is_missed() -> None:
-    """Whatever is compiled is fast enough, and the budget is not kept: less memory is wanted, not less time."""
+    """Every point is fast enough and none is within the budget: the search should reduce memory, not time."""
     _, space = space_of(light_tower)
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
     search = exploration(space, lambda _: dataclasses.replace(some, temp_bytes=2**40, estimated_cycles=10))
@@ -73,7 +73,7 @@ def test_the_search_pursues_the_limit_that_is_missed() -> None:
 
 
 def test_a_frontier_spreads_over_the_whole_curve() -> None:
-    """Where the model is right, few compiles come near to the whole curve; a gain at one budget alone is not sought."""
+    """Where the model is right, few compiles come close to the curve at every budget."""
     _, space = space_of(light_tower)
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
     by_rules = {write_rules(space, a): n for n, a in reversed(list(enumerate(space.assignments)))}

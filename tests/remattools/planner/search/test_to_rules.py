@@ -19,7 +19,7 @@ from ...models import MLP, Block, Tower, loss
 
 
 class Mixed(nnx.Module):
-    """Two kinds of blocks in turn."""
+    """Two kinds of blocks, alternating."""
 
     def __init__(self) -> None:
         rngs = nnx.Rngs(0)
@@ -84,7 +84,7 @@ def test_every_assignment_can_be_applied(make: Any) -> None:
             assert (actions[".".join(map(str, path))] is None) == (choice.names is None)
 
 
-def test_rules_are_few_and_speak_in_slices() -> None:
+def test_rules_are_few_and_use_slices() -> None:
     _, space = _space(lambda: Tower(8, 16))
     last = len(space.levels) - 1
     assert [p.text for p, _ in write_rules(space, Assignment(0, 0, 0))] == ["layers.*"]

@@ -45,7 +45,7 @@ def test_what_is_named_is_saved(save, count):
     def forward(state, x):
         return jax.vjp(lambda s: nnx.merge(graphdef, s, copy=True)(x), state)
 
-    # The part of a region that runs forward is inlined; what a policy keeps of it stands there under our name.
+    # The forward part of a region is inlined; the values that a policy saves have our name there.
     program = jax.make_jaxpr(forward)(state, inputs())
     assert sum(jaxprs.get_checkpoint_name(equation) == "remattools:save" for equation in program.eqns) == count
 
