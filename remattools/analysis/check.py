@@ -23,7 +23,7 @@ from ..jaxpr import jaxprs
 from ..rules.paths import format_path
 from ..rules.rule import Remat
 from ..rules.ruleset import Rules
-from ..text import format_bytes
+from ..text import format_bytes, format_table
 from ..tracing import pure_call
 from ..tracing.origins import locate, select_loss_or_floats, trace_with_paths
 from ..transform import apply as application
@@ -80,6 +80,16 @@ class CheckReport:
             `temp_bytes` does not.
         host_bytes: Residuals that the rules offload to host memory.
         findings: What does not work; empty if everything does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, remattools as rt
+        >>> from flax import nnx
+        >>> model = nnx.eval_shape(lambda: nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
+        >>> loss = lambda model, x: jnp.sum(model(x) ** 2)
+        >>> report = rt.check(loss, model, x, rules={".": "everything_saveable"}, target="cpu")
+        >>> report.ok, [finding.code for finding in report.findings]
+        (False, ['nothing_freed'])
     """
 
     target: str
@@ -108,7 +118,7 @@ class CheckReport:
         return f"CheckReport(target={self.target!r}, ok={self.ok}, findings=[{codes}])"
 
     def __str__(self) -> str:
-        lines = [f"{'':<22}{'plain':>12}{'with rules':>12}"]
+        rows = []
         for label, (plain, ruled) in (
             ("residuals", self.residual_bytes),
             ("peak of the program", self.planned_peak_bytes),
@@ -117,9 +127,10 @@ class CheckReport:
         ):
             if label.startswith("peak on") and not self._has_temporaries_in_peak:
                 continue
-            lines.append(f"{label:<22}{format_bytes(plain):>12}{format_bytes(ruled):>12}")
+            rows.append((label, format_bytes(plain), format_bytes(ruled)))
         if self.host_bytes:
-            lines.append(f"{'in host memory':<22}{'':>12}{format_bytes(self.host_bytes):>12}")
+            rows.append(("in host memory", "", format_bytes(self.host_bytes)))
+        lines = [format_table(("", "plain", "with rules"), rows, numeric=("plain", "with rules"))]
         lines += [f"{finding.code}: {finding.message}" for finding in self.findings]
         return "\n".join([*lines, "ok: the rules free what they should." if self.ok else ""]).rstrip()
 

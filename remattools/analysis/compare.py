@@ -68,6 +68,19 @@ class Comparison:
         memory: The measure of memory: "temp_bytes", or "peak_bytes" if a candidate has temporaries in a TPU's on-chip
             memory, which `temp_bytes` does not count.
         notes: Caveats to read before relying on the numbers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, remattools as rt
+        >>> from flax import nnx
+        >>> model = nnx.eval_shape(lambda: nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
+        >>> loss = lambda model, x: jnp.sum(model(x) ** 2)
+        >>> candidates = {"plain": None, "remat": {".": "nothing_saveable"}}
+        >>> comparison = rt.compare(loss, model, x, candidates=candidates, differentiate=True, target="cpu")
+        >>> comparison["plain"] == comparison.rows[0].measurement
+        True
+        >>> [row.name for row in comparison.rows]
+        ['plain', 'remat']
     """
 
     rows: tuple[ComparisonRow, ...]

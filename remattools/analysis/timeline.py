@@ -37,6 +37,17 @@ class Timeline:
         backward: Index of the first operation of the backward pass; None without a backward pass.
         argument_bytes: Size of the arguments, which are live throughout.
         largest: Values live at the peak, equal layers merged, largest first.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, remattools as rt
+        >>> x = jax.ShapeDtypeStruct((8,), jnp.float32)
+        >>> timeline = rt.timeline(lambda x: jnp.sum(jnp.sin(x) * x), x)
+        >>> timeline.bytes, timeline.argument_bytes
+        ((32, 64, 36), 32)
+        >>> print(timeline)
+        peak 64 B at operation 1 of 3 (forward), plus 32 B of arguments; live at the peak:
+               32 B  .  sin  float32[8]
+               32 B  .  mul  float32[8]
     """
 
     bytes: tuple[int, ...]

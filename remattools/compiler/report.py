@@ -40,6 +40,15 @@ class Measurement:
         refusal: The compiler's message if it refused the program for another reason. Only in rows of `compare`, next
             to candidates that compiled.
         notes: Caveats to read before relying on the numbers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, remattools as rt
+        >>> x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+        >>> measurement = rt.measure(lambda x: jnp.sum(x @ x), x, target="cpu")
+        >>> measurement.fits, measurement.argument_bytes, measurement.total_bytes >= measurement.temp_bytes
+        (True, 262144, True)
+        >>> rt.Measurement.from_dict(measurement.as_dict()) == measurement
+        True
     """
 
     target: str

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jaxprs as data: walk, rename, split and evaluate. Knows no model and no rules."""
+"""Jaxprs as data: walk, rename, split and evaluate. Independent of models and rules."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traced programs (jaxprs): look into nested ones, and name values in them.
+"""Jaxprs: find nested ones, name values in them, replace equations, split and evaluate.
 
-Only public JAX (`jax.make_jaxpr`, `jax.extend.core`). Programs are immutable here:
-every function returns a new one and shares what it did not change.
+Uses public JAX only (`jax.make_jaxpr`, `jax.extend.core`). Jaxprs are treated as immutable: every function
+returns a new one that shares the equations it did not change.
 """
 
 import dataclasses
@@ -13,22 +13,22 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-# Primitives whose nested programs a policy sees through: their partial evaluation asks the policy for every equation.
+# Primitives that are transparent to policies: their partial evaluation asks the policy for every nested equation.
 _TRANSPARENT_PRIMITIVES = frozenset(
     {"jit", "pjit", "closed_call", "core_call", "scan", "cond", "shard_map", "while", "xla_call"}
 )
 _REGION_PRIMITIVES = frozenset({"remat2", "checkpoint", "remat", "remat3"})
 
-Place = tuple[str, int]  # parameter and index in it, where the parameter is a tuple of programs
+Place = tuple[str, int]  # a parameter's name, and the index in it if the parameter is a tuple of jaxprs, else -1
 
 
 def is_jaxpr(value: Any) -> bool:
-    """Whether `value` is a jaxpr, open or closed."""
+    """Return whether `value` is a jaxpr, open or closed."""
     return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
 
 
 def find_subjaxprs(equation: Any) -> Iterator[tuple[Place, Any]]:
-    """Programs among the parameters of an equation, with their places."""
+    """Yield the jaxprs among the parameters of an equation, each with its place."""
     for key, value in equation.params.items():
         if is_jaxpr(value):
             yield (key, -1), value
@@ -41,24 +41,24 @@ def find_subjaxprs(equation: Any) -> Iterator[tuple[Place, Any]]:
 
 
 def is_region(equation: Any) -> bool:
-    """A rematerialised region: `jax.checkpoint`, old or new."""
+    """Return whether an equation is a rematerialised region: a `jax.checkpoint` under either implementation."""
     return equation.primitive.name in _REGION_PRIMITIVES or type(equation.params.get("_prim")).__name__ == "RematTraced"
 
 
 def is_opaque(equation: Any) -> bool:
-    """Holds a program that no policy sees: a custom derivative, a kernel, a callback's body."""
+    """Return whether an equation hides a jaxpr from policies: a custom derivative, a kernel or a callback."""
     if equation.primitive.name in _TRANSPARENT_PRIMITIVES or is_region(equation):
         return False
     return any(True for _ in find_subjaxprs(equation))
 
 
 def open_jaxpr(jaxpr: Any) -> Any:
-    """The jaxpr with equations; older releases wrap it in a closed one."""
+    """Return the jaxpr that holds the equations: `jaxpr`, or the open jaxpr inside it if it is a closed one."""
     return jaxpr if hasattr(jaxpr, "eqns") else jaxpr.jaxpr
 
 
 def get_checkpoint_name(equation: Any) -> str | None:
-    """The name, if the equation is a `checkpoint_name`."""
+    """Return the name if an equation is a `checkpoint_name`, else None."""
     if equation.primitive.name == "name":
         return str(equation.params["name"])
     primitive = equation.params.get("_prim")
@@ -68,7 +68,14 @@ def get_checkpoint_name(equation: Any) -> str | None:
 
 
 def add_checkpoint_name(equation: Any, name: str, results: Sequence[Any] | None = None) -> list[Any]:
-    """The equation, followed by a `checkpoint_name` of each of its results; `results` instead of their variables."""
+    """Return an equation followed by a `checkpoint_name` for each of its array results.
+
+    Args:
+        equation: The equation.
+        name: The name.
+        results: Variables for the named results; None to reuse those of the equation, so that every later reader
+            reads the named value.
+    """
     targets = equation.outvars if results is None else results
     fresh = [core.Var(var.aval) if is_array(var.aval) else var for var in equation.outvars]
     marks = [
@@ -81,14 +88,14 @@ def add_checkpoint_name(equation: Any, name: str, results: Sequence[Any] | None 
 
 
 def replace_checkpoint_name(equation: Any, name: str) -> list[Any]:
-    """What a `checkpoint_name` equation is under another name."""
+    """Return the equations of a `checkpoint_name` with another name."""
     (source,), (target,) = equation.invars, equation.outvars
     return _make_name_equations(source, target, name, equation)
 
 
 def _make_name_equations(source: Any, target: Any, name: str, like: Any) -> list[Any]:
     aval = target.aval
-    # JAX cannot keep complex values by name: their parts are kept, which loses nothing.
+    # JAX cannot save complex values by name, so their real and imaginary parts are named, which costs no memory.
     in_parts = jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating) and not is_placed(aval)
 
     def add_name(x: Any) -> Any:
@@ -96,14 +103,14 @@ def _make_name_equations(source: Any, target: Any, name: str, like: Any) -> list
             return jax.lax.complex(checkpoint_name(jax.lax.real(x), name), checkpoint_name(jax.lax.imag(x), name))
         return checkpoint_name(x, name)
 
-    # JAX builds the equations (their form differs under jax_remat3); only the variables are replaced.
+    # JAX builds the equations, because their form differs under jax_remat3; only the variables are replaced.
     template = open_jaxpr(jax.make_jaxpr(add_name)(jax.ShapeDtypeStruct(aval.shape, aval.dtype)))
     same = {template.invars[0]: source, template.outvars[0]: target}
     made = []
     for one in template.eqns:
         params = one.params
         if "_prim" in params and not in_parts:
-            # There the primitive knows the full type, which under shard_map is more than shape and dtype.
+            # Under jax_remat3 the primitive holds the full type, which inside shard_map is more than shape and dtype.
             params = {**params, "_prim": type(params["_prim"])(name, aval)}
         made.append(
             one.replace(
@@ -118,36 +125,36 @@ def _make_name_equations(source: Any, target: Any, name: str, like: Any) -> list
 
 
 def is_placed(aval: Any) -> bool:
-    """Whether a type says over which axes of a mesh a value varies (in a shard_map) or lies (explicit axes)."""
+    """Return whether a type refers to axes of a mesh: manual ones (inside `shard_map`) or explicit ones."""
     mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
     return mesh is not None and any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
 def is_array(aval: Any) -> bool:
-    """Whether the abstract value is an array (rather than a token or a reference)."""
+    """Return whether an abstract value is an array rather than a token or a reference."""
     return isinstance(aval, jax.core.ShapedArray)
 
 
 def count_aval_bytes(aval: Any) -> int:
-    """Bytes of an array of this shape and dtype; 0 for tokens."""
+    """Return the bytes of an array with this shape and dtype; 0 for tokens and references."""
     if not is_array(aval):
         return 0
     size = 1
     for length in aval.shape:
         size *= int(length)
-    # Key arrays of the default implementation are two 32-bit words each.
+    # Extended dtypes may have no item size; a key of the default implementation is two 32-bit words.
     return size * int(getattr(aval.dtype, "itemsize", 8))
 
 
 def replace_equations(jaxpr: Any, equations: list[Any], outvars: list[Any] | None = None) -> Any:
-    """The program with other equations (and results)."""
+    """Return a jaxpr with other equations and, if given, other results."""
     inner = open_jaxpr(jaxpr)
     new = inner.replace(eqns=equations, outvars=inner.outvars if outvars is None else outvars)
     return new if jaxpr is inner else jaxpr.replace(jaxpr=new)
 
 
 def replace_subjaxprs(equation: Any, subjaxprs: dict[Place, Any]) -> Any:
-    """The equation with some of its nested programs replaced."""
+    """Return an equation with some of its nested jaxprs replaced, by their places."""
     params = dict(equation.params)
     for (key, index), program in subjaxprs.items():
         if index < 0:
@@ -158,22 +165,22 @@ def replace_subjaxprs(equation: Any, subjaxprs: dict[Place, Any]) -> Any:
 
 
 def run(jaxpr: Any, leaves: list[Any]) -> list[Any]:
-    """Evaluate a closed program."""
+    """Evaluate a closed jaxpr on its flat arguments."""
     results: list[Any] = core.jaxpr_as_fun(jaxpr)(*leaves)
     return results
 
 
 def run_segments(jaxpr: Any, leaves: Sequence[Any], segments: Sequence[tuple[range, Callable[[Any], Any]]]) -> Any:
-    """Evaluate a closed program piece by piece.
+    """Evaluate a closed jaxpr segment by segment.
 
     Args:
-        jaxpr: A closed program.
-        leaves: Its arguments.
-        segments: Disjoint ranges of equations in order, together all of them; each with what to make of its piece:
-            a function from a closed program to a callable of its arguments.
+        jaxpr: The closed jaxpr.
+        leaves: Its flat arguments.
+        segments: Consecutive ranges that together cover all equations, each with a transformation: a function from
+            the segment's closed jaxpr to the callable that evaluates it, such as one under `jax.checkpoint`.
 
     Returns:
-        The program's results, as a list.
+        The results of the jaxpr, as a list.
     """
     inner = open_jaxpr(jaxpr)
     values: dict[Any, Any] = dict(zip(inner.constvars, jaxpr.consts, strict=True))
@@ -201,7 +208,7 @@ def run_segments(jaxpr: Any, leaves: Sequence[Any], segments: Sequence[tuple[ran
 
 
 def read_atom(atom: Any, values: Mapping[Any, Any]) -> Any:
-    """The value of a variable, or of a literal."""
+    """Return the value of a variable or a literal."""
     return values[atom] if isinstance(atom, core.Var) else atom.val
 
 
@@ -210,7 +217,7 @@ def _close_jaxpr(piece: Any) -> Any:
 
 
 def _find_last_reads(inner: Any) -> dict[Any, int]:
-    """For each variable the index of the last equation that reads it; results count as read at the end."""
+    """Return the index of the last equation that reads each variable; results count as read at the end."""
     last: dict[Any, int] = {}
     for number, equation in enumerate(inner.eqns):
         last.update(dict.fromkeys(collect_variables(equation.invars), number))
@@ -219,20 +226,20 @@ def _find_last_reads(inner: Any) -> dict[Any, int]:
 
 
 def collect_variables(atoms: Iterable[Any]) -> list[Any]:
-    """The variables among `atoms`, each once, in order."""
+    """Return the variables among `atoms`, without duplicates and literals, in order."""
     return list(dict.fromkeys(atom for atom in atoms if isinstance(atom, core.Var)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A scan equation taken apart.
+    """The parts of a `scan` equation.
 
     Attributes:
-        body: Closed program of one turn: constants, carry, one slice of each scanned array.
-        num_consts: How many of its operands are constants.
-        num_carry: How many follow as the carry; the rest is scanned.
-        length: Turns.
-        reverse: Whether it runs from the end.
+        body: Closed jaxpr of one iteration; its arguments are constants, the carry, and a slice of each scanned array.
+        num_consts: Number of constants, its first arguments.
+        num_carry: Number of carried values, which follow; the other arguments are slices.
+        length: Number of iterations.
+        reverse: Whether the iterations run from the last slice to the first.
         unroll: As in `jax.lax.scan`.
     """
 
@@ -245,11 +252,11 @@ class Scan:
 
 
 def parse_scan(equation: Any) -> Scan | None:
-    """The scan that an equation is, or None."""
+    """Return the parts of a `scan` equation; None for any other."""
     if equation.primitive.name != "scan":
         return None
     params = equation.params
-    if "ft_in" in params:  # since jax 0.11; before, the counts stood there themselves
+    if "ft_in" in params:  # since jax 0.11; earlier releases have the counts as parameters
         consts, carry = (len(list(part)) for part in params["ft_in"].unpack()[:2])
     else:
         consts, carry = params["num_consts"], params["num_carry"]

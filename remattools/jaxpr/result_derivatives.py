@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations whose derivative reads their own result: `exp`, `tanh`, `logistic`, `rsqrt`, `reduce_max`.
 
-Sits on `programs`; `names` calls it. A `checkpoint_name` behind such an operation names a
-copy: the derivative still reads the unnamed result, so that the backward pass makes it again,
-with all that it was made of, and the name keeps nothing. Here the value behind the name has a
-derivative that is JAX's own, operation for operation, but reads the named result.
+Sits on `jaxprs`; `transform.naming.names` calls it. A `checkpoint_name` after such an operation names a copy: the
+derivative still reads the unnamed result, so the backward pass recomputes it and everything it depends on, and saving
+the name saves no work. Here the named value gets a derivative of its own. It has the same operations as JAX's
+derivative, but reads the named result.
 """
 
 import functools
@@ -19,23 +19,23 @@ from . import jaxprs
 
 
 def is_result_in_derivative(equation: Any) -> bool:
-    """Whether the derivative of an equation takes the equation's own result, which a name behind it would miss."""
+    """Return whether the derivative of an equation reads its own result, so that a name after it would be ignored."""
     if next(jaxprs.find_subjaxprs(equation), None) is not None:
-        return False  # what defines its own derivative, or holds others
+        return False  # a custom derivative, or an operation with a nested jaxpr
     avals = tuple(atom.aval for atom in equation.invars)
     if not all(map(jaxprs.is_array, avals)) or not all(_is_float(var.aval) for var in equation.outvars):
         return False
     if any(map(jaxprs.is_placed, avals)):
-        return False  # types with axes of a mesh: constants in a derivative would have to be of the same
-    question = _EquationKey(equation)
+        return False  # constants in the derivative would need the same mesh axes in their types
+    key = _EquationKey(equation)
     try:
-        return _is_result_read_cached(question)
-    except TypeError:  # parameters that cannot be hashed
-        return _is_result_read(question)
+        return _is_result_read_cached(key)
+    except TypeError:  # unhashable parameters
+        return _is_result_read(key)
 
 
 class _EquationKey:
-    """An equation as a key: equal where primitive, parameters and types are."""
+    """A cache key for an equation; keys are equal if primitive, parameters and operand types are."""
 
     def __init__(self, equation: Any) -> None:
         self.call = _make_callable(equation)
@@ -56,47 +56,56 @@ def _is_result_read_cached(key: _EquationKey) -> bool:
 
 
 def _is_result_read(key: _EquationKey) -> bool:
-    given = key.shapes
-    moving = [number for number, like in enumerate(given) if jax.numpy.issubdtype(like.dtype, jax.numpy.inexact)]
-    if not moving:
+    operands = key.shapes
+    active = [index for index, like in enumerate(operands) if jax.numpy.issubdtype(like.dtype, jax.numpy.inexact)]
+    if not active:
         return False
     try:
-        program, count = _trace_derivative(key.call, given, moving, [given[number] for number in moving])
+        program, count = _trace_derivative(key.call, operands, active, [operands[index] for index in active])
     except (NameError, NotImplementedError, TypeError, ValueError):
-        # No derivative, or one that is only known where the equation runs (collectives over named axes): these are
-        # linear, or nobody differentiates them.
+        # No derivative, or one that can be traced only where the axis names are bound (collectives): those operations
+        # are linear, or never differentiated.
         return False
     inner = jaxprs.open_jaxpr(program)
     results = set(jaxprs.collect_variables(inner.outvars[:count]))
     if len(results) < count:
-        return False  # a constant, as the product over nothing
+        return False  # a result is a constant, as in an empty product
     if any(results.intersection(one.outvars) and not results.issuperset(one.outvars) for one in inner.eqns):
-        return False  # made together with more that the derivative reads, as the values of an svd with its vectors
+        return False  # computed with values that the derivative reads too, such as the vectors of an svd
     return any(atom in results for equation in inner.eqns for atom in jaxprs.collect_variables(equation.invars))
 
 
 def name_with_derivative(equation: Any, name: str) -> list[Any]:
-    """The equation, a `checkpoint_name` behind it, and its derivative from the named result."""
+    """Return the equations that name the results of `equation` and differentiate it through the named results.
+
+    These are the equation itself, a `checkpoint_name` for each result, and an identity whose custom JVP is that of the
+    equation.
+
+    Args:
+        equation: An equation for which `is_result_in_derivative` is true.
+        name: The name.
+    """
     call = _make_callable(equation)
-    count, kept = len(equation.invars), len(equation.outvars)
+    num_operands, num_results = len(equation.invars), len(equation.outvars)
 
     @jax.custom_jvp
     def return_results(*leaves: Any) -> list[Any]:
-        return list(leaves[count:])
+        return list(leaves[num_operands:])
 
     def compute_jvp(leaves: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        given, named = leaves[:count], leaves[count:]
-        moving = [number for number in range(count) if not isinstance(tangents[number], SymbolicZero)]
-        moved = [tangents[number] for number in moving]
-        if not moving:
+        operands, named = leaves[:num_operands], leaves[num_operands:]
+        active = [index for index in range(num_operands) if not isinstance(tangents[index], SymbolicZero)]
+        active_tangents = [tangents[index] for index in active]
+        if not active:
             return list(named), [jax.numpy.zeros_like(result) for result in named]
-        program = _trace_derivative(call, given, moving, moved)[0]
+        program = _trace_derivative(call, operands, active, active_tangents)[0]
         inner = jaxprs.open_jaxpr(program)
-        made, rest = inner.outvars[:kept], inner.outvars[kept:]
-        later = [one for one in inner.eqns if not set(one.outvars).intersection(made)]
-        alone = inner.replace(eqns=later, invars=[*inner.invars, *made], outvars=rest)
-        alone = alone if program is inner else program.replace(jaxpr=alone)
-        return list(named), jaxprs.run(alone, [*given, *moved, *named])
+        results, result_tangents = inner.outvars[:num_results], inner.outvars[num_results:]
+        # Without the equations that compute the results: these become arguments, for which the named values are passed.
+        remaining = [one for one in inner.eqns if not set(one.outvars).intersection(results)]
+        jvp = inner.replace(eqns=remaining, invars=[*inner.invars, *results], outvars=result_tangents)
+        jvp = jvp if program is inner else program.replace(jaxpr=jvp)
+        return list(named), jaxprs.run(jvp, [*operands, *active_tangents, *named])
 
     return_results.defjvp(compute_jvp, symbolic_zeros=True)
     fresh = [core.Var(var.aval) for var in equation.outvars]
@@ -116,7 +125,17 @@ def name_with_derivative(equation: Any, name: str) -> list[Any]:
 def _trace_derivative(
     call: Callable[..., list[Any]], primals: Sequence[Any], indices: Sequence[int], input_tangents: Sequence[Any]
 ) -> tuple[Any, int]:
-    """The program that makes results and tangents of the arguments and the tangents of some, and how many results."""
+    """Trace the JVP of `call`.
+
+    Args:
+        call: The function to differentiate.
+        primals: Its arguments, real or abstract.
+        indices: Which of them have a tangent.
+        input_tangents: Those tangents.
+
+    Returns:
+        A closed jaxpr from primals and tangents to results and their tangents, and the number of results.
+    """
     counts: list[int] = []
 
     def run_jvp(*leaves: Any) -> Any:
@@ -137,11 +156,11 @@ def _trace_derivative(
 
 
 def _make_callable(equation: Any) -> Callable[..., list[Any]]:
-    """What an equation computes, as a function."""
+    """Return a function that computes what an equation computes."""
 
     def call(*operands: Any) -> list[Any]:
-        found = equation.primitive.bind(*operands, **equation.params)
-        return list(found) if equation.primitive.multiple_results else [found]
+        results = equation.primitive.bind(*operands, **equation.params)
+        return list(results) if equation.primitive.multiple_results else [results]
 
     return call
 

@@ -13,7 +13,7 @@ from ..compiler.targets import Target
 from ..errors import BudgetError
 from ..text import format_bytes
 from .budget import BudgetKind, compute_budget_bytes, require_budget, require_positive
-from .result import EndReason, Plan, Point, TimeSource, find_frontier, format_footer, format_table, plot_points
+from .result import EndReason, Plan, Point, TimeSource, find_frontier, format_footer, format_points, plot_points
 from .search.next_compile import find_best_point
 
 
@@ -110,7 +110,7 @@ class Frontier:
 
     def table(self) -> str:
         """Return a table of all points by memory; those that no other point beats are marked."""
-        return format_table(self.points, self.of, None)
+        return format_points(self.points, self.of, None)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Plot cycles against memory.

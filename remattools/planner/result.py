@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..analysis import plot
 from ..compiler.report import Measurement, format_count
 from ..rules.ruleset import Rules
-from ..text import format_bytes
+from ..text import format_bytes, format_table
 from .budget import BudgetKind
 
 TimeSource = Literal["estimated_cycles", "model"]
@@ -146,7 +146,7 @@ class Plan:
 
     def table(self) -> str:
         """Return a table of all compiled points by memory; the plan's point is marked."""
-        return format_table(self.points, self.of, self.rules)
+        return format_points(self.points, self.of, self.rules)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Plot cycles against memory of all compiled points.
@@ -193,22 +193,27 @@ def find_frontier(points: Iterable[Point]) -> tuple[Point, ...]:
     return tuple(best)
 
 
-def format_table(points: Iterable[Point], of: BudgetKind, chosen: Rules | None) -> str:
+def format_points(points: Iterable[Point], of: BudgetKind, chosen: Rules | None) -> str:
     """Return a table of points by memory; those of the frontier and the chosen one are marked."""
     points = tuple(points)
-    lines = [f"{'':2}{of:>12}{'cycles':>10}{'predicted':>14}{'':>10}  rules"]
     frontier = find_frontier(points)
+    rows = []
     for point in sorted(points, key=lambda p: p.bytes):
-        mark = "->" if point.rules == chosen else "* " if point in frontier else "  "
         rules = "; ".join(_format_rule(pattern.text, action) for pattern, action in point.rules) or "plain"
         if point.link_cycles:
             rules += f" (transfers by the planner's time model: {format_count(point.link_cycles)} cycles)"
-        size = format_bytes(point.bytes) if point.measured.fits else "OOM"
-        lines.append(
-            f"{mark}{size:>12}{format_count(point.cycles):>10}{format_bytes(point.predicted.bytes):>14}"
-            f"{format_count(point.predicted.cycles):>10}  {rules}"
+        rows.append(
+            (
+                "->" if point.rules == chosen else "*" if point in frontier else "",
+                format_bytes(point.bytes) if point.measured.fits else "OOM",
+                format_count(point.cycles),
+                format_bytes(point.predicted.bytes),
+                format_count(point.predicted.cycles),
+                rules,
+            )
         )
-    return "\n".join(lines)
+    columns = ("", of, "cycles", "predicted", "", "rules")  # predicted bytes, then predicted cycles
+    return format_table(columns, rows, numeric=columns[1:-1])
 
 
 def plot_points(

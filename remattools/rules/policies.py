@@ -29,6 +29,9 @@ from .policy_types import (
     format_names,
 )
 
+# What stands for a policy: an expression, a policy of this package, or a callable as `jax.checkpoint` takes it.
+type PolicyLike = str | Policy | Callable[..., Any]
+
 _JAX_POLICIES = jax.checkpoint_policies
 
 
@@ -51,12 +54,24 @@ dots_with_no_batch_dims_saveable = checkpoint_dots_with_no_batch_dims = JaxPolic
 
 
 def save_only_these_names(*names: str) -> Policy:
-    """Return a policy that saves only values with these `checkpoint_name`s."""
+    """Return a policy that saves only values with these `checkpoint_name`s.
+
+    Example:
+        >>> from remattools import policies
+        >>> str(policies.dots_saveable | policies.save_only_these_names("qkv", "mlp"))
+        "dots_saveable | save_only_these_names('mlp', 'qkv')"
+    """
     return NamePolicy(saved_names=_require_strings(names, "save_only_these_names"))
 
 
 def save_any_names_but_these(*names: str) -> Policy:
-    """Return a policy that saves every named value except these, and recomputes unnamed ones."""
+    """Return a policy that saves every named value except these, and recomputes unnamed ones.
+
+    Example:
+        >>> from remattools import policies
+        >>> policies.save_any_names_but_these("scores") == policies.resolve("save_any_names_but_these('scores')")
+        True
+    """
     return AllExceptNames(_require_strings(names, "save_any_names_but_these"), is_named_only=True)
 
 
@@ -64,12 +79,23 @@ def save_anything_except_these_names(*names: str) -> Policy:
     """Return a policy that saves every value, named or not, except these.
 
     JAX's policy of this name saves everything since jax#37888.
+
+    Example:
+        >>> from remattools import policies
+        >>> str(policies.save_anything_except_these_names("scores"))
+        "save_anything_except_these_names('scores')"
     """
     return AllExceptNames(_require_strings(names, "save_anything_except_these_names"), is_named_only=False)
 
 
-def save_from_both_policies(first: Any, second: Any) -> Policy:
-    """Save what either policy saves; unlike JAX's, also if one offloads."""
+def save_from_both_policies(first: PolicyLike, second: PolicyLike) -> Policy:
+    """Save what either policy saves; unlike JAX's, also if one offloads.
+
+    Example:
+        >>> from remattools import policies
+        >>> str(policies.save_from_both_policies("dots_saveable", policies.save_only_these_names("qkv")))
+        "dots_saveable | save_only_these_names('qkv')"
+    """
     return resolve(first) | resolve(second)
 
 
@@ -79,6 +105,11 @@ def offload_dot_with_no_batch_dims(offload_src: str = "device", offload_dst: str
     Args:
         offload_src: Memory kind to move from.
         offload_dst: Memory kind to move to.
+
+    Example:
+        >>> from remattools import policies
+        >>> str(policies.offload_dot_with_no_batch_dims())
+        "offload_dot_with_no_batch_dims('device', 'pinned_host')"
     """
     return OffloadDots(offload_src, offload_dst)
 
@@ -100,6 +131,14 @@ def save_and_offload_only_these_names(
 
     Raises:
         PolicyError: If a name is in both lists.
+
+    Example:
+        >>> from remattools import policies
+        >>> policy = policies.save_and_offload_only_these_names(
+        ...     names_which_can_be_saved=["qkv"], names_which_can_be_offloaded=["mlp"]
+        ... )
+        >>> policy.saved_names, policy.offloaded_names
+        (frozenset({'qkv'}), frozenset({'mlp'}))
     """
     saved = _require_strings(names_which_can_be_saved, "names_which_can_be_saved")
     offloaded = _require_strings(names_which_can_be_offloaded, "names_which_can_be_offloaded")
@@ -140,7 +179,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted((*_POLICIES, *_FACTORIES)))
 
 
-def resolve(value: Any) -> Policy:
+def resolve(value: PolicyLike) -> Policy:
     """Return the policy that a value stands for.
 
     Args:

@@ -10,18 +10,23 @@ from typing import Any, Literal
 
 from ..errors import RuleError
 from .paths import NamePattern
-from .policies import resolve
+from .policies import PolicyLike, resolve
 from .policy_types import Policy
 
+# Not Iterable[str]: a lone string is one, and type checkers should refuse it as the constructor does.
+type Names = tuple[str, ...] | list[str]
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, init=False)
 class Remat:
     """What a region saves, offloads and recomputes.
 
-    With neither a policy nor names, only the region's inputs are saved.
+    With neither a policy nor names, only the region's inputs are saved. Every argument is an attribute of the same
+    name; there, `policy` is a `Policy` or None, and names are tuples.
 
-    Attributes:
-        policy: Name of a policy, a `Policy`, a JAX policy callable, or None.
+    Args:
+        policy: An expression such as "dots_saveable | save_only_these_names('qkv')", a `Policy`, a policy callable as
+            `jax.checkpoint` takes it, or None.
         save: Patterns over the names inside the region to save on the device: `"attn.qkv"` (the output of a
             submodule), `"mlp:dot_general"` (the result of an operation in it), `"@name"` (a `checkpoint_name`).
         offload: Patterns over the same names, to offload to host memory.
@@ -32,9 +37,17 @@ class Remat:
         methods: Names of the methods that become regions.
         prevent_cse: As in `jax.checkpoint`; False only inside a scan.
 
+    Raises:
+        PolicyError: If `policy` does not stand for a policy.
+        PatternError: If a pattern in `save` or `offload` has a syntax error.
+        RuleError: If another argument is invalid, or a name is both saved and offloaded.
+
     Example:
         >>> Remat(save=["attn.qkv"], every_n=2)
         Remat(save=('attn.qkv',), every_n=2)
+        >>> import jax
+        >>> Remat("dots_saveable") == Remat(jax.checkpoint_policies.dots_saveable)
+        True
     """
 
     policy: Policy | None = None
@@ -47,11 +60,36 @@ class Remat:
     methods: tuple[str, ...] = ("__call__",)
     prevent_cse: bool = True
 
-    def __post_init__(self) -> None:
-        if self.policy is not None:
-            object.__setattr__(self, "policy", resolve(self.policy))
-        for field in ("save", "offload", "methods"):
-            object.__setattr__(self, field, self._require_strings(field))
+    # Not the generated one: it would take the types of the attributes, which are narrower.
+    def __init__(
+        self,
+        policy: PolicyLike | None = None,
+        *,
+        save: Names = (),
+        offload: Names = (),
+        every_n: int = 1,
+        offset: int = 0,
+        group: int | Literal["sqrt"] = 1,
+        methods: Names = ("__call__",),
+        prevent_cse: bool = True,
+    ) -> None:
+        values = {
+            "policy": None if policy is None else resolve(policy),
+            "save": _require_strings("save", save),
+            "offload": _require_strings("offload", offload),
+            "every_n": every_n,
+            "offset": offset,
+            "group": group,
+            "methods": _require_strings("methods", methods),
+            "prevent_cse": prevent_cse,
+        }
+        for field, value in values.items():
+            object.__setattr__(self, field, value)
+        self._check_names()
+        self._check_counts()
+        self._check_methods()
+
+    def _check_names(self) -> None:
         for name in (*self.save, *self.offload):
             NamePattern.parse(name)
         both = set(self.save) & set(self.offload)
@@ -61,7 +99,8 @@ class Remat:
                 why="a value is stored in one place.",
                 fix="name it in save= or in offload=.",
             )
-        self._check_counts()
+
+    def _check_methods(self) -> None:
         for name in self.methods:
             if not name.isidentifier():
                 raise RuleError(what=f"{name!r} is not a method name.", why="regions are methods.", fix='"__call__".')
@@ -73,20 +112,6 @@ class Remat:
                 why="it decides whether the compiler may merge the recomputation with the first computation.",
                 fix="True, or False for a region inside a scan.",
             )
-
-    def _require_strings(self, field: str) -> tuple[str, ...]:
-        value = getattr(self, field)
-        if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
-            raise RuleError(
-                what=f"{field}={value!r} is not a sequence of strings.",
-                why="a lone string would be read character by character.",
-                fix=f"{field}=({value!r},)." if isinstance(value, str) else f"{field}=(...).",
-            )
-        strings = tuple(value)
-        for text in strings:
-            if not isinstance(text, str):
-                raise RuleError(what=f"{text!r} in {field} is not a string.", why="names are strings.", fix="quote it.")
-        return strings
 
     def _check_counts(self) -> None:
         # bool is an int in Python, so every_n=True would otherwise mean 1.
@@ -116,6 +141,20 @@ class Remat:
             if field.name not in ("policy", "_") and value != field.default:
                 parts.append(f"{field.name}={value!r}")
         return f"Remat({', '.join(parts)})"
+
+
+def _require_strings(field: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise RuleError(
+            what=f"{field}={value!r} is not a sequence of strings.",
+            why="a lone string would be read character by character.",
+            fix=f"{field}=({value!r},)." if isinstance(value, str) else f"{field}=(...).",
+        )
+    strings = tuple(value)
+    for text in strings:
+        if not isinstance(text, str):
+            raise RuleError(what=f"{text!r} in {field} is not a string.", why="names are strings.", fix="quote it.")
+    return strings
 
 
 # False excludes a module.

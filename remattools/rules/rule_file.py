@@ -120,7 +120,7 @@ def _parse_action(value: Any) -> Action:
     if value is False:
         return False
     if isinstance(value, str):
-        return Remat(policy=value)  # type: ignore[arg-type]  # resolved when built
+        return Remat(policy=value)
     if not isinstance(value, dict):
         raise RuleError(
             what=f"{value!r} is not an action.",

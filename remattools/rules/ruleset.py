@@ -52,6 +52,14 @@ class Rules:
 
         Raises:
             RuleFileError: If the file cannot be read or holds an invalid rule; the message names file and line.
+
+        Example:
+            >>> import pathlib, tempfile
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     file = pathlib.Path(directory, "rules.toml")
+            ...     written = file.write_text('remat.rules = { "layers.*" = "dots_saveable" }')
+            ...     Rules.load(file)
+            Rules([('layers.*', Remat(policy='dots_saveable'))])
         """
         return cls(rule_file.load(pathlib.Path(path)))
 
@@ -99,7 +107,12 @@ class Rules:
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
-        """Return the names of all presets, in order."""
+        """Return the names of all presets, in order.
+
+        Example:
+            >>> Rules.presets()
+            ('gemma', 'gemma3', 'gemma4', 'llama3', 'qwen2', 'qwen3')
+        """
         return tuple(sorted(path.stem for path in _PRESETS.glob("*.toml")))
 
     @classmethod
@@ -112,6 +125,10 @@ class Rules:
         Raises:
             RuleError: If it is none of these.
             RuleFileError: If it is a path and the file cannot be read.
+
+        Example:
+            >>> Rules.coerce({"layers.*": False}) == Rules.coerce([("layers.*", False)])
+            True
         """
         if isinstance(value, Rules):
             return value

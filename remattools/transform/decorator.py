@@ -13,12 +13,10 @@ from typing import Any, Literal, Protocol, overload
 from flax import nnx
 
 from ..errors import RuleError
-from ..rules.policy_types import Policy
-from ..rules.rule import Remat
+from ..rules.policies import PolicyLike
+from ..rules.rule import Names, Remat
 from . import region, swap
 from .apply import apply, coerce_rules, find_outermost_sequences
-
-type _PolicyLike = str | Policy | Callable[..., Any] | None
 
 
 class Decorator(Protocol):
@@ -53,13 +51,13 @@ def remat[T: Callable[..., Any]](
     target: T,
     /,
     *,
-    policy: _PolicyLike = None,
-    save: tuple[str, ...] = (),
-    offload: tuple[str, ...] = (),
+    policy: PolicyLike | None = None,
+    save: Names = (),
+    offload: Names = (),
     every_n: int = 1,
     offset: int = 0,
     group: int | Literal["sqrt"] = 1,
-    methods: tuple[str, ...] = ("__call__",),
+    methods: Names = ("__call__",),
     prevent_cse: bool = True,
     rules: Any = None,
 ) -> T: ...
@@ -68,13 +66,13 @@ def remat(
     target: None = None,
     /,
     *,
-    policy: _PolicyLike = None,
-    save: tuple[str, ...] = (),
-    offload: tuple[str, ...] = (),
+    policy: PolicyLike | None = None,
+    save: Names = (),
+    offload: Names = (),
     every_n: int = 1,
     offset: int = 0,
     group: int | Literal["sqrt"] = 1,
-    methods: tuple[str, ...] = ("__call__",),
+    methods: Names = ("__call__",),
     prevent_cse: bool = True,
     rules: Any = None,
 ) -> Decorator: ...
@@ -82,13 +80,13 @@ def remat(
     target: Any = None,
     /,
     *,
-    policy: Any = None,
-    save: tuple[str, ...] = (),
-    offload: tuple[str, ...] = (),
+    policy: PolicyLike | None = None,
+    save: Names = (),
+    offload: Names = (),
     every_n: int = 1,
     offset: int = 0,
-    group: Any = 1,
-    methods: tuple[str, ...] = ("__call__",),
+    group: int | Literal["sqrt"] = 1,
+    methods: Names = ("__call__",),
     prevent_cse: bool = True,
     rules: Any = None,
 ) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the TPU's compiler is not installed, its tests say so."""
+"""Skip the tests that need the TPU's compiler where it is not installed."""
 
 import importlib.util
 

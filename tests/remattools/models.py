@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models that do what models in the wild do; shared by the tests."""
+"""Small models with the structure of real ones; shared by the tests."""
 
 from typing import Any
 
@@ -51,6 +51,16 @@ class Tower(nnx.Module):
         for layer in self.layers:
             x = layer(x, *args, **kwargs)
         return self.head(x)
+
+
+class One(nnx.Module):
+    """One block and a sum, so that the gradient holds exactly one region."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.block(x).sum()
 
 
 def inputs(batch: int = 4, seq: int = 6, width: int = 8) -> jax.Array:

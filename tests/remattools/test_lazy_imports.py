@@ -43,7 +43,7 @@ def test_an_unknown_name_suggests_the_closest(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_importing_a_package_imports_no_jax_until_a_name_is_used(package):
+def test_jax_is_imported_on_the_first_use_only(package):
     name = "apply" if package is remattools else "open"
     code = (
         f"import sys, {package.__name__} as package; before = 'jax' in sys.modules; package.{name}; "

@@ -204,7 +204,7 @@ def test_calls_that_cannot_be_measured_raise_with_a_fix(call, error, fix):
     assert fix in caught.value.fix
 
 
-def test_errors_in_user_code_keep_their_type_and_name_the_call():
+def test_user_errors_keep_their_type_and_name_the_call():
     with pytest.raises(ZeroDivisionError) as caught:
         rt.measure(lambda x: 1 / 0, jnp.ones(3))
     assert "remattools traced the call <lambda>(x=float32[3])." in caught.value.__notes__

@@ -46,7 +46,7 @@ def test_a_peak_without_temporaries_is_marked():
     assert "without temporaries" in str(dataclasses.replace(MEASUREMENT, target="cpu"))
 
 
-def test_an_out_of_memory_report_names_the_excess_and_the_largest_values():
+def test_an_out_of_memory_report_names_excess_and_largest_values():
     largest = (Allocation(path="layers.0", name="sin", shape="float32[8]", bytes=2048, count=3),)
     reason = OutOfMemory(needed_bytes=3 * 2**30, limit_bytes=2**30, message="m", largest=largest)
     text = str(dataclasses.replace(MEASUREMENT, out_of_memory=reason))

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The best that any choice could reach on the planner's own model: one integer program over all blocks.
 
-Every block chooses for itself, which names it keeps or no region at all; the search
-under test knows few levels and at most two of them at once. What is fused, and when a
-value is made again, depends on what is kept, which no linear program can say: memory is
-counted at the moments at which it does not, so that the result is a bound, below what
-any choice reaches.
+Here every block chooses its saved names, or no region, independently; the search under test combines at most two
+levels at a time. Which operations are fused, and when a value is recomputed, depends on what is saved, which a linear
+program cannot express. Memory is therefore counted only at moments at which it does not depend on that, so the result
+is a bound: no choice does better.
 """
 
 import collections
@@ -82,7 +81,7 @@ def least_cycles(shape: Outline, budget: float, seconds: float = 20.0) -> float:
 
 
 def _block(program: Program, problem: BlockProblem) -> tuple[tuple[int, float], ...]:
-    """Columns of what one block keeps, and of the most that its passes need, in mebibytes."""
+    """Columns of what one block saves, and of the most that its passes need, in MiB."""
     graph, plain = problem.graph, problem.plain_choice
     free = program.column(whole=True)  # no region
     names = {name: program.column(whole=True) for name in problem.names}
@@ -111,7 +110,7 @@ def _block(program: Program, problem: BlockProblem) -> tuple[tuple[int, float], 
 
 
 def _in_memory(graph: Any, order: Any) -> frozenset[int]:
-    """Values that no choice of what is kept makes a part of a fused operation, as long as these steps run."""
+    """Values that are in memory whatever is saved, as long as these steps run: no choice fuses them."""
     readers: dict[int, set[int]] = collections.defaultdict(set)
     for number, step in enumerate(order):
         for value in step.reads:
@@ -164,7 +163,7 @@ def _backward_rows(
     free: int,
     top: float,
 ) -> None:
-    """Moments of the backward steps alone: what is made again is made where it is first needed, or after."""
+    """Moments of the backward steps: a value is recomputed where it is first needed, or later."""
     graph = problem.graph
     there = _in_memory(graph, graph.backward)
     read_at: dict[int, list[int]] = collections.defaultdict(list)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Search spaces of small models, and searches in them whose measurements are made up."""
+"""Search spaces of small models, and searches in them with made-up measurements."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ DEPTH, SHAPE = 16, (512, 32)
 
 
 class Light(nnx.Module):
-    """What its backward pass needs is little beside its input."""
+    """Its backward pass needs little besides its input."""
 
     def __init__(self, width: int, rngs: nnx.Rngs) -> None:
         self.up = nnx.Linear(width, width, rngs=rngs)

@@ -38,7 +38,7 @@ def test_an_invalid_budget_is_refused_with_examples(budget: Any) -> None:
     require_budget("fit")  # control
 
 
-def test_one_is_a_fraction_as_a_float_and_a_byte_as_an_int() -> None:
+def test_one_is_a_fraction_as_float_but_bytes_as_int() -> None:
     assert is_fraction(1.0)
     assert not is_fraction(1)
 

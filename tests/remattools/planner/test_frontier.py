@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One frontier per model, compiled once, keeps every budget; what is in the cache is not compiled again."""
+"""A frontier is compiled once and answers every budget; programs in the cache are not compiled again."""
 
 import dataclasses
 import pathlib
@@ -36,7 +36,7 @@ MODELS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("measured")
 
 
@@ -45,14 +45,14 @@ def _subject(name: str) -> tuple[Any, Any]:
     return nnx.eval_shape(make), jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _frontier(name: str, folder: pathlib.Path, **options: Any) -> rt.Frontier:
+def _frontier(name: str, directory: pathlib.Path, **options: Any) -> rt.Frontier:
     model, x = _subject(name)
-    return rt.frontier(loss, model, x, of="temp", target="cpu", cache=folder, **({"max_compiles": 5} | options))
+    return rt.frontier(loss, model, x, of="temp", target="cpu", cache=directory, **({"max_compiles": 5} | options))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_frontier_keeps_ten_budgets(name: str, folder: pathlib.Path) -> None:
-    found = _frontier(name, folder)
+def test_one_frontier_answers_ten_budgets(name: str, directory: pathlib.Path) -> None:
+    found = _frontier(name, directory)
     assert len(found.best) >= 2  # control: there is something to choose
     assert found.least_bytes < 0.9 * found.plain_bytes
     model, x = _subject(name)
@@ -62,14 +62,14 @@ def test_one_frontier_keeps_ten_budgets(name: str, folder: pathlib.Path) -> None
         assert own.bytes <= budget
         assert not any(point.bytes <= budget and point.cycles < own.cycles for point in found.points)
         with rt.applied(model, plan.rules):  # what was promised is what the compiler says now
-            measured = rt.measure(loss, model, x, target="cpu", differentiate=True, cache=folder)
+            measured = rt.measure(loss, model, x, target="cpu", differentiate=True, cache=directory)
         assert measured.temp_bytes == plan.measured.temp_bytes <= budget
 
 
-def test_a_frontier_is_compiled_once(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    first = _frontier("tower", folder)
+def test_a_frontier_is_compiled_once(directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    first = _frontier("tower", directory)
     lines: list[str] = []
-    again = _frontier("tower", folder, progress=lines.append)
+    again = _frontier("tower", directory, progress=lines.append)
     assert {point.rules for point in again.points} == {point.rules for point in first.points}
     assert len(lines) == 1  # the plain model, which is in the cache
     assert sum(point.measured.compile_s for point in again.points) == sum(p.measured.compile_s for p in first.points)
@@ -77,18 +77,18 @@ def test_a_frontier_is_compiled_once(folder: pathlib.Path, tmp_path: pathlib.Pat
     assert len(lines) == 4  # control: nothing is known without the cache
 
 
-def test_a_plan_begins_with_what_is_known(folder: pathlib.Path) -> None:
-    known = _frontier("tower", folder)
+def test_a_plan_begins_with_what_is_known(directory: pathlib.Path) -> None:
+    known = _frontier("tower", directory)
     model, x = _subject("tower")
-    plan = rt.plan(loss, model, x, budget=0.7, of="temp", target="cpu", cache=folder, time_limit_s=0.0)
+    plan = rt.plan(loss, model, x, budget=0.7, of="temp", target="cpu", cache=directory, time_limit_s=0.0)
     assert len(plan.points) == len(known.points)
     bare = rt.plan(loss, model, x, budget=1.0, of="temp", target="cpu", time_limit_s=0.0)
     assert len(bare.points) == 1  # control
 
 
-def test_notes_of_another_program_are_left_out(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    _frontier("tower", folder)
-    (note,) = [path for path in folder.glob("plan-*.json") if path.stat().st_size > 2][:1]
+def test_notes_of_another_program_are_left_out(directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    _frontier("tower", directory)
+    (note,) = [path for path in directory.glob("plan-*.json") if path.stat().st_size > 2][:1]
     (tmp_path / note.name).write_text(note.read_text())
     other = _frontier("tower", tmp_path, max_compiles=2)
     assert len(other.points) == 2  # the notes are there, their measurements are not
@@ -98,8 +98,8 @@ def test_notes_of_another_program_are_left_out(folder: pathlib.Path, tmp_path: p
         assert len(_frontier("tower", tmp_path, max_compiles=2).points) == 2
 
 
-def test_budgets_of_a_frontier_are_read_like_those_of_a_plan(folder: pathlib.Path) -> None:
-    found = _frontier("tower", folder)
+def test_a_frontier_reads_budgets_as_a_plan_does(directory: pathlib.Path) -> None:
+    found = _frontier("tower", directory)
     assert found.plan(0.9).budget_bytes == int(0.9 * found.plain_bytes)
     slow = max(point.cycles for point in found.best)
     assert found.plan(max_cycles=slow).measured.temp_bytes == found.least_bytes
@@ -111,8 +111,8 @@ def test_budgets_of_a_frontier_are_read_like_those_of_a_plan(folder: pathlib.Pat
     assert found.plan(np.float32(0.5 * found.least_bytes / found.plain_bytes + 0.5)).budget_bytes < found.plain_bytes
 
 
-def test_what_two_limits_leave_over_is_said(folder: pathlib.Path) -> None:
-    found = _frontier("tower", folder)
+def test_an_error_names_the_limit_that_is_missed(directory: pathlib.Path) -> None:
+    found = _frontier("tower", directory)
     quick = min(point.cycles for point in found.points)
     within = min(point.cycles for point in found.points if point.bytes <= found.least_bytes)
     assert within > quick + 1  # else nothing is asked here
@@ -122,8 +122,8 @@ def test_what_two_limits_leave_over_is_said(folder: pathlib.Path) -> None:
     assert found.plan(found.least_bytes, max_cycles=int(within) + 1).measured.temp_bytes == found.least_bytes
 
 
-def test_temporaries_in_the_chips_own_memory_are_told_of(folder: pathlib.Path) -> None:
-    found = _frontier("tower", folder)
+def test_a_frontier_reports_temporaries_in_on_chip_memory(directory: pathlib.Path) -> None:
+    found = _frontier("tower", directory)
     assert "VMEM" not in str(found)
     first, *others = found.points
     small = dataclasses.replace(first.measured, target="tpu:v5e:2x2", peak_bytes=2 * first.measured.total_bytes)
@@ -150,8 +150,8 @@ def test_an_interrupt_returns_what_was_compiled(tmp_path: pathlib.Path) -> None:
     assert "ended" not in str(whole) + whole.plan(1.0).to_toml()
 
 
-def test_a_frontier_is_shown(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    found = _frontier("tower", folder)
+def test_a_frontier_is_shown(directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    found = _frontier("tower", directory)
     assert str(found).count("\n") == len(found.points) + 1
     assert "time by model" in str(found)
     assert len(found.as_dict()["points"]) == len(found.points)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that a scan runs: one choice for all of them, kept as often as the scan turns."""
+"""Layers that a scan runs: one choice for all of them, whose values are saved once per iteration."""
 
 import pathlib
 from typing import Any
@@ -219,7 +219,7 @@ def test_rules_of_blocks_in_loops_are_few() -> None:
     assert written(EncoderDecoder, 2) == ["encoder.stack", "decoder.stack"]
 
 
-def test_what_a_loop_stacks_counts_as_often_as_it_turns() -> None:
+def test_stacked_values_count_once_per_iteration() -> None:
     def kept_bytes(length: int) -> float:
         shape = outlined(lambda: Scanned(length))
         timetable = build_timetable(shape.around, shape.calls)
@@ -230,7 +230,7 @@ def test_what_a_loop_stacks_counts_as_often_as_it_turns() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("measured")
 
 
@@ -242,10 +242,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         pytest.param(lambda: Scanned(6, Normed), "stack", id="state and random numbers"),
     ],
 )
-def test_a_scanned_tower_is_planned_at_half_its_memory(make: Any, pattern: str, folder: pathlib.Path) -> None:
+def test_a_scanned_tower_is_planned_at_half_its_memory(make: Any, pattern: str, directory: pathlib.Path) -> None:
     model, x = nnx.eval_shape(make), jax.ShapeDtypeStruct((16, 32, WIDTH), jnp.float32)
-    plan = rt.plan(loss, model, x, budget=0.5, of="temp", target="cpu", cache=folder, max_compiles=5)
-    plain = rt.measure(loss, model, x, differentiate=True, target="cpu", cache=folder)
+    plan = rt.plan(loss, model, x, budget=0.5, of="temp", target="cpu", cache=directory, max_compiles=5)
+    plain = rt.measure(loss, model, x, differentiate=True, target="cpu", cache=directory)
     assert plan.measured.temp_bytes <= 0.5 * plain.temp_bytes
     assert [text.text for text, _ in plan.rules] == [pattern]
     again = rt.apply(nnx.eval_shape(make), rt.Rules.from_toml(plan.to_toml()))

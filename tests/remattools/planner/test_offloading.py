@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values in the host's memory: looked at where a loop stacks them, and priced by the link they take."""
+"""Values in host memory: considered where a loop stacks them, and priced by the transfer."""
 
 import dataclasses
 import sys
@@ -28,36 +28,38 @@ def space_with(link_bytes: float, make: Any = Scanned) -> Space:
     return Space(build_outline(loss, nnx.eval_shape(make), (X,), rates))
 
 
-def test_the_link_is_the_price() -> None:
+def test_offloading_costs_what_the_link_takes() -> None:
     fast, slow = space_with(1e12), space_with(1e-3)
     pairs = [(n, fast.assignments.index(dataclasses.replace(a, offload=False))) for n, a in enumerate(fast.assignments)]
     pairs = [(offloaded, saved) for offloaded, saved in pairs if offloaded != saved]
     assert pairs
     for offloaded, saved in pairs:
         assert fast.bytes[offloaded] < fast.bytes[saved]
-        assert fast.cycles[offloaded] == pytest.approx(fast.cycles[saved])  # all of it beside what runs
+        assert fast.cycles[offloaded] == pytest.approx(fast.cycles[saved])  # all of it overlaps with computation
         assert slow.link_cycles[offloaded] > 0
         assert slow.cycles[offloaded] == pytest.approx(slow.cycles[saved] + slow.link_cycles[offloaded])
         assert slow.link_cycles[saved] == 0
 
 
-def test_rules_say_offload() -> None:
+def test_rules_of_an_offloading_assignment_offload() -> None:
     space = space_with(10.0)
     written = [write_rules(space, a) for a in space.assignments if a.offload]
     assert all(action.offload and not action.save for rules in written for _, action in rules)
     assert not any(action.offload for a in space.assignments if not a.offload for _, action in write_rules(space, a))
 
 
-def test_what_is_learnt_of_the_others_does_not_change() -> None:
-    without, beside = space_with(0.0), space_with(10.0)
+def test_offloading_does_not_change_the_other_corrections() -> None:
+    without, offloading = space_with(0.0), space_with(10.0)
     count = len(without.assignments)
-    assert beside.assignments[:count] == without.assignments
-    assert len(beside.assignments) > count
-    # Of several figures, since from one alone only a constant is learnt.
+    assert offloading.assignments[:count] == without.assignments
+    assert len(offloading.assignments) > count
+    # Several measurements, since one alone corrects a constant only.
     measured = {number: 1e6 * (number + 1) for number in (0, 1, count - 1)}
     for kind in ("bytes", "cycles"):
         for alone, together in zip(
-            without.correct_predictions(kind, measured), beside.correct_predictions(kind, measured), strict=True
+            without.correct_predictions(kind, measured),
+            offloading.correct_predictions(kind, measured),
+            strict=True,
         ):
             np.testing.assert_allclose(together[:count], alone, rtol=1e-6)
 
@@ -66,7 +68,7 @@ def test_what_is_learnt_of_the_others_does_not_change() -> None:
     ("link_bytes", "make"),
     [pytest.param(0.0, Scanned, id="no host memory"), pytest.param(10.0, Listed, id="no loop")],
 )
-def test_where_it_is_of_no_use_it_is_not_looked_at(link_bytes: float, make: Any) -> None:
+def test_useless_offloading_is_not_searched(link_bytes: float, make: Any) -> None:
     assert not any(a.offload for a in space_with(link_bytes, make).assignments)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import remattools as rt
 from remattools.compiler.out_of_memory import OutOfMemory
-from remattools.planner.result import Plan, Point, Prediction, describe_early_end, find_frontier, format_table
+from remattools.planner.result import Plan, Point, Prediction, describe_early_end, find_frontier, format_points
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,12 @@ def test_a_frontier_has_no_point_that_another_beats(measured: rt.Measurement) ->
     assert find_frontier([fast, worse, small]) == (small, fast)
 
 
-def test_a_point_out_of_memory_is_shown_but_not_on_the_frontier(measured: rt.Measurement) -> None:
+def test_an_out_of_memory_point_is_listed_off_the_frontier(measured: rt.Measurement) -> None:
     full = OutOfMemory(needed_bytes=2**40, limit_bytes=2**30, message="full")
     failed = make_point(dataclasses.replace(measured, out_of_memory=full), 1, 1.0)
     assert find_frontier([failed]) == ()
-    assert "OOM" in format_table([failed], "peak", None)
-    assert "OOM" not in format_table([make_point(measured, 1, 1.0)], "peak", None)  # control
+    assert "OOM" in format_points([failed], "peak", None)
+    assert "OOM" not in format_points([make_point(measured, 1, 1.0)], "peak", None)  # control
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_point_out_of_memory_is_shown_but_not_on_the_frontier(measured: rt.Mea
     ],
 )
 def test_a_table_says_what_rules_do(measured: rt.Measurement, action: rt.Remat, text: str) -> None:
-    assert format_table([make_point(measured, 1, 1.0, {"layers.*": action})], "temp", None).endswith(text)
+    assert format_points([make_point(measured, 1, 1.0, {"layers.*": action})], "temp", None).endswith(text)
 
 
 def test_a_rule_file_says_where_it_comes_from(measured: rt.Measurement) -> None:
@@ -75,3 +75,15 @@ def test_a_rule_file_says_where_it_comes_from(measured: rt.Measurement) -> None:
 def test_only_an_early_end_is_remarked_on() -> None:
     assert describe_early_end("converged") == describe_early_end("max_compiles") == ""
     assert "Ctrl-C" in describe_early_end("interrupted")
+
+
+def test_a_table_marks_the_plan_and_the_frontier(measured: rt.Measurement) -> None:
+    chosen = make_point(measured, 2**20, 5e6, {"layers.*": rt.Remat()})
+    fast, beaten = make_point(measured, 2**21, 1e6), make_point(measured, 2**22, 6e6, {"head": rt.Remat(group=2)})
+    assert format_points([beaten, fast, chosen], "temp", chosen.rules).splitlines() == [
+        "       temp  cycles  predicted       rules",
+        "->  1.0 MiB     5 M    1.0 MiB  5 M  layers.*: save nothing",
+        " *  2.0 MiB     1 M    2.0 MiB  1 M  plain",
+        "    4.0 MiB     6 M    4.0 MiB  6 M  head: save nothing, 2 in a region",
+    ]
+    assert "->" not in format_points([beaten, fast, chosen], "temp", None)  # control

@@ -110,15 +110,15 @@ def accumulated(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
 
 
 def counted(model: Any, optimizer: Any, x: jax.Array) -> None:
-    """Gradients accumulated by a loop whose turns nobody knows."""
+    """Gradients accumulated by a loop with an unknown trip count."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def body(index: Any, total: Any) -> Any:
         grads = jax.grad(lambda params: loss(nnx.merge(graphdef, params, rest, copy=True), x[index]))(params)
         return jax.tree.map(jnp.add, total, grads)
 
-    turns = jnp.argmax(x[:, 0, 0])
-    optimizer.update(model, jax.lax.fori_loop(0, turns, body, jax.tree.map(jnp.zeros_like, params)))
+    trip_count = jnp.argmax(x[:, 0, 0])
+    optimizer.update(model, jax.lax.fori_loop(0, trip_count, body, jax.tree.map(jnp.zeros_like, params)))
 
 
 def repeated(model: Any, optimizer: Any, x: jax.Array) -> None:
@@ -144,7 +144,7 @@ def outlined(fn: Any, make: Callable[[], Any] = tower) -> Outline:
     return build_outline(fn, model, (optimizer, x), get_rates("cpu"), differentiate=False)
 
 
-def figures(shape: Outline) -> list[tuple[int, int]]:
+def count_copies_and_iterations(shape: Outline) -> list[tuple[int, int]]:
     return [(call.copies, call.iterations) for call in shape.calls]
 
 
@@ -152,20 +152,20 @@ def figures(shape: Outline) -> list[tuple[int, int]]:
 def test_each_block_is_seen_once_with_its_backward_pass(fn: Any) -> None:
     shape = outlined(fn)
     assert [path for path, _ in shape.visits] == [("layers", index) for index in range(4)]
-    assert figures(shape) == [(1, 1)] * 4
+    assert count_copies_and_iterations(shape) == [(1, 1)] * 4
     assert [call.backward for call in shape.calls] == sorted((c.backward for c in shape.calls), reverse=True)
 
 
 def test_blocks_inside_loops_of_a_step() -> None:
-    assert figures(outlined(accumulated)) == [(1, 4)] * 4
-    assert figures(outlined(repeated)) == [(1, 4)] * 4
-    assert figures(outlined(counted)) == [(1, 1)] * 4
-    assert figures(outlined(accumulated, Scanned)) == [(6, 24)]
-    assert figures(outlined(step, Scanned)) == [(6, 6)]
+    assert count_copies_and_iterations(outlined(accumulated)) == [(1, 4)] * 4
+    assert count_copies_and_iterations(outlined(repeated)) == [(1, 4)] * 4
+    assert count_copies_and_iterations(outlined(counted)) == [(1, 1)] * 4
+    assert count_copies_and_iterations(outlined(accumulated, Scanned)) == [(6, 24)]
+    assert count_copies_and_iterations(outlined(step, Scanned)) == [(6, 6)]
     assert len(outlined(two_losses).visits) == 8
 
 
-def test_the_peak_of_a_step_holds_gradients_that_a_loss_only_returns() -> None:
+def test_the_peak_of_a_step_includes_gradients() -> None:
     def at_the_end(shape: Outline) -> int:
         return compute_live_bytes(shape.around, shape.around.forward)[shape.calls[0].backward]
 
@@ -176,7 +176,7 @@ def test_the_peak_of_a_step_holds_gradients_that_a_loss_only_returns() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("measured")
 
 
@@ -201,9 +201,9 @@ def assert_same_step(fn: Any, make: Callable[[], Any], rules: rt.Rules) -> None:
         pytest.param(accumulated, Scanned, id="accumulated over a scanned tower"),
     ],
 )
-def test_a_step_is_planned_at_half_of_its_memory(fn: Any, make: Callable[[], Any], folder: pathlib.Path) -> None:
+def test_a_step_is_planned_at_half_of_its_memory(fn: Any, make: Callable[[], Any], directory: pathlib.Path) -> None:
     args = abstract(make)
-    options: Any = {"differentiate": False, "target": "cpu", "cache": folder}
+    options: Any = {"differentiate": False, "target": "cpu", "cache": directory}
     plain = rt.measure(fn, *args, **options)
     plan = rt.plan(fn, *args, budget=0.5, of="temp", max_compiles=5, **options)
     assert plan.measured.temp_bytes <= 0.5 * plain.temp_bytes
@@ -216,20 +216,20 @@ def test_a_step_is_planned_at_half_of_its_memory(fn: Any, make: Callable[[], Any
     assert_same_step(fn, make, plan.rules)
 
 
-def test_the_peak_of_a_step_is_more_than_that_of_its_gradient(folder: pathlib.Path) -> None:
+def test_a_step_peaks_higher_than_its_gradient(directory: pathlib.Path) -> None:
     model, optimizer, x = abstract(tower)
-    whole = rt.frontier(jitted, model, optimizer, x, differentiate=False, target="cpu", cache=folder, max_compiles=3)
-    gradient = rt.measure(loss, model, x, differentiate=True, target="cpu", cache=folder)
+    whole = rt.frontier(jitted, model, optimizer, x, differentiate=False, target="cpu", cache=directory, max_compiles=3)
+    gradient = rt.measure(loss, model, x, differentiate=True, target="cpu", cache=directory)
     moments = sum(leaf.size * 4 for leaf in jax.tree.leaves(nnx.state(optimizer)) if leaf.size > 1)
     assert whole.plain_bytes >= gradient.total_bytes + moments
     assert whole.least_bytes < whole.plain_bytes
 
 
-def test_a_step_of_scanned_layers_is_planned_for_a_tpu(folder: pathlib.Path, tpu: str) -> None:
+def test_a_step_of_scanned_layers_is_planned_for_a_tpu(directory: pathlib.Path, tpu: str) -> None:
     model, optimizer, _ = abstract(lambda: Scanned(4))
-    # What is small lies in a TPU's inner memory and is no temporary.
+    # Small values are in a TPU's on-chip memory and do not count as temporaries.
     args = (model, optimizer, jax.ShapeDtypeStruct((512, 256, WIDTH), jnp.float32))
-    options: Any = {"differentiate": False, "target": tpu, "cache": folder}
+    options: Any = {"differentiate": False, "target": tpu, "cache": directory}
     plan = rt.plan(jitted, *args, budget=0.7, of="temp", max_compiles=2, **options)
     assert len(plan.rules)  # control
     assert plan.measured.temp_bytes <= 0.7 * rt.measure(jitted, *args, **options).temp_bytes
@@ -248,7 +248,7 @@ def test_a_step_of_scanned_layers_is_planned_for_a_tpu(folder: pathlib.Path, tpu
         pytest.param(step, True, "differentiated twice", id="step as a loss"),
     ],
 )
-def test_what_is_no_step_is_refused(fn: Any, differentiate: bool, what: str) -> None:
+def test_a_function_that_is_not_a_step_is_refused(fn: Any, differentiate: bool, what: str) -> None:
     model, optimizer, x = abstract(tower)
     with pytest.raises(rt.MeasureError, match=what) as caught:
         rt.plan(fn, model, optimizer, x, budget=0.5, target="cpu", differentiate=differentiate)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The search among programs that a TPU's compiler was asked for once: every subset of the names of small blocks.
 
-`benchmarks/remat_optimum.py` compiles them and stores their figures in `programs.json`;
+`benchmarks/remat_optimum.py` compiles them and stores their measurements in `programs.json`;
 here the search is given those instead of compiling.
 """
 
@@ -92,7 +92,7 @@ def test_a_plan_is_near_the_best_of_all_programs(case: Any) -> None:
 
 
 def test_a_search_that_trusts_its_model_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control: without doubts many budgets are missed."""
+    """Control: without uncertainties many budgets are missed."""
     expected = Exploration.compute_posterior
 
     def certain(self: Exploration) -> Posterior:

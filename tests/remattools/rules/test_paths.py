@@ -57,7 +57,7 @@ def test_two_stars_match_everything():
 @pytest.mark.parametrize(
     "text", ["", " a", "a..b", "[0", "a[0]", "{a", "a}", ":", "a:", "a.[::0]", "a**", "a.[x]", "[]", "a\nb"]
 )
-def test_what_is_no_pattern(text):
+def test_a_string_that_is_not_a_pattern_raises(text):
     with pytest.raises(rt.PatternError) as caught:
         Pattern.parse(text)
     assert repr(text) in caught.value.what
@@ -127,6 +127,6 @@ def test_names(text, value, expected):
 
 
 @pytest.mark.parametrize("text", ["", "attn:", "a[0]b", "@{", 3])
-def test_what_is_no_name(text):
+def test_a_string_that_is_not_a_name_raises(text):
     with pytest.raises(rt.PatternError):
         NamePattern.parse(text)

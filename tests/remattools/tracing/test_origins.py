@@ -24,7 +24,7 @@ def test_a_computed_value_has_module_and_primitive():
     assert (origin.kind, origin.path, origin.region) == ("computed", "layers.1.mlp.up", None)
 
 
-def test_arguments_and_parameters_are_told_apart():
+def test_arguments_and_parameters_are_distinguished():
     model, x = Tower(depth=1), inputs()
     assert find_output_origin(lambda model, x: x, model, x).kind == "argument"
     origin = find_output_origin(lambda model, x: model.head.bias[...], model, x)
@@ -52,7 +52,7 @@ def test_values_of_a_scan_count_its_iterations():
     assert find_output_origin(run, jnp.ones((5, 2))).iterations == 5
 
 
-def test_a_train_step_is_not_a_loss_but_a_gradient_penalty_is():
+def test_a_gradient_penalty_is_a_loss_unlike_a_step():
     def step(model, x):
         return nnx.value_and_grad(loss)(model, x)[0]
 

@@ -12,7 +12,7 @@ from remattools.tracing import pure_call
 from tests.remattools.models import Tower, inputs, loss
 
 
-def test_leaves_have_the_paths_of_the_model_and_the_names_of_arguments():
+def test_leaves_have_model_paths_and_argument_names():
     call = pure_call.stage(lambda batch, model: loss(model, batch["x"]), [{"x": inputs()}, Tower(depth=1)])
     labels = {info.label: info.parameter for info in call.leaf_infos}
     assert labels["batch.x"] is False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints and weight loaders written for the plain model work on the ruled one, and the other way round."""
+"""Checkpoints and weight loaders written for the plain model work on the one under rules, and vice versa."""
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def test_a_checkpoint_of_ckpttools_with_its_optimizer(pair, tmp_path):
 
 
 def test_a_loader_that_walks_the_flat_state(pair):
-    """The way of most loaders of pretrained weights: assign by path, no graph involved."""
+    """What most loaders of pretrained weights do: assign by path, without a graph."""
     written, read = pair
     weights = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(written, nnx.Param))}
     state = nnx.state(read, nnx.Param)

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.rules.fold_paths import format_paths
 from tests.remattools.models import Tower, inputs
 
 
@@ -33,23 +32,6 @@ def test_equal_layers_are_one_line_of_the_table():
     text = str(rt.explain(Tower(depth=12), {"layers.*": "nothing_saveable", "layers.[::3]": "dots_saveable"}))
     assert "layers.[0:10:3]" in text
     assert text.count("dots_saveable") == 1
-
-
-@pytest.mark.parametrize(
-    ("paths", "text"),
-    [
-        (["."], "."),
-        (["layers.0", "layers.1", "layers.2"], "layers.[0:3]"),
-        (["a.0.b", "a.2.b", "a.4.b"], "a.[0:5:2].b"),
-        (["a.0", "a.1", "a.3"], "a.{0,1,3}"),
-        (["a.0.0", "a.0.1", "a.1.0", "a.1.1"], "a.[0:2].[0:2]"),
-        (["a.0.0", "a.0.1", "a.1.0"], "a.0.[0:2], a.1.0"),
-        (["dec_0.mlp", "dec_1.mlp", "dec_3.mlp"], "dec_{0,1,3}.mlp"),
-        (["h9", "h10"], "h{9,10}"),
-    ],
-)
-def test_folded_paths_mean_these_and_no_others(paths, text):
-    assert format_paths(paths) == text
 
 
 def test_numbered_siblings_are_one_line_whose_path_is_a_pattern():
@@ -119,7 +101,7 @@ def test_callbacks_and_random_operations_are_warned_of():
 
 
 class Stacked(nnx.Module):
-    """Layers stacked for a scan, as large models keep them."""
+    """Layers stacked for a scan, as in large models."""
 
     def __init__(self, rngs):
         @nnx.split_rngs(splits=3)

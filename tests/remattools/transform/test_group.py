@@ -106,7 +106,7 @@ def test_grouped_models_are_reverted_and_regrouped():
     assert nnx.graphdef(model) == before
 
 
-def test_a_group_beside_a_region_of_the_holder():
+def test_a_group_next_to_a_region_of_its_container():
     rules = {".": "dots_saveable", "layers.*": rt.Remat(group=2)}
     assert_exact(loss, Tower(depth=4), rt.apply(Tower(depth=4), rules), inputs())
 
@@ -120,11 +120,11 @@ class Stacked(nnx.Module):
         self.layers = nnx.vmap(lambda rngs: Block(width, rngs), in_axes=0, out_axes=0)(nnx.Rngs(0).split(depth))
 
     def __call__(self, x):
-        def turn(x, layer):
+        def step(x, layer):
             x = layer(x)
             return x, x.mean(axis=-1)
 
-        scan = nnx.scan(turn, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0), reverse=self.reverse)
+        scan = nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0), reverse=self.reverse)
         return scan(x, self.layers)
 
 

@@ -188,7 +188,7 @@ def test_blocks_without_call():
     check_exact(Coder, lambda m, x: m.layers[1].decode(m.layers[0].encode(x)), methods=("encode", "decode"))
 
 
-def test_one_class_with_none_in_one_layer_and_an_array_in_the_next():
+def test_layers_of_one_class_may_differ_in_none():
     class Masked(Layer):
         def __call__(self, x, mask=None):
             y = jnp.sin(self.proj(x))

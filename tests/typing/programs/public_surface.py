@@ -53,6 +53,16 @@ def choose_rules(model: Model, x: jax.Array) -> Model:
     return applied
 
 
+def write_rules() -> rt.Rules:
+    by_name = rt.Remat("dots_saveable", save=["attn.qkv"])
+    assert_type(by_name.save, tuple[str, ...])
+    by_value = rt.Remat(rt.policies.dots_saveable | rt.policies.save_only_these_names("qkv"), offload=("mlp",))
+    by_callable = rt.Remat(policy=jax.checkpoint_policies.nothing_saveable, group="sqrt")
+    by_function = rt.Remat(policy=lambda primitive, *_, **__: primitive.name == "sin", methods=["encode"])
+    either = rt.policies.save_from_both_policies("dots_saveable", jax.checkpoint_policies.nothing_saveable)
+    return rt.Rules({"a": by_name, "b": by_value, "c": by_callable, "d": by_function, "e": either, "f": rt.Remat()})
+
+
 def train(model: Model, optimizer: "nnx.Optimizer[Model]", directory: str) -> int:
     spec = ct.CheckpointSpec(
         directory=directory, save=ct.EverySteps(500), keep=ct.Latest(3) | ct.Best("loss", mode="min")

@@ -9,3 +9,6 @@ rt.aply(None, {})  # error
 print(ct.verify("runs/exp1").steps[0].leafs)  # error
 ct.CheckpointSpec(directory="runs/exp1", save=500)  # error
 print(rt.measure(len, "x").temp_bites)  # error
+rt.Remat(3)  # error
+rt.Remat(save="attn.qkv")  # error
+rt.Remat("dots_saveable").policy.lower()  # error

@@ -25,7 +25,7 @@ class _Mixed(nnx.Module):
         self.head = nnx.Linear(2, 2, rngs=rngs)
 
 
-def test_blocks_are_found_in_lists_of_lists_in_dicts_and_below_what_cannot_be_called() -> None:
+def test_blocks_are_found_in_nested_containers() -> None:
     found = [pattern for pattern, _ in find_blocks(_Mixed())]
     assert found == ["down.0.*", "down.1.*", "named.*", "stages.0.blocks.*", "towers.*"]
     assert [pattern for pattern, _ in find_blocks(Tower())] == ["layers.*"]

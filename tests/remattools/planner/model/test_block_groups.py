@@ -20,7 +20,7 @@ from ..spaces import DEPTH, SHAPE, Light, exploration, light_tower, space_of
 
 
 class Twice(Tower):
-    """Every block runs twice, so that no group can be a stretch of the program."""
+    """Every block runs twice, so no group is a contiguous part of the program."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for _ in range(2):
@@ -30,7 +30,7 @@ class Twice(Tower):
 
 
 class Skipping(Tower):
-    """What a block takes is read again further on: a group would keep it all the same."""
+    """The input of each block is read again later, so a group saves it anyway."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         seen = []
@@ -47,7 +47,7 @@ def _temp_bytes(model: Any, rules: Any) -> int:
         ).temp_bytes
 
 
-def test_every_grouping_can_be_applied_and_is_predicted_near_enough_to_be_ordered() -> None:
+def test_every_grouping_applies_and_predictions_order_them() -> None:
     model, space = space_of(light_tower)
     single = _temp_bytes(model, write_rules(space, space.full_remat))
     expected = space.bytes[space.assignments.index(space.full_remat)]
@@ -60,7 +60,7 @@ def test_every_grouping_can_be_applied_and_is_predicted_near_enough_to_be_ordere
     assert min(space.bytes) < 0.8 * expected  # control: there is something to gain
 
 
-def test_rules_of_a_partly_grouped_model_speak_in_slices() -> None:
+def test_rules_of_a_partly_grouped_model_use_slices() -> None:
     _, space = space_of(light_tower)
     rules = write_rules(space, Assignment(0, 0, 8, 4))
     assert [(p.text, a.group) for p, a in rules] == [("layers.[:8]", 4), ("layers.[8:]", 1)]

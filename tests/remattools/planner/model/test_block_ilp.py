@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a block keeps: exact against trying everything, priced through chains."""
+"""What a block saves: the best of all subsets, with chains of values priced as a whole."""
 
 import itertools
 from typing import Any
@@ -47,7 +47,7 @@ def test_the_choice_is_the_best_of_all_subsets(share: float) -> None:
 
 
 def test_a_chain_is_priced_as_a_chain() -> None:
-    """Keeping the end of a chain alone saves the whole chain: an item-wise price would not see that."""
+    """Saving only the end of a chain avoids recomputing the whole chain, which a price per value would miss."""
 
     def chain(x: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
         for _ in range(4):
@@ -62,16 +62,16 @@ def test_a_chain_is_priced_as_a_chain() -> None:
     assert one.cycles[0] == 0  # no matrix product again
 
 
-def test_keeping_more_never_costs_more() -> None:
+def test_saving_more_never_costs_more_cycles() -> None:
     problem = _problem(_chain, (64, 256), (256, 256))
     totals = [
         problem.find_cheapest(0.0, limit).total_cycles for limit in np.linspace(0, sum(problem.bytes.values()), 8)
     ]
     assert all(later <= earlier * 1.001 for earlier, later in itertools.pairwise(totals))
-    assert totals[-1] < totals[0]  # control: keeping helps at all
+    assert totals[-1] < totals[0]  # control: saving helps at all
 
 
-def test_a_block_that_needs_nothing_back_keeps_nothing() -> None:
+def test_a_block_that_needs_nothing_back_saves_nothing() -> None:
     problem = _problem(lambda x: x + 1.0, (8, 8))
     assert problem.find_cheapest(0.0).names == ()
     assert problem.make_choice(()).total_cycles == 0
@@ -87,7 +87,7 @@ def _residual(x: jax.Array, up: jax.Array, across: jax.Array, down: jax.Array) -
 
 
 def test_what_products_alone_read_takes_half_on_a_tpu() -> None:
-    """As the TPU's compiler keeps it: bfloat16 for its matrix units, float32 for everything else."""
+    """The TPU's compiler stores bfloat16 for the matrix units and float32 for everything else."""
     halved, full = _problem(_residual, *SHAPES), _problem(_residual, *SHAPES, target="cpu")
     assert halved.bytes[".:sin[0]"] == halved.bytes[".:cos[0]"] == VALUE // 2
     assert halved.bytes[".:dot_general[0]"] == VALUE
@@ -100,23 +100,23 @@ def test_what_products_alone_read_takes_half_on_a_tpu() -> None:
     assert _problem(exact, *SHAPES).bytes[".:sin[0]"] == VALUE
 
 
-def test_without_a_region_a_tpu_keeps_what_crosses_from_one_pass_to_the_other() -> None:
-    """Both products and what they become; their derivatives (cos, sin) are parts of what reads them."""
+def test_without_a_region_a_tpu_saves_what_crosses_passes() -> None:
+    """Two products and their activations; the derivatives (cos, sin) are fused into what reads them."""
     assert _problem(_residual, *SHAPES).plain_choice.saved_bytes == 2 * VALUE + 2 * VALUE // 2
 
 
-def test_what_is_made_again_is_made_where_it_is_needed() -> None:
+def test_values_are_recomputed_where_they_are_needed() -> None:
     problem = _problem(_residual, *SHAPES)
     graph = problem.graph
-    kept = set(problem.names[".:dot_general[1]"])
-    early = [*(step for step in graph.forward if not kept.intersection(step.writes)), *graph.backward]
+    saved = set(problem.names[".:dot_general[1]"])
+    early = [*(step for step in graph.forward if not saved.intersection(step.writes)), *graph.backward]
     assert problem.make_choice((".:dot_general[1]",)).backward_bytes < max(
-        compute_live_bytes(graph, early, live_at_start=kept)
+        compute_live_bytes(graph, early, live_at_start=saved)
     )
 
 
 def test_what_runs_inside_of_its_reader_reads_when_that_does() -> None:
-    """The backward pass reads `cos` of a product, which is no value in memory: the product itself has to wait."""
+    """The backward pass reads `cos` of a product, which is fused: the product itself has to stay live."""
     graph = _problem(_residual, *SHAPES, target="cpu").graph
     waiting = compute_live_bytes(graph, (*graph.forward, *graph.backward))[len(graph.forward)]
     assert waiting >= 4 * VALUE  # two products, and two values that other products read
@@ -131,7 +131,7 @@ def test_names_that_nobody_reads_are_left_out() -> None:
     assert problem.make_choice((".:dot_general[0]",)).names == (".:dot_general[0]",)
 
 
-def test_a_gradient_that_nobody_reads_is_not_made() -> None:
+def test_an_unread_gradient_is_not_computed() -> None:
     products = [
         sum(step.work.kind == "matrix" for step in _problem(_residual, *SHAPES, wanted=wanted).graph.backward)
         for wanted in ((True, True, True, True), (False, True, True, True))

@@ -54,7 +54,7 @@ def chain(*sizes: int) -> Graph:
     )
 
 
-def test_a_value_is_live_from_its_write_to_its_last_read() -> None:
+def test_values_are_live_from_write_to_last_read() -> None:
     graph = chain(5, 7, 11)
     assert compute_live_bytes(graph, graph.forward) == [5, 12, 18]
     assert compute_live_bytes(graph, graph.forward, live_at_end=[1]) == [5, 12, 23]
@@ -91,7 +91,7 @@ def test_a_group_drops_inner_inputs_and_holds_what_it_recomputed() -> None:
     assert predict_peak(TABLE, visits(saved_bytes=20.0)).bytes == 10 + 20 + 7  # control
 
 
-def test_a_timetable_has_a_moment_for_each_pass_of_each_block() -> None:
+def test_a_timetable_has_one_moment_per_pass_and_block() -> None:
     _, space = space_of(lambda: Tower(3), (4, 6, 8))
     outline = space.outline
     table = build_timetable(outline.around, outline.calls)
@@ -100,7 +100,7 @@ def test_a_timetable_has_a_moment_for_each_pass_of_each_block() -> None:
     assert not (table.saved_copies.astype(bool) & (table.runs_forward | table.runs_backward)).any()
 
 
-def test_the_input_of_each_later_block_is_read_by_it_alone() -> None:
+def test_only_the_next_block_reads_a_blocks_output() -> None:
     _, space = space_of(lambda: Tower(3), (4, 6, 8))
     assert compute_boundary_bytes(space.outline.around, space.outline.calls) == (0, 4 * 6 * 8 * 4, 4 * 6 * 8 * 4)
 

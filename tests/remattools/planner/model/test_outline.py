@@ -27,7 +27,7 @@ def test_equal_blocks_share_a_problem_and_different_ones_do_not() -> None:
     assert len(outlined(Mixed).problems) == 2
 
 
-def test_the_plain_program_takes_the_cycles_of_its_blocks_and_more() -> None:
+def test_the_plain_program_takes_more_cycles_than_its_blocks() -> None:
     shallow, deep = outlined(lambda: Tower(2, 16)), outlined(lambda: Tower(4, 16))
     blocks = 2 * shallow.problems[0].total_cycles
     assert deep.count_plain_cycles() - shallow.count_plain_cycles() == pytest.approx(blocks, rel=0.2)

@@ -53,7 +53,7 @@ def test_plain_cycles_are_blocks_and_what_is_around_them() -> None:
     assert count_plain_cycles(graph_with(block, other), [1000.0, 20.0], RATES) == 1000 + 20 + 100
 
 
-def test_all_blocks_of_a_group_but_the_last_recompute_their_outputs() -> None:
+def test_only_the_last_block_of_a_group_keeps_outputs() -> None:
     mask = mark_recomputed_outputs([[0, 1, 2], [4, 5]], 6)
     assert mask.tolist() == [1, 1, 0, 0, 1, 0]
     cycles, outputs = np.ones((6, 4)), np.full(6, 10.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compiled next: surprises are looked for, and the whole curve is looked at."""
+"""What is compiled next: assignments that may beat their prediction, and points along the whole curve."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from ..spaces import SHAPE, Gated, exploration, light_tower, space_of
 
 
 def _surprising(space: Space, small: int, *, least: int, other: int) -> Exploration:
-    """A search in which one assignment alone takes little, which nothing tells beforehand."""
+    """A search in which one assignment takes less than others, against its prediction."""
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
     by_rules = {write_rules(space, a): n for n, a in reversed(list(enumerate(space.assignments)))}
 
@@ -31,7 +31,7 @@ def _surprising(space: Space, small: int, *, least: int, other: int) -> Explorat
 
 
 @pytest.mark.parametrize("small", [8, 13])
-def test_a_budget_that_nothing_is_expected_to_keep_is_looked_for(small: int) -> None:
+def test_a_budget_below_every_prediction_is_searched_for(small: int) -> None:
     _, space = space_of(lambda: Tower(1, SHAPE[-1], block=Gated))
     search = _surprising(space, small, least=100_000, other=300_000)
     while small not in search.points and (number := search.propose(110_000, None)) is not None:
@@ -39,7 +39,7 @@ def test_a_budget_that_nothing_is_expected_to_keep_is_looked_for(small: int) -> 
     assert small in search.points
 
 
-def test_no_prediction_is_below_nothing() -> None:
+def test_no_prediction_is_negative() -> None:
     _, space = space_of(light_tower)
     some = dataclasses.replace(rt.measure(jnp.sin, jnp.ones(3), target="cpu"), temp_bytes=0)
     search = exploration(space, lambda _: some)
@@ -51,7 +51,7 @@ def test_no_prediction_is_below_nothing() -> None:
     assert below  # control: the model alone says that
 
 
-def test_a_time_limit_is_looked_for_where_the_plain_model_does_not_fit() -> None:
+def test_a_time_limit_is_searched_if_the_plain_model_fails() -> None:
     _, space = space_of(light_tower)
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
     full = OutOfMemory(needed_bytes=2**40, limit_bytes=2**30, message="full")
@@ -61,8 +61,8 @@ def test_a_time_limit_is_looked_for_where_the_plain_model_does_not_fit() -> None
     assert number == space.bytes.argmin() != space.assignments.index(space.plain)
 
 
-def test_of_two_limits_the_one_that_is_missed_is_looked_for() -> None:
-    """Whatever is compiled is fast enough, and the budget is not kept: less memory is wanted, not less time."""
+def test_the_search_pursues_the_limit_that_is_missed() -> None:
+    """Every point is fast enough and none is within the budget: the search should reduce memory, not time."""
     _, space = space_of(light_tower)
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
     search = exploration(space, lambda _: dataclasses.replace(some, temp_bytes=2**40, estimated_cycles=10))
@@ -73,7 +73,7 @@ def test_of_two_limits_the_one_that_is_missed_is_looked_for() -> None:
 
 
 def test_a_frontier_spreads_over_the_whole_curve() -> None:
-    """Where the model is right, few compiles come near to the whole curve; a gain at one budget alone is not sought."""
+    """Where the model is right, few compiles come close to the curve at every budget."""
     _, space = space_of(light_tower)
     some = rt.measure(jnp.sin, jnp.ones(3), target="cpu")
     by_rules = {write_rules(space, a): n for n, a in reversed(list(enumerate(space.assignments)))}

@@ -118,7 +118,7 @@ def test_an_object_with_invisible_content_is_never_shared():
 
     class Opaque:
         def __init__(self):
-            self.numbers = iter(range(1, 100))  # no key can tell where an iterator stands
+            self.numbers = iter(range(1, 100))  # no key can represent the position of an iterator
 
         def next(self):
             return float(next(self.numbers))

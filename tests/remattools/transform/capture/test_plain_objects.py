@@ -170,7 +170,7 @@ class Holder:
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("full", [False, True], ids=["empty", "full"])
 @pytest.mark.parametrize("write", ["list", "holder", "hook"])
-def test_a_list_that_is_passed_beside_what_refers_to_it(action, full, write):
+def test_a_list_passed_together_with_its_holder(action, full, write):
     class Writing(Layer):
         def __call__(self, x, items, holder, hook):
             y = jnp.tanh(self.proj(x))

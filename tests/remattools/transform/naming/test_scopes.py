@@ -52,6 +52,6 @@ def test_name_stacks_are_read_from_the_outside_in():
     assert scopes.find_path("jvp(other)") is None
 
 
-def test_outputs_are_told_from_names_of_the_user():
+def test_outputs_are_distinguished_from_the_users_names():
     assert scopes.parse_output("rt-out:layers.0#2") == (("layers", 0), 2)
     assert scopes.parse_output("qkv") is None
