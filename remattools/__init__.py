@@ -11,7 +11,6 @@ from .lazy_imports import attach
 __all__ = [
     "BudgetError",
     "CacheWarning",
-    "CallError",
     "CheckReport",
     "Comparison",
     "Explanation",

@@ -16,7 +16,6 @@ from .compiler.targets import Target as Target
 from .compiler.targets import find_target as find_target
 from .errors import BudgetError as BudgetError
 from .errors import CacheWarning as CacheWarning
-from .errors import CallError as CallError
 from .errors import MeasureError as MeasureError
 from .errors import PatternError as PatternError
 from .errors import PolicyError as PolicyError

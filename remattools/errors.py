@@ -140,10 +140,6 @@ class UnmatchedRuleWarning(UserWarning):
     """
 
 
-class CallError(RematError, TypeError):
-    """A call of a rematerialised module that cannot be traced."""
-
-
 class MeasureError(RematError, ValueError):
     """A function or arguments that cannot be measured.
 
