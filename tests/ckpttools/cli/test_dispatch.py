@@ -161,7 +161,7 @@ def test_diff_export_and_import_tell_how_far_they_are(run, tmp_path):
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_diff_names_what_changed_and_says_so_by_its_exit_code(run, capsys):
+def test_diff_names_what_changed_and_exits_with_1(run, capsys):
     code, out, _ = call(capsys, "diff", run / "10", "20")
     assert code == parser.EXIT_NO
     assert "model.large" in out
@@ -307,7 +307,7 @@ def test_a_live_run_can_be_looked_at_and_not_changed(run, capsys):
     assert "pinned" in call(capsys, "ls", run)[1]
 
 
-def test_a_step_that_vanishes_under_a_look_is_not_called_damaged(run, monkeypatch):
+def test_a_step_deleted_during_verify_is_not_called_damaged(run, monkeypatch):
     from ckpttools.store import commit, file_integrity
 
     original = file_integrity.find_damaged_files
@@ -323,7 +323,7 @@ def test_a_step_that_vanishes_under_a_look_is_not_called_damaged(run, monkeypatc
     assert report.ok
 
 
-def test_control_codes_of_a_hostile_run_do_not_reach_the_terminal(capsys):
+def test_control_codes_of_a_hostile_run_are_not_printed(capsys):
     output.print_table(["a"], [["\x1b[2J[bold]x[/bold]"]])
     output.print_text("\x1b[31mred")
     output.print_error("\x07bell")
@@ -351,7 +351,7 @@ def test_the_module_is_the_command(run, capsys, monkeypatch):
     assert "invalid choice" in capsys.readouterr().err
 
 
-def test_an_interrupt_and_a_disk_that_does_not_answer_have_exit_codes(run, capsys, monkeypatch):
+def test_an_interrupt_and_an_unreadable_disk_have_exit_codes(run, capsys, monkeypatch):
     def refuse(*args, **options):
         raise PermissionError(13, "Permission denied", "the disk")
 
@@ -393,7 +393,7 @@ def test_weights_go_out_and_come_in(run, tmp_path, capsys):
     assert "not a whole safetensors file" in err
 
 
-def test_the_mirror_of_a_foreign_run_says_what_it_leaves_out(tmp_path, capsys):
+def test_mirror_lists_the_steps_of_plain_orbax_it_skips(tmp_path, capsys):
     with v1.Context():
         v1.save_checkpointables(tmp_path / "run" / "5", {"m": {"w": jnp.ones(2)}})
     url = f"file://{tmp_path}/copy"
@@ -506,14 +506,14 @@ def test_an_import_with_keys_and_values(tmp_path):
     ],
     ids=lambda a: a[0],
 )
-def test_a_step_given_where_a_run_is_meant_is_not_called_empty(run, capsys, argv):
+def test_a_step_given_instead_of_a_run_is_refused(run, capsys, argv):
     code, out, err = call(capsys, argv[0], run / "20", *argv[1:])
     assert (code, out) == (parser.EXIT_FAILED, "")
     assert "is one step of a run" in err
     assert f"ckpttools ... {run}" in err
 
 
-def test_damage_that_stops_a_command_is_named_with_the_way_out(run, tmp_path, capsys):
+def test_damage_that_stops_a_command_is_named_with_a_fix(run, tmp_path, capsys):
     damage(run, 30)
     code, _, err = call(capsys, "export", run, tmp_path / "x.safetensors")
     assert code == parser.EXIT_FAILED
@@ -542,7 +542,7 @@ def test_a_mirror_inside_its_run_is_refused(run, capsys):
     assert sorted(run.iterdir()) == before
 
 
-def test_plain_orbax_is_no_damage_and_a_dry_run_of_adopt_is_honest(foreign, tmp_path, capsys):
+def test_plain_orbax_is_not_damage_and_adopt_reports_what_fails(foreign, tmp_path, capsys):
     assert call(capsys, "repair", foreign, "--dry-run")[:2] == (parser.EXIT_OK, "nothing to repair\n")
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("[")
@@ -551,7 +551,7 @@ def test_plain_orbax_is_no_damage_and_a_dry_run_of_adopt_is_honest(foreign, tmp_
     assert "step 3 cannot be adopted" in err
 
 
-def test_an_import_into_a_run_is_refused_before_anything_is_read(run, tmp_path, capsys):
+def test_an_import_into_a_run_is_refused_before_reading(run, tmp_path, capsys):
     code, _, err = call(capsys, "import", run, tmp_path / "none.safetensors")
     assert code == parser.EXIT_FAILED
     assert "holds steps" in err

@@ -42,7 +42,7 @@ def spec_of(directory, **fields):
     return ct.CheckpointSpec(directory=directory, **{"save": ct.EverySteps(3), "keep": ct.All(), **fields})
 
 
-def test_a_flax_loop_is_stopped_and_goes_on_with_the_same_bits(tmp_path):
+def test_a_stopped_flax_loop_resumes_with_the_same_bits(tmp_path):
     unbroken = loop(8)
     assert isinstance(unbroken, ct.Trainer)
     assert ct.train(unbroken, spec_of(tmp_path / "one")).last_step == 8

@@ -105,7 +105,7 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path):
         ct.Surgery.load(tmp_path / "none.toml")
 
 
-def test_a_version_with_its_migrations_goes_through_the_file_of_a_spec():
+def test_a_version_with_migrations_survives_the_spec_file():
     version = ct.StateVersion(3, [ct.Migration(1, ALL), ct.Migration(2, ct.Drop("x"))])
     spec = ct.CheckpointSpec(directory="run", state_version=version)
     assert ct.CheckpointSpec.from_toml(spec.to_toml()) == spec

@@ -136,7 +136,7 @@ def test_a_spec_checks_its_fields(changes, message):
         ct.CheckpointSpec(**{"directory": "run", **changes})
 
 
-def test_a_trigger_of_ones_own_works_in_python_and_cannot_be_written():
+def test_a_user_defined_trigger_cannot_be_written_to_a_file():
     class Sometimes(ct.Trigger):
         pass
 

@@ -119,7 +119,7 @@ def memory_after(trigger, losses):
 
 
 @pytest.mark.parametrize("before", EACH, ids=str)
-def test_a_memory_survives_being_written_and_no_other_trigger_takes_it_for_its_own(before):
+def test_a_written_memory_is_read_by_its_own_trigger_only(before):
     memory = memory_after(before, [3.0, 2.0, 1.0])
     stored = json.loads(json.dumps(encode_memory(before, memory)))
     moment = next(moments([0.5]))

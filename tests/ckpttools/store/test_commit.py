@@ -39,7 +39,7 @@ class Recorder:
         return self.events.index(event)
 
 
-def test_a_commit_syncs_everything_renames_syncs_the_parent_and_only_then_deletes(tmp_path, monkeypatch):
+def test_a_commit_syncs_renames_syncs_the_parent_then_deletes(tmp_path, monkeypatch):
     spec = ct.CheckpointSpec(directory=tmp_path / "run", keep=ct.Latest(2), storage=ct.Storage(asynchronous=False))
     with ct.open(spec) as ckpt:
         for step in (1, 2):
@@ -63,7 +63,7 @@ def test_a_commit_syncs_everything_renames_syncs_the_parent_and_only_then_delete
     assert not any(event[0] == "delete" for event in recorder.events[:parent_synced])
 
 
-def test_what_a_killed_process_left_is_swept_by_the_next_writer(tmp_path):
+def test_the_next_writer_removes_what_a_killed_process_left(tmp_path):
     spec = ct.CheckpointSpec(directory=tmp_path)
     with ct.open(spec) as ckpt:
         ckpt.save(1, {"w": jnp.ones(2)})

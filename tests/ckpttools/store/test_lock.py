@@ -19,7 +19,7 @@ def failing(code):
 
 
 @pytest.mark.parametrize("call", ["write", "ftruncate"])
-def test_a_lock_is_taken_though_the_disk_has_no_room_for_the_owners_number(tmp_path, monkeypatch, call):
+def test_a_lock_is_acquired_on_a_full_disk(tmp_path, monkeypatch, call):
     lock = WriterLock(tmp_path)
     monkeypatch.setattr(os, call, failing(errno.ENOSPC))
     lock.acquire()

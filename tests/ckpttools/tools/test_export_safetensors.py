@@ -36,7 +36,7 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def test_every_dtype_of_the_format_goes_out_and_in_bit_by_bit(tmp_path):
+def test_every_dtype_survives_export_and_import(tmp_path):
     state, file = arrays(), tmp_path / "a.safetensors"
     ct.export_safetensors(state, file)
     back = ct.import_safetensors(file, jax.tree.map(lambda leaf: jnp.zeros_like(leaf), state) | {"double": np.zeros(3)})
@@ -60,7 +60,7 @@ def test_a_file_that_the_package_wrote_comes_in(tmp_path):
     np.testing.assert_array_equal(back["b"], values["b"])
 
 
-def test_a_live_model_with_keys_values_and_buffers_comes_back_whole(tmp_path):
+def test_keys_values_and_buffers_of_a_live_model_come_back(tmp_path):
     model, fresh = Net(nnx.Rngs(0, dropout=1)), Net(nnx.Rngs(5, dropout=6))
     fresh.extra.get_raw_value()["count"] = 9
     assert leaves({"m": fresh}) != leaves({"m": model})
