@@ -250,3 +250,9 @@ def test_a_sharded_model_is_filled_where_it_lies(tmp_path):
     back = ct.import_safetensors(tmp_path / "m", abstract)
     assert back["w"].sharding == sharding
     np.testing.assert_array_equal(back["w"], value)
+
+
+def test_progress_of_an_export_ends_at_the_total(run, tmp_path):
+    calls = []
+    ct.export_safetensors(run, tmp_path / "m", progress=lambda done, total: calls.append((done, total)))
+    assert 0 < calls[-1][0] == calls[-1][1]
