@@ -6,7 +6,6 @@ import pathlib
 import shutil
 
 import jax.numpy as jnp
-import pytest
 
 import ckpttools as ct
 from ckpttools.store import commit, layout
@@ -98,8 +97,3 @@ def test_small_files_are_replaced_in_one_step(tmp_path):
     commit.write_file(path, b"two")
     assert path.read_bytes() == b"two"
     assert [entry.name for entry in path.parent.iterdir()] == ["pins.json"]
-
-
-@pytest.mark.parametrize("name", ["07", "1.5", "-1", "x", "1e3", "", "1" * 19])
-def test_only_plain_numbers_are_steps(name):
-    assert layout.parse_step_number(name) is None
