@@ -34,14 +34,6 @@ def test_too_little_space_raises_before_anything_is_written(tmp_path, monkeypatc
     assert not (tmp_path / ".ckpttools" / "staging").exists()
 
 
-@pytest.mark.parametrize(
-    ("min_free", "needed"),
-    [("2x", 2000), ("1.5x", 1500), ("0.1x", 1000), (0, 1000), (5000, 5000)],
-)
-def test_min_free_determines_the_required_bytes(min_free, needed):
-    assert ct.Storage(min_free=min_free).compute_required_bytes(1000) == needed
-
-
 def test_with_prune_steps_that_retention_allows_are_deleted_first(tmp_path, monkeypatch):
     with ct.open(spec_for(tmp_path)) as ckpt:
         for step in (1, 2):
