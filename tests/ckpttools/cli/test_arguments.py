@@ -14,7 +14,7 @@ def test_the_path_of_a_step_is_its_run_and_number(run):
     assert arguments.parse_run_path(run) == (run, None), "control: the run itself"
 
 
-def test_a_run_with_a_number_as_its_name_is_a_run(tmp_path):
+def test_a_run_named_by_a_number_is_a_run(tmp_path):
     (tmp_path / "2024").mkdir()
     assert arguments.parse_run_path(tmp_path / "2024") == (tmp_path / "2024", None)
     (tmp_path / "2024" / "ckpttools.manifest").touch()  # control

@@ -164,7 +164,7 @@ def test_plain_orbax_is_not_damage_and_adopt_reports_what_fails(foreign, tmp_pat
     assert "step 3 cannot be adopted" in err
 
 
-def test_numbers_that_are_none_are_refused(run, tmp_path, capsys):
+def test_words_in_place_of_numbers_are_refused(run, tmp_path, capsys):
     code, _, err = call(capsys, "mirror", run, tmp_path / "m", "--fetch", "newest")
     assert code == parser.EXIT_FAILED
     assert "--fetch newest: not a step" in err

@@ -13,7 +13,7 @@ from ckpttools.cli import main, parser, run_commands
 from tests.ckpttools.cli.commands import call, damage, spec_for, state_at
 
 
-def test_an_empty_and_a_missing_folder(tmp_path, capsys):
+def test_an_empty_and_a_missing_directory(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     assert call(capsys, "ls", tmp_path / "run")[:2] == (parser.EXIT_OK, "no steps\n")
     assert call(capsys, "verify", tmp_path / "run")[:2] == (parser.EXIT_OK, "no steps\n")

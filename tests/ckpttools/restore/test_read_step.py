@@ -66,7 +66,7 @@ def test_a_version_that_is_not_supported_raises_before_reading(entry, monkeypatc
         read_step(entry, templates(optimizer=OPTIMIZER), refuse)
 
 
-def test_a_step_without_a_manifest_raises_what_is_wrong_with_it(entry):
+def test_a_step_without_a_manifest_raises_its_error(entry):
     error = ct.CorruptStepError("the manifest is damaged.")
     with pytest.raises(ct.CorruptStepError, match="the manifest is damaged"):
         read_step(dataclasses.replace(entry, manifest=None, error=error), {}, get_no_changes)
@@ -79,7 +79,8 @@ def test_values_of_several_processes_need_as_many_processes(entry, monkeypatch):
     count = contents.items["optimizer"].records[0]
     local = {1: {"optimizer": Item(records=(count,), skeletons={})}}
     entry.manifest.__dict__["contents"] = dataclasses.replace(contents, processes=2, local=local)
-    assert read_step(entry, templates(values={"epoch": 0}), lambda _: Changes(only=("values.epoch",))), "control"
+    control = read_step(entry, templates(values={"epoch": 0}), lambda _: Changes(only=("values.epoch",)))
+    assert control.entry is entry, "an item without such values"
     forbid_reading(monkeypatch)
     with pytest.raises(ct.StructureError, match="was saved by 2 processes"):
         read_step(entry, templates(optimizer=OPTIMIZER), get_no_changes)

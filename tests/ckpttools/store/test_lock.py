@@ -32,7 +32,7 @@ def test_a_lock_is_acquired_on_a_full_disk(tmp_path, monkeypatch, call):
     other.release()
 
 
-def test_a_file_system_without_locks_is_no_other_writer(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_not_another_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     lock = WriterLock(tmp_path)
     with pytest.raises(ct.StorageError, match="cannot be locked") as caught:

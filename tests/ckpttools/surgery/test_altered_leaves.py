@@ -67,7 +67,7 @@ def test_several_changes_of_one_leaf_are_joined():
     }
 
 
-def test_a_leaf_of_the_state_that_keeps_its_value_has_no_source():
+def test_a_leaf_that_keeps_its_value_has_no_source():
     kept = plan(nested("m.a"), {"m": {"a": leaf(2), "new": jnp.ones(1)}}, [ct.Reinit("m.new")])
     (each,) = list_altered_leaves(kept)
     assert (str(each), each.source) == ("m.new: kept", "")

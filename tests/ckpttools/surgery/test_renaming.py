@@ -49,7 +49,7 @@ def test_the_outermost_part_counts():
     assert find_outermost_depth(("m", "b"), parts) == 0
 
 
-def test_a_leaf_that_the_pattern_does_not_match_keeps_its_name():
+def test_a_leaf_that_does_not_match_keeps_its_name():
     operation, leaf = ct.Rename("m.enc", "m.dec"), ("m", "enc", "w")
     assert rename_leaf(operation, leaf, frozenset()) == leaf
     assert rename_leaf(operation, leaf, frozenset({("m", "enc")})) == ("m", "dec", "w"), "control"

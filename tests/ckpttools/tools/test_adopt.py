@@ -68,7 +68,7 @@ def test_a_run_of_plain_orbax_is_unverified_until_adopted(tmp_path, write):
     assert not ct.verify(tmp_path, 3).ok
 
 
-def test_a_step_that_orbax_cannot_read_is_not_taken_over(tmp_path):
+def test_a_step_that_orbax_cannot_read_is_not_adopted(tmp_path):
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("{}")
     with pytest.raises(ct.StorageError, match="step 3 cannot be adopted"):

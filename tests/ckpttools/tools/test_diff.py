@@ -115,7 +115,7 @@ def test_large_steps_are_read_in_batches(run, monkeypatch):
     assert len(ct.diff(run, run, steps=(1, 2)).changed) == 7
 
 
-def test_a_step_that_nobody_has_proved_is_not_compared(run, tmp_path):
+def test_an_unverified_step_is_not_compared(run, tmp_path):
     from orbax.checkpoint import v1 as ocp
 
     with ocp.Context():

@@ -77,7 +77,7 @@ def test_leaves_can_be_left_out_on_both_sides(tmp_path):
     assert ct.import_safetensors(file, {"x": {}}, allow_extra=True) == {"x": {}}
 
 
-def test_a_step_of_a_run_is_exported_and_proved(run, tmp_path):
+def test_a_step_of_a_run_is_verified_and_exported(run, tmp_path):
     file = tmp_path / "m.safetensors"
     ct.export_safetensors(run, file)
     assert oracle.load_file(file)["w"].tolist() == [0, 1, 2], "the newest step"

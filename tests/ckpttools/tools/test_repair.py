@@ -65,7 +65,7 @@ def test_repair_restores_the_pins_or_starts_a_new_list(run):
     assert catalogue.has_intact_pins(run)
 
 
-def test_repair_of_no_folder_and_of_a_run_in_use(run, tmp_path):
+def test_repair_refuses_a_missing_directory_and_a_run_in_use(run, tmp_path):
     with pytest.raises(ct.StorageError, match="is not a directory"):
         ct.repair(tmp_path / "nothing")
     with ct.open(spec_for(run)) as ckpt:
@@ -92,7 +92,7 @@ def test_repair_puts_a_file_back_where_something_else_stands(run, tmp_path_facto
     assert str(ct.repair(run)) == "nothing to repair", "what stood there is kept and is no step"
 
 
-def test_repair_writes_nothing_through_a_linked_folder(run, tmp_path_factory):
+def test_repair_writes_nothing_through_a_linked_directory(run, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "20"
     (run / "20").rename(outside)
     (run / "20").symlink_to(outside)

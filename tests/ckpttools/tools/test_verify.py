@@ -34,7 +34,7 @@ def test_verify_names_the_damaged_file_and_leaf(run):
     assert not ct.verify(run).ok
 
 
-def test_verify_of_an_empty_folder(tmp_path):
+def test_verify_of_an_empty_directory(tmp_path):
     assert str(ct.verify(tmp_path)) == "no steps"
 
 
