@@ -48,3 +48,11 @@ def test_bad_usage_exits_with_the_code_of_a_failure(argv, capsys):
         parse(*argv)
     assert ended.value.code == parser.EXIT_FAILED
     assert "usage: ckpttools" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_names_and_skipped_leaves_are_collected(command):
+    args = parse(command, "run", "file", "--name", "a=b", "--name", "c=d", "--skip", "e", "--item", "net")
+    assert (args.name, args.skip, args.item) == (["a=b", "c=d"], ["e"], "net")
+    plain = parse(command, "run", "file")
+    assert (plain.name, plain.skip, plain.item) == ([], [], "model")

@@ -46,3 +46,31 @@ def test_the_schema_knows_the_fields_of_a_spec():
         "state_version",
     }
     assert spec["required"] == ["directory"]
+
+
+def find_references(value):
+    if isinstance(value, dict):
+        yield from [value["$ref"]] if "$ref" in value else []
+        value = list(value.values())
+    for each in value if isinstance(value, list) else []:
+        yield from find_references(each)
+
+
+def test_every_reference_leads_to_a_definition():
+    schema = ct.json_schema()
+    assert set(find_references(schema)) == {f"#/$defs/{name}" for name in schema["$defs"]}
+
+
+@pytest.mark.parametrize(("field", "definition"), [("save", "trigger"), ("keep", "retention")])
+def test_save_and_keep_are_one_value_or_a_list(field, definition):
+    one, several = ct.json_schema()["properties"]["checkpoint"]["properties"][field]["anyOf"]
+    assert one == {"$ref": f"#/$defs/{definition}"}
+    assert (several["type"], several["items"], several["minItems"]) == ("array", one, 1)
+
+
+def test_a_version_is_a_number_or_a_table_with_migrations():
+    number, table = ct.json_schema()["properties"]["checkpoint"]["properties"]["state_version"]["anyOf"]
+    assert number == {"type": "integer", "minimum": 1}
+    migration = table["properties"]["migrations"]["items"]
+    assert set(migration["properties"]) == {"from_version", "surgery"}
+    assert migration["properties"]["surgery"] == ct.json_schema()["properties"]["surgery"]

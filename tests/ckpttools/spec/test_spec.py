@@ -57,3 +57,11 @@ def test_a_user_defined_trigger_has_a_fingerprint():
     first, second = (ct.CheckpointSpec(directory=name, save=Sometimes()).fingerprint() for name in ("a", "b"))
     assert first == second
     assert first != ct.CheckpointSpec(directory="a").fingerprint()
+
+
+def test_a_spec_survives_its_own_toml_and_json(tmp_path):
+    spec = ct.CheckpointSpec(directory="run", save=ct.EverySteps(5), keep=ct.Best("loss", mode="min"))
+    assert ct.CheckpointSpec.from_toml(spec.to_toml()) == spec
+    assert ct.CheckpointSpec.from_json(spec.to_json()) == spec
+    (tmp_path / "train.toml").write_text(spec.to_toml())
+    assert ct.CheckpointSpec.load(tmp_path / "train.toml").directory == tmp_path / "run", "relative to the file"

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tree of a step from its manifest, newest first; no array is read."""
 
+import jax.numpy as jnp
 import pytest
+from orbax.checkpoint import v1
 
 import ckpttools as ct
 from ckpttools.store import layout, orbax
@@ -61,3 +63,19 @@ def test_values_that_json_lacks_become_strings():
     )
     shown = ct.ShownStep(step=1, state="committed", leaves=leaves)
     assert [leaf["value"] for leaf in shown.as_dict()["leaves"]] == ["b'x'", 3]
+
+
+def test_a_step_prints_one_line_for_each_leaf():
+    leaf = ct.ShownLeaf(name="model.kernel", kind="array", shape=(2, 3), dtype="float32", bytes=24)
+    shown = ct.ShownStep(step=500, state="committed", total_bytes=1024, leaves=(leaf,))
+    assert str(shown).splitlines() == ["step 500: committed, 1 leaves, 1,024 bytes", "  model.kernel: float32[2,3]"]
+
+
+def test_a_step_of_plain_orbax_is_shown_from_its_metadata(tmp_path):
+    with v1.Context():
+        v1.save_checkpointables(tmp_path / "3", {"model": {"a": jnp.ones((2, 3), jnp.bfloat16)}, "data": {"epoch": 4}})
+    shown = ct.show(tmp_path)
+    assert (shown.step, shown.state) == (3, "unverified")
+    leaves = {leaf.name: leaf for leaf in shown.leaves}
+    assert (leaves["model.a"].shape, leaves["model.a"].dtype, leaves["model.a"].bytes) == ((2, 3), "bfloat16", 12)
+    assert (leaves["data.epoch"].kind, leaves["data.epoch"].value) == ("value", "(not read)")
