@@ -8,6 +8,7 @@ import pytest
 
 import ckpttools as ct
 from ckpttools.cli import output
+from ckpttools.spec.retention import StepInfo, Verdict
 from tests.ckpttools.cli.commands import call, spec_for, state_at
 
 
@@ -55,3 +56,44 @@ def test_progress_is_shown_on_a_terminal_only(capsys, monkeypatch):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "verifying" in printed.err
+
+
+def test_a_tree_ends_with_the_bytes_of_each_item(capsys):
+    leaves = (
+        ct.ShownLeaf(name="model.kernel", kind="array", shape=(256, 2), dtype="float32", bytes=2048),
+        ct.ShownLeaf(name="model.bias", kind="array", shape=(256,), dtype="float32", bytes=1024),
+        ct.ShownLeaf(name="data.epoch", kind="value", dtype="int", value=4),
+    )
+    shown = ct.ShownStep(step=5, state="committed", total_bytes=4096, metrics={"loss": 0.5}, leaves=leaves)
+    output.print_tree(shown)
+    head, *rows, sums = capsys.readouterr().out.splitlines()
+    assert head == "step 5: committed; no reason given; loss=0.5"
+    assert [row.split() for row in rows[-3:]] == [
+        ["model.kernel", "float32[256,2]", "2.0", "KiB"],
+        ["model.bias", "float32[256]", "1.0", "KiB"],
+        ["data.epoch", "4"],
+    ]
+    assert sums == "model 3.0 KiB, data 0 B; on the disk 4.0 KiB"
+
+
+@pytest.mark.parametrize(("dry_run", "word"), [(True, "would be deleted"), (False, "deleted")])
+def test_verdicts_and_quarantine_say_whether_steps_are_deleted(capsys, dry_run, word):
+    verdicts = [
+        Verdict(StepInfo(step=20, sequence=2), keep=True, reason="latest"),
+        Verdict(StepInfo(step=10, sequence=1), keep=False, reason="nothing keeps it"),
+    ]
+    output.print_verdicts(verdicts, dry_run=dry_run)
+    output.print_quarantine(["30"], dry_run=dry_run)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [" ".join(line.split()) for line in lines[-3:]] == [
+        f"10 {word} nothing keeps it",
+        "20 kept latest",
+        f"quarantined 30 {word}",
+    ]
+
+
+def test_nothing_to_delete_is_said(capsys):
+    output.print_verdicts([], dry_run=True)
+    output.print_quarantine([], dry_run=True)
+    output.print_steps([])
+    assert capsys.readouterr().out == "no steps\nnothing to delete in quarantine\nno steps\n"

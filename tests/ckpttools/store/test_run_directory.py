@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's directory as one object: pins, retention, deletion and lineage, on a run of two steps."""
 
+import shutil
+
 import pytest
 
 import ckpttools as ct
@@ -77,6 +79,14 @@ def test_pruning_keeps_pins_and_deletes_second_copies(tmp_path):
     assert layout.get_spare_directory(tmp_path, 3).is_dir(), "control"
 
 
+def test_a_step_deleted_by_hand_is_noticed_before_pruning(run):
+    assert get_numbers(run) == [1, 2]
+    shutil.rmtree(run.directory / "2")
+    assert [entry.step for entry in run.get_steps().entries] == [1, 2], "control: as they were last read"
+    assert run.prune(ct.All()) == ()
+    assert [entry.step for entry in run.get_steps().entries] == [1]
+
+
 def test_the_newest_step_is_never_deleted(run):
     with pytest.raises(ct.StepOrderError, match="step 2 is the newest"):
         run.delete(2)
@@ -90,8 +100,10 @@ def test_a_quarantined_step_is_emptied_once_the_run_went_on(run):
     moved = run.quarantine(run.directory / "1")
     assert moved == layout.get_control_path(run.directory, "quarantine") / "1"
     assert run.list_quarantined() == [moved], "step 2 was committed after it"
+    assert layout.get_spare_directory(run.directory, 1).is_dir(), "control"
     assert run.empty_quarantine() == ("1",)
     assert not moved.exists()
+    assert not layout.get_spare_directory(run.directory, 1).exists(), "its second copies are deleted, too"
     newest = run.quarantine(run.directory / "2")
     assert run.empty_quarantine() == (), "no step was committed after it"
     assert newest.is_dir()
