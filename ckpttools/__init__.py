@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model checkpoints that cannot be lost and cannot lie.
+"""Crash-safe, verified model checkpoints for flax.nnx.
 
 import ckpttools as ct
 

@@ -5,6 +5,14 @@ They differ from the guide where it is unsafe: a damaged step is recognised by i
 model that does not fit raises instead of suggesting a fresh start, validation leaves the live model alone and fails on
 NaN, nothing is gathered on one device, and a resumed run makes as many updates as an uninterrupted one.
 docs/guide-checkpointing.md covers the guide block by block.
+
+Example:
+    >>> import tempfile
+    >>> from ckpttools import functional
+    >>> manager, path = functional.setup_checkpoint_manager(tempfile.mkdtemp())
+    >>> functional.save_checkpoint(manager, {"count": 1}, step=1).latest_step()
+    1
+    >>> manager.close()
 """
 
 import os

@@ -18,7 +18,22 @@ from ..spec.spec import CheckpointSpec
 
 @runtime_checkable
 class Trainer(Protocol):
-    """The interface that `train` expects of a trainer."""
+    """The interface that `train` expects of a trainer.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> class Counter:
+        ...     total_steps = 3
+        ...     count = 0
+        ...     def get_state(self):
+        ...         return {"count": self.count}
+        ...     def set_state(self, state):
+        ...         self.count = state["count"]
+        ...     def train_step(self):
+        ...         self.count += 1
+        >>> isinstance(Counter(), ct.Trainer)
+        True
+    """
 
     @property
     def total_steps(self) -> int:
@@ -76,6 +91,15 @@ class TrainReport:
         restored: The restore that it resumed from.
         last_step: Completed updates at its end; this step is saved.
         preempted: Whether a signal stopped it before all updates were made.
+
+    Example:
+        >>> import tempfile, ckpttools as ct
+        >>> def update(state):
+        ...     state["count"] += 1
+        >>> spec = ct.CheckpointSpec(directory=tempfile.mkdtemp())
+        >>> report = ct.train(ct.FlaxLoop(state={"count": 0}, update=update, total_steps=3), spec)
+        >>> report.restored.step, report.last_step, report.preempted
+        (None, 3, False)
     """
 
     restored: RestoreReport

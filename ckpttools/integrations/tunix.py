@@ -49,6 +49,17 @@ class PeftCheckpoints:
 
     Attributes:
         session: The underlying session.
+
+    Example:
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> import ckpttools as ct
+        >>> manager = ct.PeftCheckpoints(ct.CheckpointSpec(directory=tempfile.mkdtemp()))
+        >>> manager.save(1, nnx.Linear(2, 3, rngs=nnx.Rngs(0)), force=True, custom_metadata={"role": "actor"})
+        True
+        >>> manager.maybe_restore(nnx.Linear(2, 3, rngs=nnx.Rngs(1)))
+        (1, {'role': 'actor'})
+        >>> manager.close()
     """
 
     def __init__(self, spec: CheckpointSpec, metrics: Callable[[], Mapping[str, Any]] = dict) -> None:

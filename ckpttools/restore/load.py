@@ -112,6 +112,16 @@ class Preview:
         differences: What does not fit, one line for each leaf; empty if the step fits.
         surgery: Suggested operations that would make it fit, including the requested ones.
         read_bytes: Bytes of the arrays that would be read.
+
+    Example:
+        >>> import tempfile, ckpttools as ct
+        >>> spec = ct.CheckpointSpec(directory=tempfile.mkdtemp())
+        >>> with ct.open(spec) as ckpt:
+        ...     saved = ckpt.save(1, {"count": 1})
+        >>> ct.preview(spec.directory, {"count": 0}).fits
+        True
+        >>> ct.preview(spec.directory, {"counter": 0}).fits
+        False
     """
 
     step: int

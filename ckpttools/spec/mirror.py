@@ -36,6 +36,12 @@ class Mirror:
         must_answer: Whether `restore` in a directory without steps raises if the store does not answer. Otherwise
             training starts from scratch although the run may be there.
         wait_s: How long `close` waits for copies, in seconds; the next session copies the rest.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> mirror = ct.Mirror("s3://bucket/run", keep=ct.Latest(10), options={"endpoint_url": "http://127.0.0.1:9000"})
+        >>> mirror.store_options
+        {'endpoint_url': 'http://127.0.0.1:9000'}
     """
 
     url: str

@@ -15,7 +15,13 @@ _JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of a run file: an object whose `checkpoint` table is a spec."""
+    """Return the schema of a run file: an object whose `checkpoint` table is a spec.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> sorted(ct.json_schema()["properties"]["checkpoint"]["properties"])
+        ['directory', 'integrity', 'keep', 'mirror', 'save', 'state_version', 'storage']
+    """
     spec = {
         "type": "object",
         "additionalProperties": False,

@@ -22,6 +22,11 @@ class Storage:
         min_free: Space that must be free before a save: "2x" is twice the size of that save, an int is in bytes.
         when_full: If space is short, "raise" at once, or "prune" first what the retention does not keep.
         timeout_s: Longest wait for one save, in seconds; a longer wait raises.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> ct.Storage(min_free="1.5x").compute_required_bytes(1000)
+        1500
     """
 
     asynchronous: bool = True
@@ -65,6 +70,11 @@ class Integrity:
             of the speed.
         verify: "digest" compares digests when a step is read. "readback" also reads each step back from the disk
             before it is committed, which about doubles the time of a save.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> ct.CheckpointSpec(directory="runs/exp1", integrity=ct.Integrity(digest="sha256")).integrity.verify
+        'digest'
     """
 
     digest: Literal["xxh3", "sha256"] = "xxh3"

@@ -38,6 +38,11 @@ class ChangedLeaf:
         max_abs: Largest absolute difference of two elements; None if shape or dtype differ or it is not numeric.
         relative: Norm of the difference over the norm in the first step; infinite if that is zero.
         changed: Number of elements that differ.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> ct.ChangedLeaf(name="model.bias", before="float32[3]", after="float32[3]", max_abs=0.5, changed=1).max_abs
+        0.5
     """
 
     name: str
@@ -60,6 +65,15 @@ class DiffReport:
         reformed: Leaves of another shape, dtype or kind.
         changed: Leaves of equal shape and dtype with other values, the largest relative change first.
         equal: Number of leaves that are equal bit for bit.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> report = ct.DiffReport(a="runs/a/1", b="runs/b/1", added=("model.bias",), equal=1)
+        >>> report.same
+        False
+        >>> print(report)
+        runs/a/1 and runs/b/1: 1 leaves equal, 0 changed, 0 of another form, 0 removed, 1 added
+        + model.bias
     """
 
     a: str

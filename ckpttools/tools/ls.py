@@ -27,6 +27,15 @@ class ListedStep:
         metrics: Recorded metrics.
         reason: Why it was saved, or what is wrong with it.
         pinned: Whether it is pinned.
+
+    Example:
+        >>> import tempfile, ckpttools as ct
+        >>> spec = ct.CheckpointSpec(directory=tempfile.mkdtemp())
+        >>> with ct.open(spec) as ckpt:
+        ...     saved = ckpt.save(1, {"count": 1}, metrics={"loss": 0.5})
+        >>> step = ct.ls(spec.directory)[0]
+        >>> step.step, step.state, step.metrics
+        (1, 'committed', {'loss': 0.5})
     """
 
     step: int
@@ -41,7 +50,14 @@ class ListedStep:
 
 
 class Listing(tuple[ListedStep, ...]):
-    """A tuple of `ListedStep` that prints as the table of `ckpttools ls`."""
+    """A tuple of `ListedStep` that prints as the table of `ckpttools ls`.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> listing = ct.Listing([ct.ListedStep(step=500, state="committed", metrics={"loss": 0.5})])
+        >>> str(listing).splitlines()[1].split()
+        ['500', 'committed', '0.5']
+    """
 
     __slots__ = ()
 

@@ -27,6 +27,11 @@ class Repair:
         where: The file or step.
         found: What is wrong with it.
         done: What was done, or in a dry run would be; "" if it cannot be repaired.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> print(ct.Repair("500/ckpttools.manifest", "is missing", "copied from the second copy"))
+        500/ckpttools.manifest: is missing; copied from the second copy
     """
 
     where: str
@@ -44,6 +49,12 @@ class RepairReport:
     Attributes:
         repairs: One entry for each problem.
         dry_run: Whether nothing was touched.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> print(ct.RepairReport(repairs=(ct.Repair("500", "its arrays are damaged"),), dry_run=True))
+        dry run, nothing was touched
+        500: its arrays are damaged; cannot be rebuilt
     """
 
     repairs: tuple[Repair, ...]

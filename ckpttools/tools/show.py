@@ -26,6 +26,11 @@ class ShownLeaf:
         dtype: Its dtype; for a key its implementation, for a value its Python type.
         bytes: Bytes of its array.
         value: A plain value.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> ct.ShownLeaf(name="model.kernel", kind="array", shape=(2, 3), dtype="float32", bytes=24).shape
+        (2, 3)
     """
 
     name: str
@@ -47,6 +52,13 @@ class ShownStep:
         total_bytes: Bytes of its files.
         metrics: Recorded metrics.
         leaves: Every leaf, item by item.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> leaf = ct.ShownLeaf(name="model.kernel", kind="array", shape=(2, 3), dtype="float32", bytes=24)
+        >>> print(ct.ShownStep(step=500, state="committed", total_bytes=24, leaves=(leaf,)))
+        step 500: committed, 1 leaves, 24 bytes
+          model.kernel: float32[2,3]
     """
 
     step: int

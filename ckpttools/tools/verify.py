@@ -27,6 +27,12 @@ class StepHealth:
         reason: What is wrong; "" if it is intact.
         files: Damaged files, relative to the step's directory.
         leaves: Damaged leaves, as far as the files could be read.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> print(ct.StepHealth(step=500, state="corrupt", reason="1 leaf differs", leaves=("model.kernel",)))
+        step 500: corrupt, 1 leaf differs
+            damaged leaf: model.kernel
     """
 
     step: int
@@ -41,7 +47,17 @@ class StepHealth:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport:
-    """The health of every step that was read."""
+    """The health of every step that was read.
+
+    Attributes:
+        steps: One entry for each step.
+
+    Example:
+        >>> import ckpttools as ct
+        >>> healthy, damaged = ct.StepHealth(step=500, state="intact"), ct.StepHealth(step=1000, state="incomplete")
+        >>> ct.VerifyReport((healthy,)).ok, ct.VerifyReport((healthy, damaged)).ok
+        (True, False)
+    """
 
     steps: tuple[StepHealth, ...]
 

@@ -56,7 +56,7 @@ def kernel(model):
     return np.asarray(model.first.kernel[...]).tobytes()
 
 
-def test_a_model_comes_back_and_a_saved_step_is_on_the_disk(tmp_path, monkeypatch):
+def test_a_saved_step_is_on_disk_and_restores_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models = saved_run("run", 1, 2)
     manager, directory = functional.setup_checkpoint_manager("run")

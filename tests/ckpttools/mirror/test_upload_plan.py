@@ -20,7 +20,7 @@ def summary(step, saved_at, lineage=(("a", 0),)):
     )
 
 
-def test_the_plan_copies_the_newest_first_and_deletes_what_nothing_keeps():
+def test_a_plan_copies_the_newest_first_and_deletes_unkept_steps():
     local = {f"{step}-x": summary(step, step) for step in (3, 4, 5)}
     there = {f"{step}-x": summary(step, step) for step in (1, 2, 3)}
     todo = upload_plan.make_upload_plan(

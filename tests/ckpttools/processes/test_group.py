@@ -90,7 +90,7 @@ def test_a_flipped_bit_in_any_part_is_found_or_harmless(two, directory):
     assert found > 0
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step(two):
+def test_a_signal_to_one_process_stops_all_together(two):
     first, second = (answer["a_signal_to_one"] for answer in two)
     assert first == second
     assert first["reason"] == "SIGTERM asked to stop (process 1)"
@@ -150,7 +150,7 @@ def test_what_several_processes_cannot_do_is_refused(two):
     assert seconds(first["alone"]) < 8
 
 
-def test_a_process_that_dies_in_a_save_is_reported_in_time(two, directory):
+def test_a_process_dying_in_a_save_is_reported_in_time(two, directory):
     result = two[0]["one_dies"]
     assert "one_dies" not in two[1]
     assert "process 1 of 2 is missing: it has given no sign of life" in result["error"]

@@ -103,7 +103,7 @@ def test_additions_keep_their_values_and_the_rest_comes_back(saved):
     assert [leaf.action for leaf in report.altered] == ["kept", "kept"]
 
 
-def test_only_a_part_is_loaded_from_a_run_that_is_only_read(saved):
+def test_loading_a_part_leaves_the_run_unchanged(saved):
     directory, before = saved
     listing = sorted(directory.rglob("*"))
     state = {"model": Model(1, words=WORDS + 1, extra="lora"), "optimizer": "not looked at"}
@@ -211,7 +211,7 @@ def test_a_validation_of_kept_leaves_cannot_touch_the_live_ones(run):
     assert np.isfinite(np.asarray(state["model"].head.kernel[...])).all()
 
 
-def test_a_preview_says_what_would_be_done_and_reads_no_array(saved, monkeypatch):
+def test_a_preview_lists_each_leaf_and_reads_no_array(saved, monkeypatch):
     directory, _ = saved
     monkeypatch.setattr("ckpttools.store.orbax.read", lambda *_: pytest.fail("an array was read"))
     state = {"model": Model(1, words=WORDS + 2, blocks="layers", extra="lora")}

@@ -89,7 +89,7 @@ def test_a_rejected_step_stays_until_the_run_moves_on(tmp_path):
     assert ct.verify(tmp_path).ok
 
 
-def test_outputs_that_are_not_finite_are_a_failure_at_both_ends(tmp_path):
+def test_outputs_that_are_not_finite_fail_save_and_restore(tmp_path):
     state = {"model": Net(nnx.Rngs(0))}
     with ct.open(spec_for(tmp_path), validate=lambda copy: outputs(copy) * jnp.nan) as ckpt:
         with pytest.raises(ct.ValidationError, match="not finite"):

@@ -32,7 +32,7 @@ def test_training_in_a_used_directory_without_restore_is_refused(tmp_path):
         assert ckpt.all_steps() == (2,)
 
 
-def test_a_run_on_a_read_only_disk_is_restored_not_trained(tmp_path, monkeypatch):
+def test_a_run_on_a_read_only_disk_is_only_restored(tmp_path, monkeypatch):
     params = {"params": jnp.ones(2)}
     with ct.open(spec_for(tmp_path)) as ckpt:
         ckpt.save(1, params)

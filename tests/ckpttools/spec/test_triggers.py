@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpttools as ct
-from ckpttools.spec.trigger_memory import decode_memory, encode_memory
-from ckpttools.spec.triggers import AllOf, AnyOf, Decision, StepContext
+from ckpttools.spec.triggers import AllOf, AnyOf, StepContext
 
 
 def moments(losses, seconds_per_step=1.0):
@@ -98,62 +97,6 @@ def test_a_resumed_run_decides_as_an_uninterrupted_one(trigger, losses, pick):
     memory = json.loads(json.dumps(memory))
     resumed = saved_steps(trigger, losses, memory=memory, start=step)
     assert only_steps(resumed) == [later for later in only_steps(whole) if later > step]
-
-
-EACH = [
-    ct.EverySteps(2),
-    ct.EverySeconds(1.0),
-    ct.OnImprovement("loss", mode="min"),
-    ct.Adaptive("loss"),
-    ct.EverySteps(3) | ct.OnImprovement("loss", mode="max"),
-    ct.EverySeconds(1.0) & ct.Adaptive("loss"),
-    (ct.EverySteps(3) | ct.EverySeconds(2.0)) & ct.OnImprovement("loss", mode="min"),
-]
-
-
-def memory_after(trigger, losses):
-    memory = None
-    for moment in moments(losses):
-        memory = trigger.update_after_save(moment, trigger.observe(moment, memory))
-    return memory
-
-
-@pytest.mark.parametrize("before", EACH, ids=str)
-def test_a_memory_survives_being_written_and_no_other_trigger_takes_it_for_its_own(before):
-    memory = memory_after(before, [3.0, 2.0, 1.0])
-    stored = json.loads(json.dumps(encode_memory(before, memory)))
-    moment = next(moments([0.5]))
-    again = decode_memory(before, stored)
-    assert before.decide(moment, again) == before.decide(moment, memory)
-    for after in EACH:
-        own = decode_memory(after, stored)
-        after.decide(moment, after.update_after_save(moment, after.observe(moment, own)))
-        if before in (ct.EverySeconds(1.0), ct.Adaptive("loss")) and after == EACH[2]:
-            assert own is None
-
-
-def test_a_trigger_goes_on_with_its_memory_wherever_it_stands():
-    best = ct.OnImprovement("loss", mode="min")
-    stored = encode_memory(ct.EverySteps(2) | best, memory_after(ct.EverySteps(2) | best, [3.0, 1.0]))
-    assert decode_memory(best, stored) == 1.0
-    assert decode_memory(ct.AtSteps((5,)) | (ct.EverySteps(9) & best), stored) == [None, [None, 1.0]]
-    assert decode_memory(ct.OnImprovement("loss", mode="max"), stored) is None
-
-
-@pytest.mark.parametrize("hostile", [5, "x", [], {"a": 1}, None, [[[]]]])
-def test_a_memory_of_a_strange_form_is_forgotten(hostile):
-    moment = next(moments([0.5]))
-    for trigger in EACH:
-        for stored in (hostile, dict.fromkeys(encode_memory(trigger, memory_after(trigger, [1.0])), hostile)):
-            trigger.decide(moment, trigger.observe(moment, decode_memory(trigger, stored)))
-
-
-def test_a_trigger_of_ones_own_needs_no_dataclass():
-    class Always(ct.Trigger):
-        def decide(self, moment, memory):
-            return Decision(True, "always")
-
-    assert decode_memory(Always(), encode_memory(Always(), [1, 2])) == [1, 2]
 
 
 def test_combinations_are_flat_and_compare_equal():

@@ -50,7 +50,7 @@ def test_going_back_begins_a_branch_with_its_first_save(run):
         assert float(ckpt.restore(state(), step=60).state["model"]["w"][0]) == 60
 
 
-def test_superseded_steps_stay_until_retention_says_otherwise_and_can_be_restored(run):
+def test_superseded_steps_can_be_restored_until_retention_deletes_them(run):
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(state(), step=60)
         ckpt.save(65, state(-65))
@@ -76,7 +76,7 @@ def test_a_branch_of_a_branch(run):
         assert ckpt.all_steps() == (60, 70, 80, 85, 88)
 
 
-def test_opening_a_run_of_a_thousand_steps_reads_their_summaries_and_no_leaf(tmp_path, monkeypatch):
+def test_opening_a_thousand_steps_reads_summaries_and_no_leaf(tmp_path, monkeypatch):
     """Its seconds are in benchmarks/ckpt_speed.py; what they come from is counted here."""
     with ct.open(spec_for(tmp_path)) as ckpt:
         ckpt.save(1, {"model": {f"layer{n}": jnp.ones(2) for n in range(20)}})
@@ -99,7 +99,7 @@ def test_opening_a_run_of_a_thousand_steps_reads_their_summaries_and_no_leaf(tmp
 
 
 @pytest.mark.parametrize("damage", ["{", "[" * 100_000, '{"steps": [30], "digest": "xxh3:0"}', "[1e400]"])
-def test_a_damaged_list_of_pins_is_read_from_its_second_copy(run, damage):
+def test_damaged_pins_are_read_from_their_second_copy(run, damage):
     assert catalogue.has_intact_pins(run)
     catalogue.write_pins(run, frozenset({20}))
     layout.get_control_path(run, "pins.json").write_text(damage)
@@ -116,7 +116,7 @@ def test_without_a_whole_list_of_pins_the_run_still_opens(run):
 
 @pytest.mark.filterwarnings("ignore:.*damaged step.*were passed over")
 @pytest.mark.parametrize("how", ["manifest", "data"])
-def test_damage_to_the_only_step_of_a_branch_does_not_undo_the_rollback(run, how):
+def test_damage_to_a_branchs_only_step_keeps_the_rollback(run, how):
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(state(), step=60)
         ckpt.save(65, state(-65))
@@ -133,7 +133,7 @@ def test_damage_to_the_only_step_of_a_branch_does_not_undo_the_rollback(run, how
         assert ckpt.all_steps() == (60, 65)
 
 
-def test_a_commit_after_a_damaged_one_leaves_its_second_copies_alone(run):
+def test_a_commit_keeps_the_second_copies_of_a_damaged_step(run):
     (run / "100" / layout.MANIFEST).unlink()
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(state())
@@ -144,7 +144,7 @@ def test_a_commit_after_a_damaged_one_leaves_its_second_copies_alone(run):
     assert ct.verify(run).ok
 
 
-def test_what_is_damaged_and_in_the_way_of_a_commit_goes_to_quarantine(run):
+def test_a_damaged_step_in_a_commits_place_is_quarantined(run):
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(state(), step=60)
         (run / "70" / layout.MANIFEST).write_bytes(b"{}")
@@ -154,7 +154,7 @@ def test_what_is_damaged_and_in_the_way_of_a_commit_goes_to_quarantine(run):
     assert [path.name for path in layout.get_control_path(run, "superseded").iterdir()] == ["80"]
 
 
-def test_a_kill_between_the_two_moves_of_a_commit_supersedes_nothing(run):
+def test_a_kill_between_a_commits_two_moves_supersedes_nothing(run):
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(state(), step=60)
         ckpt.save(100, state(-100))

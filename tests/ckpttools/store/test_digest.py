@@ -25,7 +25,7 @@ def test_every_byte_counts_whatever_the_size(tmp_path, monkeypatch, algorithm, s
     assert digest.hash_file(algorithm, path) not in seen
 
 
-def test_a_small_file_and_an_array_have_the_digest_of_their_bytes(tmp_path):
+def test_files_and_arrays_have_the_digest_of_their_bytes(tmp_path):
     array = np.arange(10.0)
     (tmp_path / "file").write_bytes(array.tobytes())
     expected = digest.hash_bytes("xxh3", array.tobytes())

@@ -19,7 +19,7 @@ def failing(code):
 
 
 @pytest.mark.parametrize("call", ["write", "ftruncate"])
-def test_a_lock_is_taken_though_the_disk_has_no_room_for_the_owners_number(tmp_path, monkeypatch, call):
+def test_a_lock_is_acquired_on_a_full_disk(tmp_path, monkeypatch, call):
     lock = WriterLock(tmp_path)
     monkeypatch.setattr(os, call, failing(errno.ENOSPC))
     lock.acquire()
@@ -32,7 +32,7 @@ def test_a_lock_is_taken_though_the_disk_has_no_room_for_the_owners_number(tmp_p
     other.release()
 
 
-def test_a_file_system_without_locks_is_no_other_writer(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_not_another_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     lock = WriterLock(tmp_path)
     with pytest.raises(ct.StorageError, match="cannot be locked") as caught:

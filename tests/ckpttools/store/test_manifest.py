@@ -151,7 +151,7 @@ def test_nothing_is_imported_because_a_checkpoint_names_it(step, tmp_path, monke
         pytest.param(lambda entry: [1], id="no object"),
     ],
 )
-def test_summaries_of_unknown_form_are_corrupt_and_do_not_stop_the_run(step, change):
+def test_summaries_of_unknown_form_are_corrupt_without_ending_the_run(step, change):
     reseal(step, change, line=1)
     with ct.open(ct.CheckpointSpec(directory=step.parent)) as ckpt:
         assert ckpt.latest_step() is None
@@ -177,7 +177,7 @@ def test_a_newer_format_is_an_error_and_no_damage(step):
     assert not ct.verify(step.parent).ok
 
 
-def test_a_newer_format_beside_steps_of_this_one_is_not_passed_over(step):
+def test_a_newer_format_beside_older_steps_is_not_skipped(step):
     with ct.open(ct.CheckpointSpec(directory=step.parent)) as ckpt:
         ckpt.restore(STATE)
         ckpt.save(6, STATE)
@@ -223,7 +223,7 @@ def test_absurd_numbers_in_one_summary_do_not_stop_the_run(step, change):
         assert ckpt.restore(STATE).step == 6
 
 
-def test_more_memory_than_there_is_is_an_error_of_this_machine(step, monkeypatch):
+def test_too_little_host_memory_is_not_damage(step, monkeypatch):
     def read(folder, records):
         raise MemoryError("Unable to allocate 8.00 TiB")
 

@@ -102,7 +102,7 @@ def test_leftovers_of_a_failed_load_do_not_complain_later(run, monkeypatch, erro
     assert len(events) == seen
 
 
-def test_a_damaged_step_of_ours_is_not_looked_at_by_orbax_again(run, tmp_path, monkeypatch):
+def test_a_damaged_step_is_not_read_by_orbax_again(run, tmp_path, monkeypatch):
     """Another look fails as well, and leaves behind what complains at any later moment."""
     step = shutil.copytree(run / "3", tmp_path / "3")
     looked = []

@@ -56,7 +56,7 @@ def save(directory, version, step, name):
         ckpt.save(step, {"model": {name: jnp.full(2, float(step))}})
 
 
-def test_migrations_are_applied_in_sequence_from_the_version_of_the_step(tmp_path):
+def test_migrations_are_applied_in_order_from_the_steps_version(tmp_path):
     save(tmp_path, 1, 1, "a")
     save(tmp_path, 2, 2, "b")
     save(tmp_path, 3, 3, "c")
@@ -72,7 +72,7 @@ def test_migrations_are_applied_in_sequence_from_the_version_of_the_step(tmp_pat
         ct.load(tmp_path, {"model": {"c": jnp.zeros(2)}}, step=1)
 
 
-def test_a_state_of_a_newer_version_is_an_error_and_stays_where_it_is(tmp_path):
+def test_a_newer_state_version_raises_and_is_not_moved(tmp_path):
     save(tmp_path, 2, 1, "b")
     save(tmp_path, 3, 2, "c")
     with ct.open(spec_for(tmp_path, VERSIONS[2])) as ckpt:
@@ -85,7 +85,7 @@ def test_a_state_of_a_newer_version_is_an_error_and_stays_where_it_is(tmp_path):
     assert (tmp_path / "2").is_dir()
 
 
-def test_a_state_that_is_too_old_names_the_migration_that_is_missing(tmp_path):
+def test_a_state_without_a_migration_names_the_missing_one(tmp_path):
     save(tmp_path, 1, 1, "a")
     late = ct.StateVersion(3, [ct.Migration(2, ct.Rename("b", "c"))])
     with ct.open(spec_for(tmp_path, late)) as ckpt:

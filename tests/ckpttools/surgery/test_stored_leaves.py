@@ -8,34 +8,6 @@ import ckpttools as ct
 from tests.ckpttools.surgery.plans import nested, plan, sources
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "operation"),
-    [
-        pytest.param("m.enc.w", "m.dec.w", ct.Rename("m.enc", "m.dec"), id="a part above"),
-        pytest.param("m.enc.w", "m.dec.w", ct.Rename("enc", "dec"), id="at any depth"),
-        pytest.param("m.0.q.w", "m.0.attn.q.w", ct.Rename("q", "attn.q"), id="one more level"),
-        pytest.param("m.b.3.q.w", "m.layers.3.wq", ct.Rename("m.b.*.q.w", "m.layers.*.wq"), id="a star"),
-        pytest.param("m.x.y.q", "m.z.x.y.q", ct.Rename("m.**.q", "m.z.**.q"), id="two stars"),
-        pytest.param("m.q", "m.z.q", ct.Rename("m.**.q", "m.z.**.q"), id="two stars of nothing"),
-        pytest.param("m.v_proj", "m.attn.v", ct.Rename("m.{q,v}_proj", "m.attn.*"), id="braces"),
-        pytest.param("m.h12.w", "m.h.12.w", ct.Rename("m.h*", "m.h.*"), id="inside a segment"),
-        pytest.param("m.w", "n.w", ct.Rename("m.**", "n.**"), id="an item"),
-        pytest.param("m.a.a.w", "m.b.a.w", ct.Rename("a", "b"), id="the outermost"),
-        pytest.param("m.a.w", "n.w", ct.Rename("m.a", "n"), id="a part becomes an item"),
-    ],
-)
-def test_a_rename_means_everything_below(old, new, operation):
-    made = plan(nested(old), nested(new), [operation])
-    assert made.differences == ()
-    assert sources(made) == {new: old}
-    assert plan(nested(old), nested(new)).differences  # the control
-
-
-def test_slices_count_integer_segments():
-    disk, state = nested("m.l.0.w", "m.l.1.w", "m.l.2.w"), nested("m.l.0.w", "m.l.1.w", "m.top.2.w")
-    assert sources(plan(disk, state, [ct.Rename("m.l.[-1]", "m.top.*")]))["m.top.2.w"] == "m.l.2.w"
-
-
 def test_operations_are_applied_in_order():
     disk, state = nested("m.a", "m.b"), nested("m.a", "m.b")
     swap = [ct.Rename("m.a", "m.t"), ct.Rename("m.b", "m.a"), ct.Rename("m.t", "m.b")]

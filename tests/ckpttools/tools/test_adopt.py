@@ -36,7 +36,7 @@ def write_v1(folder, state):
 
 
 @pytest.mark.parametrize("write", [write_v0, write_v1], ids=["v0", "v1"])
-def test_a_run_of_plain_orbax_is_listed_as_unverified_and_taken_over(tmp_path, write):
+def test_a_run_of_plain_orbax_is_unverified_until_adopted(tmp_path, write):
     model = Plain(nnx.Rngs(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -68,7 +68,7 @@ def test_a_run_of_plain_orbax_is_listed_as_unverified_and_taken_over(tmp_path, w
     assert not ct.verify(tmp_path, 3).ok
 
 
-def test_a_step_that_orbax_cannot_read_is_not_taken_over(tmp_path):
+def test_a_step_that_orbax_cannot_read_is_not_adopted(tmp_path):
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("{}")
     with pytest.raises(ct.StorageError, match="step 3 cannot be adopted"):
@@ -77,7 +77,7 @@ def test_a_step_that_orbax_cannot_read_is_not_taken_over(tmp_path):
     assert ct.adopt(tmp_path / "empty") == ()
 
 
-def test_an_adopted_step_with_lists_and_tuples_is_proved_and_read(tmp_path):
+def test_an_adopted_step_with_lists_and_tuples_is_verified(tmp_path):
     state = {"moments": (jnp.ones(2), [jnp.full(3, 2.0), jnp.full(1, 4.0)]), "w": jnp.zeros(2)}
     with v0.CheckpointManager(tmp_path) as manager:
         manager.save(3, args=v0.args.Composite(model=v0.args.StandardSave(state)))

@@ -115,7 +115,7 @@ def test_large_steps_are_read_in_batches(run, monkeypatch):
     assert len(ct.diff(run, run, steps=(1, 2)).changed) == 7
 
 
-def test_a_step_that_nobody_has_proved_is_not_compared(run, tmp_path):
+def test_an_unverified_step_is_not_compared(run, tmp_path):
     from orbax.checkpoint import v1 as ocp
 
     with ocp.Context():
@@ -123,3 +123,10 @@ def test_a_step_that_nobody_has_proved_is_not_compared(run, tmp_path):
     with pytest.raises(ct.CheckpointError, match="plain Orbax") as caught:
         ct.diff(tmp_path, run)
     assert "ct.adopt" in caught.value.fix
+
+
+def test_progress_of_a_diff_ends_at_the_total(run):
+    calls = []
+    ct.diff(run, run, steps=(1, 2), progress=lambda done, total: calls.append((done, total)))
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert 0 < calls[-1][0] == calls[-1][1]

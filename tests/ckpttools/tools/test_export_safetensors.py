@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """safetensors out and in, with the format's own package as the judge of the files."""
 
-import json
-import struct
-
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -14,7 +10,6 @@ from flax import nnx
 from safetensors import numpy as oracle
 
 import ckpttools as ct
-from ckpttools.store import safetensors_format
 from ckpttools.tools import export_safetensors
 from tests.ckpttools.behaviour.examples import Net, leaves
 from tests.ckpttools.restore.test_first_intact import flip_bit, largest_file
@@ -36,7 +31,7 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def test_every_dtype_of_the_format_goes_out_and_in_bit_by_bit(tmp_path):
+def test_every_dtype_survives_export_and_import(tmp_path):
     state, file = arrays(), tmp_path / "a.safetensors"
     ct.export_safetensors(state, file)
     back = ct.import_safetensors(file, jax.tree.map(lambda leaf: jnp.zeros_like(leaf), state) | {"double": np.zeros(3)})
@@ -51,16 +46,7 @@ def test_every_dtype_of_the_format_goes_out_and_in_bit_by_bit(tmp_path):
     assert bytes(raw["float8_e4m3fn"]["data"]) == np.asarray(state["float8_e4m3fn"]).tobytes()
 
 
-def test_a_file_that_the_package_wrote_comes_in(tmp_path):
-    values = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([1, 2], ml_dtypes.bfloat16)}
-    oracle.save_file(values, tmp_path / "b.safetensors", metadata={"format": "pt"})
-    back = ct.import_safetensors(tmp_path / "b.safetensors", {"a": jnp.zeros((2, 3)), "b": jnp.zeros(2, jnp.bfloat16)})
-    np.testing.assert_array_equal(back["a"], values["a"])
-    assert back["b"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(back["b"], values["b"])
-
-
-def test_a_live_model_with_keys_values_and_buffers_comes_back_whole(tmp_path):
+def test_keys_values_and_buffers_of_a_live_model_come_back(tmp_path):
     model, fresh = Net(nnx.Rngs(0, dropout=1)), Net(nnx.Rngs(5, dropout=6))
     fresh.extra.get_raw_value()["count"] = 9
     assert leaves({"m": fresh}) != leaves({"m": model})
@@ -80,17 +66,6 @@ def test_names_are_mapped_both_ways(tmp_path):
         ct.import_safetensors(file, fresh)
 
 
-def test_wrong_name_maps_are_refused(tmp_path):
-    state = {"a": jnp.ones(1), "b": jnp.ones(1)}
-    with pytest.raises(ct.SpecError, match=r"which match no leaf"):
-        ct.export_safetensors(state, tmp_path / "m", names={"aa": "x"})
-    with pytest.raises(ct.SpecError, match=r"has 1 and 0 stars"):
-        ct.export_safetensors(state, tmp_path / "m", names={"*": "x"})
-    with pytest.raises(ct.StructureError, match=r"two leaves have the name 'a'"):
-        ct.export_safetensors(state, tmp_path / "m", names={"b": "a"})
-    assert not list(tmp_path.iterdir())
-
-
 def test_leaves_can_be_left_out_on_both_sides(tmp_path):
     file = tmp_path / "m.safetensors"
     assert ct.export_safetensors({"a": jnp.ones(1), "b": {"c": jnp.ones(2)}}, file, skip=["b.**"]) == ("a",)
@@ -102,7 +77,7 @@ def test_leaves_can_be_left_out_on_both_sides(tmp_path):
     assert ct.import_safetensors(file, {"x": {}}, allow_extra=True) == {"x": {}}
 
 
-def test_a_step_of_a_run_is_exported_and_proved(run, tmp_path):
+def test_a_step_of_a_run_is_verified_and_exported(run, tmp_path):
     file = tmp_path / "m.safetensors"
     ct.export_safetensors(run, file)
     assert oracle.load_file(file)["w"].tolist() == [0, 1, 2], "the newest step"
@@ -144,22 +119,6 @@ def test_what_the_format_lacks_is_named(tmp_path):
         ct.export_safetensors({"a": jnp.ones(2, jnp.float8_e4m3b11fnuz)}, tmp_path / "m")
 
 
-def test_a_mismatch_names_every_leaf_and_changes_nothing(tmp_path):
-    file, model = tmp_path / "m.safetensors", nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    before = leaves({"m": model})
-    ct.export_safetensors({"kernel": jnp.ones((3, 2)), "bais": jnp.ones(3)}, file)
-    with pytest.raises(ct.StructureError) as caught:
-        ct.import_safetensors(file, model)
-    assert set(caught.value.mismatches) == {
-        "kernel: float32[3,2] in the file, float32[2,3] in the state",
-        "bias: not in the file; did you mean 'bais'?",
-        "bais: in the file, not in the state",
-    }
-    assert leaves({"m": model}) == before
-    with pytest.raises(ct.StructureError, match="float16"):
-        ct.import_safetensors(file, {"kernel": jnp.ones((3, 2), jnp.float16), "bais": jnp.ones(3)})
-
-
 def test_what_cannot_be_exchanged_is_refused(tmp_path, run):
     class Data:
         def get_state(self):
@@ -185,68 +144,7 @@ def test_what_cannot_be_exchanged_is_refused(tmp_path, run):
         ct.export_safetensors({"a": jnp.ones(1)}, file, skip="b")
 
 
-def file_with(header, data=b"", length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-
-
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        (b"", "does not begin with the length"),
-        (file_with({}, length=1 << 60), "does not begin with the length"),
-        (file_with(b"{"), "cannot be read"),
-        (file_with(b"[" * 5000), "cannot be read"),
-        (file_with([]), "is not a table"),
-        (file_with(b'{"a":1,"a":2}'), "a name occurs twice"),
-        (file_with({"__metadata__": {"a": 1}}), "values are not strings"),
-        (file_with({"a": {}}), "is malformed"),
-        (file_with({"a": {**ENTRY, "dtype": "X9"}}, b"1234"), "unknown dtype 'X9'"),
-        (file_with({"a": {**ENTRY, "dtype": ["F32"]}}, b"1234"), "unknown dtype"),
-        (file_with({"a": {**ENTRY, "shape": [-1]}}, b"1234"), "is out of range"),
-        (file_with({"a": {**ENTRY, "data_offsets": [0, 8]}}, b"12345678"), "has 8 bytes"),
-        (file_with({"a": ENTRY, "b": ENTRY}, b"1234"), "overlap or leave gaps"),
-        (file_with({"a": {**ENTRY, "data_offsets": [4, 8]}}, b"12345678"), "overlap or leave gaps"),
-        (file_with({"a": ENTRY}, b"123"), "header describes"),
-        (file_with({"a": ENTRY}, b"12345"), "header describes"),
-        (file_with({"a": {**ENTRY, "shape": [1 << 50, 1 << 50]}}, b"1234"), "has 4 bytes"),
-    ],
-)
-def test_files_that_lie_are_refused(tmp_path, content, why):
-    (tmp_path / "m").write_bytes(content)
-    with pytest.raises(ct.TensorFileError, match=why):
-        ct.import_safetensors(tmp_path / "m", {"a": jnp.ones(1)})
-
-
-def test_a_file_that_shrinks_or_vanishes_while_it_is_read(tmp_path):
-    (tmp_path / "m").write_bytes(b"12")
-    tensor = safetensors_format.Tensor("float32", (1,), 0)
-    with pytest.raises(ct.TensorFileError, match="was truncated"):
-        safetensors_format.read(tmp_path / "m", tensor)
-    with pytest.raises(ct.StorageError, match="a moment ago"):
-        safetensors_format.read(tmp_path / "nothing", tensor)
-
-
-def test_a_note_that_lies_is_a_mismatch(tmp_path):
-    (tmp_path / "m").write_bytes(file_with({"__metadata__": {"ckpttools.value.n": '{"os": 1}'}}))
-    with pytest.raises(ct.StructureError, match="the value in the file cannot be read"):
-        ct.import_safetensors(tmp_path / "m", {"n": 1})
-    (tmp_path / "m").write_bytes(file_with({"__metadata__": {"ckpttools.value.n": "["}}))
-    with pytest.raises(ct.StructureError, match="the value in the file cannot be read"):
-        ct.import_safetensors(tmp_path / "m", {"n": 1})
-    (tmp_path / "m").write_bytes(file_with({}))
-    assert ct.import_safetensors(tmp_path / "m", {"n": 1}) == {"n": 1}
-
-
-def test_a_sharded_model_is_filled_where_it_lies(tmp_path):
-    mesh = jax.make_mesh((8,), ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    value = jax.device_put(jnp.arange(16.0), sharding)
-    ct.export_safetensors({"w": value}, tmp_path / "m")
-    abstract = {"w": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=sharding)}
-    back = ct.import_safetensors(tmp_path / "m", abstract)
-    assert back["w"].sharding == sharding
-    np.testing.assert_array_equal(back["w"], value)
+def test_progress_of_an_export_ends_at_the_total(run, tmp_path):
+    calls = []
+    ct.export_safetensors(run, tmp_path / "m", progress=lambda done, total: calls.append((done, total)))
+    assert 0 < calls[-1][0] == calls[-1][1]

@@ -15,7 +15,7 @@ def test_prune_says_what_it_would_delete_and_why(run):
     assert not layout.get_spare_directory(run, 1).exists()
 
 
-def test_quarantine_is_emptied_when_asked_and_not_before_the_run_went_on(run):
+def test_quarantine_is_emptied_only_after_the_run_went_on(run):
     flip_bit(largest_file(run / "30" / "model"))
     assert restore(run).step == 20
     assert ct.empty_quarantine(run) == (), "it tells which branch the run is on"

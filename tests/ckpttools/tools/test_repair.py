@@ -26,7 +26,7 @@ def test_repair_puts_back_every_small_file_bit_by_bit(run):
     assert restore(run).step == 30
 
 
-def test_repair_puts_back_deleted_files_and_brings_a_step_home_from_quarantine(run):
+def test_repair_restores_deleted_files_and_quarantined_steps(run):
     before = snapshot_of(run / "30")
     (run / "30" / "model" / "_METADATA").unlink()
     assert restore(run).step == 20
@@ -54,7 +54,7 @@ def test_repair_says_what_it_cannot_rebuild(run):
     assert f"damaged: {name}; cannot be rebuilt" in str(report)
 
 
-def test_repair_puts_the_list_of_pins_back_or_begins_a_new_one(run):
+def test_repair_restores_the_pins_or_starts_a_new_list(run):
     catalogue.write_pins(run, frozenset({20}))
     layout.get_control_path(run, "pins.json").write_text("{")
     assert "restored from its second copy: [20]" in str(ct.repair(run))
@@ -65,7 +65,7 @@ def test_repair_puts_the_list_of_pins_back_or_begins_a_new_one(run):
     assert catalogue.has_intact_pins(run)
 
 
-def test_repair_of_no_folder_and_of_a_run_in_use(run, tmp_path):
+def test_repair_refuses_a_missing_directory_and_a_run_in_use(run, tmp_path):
     with pytest.raises(ct.StorageError, match="is not a directory"):
         ct.repair(tmp_path / "nothing")
     with ct.open(spec_for(run)) as ckpt:
@@ -92,7 +92,7 @@ def test_repair_puts_a_file_back_where_something_else_stands(run, tmp_path_facto
     assert str(ct.repair(run)) == "nothing to repair", "what stood there is kept and is no step"
 
 
-def test_repair_writes_nothing_through_a_linked_folder(run, tmp_path_factory):
+def test_repair_writes_nothing_through_a_linked_directory(run, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "20"
     (run / "20").rename(outside)
     (run / "20").symlink_to(outside)
@@ -101,7 +101,7 @@ def test_repair_writes_nothing_through_a_linked_folder(run, tmp_path_factory):
     assert (outside / "commit_success.txt").read_text() == "gold"
 
 
-def test_a_lock_that_cannot_be_opened_is_an_error_of_the_disk(run):
+def test_a_lock_that_cannot_be_opened_is_a_storage_error(run):
     layout.get_control_path(run, "lock").unlink()
     layout.get_control_path(run, "lock").mkdir()
     with pytest.raises(ct.StorageError, match="cannot be opened"):

@@ -4,6 +4,7 @@
 import pytest
 
 import ckpttools as ct
+from ckpttools.store import commit, file_integrity
 from tests.ckpttools.restore.test_first_intact import flip_bit, largest_file
 from tests.ckpttools.tools.runs import snapshot_of
 
@@ -33,7 +34,7 @@ def test_verify_names_the_damaged_file_and_leaf(run):
     assert not ct.verify(run).ok
 
 
-def test_verify_of_an_empty_folder(tmp_path):
+def test_verify_of_an_empty_directory(tmp_path):
     assert str(ct.verify(tmp_path)) == "no steps"
 
 
@@ -43,3 +44,24 @@ def test_a_misspelt_run_is_neither_intact_nor_created(tmp_path, tool):
     with pytest.raises(ct.StorageError, match="is not a directory"):
         getattr(ct, tool)(tmp_path / "typo", *more)
     assert not (tmp_path / "typo").exists()
+
+
+def test_verify_reports_its_progress_in_bytes(run):
+    seen = []
+    ct.verify(run, progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1] == sum(row.total_bytes for row in ct.ls(run))
+
+
+def test_a_step_deleted_during_verify_is_not_called_damaged(run, monkeypatch):
+    original = file_integrity.find_damaged_files
+
+    def and_then_gone(entry, *args):
+        if entry.step == 10 and entry.path.exists():
+            commit.discard(run, entry.path)
+        return original(entry, *args)
+
+    monkeypatch.setattr(file_integrity, "find_damaged_files", and_then_gone)
+    report = ct.verify(run)
+    assert [step.step for step in report.steps] == [20, 30]
+    assert report.ok

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths of runs and of steps are told apart, and a pair is split at its first sign."""
+
+import pytest
+
+import ckpttools as ct
+from ckpttools.cli import arguments, parser
+from tests.ckpttools.cli.commands import call
+
+
+def test_the_path_of_a_step_is_its_run_and_number(run):
+    assert arguments.parse_run_path(run / "20") == (run, 20)
+    assert arguments.parse_run_path(run / "99") == (run, 99), "a step that does not exist is reported by the command"
+    assert arguments.parse_run_path(run) == (run, None), "control: the run itself"
+
+
+def test_a_run_named_by_a_number_is_a_run(tmp_path):
+    (tmp_path / "2024").mkdir()
+    assert arguments.parse_run_path(tmp_path / "2024") == (tmp_path / "2024", None)
+    (tmp_path / "2024" / "ckpttools.manifest").touch()  # control
+    assert arguments.parse_run_path(tmp_path / "2024") == (tmp_path, 2024)
+
+
+def test_a_misspelt_run_is_refused(tmp_path):
+    with pytest.raises(ct.StorageError, match="is not a directory"):
+        arguments.parse_run_path(tmp_path / "misspelt")
+
+
+def test_a_pair_is_split_at_its_first_equals_sign():
+    assert arguments.parse_pair("layers.*=h.*=x") == ("layers.*", "h.*=x")
+    assert arguments.parse_pair("note=") == ("note", "")
+    with pytest.raises(ct.SpecError, match="'large' has no '='") as caught:
+        arguments.parse_pair("large")
+    assert caught.value.fix == "large=..."
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["ls"],
+        ["prune", "--latest", "1"],
+        ["prune", "--quarantine"],
+        ["pin", "20"],
+        ["repair"],
+        ["adopt"],
+        ["mirror", "m"],
+    ],
+    ids=lambda a: a[0],
+)
+def test_a_step_given_instead_of_a_run_is_refused(run, capsys, argv):
+    code, out, err = call(capsys, argv[0], run / "20", *argv[1:])
+    assert (code, out) == (parser.EXIT_FAILED, "")
+    assert "is one step of a run" in err
+    assert f"ckpttools ... {run}" in err

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations of surgery: what exists is legal, and prints as the code that makes it."""
+
+import pytest
+
+import ckpttools as ct
+from ckpttools.spec.operations import DTYPES, as_code, find_wildcards, split_segments
+from ckpttools.tree.records import parse_dtype
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "fix"),
+    [
+        pytest.param(lambda: ct.Drop("a..b"), "two dots", "**", id="pattern"),
+        pytest.param(lambda: ct.Drop("**:Linear"), "asks for a class", "'**'", id="class"),
+        pytest.param(lambda: ct.Drop(3), "not a pattern", "layers", id="not a string"),
+        pytest.param(lambda: ct.Rename("a", ""), "has no valid new name", "new_name", id="empty name"),
+        pytest.param(lambda: ct.Rename("a.*", "b"), "has *, no wildcard", "same wildcards", id="wildcards"),
+        pytest.param(lambda: ct.Rename("a.{b,{c,d}}", "a.*"), "braces inside braces", "several", id="nested braces"),
+        pytest.param(lambda: ct.Rename("a.b", "a.[0]"), "has no valid new name", "new_name", id="slice on the right"),
+        pytest.param(lambda: ct.Cast("a", "flaot32", "int8"), "unknown dtype 'flaot32'", "float32", id="dtype"),
+        pytest.param(lambda: ct.Pad("a", fill="zero"), "fill='zero'", "fill=0.0", id="fill"),
+        pytest.param(lambda: ct.Pad("a", start=[1]), "start=[1]", "start=(0, 0)", id="start of a pad"),
+        pytest.param(lambda: ct.Slice("a", start=(-1,)), "start=(-1,)", "start=(0, 0)", id="start of a slice"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(make, text, fix):
+    with pytest.raises(ct.SpecError) as caught:
+        make()
+    assert text in caught.value.what
+    assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("operation", "code"),
+    [
+        (ct.Rename("a", "b"), 'ct.Rename("a", "b")'),
+        (ct.Cast("a", "float32", "bfloat16"), 'ct.Cast("a", "float32", "bfloat16")'),
+        (ct.Pad("a"), 'ct.Pad("a")'),
+        (ct.Pad("a", fill=0.5, start=(1, 2)), 'ct.Pad("a", fill=0.5, start=(1, 2))'),
+        (ct.Slice("a", start=(3,)), 'ct.Slice("a", start=(3,))'),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_an_operation_as_code_builds_it_again(operation, code):
+    assert as_code(operation) == code
+    assert eval(code, {"ct": ct}) == operation
+
+
+def test_segments_split_at_dots_outside_braces():
+    assert split_segments("a.{b.c,d}.*") == ["a", "{b.c,d}", "*"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wildcards"),
+    [("a.b", []), ("a.*.b*", ["*", "*"]), ("**.{q,v}", ["**", "{q,v}"]), ("a.[-1].w", ["[-1]"])],
+)
+def test_wildcards_are_found_in_order(pattern, wildcards):
+    assert find_wildcards(pattern) == wildcards
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_of_a_cast_exists(name):
+    assert parse_dtype(name).name == name

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's directory as one object: pins, retention, deletion and lineage, on a run of two steps."""
+
+import shutil
+
+import pytest
+
+import ckpttools as ct
+from ckpttools.store import layout
+from ckpttools.store.run_directory import RunDirectory, require_run_directory
+
+
+@pytest.fixture
+def run(golden):
+    run = RunDirectory(golden)
+    run.lock_for_writing()
+    yield run
+    run.lock.release()
+
+
+def get_numbers(run):
+    return [entry.step for entry in run.refresh_steps().committed_entries]
+
+
+def test_a_missing_directory_is_not_an_empty_run(tmp_path):
+    assert require_run_directory(str(tmp_path)) == tmp_path
+    with pytest.raises(ct.StorageError, match="is not a directory"):
+        require_run_directory(tmp_path / "misspelt")
+
+
+def test_a_run_is_used_once_it_has_a_numbered_directory(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    assert not run.is_used()
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    assert not run.is_used(), "control: any other directory"
+    (tmp_path / "run" / "7").mkdir()
+    assert run.is_used()
+
+
+def test_a_reader_sees_new_steps_only_when_it_refreshes(golden):
+    reader = RunDirectory(golden)
+    assert get_numbers(reader) == [1, 2]
+    (golden / "2").rename(golden.parent / "2")
+    assert [entry.step for entry in reader.get_steps().entries] == [1, 2], "as they were last read"
+    assert get_numbers(reader) == [1]
+
+
+def test_a_second_writer_is_refused(run):
+    with pytest.raises(ct.RunInUseError):
+        RunDirectory(run.directory).lock_for_writing()
+    run.lock.release()
+    second = RunDirectory(run.directory)  # control
+    second.lock_for_writing()
+    second.lock.release()
+
+
+def test_only_committed_steps_can_be_pinned(run):
+    with pytest.raises(ct.StepNotFoundError, match="step 99 cannot be pinned") as caught:
+        run.pin(99, pinned=True)
+    assert caught.value.fix == "committed: 1, 2."
+    run.pin(2, pinned=True)
+    run.pin(1, pinned=False)
+    assert {entry.step: entry.info.pinned for entry in run.get_steps().entries} == {1: False, 2: True}
+    run.pin(99, pinned=False)  # a step that is gone can be unpinned
+
+
+def test_pruning_keeps_pins_and_deletes_second_copies(tmp_path):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path, keep=ct.All())) as ckpt:
+        for step in (10, 20, 30, 40):
+            ckpt.save(step, {"count": step})
+        ckpt.pin(10)
+    run = RunDirectory(tmp_path)
+    verdicts = {verdict.step.step: verdict.keep for verdict in run.decide_retention(ct.Latest(2))}
+    assert verdicts == {10: True, 20: False, 30: True, 40: True}
+    assert run.prune(ct.Latest(2)) == (20,)
+    assert get_numbers(run) == [10, 30, 40]
+    assert not (tmp_path / "20").exists()
+    assert not layout.get_spare_directory(tmp_path, 2).exists()
+    assert layout.get_spare_directory(tmp_path, 3).is_dir(), "control"
+
+
+def test_a_step_deleted_by_hand_is_noticed_before_pruning(run):
+    assert get_numbers(run) == [1, 2]
+    shutil.rmtree(run.directory / "2")
+    assert [entry.step for entry in run.get_steps().entries] == [1, 2], "control: as they were last read"
+    assert run.prune(ct.All()) == ()
+    assert [entry.step for entry in run.get_steps().entries] == [1]
+
+
+def test_the_newest_step_is_never_deleted(run):
+    with pytest.raises(ct.StepOrderError, match="step 2 is the newest"):
+        run.delete(2)
+    with pytest.raises(ct.StepNotFoundError, match="step 7 cannot be deleted"):
+        run.delete(7)
+    run.delete(1)
+    assert get_numbers(run) == [2]
+
+
+def test_a_quarantined_step_is_emptied_once_the_run_went_on(run):
+    moved = run.quarantine(run.directory / "1")
+    assert moved == layout.get_control_path(run.directory, "quarantine") / "1"
+    assert run.list_quarantined() == [moved], "step 2 was committed after it"
+    assert layout.get_spare_directory(run.directory, 1).is_dir(), "control"
+    assert run.empty_quarantine() == ("1",)
+    assert not moved.exists()
+    assert not layout.get_spare_directory(run.directory, 1).exists(), "its second copies are deleted, too"
+    newest = run.quarantine(run.directory / "2")
+    assert run.empty_quarantine() == (), "no step was committed after it"
+    assert newest.is_dir()
+
+
+def test_a_reader_quarantines_nothing_while_a_writer_has_the_lock(run):
+    assert RunDirectory(run.directory).quarantine(run.directory / "1") is None
+    assert (run.directory / "1").is_dir()
+
+
+def test_lineage_branches_only_if_the_run_went_on(run):
+    lineage = run.get_steps().lineage
+    assert run.derive_lineage(2, lineage) == lineage
+    *before, (name, start) = run.derive_lineage(1, lineage)
+    assert (tuple(before), start) == (lineage, 1)
+    assert name != lineage[-1][0]
+
+
+def test_a_step_belongs_to_the_branches_that_led_to_it(run):
+    lineage = run.get_steps().lineage
+    assert run.has_step(2, lineage)
+    assert not run.has_step(3, lineage)
+    branch = (*lineage, ("other", 1))
+    assert run.has_step(1, branch)
+    assert not run.has_step(2, branch), "the branch began before it"
+
+
+def test_an_empty_run_starts_a_lineage(tmp_path):
+    ((name, start),) = RunDirectory(tmp_path).derive_lineage(0, ())
+    assert name
+    assert start == 0
