@@ -242,7 +242,7 @@ def run_trial(seed: int, event_count: int) -> tuple[str, str]:
         program.run(directory)
         check(directory, program)
         return injector.place, ""
-    except (AssertionError, ct.CheckpointError) as error:
+    except Exception as error:
         return (
             injector.place,
             f"seed {seed}: {type(error).__name__}: {str(error)[:500]} (interrupted at {injector.place})",
