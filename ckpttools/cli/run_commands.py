@@ -66,7 +66,10 @@ def run_prune(args: argparse.Namespace) -> int:
     verdicts = None if keep is None else prune(run, keep, dry_run=args.dry_run)
     emptied = empty_quarantine(run, dry_run=args.dry_run) if args.quarantine else None
     if args.json:
-        plain = [{"step": each.step.step, "keep": each.keep, "reason": each.reason} for each in verdicts or ()]
+        plain = [
+            {"step": each.step.step, "superseded": each.step.superseded, "keep": each.keep, "reason": each.reason}
+            for each in verdicts or ()
+        ]
         output.print_json({"dry_run": args.dry_run, "steps": plain, "quarantine": emptied or ()})
         return EXIT_OK
     if verdicts is not None:
