@@ -129,16 +129,15 @@ class Run:
         superseded = [node for node in on_disk if node not in self.list_live() and not node.damaged]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ct.CheckpointWarning)
-            try:
-                report = self.session.restore(make_state())
-            except (ct.NoIntactStepError, ct.StepNotFoundError) as error:
-                assert not intact
-                assert all(str(node.step) in str(error) for node in superseded)
+            if self.nodes and not intact:
+                with pytest.raises((ct.NoIntactStepError, ct.StepNotFoundError)) as caught:
+                    self.session.restore(make_state())
+                assert all(str(node.step) in str(caught.value) for node in superseded)
                 return False
+            report = self.session.restore(make_state())
         if report.step is None:
             assert not self.nodes
             return True
-        assert intact, f"{report} from another branch"
         assert int(report.state["model"]["w"][0]) == intact[0].value
         self.base = intact[0]
         return True
@@ -247,5 +246,9 @@ def decide_by_commits_alone(keep, steps, *, newest_verified):
 def test_the_rule_that_counts_superseded_steps_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(retention, "decide_retention", decide_by_commits_alone)
     with pytest.raises(AssertionError, match="stay"):
-        for seed in range(8):
-            play(tmp_path / str(seed), seed)
+        play_several(tmp_path, 8)
+
+
+def play_several(directory, count):
+    for seed in range(count):
+        play(directory / str(seed), seed)
