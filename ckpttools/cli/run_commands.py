@@ -28,10 +28,11 @@ def run_ls(args: argparse.Namespace) -> int:
     if args.verify:
         with output.show_progress("verifying") as progress:
             report = verify(args.run, progress=progress)
-        health = {step.step: step for step in report.steps}
+        # Two branches may have the same number.
+        health = {(step.step, step.branch): step for step in report.steps}
         rows = [
-            dataclasses.replace(row, state=f"{row.state}, {health[row.step].state}")
-            if row.state in ("committed", "superseded") and row.step in health
+            dataclasses.replace(row, state=f"{row.state}, {health[row.step, row.branch].state}")
+            if row.state in ("committed", "superseded") and (row.step, row.branch) in health
             else row
             for row in rows
         ]
