@@ -19,6 +19,7 @@ __all__ = [
     "AlteredLeaf",
     "AtSteps",
     "Best",
+    "BranchStep",
     "Candidate",
     "Cast",
     "ChangedLeaf",

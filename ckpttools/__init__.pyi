@@ -44,6 +44,7 @@ from .restore.load import load as load
 from .restore.load import preview as preview
 from .restore.report import Candidate as Candidate
 from .restore.report import RestoreReport as RestoreReport
+from .restore.select import BranchStep as BranchStep
 from .restore.select import best as best
 from .save.outcomes import Failed as Failed
 from .save.outcomes import Outcome as Outcome

@@ -28,10 +28,11 @@ def run_ls(args: argparse.Namespace) -> int:
     if args.verify:
         with output.show_progress("verifying") as progress:
             report = verify(args.run, progress=progress)
-        health = {step.step: step for step in report.steps}
+        # Two branches may have the same number.
+        health = {(step.step, step.branch): step for step in report.steps}
         rows = [
-            dataclasses.replace(row, state=f"{row.state}, {health[row.step].state}")
-            if row.state in ("committed", "superseded") and row.step in health
+            dataclasses.replace(row, state=f"{row.state}, {health[row.step, row.branch].state}")
+            if row.state in ("committed", "superseded") and (row.step, row.branch) in health
             else row
             for row in rows
         ]
@@ -66,7 +67,10 @@ def run_prune(args: argparse.Namespace) -> int:
     verdicts = None if keep is None else prune(run, keep, dry_run=args.dry_run)
     emptied = empty_quarantine(run, dry_run=args.dry_run) if args.quarantine else None
     if args.json:
-        plain = [{"step": each.step.step, "keep": each.keep, "reason": each.reason} for each in verdicts or ()]
+        plain = [
+            {"step": each.step.step, "superseded": each.step.superseded, "keep": each.keep, "reason": each.reason}
+            for each in verdicts or ()
+        ]
         output.print_json({"dry_run": args.dry_run, "steps": plain, "quarantine": emptied or ()})
         return EXIT_OK
     if verdicts is not None:

@@ -13,7 +13,13 @@ import shutil
 from collections.abc import Callable
 
 from ..errors import CheckpointError, DiskSpaceError, MirrorError, StepNotFoundError, StorageError
-from ..restore.select import Selector, list_candidates, require_selector
+from ..restore.select import (
+    Selector,
+    list_available_steps,
+    list_candidates,
+    require_selector,
+    select_one_branch,
+)
 from ..spec.mirror import Mirror, as_mirror
 from ..store import commit, confine, layout
 from ..store.catalogue import Entry
@@ -67,13 +73,12 @@ class Fetcher:
         both = merge_copies(local, [(copy, self._make_entry(copy)) for copy in copies])
         if not isinstance(selector, int):
             return list_candidates(both, selector)
-        found = [entry for entry in (*both.entries, *both.moved_entries) if entry.step == selector]
+        found = select_one_branch([entry for entry in both.entries if entry.step == selector])
         if not found:
-            steps = sorted({entry.step for entry in both.entries})
             raise StepNotFoundError(
                 what=f"step {selector} does not exist.",
                 why="it was never saved, or retention has deleted it here and at the mirror.",
-                fix=f"available: {', '.join(map(str, steps)) or 'no steps'}.",
+                fix=f"available: {list_available_steps(both)}.",
             )
         return found
 
@@ -86,8 +91,11 @@ class Fetcher:
         """
         copies = self._store.list_copies()
         both = merge_copies(self._run.refresh_steps(), [(copy, self._make_entry(copy)) for copy in copies])
-        chosen = both.entries if isinstance(selector, int) else tuple(list_candidates(both, selector))
-        found = next((entry for entry in chosen if entry.fetch and selector in (entry.step, "latest")), None)
+        if isinstance(selector, int):
+            chosen = select_one_branch([entry for entry in both.entries if entry.step == selector and entry.fetch])
+        else:
+            chosen = list_candidates(both, selector)
+        found = next((entry for entry in chosen if entry.fetch), None)
         if found is None:
             steps = sorted({copy.manifest.summary.step for copy in copies})
             raise StepNotFoundError(

@@ -24,11 +24,10 @@ def merge_copies(steps: Catalogue, copies: Sequence[tuple[Copy, Entry]]) -> Cata
     """
     newest = steps.newest_entry.manifest.summary if steps.newest_entry and steps.newest_entry.manifest else None
     last = max((copy.manifest.summary for copy, _ in copies), key=lambda summary: summary.saved_at, default=None)
-    lineage = _choose_lineage(newest, last)
+    lineage = _choose_lineage(steps.lineage, newest, last)
     placed = []
     for entry in (*steps.entries, *steps.moved_entries):
-        live = entry.manifest is not None and catalogue.is_live(entry.manifest.summary, lineage)
-        placed.append((entry, live and entry not in steps.moved_entries))
+        placed.append((entry, entry.manifest is not None and catalogue.is_live(entry.manifest.summary, lineage)))
     for _, entry in copies:
         if entry.manifest is not None:
             placed.append((entry, _is_live_copy(entry.manifest.summary, lineage, newest)))
@@ -38,7 +37,9 @@ def merge_copies(steps: Catalogue, copies: Sequence[tuple[Copy, Entry]]) -> Cata
         key=lambda entry: (entry.manifest.summary.saved_at if entry.manifest else 0.0, entry.fetch is None),
     )
     number = {entry.path: index for index, entry in enumerate(order_of_commit, start=1)}
-    return Catalogue(tuple(_renumber(entry, live, number.get(entry.path, 0)) for entry, live in placed))
+    return Catalogue(
+        tuple(_renumber(entry, live, number.get(entry.path, 0)) for entry, live in placed), lineage=lineage
+    )
 
 
 def _renumber(entry: Entry, is_live: bool, sequence: int) -> Entry:
@@ -55,16 +56,17 @@ def _renumber(entry: Entry, is_live: bool, sequence: int) -> Entry:
     return dataclasses.replace(entry, info=info)
 
 
-def _choose_lineage(newest_local: Summary | None, newest_copy: Summary | None) -> Lineage:
-    """Return the run's lineage: the local one, unless the run continued elsewhere from one of its steps."""
-    if newest_local is None or newest_copy is None:
-        newest = newest_local or newest_copy
-        return newest.lineage if newest else ()
-    continued_elsewhere = (
-        newest_copy.lineage[: len(newest_local.lineage)] == newest_local.lineage
-        and newest_copy.saved_at > newest_local.saved_at
+def _choose_lineage(local: Lineage, newest_local: Summary | None, newest_copy: Summary | None) -> Lineage:
+    """Return the run's lineage: the local one, unless the run continued elsewhere from one of its steps.
+
+    The local one is known even if all steps of its last branch are damaged.
+    """
+    if newest_copy is None:
+        return local
+    continued_elsewhere = newest_copy.lineage[: len(local)] == local and (
+        newest_local is None or newest_copy.saved_at > newest_local.saved_at
     )
-    return newest_copy.lineage if continued_elsewhere else newest_local.lineage
+    return newest_copy.lineage if continued_elsewhere else local
 
 
 def _is_live_copy(summary: Summary, lineage: Lineage, newest: Summary | None) -> bool:

@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 from ..errors import IncompleteStepError, MirrorError, NoIntactStepError, StepDamagedError, StepRejectedError
+from ..store import catalogue
 from ..store.catalogue import Entry
 from ..store.run_directory import RunDirectory
 from ..tree import flatten
 from .read_step import GetChanges, LoadedStep, get_no_changes, read_step
 from .report import Candidate, RestoreReport
+from .select import format_selector
 
 type Check = Callable[[LoadedStep], None]
 """A further check on a loaded step; raises `StepDamagedError` to reject it."""
@@ -79,7 +81,7 @@ def load_first_intact(
             unreachable = unreachable or error
             continue
         # Only now: if nothing is intact, nothing moves, or the next start would find an empty directory.
-        return loaded, [*_quarantine_damaged(run, tried), used]
+        return loaded, [*_quarantine_damaged(run, tried), _add_superseded_steps(run, entry, used)]
     if unreachable is not None:
         raise unreachable
     if is_explicit and first is not None:
@@ -101,7 +103,17 @@ def load_candidate(
         entry, {item: flatten.flatten_item(value, template=True) for item, value in state.items()}, get_changes
     )
     check(loaded)
-    return loaded, [Candidate(step=entry.step, verdict="used", source=_get_source(entry))]
+    branch = entry.lineage[-1][0] if entry.lineage else ""
+    superseded = entry.info is not None and entry.info.superseded
+    used = Candidate(step=entry.step, verdict="used", source=_get_source(entry), branch=branch, superseded=superseded)
+    return loaded, [used]
+
+
+def _add_superseded_steps(run: RunDirectory | None, entry: Entry, used: Candidate) -> Candidate:
+    """Return the candidate that was used, with the live steps that a save after it supersedes."""
+    if run is None:
+        return used
+    return dataclasses.replace(used, supersedes=run.list_superseded_by(entry.step, entry.lineage))
 
 
 def _make_rejected_candidate(entry: Entry, error: StepDamagedError) -> Candidate:
@@ -117,6 +129,7 @@ def _make_rejected_candidate(entry: Entry, error: StepDamagedError) -> Candidate
         leaves=error.leaves,
         files=error.files,
         source=_get_source(entry),
+        branch=entry.lineage[-1][0] if entry.lineage else "",
     )
 
 
@@ -153,13 +166,23 @@ def _suggest_fix(verdicts: Set[str]) -> str:
 
 
 def make_no_intact_step_error(report: RestoreReport, directory: pathlib.Path) -> NoIntactStepError:
-    """Return the error for a directory that holds steps of which none can be restored."""
-    lines = "".join(f"\n    {line}" for each in report.candidates for line in str(each).splitlines())
-    verdicts = {candidate.verdict for candidate in report.candidates}
+    """Return the error for a directory that holds steps of which none can be restored.
+
+    It names the superseded steps that are left, which a restore uses only by their number: a run must not silently
+    return to a branch that it left.
+    """
+    lines = [line for each in report.candidates for line in str(each).splitlines()]
+    fix, tried = _suggest_fix({candidate.verdict for candidate in report.candidates}), "step(s)"
+    steps = catalogue.scan(directory)
+    left = sorted(steps.superseded_entries, key=lambda entry: entry.step)
+    if left:
+        lines += [f"step {each.step}: whole, but superseded (branch {each.lineage[-1][0]})" for each in left]
+        code, tried = format_selector(steps, left[-1]), "live step(s)"
+        fix = f"ckpt.restore(state, step={code}) returns to the branch that was left; otherwise, {fix}"
     error = NoIntactStepError(
-        what=f"none of the {len(report.candidates)} step(s) in {directory} can be restored:{lines}",
+        what="\n    ".join([f"none of the {len(report.candidates)} {tried} in {directory} can be restored:", *lines]),
         why="a fresh start here would bury the run; nothing was deleted.",
-        fix=_suggest_fix(verdicts),
+        fix=fix,
     )
     error.report = report
     return error

@@ -28,6 +28,9 @@ class Candidate:
         files: Damaged files, relative to the step's directory.
         moved_to: Where the damaged step was moved; None if it was left in place.
         source: "local", or "mirror" for a copy that was fetched.
+        branch: Name of the branch that the step belongs to; "" if unknown.
+        superseded: Whether the run had left that branch before this step: a restore of it returns to the branch.
+        supersedes: Live steps after the one that was used; the next save begins a branch and supersedes them.
     """
 
     step: int
@@ -37,6 +40,9 @@ class Candidate:
     files: tuple[str, ...] = ()
     moved_to: pathlib.Path | None = None
     source: Literal["local", "mirror"] = "local"
+    branch: str = ""
+    superseded: bool = False
+    supersedes: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the candidate as plain data."""
@@ -45,7 +51,12 @@ class Candidate:
     def __str__(self) -> str:
         where = " from the mirror" if self.source == "mirror" else ""
         health = format_health(self.step, self.verdict, self.reason, leaves=self.leaves, files=self.files, origin=where)
-        return f"{health}\n    moved to: {self.moved_to}" if self.moved_to else health
+        lines = [health]
+        lines += [f"    moved to: {self.moved_to}"] if self.moved_to else []
+        lines += [f"    superseded: it returns to branch {self.branch}"] if self.superseded else []
+        if self.supersedes:
+            lines.append(f"    the next save begins a branch and supersedes {', '.join(map(str, self.supersedes))}")
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

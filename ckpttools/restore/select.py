@@ -2,6 +2,7 @@
 """Choose which steps a restore tries first: the latest, one by its number, or the best by a metric."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 from ..errors import SpecError, StepNotFoundError
 from ..spec.retention import rank_steps
 from ..spec.spec import CheckpointSpec
-from ..store.catalogue import Catalogue, Entry
+from ..store.catalogue import Catalogue, Entry, is_live
+from ..store.manifest import Lineage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +27,39 @@ class BestStep:
     mode: Literal["min", "max"] | None = None
 
 
-type Selector = Literal["latest"] | int | BestStep
+@dataclasses.dataclass(frozen=True)
+class BranchStep:
+    """Selects a step by its number and its branch, for a number that two branches have.
+
+    Attributes:
+        step: The number.
+        branch: Name of the branch, which `ct.ls` and `ckpttools ls` show.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, ckpttools as ct
+        >>> directory = tempfile.mkdtemp()
+        >>> with ct.open(ct.CheckpointSpec(directory=directory)) as ckpt:
+        ...     for step in (1, 2):
+        ...         _ = ckpt.save(step, {"model": {"w": jnp.full(2, step)}})
+        ...     _ = ckpt.restore({"model": {"w": jnp.zeros(2, int)}}, step=1)
+        ...     _ = ckpt.save(2, {"model": {"w": jnp.full(2, -2)}})
+        >>> first, superseded, live = ct.ls(directory)
+        >>> ct.load(directory, {"model": {"w": jnp.zeros(2, int)}}, step=ct.BranchStep(2, superseded.branch)).state
+        {'model': {'w': Array([2, 2], dtype=int32)}}
+    """
+
+    step: int
+    branch: str
+
+
+type Selector = Literal["latest"] | int | BestStep | BranchStep
 
 
 def require_selector(selector: Any) -> None:
     """Raise `SpecError` unless `selector` is valid: a mistyped number must not restore the latest step."""
-    if type(selector) is int or isinstance(selector, BestStep) or (type(selector) is str and selector == "latest"):
+    if type(selector) is int or isinstance(selector, BestStep | BranchStep):
+        return
+    if type(selector) is str and selector == "latest":
         return
     raise SpecError(
         what=f"step={selector!r:.100} does not select a step.",
@@ -44,7 +73,7 @@ def list_candidates(catalogue: Catalogue, selector: Selector) -> list[Entry]:
 
     Args:
         catalogue: The steps to choose from.
-        selector: "latest", a number, or a `BestStep` with a mode.
+        selector: "latest", a number, a `BranchStep`, or a `BestStep` with a mode.
 
     Raises:
         StepNotFoundError: If the numbered step does not exist, or no step has the metric.
@@ -55,23 +84,93 @@ def list_candidates(catalogue: Catalogue, selector: Selector) -> list[Entry]:
         return _find_numbered_step(catalogue, selector)
     if isinstance(selector, BestStep):
         return _rank_by_metric(catalogue, selector)
+    if isinstance(selector, BranchStep):
+        return _find_branch_step(catalogue, selector)
+    return _list_latest(catalogue)
+
+
+def _list_latest(catalogue: Catalogue) -> list[Entry]:
     live = {entry.path for entry in catalogue.live_entries}
-    tried = [entry for entry in catalogue.entries if entry.path in live or entry.state != "committed"]
+    tried = [entry for entry in catalogue.entries if entry.path in live or _may_be_live(entry, catalogue.lineage)]
     # After a kill between the two moves of a branch's first commit, the step moved aside is still live.
     tried += [entry for entry in catalogue.moved_entries if entry.path in live]
+    if not tried and (catalogue.entries or catalogue.moved_entries):
+        raise StepNotFoundError(
+            what="the run's branch has no steps: its steps were deleted or are in quarantine.",
+            why="the steps of another branch are there, and a run must not silently return to a branch that it left.",
+            fix=f"ckpt.restore(state, step=...) takes a number; available: {list_available_steps(catalogue)}.",
+        )
     # Damaged steps have no readable sequence, so the order is by number.
     return sorted(tried, key=lambda entry: entry.step, reverse=True)
 
 
+def _may_be_live(entry: Entry, lineage: Lineage) -> bool:
+    """Return whether an uncommitted step may be one of the run's branch; its second copy says more, if there is one."""
+    if entry.state == "committed":
+        return False
+    return entry.spare_summary is None or is_live(entry.spare_summary, lineage)
+
+
 def _find_numbered_step(catalogue: Catalogue, step: int) -> list[Entry]:
-    found = [entry for entry in (*catalogue.entries, *catalogue.moved_entries) if entry.step == step]
+    found = select_one_branch([each for each in (*catalogue.entries, *catalogue.moved_entries) if each.step == step])
     if not found:
         raise StepNotFoundError(
             what=f"step {step} does not exist.",
             why="it was never saved, or retention has deleted it.",
-            fix=f"available: {', '.join(str(entry.step) for entry in catalogue.entries) or 'no steps'}.",
+            fix=f"available: {list_available_steps(catalogue)}.",
         )
     return found[:1]
+
+
+def _find_branch_step(catalogue: Catalogue, selector: BranchStep) -> list[Entry]:
+    numbered = [each for each in (*catalogue.entries, *catalogue.moved_entries) if each.step == selector.step]
+    found = [each for each in numbered if each.lineage and each.lineage[-1][0] == selector.branch]
+    if not found:
+        branches = sorted({each.lineage[-1][0] for each in numbered if each.lineage})
+        raise StepNotFoundError(
+            what=f"step {selector.step} of branch {selector.branch!r} does not exist.",
+            why="it was never saved, or retention has deleted it.",
+            fix=f"branches with this step: {', '.join(branches)}."
+            if branches
+            else f"available: {list_available_steps(catalogue)}.",
+        )
+    return found
+
+
+def format_selector(catalogue: Catalogue, entry: Entry) -> str:
+    """Return the code of the selector that restores an entry: its number, unless that selects another branch."""
+    first = _find_numbered_step(catalogue, entry.step)[0]
+    return str(entry.step) if first is entry else f"ct.BranchStep({entry.step}, {entry.lineage[-1][0]!r})"
+
+
+def select_one_branch(entries: Sequence[Entry]) -> list[Entry]:
+    """Return those of several entries with one number that are the same step: one branch's step and its copies.
+
+    A restore by number tries the copies of one step; it must not end in another branch. The live step is preferred,
+    then a damaged one, since it may be live, then the superseded one that was committed last.
+    """
+    live = [entry for entry in entries if entry.info and not entry.info.superseded]
+    superseded = sorted(
+        (entry for entry in entries if entry.info and entry.info.superseded),
+        key=lambda entry: entry.info.sequence if entry.info else 0,
+        reverse=True,
+    )
+    damaged = [entry for entry in entries if entry.info is None]
+    chosen = next(iter([*live, *damaged, *superseded]), None)
+    if chosen is None or not chosen.lineage:
+        return damaged
+    same = [each for each in entries if each.lineage[-1:] == chosen.lineage[-1:]]
+    return [*(each for each in damaged if not each.lineage), *same]
+
+
+def list_available_steps(catalogue: Catalogue) -> str:
+    """Return the steps that can be requested by number, for an error; superseded ones after the others."""
+    superseded = {entry.step for entry in catalogue.superseded_entries}
+    others = {entry.step for entry in catalogue.live_entries}
+    others |= {entry.step for entry in catalogue.entries if entry.state != "committed"}
+    parts = [", ".join(map(str, sorted(others)))] if others else []
+    parts += [f"superseded: {', '.join(map(str, sorted(superseded)))}"] if superseded else []
+    return "; ".join(parts) or "no steps"
 
 
 def _rank_by_metric(catalogue: Catalogue, selector: BestStep) -> list[Entry]:

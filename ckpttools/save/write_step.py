@@ -115,7 +115,7 @@ def make_room(run: RunDirectory, spec: CheckpointSpec, job: Job) -> None:
         try:
             return require_space(run.directory, spec, save_bytes)
         except DiskSpaceError:
-            run.prune(spec.keep)
+            run.prune(spec.keep, next_lineage=job.summary.lineage)
     return require_space(run.directory, spec, save_bytes)
 
 

@@ -15,7 +15,7 @@ from ..mirror.fetch import Fetcher
 from ..restore import first_intact, multiprocess_restore, validation
 from ..restore.read_step import LoadedStep
 from ..restore.report import Candidate, RestoreReport
-from ..restore.select import BestStep, Selector, resolve_mode
+from ..restore.select import BestStep, BranchStep, Selector, resolve_mode
 from ..spec.operations import Operation, as_code
 from ..spec.surgery import Surgery
 from ..spec.trigger_memory import decode_memory
@@ -101,7 +101,7 @@ def _load(
         check=check,
         run=run if group.is_leader else None,
         # A step that was requested by number is the only candidate; its damage is raised rather than passed over.
-        is_explicit=isinstance(step, int),
+        is_explicit=isinstance(step, int | BranchStep),
         get_changes=functools.partial(migrations.get_changes, spec, surgery=surgery),
         coordinate=first_intact.run_attempt if group.count == 1 else multiprocess_restore.make_coordinator(group),
     )

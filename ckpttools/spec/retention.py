@@ -2,19 +2,25 @@
 """What to keep: frozen values that choose from a list of committed steps.
 
 Pure: no disk, no clock. Each value selects the steps to keep, with reasons; `a | b` keeps what either selects.
-`decide_retention` adds what no spec can delete: the newest verified step, at least two committed steps, and pins.
+`decide_retention` adds what no spec can delete: the newest verified step, at least two live steps, and pins.
+
+A restore of an older step begins a branch and supersedes the later steps. They are counted apart from the live ones:
+if they took the places of live steps, the first save of a branch would delete the step that the branch began from.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, override
 
 from ..errors import SpecError
 from .checks import require_count, require_mode, require_name, require_positive, require_steps
 
 MIN_KEPT_STEPS = 2
-"""Committed steps that are always kept: if there were one, damage to it would end the run."""
+"""Live steps that are always kept: if there were one, damage to it would end the run.
+
+After the first save of a branch these are that step and the base of the branch, so the base stays until there are two.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +66,18 @@ class Retention:
         """Return the sequence numbers of the steps to keep, each with the reason.
 
         Args:
-            steps: Committed steps, in the order of their commits.
+            steps: Committed steps, in the order of their commits: the live ones, or in a second call the superseded
+                ones that the run has not passed yet.
         """
         raise NotImplementedError
+
+    def select_superseded(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+        """Return the superseded steps to keep even after the run has passed them; by default none.
+
+        Args:
+            steps: Superseded steps, in the order of their commits.
+        """
+        return {}
 
     def __or__(self, other: "Retention") -> "Retention":
         if not isinstance(other, Retention):
@@ -201,6 +216,10 @@ class Pinned(Retention):
     def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
         return {step.sequence: "pinned by the spec" for step in steps if step.step in self.steps}
 
+    @override
+    def select_superseded(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+        return self.select_steps(steps)
+
 
 @dataclasses.dataclass(frozen=True)
 class All(Retention):
@@ -214,6 +233,10 @@ class All(Retention):
     @override
     def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
         return {step.sequence: "everything is kept" for step in steps}
+
+    @override
+    def select_superseded(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+        return self.select_steps(steps)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -233,11 +256,19 @@ class Union(Retention):
 
     @override
     def select_steps(self, steps: Sequence[StepInfo]) -> dict[int, str]:
-        kept: dict[int, str] = {}
-        for part in self.parts:
-            for sequence, reason in part.select_steps(steps).items():
-                kept[sequence] = f"{kept[sequence]}, {reason}" if sequence in kept else reason
-        return kept
+        return _merge_reasons(part.select_steps(steps) for part in self.parts)
+
+    @override
+    def select_superseded(self, steps: Sequence[StepInfo]) -> dict[int, str]:
+        return _merge_reasons(part.select_superseded(steps) for part in self.parts)
+
+
+def _merge_reasons(selections: Iterable[Mapping[int, str]]) -> dict[int, str]:
+    kept: dict[int, str] = {}
+    for selection in selections:
+        for sequence, reason in selection.items():
+            kept[sequence] = f"{kept[sequence]}, {reason}" if sequence in kept else reason
+    return kept
 
 
 def rank_steps(steps: Sequence[StepInfo], metric: str, mode: Literal["min", "max"]) -> list[StepInfo]:
@@ -260,9 +291,13 @@ def rank_steps(steps: Sequence[StepInfo], metric: str, mode: Literal["min", "max
 def decide_retention(retention: Retention, steps: Sequence[StepInfo], *, newest_verified: int | None) -> list[Verdict]:
     """Decide which steps are kept and which may be deleted, with a reason for each.
 
+    The retention value chooses among the live steps; two are kept in any case. It chooses in the same way among the
+    superseded ones until the run has passed them, that is, until it has kept two later commits with their number or a
+    greater one. Pinned steps stay.
+
     Args:
         retention: The `keep` of the spec.
-        steps: Committed steps, in any order.
+        steps: Committed steps of all branches, in any order.
         newest_verified: Sequence number of the newest verified step, which is never deleted; None if there is none.
 
     Returns:
@@ -274,15 +309,35 @@ def decide_retention(retention: Retention, steps: Sequence[StepInfo], *, newest_
         [False, True, True]
     """
     ordered = sorted(steps, key=lambda step: step.sequence)
-    reasons = retention.select_steps(ordered)
+    live = [step for step in ordered if not step.superseded]
+    superseded = [step for step in ordered if step.superseded]
+    live_reasons = _select_or_newest(retention, live)
+    kept_live = [step for step in live if step.sequence in live_reasons]
+    # As if they were live: `Best` ignores superseded steps.
+    waiting = [dataclasses.replace(step, superseded=False) for step in superseded if not _is_passed(step, kept_live)]
+    superseded_reasons = {
+        sequence: f"superseded, not passed yet: {reason}"
+        for sequence, reason in _select_or_newest(retention, waiting).items()
+    } | retention.select_superseded(superseded)
+    verdicts = []
     for step in ordered:
-        if step.pinned:
-            reasons.setdefault(step.sequence, "pinned")
-    if newest_verified is not None:
-        reasons.setdefault(newest_verified, "the newest verified step")
-    for step in ordered[-MIN_KEPT_STEPS:]:
-        reasons.setdefault(step.sequence, f"at least {MIN_KEPT_STEPS} steps are kept")
-    return [
-        Verdict(step, step.sequence in reasons, reasons.get(step.sequence, "nothing in the spec keeps it"))
-        for step in ordered
-    ]
+        # Two mappings, because a step that was copied by hand has the sequence number of another one.
+        reason = (superseded_reasons if step.superseded else live_reasons).get(step.sequence, "")
+        reason = reason or ("pinned" if step.pinned else "")
+        reason = reason or ("the newest verified step" if step.sequence == newest_verified else "")
+        is_passed = step.superseded and _is_passed(step, kept_live)
+        dropped = "superseded, and the run has passed it" if is_passed else "nothing in the spec keeps it"
+        verdicts.append(Verdict(step, bool(reason), reason or dropped))
+    return verdicts
+
+
+def _select_or_newest(retention: Retention, steps: Sequence[StepInfo]) -> dict[int, str]:
+    """Return what the retention selects, and the newest steps if it leaves them out."""
+    newest = {step.sequence: f"at least {MIN_KEPT_STEPS} steps are kept" for step in steps[-MIN_KEPT_STEPS:]}
+    return newest | retention.select_steps(steps)
+
+
+def _is_passed(superseded: StepInfo, kept_live: Sequence[StepInfo]) -> bool:
+    """Return whether the run got beyond a superseded step: earlier commits do not count, after a return to a branch."""
+    later = [step for step in kept_live if step.step >= superseded.step and step.sequence > superseded.sequence]
+    return len(later) >= MIN_KEPT_STEPS

@@ -4,7 +4,8 @@
 No catalogue file exists that could be lost or be wrong: every manifest records where its step belongs. `lineage` is
 the list of branches that led to a step, each with the step after which it began. The newest commit's lineage is the
 run's; a step of an earlier branch is superseded if it comes after the point where the next branch began. If the
-newest commit is damaged, the second copy of its manifest gives its lineage: damage must not undo a rollback.
+newest commit is damaged, the second copy of its manifest gives its lineage: damage must not undo a rollback. After a
+restore of a superseded step, the next save begins a branch there, and the earlier steps of that branch are live again.
 """
 
 import contextlib
@@ -45,6 +46,7 @@ class Entry:
             answer; else the kind of its damage.
         info: What retention decides by; None unless committed.
         manifest: The manifest; None unless committed.
+        spare_summary: What the second copy says of a damaged step; None if there is none.
         error: What is wrong with it; None if committed.
         fetch: Fetches a copy from the mirror to `path`; None for a local step.
     """
@@ -54,8 +56,15 @@ class Entry:
     state: EntryState
     info: StepInfo | None = None
     manifest: Manifest | None = None
+    spare_summary: Summary | None = None
     error: CheckpointError | None = None
     fetch: Callable[[], None] | None = None
+
+    @property
+    def lineage(self) -> Lineage:
+        """The branches that led to the step; empty if unknown."""
+        summary = self.manifest.summary if self.manifest else self.spare_summary
+        return summary.lineage if summary else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +75,13 @@ class Catalogue:
         entries: Every numbered directory, committed or not.
         moved_entries: Superseded steps whose number was needed again.
         last_sequence: The greatest commit number of any step, damaged ones included.
+        lineage: The branches of the run's last commit, even if that is damaged; empty for an empty run.
     """
 
     entries: tuple[Entry, ...]
     moved_entries: tuple[Entry, ...] = ()
     last_sequence: int = 0
+    lineage: Lineage = ()
 
     @property
     def committed_entries(self) -> tuple[Entry, ...]:
@@ -83,15 +94,14 @@ class Catalogue:
         return tuple(entry for entry in self.committed_entries if entry.info and not entry.info.superseded)
 
     @property
-    def newest_entry(self) -> Entry | None:
-        """The step that was committed last."""
-        return max(self.committed_entries, key=_get_sequence, default=None)
+    def superseded_entries(self) -> tuple[Entry, ...]:
+        """The committed steps of branches that were left."""
+        return tuple(entry for entry in self.committed_entries if entry.info and entry.info.superseded)
 
     @property
-    def lineage(self) -> Lineage:
-        """The branches of the run's newest step; empty for an empty run."""
-        newest = self.newest_entry
-        return newest.manifest.summary.lineage if newest and newest.manifest else ()
+    def newest_entry(self) -> Entry | None:
+        """The live step that was committed last."""
+        return max(self.live_entries, key=_get_sequence, default=None)
 
     @property
     def next_sequence(self) -> int:
@@ -119,16 +129,8 @@ def _scan(root: pathlib.Path) -> Catalogue:
     ]
     spares = list_spares(root)
     lineage = _find_damaged_lineage(root, entries, aside, spares) or _find_newest_lineage([*entries, *aside])
-    placed = _add_step_infos(entries, pins, lineage)
-    live = {entry.step for entry in placed if entry.info and not entry.info.superseded}
-    return Catalogue(
-        tuple(placed),
-        tuple(
-            entry if entry.step not in live else _mark_superseded(entry)
-            for entry in _add_step_infos(aside, pins, lineage)
-        ),
-        max(spares, default=0),
-    )
+    entries = _add_spare_summaries(root, entries, aside, spares)
+    return _place_entries(Catalogue(tuple(entries), tuple(aside), max(spares, default=0), lineage), pins)
 
 
 def add_step(steps: Catalogue, path: pathlib.Path, pins: frozenset[int]) -> Catalogue:
@@ -140,11 +142,45 @@ def add_step(steps: Catalogue, path: pathlib.Path, pins: frozenset[int]) -> Cata
     examined = _examine_path(path, step)
     entries = sorted([*steps.entries, *([examined] if examined else [])], key=lambda entry: entry.step)
     lineage = _find_newest_lineage([*entries, *steps.moved_entries])
+    return _place_entries(dataclasses.replace(steps, entries=tuple(entries), lineage=lineage), pins)
+
+
+def _add_spare_summaries(
+    root: pathlib.Path, entries: Sequence[Entry], moved_entries: Sequence[Entry], spares: Sequence[int]
+) -> list[Entry]:
+    """Return the entries; a damaged one with the summary in its second copy, which no committed step has."""
+    committed = {entry.manifest.summary.sequence for entry in (*entries, *moved_entries) if entry.manifest}
+    damaged = {entry.step: entry for entry in entries if entry.state in ("incomplete", "corrupt")}
+    found: dict[int, Summary] = {}
+    for number in spares if damaged else ():
+        with contextlib.suppress(StepDamagedError, VersionError, OSError):
+            summary = read_sealed(layout.get_spare_directory(root, number)).summary
+            if number not in committed and summary.step in damaged:
+                found.setdefault(summary.step, summary)  # The newest first: an older one was deleted or quarantined.
+    return [
+        dataclasses.replace(entry, spare_summary=found[entry.step])
+        if entry.step in found and not entry.manifest
+        else entry
+        for entry in entries
+    ]
+
+
+def _place_entries(steps: Catalogue, pins: frozenset[int]) -> Catalogue:
+    """Return a catalogue whose entries say whether they are live and pinned."""
+    entries = _add_step_infos(steps.entries, pins, steps.lineage)
+    live = {entry.step for entry in entries if entry.info and not entry.info.superseded}
+    moved = _add_step_infos(steps.moved_entries, pins, steps.lineage)
     return dataclasses.replace(
         steps,
-        entries=tuple(_add_step_infos(entries, pins, lineage)),
-        moved_entries=tuple(_add_step_infos(steps.moved_entries, pins, lineage)),
+        entries=tuple(entries),
+        moved_entries=tuple(_mark_superseded(entry) if entry.step in live else entry for entry in moved),
     )
+
+
+def is_damaged_now(entry: Entry) -> bool:
+    """Return whether the manifest or the files' sizes of a committed step have been damaged since it was listed."""
+    examined = _examine_path(entry.path, entry.step)
+    return examined is None or examined.state != entry.state
 
 
 def _scan_directory(directory: pathlib.Path, *, allow_suffix: bool = False) -> list[Entry]:

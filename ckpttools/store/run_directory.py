@@ -128,16 +128,24 @@ class RunDirectory:
 
     def decide_retention(self, keep: retention.Retention) -> list[retention.Verdict]:
         """Return what a retention value would keep and delete now, with reasons."""
-        infos = [entry.info for entry in self.get_steps().committed_entries if entry.info]
-        newest = max((info.sequence for info in infos), default=None)
-        return retention.decide_retention(keep, infos, newest_verified=newest)
+        self._invalidate_if_changed()
+        current = self.get_steps()
+        infos = [entry.info for entry in current.committed_entries if entry.info]
+        newest = current.newest_entry
+        return retention.decide_retention(keep, infos, newest_verified=_get_sequence(newest) if newest else None)
 
-    def prune(self, keep: retention.Retention) -> tuple[int, ...]:
-        """Delete what `keep` does not keep; return the steps."""
-        self._invalidate_if_deleted()
+    def prune(self, keep: retention.Retention, next_lineage: Lineage = ()) -> tuple[int, ...]:
+        """Delete what `keep` does not keep; return the steps.
+
+        Args:
+            keep: What to keep.
+            next_lineage: The lineage of a save that has not been committed yet: the step that it continues from stays.
+        """
         # Not by number, which two branches may share, nor by sequence: a copied step has that of another.
         unwanted = {id(verdict.step) for verdict in self.decide_retention(keep) if not verdict.keep}
-        deleted = [entry for entry in self.get_steps().committed_entries if id(entry.info) in unwanted]
+        current = self.get_steps()
+        base = _find_newest_of(current.committed_entries, next_lineage)
+        deleted = [each for each in current.committed_entries if id(each.info) in unwanted and each is not base]
         self._remove(deleted)
         return tuple(entry.step for entry in deleted)
 
@@ -174,10 +182,12 @@ class RunDirectory:
                 if number not in committed and step in steps - damaged:
                     shutil.rmtree(spare)
 
-    def _invalidate_if_deleted(self) -> None:
-        """Steps that were deleted by hand must not count as kept."""
+    def _invalidate_if_changed(self) -> None:
+        """Steps that were deleted or damaged by others must not count as kept, least of all the two newest."""
         current = self.get_steps()
-        if not all(entry.path.exists() for entry in current.committed_entries):
+        newest = sorted(current.live_entries, key=_get_sequence)[-retention.MIN_KEPT_STEPS :]
+        are_there = all(entry.path.exists() for entry in current.committed_entries)
+        if not are_there or any(map(catalogue.is_damaged_now, newest)):
             self.invalidate()
 
     def _remove(self, entries: Sequence[Entry]) -> None:
@@ -223,9 +233,27 @@ class RunDirectory:
 
         A branch supersedes the later steps with its first save, not before: restoring alone changes nothing.
         """
-        newest = self.get_steps().newest_entry
-        if newest is None or newest.manifest is None:
+        current = self.get_steps()
+        if not current.committed_entries:
             return ((secrets.token_hex(4), 0),)
-        if newest.step == step and newest.manifest.summary.lineage == lineage:
-            return lineage
-        return (*lineage, (secrets.token_hex(4), step))
+        # The lineage of the run, not of its newest intact step: if the first step of a branch is damaged, continuing
+        # the old branch from its base would make the superseded steps live again.
+        is_last = current.lineage == lineage and not self.list_superseded_by(step, lineage)
+        return lineage if is_last else (*lineage, (secrets.token_hex(4), step))
+
+    def list_superseded_by(self, step: int, lineage: Lineage) -> tuple[int, ...]:
+        """Return the live steps that a save supersedes if the run continues from this step, in increasing order."""
+        live = self.get_steps().live_entries
+        remaining = (*lineage, ("", step))
+        lost = (each.step for each in live if each.manifest and not catalogue.is_live(each.manifest.summary, remaining))
+        return tuple(sorted(lost))
+
+
+def _find_newest_of(entries: Sequence[Entry], lineage: Lineage) -> Entry | None:
+    """Return the step that a save of this lineage continues from; None if there is none."""
+    found = [each for each in entries if each.manifest and catalogue.is_live(each.manifest.summary, lineage)]
+    return max(found, key=lambda entry: (entry.step, _get_sequence(entry)), default=None)
+
+
+def _get_sequence(entry: Entry) -> int:
+    return entry.info.sequence if entry.info else 0

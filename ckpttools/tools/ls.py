@@ -22,6 +22,7 @@ class ListedStep:
             or "newer" (written by a newer version of this package).
         branch: Name of its branch; "" if unknown.
         began_after: The step after which the branch began; 0 for the start of the run.
+        lineage: The branches that led to the step, each with the step after which it began; the last is `branch`.
         saved_at: Seconds since the epoch.
         total_bytes: Bytes of its files.
         metrics: Recorded metrics.
@@ -47,6 +48,7 @@ class ListedStep:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     reason: str = ""
     pinned: bool = False
+    lineage: tuple[tuple[str, int], ...] = ()
 
 
 class Listing(tuple[ListedStep, ...]):
@@ -114,10 +116,17 @@ def ls(directory: str | os.PathLike[str]) -> Listing:
 
 
 def _make_listed_step(entry: catalogue.Entry) -> ListedStep:
+    branch, began_after = entry.lineage[-1] if entry.lineage else ("", 0)
     if entry.manifest is None or entry.info is None:
-        return ListedStep(step=entry.step, state=entry.state, reason=entry.error.what if entry.error else "")
+        return ListedStep(
+            step=entry.step,
+            state=entry.state,
+            branch=branch,
+            began_after=began_after,
+            reason=entry.error.what if entry.error else "",
+            lineage=entry.lineage,
+        )
     summary = entry.manifest.summary
-    branch, began_after = summary.lineage[-1]
     return ListedStep(
         step=entry.step,
         state="superseded" if entry.info.superseded else "committed",
@@ -128,4 +137,5 @@ def _make_listed_step(entry: catalogue.Entry) -> ListedStep:
         metrics=dict(summary.metrics),
         reason=summary.reason,
         pinned=entry.info.pinned,
+        lineage=summary.lineage,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import store
 from ..errors import CheckpointError, StepNotFoundError
+from ..restore.select import list_available_steps, select_one_branch
 from ..store import catalogue
 from ..tree.leaf_paths import format_leaf_name
 from ..tree.records import Record, decode_value, get_host_shape
@@ -52,6 +53,7 @@ class ShownStep:
         total_bytes: Bytes of its files.
         metrics: Recorded metrics.
         leaves: Every leaf, item by item.
+        lineage: The branches that led to the step, each with the step after which it began; the last is the step's.
 
     Example:
         >>> import ckpttools as ct
@@ -67,6 +69,7 @@ class ShownStep:
     total_bytes: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     leaves: tuple[ShownLeaf, ...] = ()
+    lineage: tuple[tuple[str, int], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the step as plain data; values that JSON lacks as strings."""
@@ -77,8 +80,19 @@ class ShownStep:
         return plain
 
     def __str__(self) -> str:
-        head = f"step {self.step}: {self.state}, {len(self.leaves)} leaves, {self.total_bytes:,} bytes"
-        return "\n".join([head, *(f"  {leaf.name}: {format_leaf(leaf)}" for leaf in self.leaves)])
+        head = [f"step {self.step}: {self.state}, {len(self.leaves)} leaves, {self.total_bytes:,} bytes"]
+        head += [f"lineage: {format_lineage(self.lineage)}"] if self.lineage else []
+        return "\n".join([*head, *(f"  {leaf.name}: {format_leaf(leaf)}" for leaf in self.leaves)])
+
+
+def format_lineage(lineage: Sequence[tuple[str, int]]) -> str:
+    """Return the branches that led to a step as a string, the first one first.
+
+    Example:
+        >>> format_lineage([("f681b1dc", 0), ("b578ad0b", 1000)])
+        'branch f681b1dc, branch b578ad0b after step 1000'
+    """
+    return ", ".join(f"branch {name}" + (f" after step {start}" if start else "") for name, start in lineage)
 
 
 def format_leaf(leaf: ShownLeaf) -> str:
@@ -101,12 +115,13 @@ def find_step(directory: str | os.PathLike[str], step: int | None = None) -> cat
         foreign = [entry for entry in current.entries if entry.state == "unverified"]
         found = newest or max(foreign, key=lambda entry: entry.step, default=None)
     else:
-        found = next((entry for entry in (*current.entries, *current.moved_entries) if entry.step == step), None)
+        numbered = [entry for entry in (*current.entries, *current.moved_entries) if entry.step == step]
+        found = next(iter(select_one_branch(numbered)), None)
     if found is None:
         raise StepNotFoundError(
             what=f"{directory} has no {'step that can be read' if step is None else f'step {step}'}.",
             why="nothing was saved there, or retention has deleted it.",
-            fix=f"available: {', '.join(str(entry.step) for entry in current.entries) or 'no steps'}.",
+            fix=f"available: {list_available_steps(current)}.",
         )
     if found.state not in ("committed", "unverified") and found.error is not None:
         raise found.error
@@ -149,6 +164,7 @@ def show(directory: str | os.PathLike[str], step: int | None = None) -> ShownSte
         total_bytes=summary.total_bytes,
         metrics=dict(summary.metrics),
         leaves=tuple(leaves),
+        lineage=summary.lineage,
     )
 
 

@@ -27,6 +27,8 @@ class StepHealth:
         reason: What is wrong; "" if it is intact.
         files: Damaged files, relative to the step's directory.
         leaves: Damaged leaves, as far as the files could be read.
+        branch: Name of its branch; "" if unknown.
+        superseded: Whether the run has left that branch before this step.
 
     Example:
         >>> import ckpttools as ct
@@ -40,9 +42,13 @@ class StepHealth:
     reason: str = ""
     files: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
+    branch: str = ""
+    superseded: bool = False
 
     def __str__(self) -> str:
-        return format_health(self.step, self.state, self.reason, leaves=self.leaves, files=self.files)
+        # A live step of another branch may have the same number.
+        origin = f" (superseded, branch {self.branch})" if self.superseded else ""
+        return format_health(self.step, self.state, self.reason, leaves=self.leaves, files=self.files, origin=origin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +126,13 @@ def verify(
         if progress is not None:
             progress(done, total)
 
-    examined = [(entry, _examine(entry, add_bytes)) for entry in entries]
+    examined = [(entry, _add_branch(entry, _examine(entry, add_bytes))) for entry in entries]
     return VerifyReport(tuple(health for entry, health in examined if entry.path.is_dir()))
+
+
+def _add_branch(entry: catalogue.Entry, health: StepHealth) -> StepHealth:
+    branch = entry.lineage[-1][0] if entry.lineage else ""
+    return dataclasses.replace(health, branch=branch, superseded=entry.info is not None and entry.info.superseded)
 
 
 def _get_total_bytes(entry: catalogue.Entry) -> int:

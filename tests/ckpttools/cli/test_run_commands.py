@@ -32,6 +32,17 @@ def test_ls_can_verify(run, capsys):
     assert [row["state"] for row in as_json(capsys, "ls", run)[1]] == ["committed"] * 3, "without it no byte is read"
 
 
+def test_ls_verifies_each_of_two_steps_with_one_number(run, capsys):
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(state_at(1), step=10)
+        ckpt.save(20, state_at(21))
+    damage(run, 20)
+    states = {row["state"] for row in as_json(capsys, "ls", run, "--verify")[1] if row["step"] == 20}
+    assert states == {"committed, corrupt", "superseded, intact"}
+    (superseded,) = [row for row in ct.ls(run) if (row.step, row.state) == (20, "superseded")]
+    assert f"step 20 (superseded, branch {superseded.branch}): intact" in call(capsys, "verify", run)[1]
+
+
 def test_show_lists_every_leaf(run, capsys):
     code, out, _ = call(capsys, "show", run)
     assert code == parser.EXIT_OK
@@ -41,6 +52,8 @@ def test_show_lists_every_leaf(run, capsys):
     assert "data.epoch   30" in out
     code, shown = as_json(capsys, "show", run / "10")
     assert shown["step"] == 10
+    assert shown["lineage"] == [[ct.ls(run)[0].branch, 0]]
+    assert f"lineage: branch {ct.ls(run)[0].branch}\n" in out
     assert {leaf["name"]: leaf["bytes"] for leaf in shown["leaves"]}["model.large"] == 4096 * 4
     assert str(ct.show(run, 10)).startswith("step 10: committed, 3 leaves")
 

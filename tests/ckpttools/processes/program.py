@@ -110,6 +110,31 @@ def save_and_restore(directory: pathlib.Path) -> dict:
     }
 
 
+def go_back(directory: pathlib.Path) -> dict:
+    """Back by one save and on to the same number; the program then starts again."""
+    run = spec(directory, "back", keep=ct.Latest(1))
+    with ct.open(run) as ckpt:
+        ckpt.restore({"model": model()})
+        for step in (2, 4):
+            ckpt.save(step, {"model": model(step)})
+        ckpt.restore({"model": model(0)}, step=2)
+        ckpt.save(4, {"model": model(-4)})
+        ckpt.wait()
+        steps = ckpt.all_steps()
+    with ct.open(run) as ckpt:
+        again = same(ckpt.restore({"model": model(0)}).state["model"], model(-4))
+        superseded = same(ckpt.restore({"model": model(0)}, step=ct.BranchStep(4, left(run))).state["model"], model(4))
+        ckpt.save(6, {"model": model(6)})
+        ckpt.wait()
+        return {"steps": steps, "again": again, "superseded": superseded, "returned": ckpt.all_steps()}
+
+
+def left(run: ct.CheckpointSpec) -> str:
+    """The branch that was left."""
+    (row,) = [row for row in ct.ls(run.directory) if row.state == "superseded"]
+    return row.branch
+
+
 def latency(directory: pathlib.Path) -> dict:
     """How long a step without a save takes."""
     state = {"count": 1}

@@ -23,7 +23,7 @@ def directory(tmp_path_factory):
 def two(directory):
     """The results of two processes with two devices each; the second dies at the end."""
     scenarios = ["save_and_restore", "a_signal_to_one", "metrics_that_differ", "one_cannot", "without_barriers"]
-    return cluster.run(2, directory, *scenarios, "damaged_for_one", "misuse", "one_dies")
+    return cluster.run(2, directory, *scenarios, "damaged_for_one", "misuse", "go_back", "one_dies")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,11 @@ def test_two_processes_save_and_restore_every_bit_on_another_mesh(two):
         assert result["older"]
         assert result["resharded"]
         assert result["data"] == 10 * index + 7, "each process gets its own iterator's state back"
+
+
+def test_two_processes_go_back_and_return(two):
+    for answer in two:
+        assert answer["go_back"] == {"steps": [2, 4], "again": True, "superseded": True, "returned": [4, 6]}
 
 
 def test_four_processes_restore_what_two_and_one_saved(four):

@@ -121,3 +121,49 @@ def test_a_clock_set_back_does_not_end_the_trail():
     clocks = (1000.0, 2000.0, 9_000_000.0, 2500.0, 2600.0, 3600.0)
     steps = [StepInfo(step=n, sequence=n, saved_at=clock) for n, clock in enumerate(clocks, start=1)]
     assert set(ct.EveryNSeconds(1000).select_steps(steps)) == {1, 2, 3, 4, 6}
+
+
+def left_at(base, *steps):
+    """Ten live steps of which those after `base` are superseded, and then the given steps of the next branch."""
+    old = [StepInfo(step=step, sequence=step // 10, superseded=step > base) for step in range(10, 101, 10)]
+    return [*old, *(StepInfo(step=step, sequence=n) for n, step in enumerate(steps, start=11))]
+
+
+@pytest.mark.parametrize(
+    ("keep", "steps", "expected"),
+    [
+        pytest.param(ct.Latest(3), left_at(70, 71), [60, 70, 80, 90, 100, 71], id="live steps only count"),
+        pytest.param(ct.Latest(1), left_at(70, 71), [70, 90, 100, 71], id="the base stays"),
+        pytest.param(ct.Latest(1), left_at(70, 71, 72), [90, 100, 71, 72], id="until two steps follow it"),
+        pytest.param(ct.Latest(2), left_at(70, 85, 95), [90, 100, 85, 95], id="passed by one step"),
+        pytest.param(ct.Latest(2), left_at(70, 95, 99), [100, 95, 99], id="passed by two kept steps"),
+        pytest.param(ct.Latest(2), left_at(70, 101, 102), [101, 102], id="all passed"),
+        pytest.param(ct.EveryNSteps(50), left_at(70, 101, 102), [50, 101, 102], id="a multiple that was passed"),
+        pytest.param(ct.Latest(2) | ct.Pinned((80,)), left_at(70, 101, 102), [80, 101, 102], id="pinned by the spec"),
+        pytest.param(ct.All(), left_at(70, 101, 102), [*range(10, 101, 10), 101, 102], id="everything"),
+    ],
+)
+def test_superseded_steps_are_counted_apart_and_expire_when_passed(keep, steps, expected):
+    assert kept(keep, steps) == expected
+
+
+def test_pinned_superseded_steps_stay():
+    steps = [StepInfo(step=90, sequence=1, superseded=True, pinned=True), *infos(*[None] * 12)[8:]]
+    assert 90 in kept(ct.Latest(2), steps)
+
+
+def test_best_chooses_among_superseded_steps_that_were_not_passed():
+    steps = [
+        StepInfo(step=step, sequence=step, metrics={"loss": loss}, superseded=step > 1)
+        for step, loss in enumerate([1.0, 0.1, 0.9, 0.8, 0.7], start=1)
+    ]
+    assert kept(ct.Best("loss", mode="min"), steps) == [1, 2, 4, 5]
+
+
+def test_after_a_return_to_a_left_branch_its_older_steps_pass_nothing():
+    """Steps 35 and 45 of the branch that is left now are not passed by 40 and 50, which were there before."""
+    live = [StepInfo(step=step, sequence=n) for n, step in enumerate((30, 40, 50), start=1)]
+    left = [StepInfo(step=step, sequence=n, superseded=True) for n, step in enumerate((35, 45), start=4)]
+    first, second = StepInfo(step=60, sequence=6), StepInfo(step=70, sequence=7)
+    assert kept(ct.Latest(3), [*live, *left, first]) == [40, 50, 35, 45, 60]
+    assert kept(ct.Latest(3), [*live, *left, first, second]) == [50, 60, 70]

@@ -59,8 +59,14 @@ def test_superseded_steps_can_be_restored_until_retention_deletes_them(run):
         ckpt.restore(state())
         saved = ckpt.save(66, state(-66), reason="x")
         assert isinstance(saved, ct.Started)
-        assert ckpt.wait().deleted == (60, 70, 80, 100)
+        assert ckpt.wait().deleted == (60, 70), "two live steps, and two of the branch that was left"
         assert ckpt.all_steps() == (65, 66)
+        ckpt.save(80, state(-80))
+        ckpt.save(100, state(-100))
+        assert ckpt.wait().deleted == (66, 80), "80 is passed by the new 80 and 100"
+        ckpt.save(110, state(-110))
+        assert ckpt.wait().deleted == (80, 100)
+        assert [(row.step, row.state) for row in ct.ls(run)] == [(100, "committed"), (110, "committed")]
 
 
 def test_a_branch_of_a_branch(run):

@@ -16,3 +16,23 @@ def test_a_listing_prints_as_a_table(tmp_path):
     assert row.split()[:2] == ["3", "committed"]
     assert "0.25" in row
     assert "asked for" in row
+
+
+def test_a_listing_says_where_each_branch_began(tmp_path):
+    state = {"model": {"w": np.ones(2)}}
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, state)
+        ckpt.save(2, state)
+        ckpt.restore(state, step=1)
+        ckpt.save(3, state)
+        ckpt.save(4, state)
+        ckpt.restore(state, step=3)
+        ckpt.save(5, state)
+    rows = {row.step: row for row in ct.ls(tmp_path)}
+    first, second, third = rows[1].branch, rows[3].branch, rows[5].branch
+    assert rows[5].lineage == ((first, 0), (second, 1), (third, 3))
+    assert [step for step, row in rows.items() if row.state == "superseded"] == [2, 4]
+    assert f"{third} after 3" in str(ct.ls(tmp_path))
+    shown = ct.show(tmp_path, 5)
+    assert shown.as_dict()["lineage"] == rows[5].lineage
+    assert f"lineage: branch {first}, branch {second} after step 1, branch {third} after step 3" in str(shown)

@@ -15,6 +15,23 @@ def test_prune_says_what_it_would_delete_and_why(run):
     assert not layout.get_spare_directory(run, 1).exists()
 
 
+def test_a_dry_run_says_what_expires_on_a_branch(run):
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(STATE, step=10)
+        ckpt.save(15, STATE)
+        ckpt.save(20, STATE)
+    verdicts = [(v.step.step, v.step.superseded, v.keep) for v in ct.prune(run, ct.Latest(1), dry_run=True)]
+    assert verdicts == [(10, False, False), (20, True, True), (30, True, True), (15, False, True), (20, False, True)]
+    with ct.open(spec_for(run)) as ckpt:
+        ckpt.restore(STATE)
+        ckpt.save(25, STATE)
+    reasons = {v.step.sequence: v.reason for v in ct.prune(run, ct.Latest(1), dry_run=True) if not v.keep}
+    assert reasons[2] == "superseded, and the run has passed it"
+    assert len(ct.ls(run)) == 6
+    ct.prune(run, ct.Latest(1))
+    assert [(row.step, row.state) for row in ct.ls(run)] == [(30, "superseded"), (20, "committed"), (25, "committed")]
+
+
 def test_quarantine_is_emptied_only_after_the_run_went_on(run):
     flip_bit(largest_file(run / "30" / "model"))
     assert restore(run).step == 20
