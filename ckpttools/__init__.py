@@ -49,6 +49,7 @@ __all__ = [
     "MirrorStatus",
     "MirroredStep",
     "NoIntactStepError",
+    "NotARunError",
     "NotRestoredError",
     "OnImprovement",
     "Outcome",

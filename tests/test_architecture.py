@@ -42,6 +42,7 @@ ROOMS = {
         "restore",
         "save",
         "mirror",
+        "sources",
         "session",
         "tools",
         "integrations",

@@ -9,7 +9,7 @@ not help. A directory that holds steps but no intact one raises: it never looks 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 from ..errors import IncompleteStepError, MirrorError, NoIntactStepError, StepDamagedError, StepRejectedError
@@ -35,7 +35,7 @@ def run_attempt(entry: Entry, attempt: Attempt) -> tuple[LoadedStep, list[Candid
 
 
 def load_first_intact(
-    candidates: Sequence[Entry],
+    candidates: Iterable[Entry],
     state: Mapping[str, Any],
     *,
     check: Check,
@@ -152,7 +152,7 @@ def _suggest_fix(verdicts: Set[str]) -> str:
     return "ct.repair(directory, dry_run=True) shows what can be repaired; a new run needs another directory."
 
 
-def make_no_intact_step_error(report: RestoreReport, directory: pathlib.Path) -> NoIntactStepError:
+def make_no_intact_step_error(report: RestoreReport, directory: pathlib.Path | str) -> NoIntactStepError:
     """Return the error for a directory that holds steps of which none can be restored."""
     lines = "".join(f"\n    {line}" for each in report.candidates for line in str(each).splitlines())
     verdicts = {candidate.verdict for candidate in report.candidates}

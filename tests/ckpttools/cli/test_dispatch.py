@@ -255,8 +255,11 @@ def test_repair_puts_back_what_has_a_second_copy(run, capsys):
 
 def test_an_empty_and_a_missing_folder(tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    assert call(capsys, "ls", tmp_path / "run")[:2] == (parser.EXIT_OK, "no steps\n")
-    assert call(capsys, "verify", tmp_path / "run")[:2] == (parser.EXIT_OK, "no steps\n")
+    code, out, err = call(capsys, "ls", tmp_path / "run")
+    assert (code, out) == (parser.EXIT_NO, "no steps\n")
+    assert "is an empty directory" in err
+    code, out, _ = call(capsys, "verify", tmp_path / "run")
+    assert (code, out) == (parser.EXIT_NO, f"no steps: {tmp_path / 'run'} is an empty directory.\n")
     assert call(capsys, "prune", tmp_path / "run", "--latest", 2, "--dry-run")[:2] == (
         parser.EXIT_OK,
         "no steps\n",
@@ -277,7 +280,7 @@ def test_a_run_of_plain_orbax(foreign, capsys):
     assert code == parser.EXIT_OK
     assert "model.a  bfloat16[2,3]   12 B" in out
     assert "(not read)" in out
-    assert call(capsys, "verify", foreign)[:1] == (parser.EXIT_OK,)
+    assert call(capsys, "verify", foreign)[:1] == (parser.EXIT_NO,)
     assert call(capsys, "adopt", foreign, "--dry-run")[1] == "would adopt 3\n"
     assert call(capsys, "adopt", foreign)[1] == "adopted 3\n"
     assert "committed" in call(capsys, "ls", foreign)[1]
@@ -496,7 +499,6 @@ def test_an_import_with_keys_and_values(tmp_path):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["ls"],
         ["prune", "--latest", "1"],
         ["prune", "--quarantine"],
         ["pin", "20"],
