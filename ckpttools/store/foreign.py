@@ -8,10 +8,11 @@ Three layouts are known:
 -   "msgpack": one file (flax's `save_checkpoint` and `to_bytes`).
 
 A step's number is the end of its name: `10`, `000010`, `ckpt_10`, `checkpoint_7`. Orbax writes to a directory whose
-name says that it is temporary, and renames it; such a directory is not a step.
+name says that it is temporary, and renames it at the end; an unfinished directory is not a step.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -27,7 +28,8 @@ BARE_ITEM = "default"
 ORBAX_METADATA = "_CHECKPOINT_METADATA"
 _TREE_METADATA = "_METADATA"
 _TEMPORARY = ".orbax-checkpoint-tmp"
-_NUMBERED = re.compile(r"(?:[^.](?:.*\D)?)?0*(?P<step>[0-9]{1,18})")
+_NUMBERED = re.compile(r"(?:(?!\.).*\D(?<!\d\.))?0*(?P<step>[0-9]{1,18})")
+"""Not a hidden name, nor a fraction: flax's `checkpoint_7.5` is a checkpoint without the number of a step."""
 _WRITERS: dict[Layout, str] = {
     "items": "plain Orbax",
     "bare": "plain Orbax as one tree without items",
@@ -75,16 +77,25 @@ def parse_number(name: str) -> int | None:
 
 
 def is_unfinished(path: pathlib.Path) -> bool:
-    """Return whether Orbax was still writing this directory when it stopped, or is writing it now."""
-    return _TEMPORARY in path.name and path.is_dir()
+    """Return whether Orbax was still writing this directory when it stopped, or is writing it now.
+
+    On stores without a rename Orbax writes under the final name, and adds the time of the commit at the end.
+    """
+    if _TEMPORARY in path.name:
+        return path.is_dir()
+    try:
+        stamps = json.loads((path / ORBAX_METADATA).read_bytes())
+        return stamps["init_timestamp_nsecs"] is not None and stamps["commit_timestamp_nsecs"] is None
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def recognize(path: pathlib.Path) -> Layout | None:
     """Return the layout of another writer's checkpoint; None for anything else, our own steps included."""
     if path.is_file():
-        named = path.suffix == ".msgpack" or parse_number(path.name) is not None
+        named = path.suffix == ".msgpack" or path.name[-1].isdecimal()
         return "msgpack" if named and _holds_msgpack_dict(path) else None
-    if _TEMPORARY in path.name or (path / layout.MANIFEST).exists() or is_in_checkpoint(path):
+    if (path / layout.MANIFEST).exists() or is_unfinished(path) or is_in_checkpoint(path):
         return None
     if (path / _TREE_METADATA).is_file():
         return "bare"
@@ -98,7 +109,7 @@ def describe_writer(path: pathlib.Path) -> str:
 
 
 def is_orbax_checkpoint(directory: pathlib.Path) -> bool:
-    """Return whether plain Orbax finished a checkpoint here (v0 and v1 write this file last)."""
+    """Return whether a directory has the metadata that Orbax writes for a whole checkpoint (v0 and v1)."""
     return (directory / ORBAX_METADATA).is_file()
 
 
@@ -116,7 +127,8 @@ def _has_old_items(path: pathlib.Path) -> bool:
     """Return whether a numbered directory holds items of an Orbax that wrote no metadata of the whole step."""
     if parse_number(path.name) is None or not path.is_dir():
         return False
-    return any((child / _TREE_METADATA).is_file() for child in path.iterdir())
+    # A child with metadata of a whole checkpoint is a step, and `path` a run such as `exp2`.
+    return any((child / _TREE_METADATA).is_file() and not is_orbax_checkpoint(child) for child in path.iterdir())
 
 
 def _holds_msgpack_dict(path: pathlib.Path) -> bool:
