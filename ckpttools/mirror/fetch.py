@@ -15,7 +15,7 @@ from collections.abc import Callable
 from ..errors import CheckpointError, DiskSpaceError, MirrorError, StepNotFoundError, StorageError
 from ..restore.select import Selector, list_candidates, require_selector
 from ..spec.mirror import Mirror, as_mirror
-from ..store import commit, confine, layout
+from ..store import commit, confine, contents, layout
 from ..store.catalogue import Entry
 from ..store.run_directory import RunDirectory
 from .merge_copies import merge_copies
@@ -194,6 +194,7 @@ def fetch_step(
         The number of the step.
 
     Raises:
+        NotARunError: If the directory is a step, lies inside one, or holds another writer's run.
         StepNotFoundError: If the mirror has no such step.
         StepDamagedError: If its copy is damaged.
         MirrorError: If the store does not answer.
@@ -209,6 +210,7 @@ def fetch_step(
     """
     place = as_mirror(mirror)
     assert place is not None
+    contents.require_startable(directory)
     run = RunDirectory(pathlib.Path(directory).absolute())
     run.lock_for_writing()
     fetcher = Fetcher(run, place, RemoteStore(place.url, place.store_options), progress)

@@ -12,7 +12,7 @@ import re
 from typing import Literal
 
 from ..errors import NotARunError
-from . import catalogue, foreign, layout, manifest
+from . import catalogue, commit, foreign, layout, manifest
 
 type Kind = Literal[
     "missing", "file", "empty", "run", "step", "inside", "foreign run", "foreign step", "mirror", "unknown"
@@ -47,10 +47,16 @@ def identify(path: str | os.PathLike[str]) -> Contents:
     """Return what lies at a path; reads names and, of a step, the manifest.
 
     Args:
-        path: Any path; it need not exist.
+        path: Any path; it need not exist. A link stands for what it leads to.
+
+    Raises:
+        StorageError: If the disk or its permissions do not allow to look.
     """
     place = pathlib.Path(os.path.abspath(path))
-    return _identify_part(place) or _identify_whole(place)
+    with commit.wrap_os_errors(f"{place} cannot be read"):
+        if place.is_symlink() and place.exists():
+            place = place.resolve()  # `best -> 500` is step 500, and a link to an item is inside of a step
+        return _identify_part(place) or _identify_whole(place)
 
 
 def _identify_part(place: pathlib.Path) -> Contents | None:

@@ -15,7 +15,7 @@ from tests.ckpttools.tools.runs import snapshot_of
 def run(tmp_path):
     with ct.open(spec_for(tmp_path / "run")) as ckpt:
         for step in (10, 20):
-            ckpt.save(step, {"model": {"w": np.full(3, step)}})
+            ckpt.save(step, {"model": {"w": np.full(3, float(step))}})
     return tmp_path / "run"
 
 
@@ -108,3 +108,18 @@ def test_a_foreign_step_after_our_own_is_not_passed_over(run):
 def test_a_step_that_lost_its_manifest_is_not_foreign(run):
     (run / "20" / "ckpttools.manifest").unlink()
     assert contents.identify(run).kind == "run"
+
+
+def test_a_link_stands_for_what_it_leads_to(run):
+    (run.parent / "best").symlink_to(run / "10")
+    (run.parent / "item").symlink_to(run / "10" / "model")
+    assert ct.load(run.parent / "best", {"model": {"w": np.zeros(3)}}).step == 10
+    assert ct.verify(run.parent / "best").ok
+    for name in ("best", "item"):
+        with pytest.raises(ct.NotARunError, match="step 10"):
+            ct.open(ct.CheckpointSpec(directory=run.parent / name))
+
+
+def test_a_step_is_not_fetched_into_a_step(run):
+    with pytest.raises(ct.NotARunError, match="is step 10"):
+        ct.fetch_step(run / "10", f"file://{run.parent}/mirror")

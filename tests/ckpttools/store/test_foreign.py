@@ -71,3 +71,11 @@ def test_other_numbered_files_are_not_checkpoints(tmp_path, name, content):
 )
 def test_the_number_is_the_end_of_the_name(name, step):
     assert foreign.parse_number(name) == step
+
+
+def test_a_step_of_flax_with_a_fraction_is_a_checkpoint_without_a_number(tmp_path):
+    write(lambda path: RUNS["flax"](path), tmp_path)
+    (tmp_path / "checkpoint_20").rename(tmp_path / "checkpoint_20.5")
+    found = foreign.find_foreign_files(tmp_path)
+    assert [path.name for path in found.unnumbered] == ["checkpoint_20.5"]
+    assert [step for step, _ in found.steps] == [10]
