@@ -60,7 +60,7 @@ def identify(path: str | os.PathLike[str]) -> Contents:
 
 
 def _identify_part(place: pathlib.Path) -> Contents | None:
-    """Return what a path is a part of: a step, an item, a control directory; None if it is none of these."""
+    """Return what a path is a part of: a step, an item, a control directory; None otherwise."""
     if (place / layout.MANIFEST).exists():
         step = read_step_number(place)
         text = f"{place} is {'a step' if step is None else f'step {step}'} of a run."
@@ -139,7 +139,7 @@ def _describe_foreign_run(place: pathlib.Path, numbered: set[str], left: foreign
 
 
 def read_step_number(directory: pathlib.Path) -> int | None:
-    """Return the number of a step by its manifest, or by its name if that is damaged; None if neither tells."""
+    """Return the number of a step by its manifest, or by its name if that is damaged; None without both."""
     try:
         return manifest.read_sealed(directory).summary.step
     except (OSError, ValueError):
