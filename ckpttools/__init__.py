@@ -50,6 +50,7 @@ __all__ = [
     "MirrorStatus",
     "MirroredStep",
     "NoIntactStepError",
+    "NotARunError",
     "NotRestoredError",
     "OnImprovement",
     "Outcome",

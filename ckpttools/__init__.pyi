@@ -10,6 +10,7 @@ from .errors import IncompleteStepError as IncompleteStepError
 from .errors import LeafError as LeafError
 from .errors import MirrorError as MirrorError
 from .errors import NoIntactStepError as NoIntactStepError
+from .errors import NotARunError as NotARunError
 from .errors import NotRestoredError as NotRestoredError
 from .errors import ProcessError as ProcessError
 from .errors import RunInUseError as RunInUseError
@@ -39,9 +40,6 @@ from .mirror.status import MirrorStatus as MirrorStatus
 from .mirror.sync import MirroredStep as MirroredStep
 from .mirror.sync import MirrorReport as MirrorReport
 from .mirror.sync import sync_mirror as sync_mirror
-from .restore.load import Preview as Preview
-from .restore.load import load as load
-from .restore.load import preview as preview
 from .restore.report import Candidate as Candidate
 from .restore.report import RestoreReport as RestoreReport
 from .restore.select import BranchStep as BranchStep
@@ -53,6 +51,9 @@ from .save.outcomes import Skipped as Skipped
 from .save.outcomes import Started as Started
 from .session.open import open as open
 from .session.session import Session as Session
+from .sources.load import Preview as Preview
+from .sources.load import load as load
+from .sources.load import preview as preview
 from .spec.mirror import Mirror as Mirror
 from .spec.operations import Cast as Cast
 from .spec.operations import Drop as Drop

@@ -279,6 +279,19 @@ class StorageError(CheckpointError, OSError):
     """
 
 
+class NotARunError(StorageError, StepNotFoundError):
+    """A path that is not a run or a step, or not one's own; the message says what lies there.
+
+    Attributes:
+        path: The path, absolute.
+        kind: What lies there: "missing", "file", "empty", "step", "inside" (of a step), "foreign run", "foreign step",
+            "mirror" or "unknown".
+    """
+
+    path: Any = None
+    kind: str = "unknown"
+
+
 class DiskSpaceError(StorageError):
     """Too little room for the next step.
 

@@ -43,6 +43,7 @@ ROOMS = {
         "restore",
         "save",
         "mirror",
+        "sources",
         "session",
         "tools",
         "integrations",

@@ -5,25 +5,22 @@ import os
 import pathlib
 
 from ..errors import CheckpointError, SpecError
-from ..store import layout
+from ..store import contents, layout
 from ..store.run_directory import require_run_directory
 
 
-def parse_run_path(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
-    """Return the run's directory and the step's number, given the path of a run or of one of its steps.
+def find_other_step(run: str | pathlib.Path, other: str | pathlib.Path) -> tuple[str | pathlib.Path, int | None]:
+    """Return the second location of a comparison, and the number of its step if only a number was given.
 
-    Returns:
-        The run's directory, and the step; None for a whole run.
-
-    Raises:
-        CheckpointError: If the directory does not exist.
+    Args:
+        run: The first location; a number means a step of the same run.
+        other: What was given.
     """
-    path = path.absolute()
-    step = layout.parse_step_number(path.name)
-    looks_like_step = (path / layout.MANIFEST).exists() or (path / "_CHECKPOINT_METADATA").exists()
-    if step is not None and (looks_like_step or not path.is_dir()) and path.parent.is_dir():
-        return path.parent, step
-    return require_run_directory(path), None
+    if not str(other).isdecimal() or pathlib.Path(other).is_dir():
+        return other, None
+    if isinstance(run, pathlib.Path) and (found := contents.identify(run)).kind in ("step", "foreign step"):
+        return found.path.parent, int(str(other))
+    return run, int(str(other))
 
 
 def require_whole_run(path: pathlib.Path) -> pathlib.Path:
@@ -32,7 +29,8 @@ def require_whole_run(path: pathlib.Path) -> pathlib.Path:
     Raises:
         CheckpointError: If it is not a directory, or is that of one step.
     """
-    if path.is_dir() and parse_run_path(path)[1] is not None:
+    found = contents.identify(path)
+    if found.kind == "step" or (found.kind == "foreign step" and layout.parse_step_number(path.name) is not None):
         raise CheckpointError(
             what=f"{path} is one step of a run.",
             why="this command takes a whole run; it would find no steps in the directory of one.",

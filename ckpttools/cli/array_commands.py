@@ -16,24 +16,23 @@ from ..tools.diff import diff
 from ..tools.export_safetensors import export_safetensors
 from ..tools.import_run import import_run
 from . import output
-from .arguments import parse_pair, parse_run_path, require_whole_run
+from .arguments import find_other_step, parse_pair, require_whole_run
 from .parser import EXIT_NO, EXIT_OK
 
 
 def run_diff(args: argparse.Namespace) -> int:
     """Compare two steps."""
-    run, step = parse_run_path(args.run)
-    bare_number = str(args.other).isdecimal() and not args.other.is_dir()
-    other, number = (run, int(str(args.other))) if bare_number else parse_run_path(args.other)
+    other, number = find_other_step(args.run, args.other)
     with output.show_progress("comparing") as progress:
-        report = diff(run, other, steps=(step, number), progress=progress)
+        report = diff(args.run, other, steps=(None, number), progress=progress)
     output.print_report(args, report.as_dict(), str(report))
     return EXIT_OK if report.same else EXIT_NO
 
 
 def run_adopt(args: argparse.Namespace) -> int:
-    """Adopt the steps that plain Orbax wrote."""
-    steps = adopt(require_whole_run(args.run), dry_run=args.dry_run)
+    """Adopt the checkpoints that Orbax or flax wrote."""
+    run = args.run if args.into is not None else require_whole_run(args.run)
+    steps = adopt(run, into=args.into, step=args.step, dry_run=args.dry_run)
     done = "would adopt" if args.dry_run else "adopted"
     output.print_report(
         args, {"dry_run": args.dry_run, "steps": steps}, f"{done} {', '.join(map(str, steps)) or 'nothing'}"

@@ -15,22 +15,22 @@ def build_parser() -> argparse.ArgumentParser:
         description="List, verify, compare, repair and copy the checkpoints of a run.",
         epilog="Exit codes: 0 done; 1 damaged, different or beyond repair; 2 failed.",
     )
+    of_step = "directory of a run, or of one step (runs/exp1/500), or the address of a mirror"
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def add_command(name: str, summary: str, run_help: str = "directory of the run") -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        added.add_argument("run", type=pathlib.Path, help=run_help)
+        added.add_argument("run", type=_parse_location if run_help == of_step else pathlib.Path, help=run_help)
         added.add_argument("--json", action="store_true", help="machine-readable output")
         return added
 
-    of_step = "directory of a run, or of one step (runs/exp1/500)"
-    listed = add_command("ls", "list the steps with metrics, sizes and branches")
+    listed = add_command("ls", "list the steps with metrics, sizes and branches", of_step)
     listed.add_argument("--verify", action="store_true", help="read every byte and report which steps are intact")
     add_command("show", "show the tree of a step (default: the newest) with shapes, dtypes and bytes", of_step)
     add_command("verify", "read every byte and name what is damaged; change nothing", of_step)
     differing = add_command("diff", "compare the structure and values of two steps", of_step)
     differing.add_argument(
-        "other", type=pathlib.Path, help="directory of another run or step, or the number of a step of this run"
+        "other", type=_parse_location, help="directory of another run or step, or the number of a step of this run"
     )
     pruned = add_command("prune", "delete the steps that a retention does not keep")
     pruned.add_argument("--dry-run", action="store_true", help="only print what would be deleted, and why")
@@ -72,9 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
     mirrored.add_argument(
         "--fetch", nargs="?", const="latest", metavar="STEP", help="fetch a step from the mirror instead"
     )
-    adopted = add_command("adopt", "adopt steps that plain Orbax wrote")
+    adopted = add_command("adopt", "adopt checkpoints that Orbax or flax wrote", "directory of the checkpoints")
+    adopted.add_argument("--into", type=pathlib.Path, metavar="RUN", help="copy them to this run instead")
+    adopted.add_argument("--step", type=int, help="number of the step, for a single checkpoint; with --into")
     adopted.add_argument("--dry-run", action="store_true", help="only print which")
     return parser
+
+
+def _parse_location(text: str) -> str | pathlib.Path:
+    """Return a path, but the address of a mirror as it is: a `Path` would lose one of its slashes."""
+    return text if "://" in text else pathlib.Path(text)
 
 
 def _add_exchange_options(parser: argparse.ArgumentParser, item_help: str) -> None:

@@ -18,13 +18,14 @@ from ..tools.repair import repair
 from ..tools.show import show
 from ..tools.verify import verify
 from . import output
-from .arguments import parse_run_path, require_whole_run
+from .arguments import require_whole_run
 from .parser import EXIT_NO, EXIT_OK
 
 
 def run_ls(args: argparse.Namespace) -> int:
     """List the steps of a run."""
-    rows = list(ls(require_whole_run(args.run)))
+    listing = ls(args.run)
+    rows = list(listing)
     if args.verify:
         with output.show_progress("verifying") as progress:
             report = verify(args.run, progress=progress)
@@ -40,12 +41,14 @@ def run_ls(args: argparse.Namespace) -> int:
         output.print_json([dataclasses.asdict(row) for row in rows])
     else:
         output.print_steps(rows)
-    return EXIT_OK if not args.verify or report.ok else EXIT_NO
+    if not rows:
+        output.print_error(listing.found)
+    return EXIT_OK if rows and (not args.verify or report.ok) else EXIT_NO
 
 
 def run_show(args: argparse.Namespace) -> int:
     """Show the tree of one step."""
-    shown = show(*parse_run_path(args.run))
+    shown = show(args.run)
     if args.json:
         output.print_json(shown.as_dict())
     else:
@@ -56,7 +59,7 @@ def run_show(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     """Read every byte of a run or step and name what is damaged."""
     with output.show_progress("verifying") as progress:
-        report = verify(*parse_run_path(args.run), progress=progress)
+        report = verify(args.run, progress=progress)
     output.print_report(args, report.as_dict(), str(report))
     return EXIT_OK if report.ok else EXIT_NO
 

@@ -21,7 +21,7 @@ from ..restore.select import (
     select_one_branch,
 )
 from ..spec.mirror import Mirror, as_mirror
-from ..store import commit, confine, layout
+from ..store import commit, confine, contents, layout
 from ..store.catalogue import Entry
 from ..store.run_directory import RunDirectory
 from .merge_copies import merge_copies
@@ -202,6 +202,7 @@ def fetch_step(
         The number of the step.
 
     Raises:
+        NotARunError: If the directory is a step, lies inside one, or holds another writer's run.
         StepNotFoundError: If the mirror has no such step.
         StepDamagedError: If its copy is damaged.
         MirrorError: If the store does not answer.
@@ -217,6 +218,7 @@ def fetch_step(
     """
     place = as_mirror(mirror)
     assert place is not None
+    contents.require_startable(directory)
     run = RunDirectory(pathlib.Path(directory).absolute())
     run.lock_for_writing()
     fetcher = Fetcher(run, place, RemoteStore(place.url, place.store_options), progress)

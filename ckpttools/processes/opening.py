@@ -6,7 +6,7 @@ import secrets
 
 from ..errors import CheckpointError, SpecError, StorageError
 from ..spec.spec import CheckpointSpec
-from ..store import commit, layout
+from ..store import commit, contents, layout
 from ..store.run_directory import RunDirectory
 from .group import Group
 
@@ -21,11 +21,13 @@ def open_run(group: Group, run: RunDirectory, spec: CheckpointSpec, *, has_valid
         has_validation: Whether the run has a validation function.
 
     Raises:
+        NotARunError: If the directory is a step, lies inside one, or holds another writer's run that was not adopted.
         StorageError: If the directory cannot be written, or is not the same one in all processes.
         SpecError: If the processes have different specs, or one that only works with a single process.
     """
 
     def prepare() -> dict[str, str]:
+        contents.require_startable(run.directory)
         if not run.is_used():
             # A run that has steps may be restored from a read-only disk; a new run has to be written.
             commit.require_writable(run.directory)

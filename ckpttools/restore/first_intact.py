@@ -9,12 +9,11 @@ not help. A directory that holds steps but no intact one raises: it never looks 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 from ..errors import IncompleteStepError, MirrorError, NoIntactStepError, StepDamagedError, StepRejectedError
-from ..store import catalogue
-from ..store.catalogue import Entry
+from ..store.catalogue import Catalogue, Entry
 from ..store.run_directory import RunDirectory
 from ..tree import flatten
 from .read_step import GetChanges, LoadedStep, get_no_changes, read_step
@@ -37,7 +36,7 @@ def run_attempt(entry: Entry, attempt: Attempt) -> tuple[LoadedStep, list[Candid
 
 
 def load_first_intact(
-    candidates: Sequence[Entry],
+    candidates: Iterable[Entry],
     state: Mapping[str, Any],
     *,
     check: Check,
@@ -165,22 +164,26 @@ def _suggest_fix(verdicts: Set[str]) -> str:
     return "ct.repair(directory, dry_run=True) shows what can be repaired; a new run needs another directory."
 
 
-def make_no_intact_step_error(report: RestoreReport, directory: pathlib.Path) -> NoIntactStepError:
+def make_no_intact_step_error(report: RestoreReport, name: pathlib.Path | str, steps: Catalogue) -> NoIntactStepError:
     """Return the error for a directory that holds steps of which none can be restored.
 
     It names the superseded steps that are left, which a restore uses only by their number: a run must not silently
     return to a branch that it left.
+
+    Args:
+        report: What was tried.
+        name: Where the steps are.
+        steps: All steps that are there.
     """
     lines = [line for each in report.candidates for line in str(each).splitlines()]
     fix, tried = _suggest_fix({candidate.verdict for candidate in report.candidates}), "step(s)"
-    steps = catalogue.scan(directory)
     left = sorted(steps.superseded_entries, key=lambda entry: entry.step)
     if left:
         lines += [f"step {each.step}: whole, but superseded (branch {each.lineage[-1][0]})" for each in left]
         code, tried = format_selector(steps, left[-1]), "live step(s)"
         fix = f"ckpt.restore(state, step={code}) returns to the branch that was left; otherwise, {fix}"
     error = NoIntactStepError(
-        what="\n    ".join([f"none of the {len(report.candidates)} {tried} in {directory} can be restored:", *lines]),
+        what="\n    ".join([f"none of the {len(report.candidates)} {tried} in {name} can be restored:", *lines]),
         why="a fresh start here would bury the run; nothing was deleted.",
         fix=fix,
     )

@@ -32,6 +32,7 @@ def open(
         The run, for a `with` statement.
 
     Raises:
+        NotARunError: If the directory is a step, lies inside one, or holds another writer's run that was not adopted.
         StorageError: If the directory cannot be written.
         SpecError: If `spec` is not a `CheckpointSpec`, or cannot be followed here, such as a mirror inside the run's
             directory, or a signal does not exist.

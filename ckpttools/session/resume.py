@@ -54,7 +54,7 @@ def restore(
     operations = tuple(map(as_code, changes))
     if loaded is None:
         if any(candidate.verdict != "empty" for candidate in report.candidates):
-            raise first_intact.make_no_intact_step_error(report, resources.directory)
+            raise first_intact.make_no_intact_step_error(report, resources.directory, resources.run.get_steps())
         # A state that starts here already has the new structure.
         loop.progress.begin(surgery=operations)
         return report

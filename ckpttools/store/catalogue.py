@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from ..errors import (
@@ -24,7 +24,7 @@ from ..errors import (
     VersionError,
 )
 from ..spec.retention import StepInfo
-from . import commit, confine, digest, layout
+from . import commit, confine, digest, foreign, layout
 from .manifest import Lineage, Manifest, Summary, read_sealed
 from .manifest import read as read_manifest
 
@@ -36,13 +36,13 @@ type EntryState = Literal["committed", "unverified", "incomplete", "corrupt", "n
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One numbered directory of a run.
+    """One numbered directory of a run, or another writer's checkpoint whose name ends in a number.
 
     Attributes:
         step: The number.
         path: The directory.
-        state: "committed" if its manifest and the sizes of its files are right; "unverified" if it has no manifest
-            but looks like an Orbax checkpoint; "newer" if a newer version wrote it; "unreadable" if the disk did not
+        state: "committed" if its manifest and the sizes of its files are right; "unverified" if another writer's
+            checkpoint; "newer" if a newer version wrote it; "unreadable" if the disk did not
             answer; else the kind of its damage.
         info: What retention decides by; None unless committed.
         manifest: The manifest; None unless committed.
@@ -129,7 +129,7 @@ def _scan(root: pathlib.Path) -> Catalogue:
     ]
     spares = list_spares(root)
     lineage = _find_damaged_lineage(root, entries, aside, spares) or _find_newest_lineage([*entries, *aside])
-    entries = _add_spare_summaries(root, entries, aside, spares)
+    entries = [*_add_spare_summaries(root, entries, aside, spares), *_find_foreign_steps(root, entries)]
     return _place_entries(Catalogue(tuple(entries), tuple(aside), max(spares, default=0), lineage), pins)
 
 
@@ -194,6 +194,33 @@ def _scan_directory(directory: pathlib.Path, *, allow_suffix: bool = False) -> l
     return sorted(entries, key=lambda entry: entry.step)
 
 
+def _find_foreign_steps(root: pathlib.Path, entries: Sequence[Entry]) -> Iterator[Entry]:
+    """Yield the checkpoints of other writers whose names are not plain numbers, such as `ckpt_10` and `000010`."""
+    known = {entry.step for entry in entries}
+    for step, path in foreign.find_foreign_files(root).steps:
+        # flax's files stay where they are when they are adopted: beside the step of that number.
+        if not (path.is_file() and step in known):
+            yield make_foreign_entry(path, step)
+
+
+def make_foreign_entry(path: pathlib.Path, step: int) -> Entry:
+    """Return the entry of another writer's checkpoint."""
+    error = IncompleteStepError(
+        what=f"foreign: {path.name} was written by {foreign.describe_writer(path)}",
+        why="it has no manifest, so nothing about it can be verified.",
+        fix=f"ct.adopt({str(path.parent)!r}) adds one; ct.load reads it as it is.",
+    )
+    return Entry(step=step, path=path, state="unverified", error=error)
+
+
+def examine_step(path: pathlib.Path, step: int) -> Entry:
+    """Return the entry of one step by itself, wherever its directory was copied to."""
+    entry = _examine_path(path, step)
+    if entry is None or entry.manifest is None:
+        return entry or make_foreign_entry(path, step)
+    return _add_step_infos([entry], frozenset(), entry.manifest.summary.lineage)[0]
+
+
 def _examine_path(path: pathlib.Path, step: int) -> Entry | None:
     """Return the entry of a numbered directory; None if the path is not a directory."""
     try:
@@ -216,8 +243,9 @@ def _examine_directory(path: pathlib.Path, step: int) -> Entry:
         return Entry(step=step, path=path, state="committed", manifest=read_manifest(path))
     except IncompleteStepError as error:
         lacks_manifest = not (path / layout.MANIFEST).exists()
-        foreign = lacks_manifest and is_orbax_checkpoint(path) and not _has_spare_manifest(path.parent, step)
-        return Entry(step=step, path=path, state="unverified" if foreign else "incomplete", error=error)
+        if lacks_manifest and foreign.recognize(path) and not _has_spare_manifest(path.parent, step):
+            return make_foreign_entry(path, step)
+        return Entry(step=step, path=path, state="incomplete", error=error)
     except VersionError as error:
         return Entry(step=step, path=path, state="newer", error=error)
     except StepDamagedError as error:
@@ -232,11 +260,6 @@ def _has_spare_manifest(root: pathlib.Path, step: int) -> bool:
             if read_sealed(spare).summary.step == step:
                 return True
     return False
-
-
-def is_orbax_checkpoint(directory: pathlib.Path) -> bool:
-    """Return whether plain Orbax finished a checkpoint here (v0 and v1 write this file last)."""
-    return (directory / "_CHECKPOINT_METADATA").is_file()
 
 
 def list_spares(root: pathlib.Path) -> list[int]:

@@ -140,11 +140,16 @@ class Manifest:
 
 def write(directory: pathlib.Path, summary: Summary, contents: Contents, *, algorithm: str) -> None:
     """Write the manifest of a step into its (staged) directory; it is synced with the rest of the tree."""
+    (directory / layout.MANIFEST).write_bytes(serialize(summary, contents, algorithm=algorithm))
+
+
+def serialize(summary: Summary, contents: Contents, *, algorithm: str) -> bytes:
+    """Return the bytes of a manifest."""
     plain = {**dataclasses.asdict(summary), "metrics": {k: _encode_float(v) for k, v in summary.metrics.items()}}
     body = b"\n".join(map(_dump, (plain, _encode_contents(contents))))
     # The format is stored twice: the digest does not cover the seal, and damage must not look like a newer format.
     seal = {"ckpttools": FORMAT, "format": FORMAT, "digest": digest.hash_bytes(algorithm, body)}
-    (directory / layout.MANIFEST).write_bytes(_dump(seal) + b"\n" + body)
+    return _dump(seal) + b"\n" + body
 
 
 def read(directory: pathlib.Path) -> Manifest:
@@ -158,7 +163,8 @@ def read(directory: pathlib.Path) -> Manifest:
     """
     manifest = read_sealed(directory)
     number = layout.parse_step_number(directory.name.partition("-")[0])
-    if number != manifest.summary.step:
+    # A copy of a step may have any name; another number would be another step.
+    if number not in (None, manifest.summary.step):
         raise CorruptStepError(
             what=f"{directory.name}/{layout.MANIFEST} belongs to step {manifest.summary.step}.",
             why="the manifest or the whole directory was replaced or renamed.",

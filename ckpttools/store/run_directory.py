@@ -9,9 +9,9 @@ import secrets
 import shutil
 from collections.abc import Sequence
 
-from ..errors import StepDamagedError, StepNotFoundError, StepOrderError, StorageError, VersionError
+from ..errors import StepDamagedError, StepNotFoundError, StepOrderError, VersionError
 from ..spec import retention
-from . import catalogue, commit, layout
+from . import catalogue, commit, contents, foreign, layout
 from .catalogue import Catalogue, Entry
 from .lock import WriterLock
 from .manifest import Lineage, read_sealed
@@ -21,16 +21,13 @@ def require_run_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
     """Return the absolute path of a run's directory.
 
     Raises:
-        StorageError: If it does not exist: a misspelt path must not pass for an intact or an empty run.
+        NotARunError: If it does not exist, or is a step or a part of one: a misspelt path must not pass for an intact
+            or an empty run.
     """
-    root = pathlib.Path(directory).absolute()
-    if not root.is_dir():
-        raise StorageError(
-            what=f"{root} is not a directory.",
-            why="a run is a directory with a numbered directory for each step.",
-            fix="check the path.",
-        )
-    return root
+    found = contents.identify(directory)
+    if found.kind in ("missing", "file", "step", "inside"):
+        raise contents.make_not_a_run_error(found, "a run is a directory with a numbered directory for each step.")
+    return found.path
 
 
 class RunDirectory:
@@ -45,12 +42,14 @@ class RunDirectory:
         self._steps: Catalogue | None = None
 
     def is_used(self) -> bool:
-        """Whether there is any numbered directory, whole or not; cheaper than `get_steps`."""
+        """Whether there is any numbered directory or foreign checkpoint, whole or not; cheaper than `get_steps`."""
         with commit.wrap_os_errors(f"{self.directory} cannot be listed"):
             if not self.directory.is_dir():
                 return False
             with os.scandir(self.directory) as entries:
-                return any(layout.parse_step_number(entry.name) is not None for entry in entries)
+                if any(layout.parse_step_number(entry.name) is not None for entry in entries):
+                    return True
+            return foreign.find_foreign_files(self.directory).steps != ()
 
     def refresh_steps(self) -> Catalogue:
         """Return the current steps, read again unless this process makes all changes."""

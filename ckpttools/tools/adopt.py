@@ -1,34 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`adopt`: add manifests to steps that plain Orbax wrote, so that they can be verified from now on.
+"""`adopt`: add manifests to steps that Orbax or flax wrote, so that they can be verified from now on.
 
-Nothing of a step is changed; a manifest is added. It records what is on the disk today: whether that is what was once
-saved cannot be current, since Orbax stores no digest of it.
+The files of an Orbax step are not changed; a manifest is added, and a directory of another name, such as `ckpt_000010`,
+is renamed to its number. A file of flax's is converted to a step beside it. The manifest records what is on the disk
+today: whether that is what was once saved cannot be known, since neither stores a digest.
 """
 
-import json
+import contextlib
 import os
 import pathlib
 import secrets
+import shutil
+from collections.abc import Iterator, Sequence
 
-from ..errors import StorageError
-from ..save.write_step import add_digests, describe_files
-from ..store import catalogue, commit, manifest, orbax
+from ..errors import IncompleteStepError, StepOrderError, StorageError
+from ..sources import foreign
+from ..sources.location import Source, open_source
+from ..store import catalogue, commit, contents, layout, orbax
+from ..store.catalogue import Entry
 from ..store.lock import WriterLock
-from ..store.run_directory import require_run_directory
-from ..tree import snapshot
+from ..store.manifest import Lineage
 
 
-def adopt(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[int, ...]:
-    """Write manifests for the steps of plain Orbax (v0 and v1) in a run's directory.
+def adopt(
+    directory: str | os.PathLike[str],
+    *,
+    into: str | os.PathLike[str] | None = None,
+    step: int | None = None,
+    dry_run: bool = False,
+) -> tuple[int, ...]:
+    """Turn the checkpoints that Orbax (v0 and v1) or flax wrote into steps of a run.
 
     Args:
-        directory: The directory whose numbered directories are the steps.
+        directory: A directory of checkpoints whose names end in their step, such as `10`, `ckpt_000010` or
+            `checkpoint_10`; with `into`, possibly a single checkpoint.
+        into: Another run, new or not, that gets copies of the steps, while `directory` is only read; None to adopt the
+            steps where they are.
+        step: Number of the step, for a single checkpoint; None takes it from the name, or 0.
         dry_run: Only return which steps would be adopted.
 
     Returns:
         The steps, in increasing order.
 
     Raises:
+        NotARunError: If `directory` is not a run, or is a single checkpoint and `into` is not given.
+        StepOrderError: If the number of a step is taken, or two checkpoints have the same; nothing was changed.
         StorageError: If a step cannot be read; those before it are adopted.
         RunInUseError: If a process writes to the run.
 
@@ -41,65 +57,119 @@ def adopt(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[
         >>> ct.adopt(run, dry_run=True)  # this run has no steps of plain Orbax
         ()
     """
-    root = require_run_directory(directory)
-    foreign = [entry for entry in catalogue.scan(root).entries if entry.state == "unverified"]
-    if dry_run:
-        for entry in foreign:
-            try:
-                orbax.describe_foreign(entry.path)
-            except orbax.ReadError as error:
-                raise _make_unreadable_error(entry, str(error)) from error
-    if not foreign or dry_run:
-        return tuple(entry.step for entry in foreign)
+    with open_source(directory) as source:
+        entries = _list_foreign_steps(source, pathlib.Path(os.path.abspath(directory)), into is not None, step)
+        root = source.root if into is None else pathlib.Path(os.path.abspath(into))
+        assert root is not None
+        if into is not None:
+            contents.require_startable(root)
+        _require_free_numbers(entries, root, is_copied=into is not None)
+        if dry_run:
+            for entry in entries:
+                _describe(entry)
+        elif entries:
+            with _lock(root):
+                # Read again: another process may have committed since.
+                current = catalogue.scan(root)
+                lineage = current.lineage or ((secrets.token_hex(4), 0),)
+                for sequence, entry in enumerate(entries, start=current.next_sequence):
+                    _adopt_step(entry, root, sequence, lineage, is_copied=into is not None)
+        return tuple(entry.step for entry in entries)
+
+
+def _list_foreign_steps(source: Source, path: pathlib.Path, is_copied: bool, step: int | None) -> list[Entry]:
+    """Return the checkpoints to adopt, by step."""
+    if source.root is None or (source.is_single and not is_copied):
+        raise contents.make_not_a_run_error(contents.identify(path), "a single step has no run that could hold it.")
+    entries = [entry for entry in source.steps.entries if entry.state == "unverified"]
+    if step is not None:
+        if not source.is_single:
+            raise StepOrderError(
+                what=f"step={step!r} was given for {source.name}, which is not a single checkpoint.",
+                why="the checkpoints of a run have the numbers in their names.",
+                fix="leave step= out.",
+            )
+        if type(step) is not int or layout.parse_step_number(str(step)) is None:
+            raise StepOrderError(
+                what=f"step={step!r} is not a step.", why="the step's directory gets its number.", fix="step=1000"
+            )
+        entries = [catalogue.make_foreign_entry(entry.path, step) for entry in entries]
+    if not entries and contents.identify(path).kind == "foreign run":
+        # Unfinished saves, or checkpoints without a number: the error names them.
+        raise contents.make_not_a_run_error(contents.identify(path), "none of it has the number of a step.")
+    return sorted(entries, key=lambda entry: entry.step)
+
+
+def _require_free_numbers(entries: Sequence[Entry], root: pathlib.Path, *, is_copied: bool) -> None:
+    """Raise `StepOrderError` if a checkpoint cannot get the directory of its number."""
+    taken = {layout.get_step_directory(root, entry.step) for entry in catalogue.scan(root).entries if is_copied}
+    for entry in entries:
+        target = layout.get_step_directory(root, entry.step)
+        if target in taken or (target != entry.path and target.exists()):
+            raise StepOrderError(
+                what=f"{entry.path} cannot become step {entry.step} of {root}: there is another one.",
+                why="one of the two would be lost; nothing was changed.",
+                fix=f'move one of them away, or ct.adopt({str(entry.path)!r}, into="runs/new", step=...).',
+            )
+        taken.add(target)
+
+
+@contextlib.contextmanager
+def _lock(root: pathlib.Path) -> Iterator[None]:
     lock = WriterLock(root)
+    commit.require_writable(root)
     lock.acquire()
     try:
-        current = catalogue.scan(root)
-        lineage = current.lineage or ((secrets.token_hex(4), 0),)
-        for sequence, entry in enumerate(foreign, start=current.next_sequence):
-            _adopt_step(entry, sequence, lineage)
+        yield
     finally:
         lock.release()
-    return tuple(entry.step for entry in foreign)
 
 
-def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage) -> None:
+def _describe(entry: Entry) -> None:
+    """Raise unless the metadata of a checkpoint can be read; reads no array of Orbax's."""
     try:
-        state = orbax.read_foreign(entry.path)
-    except orbax.ReadError as error:
-        raise _make_unreadable_error(entry, str(error)) from error
-    if not state:
-        raise _make_unreadable_error(entry, "it has no items")
-    algorithm = "xxh3"
-    digested = add_digests(algorithm, snapshot.take(state, None))
-    items = {name: manifest.Item(records=records, skeletons={}) for name, records in digested.records.items()}
-    summary = manifest.Summary(
-        step=entry.step,
-        sequence=sequence,
-        saved_at=(entry.path / "_CHECKPOINT_METADATA").stat().st_mtime,
-        run_s=0.0,
-        metrics=_read_metrics(entry.path),
-        lineage=lineage,
-        reason="adopted from plain Orbax",
-        spec="",
-        files=describe_files(entry.path, algorithm),
-    )
-    manifest.write(entry.path, summary, manifest.Contents(items=items), algorithm=algorithm)
-    commit.sync_tree(entry.path)
+        if entry.path.is_file():
+            foreign.read_snapshot(entry)
+        else:
+            orbax.describe_foreign(entry.path)
+    except (orbax.ReadError, IncompleteStepError) as error:
+        raise _make_unreadable_error(entry, error) from error
 
 
-def _make_unreadable_error(entry: catalogue.Entry, text: str) -> StorageError:
+def _adopt_step(entry: Entry, root: pathlib.Path, sequence: int, lineage: Lineage, *, is_copied: bool) -> None:
+    try:
+        taken = foreign.read_snapshot(entry)
+    except IncompleteStepError as error:
+        raise _make_unreadable_error(entry, error) from error
+    target = layout.get_step_directory(root, entry.step)
+    if entry.path.is_dir() and not is_copied:
+        # First the name and then the manifest: a kill between the two leaves a step that can still be adopted.
+        if entry.path != target:
+            commit.move(entry.path, target)
+            entry = catalogue.make_foreign_entry(target, entry.step)
+        data = foreign.make_manifest(entry, taken, target, sequence=sequence, lineage=lineage)
+        commit.sync_tree(target)
+        commit.write_file(target / layout.MANIFEST, data)
+        return
+    staged = layout.get_control_path(root, f"staging/adopt-{secrets.token_hex(4)}") / str(entry.step)
+    try:
+        with commit.wrap_os_errors(f"step {entry.step} cannot be copied to {root}"):
+            commit.make_directory(staged.parent)
+            if entry.path.is_dir():
+                shutil.copytree(entry.path, staged)
+            else:
+                orbax.write(staged, taken, compression=False)
+            data = foreign.make_manifest(entry, taken, staged, sequence=sequence, lineage=lineage)
+            (staged / layout.MANIFEST).write_bytes(data)
+            commit.commit_step(root, staged, entry.step)
+    finally:
+        shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def _make_unreadable_error(entry: Entry, error: orbax.ReadError | IncompleteStepError) -> StorageError:
+    text = error.what if isinstance(error, IncompleteStepError) else f"{entry.path} cannot be read: {error}"
     return StorageError(
         what=f"step {entry.step} cannot be adopted: {text.rstrip('.')}.",
-        why="Orbax cannot read it as named items.",
+        why="its program stores no digests, so it may be damaged, or of a form that is not known.",
         fix=f"move {entry.path} away, or save it again with named items (args=Composite(model=...)).",
     )
-
-
-def _read_metrics(directory: pathlib.Path) -> dict[str, float]:
-    """Return metrics as Orbax's managers write them; none if they cannot be read, since nothing depends on them."""
-    try:
-        found = json.loads((directory / "metrics" / "metrics").read_bytes())
-        return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}
-    except (OSError, ValueError, AttributeError):
-        return {}

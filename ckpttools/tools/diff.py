@@ -5,10 +5,9 @@ Leaves of equal digest are equal and are not read, so two steps of a run with fr
 that the trained weights take. The rest is read and verified in batches; the host holds at most two of them.
 """
 
+import contextlib
 import dataclasses
 import math
-import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +16,12 @@ import numpy as np
 from remattools.text import format_table
 
 from ..errors import CheckpointError
-from ..store import layout, leaf_integrity
+from ..sources.location import Location, find_step, open_source
+from ..store import leaf_integrity
 from ..store.catalogue import Entry
+from ..store.foreign import describe_writer
 from ..tree.leaf_paths import Names, to_names
 from ..tree.records import Record, count_host_bytes, decode_value, format_form
-from .show import find_step
 
 _BATCH_BYTES = 256 << 20
 _MAX_ROWS = 20
@@ -108,8 +108,8 @@ class DiffReport:
 
 
 def diff(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: Location,
+    b: Location,
     *,
     steps: tuple[int | None, int | None] = (None, None),
     progress: Callable[[int, int], None] | None = None,
@@ -117,8 +117,8 @@ def diff(
     """Compare two steps: their structure, and the values of the leaves that both have.
 
     Args:
-        a: Directory of a run (its newest step is used) or of one step.
-        b: Directory of another run or step, or the same.
+        a: The directory of a run (its newest step is used) or of one step, or a mirror or its address.
+        b: The same for the second step.
         steps: Numbers of the steps, where `a` and `b` are runs.
         progress: Called with the bytes compared so far and the bytes of all leaves whose digests differ.
 
@@ -136,7 +136,11 @@ def diff(
         >>> [(leaf.name, leaf.before, leaf.after) for leaf in report.changed]
         [('count', '1', '2')]
     """
-    first, second = _find_entry(a, steps[0]), _find_entry(b, steps[1])
+    with _open_entry(a, steps[0]) as first, _open_entry(b, steps[1]) as second:
+        return _compare(first, second, progress)
+
+
+def _compare(first: Entry, second: Entry, progress: Callable[[int, int], None] | None) -> DiffReport:
     left, right = _collect_records(first), _collect_records(second)
     both = [path for path in left if path in right]
     pairs = [(path, left[path], right[path]) for path in both]
@@ -163,18 +167,18 @@ type ItemRecord = tuple[str, Record]
 type RecordPair = tuple[Names, ItemRecord, ItemRecord]
 
 
-def _find_entry(source: str | os.PathLike[str], step: int | None) -> Entry:
-    directory = pathlib.Path(os.path.abspath(source))
-    number = layout.parse_step_number(directory.name)
-    is_step = number is not None and (directory / layout.MANIFEST).exists()
-    entry = find_step(directory.parent, number) if is_step else find_step(directory, step)
-    if entry.manifest is None:
-        raise CheckpointError(
-            what=f"step {entry.step} of {entry.path.parent} was written by plain Orbax and has no manifest.",
-            why="two steps are compared by their manifests and digests.",
-            fix="ct.adopt(directory) adds one.",
-        )
-    return entry
+@contextlib.contextmanager
+def _open_entry(location: Location, step: int | None) -> Iterator[Entry]:
+    with open_source(location) as source:
+        entry = find_step(source, step)
+        if entry.manifest is None:
+            raise CheckpointError(
+                what=f"step {entry.step} of {source.name} was written by {describe_writer(entry.path)} and has no "
+                "manifest.",
+                why="two steps are compared by their manifests and digests.",
+                fix=source.fix,
+            )
+        yield entry
 
 
 def _collect_records(entry: Entry) -> dict[Names, ItemRecord]:
@@ -228,6 +232,8 @@ def _split_batches(pairs: Sequence[RecordPair]) -> Iterator[list[RecordPair]]:
 
 
 def _read(entry: Entry, leaves: Sequence[ItemRecord]) -> dict[Names, np.ndarray[Any, Any]]:
+    if entry.fetch is not None:
+        entry.fetch()
     records_by_item: dict[str, list[Record]] = {}
     for item, record in leaves:
         if record.is_in_orbax:

@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """`export_safetensors`: write the weights of a step or of a live model to a safetensors file."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import CheckpointError, LeafError, StructureError, suggest_names
-from ..store import layout, leaf_integrity, safetensors_format
-from ..store.catalogue import Entry
+from ..sources.location import Location, Source, find_step, open_source
+from ..spec.mirror import Mirror
+from ..store import leaf_integrity, safetensors_format
+from ..store.foreign import describe_writer
 from ..store.safetensors_format import CODES, Tensor
 from ..tree import snapshot
 from ..tree.leaf_paths import Path
 from ..tree.records import Record, count_host_bytes, get_host_shape
-from .show import find_step
 from .tensor_names import KEY, VALUE, NameMap, exclude_skipped, format_tensor_name, name_leaves
 
 _BATCH_BYTES = 256 << 20
+
+
+type LoadArrays = Callable[[Sequence[Record]], Mapping[Path, np.ndarray[Any, Any]]]
+type Weights = tuple[tuple[Record, ...], LoadArrays, dict[str, str]]
+"""The leaves of an item, a function that reads some of them, and what the header says of their origin."""
 
 
 def export_safetensors(
@@ -35,8 +42,8 @@ def export_safetensors(
     """Write the leaves of a stored step, or of a live model, to a safetensors file.
 
     Args:
-        source: Directory of a run (its newest step is used) or of one step, or a state: an nnx module, an
-            `nnx.State`, a pytree of arrays.
+        source: The directory of a run (its newest step is used) or of one step, a mirror or its address, or a state:
+            an nnx module, an `nnx.State`, a pytree of arrays.
         file: The file; an existing one is replaced.
         item: Which item of the step.
         names: Names of leaves in the file, such as `{"layers.*.kernel": "h.*.weight"}`; all others keep their path.
@@ -61,10 +68,24 @@ def export_safetensors(
         >>> ct.export_safetensors({"kernel": jnp.ones((2, 3))}, file, names={"kernel": "weight"})
         ('weight',)
     """
-    if isinstance(source, str | os.PathLike):
-        records, load, note = _open_step(pathlib.Path(source), item)
+    if isinstance(source, str | os.PathLike | Mirror):
+        opened: contextlib.AbstractContextManager[Weights] = _open_step(source, item)
     else:
-        records, load, note = _open_state(source, item)
+        opened = contextlib.nullcontext(_open_state(source, item))
+    with opened as weights:
+        return _export(weights, pathlib.Path(file), item, names, skip, metadata, progress)
+
+
+def _export(
+    weights: Weights,
+    file: pathlib.Path,
+    item: str,
+    names: NameMap | None,
+    skip: Sequence[str],
+    metadata: Mapping[str, str] | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[str, ...]:
+    records, load, note = weights
     records = exclude_skipped(records, skip)
     named = name_leaves(records, names)
     tensors = {name: _make_tensor(item, record) for name, record in named.items() if record.kind != "value"}
@@ -81,24 +102,24 @@ def export_safetensors(
     header = {"format": "pt"} if metadata is None else dict(metadata)
     header |= {KEY + name: record.dtype for name, record in named.items() if record.kind == "key"}
     header |= {VALUE + name: json.dumps(record.value) for name, record in named.items() if record.kind == "value"}
-    safetensors_format.write(pathlib.Path(file), tensors, load_batch, {**note, **header}, batch_bytes=_BATCH_BYTES)
+    safetensors_format.write(file, tensors, load_batch, {**note, **header}, batch_bytes=_BATCH_BYTES)
     return tuple(tensors)
 
 
-type LoadArrays = Callable[[Sequence[Record]], Mapping[Path, np.ndarray[Any, Any]]]
+@contextlib.contextmanager
+def _open_step(location: Location, item: str) -> Iterator[Weights]:
+    with open_source(location) as source:
+        yield _read_step(source, item)
 
 
-def _open_step(directory: pathlib.Path, item: str) -> tuple[tuple[Record, ...], LoadArrays, dict[str, str]]:
-    step = layout.parse_step_number(directory.absolute().name)
-    is_step = step is not None and any(
-        (directory / name).exists() for name in (layout.MANIFEST, "_CHECKPOINT_METADATA")
-    )
-    entry: Entry = find_step(directory.absolute().parent, step) if is_step else find_step(directory)
+def _read_step(source: Source, item: str) -> Weights:
+    entry = find_step(source)
     if entry.manifest is None:
         raise CheckpointError(
-            what=f"step {entry.step} was written by plain Orbax and has no manifest.",
+            what=f"step {entry.step} of {source.name} was written by {describe_writer(entry.path)} and has no "
+            "manifest.",
             why="exported leaves are verified by the digests in the manifest.",
-            fix="ct.adopt(directory) adds one.",
+            fix=source.fix,
         )
     stored = entry.manifest.contents.items
     if item not in stored:
@@ -109,12 +130,14 @@ def _open_step(directory: pathlib.Path, item: str) -> tuple[tuple[Record, ...], 
         )
 
     def load(records: Sequence[Record]) -> Mapping[Path, np.ndarray[Any, Any]]:
+        if entry.fetch is not None:
+            entry.fetch()
         return leaf_integrity.read_verified(entry, {item: tuple(records)})[item] if records else {}
 
     return stored[item].records, load, {"ckpttools.step": str(entry.step)}
 
 
-def _open_state(state: Any, item: str) -> tuple[tuple[Record, ...], LoadArrays, dict[str, str]]:
+def _open_state(state: Any, item: str) -> Weights:
     taken = snapshot.take({item: state}, None).items[item]
     return taken.records, lambda records: taken.host_arrays, {}
 

@@ -2,13 +2,12 @@
 """`ls`: list the steps of a run with metrics, sizes and branches."""
 
 import dataclasses
-import os
-import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from remattools.text import format_bytes, format_table
 
+from ..sources.location import Location, open_source
 from ..store import catalogue
 
 
@@ -54,6 +53,9 @@ class ListedStep:
 class Listing(tuple[ListedStep, ...]):
     """A tuple of `ListedStep` that prints as the table of `ckpttools ls`.
 
+    Attributes:
+        found: What lies at the path, if it holds no steps; "" otherwise.
+
     Example:
         >>> import ckpttools as ct
         >>> listing = ct.Listing([ct.ListedStep(step=500, state="committed", metrics={"loss": 0.5})])
@@ -61,11 +63,17 @@ class Listing(tuple[ListedStep, ...]):
         ['500', 'committed', '0.5']
     """
 
-    __slots__ = ()
+    found: str
+
+    def __new__(cls, steps: Iterable[ListedStep] = (), found: str = "") -> "Listing":
+        """Return a listing of steps."""
+        listing = super().__new__(cls, steps)
+        listing.found = "" if listing else found
+        return listing
 
     def __str__(self) -> str:
         columns, rows = make_rows(self)
-        return format_table(columns, rows, numeric=find_numeric_columns(columns)) if self else "no steps"
+        return format_table(columns, rows, numeric=find_numeric_columns(columns)) if self else f"no steps: {self.found}"
 
 
 def make_rows(steps: Sequence[ListedStep]) -> tuple[list[str], list[list[str]]]:
@@ -91,11 +99,18 @@ def find_numeric_columns(columns: Sequence[str]) -> list[str]:
     return [columns[0], *columns[3:-2]]
 
 
-def ls(directory: str | os.PathLike[str]) -> Listing:
+def ls(directory: Location) -> Listing:
     """List every step of a run in the order of the commits, damaged and foreign ones last; reads manifests only.
+
+    Args:
+        directory: The directory of a run or of one step, or a mirror or its address.
 
     Returns:
         A tuple of `ListedStep`, which prints as a table.
+
+    Raises:
+        NotARunError: If the directory does not exist, or is a file, or a part of a step.
+        MirrorError: If a mirror does not answer.
 
     Example:
         >>> import tempfile
@@ -106,13 +121,15 @@ def ls(directory: str | os.PathLike[str]) -> Listing:
         >>> [(step.step, step.state) for step in ct.ls(run)]
         [(1, 'committed'), (2, 'committed')]
     """
-    current = catalogue.scan(pathlib.Path(directory).absolute())
+    with open_source(directory) as source:
+        pass
     entries = sorted(
-        (*current.entries, *current.moved_entries),
+        source.all_entries,
         key=lambda entry: (entry.info is None, entry.info.sequence if entry.info else entry.step),
     )
     # A step that its own process is deleting at this moment looks damaged; it is about to vanish.
-    return Listing(_make_listed_step(entry) for entry in entries if entry.state == "committed" or entry.path.exists())
+    listed = [_make_listed_step(entry) for entry in entries if entry.state == "committed" or entry.path.exists()]
+    return Listing(listed, source.text)
 
 
 def _make_listed_step(entry: catalogue.Entry) -> ListedStep:

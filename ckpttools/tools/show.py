@@ -3,15 +3,13 @@
 
 import dataclasses
 import math
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from .. import store
-from ..errors import CheckpointError, StepNotFoundError
-from ..restore.select import list_available_steps, select_one_branch
-from ..store import catalogue
+from ..errors import CheckpointError
+from ..sources.location import Location, find_step, open_source
+from ..store import catalogue, foreign
 from ..tree.leaf_paths import format_leaf_name
 from ..tree.records import Record, decode_value, get_host_shape
 
@@ -102,42 +100,17 @@ def format_leaf(leaf: ShownLeaf) -> str:
     return f"{'key ' if leaf.kind == 'key' else ''}{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def find_step(directory: str | os.PathLike[str], step: int | None = None) -> catalogue.Entry:
-    """Return a readable step of a run: the newest committed one, or the one of that number.
-
-    Raises:
-        StepNotFoundError: If it does not exist.
-        StepDamagedError: If it is damaged.
-    """
-    current = catalogue.scan(pathlib.Path(directory).absolute())
-    if step is None:
-        newest = max(current.live_entries, key=lambda entry: entry.step, default=None)
-        foreign = [entry for entry in current.entries if entry.state == "unverified"]
-        found = newest or max(foreign, key=lambda entry: entry.step, default=None)
-    else:
-        numbered = [entry for entry in (*current.entries, *current.moved_entries) if entry.step == step]
-        found = next(iter(select_one_branch(numbered)), None)
-    if found is None:
-        raise StepNotFoundError(
-            what=f"{directory} has no {'step that can be read' if step is None else f'step {step}'}.",
-            why="nothing was saved there, or retention has deleted it.",
-            fix=f"available: {list_available_steps(current)}.",
-        )
-    if found.state not in ("committed", "unverified") and found.error is not None:
-        raise found.error
-    return found
-
-
-def show(directory: str | os.PathLike[str], step: int | None = None) -> ShownStep:
+def show(directory: Location, step: int | None = None) -> ShownStep:
     """Return the tree of a step; reads its manifest or, for plain Orbax, its metadata, and no array.
 
     Args:
-        directory: The run's directory.
+        directory: The directory of a run or of one step, or a mirror or its address.
         step: Number of the step; None for the newest.
 
     Raises:
         StepNotFoundError: If it does not exist.
         StepDamagedError: If its manifest is damaged.
+        NotARunError: If the directory does not exist, or is a file, or a part of a step.
 
     Example:
         >>> import tempfile
@@ -148,7 +121,8 @@ def show(directory: str | os.PathLike[str], step: int | None = None) -> ShownSte
         >>> [(leaf.name, leaf.value) for leaf in ct.show(run, 1).leaves]
         [('count', 1)]
     """
-    entry = find_step(directory, step)
+    with open_source(directory) as source:
+        entry = find_step(source, step)
     if entry.manifest is None:
         return _show_foreign_step(entry)
     summary = entry.manifest.summary
@@ -180,12 +154,15 @@ def _make_shown_leaf(item: str, record: Record) -> ShownLeaf:
 
 
 def _show_foreign_step(entry: catalogue.Entry) -> ShownStep:
+    is_file = entry.path.is_file()
     try:
-        described: Sequence[tuple[str, tuple[int, ...], str]] = store.orbax.describe_foreign(entry.path)
+        described: Sequence[tuple[str, tuple[int, ...], str]] = (
+            store.flax_msgpack.describe(entry.path) if is_file else store.orbax.describe_foreign(entry.path)
+        )
     except store.orbax.ReadError as error:
         raise CheckpointError(
             what=f"the metadata of step {entry.step} cannot be read: {str(error).rstrip('.')}.",
-            why="it was written by plain Orbax, and Orbax cannot read it as named items.",
+            why="it was written by plain Orbax, which cannot read it either.",
             fix=f"read {entry.path} with the version of Orbax that wrote it.",
         ) from error
     leaves = tuple(
@@ -199,8 +176,9 @@ def _show_foreign_step(entry: catalogue.Entry) -> ShownStep:
         )
         for name, shape, dtype in described
     )
-    total = sum(path.stat().st_size for path in entry.path.rglob("*") if path.is_file())
-    reason = "written by plain Orbax; ct.adopt adds a manifest"
+    files = [entry.path] if is_file else entry.path.rglob("*")
+    total = sum(path.stat().st_size for path in files if path.is_file())
+    reason = f"foreign: written by {foreign.describe_writer(entry.path)}; ct.adopt adds a manifest"
     return ShownStep(step=entry.step, state="unverified", reason=reason, total_bytes=total, leaves=leaves)
 
 

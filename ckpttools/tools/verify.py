@@ -5,14 +5,13 @@ File digests need no JAX; the reader of the leaves, which does, is imported once
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any
 
 from .. import store
-from ..errors import StepDamagedError, StepNotFoundError, StorageError
+from ..errors import StepDamagedError, StorageError
+from ..sources.location import Location, Source, make_not_found_error, open_source
 from ..store import catalogue, file_integrity
-from ..store.run_directory import require_run_directory
 from ..text import format_health
 
 
@@ -57,6 +56,7 @@ class VerifyReport:
 
     Attributes:
         steps: One entry for each step.
+        found: What lies at the path, if it holds no steps; "" otherwise.
 
     Example:
         >>> import ckpttools as ct
@@ -66,22 +66,24 @@ class VerifyReport:
     """
 
     steps: tuple[StepHealth, ...]
+    found: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is damaged; steps of plain Orbax are not counted, since nothing is known about them."""
-        return all(step.state in ("intact", "unverified") for step in self.steps)
+        """Whether at least one step was read and nothing is damaged; steps of other writers cannot be verified."""
+        states = {step.state for step in self.steps}
+        return "intact" in states and states <= {"intact", "unverified"}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return {"ok": self.ok, "steps": [dataclasses.asdict(step) for step in self.steps]}
+        return {"ok": self.ok, "steps": [dataclasses.asdict(step) for step in self.steps], "found": self.found}
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.steps)) or "no steps"
+        return "\n".join(map(str, self.steps)) or f"no steps: {self.found}"
 
 
 def verify(
-    directory: str | os.PathLike[str],
+    directory: Location,
     step: int | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -91,13 +93,14 @@ def verify(
     Steps that the run's own process deletes in the meantime are left out.
 
     Args:
-        directory: The run's directory.
+        directory: The directory of a run or of one step, or a mirror or its address.
         step: Only this step; None for all.
         progress: Called with the bytes read so far and the bytes in total.
 
     Raises:
         StepNotFoundError: If `step` does not exist.
-        StorageError: If the directory does not exist.
+        NotARunError: If the directory does not exist, or is a file, or a part of a step.
+        MirrorError: If a mirror does not answer.
 
     Example:
         >>> import tempfile
@@ -108,26 +111,29 @@ def verify(
         >>> ct.verify(run).ok
         True
     """
-    root = require_run_directory(directory)
-    current = catalogue.scan(root)
-    entries = [entry for entry in (*current.entries, *current.moved_entries) if step is None or entry.step == step]
-    if step is not None and not entries:
-        raise StepNotFoundError(
-            what=f"{root} has no step {step}.",
-            why="it was never saved, or retention has deleted it.",
-            fix=f"available: {', '.join(str(entry.step) for entry in current.entries) or 'no steps'}.",
-        )
-    total = sum(_get_total_bytes(entry) for entry in entries)
-    done = 0
+    with open_source(directory) as source:
+        entries = [entry for entry in source.all_entries if step is None or entry.step == step]
+        if step is not None and not entries:
+            raise make_not_found_error(source.name, step, source.steps)
+        total = sum(_get_total_bytes(entry) for entry in entries)
+        done = 0
 
-    def add_bytes(size: int) -> None:
-        nonlocal done
-        done += size
-        if progress is not None:
-            progress(done, total)
+        def add_bytes(size: int) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(done, total)
 
-    examined = [(entry, _add_branch(entry, _examine(entry, add_bytes))) for entry in entries]
-    return VerifyReport(tuple(health for entry, health in examined if entry.path.is_dir()))
+        examined = [(entry, _add_branch(entry, _examine(entry, source, add_bytes))) for entry in entries]
+        kept = [health for entry, health in examined if entry.fetch is not None or entry.path.exists()]
+        kept += [_make_unfinished_health(name) for name in source.unfinished if step is None]
+        return VerifyReport(tuple(kept), found="" if kept else source.text)
+
+
+def _make_unfinished_health(name: str) -> StepHealth:
+    """Return the health of a copy without an intact manifest."""
+    reason = f"the copy {name} has no intact manifest: it is being written, was not finished, or is damaged"
+    return StepHealth(step=int(name.partition("-")[0]), state="incomplete", reason=reason)
 
 
 def _add_branch(entry: catalogue.Entry, health: StepHealth) -> StepHealth:
@@ -139,12 +145,17 @@ def _get_total_bytes(entry: catalogue.Entry) -> int:
     return entry.manifest.summary.total_bytes if entry.manifest else 0
 
 
-def _examine(entry: catalogue.Entry, on_bytes: Callable[[int], None]) -> StepHealth:
+def _examine(entry: catalogue.Entry, source: Source, on_bytes: Callable[[int], None]) -> StepHealth:
     if entry.manifest is None:
         error = entry.error
         named = error.files if isinstance(error, StepDamagedError) else ()
         return StepHealth(step=entry.step, state=entry.state, reason=error.what if error else "", files=named)
     files: tuple[str, ...] = ()
+    if source.find_damaged_files is not None:
+        files = source.find_damaged_files(entry)
+        on_bytes(entry.manifest.summary.total_bytes)
+        reason = f"{len(files)} file(s) of the copy are missing or differ from what was written" if files else ""
+        return StepHealth(step=entry.step, state="corrupt" if files else "intact", reason=reason, files=files)
     try:
         files = file_integrity.find_damaged_files(entry, on_bytes)
         items = entry.manifest.contents.items

@@ -37,7 +37,6 @@ def test_a_pair_is_split_at_its_first_equals_sign():
 @pytest.mark.parametrize(
     "argv",
     [
-        ["ls"],
         ["prune", "--latest", "1"],
         ["prune", "--quarantine"],
         ["pin", "20"],

@@ -15,8 +15,11 @@ from tests.ckpttools.cli.commands import call, damage, spec_for, state_at
 
 def test_an_empty_and_a_missing_directory(tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    assert call(capsys, "ls", tmp_path / "run")[:2] == (parser.EXIT_OK, "no steps\n")
-    assert call(capsys, "verify", tmp_path / "run")[:2] == (parser.EXIT_OK, "no steps\n")
+    code, out, err = call(capsys, "ls", tmp_path / "run")
+    assert (code, out) == (parser.EXIT_NO, "no steps\n")
+    assert "is an empty directory" in err
+    code, out, _ = call(capsys, "verify", tmp_path / "run")
+    assert (code, out) == (parser.EXIT_NO, f"no steps: {tmp_path / 'run'} is an empty directory.\n")
     assert call(capsys, "prune", tmp_path / "run", "--latest", 2, "--dry-run")[:2] == (
         parser.EXIT_OK,
         "no steps\n",

@@ -12,8 +12,9 @@ from flax import nnx
 from orbax.checkpoint import v1
 
 import ckpttools as ct
-from ckpttools.store import layout
+from ckpttools.store import commit, layout
 from tests.ckpttools.restore.test_first_intact import flip_bit, largest_file, spec_for
+from tests.ckpttools.store.writers import EMPTY, RUNS, SINGLES, STATE, write
 from tests.ckpttools.tools.runs import snapshot_of
 
 
@@ -44,12 +45,9 @@ def test_a_run_of_plain_orbax_is_unverified_until_adopted(tmp_path, write):
     before = snapshot_of(tmp_path / "3")
     assert [row.state for row in ct.ls(tmp_path)] == ["unverified"]
     fresh = Plain(nnx.Rngs(9))
-    with ct.open(spec_for(tmp_path)) as ckpt:
-        assert ckpt.latest_step() is None
-        with pytest.raises(ct.NoIntactStepError, match=r"ct\.adopt"):
-            ckpt.restore({"model": fresh})
-        with pytest.raises(ct.NotRestoredError):
-            ckpt.steps(9)
+    with pytest.raises(ct.NotARunError, match=r"ct\.adopt"):
+        ct.open(spec_for(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
     assert ct.adopt(tmp_path, dry_run=True) == (3,)
     assert ct.adopt(tmp_path) == (3,)
     assert {name: data for name, data in snapshot_of(tmp_path / "3").items() if name.name != layout.MANIFEST} == before
@@ -88,3 +86,81 @@ def test_an_adopted_step_with_lists_and_tuples_is_verified(tmp_path):
     assert jax.tree.map(lambda leaf: leaf.tolist(), loaded) == jax.tree.map(lambda leaf: leaf.tolist(), state)
     part = ct.load(tmp_path, {"model": empty}, only="model.moments.1.0").state["model"]
     assert [leaf.tolist() for leaf in jax.tree.leaves(part["moments"])] == [[0, 0], [2, 2, 2], [0]]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_another_writer_is_adopted_verified_and_continued(tmp_path, name):
+    run = write(RUNS[name], tmp_path / "run2")
+    assert ct.adopt(run, dry_run=True) == (10, 20)
+    with pytest.raises(ct.NotARunError):
+        ct.open(spec_for(run))  # control: the dry run changed nothing
+    assert ct.adopt(run) == (10, 20)
+    assert ct.adopt(run) == ()
+    report = ct.verify(run)
+    assert (report.ok, [step.state for step in report.steps]) == (True, ["intact", "intact"])
+    with ct.open(spec_for(run)) as ckpt:
+        restored = ckpt.restore({"default": EMPTY})
+        assert restored.step == 20
+        np.testing.assert_array_equal(restored.state["default"]["w"], STATE["w"])
+        ckpt.save(30, {"default": restored.state["default"]})
+    assert [row.step for row in ct.ls(run)] == [10, 20, 30]
+    assert ct.diff(run / "20", run / "30").changed == ()
+
+
+@pytest.mark.parametrize("name", SINGLES)
+def test_a_single_checkpoint_is_adopted_into_a_run(tmp_path, name):
+    path = write(SINGLES[name], tmp_path / "best")
+    before = snapshot_of(tmp_path)
+    with pytest.raises(ct.NotARunError, match="best") as caught:
+        ct.adopt(path)
+    assert "--into runs/new" in caught.value.fix
+    assert ct.adopt(path, into=tmp_path / "run", step=7) == (7,)
+    assert ct.verify(tmp_path / "run").ok
+    assert {place: data for place, data in snapshot_of(tmp_path).items() if "run" not in place.parts} == before
+    with ct.open(spec_for(tmp_path / "run")) as ckpt:
+        restored = ckpt.restore({"default": EMPTY})
+    assert restored.step == 7
+    np.testing.assert_array_equal(restored.state["default"]["nested"]["b"], STATE["nested"]["b"])
+
+
+def test_a_number_that_is_taken_is_not_adopted(tmp_path):
+    run = write(RUNS["manager, prefix"], tmp_path)
+    (run / "ckpt_20").rename(run / "b_10")
+    before = snapshot_of(run)
+    with pytest.raises(ct.StepOrderError, match="cannot become step 10"):
+        ct.adopt(run)
+    assert snapshot_of(run) == before
+
+
+@pytest.mark.parametrize("name", ["manager, prefix", "flax", "pytree"])
+def test_a_damaged_foreign_step_is_named_and_nothing_of_it_is_adopted(tmp_path, name):
+    run = write(RUNS[name], tmp_path)
+    (broken,) = (path for path in run.iterdir() if path.name.endswith("20"))
+    for path in [broken] if broken.is_file() else broken.rglob("manifest.ocdbt"):
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ct.StorageError, match="step 20 cannot be adopted"):
+        ct.adopt(run)
+    assert broken.exists()
+    assert not (run / "20").exists()
+    # The older step was adopted; the newer one is still in the way of a restore that would pass it over.
+    with pytest.raises(ct.NotARunError, match=broken.name):
+        ct.open(spec_for(run))
+    assert ct.load(run, {"default": EMPTY}).step == 10
+    broken.rename(tmp_path.parent / f"aside-{name}")
+    with ct.open(spec_for(run)) as ckpt:
+        assert ckpt.restore({"default": EMPTY}).step == 10
+
+
+def test_a_kill_between_rename_and_manifest_loses_nothing(tmp_path, monkeypatch):
+    run = write(RUNS["manager, padded"], tmp_path)
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(commit, "write_file", die)
+        with pytest.raises(KeyboardInterrupt):
+            ct.adopt(run)
+    assert [row.state for row in ct.ls(run)] == ["unverified", "unverified"]
+    assert ct.adopt(run) == (10, 20)
+    assert ct.verify(run).ok

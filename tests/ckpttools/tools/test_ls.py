@@ -8,7 +8,7 @@ from tests.ckpttools.restore.test_first_intact import spec_for
 
 
 def test_a_listing_prints_as_a_table(tmp_path):
-    assert str(ct.ls(tmp_path)) == "no steps"
+    assert str(ct.ls(tmp_path)) == f"no steps: {tmp_path} is an empty directory."
     with ct.open(spec_for(tmp_path)) as ckpt:
         ckpt.save(3, {"model": {"w": np.ones(2)}}, metrics={"loss": 0.25})
     head, row = str(ct.ls(tmp_path)).splitlines()

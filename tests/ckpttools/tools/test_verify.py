@@ -35,7 +35,8 @@ def test_verify_names_the_damaged_file_and_leaf(run):
 
 
 def test_verify_of_an_empty_directory(tmp_path):
-    assert str(ct.verify(tmp_path)) == "no steps"
+    assert str(ct.verify(tmp_path)) == f"no steps: {tmp_path} is an empty directory."
+    assert not ct.verify(tmp_path).ok
 
 
 @pytest.mark.parametrize("tool", ["verify", "repair", "adopt", "prune"])

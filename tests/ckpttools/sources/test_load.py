@@ -238,7 +238,7 @@ def test_loading_says_what_is_missing(saved, tmp_path):
     state = {"model": Model(1)}
     with pytest.raises(ct.StepNotFoundError, match="is not a directory"):
         ct.load(tmp_path / "none", state)
-    with pytest.raises(ct.StepNotFoundError, match="holds no steps"):
+    with pytest.raises(ct.StepNotFoundError, match="is an empty directory"):
         ct.load(tmp_path, state)
     with pytest.raises(ct.StepNotFoundError, match="step 8 does not exist"):
         ct.load(directory, state, step=8)

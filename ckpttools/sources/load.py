@@ -7,8 +7,6 @@ placed are read, and verified by their digests.
 
 import dataclasses
 import functools
-import os
-import pathlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,10 +14,13 @@ from typing import Any
 from remattools.text import format_table
 
 from ..errors import SpecError, StepNotFoundError
+from ..restore import first_intact, select
+from ..restore.read_step import GetChanges, pair_leaves
+from ..restore.report import RestoreReport
+from ..restore.select import BestStep, Selector
 from ..spec.operations import Operation, as_code
 from ..spec.state_version import StateVersion, as_state_version
 from ..spec.surgery import Surgery
-from ..store import catalogue, layout
 from ..store.catalogue import Entry
 from ..surgery import migrations, suggest
 from ..surgery.altered_leaves import AlteredLeaf, list_altered_leaves, list_leaves
@@ -29,17 +30,12 @@ from ..tree.items import require_items
 from ..tree.match import Difference
 from ..tree.records import count_host_bytes
 from ..tree.write_back import fill_state
-from . import first_intact, select
-from .read_step import GetChanges, pair_leaves
-from .report import RestoreReport
-from .select import BestStep, Selector
-
-type Source = str | os.PathLike[str]
-"""A run directory, or the directory of one step in it."""
+from .foreign import read_as_steps
+from .location import Location, Source, make_empty_error, open_source
 
 
 def load(
-    source: Source,
+    source: Location,
     state: Mapping[str, Any],
     *,
     surgery: Iterable[Operation] = (),
@@ -50,7 +46,8 @@ def load(
     """Fill a state from a step of any run, such as a pretrained one; the run is only read.
 
     Args:
-        source: The run directory, or the directory of one step.
+        source: The directory of a run or of one step, the address of a mirror, or a checkpoint of Orbax or flax that
+            was not adopted, which is read as a whole and not verified; a tree without items is the item "default".
         state: Items by name. Live objects are filled in place; all items are in the report's `state`.
         surgery: Operations for leaves that do not fit, such as `ct.Rename`.
         only: Patterns of the leaves to load, such as "model.encoder"; all others keep their values and are not read.
@@ -77,20 +74,19 @@ def load(
     """
     start_time = time.monotonic()
     require_items(state)
-    root, step = _locate_step(source, step)
     get_changes = _make_get_changes(surgery, only, state_version)
-    candidates = _list_candidates(root, step)
-    loaded, tried = first_intact.load_first_intact(
-        candidates,
-        state,
-        check=lambda loaded: None,
-        run=None,
-        is_explicit=isinstance(step, int),
-        get_changes=get_changes,
-    )
+    with open_source(source) as found, read_as_steps(_list_candidates(found, step)) as candidates:
+        loaded, tried = first_intact.load_first_intact(
+            candidates,
+            state,
+            check=lambda loaded: None,
+            run=None,
+            is_explicit=isinstance(step, int) or found.is_single,
+            get_changes=get_changes,
+        )
     report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried))
     if loaded is None:
-        raise first_intact.make_no_intact_step_error(report, root)
+        raise first_intact.make_no_intact_step_error(report, found.name, found.steps)
     filled = fill_state(state, loaded.items)
     return dataclasses.replace(
         report,
@@ -157,7 +153,7 @@ class Preview:
 
 
 def preview(
-    source: Source,
+    source: Location,
     state: Mapping[str, Any],
     *,
     surgery: Iterable[Operation] = (),
@@ -168,7 +164,8 @@ def preview(
     """Return what `ct.load` would do with the same arguments; reads manifests only and changes nothing.
 
     Args:
-        source: The run directory, or the directory of one step.
+        source: The directory of a run or of one step, the address of a mirror, or a checkpoint of Orbax or flax that
+            was not adopted, which is read as a whole and not verified; a tree without items is the item "default".
         state: Items by name; shapes and dtypes suffice.
         surgery: Operations for leaves that do not fit.
         only: Patterns of the leaves to load; empty for all.
@@ -189,16 +186,14 @@ def preview(
         True
     """
     require_items(state)
-    root, step = _locate_step(source, step)
     get_changes = _make_get_changes(surgery, only, state_version)
-    entry = next(
-        (each for each in _list_candidates(root, step) if each.manifest is not None or each.state == "newer"), None
-    )
+    with open_source(source) as found, read_as_steps(_list_candidates(found, step)) as candidates:
+        entry = next((each for each in candidates if each.manifest is not None or each.state == "newer"), None)
     if entry is None:
         raise StepNotFoundError(
-            what=f"{root} has no step with a readable manifest.",
+            what=f"{found.name} has no step with a readable manifest.",
             why="without a manifest, what a step holds is not known.",
-            fix="ct.verify(directory) shows what is damaged; ct.adopt(directory) adopts steps of plain Orbax.",
+            fix="ct.verify(directory) shows what is damaged.",
         )
     if entry.manifest is None and entry.error is not None:
         raise entry.error
@@ -217,42 +212,27 @@ def preview(
     )
 
 
-def _locate_step(source: Source, step: Selector) -> tuple[pathlib.Path, Selector]:
-    """Return the run directory and the step to load; `source` may be the directory of a step."""
-    directory = pathlib.Path(os.path.abspath(source))
-    number = layout.parse_step_number(directory.name)
-    if number is not None and (directory / layout.MANIFEST).exists():
-        if step not in ("latest", number):
-            raise SpecError(
-                what=f"{directory} is step {number}, and step={step!r} was requested.",
-                why="one of the two would be ignored.",
-                fix=f"ct.load({str(directory.parent)!r}, state, step={step!r})",
-            )
-        return directory.parent, number
-    if not directory.is_dir():
-        raise StepNotFoundError(
-            what=f"{directory} is not a directory.",
-            why="weights are loaded from a run directory, or from a step in it.",
-            fix="check the path; ct.fetch_step fetches a copy from a mirror.",
-        )
+def _list_candidates(found: Source, step: Selector) -> Sequence[Entry]:
+    """Return the steps to try, in their order."""
+    select.require_selector(step)
     if isinstance(step, BestStep) and step.mode is None:
         raise SpecError(
             what=f"ct.best({step.metric!r}) has no mode.",
             why="ct.load has no spec that could name it.",
             fix=f'ct.best({step.metric!r}, mode="min")',
         )
-    return directory, step
-
-
-def _list_candidates(root: pathlib.Path, step: Selector) -> list[Entry]:
-    found = select.list_candidates(catalogue.scan(root), step)
-    if not found:
-        raise StepNotFoundError(
-            what=f"{root} holds no steps.",
-            why="there is nothing to load, and training would silently start from scratch.",
-            fix="check the path: it is the directory of the spec that saved the run.",
-        )
-    return found
+    if found.is_single:
+        (entry,) = found.steps.entries
+        if step not in ("latest", entry.step):
+            raise SpecError(
+                what=f"{found.name} is step {entry.step}, and step={step!r} was requested.",
+                why="one of the two would be ignored.",
+                fix="leave step= out, or pass the directory of the run.",
+            )
+        return (entry,)
+    if not found.steps.entries:
+        raise make_empty_error(found)
+    return select.list_candidates(found.steps, step)
 
 
 def _make_get_changes(

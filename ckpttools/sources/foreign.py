@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read another writer's checkpoint as a step: its leaves get records and digests, as if they had just been saved.
+
+`adopt` writes the result to the disk; `load` and `preview` only use it. A file of flax's is converted to Orbax's format
+first, because steps are read through Orbax.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ..errors import CheckpointError, IncompleteStepError
+from ..save.write_step import add_digests, describe_files
+from ..store import flax_msgpack, manifest, orbax
+from ..store.catalogue import Entry
+from ..store.foreign import BARE_ITEM, ORBAX_METADATA, recognize
+from ..tree import snapshot
+from ..tree.snapshot import Snapshot
+
+_ALGORITHM = "xxh3"
+
+
+def read_snapshot(entry: Entry) -> Snapshot:
+    """Read all leaves of another writer's checkpoint to the host, with digests.
+
+    Raises:
+        IncompleteStepError: If it cannot be read, or holds nothing.
+    """
+    try:
+        if recognize(entry.path) == "msgpack":
+            state: dict[str, Any] = {BARE_ITEM: flax_msgpack.read(entry.path)}
+        else:
+            state = orbax.read_foreign(entry.path)
+    except orbax.ReadError as error:
+        raise _make_unreadable_error(entry, str(error)) from error
+    except CheckpointError as error:
+        raise _make_unreadable_error(entry, error.what) from error
+    if not state:
+        raise _make_unreadable_error(entry, "it has no items")
+    return add_digests(_ALGORITHM, snapshot.take(state, None))
+
+
+def _make_unreadable_error(entry: Entry, text: str) -> IncompleteStepError:
+    return IncompleteStepError(
+        what=f"{entry.path} cannot be read: {text.rstrip('.')}.",
+        why="another program wrote it, without digests, so it may be damaged, or of an unknown form.",
+        fix=f"move {entry.path} away to use the other steps, or read it with the program that wrote it.",
+    )
+
+
+def make_manifest(
+    entry: Entry, taken: Snapshot, directory: pathlib.Path, *, sequence: int = 1, lineage: manifest.Lineage = ()
+) -> bytes:
+    """Return the manifest of a checkpoint.
+
+    Args:
+        entry: The checkpoint.
+        taken: Its leaves.
+        directory: Where its files are, which are read and digested.
+        sequence: Its place in the order of the commits.
+        lineage: Branches that led to it.
+    """
+    items = {name: manifest.Item(records=records, skeletons={}) for name, records in taken.records.items()}
+    stamp = entry.path / ORBAX_METADATA
+    summary = manifest.Summary(
+        step=entry.step,
+        sequence=sequence,
+        saved_at=(stamp if stamp.is_file() else entry.path).stat().st_mtime,
+        run_s=0.0,
+        metrics=_read_metrics(entry.path),
+        lineage=lineage or (("foreign", 0),),
+        reason="adopted from plain Orbax" if entry.path.is_dir() else "adopted from flax's msgpack",
+        spec="",
+        files=describe_files(directory, _ALGORITHM),
+    )
+    return manifest.serialize(summary, manifest.Contents(items=items), algorithm=_ALGORITHM)
+
+
+def _read_metrics(directory: pathlib.Path) -> dict[str, float]:
+    """Return metrics as Orbax's managers write them; none if they cannot be read, since nothing depends on them."""
+    try:
+        found = json.loads((directory / "metrics" / "metrics").read_bytes())
+        return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+@contextlib.contextmanager
+def read_as_steps(entries: Iterable[Entry]) -> Iterator[Iterator[Entry]]:
+    """Yield the entries with those of other writers in the form of committed steps, each read when its turn comes."""
+    with tempfile.TemporaryDirectory(prefix="ckpttools-", ignore_cleanup_errors=True) as holder:
+        yield (
+            _read_as_step(entry, pathlib.Path(holder)) if entry.state == "unverified" else entry for entry in entries
+        )
+
+
+def _read_as_step(entry: Entry, holder: pathlib.Path) -> Entry:
+    try:
+        taken = read_snapshot(entry)
+    except IncompleteStepError as error:
+        # Passed over like a damaged step of our own.
+        return dataclasses.replace(entry, state="incomplete", error=error)
+    place = entry.path
+    if place.is_file():
+        place = holder / str(entry.step)
+        orbax.write(place, taken, compression=False)
+    data = make_manifest(entry, taken, place)
+    return dataclasses.replace(entry, state="committed", path=place, manifest=manifest.parse_manifest(data), error=None)

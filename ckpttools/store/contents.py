@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say what lies at a path: a run, one of its steps, an item of a step, another writer's run, or something else.
+
+Every command that takes a path asks here, so that a wrong path is never taken for an empty or an intact run, and a new
+run never begins inside or beside an old one.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+from typing import Literal
+
+from ..errors import NotARunError
+from . import catalogue, commit, foreign, layout, manifest
+
+type Kind = Literal[
+    "missing", "file", "empty", "run", "step", "inside", "foreign run", "foreign step", "mirror", "unknown"
+]
+
+_COPY = re.compile(r"(0|[1-9][0-9]{0,17})-[0-9a-f]{8}")
+_SHOWN_STEPS = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What lies at a path.
+
+    Attributes:
+        path: The path, absolute.
+        kind: "inside" for an item or a deeper part of a step, and for a run's control directory; "foreign step" for one
+            checkpoint and "foreign run" for a directory of checkpoints of another writer; "unknown" for a directory
+            without any step.
+        text: A sentence that begins with the path.
+        use: The path that was probably meant; for a foreign run or step the path itself.
+        step: Number of the step, for a step.
+    """
+
+    path: pathlib.Path
+    kind: Kind
+    text: str
+    use: pathlib.Path
+    step: int | None = None
+
+
+def identify(path: str | os.PathLike[str]) -> Contents:
+    """Return what lies at a path; reads names and, of a step, the manifest.
+
+    Args:
+        path: Any path; it need not exist. A link stands for what it leads to.
+
+    Raises:
+        StorageError: If the disk or its permissions do not allow to look.
+    """
+    place = pathlib.Path(os.path.abspath(path))
+    with commit.wrap_os_errors(f"{place} cannot be read"):
+        if place.is_symlink() and place.exists():
+            place = place.resolve()  # `best -> 500` is step 500, and a link to an item is inside of a step
+        return _identify_part(place) or _identify_whole(place)
+
+
+def _identify_part(place: pathlib.Path) -> Contents | None:
+    """Return what a path is a part of: a step, an item, a control directory; None otherwise."""
+    if (place / layout.MANIFEST).exists():
+        step = read_step_number(place)
+        text = f"{place} is {'a step' if step is None else f'step {step}'} of a run."
+        return Contents(path=place, kind="step", text=text, use=place, step=step)
+    for parent in place.parents:
+        if (parent / layout.MANIFEST).exists():
+            step = read_step_number(parent)
+            named = f"the step {parent}" if step is None else f"step {step} of the run {parent.parent}"
+            part = f"the item {place.name!r} of" if parent == place.parent and place.is_dir() else "inside"
+            return Contents(path=place, kind="inside", text=f"{place} is {part} {named}.", use=parent)
+    if layout.CONTROL_DIRECTORY in place.parts:
+        run = pathlib.Path(*place.parts[: place.parts.index(layout.CONTROL_DIRECTORY)])
+        return Contents(path=place, kind="inside", text=f"{place} is in the control directory of {run}.", use=run)
+    for parent in place.parents:
+        if foreign.is_orbax_checkpoint(parent):
+            item = parent == place.parent and foreign.is_bare(place)
+            text = f"{place} is {f'the item {place.name!r} of' if item else 'inside'} the Orbax checkpoint {parent}."
+            return Contents(path=place, kind="inside", text=text, use=parent)
+    return None
+
+
+def _identify_whole(place: pathlib.Path) -> Contents:
+    if not os.path.lexists(place):
+        return Contents(path=place, kind="missing", text=f"{place} is not a directory: nothing is there.", use=place)
+    if (found := foreign.recognize(place)) is not None:
+        kind = "file" if found == "msgpack" else "checkpoint"
+        text = f"{place} is one {kind} that was written by {foreign.describe_writer(place)}."
+        return Contents(
+            path=place, kind="foreign step", text=text, use=place, step=foreign.parse_number(place.name) or 0
+        )
+    if not place.is_dir():
+        return Contents(path=place, kind="file", text=f"{place} is not a directory: it is a file.", use=place.parent)
+    return _identify_directory(place)
+
+
+def _identify_directory(place: pathlib.Path) -> Contents:
+    names = {name for name in os.listdir(place) if name != layout.CONTROL_DIRECTORY}
+    numbered = {name for name in names if layout.parse_step_number(name) is not None and (place / name).is_dir()}
+    left = foreign.find_foreign_files(place)
+    if text := _describe_foreign_run(place, numbered, left):
+        return Contents(path=place, kind="foreign run", text=text, use=place)
+    if numbered or (place / layout.CONTROL_DIRECTORY / "superseded").is_dir():
+        return Contents(path=place, kind="run", text=f"{place} is a run.", use=place)
+    if any(_COPY.fullmatch(name) and (place / name / layout.MANIFEST).exists() for name in names):
+        text = f"{place} is a mirror: it holds copies of the steps of a run."
+        return Contents(path=place, kind="mirror", text=text, use=place)
+    if not names:
+        return Contents(path=place, kind="empty", text=f"{place} is an empty directory.", use=place)
+    shown = ", ".join(sorted(names)[:_SHOWN_STEPS]) + (", ..." if len(names) > _SHOWN_STEPS else "")
+    text = f"{place} holds no steps, but {shown}."
+    return Contents(path=place, kind="unknown", text=text, use=place)
+
+
+def _describe_foreign_run(place: pathlib.Path, numbered: set[str], left: foreign.ForeignFiles) -> str:
+    """Return a sentence about another writer's run; "" if our own steps are the newest, or nothing foreign is there."""
+    without = {name for name in numbered if not (place / name / layout.MANIFEST).exists()}
+    if without or left.steps:
+        # Only now the manifests are read: they decide whether a step without one was ours and lost it.
+        entries = catalogue.scan(place).entries
+        unverified = [entry for entry in entries if entry.state == "unverified"]
+        newest = max((entry.step for entry in entries if entry.state != "unverified"), default=-1)
+        if unverified and max(entry.step for entry in unverified) > newest:
+            last = unverified[-1]
+            names = [entry.path.name for entry in unverified]
+            shown = f"{'..., ' if len(names) > _SHOWN_STEPS else ''}{', '.join(names[-_SHOWN_STEPS:])}"
+            return f"{place} holds {len(names)} step(s) written by {foreign.describe_writer(last.path)}: {shown}."
+    if numbered or left.steps:
+        return ""
+    if left.unnumbered:
+        shown = ", ".join(path.name for path in left.unnumbered[:_SHOWN_STEPS])
+        return f"{place} holds checkpoints written by {foreign.describe_writer(left.unnumbered[0])}: {shown}."
+    if left.unfinished:
+        shown = ", ".join(path.name for path in left.unfinished[:_SHOWN_STEPS])
+        return f"{place} holds a save that Orbax did not finish, and no finished one: {shown}."
+    return ""
+
+
+def read_step_number(directory: pathlib.Path) -> int | None:
+    """Return the number of a step by its manifest, or by its name if that is damaged; None without both."""
+    try:
+        return manifest.read_sealed(directory).summary.step
+    except (OSError, ValueError):
+        return layout.parse_step_number(directory.name.partition("-")[0])
+
+
+def make_not_a_run_error(found: Contents, why: str) -> NotARunError:
+    """Return the error for a path that is not what a function takes.
+
+    Args:
+        found: What lies there.
+        why: What would have happened otherwise.
+    """
+    error = NotARunError(what=found.text, why=why, fix=suggest_fix(found))
+    error.kind, error.path = found.kind, found.path
+    return error
+
+
+def suggest_fix(found: Contents) -> str:
+    """Return what to type for a path that was not what a function takes."""
+    path, parent = found.use, found.use.parent
+    match found.kind:
+        case "step":
+            return f"the run is {parent}; to start a new one, use a directory outside of it."
+        case "inside":
+            return f"use {path}."
+        case "foreign run" if foreign.find_foreign_files(path).unfinished and not _has_checkpoints(path):
+            return "delete it if no process is writing it, or use another directory."
+        case "foreign run" if not catalogue.scan(path).entries:
+            first = foreign.find_foreign_files(path).unnumbered[0]
+            return f'ct.adopt({str(first)!r}, into="runs/new"), or `ckpttools adopt {first} --into runs/new`.'
+        case "foreign run":
+            return f"ct.adopt({str(path)!r}), or `ckpttools adopt {path}`; ct.load reads it without that."
+        case "foreign step":
+            return f'ct.adopt({str(path)!r}, into="runs/new"), or `ckpttools adopt {path} --into runs/new`.'
+        case "mirror":
+            return f'for a run whose mirror this is: ct.CheckpointSpec(..., mirror="{path.as_uri()}").'
+        case "missing" | "file":
+            return "check the path."
+        case _:
+            return "check the path: a run is a directory with a numbered directory for each step."
+
+
+def _has_checkpoints(path: pathlib.Path) -> bool:
+    left = foreign.find_foreign_files(path)
+    return bool(left.unnumbered or left.steps or catalogue.scan(path).entries)
+
+
+def require_startable(path: str | os.PathLike[str]) -> None:
+    """Raise `NotARunError` unless a run can be continued, or begun, in a directory."""
+    found = identify(path)
+    if found.kind not in ("missing", "empty", "run", "unknown"):
+        why = "a run that began here would bury what is there, or be damaged together with it; nothing was changed."
+        raise make_not_a_run_error(found, why)

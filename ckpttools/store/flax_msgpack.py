@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the msgpack files of flax's `save_checkpoint` and `to_bytes`: the only file that imports flax's reader.
+
+They hold a tree of dicts, in which lists and tuples have become dicts with the keys "0", "1", ...
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from flax import serialization
+
+from ..errors import StructureError
+from . import foreign
+
+_ELSEWHERE = "//MPAPlaceholder:"
+"""What flax writes in place of an array that is sharded over processes and stored in a directory of its own."""
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """Return the tree of a file; reads all of it.
+
+    Raises:
+        StructureError: If it is not a whole file of flax's, or holds only a part of the state.
+    """
+    try:
+        tree = serialization.msgpack_restore(path.read_bytes())
+    except Exception as error:
+        # msgpack, numpy and flax raise several classes of errors for damaged bytes, without a common base.
+        raise StructureError(
+            what=f"{path} cannot be read as a msgpack file of flax: {type(error).__name__}: {str(error).rstrip('.')}.",
+            why="it is damaged or incomplete, or another program wrote it; flax stores no digest to find out.",
+            fix="use another step, or read it with the program that wrote it.",
+        ) from error
+    if not isinstance(tree, dict) or _has_placeholder(tree):
+        raise StructureError(
+            what=f"{path} does not hold all of its state.",
+            why="it is not a dict, or some of its arrays are in a directory beside it, which flax wrote from several "
+            "processes.",
+            fix="restore it with flax's restore_checkpoint, and save the result with ct.open(spec).save(step, state).",
+        )
+    return tree
+
+
+def describe(path: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Return name, shape and dtype of each leaf of a file; the dtype is "" for a leaf that is not an array.
+
+    Raises:
+        StructureError: If it is not a whole file of flax's.
+    """
+    return list(_describe(foreign.BARE_ITEM, read(path)))
+
+
+def _describe(name: str, tree: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _describe(f"{name}.{key}", value)
+    elif hasattr(tree, "shape") and hasattr(tree, "dtype"):
+        yield name, tuple(tree.shape), tree.dtype.name
+    else:
+        yield name, (), ""
+
+
+def _has_placeholder(tree: Any) -> bool:
+    if isinstance(tree, dict):
+        return any(map(_has_placeholder, tree.values()))
+    return isinstance(tree, str) and tree.startswith(_ELSEWHERE)

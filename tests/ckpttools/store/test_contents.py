@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever a path is, it is said, and a run begins only where nothing else lies."""
+
+import numpy as np
+import pytest
+
+import ckpttools as ct
+from ckpttools.store import contents
+from tests.ckpttools.restore.test_first_intact import spec_for
+from tests.ckpttools.store.writers import RUNS, SINGLES, write, write_unfinished
+from tests.ckpttools.tools.runs import snapshot_of
+
+
+@pytest.fixture
+def run(tmp_path):
+    with ct.open(spec_for(tmp_path / "run")) as ckpt:
+        for step in (10, 20):
+            ckpt.save(step, {"model": {"w": np.full(3, float(step))}})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "text"),
+    [
+        (".", "run", "is a run"),
+        ("10", "step", "is step 10 of a run"),
+        ("10/model", "inside", "is the item 'model' of step 10 of the run"),
+        ("10/model/d", "inside", "is inside step 10"),
+        ("10/new", "inside", "is inside step 10"),
+        ("10/ckpttools.manifest", "inside", "is inside step 10"),
+        (".ckpttools/staging", "inside", "is in the control directory of"),
+        ("30", "missing", "nothing is there"),
+        ("file", "file", "it is a file"),
+        ("empty", "empty", "is an empty directory"),
+        ("logs", "unknown", "holds no steps, but a.txt"),
+    ],
+)
+def test_what_lies_at_a_path_is_said(run, place, kind, text):
+    (run / "file").write_text("x")
+    (run / "empty").mkdir()
+    (run / "logs").mkdir()
+    (run / "logs" / "a.txt").write_text("x")
+    found = contents.identify(run / place)
+    assert found.kind == kind
+    assert found.text.startswith(str(run))
+    assert text in found.text
+
+
+@pytest.mark.parametrize("place", ["10", "10/model", "10/new", "10/model/d/new", ".ckpttools/new", "file"])
+def test_a_run_does_not_begin_inside_another(run, place):
+    (run / "file").write_text("x")
+    before = snapshot_of(run)
+    with pytest.raises(ct.NotARunError) as caught:
+        ct.open(ct.CheckpointSpec(directory=run / place))
+    assert str(run) in caught.value.what
+    assert str(run) in caught.value.fix or "check the path" in caught.value.fix
+    assert snapshot_of(run) == before
+    assert ct.verify(run).ok
+
+
+@pytest.mark.parametrize("place", [".", "empty", "other", "other/deeper"])
+def test_a_run_begins_in_a_free_directory(run, place):
+    """Control."""
+    (run.parent / "empty").mkdir()
+    directory = run if place == "." else run.parent / place
+    with ct.open(ct.CheckpointSpec(directory=directory)) as ckpt:
+        assert ckpt.latest_step() == (20 if place == "." else None)
+
+
+@pytest.mark.parametrize("name", ["manager, padded", "pytree", "flax", "v1 trainer", "standard"])
+def test_no_run_begins_beside_another_writers(tmp_path, name):
+    write(RUNS[name], tmp_path / "run")
+    before = snapshot_of(tmp_path)
+    with pytest.raises(ct.NotARunError, match=r"2 step\(s\) written by .*10.*, .*20") as caught:
+        ct.open(ct.CheckpointSpec(directory=tmp_path / "run"))
+    assert f"ckpttools adopt {tmp_path / 'run'}" in caught.value.fix
+    assert snapshot_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", SINGLES)
+def test_no_run_begins_in_or_beside_a_single_checkpoint(tmp_path, name):
+    path = write(SINGLES[name], tmp_path / "run" / "best") if name != "to_bytes" else None
+    if path is None:
+        (tmp_path / "run").mkdir()
+        path = write(SINGLES[name], tmp_path / "run" / "best")
+    for directory in (tmp_path / "run", path):
+        with pytest.raises(ct.NotARunError, match=path.name) as caught:
+            ct.open(ct.CheckpointSpec(directory=directory))
+        assert f"ct.adopt({str(path)!r}, into=" in caught.value.fix
+
+
+def test_a_first_save_that_orbax_did_not_finish_is_named(tmp_path):
+    write_unfinished(tmp_path / "run")
+    with pytest.raises(ct.NotARunError, match=r"did not finish.*10\.orbax-checkpoint-tmp") as caught:
+        ct.open(ct.CheckpointSpec(directory=tmp_path / "run"))
+    assert "delete it" in caught.value.fix
+
+
+def test_a_foreign_step_after_our_own_is_not_passed_over(run):
+    write(lambda path: RUNS["manager, prefix"](path), run)
+    with ct.open(spec_for(run)) as ckpt:
+        assert ckpt.latest_step() == 20, "control: our own steps are as new"
+    (run / "ckpt_20").rename(run / "ckpt_21")
+    with pytest.raises(ct.NotARunError, match="ckpt_10, ckpt_21"):
+        ct.open(spec_for(run))
+
+
+def test_a_step_that_lost_its_manifest_is_not_foreign(run):
+    (run / "20" / "ckpttools.manifest").unlink()
+    assert contents.identify(run).kind == "run"
+
+
+def test_a_link_stands_for_what_it_leads_to(run):
+    (run.parent / "best").symlink_to(run / "10")
+    (run.parent / "item").symlink_to(run / "10" / "model")
+    assert ct.load(run.parent / "best", {"model": {"w": np.zeros(3)}}).step == 10
+    assert ct.verify(run.parent / "best").ok
+    for name in ("best", "item"):
+        with pytest.raises(ct.NotARunError, match="step 10"):
+            ct.open(ct.CheckpointSpec(directory=run.parent / name))
+
+
+def test_a_step_is_not_fetched_into_a_step(run):
+    with pytest.raises(ct.NotARunError, match="is step 10"):
+        ct.fetch_step(run / "10", f"file://{run.parent}/mirror")
