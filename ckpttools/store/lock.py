@@ -42,7 +42,7 @@ class WriterLock:
         path = layout.get_control_path(self._root, "lock")
         try:
             commit.make_directory(layout.get_control_path(self._root))
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = _open_lock(path)
         except OSError as error:
             raise StorageError(
                 what=f"{path} cannot be opened: {error}.",
@@ -85,6 +85,20 @@ class WriterLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _open_lock(path: pathlib.Path) -> int:
+    """Open the lock with the permissions that the umask leaves, as every other file of the run has them.
+
+    Earlier versions made it writable for its owner only. `flock` needs no right to write, so a colleague of the same
+    group, who may write to the directory, can hold such a lock all the same.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        if not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise
+        return os.open(path, os.O_RDONLY)
 
 
 def _read_owner(descriptor: int) -> str:

@@ -311,24 +311,35 @@ def _encode_contents(contents: Contents) -> Any:
 
 def encode_items(items: Mapping[str, Item]) -> dict[str, Any]:
     """Return items as plain data."""
-    return {
-        name: {
-            "leaves": [record.to_json() for record in item.records],
-            "skeletons": [[list(path), skeleton] for path, skeleton in item.skeletons.items()],
-        }
-        for name, item in items.items()
+    return {name: _encode_item(item) for name, item in items.items()}
+
+
+def _encode_item(item: Item) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "leaves": [record.to_json() for record in item.records],
+        "skeletons": [[list(path), skeleton] for path, skeleton in item.skeletons.items()],
     }
+    # By the index of the leaf; absent where no leaf has it, so that such manifests have the bytes they always had.
+    if weak := [index for index, record in enumerate(item.records) if record.weak_type]:
+        plain["weak_type"] = weak
+    if variables := {str(index): record.variable for index, record in enumerate(item.records) if record.variable}:
+        plain["variables"] = variables
+    return plain
 
 
 def decode_items(data: Any) -> dict[str, Item]:
     """Return the items that `encode_items` encoded; invalid data raises."""
-    return {
-        str(name): Item(
-            records=tuple(Record.from_json(leaf) for leaf in item["leaves"]),
-            skeletons={tuple(path): skeleton for path, skeleton in item["skeletons"]},
-        )
-        for name, item in data.items()
-    }
+    return {str(name): _decode_item(item) for name, item in data.items()}
+
+
+def _decode_item(data: Any) -> Item:
+    weak, variables = set(data.get("weak_type", ())), data.get("variables", {})
+    records = (
+        Record.from_json({**leaf, "weak_type": index in weak, "variable": variables.get(str(index), "")})
+        for index, leaf in enumerate(data["leaves"])
+    )
+    skeletons = {tuple(path): skeleton for path, skeleton in data["skeletons"]}
+    return Item(records=tuple(records), skeletons=skeletons)
 
 
 def _decode_contents(data: Any) -> Contents:

@@ -157,5 +157,12 @@ def _make_target_record(source: SourceLeaf, leaf: Leaf) -> Record:
         return record
     shape = compute_shape(".".join(source.path), source.operations, record.shape, tuple(leaf.value.shape))
     return dataclasses.replace(
-        record, shape=shape, dtype=source.dtype, kind="empty" if 0 in shape else "array", digest="", value=None
+        record,
+        shape=shape,
+        dtype=source.dtype,
+        kind="empty" if 0 in shape else "array",
+        digest="",
+        value=None,
+        # A cast names the dtype, which is then no longer that of a Python number.
+        weak_type=record.weak_type and source.dtype == record.dtype,
     )

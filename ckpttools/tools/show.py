@@ -26,6 +26,7 @@ class ShownLeaf:
         dtype: Its dtype; for a key its implementation, for a value its Python type.
         bytes: Bytes of its array.
         value: A plain value.
+        weak_type: Whether it is a weakly typed JAX array or scalar. Not compared: older steps do not say it of arrays.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ShownLeaf:
     dtype: str = ""
     bytes: int = 0
     value: Any = None
+    weak_type: bool = dataclasses.field(default=False, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,8 @@ def format_leaf(leaf: ShownLeaf) -> str:
     """Return a leaf's dtype and shape, or its value, as a string."""
     if leaf.kind == "value":
         return repr(leaf.value) if leaf.dtype else str(leaf.value)
-    return f"{'key ' if leaf.kind == 'key' else ''}{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    form = f"{'key ' if leaf.kind == 'key' else ''}{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return f"{form}, weakly typed" if leaf.weak_type else form
 
 
 def find_step(directory: str | os.PathLike[str], step: int | None = None) -> catalogue.Entry:
@@ -147,7 +150,12 @@ def _make_shown_leaf(item: str, record: Record) -> ShownLeaf:
         return ShownLeaf(name=name, kind="value", dtype=type(value).__name__, value=value)
     shape, dtype = get_host_shape(record)
     return ShownLeaf(
-        name=name, kind=record.kind, shape=record.shape, dtype=record.dtype, bytes=math.prod(shape) * dtype.itemsize
+        name=name,
+        kind=record.kind,
+        shape=record.shape,
+        dtype=record.dtype,
+        bytes=math.prod(shape) * dtype.itemsize,
+        weak_type=record.weak_type or record.scalar == "weak",
     )
 
 

@@ -55,6 +55,12 @@ def describe(item: str, leaf: Leaf) -> Record:
         LeafError: If the leaf is of a type that cannot be stored.
     """
     value = leaf.value
+    if isinstance(value, jax.core.Tracer):
+        raise LeafError(
+            what=f"{format_leaf_name(item, leaf.path)} is a tracer: this call is inside a function that JAX traces.",
+            why="in jit, grad or scan a value exists only while the function is compiled; it cannot be saved or filled.",
+            fix="return the state from the function, and call step, save, restore or load outside, once it has run.",
+        )
     if not is_array(value):
         return Record(path=leaf.path, kind="value", value=encode_value(format_leaf_name(item, leaf.path), value))
     shape = tuple(value.shape)
@@ -80,12 +86,27 @@ def describe(item: str, leaf: Leaf) -> Record:
             fix="convert it to another type, such as uint8 for uint4 or float64 for longdouble.",
         )
     scalar: Literal["", "numpy", "weak"] = ""
+    is_weak = getattr(value, "weak_type", False) and not isinstance(value, np.generic)
     if isinstance(value, np.generic):
         scalar = "numpy"
-    elif shape == () and getattr(value, "weak_type", False):
+    elif shape == () and is_weak:
         scalar = "weak"
     kind: Kind = "empty" if math.prod(shape) == 0 else "array"
-    return Record(path=leaf.path, kind=kind, shape=shape, dtype=dtype.name, scalar=scalar)
+    return Record(
+        path=leaf.path, kind=kind, shape=shape, dtype=dtype.name, scalar=scalar, weak_type=is_weak and shape != ()
+    )
+
+
+@jax.jit
+def weaken(array: jax.Array) -> jax.Array:
+    """Return a weakly typed copy: beside a bfloat16 array, a strong float32 one would turn the result to float32.
+
+    JAX has no public conversion. `jnp.full` of a Python number is weakly typed, and an update in place keeps that.
+    A dtype that no Python number has stays strong.
+    """
+    numbers: dict[str, complex] = {"f": 0.0, "i": 0, "c": 0j}
+    weak = jnp.full(array.shape, numbers.get(array.dtype.kind, 0.0))
+    return weak.at[...].set(array) if weak.dtype == array.dtype else array
 
 
 _WRITABLE_DTYPES = frozenset(
