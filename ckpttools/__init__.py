@@ -34,6 +34,7 @@ __all__ = [
     "EveryNSteps",
     "EverySeconds",
     "EverySteps",
+    "Exclude",
     "Failed",
     "FlaxLoop",
     "IncompleteStepError",

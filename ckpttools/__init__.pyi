@@ -52,6 +52,7 @@ from .save.outcomes import Skipped as Skipped
 from .save.outcomes import Started as Started
 from .session.open import open as open
 from .session.session import Session as Session
+from .spec.exclude import Exclude as Exclude
 from .spec.mirror import Mirror as Mirror
 from .spec.operations import Cast as Cast
 from .spec.operations import Drop as Drop

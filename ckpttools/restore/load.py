@@ -16,6 +16,7 @@ from typing import Any
 from remattools.text import format_table
 
 from ..errors import SpecError, StepNotFoundError
+from ..spec.exclude import DEFAULT_RULES
 from ..spec.operations import Operation, as_code
 from ..spec.state_version import StateVersion, as_state_version
 from ..spec.surgery import Surgery
@@ -253,6 +254,8 @@ def _make_get_changes(
 
     def get_changes(version: StateVersion | None, entry: Entry) -> Changes:
         needed = migrations.get_migrations(version, entry) if version is not None else ()
-        return Changes(migrations=needed, surgery=requested, only=patterns)
+        # Without a spec, the step says what its run took for state.
+        rules = entry.manifest.contents.exclude if entry.manifest else DEFAULT_RULES
+        return Changes(migrations=needed, surgery=requested, only=patterns, exclude=rules)
 
     return functools.partial(get_changes, None if state_version is None else as_state_version(state_version))

@@ -71,7 +71,7 @@ def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage
     if not state:
         raise _make_unreadable_error(entry, "it has no items")
     algorithm = "xxh3"
-    digested = add_digests(algorithm, snapshot.take(state, None))
+    digested = add_digests(algorithm, snapshot.take(state, None, rules=()))
     items = {name: manifest.Item(records=records, skeletons={}) for name, records in digested.records.items()}
     summary = manifest.Summary(
         step=entry.step,

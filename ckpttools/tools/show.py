@@ -49,6 +49,7 @@ class ShownStep:
         total_bytes: Bytes of its files.
         metrics: Recorded metrics.
         leaves: Every leaf, item by item.
+        excluded: The name of each part of the state that was left out, and the type or pattern that names it.
     """
 
     step: int
@@ -57,6 +58,7 @@ class ShownStep:
     total_bytes: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     leaves: tuple[ShownLeaf, ...] = ()
+    excluded: tuple[tuple[str, str], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the step as plain data; values that JSON lacks as strings."""
@@ -68,7 +70,13 @@ class ShownStep:
 
     def __str__(self) -> str:
         head = f"step {self.step}: {self.state}, {len(self.leaves)} leaves, {self.total_bytes:,} bytes"
-        return "\n".join([head, *(f"  {leaf.name}: {format_leaf(leaf)}" for leaf in self.leaves)])
+        lines = [f"  {leaf.name}: {format_leaf(leaf)}" for leaf in self.leaves]
+        return "\n".join([head, *lines, *(f"  {line}" for line in format_excluded(self.excluded))])
+
+
+def format_excluded(excluded: Sequence[tuple[str, str]]) -> list[str]:
+    """Return one line for each part of the state that was left out."""
+    return [f"not saved: {name} ({reason})" for name, reason in excluded]
 
 
 def format_leaf(leaf: ShownLeaf) -> str:
@@ -140,6 +148,7 @@ def show(directory: str | os.PathLike[str], step: int | None = None) -> ShownSte
         total_bytes=summary.total_bytes,
         metrics=dict(summary.metrics),
         leaves=tuple(leaves),
+        excluded=entry.manifest.contents.excluded,
     )
 
 
