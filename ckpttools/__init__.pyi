@@ -8,6 +8,7 @@ from .errors import CorruptStepError as CorruptStepError
 from .errors import DiskSpaceError as DiskSpaceError
 from .errors import IncompleteStepError as IncompleteStepError
 from .errors import LeafError as LeafError
+from .errors import MetricConflictError as MetricConflictError
 from .errors import MirrorError as MirrorError
 from .errors import NoIntactStepError as NoIntactStepError
 from .errors import NotRestoredError as NotRestoredError
@@ -93,6 +94,7 @@ from .tools.ls import Listing as Listing
 from .tools.ls import ls as ls
 from .tools.prune import empty_quarantine as empty_quarantine
 from .tools.prune import prune as prune
+from .tools.record import record as record
 from .tools.repair import Repair as Repair
 from .tools.repair import RepairReport as RepairReport
 from .tools.repair import repair as repair

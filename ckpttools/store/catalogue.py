@@ -23,7 +23,7 @@ from ..errors import (
     VersionError,
 )
 from ..spec.retention import StepInfo
-from . import commit, confine, digest, layout
+from . import commit, confine, digest, late_metrics, layout
 from .manifest import Lineage, Manifest, Summary, read_sealed
 from .manifest import read as read_manifest
 
@@ -106,7 +106,30 @@ def scan(root: pathlib.Path) -> Catalogue:
         StorageError: If the directory itself cannot be listed.
     """
     with commit.wrap_os_errors(f"{root} cannot be listed"):
-        return _scan(root)
+        return add_metrics(_scan(root), late_metrics.read_files(root, late_metrics.list_names(root)))
+
+
+def add_metrics(steps: Catalogue, files: late_metrics.LateMetricFiles) -> Catalogue:
+    """Return the steps with the metrics that were recorded after their commits.
+
+    A step of which such a file is damaged counts as pinned: it may be the best.
+    """
+    if not files:
+        return steps
+    damaged = late_metrics.find_damaged(files)
+
+    def add(entry: Entry) -> Entry:
+        if entry.manifest is None or entry.info is None:
+            return entry
+        summary = late_metrics.merge(entry.manifest.summary, files)
+        is_pinned = entry.info.pinned or late_metrics.get_key(summary) in damaged
+        if summary is entry.manifest.summary and is_pinned == entry.info.pinned:
+            return entry
+        info = dataclasses.replace(entry.info, metrics=summary.metrics, pinned=is_pinned)
+        return dataclasses.replace(entry, manifest=dataclasses.replace(entry.manifest, summary=summary), info=info)
+
+    entries, moved = tuple(map(add, steps.entries)), tuple(map(add, steps.moved_entries))
+    return dataclasses.replace(steps, entries=entries, moved_entries=moved)
 
 
 def _scan(root: pathlib.Path) -> Catalogue:
