@@ -19,7 +19,6 @@ from ..errors import (
     IncompleteStepError,
     StepDamagedError,
     StorageError,
-    UntrustedStepError,
     VersionError,
 )
 from ..spec.retention import StepInfo
@@ -182,8 +181,11 @@ def _scan_directory(directory: pathlib.Path, *, allow_suffix: bool = False) -> l
 
 
 def _examine_path(path: pathlib.Path, step: int) -> Entry | None:
-    """Return the entry of a numbered directory; None if the path is not a directory."""
+    """Return the entry of a numbered directory, or of a link to one; None if the path is neither."""
     try:
+        if path.is_symlink() and not path.exists():
+            # It must not vanish from the list: a run whose only step is behind it would begin afresh.
+            return Entry(step=step, path=path, state="unreadable", error=_make_dangling_error(path))
         return _examine_directory(path, step) if path.is_dir() else None
     except OSError as error:
         # One bad sector must not hide the other steps; restoring this one raises.
@@ -196,9 +198,6 @@ def _examine_path(path: pathlib.Path, step: int) -> Entry | None:
 
 
 def _examine_directory(path: pathlib.Path, step: int) -> Entry:
-    if path.is_symlink():
-        error = UntrustedStepError(what=f"{path.name} is a link.", why="a step is a directory inside the run.")
-        return Entry(step=step, path=path, state="corrupt", error=error)
     try:
         return Entry(step=step, path=path, state="committed", manifest=read_manifest(path))
     except IncompleteStepError as error:
@@ -209,6 +208,14 @@ def _examine_directory(path: pathlib.Path, step: int) -> Entry:
         return Entry(step=step, path=path, state="newer", error=error)
     except StepDamagedError as error:
         return Entry(step=step, path=path, state="corrupt", error=error)
+
+
+def _make_dangling_error(path: pathlib.Path) -> StorageError:
+    return StorageError(
+        what=f"step {path.name} is a link to {path.readlink()}, where nothing is.",
+        why="it was moved to another disk, which is most likely not mounted; that is not damage.",
+        fix=f"mount that disk, or remove the link {path} if the step is gone; restore(step=...) restores another one.",
+    )
 
 
 def _has_spare_manifest(root: pathlib.Path, step: int) -> bool:
@@ -266,7 +273,8 @@ def _add_step_infos(entries: Iterable[Entry], pins: frozenset[int], lineage: Lin
                 sequence=summary.sequence,
                 saved_at=summary.saved_at,
                 metrics=summary.metrics,
-                pinned=summary.step in pins,
+                # Nothing outside the run is deleted, so a step that was moved behind a link is kept.
+                pinned=summary.step in pins or (entry.fetch is None and entry.path.is_symlink()),
                 superseded=not is_live(summary, lineage),
             )
             entry = dataclasses.replace(entry, info=info)

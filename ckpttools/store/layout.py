@@ -18,6 +18,7 @@ Everything is on one file system, so that each move is one atomic rename. Plain 
 directories.
 """
 
+import os
 import pathlib
 import re
 
@@ -50,6 +51,6 @@ def get_spare_directory(root: pathlib.Path, sequence: int) -> pathlib.Path:
 def find_free_path(directory: pathlib.Path, stem: str) -> pathlib.Path:
     """Return a path in `directory` that does not exist yet: `stem`, `stem-2`, `stem-3`, ..."""
     candidate, number = directory / stem, 2
-    while candidate.exists():
+    while os.path.lexists(candidate):
         candidate, number = directory / f"{stem}-{number}", number + 1
     return candidate

@@ -64,6 +64,8 @@ def adopt(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[
 
 
 def _adopt_step(entry: catalogue.Entry, sequence: int, lineage: manifest.Lineage) -> None:
+    if entry.path.is_symlink():
+        raise _make_unreadable_error(entry, "it is a link, and nothing is written outside the run")
     try:
         state = orbax.read_foreign(entry.path)
     except orbax.ReadError as error:

@@ -94,7 +94,9 @@ def ls(directory: str | os.PathLike[str]) -> Listing:
         key=lambda entry: (entry.info is None, entry.info.sequence if entry.info else entry.step),
     )
     # A step that its own process is deleting at this moment looks damaged; it is about to vanish.
-    return Listing(_make_listed_step(entry) for entry in entries if entry.state == "committed" or entry.path.exists())
+    return Listing(
+        _make_listed_step(entry) for entry in entries if entry.state == "committed" or os.path.lexists(entry.path)
+    )
 
 
 def _make_listed_step(entry: catalogue.Entry) -> ListedStep:
