@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CheckpointError, LeafError, MetricConflictError, StepNotFoundError
+from ..errors import IncompleteStepError, LeafError, MetricConflictError, StepNotFoundError
 from ..store import catalogue, commit, late_metrics
 from ..store.manifest import Summary
 from ..store.run_directory import require_run_directory
@@ -55,7 +55,7 @@ def record(
     entry = _find_entry(root, step)
     summary = entry.manifest.summary if entry.manifest else None
     if summary is None:
-        raise entry.error or CheckpointError(what=f"step {step} has no manifest.", why="", fix="")
+        raise entry.error or IncompleteStepError(what=f"step {step} has no manifest.")
     new = {name: value for name, value in values.items() if not _is_equal(summary.metrics.get(name), value)}
     taken = [f"{name}={summary.metrics[name]:g}" for name in new if name in summary.metrics]
     if taken and not overwrite:
