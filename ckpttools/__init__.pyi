@@ -8,6 +8,7 @@ from .errors import CorruptStepError as CorruptStepError
 from .errors import DiskSpaceError as DiskSpaceError
 from .errors import IncompleteStepError as IncompleteStepError
 from .errors import LeafError as LeafError
+from .errors import MetricConflictError as MetricConflictError
 from .errors import MirrorError as MirrorError
 from .errors import NoIntactStepError as NoIntactStepError
 from .errors import NotARunError as NotARunError
@@ -54,6 +55,7 @@ from .session.session import Session as Session
 from .sources.load import Preview as Preview
 from .sources.load import load as load
 from .sources.load import preview as preview
+from .spec.exclude import Exclude as Exclude
 from .spec.mirror import Mirror as Mirror
 from .spec.operations import Cast as Cast
 from .spec.operations import Drop as Drop
@@ -94,6 +96,7 @@ from .tools.ls import Listing as Listing
 from .tools.ls import ls as ls
 from .tools.prune import empty_quarantine as empty_quarantine
 from .tools.prune import prune as prune
+from .tools.record import record as record
 from .tools.repair import Repair as Repair
 from .tools.repair import RepairReport as RepairReport
 from .tools.repair import repair as repair

@@ -233,6 +233,10 @@ class NoIntactStepError(CheckpointError, LookupError):
     report: Any = None
 
 
+class MetricConflictError(CheckpointError, ValueError):
+    """A metric that is recorded already with another value."""
+
+
 class NotRestoredError(CheckpointError, RuntimeError):
     """Training would continue in a used directory without `restore`.
 

@@ -12,7 +12,7 @@ from . import output
 from .parser import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 
 _MODULES = {
-    "run_commands": ("ls", "show", "verify", "prune", "pin", "unpin", "repair"),
+    "run_commands": ("ls", "show", "verify", "prune", "pin", "unpin", "record", "repair"),
     "array_commands": ("diff", "adopt", "export", "import", "mirror"),
 }
 

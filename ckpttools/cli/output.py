@@ -20,7 +20,7 @@ from remattools.text import format_bytes, make_table, replace_control_codes
 
 from ..spec.retention import Verdict
 from ..tools.ls import ListedStep, find_numeric_columns, make_rows
-from ..tools.show import ShownStep, format_leaf, format_lineage
+from ..tools.show import ShownStep, format_excluded, format_leaf, format_lineage
 
 _FILE_WIDTH = 10_000
 """Columns where the output goes to a file or pipe: a step stays on one line, for `grep`."""
@@ -89,6 +89,8 @@ def print_tree(step: ShownStep) -> None:
         print_text(f"lineage: {format_lineage(step.lineage)}")
     rows = [[leaf.name, format_leaf(leaf), format_bytes(leaf.bytes) if leaf.bytes else ""] for leaf in step.leaves]
     print_table(["leaf", "form", "bytes"], rows, numeric=["bytes"])
+    for line in format_excluded(step.excluded):
+        print_text(line)
     sums: dict[str, int] = {}
     for leaf in step.leaves:
         item = leaf.name.partition(".")[0]

@@ -49,6 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name, text in (("pin", "protect steps from retention"), ("unpin", "let retention delete pinned steps again")):
         add_command(name, text).add_argument("steps", type=int, nargs="+")
+    recorded = add_command("record", "add metrics to a committed step, also while another process trains")
+    recorded.add_argument("step", type=int, help="number of the step")
+    recorded.add_argument("metrics", nargs="+", metavar="NAME=VALUE", help="a metric, such as val_loss=0.5")
+    recorded.add_argument("--overwrite", action="store_true", help="replace values that are recorded already")
     repaired = add_command("repair", "restore damaged manifests and metadata from their second copies")
     repaired.add_argument("--dry-run", action="store_true", help="only print what would be done")
     exported = add_command("export", "write a step's weights to a safetensors file", of_step)

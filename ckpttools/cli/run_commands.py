@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that read no arrays: `ls`, `show`, `verify`, `prune`, `pin`, `unpin`, `repair`.
+"""The commands that read no arrays: `ls`, `show`, `verify`, `prune`, `pin`, `unpin`, `record`,
+`repair`.
 
 They import no JAX, so that they answer at once. Only `verify` loads the reader of the arrays, after it has compared the
 files, to read each leaf back.
@@ -14,11 +15,12 @@ from ..spec.spec import CheckpointSpec
 from ..store.run_directory import RunDirectory
 from ..tools.ls import ls
 from ..tools.prune import empty_quarantine, prune
+from ..tools.record import record
 from ..tools.repair import repair
 from ..tools.show import show
 from ..tools.verify import verify
 from . import output
-from .arguments import require_whole_run
+from .arguments import parse_pair, require_whole_run
 from .parser import EXIT_NO, EXIT_OK
 
 
@@ -119,6 +121,26 @@ def run_pin(args: argparse.Namespace) -> int:
         args, {"steps": args.steps, "pinned": pinned}, f"{args.command}ned {', '.join(map(str, args.steps))}"
     )
     return EXIT_OK
+
+
+def run_record(args: argparse.Namespace) -> int:
+    """Record metrics of a committed step."""
+    given = {name: _parse_number(name, value) for name, value in map(parse_pair, args.metrics)}
+    metrics = record(require_whole_run(args.run), args.step, given, overwrite=args.overwrite)
+    shown = ", ".join(f"{name}={value:.6g}" for name, value in metrics.items())
+    output.print_report(args, {"step": args.step, "metrics": metrics}, f"step {args.step}: {shown}")
+    return EXIT_OK
+
+
+def _parse_number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise SpecError(
+            what=f"{name}={value}: {value!r} is not a number.",
+            why="metrics are compared, so each has to be a number.",
+            fix=f"{name}=0.5",
+        ) from error
 
 
 def run_repair(args: argparse.Namespace) -> int:

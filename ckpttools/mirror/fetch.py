@@ -161,6 +161,7 @@ class Fetcher:
             if entry.manifest is not None:
                 spare = layout.get_spare_directory(root, entry.manifest.summary.sequence)
                 commit.copy_small_files(layout.get_step_directory(root, entry.step), spare)
+                self._store.fetch_metrics(root, entry.manifest.summary)
         except OSError:
             # The state was restored anyway; only its step stays at the mirror.
             return

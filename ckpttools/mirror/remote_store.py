@@ -4,6 +4,7 @@
     s3://bucket/run/
         500-1a2b3c4d/          one step: the files of its directory, under their own names
             ckpttools.manifest written last: without it the copy is not a step
+        metrics/               metrics that were recorded later, in the files that the run has in .ckpttools/metrics
 
 The name holds the step and the first digits of its manifest's digest. So a name never stands for two contents, an
 unfinished copy is resumed where it stopped, and each manifest is read only once.
@@ -17,14 +18,15 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..errors import CorruptStepError, IncompleteStepError, MirrorError, StepDamagedError
-from ..store import commit, digest, layout, manifest
+from ..store import commit, digest, late_metrics, layout, manifest
 from ..store.manifest import Manifest, Summary
 
 _NAME = re.compile(r"(0|[1-9]\d{0,17})-([0-9a-f]{8})")
+_METRICS = "metrics"
 _BLOCK_BYTES = 1 << 22
 _FLAT_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "tos", "memory"})
 """Stores without directories; creating one would create a bucket on some of them."""
@@ -67,6 +69,7 @@ class RemoteStore:
         self.url = url
         self._options = options
         self._summaries: dict[str, Summary] = {}
+        self._metric_files: dict[str, late_metrics.LateMetrics] = {}
 
     @functools.cached_property
     def _filesystem_and_root(self) -> tuple[Any, str]:
@@ -111,8 +114,64 @@ class RemoteStore:
             except FileNotFoundError:
                 # An empty directory; if the bucket itself is missing, the first copy fails.
                 return ()
-        names = (str(path).rstrip("/").rpartition("/")[2] for path in found)
+        names = {str(path).rstrip("/").rpartition("/")[2] for path in found}
+        if _METRICS in names:
+            self._read_metric_files()
         return tuple(sorted(name for name in names if _NAME.fullmatch(name)))
+
+    def _list_metric_names(self) -> frozenset[str]:
+        with self._wrap_errors("listed"):
+            try:
+                found = self._filesystem.ls(self._join_path(_METRICS), detail=False)
+            except FileNotFoundError:
+                return frozenset()
+        names = (str(path).rpartition("/")[2] for path in found)
+        return frozenset(name for name in names if late_metrics.is_file_name(name))
+
+    def _read_metric_files(self) -> None:
+        """Read the files with metrics that were not read before; summaries that were read have older metrics."""
+        names = self._list_metric_names() - self._metric_files.keys()
+        for name in names:
+            if (data := self._read_small(self._join_path(_METRICS, name))) is not None:
+                self._metric_files[name] = late_metrics.parse_file(name, data)
+        if names:
+            self._summaries = {
+                name: late_metrics.merge(summary, self._metric_files) for name, summary in self._summaries.items()
+            }
+
+    def upload_metrics(self, root: pathlib.Path, summaries: Iterable[Summary]) -> None:
+        """Copy the files with metrics that the mirror lacks.
+
+        Args:
+            root: The run directory.
+            summaries: The steps whose metrics are copied: those of steps that exist in neither place are not.
+
+        Raises:
+            MirrorError: If the store does not accept them.
+        """
+        keys, names = set(map(late_metrics.get_key, summaries)), late_metrics.list_names(root)
+        missing = names - self._list_metric_names() if names else ()
+        for name in sorted(name for name in missing if late_metrics.parse_file(name, b"").key in keys):
+            with contextlib.suppress(FileNotFoundError):
+                data = layout.get_control_path(root, f"metrics/{name}").read_bytes()
+                with self._wrap_errors("written"):
+                    self._make_parent_directory(self._join_path(_METRICS, name))
+                    self._filesystem.pipe_file(self._join_path(_METRICS, name), data)
+        if missing:
+            self._read_metric_files()
+
+    def fetch_metrics(self, root: pathlib.Path, summary: Summary) -> None:
+        """Write the files with metrics of one step that a run lacks.
+
+        Raises:
+            MirrorError: If the store does not answer.
+        """
+        here = late_metrics.list_names(root)
+        for name, each in self._metric_files.items():
+            if each.key == late_metrics.get_key(summary) and name not in here:
+                data = self._read_small(self._join_path(_METRICS, name))
+                if data is not None:
+                    late_metrics.add_file(root, name, data)
 
     def list_copies(self) -> tuple[Copy, ...]:
         """Return every finished copy in the order of the commits, without unfinished and damaged ones.
@@ -139,7 +198,9 @@ class RemoteStore:
         try:
             if data is None or get_copy_name(data) != name:
                 return None
-            copy = Copy(name, manifest.parse_manifest(data), data)
+            parsed = manifest.parse_manifest(data)
+            summary = late_metrics.merge(parsed.summary, self._metric_files)
+            copy = Copy(name, dataclasses.replace(parsed, summary=summary), data)
         except StepDamagedError:
             return None
         self._summaries[name] = copy.manifest.summary
@@ -293,8 +354,13 @@ class RemoteStore:
         """Delete a copy, its manifest first, so that it stops being a step."""
         if not _NAME.fullmatch(name):
             raise ValueError(name)
-        self._summaries.pop(name, None)
+        summary = self._summaries.pop(name, None)
+        key = late_metrics.get_key(summary) if summary else None
         with self._wrap_errors("deleted"):
+            for file in [file for file, each in self._metric_files.items() if each.key == key]:
+                with contextlib.suppress(FileNotFoundError):
+                    self._filesystem.rm_file(self._join_path(_METRICS, file))
+                del self._metric_files[file]
             with contextlib.suppress(FileNotFoundError):
                 self._filesystem.rm_file(self._join_path(name, layout.MANIFEST))
             with contextlib.suppress(FileNotFoundError):

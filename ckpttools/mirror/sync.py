@@ -135,7 +135,8 @@ def sync_mirror(
     if not dry_run:
         run.lock_for_writing()
     try:
-        return _Sync(root, run.refresh_steps(), place, progress or (lambda done, total: None)).run(check, dry_run)
+        show = progress or (lambda done, total: None)
+        return _Sync(root, run.refresh_steps(), place, show, dry_run).run(check, dry_run)
     finally:
         run.lock.release()
 
@@ -143,11 +144,15 @@ def sync_mirror(
 class _Sync:
     """One comparison of a run with its mirror, and the copies and deletions that follow."""
 
-    def __init__(self, root: pathlib.Path, steps: catalogue.Catalogue, mirror: Mirror, progress: Progress) -> None:
+    def __init__(
+        self, root: pathlib.Path, steps: catalogue.Catalogue, mirror: Mirror, progress: Progress, dry_run: bool
+    ) -> None:
         self._mirror, self._progress = mirror, progress
         self._store = RemoteStore(mirror.url, mirror.store_options)
-        names = self._store.list_names()
         self._local_entries = CopyNames().name_entries(steps)
+        if not dry_run:
+            self._store.upload_metrics(root, get_summaries(self._local_entries).values())
+        names = self._store.list_names()
         self._unverified_steps = tuple(entry.step for entry in steps.entries if entry.state == "unverified")
         self._copies: Mapping[str, Copy] = {name: copy for name in names if (copy := self._store.read_copy(name))}
         self._summaries: dict[str, Summary] = {
@@ -163,6 +168,8 @@ class _Sync:
             deleted={},
             pins=catalogue.read_pins(root),
         )
+        if not dry_run:
+            self._store.upload_metrics(root, (copy.manifest.summary for copy in self._copies.values()))
         self._done_bytes = self._total_bytes = 0
 
     def run(self, check: bool, dry_run: bool) -> MirrorReport:

@@ -132,6 +132,12 @@ class MirrorUploader:
     def _sync(self) -> None:
         # A store that can be listed and read may still refuse writes: only a write proves that it is reachable.
         has_written = False
+        with self._condition:
+            ours = [
+                *get_summaries(self._copy_names.name_entries(self._steps)).values(),
+                *self._copied_summaries.values(),
+            ]
+        self.store.upload_metrics(self._root, ours)
         while True:
             names = self.store.list_names()
             found = {name: summary for name in names if (summary := self.store.read_summary(name))}

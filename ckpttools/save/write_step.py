@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, CorruptStepError, DiskSpaceError, StorageError
+from ..spec.exclude import as_rules
 from ..spec.spec import CheckpointSpec
 from ..spec.state_version import as_state_version
 from ..store import commit, digest, layout, leaf_integrity, manifest, orbax
@@ -212,6 +213,8 @@ def finalize_step(
         outputs=job.outputs,
         state_version=as_state_version(spec.state_version).number,
         surgery=job.surgery,
+        exclude=as_rules(spec.exclude),
+        excluded=job.snapshot.excluded,
         **parts,
     )
     manifest.write(staged, summary, contents, algorithm=algorithm)

@@ -17,6 +17,7 @@ from ..restore import validation
 from ..save import multiprocess_save, write_step
 from ..save.outcomes import Outcome, Saved, Skipped, Started
 from ..save.worker import Worker
+from ..spec.exclude import as_rules
 from ..spec.trigger_memory import encode_memory
 from ..spec.triggers import StepContext
 from ..store import manifest
@@ -234,7 +235,7 @@ class Saver:
         validate = self._resources.validate
         outputs = validation.compute_outputs(validate, state, step=context.step) if validate else None
         return write_step.Job(
-            snapshot=snapshot.take(state, buffers),
+            snapshot=snapshot.take(state, buffers, as_rules(self._spec.exclude)),
             summary=summary,
             triggers=encode_memory(self._spec.save, self._progress.compute_memory(context)),
             outputs=outputs,

@@ -41,7 +41,7 @@ def read_snapshot(entry: Entry) -> Snapshot:
         raise _make_unreadable_error(entry, error.what) from error
     if not state:
         raise _make_unreadable_error(entry, "it has no items")
-    return add_digests(_ALGORITHM, snapshot.take(state, None))
+    return add_digests(_ALGORITHM, snapshot.take(state, None, rules=()))
 
 
 def _make_unreadable_error(entry: Entry, text: str) -> IncompleteStepError:

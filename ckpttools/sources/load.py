@@ -18,6 +18,7 @@ from ..restore import first_intact, select
 from ..restore.read_step import GetChanges, pair_leaves
 from ..restore.report import RestoreReport
 from ..restore.select import BestStep, Selector
+from ..spec.exclude import DEFAULT_RULES
 from ..spec.operations import Operation, as_code
 from ..spec.state_version import StateVersion, as_state_version
 from ..spec.surgery import Surgery
@@ -243,6 +244,8 @@ def _make_get_changes(
 
     def get_changes(version: StateVersion | None, entry: Entry) -> Changes:
         needed = migrations.get_migrations(version, entry) if version is not None else ()
-        return Changes(migrations=needed, surgery=requested, only=patterns)
+        # Without a spec, the step says what its run took for state.
+        rules = entry.manifest.contents.exclude if entry.manifest else DEFAULT_RULES
+        return Changes(migrations=needed, surgery=requested, only=patterns, exclude=rules)
 
     return functools.partial(get_changes, None if state_version is None else as_state_version(state_version))

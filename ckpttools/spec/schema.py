@@ -6,6 +6,7 @@ import types
 import typing
 from typing import Any
 
+from .exclude import Exclude
 from .mirror import Mirror
 from .operations import OPERATIONS
 from .spec_file import RETENTIONS, TABLE, TRIGGERS
@@ -33,6 +34,7 @@ def json_schema() -> dict[str, Any]:
             "storage": _make_object(Storage),
             "integrity": _make_object(Integrity),
             "mirror": {"anyOf": [{"type": "string"}, _make_mirror()]},
+            "exclude": {"anyOf": [_make_object(Exclude), {"type": "array", "items": _make_object(Exclude)}]},
             "state_version": {"anyOf": [{"type": "integer", "minimum": 1}, _make_state_version()]},
         },
     }

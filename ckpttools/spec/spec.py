@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from ..errors import SpecError
 from . import spec_file
+from .exclude import DEFAULT_RULES, Exclude, as_rules
 from .mirror import Mirror, as_mirror
 from .retention import Best, Latest, Retention
 from .state_version import StateVersion, as_state_version
@@ -36,6 +37,8 @@ class CheckpointSpec:
         mirror: Where each step is copied to: an address such as "s3://bucket/run", or a `Mirror`.
         state_version: The version of the state's structure: a number, or a `StateVersion` with the migrations that
             bring steps of older versions up to it.
+        exclude: What is not state and is left out: by default variables that flax recomputes, `nnx.Cache` and
+            `nnx.Intermediate`. A rule, or several in a tuple; () saves everything.
 
     Examples:
         >>> spec = CheckpointSpec(directory="runs/exp1", save=EverySteps(500), keep=Latest(3))
@@ -50,6 +53,7 @@ class CheckpointSpec:
     integrity: Integrity = dataclasses.field(default_factory=Integrity)
     mirror: Mirror | str | None = None
     state_version: StateVersion | int = 1
+    exclude: Exclude | tuple[Exclude, ...] = DEFAULT_RULES
 
     def __post_init__(self) -> None:
         named = isinstance(self.directory, str | os.PathLike) and str(self.directory).strip()
@@ -68,6 +72,7 @@ class CheckpointSpec:
         object.__setattr__(self, "directory", pathlib.Path(self.directory))
         object.__setattr__(self, "mirror", as_mirror(self.mirror))
         object.__setattr__(self, "state_version", as_state_version(self.state_version))
+        object.__setattr__(self, "exclude", as_rules(self.exclude))
         kinds = {"save": Trigger, "keep": Retention, "storage": Storage, "integrity": Integrity}
         examples = {
             "save": "save=EverySteps(500)",

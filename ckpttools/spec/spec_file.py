@@ -27,6 +27,7 @@ from remattools import toml
 
 from ..errors import SpecError, SpecFileError, suggest_names
 from . import retention, surgery, triggers
+from .exclude import DEFAULT_RULES, Exclude
 from .mirror import Mirror
 from .state_version import Migration, StateVersion
 from .storage import Integrity, Storage
@@ -66,6 +67,10 @@ def encode(spec: Any) -> dict[str, Any]:
         plain["mirror"] = _encode_mirror(spec.mirror)
     if spec.state_version != StateVersion():
         plain["state_version"] = _encode_version(spec.state_version)
+    if spec.exclude != DEFAULT_RULES:
+        plain["exclude"] = [
+            {name: list(value) for name, value in dataclasses.asdict(rule).items()} for rule in spec.exclude
+        ]
     return plain
 
 
@@ -111,7 +116,7 @@ def _encode_fields(name: str, value: Any, group: str) -> dict[str, Any]:
 
 def decode(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return keyword arguments of `CheckpointSpec` from plain data; errors name the key at fault."""
-    known = ("directory", "save", "keep", "storage", "integrity", "mirror", "state_version")
+    known = ("directory", "save", "keep", "storage", "integrity", "mirror", "state_version", "exclude")
     _require_known(table, known, "the table of a spec")
     if "directory" not in table:
         raise _ValueAtKeyError(
@@ -128,6 +133,9 @@ def decode(table: Mapping[str, Any]) -> dict[str, Any]:
         fields["mirror"] = _decode_mirror(table["mirror"])
     if "state_version" in table:
         fields["state_version"] = _decode_version(table["state_version"])
+    if "exclude" in table:
+        rules = table["exclude"] if isinstance(table["exclude"], list) else [table["exclude"]]
+        fields["exclude"] = tuple(_build(Exclude, rule, key="exclude") for rule in rules)
     return fields
 
 

@@ -20,11 +20,10 @@ from ..errors import (
     IncompleteStepError,
     StepDamagedError,
     StorageError,
-    UntrustedStepError,
     VersionError,
 )
 from ..spec.retention import StepInfo
-from . import commit, confine, digest, foreign, layout
+from . import commit, confine, digest, foreign, late_metrics, layout
 from .manifest import Lineage, Manifest, Summary, read_sealed
 from .manifest import read as read_manifest
 
@@ -116,7 +115,30 @@ def scan(root: pathlib.Path) -> Catalogue:
         StorageError: If the directory itself cannot be listed.
     """
     with commit.wrap_os_errors(f"{root} cannot be listed"):
-        return _scan(root)
+        return add_metrics(_scan(root), late_metrics.read_files(root, late_metrics.list_names(root)))
+
+
+def add_metrics(steps: Catalogue, files: late_metrics.LateMetricFiles) -> Catalogue:
+    """Return the steps with the metrics that were recorded after their commits.
+
+    A step of which such a file is damaged counts as pinned: it may be the best.
+    """
+    if not files:
+        return steps
+    damaged = late_metrics.find_damaged(files)
+
+    def add(entry: Entry) -> Entry:
+        if entry.manifest is None or entry.info is None:
+            return entry
+        summary = late_metrics.merge(entry.manifest.summary, files)
+        is_pinned = entry.info.pinned or late_metrics.get_key(summary) in damaged
+        if summary is entry.manifest.summary and is_pinned == entry.info.pinned:
+            return entry
+        info = dataclasses.replace(entry.info, metrics=summary.metrics, pinned=is_pinned)
+        return dataclasses.replace(entry, manifest=dataclasses.replace(entry.manifest, summary=summary), info=info)
+
+    entries, moved = tuple(map(add, steps.entries)), tuple(map(add, steps.moved_entries))
+    return dataclasses.replace(steps, entries=entries, moved_entries=moved)
 
 
 def _scan(root: pathlib.Path) -> Catalogue:
@@ -222,8 +244,11 @@ def examine_step(path: pathlib.Path, step: int) -> Entry:
 
 
 def _examine_path(path: pathlib.Path, step: int) -> Entry | None:
-    """Return the entry of a numbered directory; None if the path is not a directory."""
+    """Return the entry of a numbered directory, or of a link to one; None if the path is neither."""
     try:
+        if path.is_symlink() and not path.exists():
+            # It must not vanish from the list: a run whose only step is behind it would begin afresh.
+            return Entry(step=step, path=path, state="unreadable", error=_make_dangling_error(path))
         return _examine_directory(path, step) if path.is_dir() else None
     except OSError as error:
         # One bad sector must not hide the other steps; restoring this one raises.
@@ -236,9 +261,6 @@ def _examine_path(path: pathlib.Path, step: int) -> Entry | None:
 
 
 def _examine_directory(path: pathlib.Path, step: int) -> Entry:
-    if path.is_symlink():
-        error = UntrustedStepError(what=f"{path.name} is a link.", why="a step is a directory inside the run.")
-        return Entry(step=step, path=path, state="corrupt", error=error)
     try:
         return Entry(step=step, path=path, state="committed", manifest=read_manifest(path))
     except IncompleteStepError as error:
@@ -250,6 +272,14 @@ def _examine_directory(path: pathlib.Path, step: int) -> Entry:
         return Entry(step=step, path=path, state="newer", error=error)
     except StepDamagedError as error:
         return Entry(step=step, path=path, state="corrupt", error=error)
+
+
+def _make_dangling_error(path: pathlib.Path) -> StorageError:
+    return StorageError(
+        what=f"step {path.name} is a link to {path.readlink()}, where nothing is.",
+        why="it was moved to another disk, which is most likely not mounted; that is not damage.",
+        fix=f"mount that disk, or remove the link {path} if the step is gone; restore(step=...) restores another one.",
+    )
 
 
 def _has_spare_manifest(root: pathlib.Path, step: int) -> bool:
@@ -302,7 +332,8 @@ def _add_step_infos(entries: Iterable[Entry], pins: frozenset[int], lineage: Lin
                 sequence=summary.sequence,
                 saved_at=summary.saved_at,
                 metrics=summary.metrics,
-                pinned=summary.step in pins,
+                # Nothing outside the run is deleted, so a step that was moved behind a link is kept.
+                pinned=summary.step in pins or (entry.fetch is None and entry.path.is_symlink()),
                 superseded=not is_live(summary, lineage),
             )
             entry = dataclasses.replace(entry, info=info)

@@ -66,8 +66,14 @@ def make_directory(directory: pathlib.Path) -> None:
 
 
 def move(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Rename a directory and make its old and its new place durable."""
+    """Rename a directory, or the link to one, and make its old and its new place durable."""
     make_directory(target.parent)
+    if source.is_symlink() and not source.readlink().is_absolute():
+        # A relative link would lead elsewhere from its new place.
+        absolute = source.with_name(f"{source.name}.new")
+        absolute.unlink(missing_ok=True)
+        absolute.symlink_to(source.parent / source.readlink())
+        os.replace(absolute, source)
     os.rename(source, target)
     sync_file(target.parent)
     sync_file(source.parent)
@@ -80,7 +86,7 @@ def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int) -> pathlib.
     """
     target = layout.get_step_directory(root, step)
     sync_tree(staged)
-    if target.exists():
+    if os.path.lexists(target):
         aside = "superseded" if _is_step(target) else "quarantine"
         move(target, layout.find_free_path(layout.get_control_path(root, aside), str(step)))
     try:
@@ -106,7 +112,10 @@ def discard(root: pathlib.Path, directory: pathlib.Path) -> None:
     """Delete a directory of the run: rename it into the trash, then remove its files."""
     in_trash = layout.find_free_path(layout.get_control_path(root, "trash"), directory.name)
     move(directory, in_trash)
-    shutil.rmtree(in_trash, ignore_errors=True)
+    if in_trash.is_symlink():
+        in_trash.unlink()  # What it leads to is outside the run and stays.
+    else:
+        shutil.rmtree(in_trash, ignore_errors=True)
 
 
 def quarantine(root: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:

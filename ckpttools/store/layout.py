@@ -7,6 +7,7 @@
         .ckpttools/
             lock               held by the process that writes
             pins.json          steps that retention must keep; pins.second.json is its second copy
+            metrics/               metrics that were recorded after their step was committed, a file for each call
             staging/           a save in progress, moved up by one rename when it is complete
             trash/             steps being deleted, moved here by one rename first
             outbox/            links to the files of a step that is being copied to the mirror
@@ -17,6 +18,7 @@ Everything is on one file system, so that each move is one atomic rename. Plain 
 directories.
 """
 
+import os
 import pathlib
 import re
 
@@ -49,6 +51,6 @@ def get_spare_directory(root: pathlib.Path, sequence: int) -> pathlib.Path:
 def find_free_path(directory: pathlib.Path, stem: str) -> pathlib.Path:
     """Return a path in `directory` that does not exist yet: `stem`, `stem-2`, `stem-3`, ..."""
     candidate, number = directory / stem, 2
-    while candidate.exists():
+    while os.path.lexists(candidate):
         candidate, number = directory / f"{stem}-{number}", number + 1
     return candidate

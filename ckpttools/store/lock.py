@@ -51,7 +51,7 @@ class WriterLock:
         path = layout.get_control_path(self._root, "lock")
         try:
             commit.make_directory(layout.get_control_path(self._root))
-            self._open_files.append(path.open("a+b", buffering=0))
+            self._open_files.append(_open_lock(path))
         except OSError as error:
             raise StorageError(
                 what=f"{path} cannot be opened: {error}.",
@@ -91,6 +91,20 @@ class WriterLock:
             file.close()
         self._open_files.clear()
         self._locked_file = None
+
+
+def _open_lock(path: pathlib.Path) -> BinaryIO:
+    """Open the lock with the permissions that the umask leaves, as every other file of the run has them.
+
+    Earlier versions made it writable for its owner only. `flock` needs no right to write, so a colleague of the same
+    group, who may write to the directory, can hold such a lock all the same.
+    """
+    try:
+        return path.open("a+b", buffering=0)
+    except PermissionError:
+        if not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise
+        return path.open("rb", buffering=0)
 
 
 def _read_owner(file: BinaryIO) -> str:

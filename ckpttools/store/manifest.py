@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CorruptStepError, IncompleteStepError, StepDamagedError, UntrustedStepError, VersionError
+from ..spec.exclude import DEFAULT_RULES, Exclude
 from ..tree.leaf_paths import Path, is_below
 from ..tree.records import Record
 from . import digest, layout
@@ -84,6 +85,8 @@ class Contents:
         outputs: What the validation function returned, if the run has one.
         state_version: The user's version of the structure of the state.
         surgery: Operations that were applied in this run before, as code: each is applied once.
+        exclude: The rules by which variables were left out.
+        excluded: The names of what was left out, each with the type or pattern that names it.
         processes: How many processes saved it.
         local: Leaves and stateful objects whose value differs in a process other than the leader, by the number of
             the process and then by item.
@@ -94,6 +97,8 @@ class Contents:
     outputs: Any = None
     state_version: int = 1
     surgery: tuple[str, ...] = ()
+    exclude: tuple[Exclude, ...] = DEFAULT_RULES
+    excluded: tuple[tuple[str, str], ...] = ()
     processes: int = 1
     local: Mapping[int, Mapping[str, Item]] = dataclasses.field(default_factory=dict)
 
@@ -312,29 +317,44 @@ def _encode_contents(contents: Contents) -> Any:
         plain["local"] = {str(index): encode_items(items) for index, items in contents.local.items()}
     if contents.surgery:
         plain["surgery"] = list(contents.surgery)
+    if contents.exclude != DEFAULT_RULES:
+        plain["exclude"] = [dataclasses.asdict(rule) for rule in contents.exclude]
+    if contents.excluded:
+        plain["excluded"] = [list(pair) for pair in contents.excluded]
     return plain if contents.state_version == 1 else {**plain, "state_version": contents.state_version}
 
 
 def encode_items(items: Mapping[str, Item]) -> dict[str, Any]:
     """Return items as plain data."""
-    return {
-        name: {
-            "leaves": [record.to_json() for record in item.records],
-            "skeletons": [[list(path), skeleton] for path, skeleton in item.skeletons.items()],
-        }
-        for name, item in items.items()
+    return {name: _encode_item(item) for name, item in items.items()}
+
+
+def _encode_item(item: Item) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "leaves": [record.to_json() for record in item.records],
+        "skeletons": [[list(path), skeleton] for path, skeleton in item.skeletons.items()],
     }
+    # By the index of the leaf; absent where no leaf has it, so that such manifests have the bytes they always had.
+    if weak := [index for index, record in enumerate(item.records) if record.weak_type]:
+        plain["weak_type"] = weak
+    if variables := {str(index): record.variable for index, record in enumerate(item.records) if record.variable}:
+        plain["variables"] = variables
+    return plain
 
 
 def decode_items(data: Any) -> dict[str, Item]:
     """Return the items that `encode_items` encoded; invalid data raises."""
-    return {
-        str(name): Item(
-            records=tuple(Record.from_json(leaf) for leaf in item["leaves"]),
-            skeletons={tuple(path): skeleton for path, skeleton in item["skeletons"]},
-        )
-        for name, item in data.items()
-    }
+    return {str(name): _decode_item(item) for name, item in data.items()}
+
+
+def _decode_item(data: Any) -> Item:
+    weak, variables = set(data.get("weak_type", ())), data.get("variables", {})
+    records = (
+        Record.from_json({**leaf, "weak_type": index in weak, "variable": variables.get(str(index), "")})
+        for index, leaf in enumerate(data["leaves"])
+    )
+    skeletons = {tuple(path): skeleton for path, skeleton in data["skeletons"]}
+    return Item(records=tuple(records), skeletons=skeletons)
 
 
 def _decode_contents(data: Any) -> Contents:
@@ -347,6 +367,8 @@ def _decode_contents(data: Any) -> Contents:
             outputs=data["outputs"],
             state_version=int(data.get("state_version", 1)),
             surgery=tuple(map(str, data.get("surgery", ()))),
+            exclude=tuple(Exclude(**rule) for rule in data["exclude"]) if "exclude" in data else DEFAULT_RULES,
+            excluded=tuple((str(name), str(reason)) for name, reason in data.get("excluded", ())),
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         if isinstance(error, StepDamagedError):

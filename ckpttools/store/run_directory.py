@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ..errors import StepDamagedError, StepNotFoundError, StepOrderError, VersionError
 from ..spec import retention
-from . import catalogue, commit, contents, foreign, layout
+from . import catalogue, commit, contents, foreign, late_metrics, layout
 from .catalogue import Catalogue, Entry
 from .lock import WriterLock
 from .manifest import Lineage, read_sealed
@@ -40,6 +40,7 @@ class RunDirectory:
         self.directory = directory
         self.lock = WriterLock(directory)
         self._steps: Catalogue | None = None
+        self._metric_files: frozenset[str] = frozenset()
 
     def is_used(self) -> bool:
         """Whether there is any numbered directory or foreign checkpoint, whole or not; cheaper than `get_steps`."""
@@ -58,9 +59,13 @@ class RunDirectory:
         return self.get_steps()
 
     def get_steps(self) -> Catalogue:
-        """Return the steps as they were last read."""
+        """Return the steps as they were last read, with the metrics that any process has recorded since."""
+        names = late_metrics.list_names(self.directory)
         if self._steps is None:
-            self._steps = catalogue.scan(self.directory)
+            self._steps, self._metric_files = catalogue.scan(self.directory), names
+        if names != self._metric_files:
+            files = late_metrics.read_files(self.directory, names)
+            self._steps, self._metric_files = catalogue.add_metrics(self._steps, files), names
         return self._steps
 
     def invalidate(self) -> None:
@@ -101,6 +106,7 @@ class RunDirectory:
         """Add a step that was just committed."""
         if self._steps is not None:
             self._steps = catalogue.add_step(self._steps, path, catalogue.read_pins(self.directory))
+            self._metric_files = frozenset()  # to be added again
 
     def has_step(self, step: int, lineage: Lineage) -> bool:
         """Return whether a lineage already has this step; another branch may have one of the same number."""
@@ -140,13 +146,27 @@ class RunDirectory:
             keep: What to keep.
             next_lineage: The lineage of a save that has not been committed yet: the step that it continues from stays.
         """
+        deleted: list[int] = []
+        # A metric may be recorded while steps are being deleted: then it is decided again what is kept.
+        while unwanted := self._list_unwanted(keep, next_lineage):
+            for entry in unwanted:
+                if late_metrics.list_names(self.directory) != self._metric_files:
+                    break
+                self._remove([entry])
+                deleted.append(entry.step)
+        if deleted:
+            late_metrics.sweep(
+                self.directory, [e.manifest.summary for e in self.get_steps().committed_entries if e.manifest]
+            )
+        return tuple(deleted)
+
+    def _list_unwanted(self, keep: retention.Retention, next_lineage: Lineage) -> list[Entry]:
+        verdicts = self.decide_retention(keep)
         # Not by number, which two branches may share, nor by sequence: a copied step has that of another.
-        unwanted = {id(verdict.step) for verdict in self.decide_retention(keep) if not verdict.keep}
-        current = self.get_steps()
-        base = _find_newest_of(current.committed_entries, next_lineage)
-        deleted = [each for each in current.committed_entries if id(each.info) in unwanted and each is not base]
-        self._remove(deleted)
-        return tuple(entry.step for entry in deleted)
+        unwanted = {id(verdict.step) for verdict in verdicts if not verdict.keep}
+        committed = self.get_steps().committed_entries
+        base = _find_newest_of(committed, next_lineage)
+        return [entry for entry in committed if id(entry.info) in unwanted and entry is not base]
 
     def list_quarantined(self) -> list[pathlib.Path]:
         """Return the names of what may be deleted from quarantine.

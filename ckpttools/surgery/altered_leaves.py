@@ -20,9 +20,9 @@ class AlteredLeaf:
         model.a: renamed from model.b, f32[2]
 
     Attributes:
-        name: Its name in the state; "" for a leaf on disk that is dropped.
-        action: "renamed", "cast", "sliced" and "padded", joined by commas, or "kept" or "dropped"; "" if it is restored
-            unchanged.
+        name: Its name in the state; "" for a leaf on disk that is dropped or excluded.
+        action: "renamed", "cast", "sliced" and "padded", joined by commas, or "kept", "dropped" or "excluded" (on disk,
+            and not state); "" if it is restored unchanged.
         source: Its name on disk; "" if the state keeps its own value.
         before: Dtype and shape on disk.
         after: Dtype and shape in the state.
@@ -53,7 +53,11 @@ def list_altered_leaves(plan: RestorePlan) -> tuple[AlteredLeaf, ...]:
 
 def list_leaves(plan: RestorePlan) -> tuple[AlteredLeaf, ...]:
     """Return every leaf of the state, and every leaf on disk that is dropped."""
-    return (*map(_describe_leaf, plan.placed_leaves), *map(_describe_dropped_leaf, plan.dropped_leaves))
+    return (
+        *map(_describe_leaf, plan.placed_leaves),
+        *(_describe_unread_leaf(source, "dropped") for source in plan.dropped_leaves),
+        *(_describe_unread_leaf(source, "excluded") for source in plan.excluded_leaves),
+    )
 
 
 def _describe_leaf(leaf: PlacedLeaf) -> AlteredLeaf:
@@ -75,7 +79,5 @@ def _describe_leaf(leaf: PlacedLeaf) -> AlteredLeaf:
     )
 
 
-def _describe_dropped_leaf(source: SourceLeaf) -> AlteredLeaf:
-    return AlteredLeaf(
-        name="", action="dropped", source=".".join(source.stored_path), before=format_form(source.record)
-    )
+def _describe_unread_leaf(source: SourceLeaf, action: str) -> AlteredLeaf:
+    return AlteredLeaf(name="", action=action, source=".".join(source.stored_path), before=format_form(source.record))

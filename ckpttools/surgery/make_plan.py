@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 
+from ..spec.exclude import Exclude, find_exclusion
 from ..tree.flatten import FlatItem
 from ..tree.leaf_paths import Names, Path, to_names
 from ..tree.leaves import Leaf, describe, is_array
@@ -39,14 +40,19 @@ def make_restore_plan(
     for surgery in changes.migrations:
         table.apply(surgery, strict=False)
     table.apply(changes.surgery, strict=True)
-    return _LeafMatcher(table, templates, changes.only).plan()
+    return _LeafMatcher(table, templates, changes).plan()
 
 
 class _LeafMatcher:
     """Pairs the leaves of a state with the leaves on disk."""
 
-    def __init__(self, table: StoredLeaves, templates: Mapping[str, FlatItem], only: Sequence[str]) -> None:
-        self._table, self._templates = table, templates
+    def __init__(self, table: StoredLeaves, templates: Mapping[str, FlatItem], changes: Changes) -> None:
+        self._table, self._templates, only = table, _leave_out(templates, changes.exclude), changes.only
+        self._rules = changes.exclude
+        self._excluded = frozenset(
+            to_names((item, *path)) for item, flat in self._templates.items() for path, _ in flat.excluded
+        )
+        templates = self._templates
         self._state_names = [to_names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
         self._roots = [to_names((item, *root)) for item, flat in templates.items() for root in flat.skeletons]
         self._reinit_parts: frozenset[Names] = frozenset()
@@ -76,11 +82,13 @@ class _LeafMatcher:
         roots = frozenset(self._roots)
         free: dict[Names, SourceLeaf] = {}
         owned: list[PlacedLeaf] = []
-        dropped = list(self._table.dropped_leaves)
+        dropped, excluded = list(self._table.dropped_leaves), []
         for source in self._table.sources:
             if source.path[0] not in self._templates:
                 continue
-            if self._get_skip_reason(source.path):
+            if self._is_excluded(source):
+                excluded.append(source)
+            elif self._get_skip_reason(source.path):
                 dropped.append(source)
             elif find_outermost_depth(source.path, roots):
                 target = dataclasses.replace(source.record, path=source.path[1:])
@@ -98,7 +106,15 @@ class _LeafMatcher:
             differences=tuple(add_closest_names([*self._differences, *unexpected])),
             skeletons=self._collect_skeletons(),
             stored_names=tuple(source.path for source in self._table.sources),
+            excluded_leaves=tuple(excluded),
         )
+
+    def _is_excluded(self, source: SourceLeaf) -> bool:
+        """Return whether a leaf on disk is not state: by its type, its name, or the variable of the state it is in."""
+        types = (source.record.variable,) if source.record.variable else ()
+        if find_exclusion(self._rules, source.path, types):
+            return True
+        return bool(self._excluded) and find_outermost_depth(source.path, self._excluded) > 0
 
     def _collect_skeletons(self) -> dict[str, dict[Path, Any]]:
         found: dict[str, dict[Path, Any]] = {item: {} for item in self._templates}
@@ -110,6 +126,8 @@ class _LeafMatcher:
     def _match_item(self, item: str, unmatched: dict[Names, SourceLeaf]) -> Iterator[PlacedLeaf]:
         flat = self._templates[item]
         is_stored = item in self._table.items or any(source.path[0] == item for source in self._table.sources)
+        if not is_stored and not flat.leaves and not flat.skeletons and flat.excluded:
+            return
         if not is_stored and self._only_parts is None and not self._reinit_parts:
             stored_items = ", ".join(self._table.items) or "no items"
             text = f"not on disk; the step has {stored_items}"
@@ -145,6 +163,20 @@ class _LeafMatcher:
         return PlacedLeaf(path=path, source=source, target=target, template=leaf.value)
 
 
+def _leave_out(templates: Mapping[str, FlatItem], rules: Sequence[Exclude]) -> dict[str, FlatItem]:
+    """Return the items of the state without what is not state, which keeps its values."""
+    found = {}
+    for item, flat in templates.items():
+        reasons = {leaf.path: find_exclusion(rules, (item, *leaf.path), leaf.types) for leaf in flat.leaves}
+        roots = {root: find_exclusion(rules, (item, *root)) for root in flat.skeletons}
+        found[item] = FlatItem(
+            [leaf for leaf in flat.leaves if not reasons[leaf.path]],
+            {root: skeleton for root, skeleton in flat.skeletons.items() if not roots[root]},
+            [(path, reason) for path, reason in (*reasons.items(), *roots.items()) if reason],
+        )
+    return found
+
+
 def _make_record(leaf: Leaf) -> Record:
     """Return a leaf of the state as a record, for messages."""
     return describe("", leaf) if is_array(leaf.value) else Record(path=leaf.path, kind="value")
@@ -157,5 +189,12 @@ def _make_target_record(source: SourceLeaf, leaf: Leaf) -> Record:
         return record
     shape = compute_shape(".".join(source.path), source.operations, record.shape, tuple(leaf.value.shape))
     return dataclasses.replace(
-        record, shape=shape, dtype=source.dtype, kind="empty" if 0 in shape else "array", digest="", value=None
+        record,
+        shape=shape,
+        dtype=source.dtype,
+        kind="empty" if 0 in shape else "array",
+        digest="",
+        value=None,
+        # A cast names the dtype, which is then no longer that of a Python number.
+        weak_type=record.weak_type and source.dtype == record.dtype,
     )

@@ -2,6 +2,7 @@
 """Choose what to change in a step of the run: migrations from its version, and surgery not applied before."""
 
 from ..errors import VersionError
+from ..spec.exclude import as_rules
 from ..spec.operations import as_code
 from ..spec.spec import CheckpointSpec
 from ..spec.state_version import StateVersion, as_state_version
@@ -23,7 +24,8 @@ def get_changes(spec: CheckpointSpec, entry: Entry, surgery: Surgery) -> Changes
     """
     applied = entry.manifest.contents.surgery if entry.manifest else ()
     remaining = Surgery(operation for operation in surgery if as_code(operation) not in applied)
-    return Changes(migrations=get_migrations(as_state_version(spec.state_version), entry), surgery=remaining)
+    migrations = get_migrations(as_state_version(spec.state_version), entry)
+    return Changes(migrations=migrations, surgery=remaining, exclude=as_rules(spec.exclude))
 
 
 def get_migrations(target: StateVersion, entry: Entry) -> tuple[Surgery, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..spec.exclude import DEFAULT_RULES, Exclude
 from ..spec.operations import Operation
 from ..spec.surgery import Surgery
 from ..tree.leaf_paths import Names, Path, to_names
@@ -28,11 +29,13 @@ class Changes:
         migrations: Surgery from older versions of the state, in order; operations that match nothing are skipped.
         surgery: Surgery that the caller requested; each operation must match something.
         only: Patterns of the leaves to restore; all others keep their values. Empty for all leaves.
+        exclude: Which variables are not state: those of the state keep their values, those on disk are ignored.
     """
 
     migrations: tuple[Surgery, ...] = ()
     surgery: Surgery = dataclasses.field(default_factory=Surgery)
     only: tuple[str, ...] = ()
+    exclude: tuple[Exclude, ...] = DEFAULT_RULES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ class RestorePlan:
     Attributes:
         placed_leaves: Every leaf of the state, and every leaf of the stateful objects that are restored.
         dropped_leaves: Leaves on disk that are not read because of `Drop`, `Reinit` or `only`.
+        excluded_leaves: Leaves on disk that are not read because they are not state.
         differences: What does not fit; empty if the restore can proceed.
         skeletons: Containers of stateful objects, by item of the state and path.
         stored_names: The names that all leaves on disk have after the operations.
@@ -95,6 +99,7 @@ class RestorePlan:
     differences: tuple[Difference, ...]
     skeletons: Mapping[str, Mapping[Path, Any]]
     stored_names: tuple[Names, ...] = ()
+    excluded_leaves: tuple[SourceLeaf, ...] = ()
 
     def collect_records(self) -> dict[str, tuple[Record, ...]]:
         """Return the leaves to read, by the item they are stored under."""

@@ -137,6 +137,12 @@ def _describe(entry: Entry) -> None:
 
 
 def _adopt_step(entry: Entry, root: pathlib.Path, sequence: int, lineage: Lineage, *, is_copied: bool) -> None:
+    if entry.path.is_symlink() and not is_copied:
+        raise StorageError(
+            what=f"step {entry.step} cannot be adopted: {entry.path} is a link.",
+            why="its manifest would be written outside of the run.",
+            fix=f'ct.adopt({str(entry.path.resolve())!r}, into="runs/new", step={entry.step}) copies it.',
+        )
     try:
         taken = foreign.read_snapshot(entry)
     except IncompleteStepError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import StructureError, suggest_names
+from ..spec.exclude import DEFAULT_RULES, find_exclusion
 from ..store import safetensors_format
 from ..store.safetensors_format import Tensor
 from ..tree import flatten, snapshot
@@ -54,7 +55,9 @@ def import_safetensors(
     """
     path = pathlib.Path(file)
     tensors, header = safetensors_format.read_header(path)
-    flat = flatten.flatten_item(state, template=True)
+    flat = flatten.flatten_item(
+        state, template=True, find_reason=lambda path, types: find_exclusion(DEFAULT_RULES, ("state", *path), types)
+    )
     if flat.skeletons:
         raise StructureError(
             what="the state holds objects with get_state and set_state.",

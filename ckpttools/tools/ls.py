@@ -2,6 +2,7 @@
 """`ls`: list the steps of a run with metrics, sizes and branches."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterable, Sequence
 
@@ -128,7 +129,9 @@ def ls(directory: Location) -> Listing:
         key=lambda entry: (entry.info is None, entry.info.sequence if entry.info else entry.step),
     )
     # A step that its own process is deleting at this moment looks damaged; it is about to vanish.
-    listed = [_make_listed_step(entry) for entry in entries if entry.state == "committed" or entry.path.exists()]
+    listed = [
+        _make_listed_step(entry) for entry in entries if entry.state == "committed" or os.path.lexists(entry.path)
+    ]
     return Listing(listed, source.text)
 
 

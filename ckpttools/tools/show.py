@@ -25,6 +25,7 @@ class ShownLeaf:
         dtype: Its dtype; for a key its implementation, for a value its Python type.
         bytes: Bytes of its array.
         value: A plain value.
+        weak_type: Whether it is a weakly typed JAX array or scalar. Not compared: older steps do not say it of arrays.
 
     Example:
         >>> import ckpttools as ct
@@ -38,6 +39,7 @@ class ShownLeaf:
     dtype: str = ""
     bytes: int = 0
     value: Any = None
+    weak_type: bool = dataclasses.field(default=False, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class ShownStep:
         metrics: Recorded metrics.
         leaves: Every leaf, item by item.
         lineage: The branches that led to the step, each with the step after which it began; the last is the step's.
+        excluded: The name of each part of the state that was left out, and the type or pattern that names it.
 
     Example:
         >>> import ckpttools as ct
@@ -68,6 +71,7 @@ class ShownStep:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     leaves: tuple[ShownLeaf, ...] = ()
     lineage: tuple[tuple[str, int], ...] = ()
+    excluded: tuple[tuple[str, str], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the step as plain data; values that JSON lacks as strings."""
@@ -80,7 +84,8 @@ class ShownStep:
     def __str__(self) -> str:
         head = [f"step {self.step}: {self.state}, {len(self.leaves)} leaves, {self.total_bytes:,} bytes"]
         head += [f"lineage: {format_lineage(self.lineage)}"] if self.lineage else []
-        return "\n".join([*head, *(f"  {leaf.name}: {format_leaf(leaf)}" for leaf in self.leaves)])
+        lines = [*(f"{leaf.name}: {format_leaf(leaf)}" for leaf in self.leaves), *format_excluded(self.excluded)]
+        return "\n".join([*head, *(f"  {line}" for line in lines)])
 
 
 def format_lineage(lineage: Sequence[tuple[str, int]]) -> str:
@@ -93,11 +98,17 @@ def format_lineage(lineage: Sequence[tuple[str, int]]) -> str:
     return ", ".join(f"branch {name}" + (f" after step {start}" if start else "") for name, start in lineage)
 
 
+def format_excluded(excluded: Sequence[tuple[str, str]]) -> list[str]:
+    """Return one line for each part of the state that was left out."""
+    return [f"not saved: {name} ({reason})" for name, reason in excluded]
+
+
 def format_leaf(leaf: ShownLeaf) -> str:
     """Return a leaf's dtype and shape, or its value, as a string."""
     if leaf.kind == "value":
         return repr(leaf.value) if leaf.dtype else str(leaf.value)
-    return f"{'key ' if leaf.kind == 'key' else ''}{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    form = f"{'key ' if leaf.kind == 'key' else ''}{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return f"{form}, weakly typed" if leaf.weak_type else form
 
 
 def show(directory: Location, step: int | None = None) -> ShownStep:
@@ -139,6 +150,7 @@ def show(directory: Location, step: int | None = None) -> ShownStep:
         metrics=dict(summary.metrics),
         leaves=tuple(leaves),
         lineage=summary.lineage,
+        excluded=entry.manifest.contents.excluded,
     )
 
 
@@ -149,7 +161,12 @@ def _make_shown_leaf(item: str, record: Record) -> ShownLeaf:
         return ShownLeaf(name=name, kind="value", dtype=type(value).__name__, value=value)
     shape, dtype = get_host_shape(record)
     return ShownLeaf(
-        name=name, kind=record.kind, shape=record.shape, dtype=record.dtype, bytes=math.prod(shape) * dtype.itemsize
+        name=name,
+        kind=record.kind,
+        shape=record.shape,
+        dtype=record.dtype,
+        bytes=math.prod(shape) * dtype.itemsize,
+        weak_type=record.weak_type or record.scalar == "weak",
     )
 
 

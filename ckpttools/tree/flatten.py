@@ -20,9 +20,10 @@ import jax
 from flax import nnx
 
 from ..errors import LeafError, StructureError
+from ..spec.exclude import Exclude, find_exclusion
 from .containers import pack, unpack
 from .leaf_paths import Path
-from .leaves import Leaf, describe, is_array
+from .leaves import Leaf, describe, is_array, list_variable_types
 from .records import Record
 
 
@@ -36,6 +37,9 @@ class Stateful(Protocol):
     def set_state(self, state: Any) -> None:
         """Continue from a state that `get_state` returned."""
 
+
+type FindReason = Callable[[Path, tuple[str, ...]], str]
+"""From a path and the types of its variable to the type or pattern that leaves it out; "" if it stays."""
 
 type PlaceLeaf = Callable[[Path, Any], Any]
 """From a leaf's path and the template's value to the restored value."""
@@ -66,62 +70,77 @@ class FlatItem:
     Attributes:
         leaves: All leaves, in an order that depends on the structure only.
         skeletons: For each stateful object, by its path, the containers of its state; None in a template.
+        excluded: The parts that were left out, each with the type or pattern that names it.
     """
 
     leaves: list[Leaf]
     skeletons: dict[Path, Any]
+    excluded: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
 
 
-def flatten_item(item: Any, *, template: bool = False) -> FlatItem:
+def flatten_item(item: Any, *, template: bool = False, find_reason: FindReason | None = None) -> FlatItem:
     """Return the leaves of one item.
 
     Args:
         item: An nnx object, an `nnx.State`, a stateful object or a pytree; concrete or abstract.
         template: Leave out the states of stateful objects: they are rebuilt from what was stored, not compared
             with it, since an iterator may hold nothing before its first batch and a buffer after it.
+        find_reason: Says what is left out; None to leave out nothing.
 
     Raises:
         LeafError: If a part of the item cannot be flattened, or has a key that cannot be stored.
     """
     flat = FlatItem([], {})
-    _flatten_into(item, (), flat, template)
+    _flatten_into(item, (), flat, template, find_reason)
     return flat
 
 
-def flatten_with_records(item: str, value: Any) -> tuple[FlatItem, list[Record]]:
+def flatten_with_records(item: str, value: Any, rules: Sequence[Exclude] = ()) -> tuple[FlatItem, list[Record]]:
     """Return the leaves of one item and a record of each, in the same order.
 
     Args:
         item: Name of the item.
         value: An nnx object, an `nnx.State`, a stateful object or a pytree.
+        rules: What is left out.
 
     Raises:
         LeafError: If a leaf cannot be stored.
         StructureError: If two leaves share a name.
     """
-    flat = flatten_item(value)
+    flat = flatten_item(value, find_reason=lambda path, types: find_exclusion(rules, (item, *path), types))
     records = [describe(item, leaf) for leaf in flat.leaves]
     _require_unique_names(item, [record.path for record in records])
     return flat, records
 
 
-def _flatten_into(value: Any, prefix: Path, flat: FlatItem, template: bool) -> None:
+def _flatten_into(
+    value: Any,
+    prefix: Path,
+    flat: FlatItem,
+    template: bool,
+    find_reason: FindReason | None,
+    types: tuple[str, ...] = (),
+) -> None:
+    types = list_variable_types(type(value)) if isinstance(value, nnx.Variable) else types
+    if find_reason is not None and (reason := find_reason(prefix, types)):
+        flat.excluded.append((prefix, reason))
+        return
     if isinstance(value, nnx.Pytree):
         value = nnx.state(value)
     if isinstance(value, nnx.State):
         for path, entry in _flatten_state(value):
-            _flatten_into(entry, (*prefix, *path), flat, template)
+            _flatten_into(entry, (*prefix, *path), flat, template, find_reason)
     elif isinstance(value, nnx.Variable):
-        _flatten_into(value.get_raw_value(), prefix, flat, template)
+        _flatten_into(value.get_raw_value(), prefix, flat, template, find_reason, types)
     elif is_stateful(value):
         flat.skeletons[prefix], leaves = (None, []) if template else pack(value.get_state(), prefix)
         flat.leaves.extend(leaves)
     else:
         entries, _ = open_pytree(value)
         if entries is None:
-            flat.leaves.append(Leaf(prefix, value))
+            flat.leaves.append(Leaf(prefix, value, types))
         for keys, entry in entries or ():
-            _flatten_into(entry, (*prefix, *keys), flat, template)
+            _flatten_into(entry, (*prefix, *keys), flat, template, find_reason, types)
 
 
 def _flatten_state(state: Any) -> list[tuple[Path, Any]]:

@@ -7,14 +7,17 @@ the host, which can be copied, hashed and compared like any array.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from ..errors import LeafError
+from ..spec.exclude import RECOMPUTED
 from .key_data import get_key_dtype
 from .leaf_paths import Path, format_leaf_name
 from .records import ML_DTYPES, Kind, Record, encode_value
@@ -27,10 +30,18 @@ class Leaf:
     Attributes:
         path: Keys from the item's root.
         value: The array or plain value; arrays may be abstract in a template.
+        types: The names of the type of its `nnx` variable and of that type's bases; () outside a variable.
     """
 
     path: Path
     value: Any
+    types: tuple[str, ...] = ()
+
+
+@functools.cache
+def list_variable_types(kind: type[nnx.Variable[Any]]) -> tuple[str, ...]:
+    """Return the name of a variable's type and those of its bases, the nearest first."""
+    return tuple(base.__name__ for base in kind.__mro__ if issubclass(base, nnx.Variable))
 
 
 def is_key(value: Any) -> bool:
@@ -54,7 +65,17 @@ def describe(item: str, leaf: Leaf) -> Record:
     Raises:
         LeafError: If the leaf is of a type that cannot be stored.
     """
+    if leaf.types and (recomputed := next((name for name in leaf.types if name in RECOMPUTED), "")):
+        # Such a leaf is saved only on request; a later restore without that request has to know what it is.
+        plain = describe(item, dataclasses.replace(leaf, types=()))
+        return dataclasses.replace(plain, variable=recomputed)
     value = leaf.value
+    if isinstance(value, jax.core.Tracer):
+        raise LeafError(
+            what=f"{format_leaf_name(item, leaf.path)} is a tracer: this call is inside a function that JAX traces.",
+            why="in jit, grad or scan a value exists only while the function is traced; it cannot be saved or filled.",
+            fix="return the state from the function, and call step, save, restore or load outside, once it has run.",
+        )
     if not is_array(value):
         return Record(path=leaf.path, kind="value", value=encode_value(format_leaf_name(item, leaf.path), value))
     shape = tuple(value.shape)
@@ -80,12 +101,27 @@ def describe(item: str, leaf: Leaf) -> Record:
             fix="convert it to another type, such as uint8 for uint4 or float64 for longdouble.",
         )
     scalar: Literal["", "numpy", "weak"] = ""
+    is_weak = getattr(value, "weak_type", False) and not isinstance(value, np.generic)
     if isinstance(value, np.generic):
         scalar = "numpy"
-    elif shape == () and getattr(value, "weak_type", False):
+    elif shape == () and is_weak:
         scalar = "weak"
     kind: Kind = "empty" if math.prod(shape) == 0 else "array"
-    return Record(path=leaf.path, kind=kind, shape=shape, dtype=dtype.name, scalar=scalar)
+    return Record(
+        path=leaf.path, kind=kind, shape=shape, dtype=dtype.name, scalar=scalar, weak_type=is_weak and shape != ()
+    )
+
+
+@jax.jit
+def weaken(array: jax.Array) -> jax.Array:
+    """Return a weakly typed copy: beside a bfloat16 array, a strong float32 one would turn the result to float32.
+
+    JAX has no public conversion. `jnp.full` of a Python number is weakly typed, and an update in place keeps that.
+    A dtype that no Python number has stays strong.
+    """
+    numbers: dict[str, complex] = {"f": 0.0, "i": 0, "c": 0j}
+    weak = jnp.full(array.shape, numbers.get(array.dtype.kind, 0.0))
+    return weak.at[...].set(array) if weak.dtype == array.dtype else array
 
 
 _WRITABLE_DTYPES = frozenset(

@@ -11,13 +11,15 @@ That bounds the host memory at one state, and is five times as fast, since new m
 """
 
 import dataclasses
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from ..errors import LeafError
+from ..errors import CheckpointWarning, LeafError
+from ..spec.exclude import DEFAULT_RULES, RECOMPUTED, Exclude
 from . import flatten
 from .leaf_paths import Path, format_leaf_name
 from .leaves import Leaf
@@ -60,10 +62,12 @@ class SnapshotItem:
     Attributes:
         leaves: All leaves, in the order of the manifest.
         skeletons: The containers of stateful objects, by path.
+        excluded: What was left out, by path, and why.
     """
 
     leaves: tuple[SnapshotLeaf, ...]
     skeletons: Mapping[Path, Any]
+    excluded: tuple[tuple[Path, str], ...] = ()
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -92,12 +96,21 @@ class Snapshot:
         return {name: item.records for name, item in self.items.items()}
 
     @property
+    def excluded(self) -> tuple[tuple[str, str], ...]:
+        """The names of what was left out, each with the type or pattern that names it."""
+        return tuple(
+            (format_leaf_name(name, path), reason)
+            for name, item in self.items.items()
+            for path, reason in item.excluded
+        )
+
+    @property
     def array_bytes(self) -> int:
         """Bytes of all arrays, uncompressed."""
         return sum(count_host_bytes(item.records) for item in self.items.values())
 
 
-def take(state: Mapping[str, Any], buffers: Buffers | None) -> Snapshot:
+def take(state: Mapping[str, Any], buffers: Buffers | None, rules: Sequence[Exclude] = DEFAULT_RULES) -> Snapshot:
     """Flatten a state, and reference or copy its arrays.
 
     Args:
@@ -105,21 +118,26 @@ def take(state: Mapping[str, Any], buffers: Buffers | None) -> Snapshot:
         buffers: Memory to copy arrays into; it holds the copies of the previous save, and those of this one
             afterwards. None to copy only what is not in host memory, for a save that ends before the program
             continues.
+        rules: What is left out.
 
     Raises:
         LeafError: If a leaf cannot be stored.
         StructureError: If two leaves would share a name.
     """
     copies: Buffers | None = None if buffers is None else {}
-    items = {name: _take_item(name, value, buffers, copies) for name, value in state.items()}
+    items = {name: _take_item(name, value, buffers, copies, rules) for name, value in state.items()}
     if buffers is not None and copies is not None:
         buffers.clear()
         buffers.update(copies)
     return Snapshot(items)
 
 
-def _take_item(item: str, value: Any, buffers: Buffers | None, copies: Buffers | None) -> SnapshotItem:
-    flat, records = flatten.flatten_with_records(item, value)
+def _take_item(
+    item: str, value: Any, buffers: Buffers | None, copies: Buffers | None, rules: Sequence[Exclude]
+) -> SnapshotItem:
+    flat, records = flatten.flatten_with_records(item, value, rules)
+    if flat.excluded and not flat.leaves and not flat.skeletons:
+        _warn_of_empty_item(item, flat.excluded[0][1])
     leaves = []
     for leaf, record in zip(flat.leaves, records, strict=True):
         array: HostArray | jax.Array | None = None
@@ -134,7 +152,18 @@ def _take_item(item: str, value: Any, buffers: Buffers | None, copies: Buffers |
                 if copies is not None:
                     copies[item, leaf.path] = array
         leaves.append(SnapshotLeaf(record, array))
-    return SnapshotItem(tuple(leaves), flat.skeletons)
+    return SnapshotItem(tuple(leaves), flat.skeletons, tuple(flat.excluded))
+
+
+def _warn_of_empty_item(item: str, reason: str) -> None:
+    """An item that holds nothing else was most likely passed in order to be saved."""
+    if reason in RECOMPUTED:
+        warnings.warn(
+            f"nothing of the item {item!r} is saved: all of it is recomputed, such as {reason}; "
+            f"exclude=ct.Exclude(items=...) with the other items saves it.",
+            CheckpointWarning,
+            stacklevel=2,
+        )
 
 
 def _copy_sharded(value: jax.Array) -> jax.Array:

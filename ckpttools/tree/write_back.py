@@ -13,7 +13,7 @@ from ..errors import StructureError
 from . import flatten
 from .containers import unpack
 from .leaf_paths import Names, Path, is_below, to_names
-from .leaves import is_array, is_key
+from .leaves import is_array, is_key, weaken
 from .records import Record, decode_value, get_host_shape, read_inline_array
 
 
@@ -56,9 +56,11 @@ def _fill_item(value: Any, source: HostItem, *, copy: bool = False) -> Any:
             return jnp.asarray(host)
         sharding = getattr(template, "sharding", None)
         if sharding is not None and not sharding.is_fully_addressable:
-            return _make_global_array(host, sharding)
-        # An uncommitted array must not come back committed to a device.
-        return jax.device_put(host, template.sharding if getattr(template, "committed", True) else None)
+            placed = _make_global_array(host, sharding)
+        else:
+            # An uncommitted array must not come back committed to a device.
+            placed = jax.device_put(host, template.sharding if getattr(template, "committed", True) else None)
+        return weaken(placed) if record.weak_type else placed
 
     skeletons = {to_names(root): skeleton for root, skeleton in source.skeletons.items()}
 

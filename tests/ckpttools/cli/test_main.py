@@ -43,6 +43,7 @@ def run(tmp_path):
         pytest.param(["show", "RUN"], id="show"),
         pytest.param(["prune", "RUN", "--latest", "2", "--dry-run"], id="prune"),
         pytest.param(["pin", "RUN", "2"], id="pin"),
+        pytest.param(["record", "RUN", "2", "val=0.5"], id="record"),
         pytest.param(["repair", "RUN", "--dry-run"], id="repair"),
     ],
 )

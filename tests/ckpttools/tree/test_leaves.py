@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import ckpttools as ct
 from ckpttools.tree import leaves as leaf_forms
@@ -90,3 +91,72 @@ def test_a_dtype_that_cannot_be_written_is_refused_by_name(tmp_path):
 def test_an_abstract_key_of_unknown_dtype_is_refused():
     with pytest.raises(ct.LeafError, match="unknown dtype"):
         leaf_forms._get_key_implementation(jax.ShapeDtypeStruct((), jnp.float32))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 0)], ids=["scalar", "vector", "empty"])
+def test_weak_types_come_back_as_saved(tmp_path, shape):
+    value = {"weak": jnp.full(shape, 0.1), "strong": jnp.full(shape, 0.1, jnp.float32), "int": jnp.full(shape, 7)}
+    # The template says nothing of it: a fresh state is weak where a trained one is strong, and the other way round.
+    template = {"weak": value["strong"] * 0, "strong": jnp.full(shape, 1.0), "int": jnp.zeros(shape, int)}
+    restored = round_trip(tmp_path, value, template)
+    assert {name: leaf.weak_type for name, leaf in restored.items()} == {"weak": True, "strong": False, "int": True}
+    assert leaves({"item": restored}) == leaves({"item": value})
+    shown = {leaf.name: leaf.weak_type for leaf in ct.show(tmp_path).leaves}
+    assert shown == {"item.weak": True, "item.strong": False, "item.int": True}
+
+
+def test_a_weakly_typed_variable_keeps_a_bfloat16_model_in_bfloat16(tmp_path):
+    def build():
+        return nnx.Dict(scale=nnx.Variable(jnp.full((4,), 0.1)), x=nnx.Variable(jnp.ones(4, jnp.bfloat16)))
+
+    trained, fresh = build(), build()
+    round_trip(tmp_path, trained, fresh)
+    assert (fresh.scale[...] * fresh.x[...]).dtype == jnp.bfloat16
+    assert jnp.array_equal(fresh.scale[...], trained.scale[...])
+
+
+def test_weak_types_keep_sharding_and_special_values(tmp_path):
+    value = jnp.full((3,), 0.0).at[...].set(jnp.array([jnp.nan, -jnp.inf, -0.0]))
+    assert value.weak_type
+    template = jax.device_put(jnp.zeros(3), jax.devices()[0])
+    restored = round_trip(tmp_path, value, template)
+    assert restored.weak_type
+    assert restored.committed
+    assert restored.sharding == template.sharding
+    assert np.array_equal(np.asarray(restored).view(np.uint32), np.asarray(value).view(np.uint32))
+
+
+def test_a_manifest_without_weak_leaves_has_the_bytes_it_always_had(tmp_path):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt:
+        ckpt.save(1, {"item": {"w": jnp.zeros(3)}})
+    text = (tmp_path / "1" / "ckpttools.manifest").read_text()
+    assert not {word for word in ("weak_type", "variable", "exclude") if word in text}
+
+
+def test_a_cast_gives_a_strong_type(tmp_path):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt:
+        ckpt.save(1, {"item": {"w": jnp.full(3, 0.5)}})
+    template = {"item": {"w": jnp.zeros(3, jnp.bfloat16)}}
+    cast = ct.Cast("item.w", "float32", "bfloat16")
+    assert not ct.load(tmp_path, template, surgery=[cast]).state["item"]["w"].weak_type
+
+
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: jax.grad(lambda w: f(w).sum())], ids=["jit", "grad"])
+def test_saving_inside_a_trace_names_the_leaf(tmp_path, transform):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path, save=ct.EverySteps(1))) as ckpt:
+
+        def update(w):
+            ckpt.step(1, {"model": {"layers": [w]}})
+            return w * 2
+
+        with pytest.raises(ct.LeafError, match=r"model\.layers\.0 is a tracer.*inside a function that JAX traces"):
+            transform(update)(jnp.ones(3))
+        assert ckpt.all_steps() == ()
+        assert isinstance(ckpt.save(1, {"model": {"layers": [jnp.ones(3)]}}), ct.Started)  # control: outside it works
+
+
+def test_restoring_inside_a_trace_names_the_leaf(tmp_path):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt:
+        ckpt.save(1, {"model": {"w": jnp.ones(3)}})
+    with pytest.raises(ct.LeafError, match=r"model\.w is a tracer"):
+        jax.jit(lambda w: ct.load(tmp_path, {"model": {"w": w}}).state["model"]["w"])(jnp.zeros(3))

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics that are recorded after their step was committed, by any process, without the writer's lock.
+
+A manifest is sealed, so each call adds a small file of its own beside the steps, `.ckpttools/metrics/STEP-...json`: two
+processes never write to one file, and a kill leaves a file whole or absent. `catalogue` reads them over the metrics in
+the manifests, the later file wins, and so everything that asks a step for its metrics sees them.
+
+The name holds the step's number, its commit and its branch: a number that is used again after a rollback is another
+step. A file that is damaged still says by its name which step it belongs to, and retention keeps that step.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+
+from . import commit, confine, digest, layout
+from .manifest import Summary
+
+_NAME = re.compile(r"(0|[1-9]\d{0,17})-(\d{1,18})-([0-9a-f]{8})-(\d{1,20})-[0-9a-f]{8}\.json")
+_MAX_BYTES = 1 << 20
+_ORPHAN_AGE_S = 7 * 86_400.0
+"""A file whose step is gone stays this long: the mirror may keep the step and not have the metric yet."""
+
+type StepKey = tuple[int, int, str]
+"""Number, commit and a hash of the branch of a step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LateMetrics:
+    """The metrics of one file.
+
+    Attributes:
+        key: The step.
+        time_ns: When they were recorded, in nanoseconds since the epoch.
+        metrics: The values by name; None if the file is damaged.
+    """
+
+    key: StepKey
+    time_ns: int
+    metrics: Mapping[str, float] | None
+
+
+type LateMetricFiles = Mapping[str, LateMetrics]
+"""By the name of the file."""
+
+
+def get_key(summary: Summary) -> StepKey:
+    """Return what identifies a step."""
+    return summary.step, summary.sequence, hashlib.sha256(summary.lineage[-1][0].encode()).hexdigest()[:8]
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a name is that of a file with metrics."""
+    return _NAME.fullmatch(name) is not None
+
+
+def list_names(root: pathlib.Path) -> frozenset[str]:
+    """Return the names of all files with metrics of a run."""
+    try:
+        with os.scandir(layout.get_control_path(root, "metrics")) as entries:
+            return frozenset(entry.name for entry in entries if is_file_name(entry.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
+
+
+def read_files(root: pathlib.Path, names: Iterable[str]) -> dict[str, LateMetrics]:
+    """Return what files hold; one that was removed meanwhile is left out."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = parse_file(name, _read_bytes(layout.get_control_path(root, f"metrics/{name}")))
+    return found
+
+
+def _read_bytes(path: pathlib.Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAX_BYTES)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        # One bad sector must not hide the run: the file counts as damaged.
+        return b""
+
+
+def parse_file(name: str, data: bytes) -> LateMetrics:
+    """Return what a file holds; it is damaged unless its digest, and the key in its name, fit.
+
+    Args:
+        name: The file's name, for which `is_file_name` holds.
+        data: Its bytes.
+    """
+    found = _NAME.fullmatch(name)
+    assert found is not None
+    step, sequence, branch, time_ns = found.groups()
+    key = int(step), int(sequence), branch
+    metrics = None
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        document = json.loads(data)
+        body = document["metrics"]
+        if digest.hash_bytes("xxh3", _encode_body(key, body)) == document["digest"]:
+            metrics = {str(metric): float(value) for metric, value in body.items()}
+    return LateMetrics(key, int(time_ns), metrics)
+
+
+def _encode_body(key: StepKey, metrics: Mapping[str, float | str]) -> bytes:
+    return json.dumps([list(key), metrics], sort_keys=True).encode()
+
+
+def write_file(root: pathlib.Path, summary: Summary, metrics: Mapping[str, float]) -> str:
+    """Add a file with metrics of a step, durably; return its name."""
+    step, sequence, branch = get_key(summary)
+    # JSON has no NaN; `float` reads the word back.
+    plain = {name: value if math.isfinite(value) else str(value) for name, value in sorted(metrics.items())}
+    mark = digest.hash_bytes("xxh3", _encode_body((step, sequence, branch), plain))
+    name = f"{step}-{sequence}-{branch}-{time.time_ns()}-{secrets.token_hex(4)}.json"
+    add_file(root, name, json.dumps({"metrics": plain, "digest": mark}).encode())
+    return name
+
+
+def add_file(root: pathlib.Path, name: str, data: bytes) -> None:
+    """Write a file under its name, durably."""
+    confine.require_confined(root)
+    commit.write_file(layout.get_control_path(root, f"metrics/{name}"), data)
+
+
+def remove_file(root: pathlib.Path, name: str) -> None:
+    """Remove a file whose step turned out to be gone."""
+    layout.get_control_path(root, f"metrics/{name}").unlink(missing_ok=True)
+
+
+def sweep(root: pathlib.Path, summaries: Iterable[Summary]) -> None:
+    """Remove old files of steps that no longer exist, and what killed processes left; only for the lock's holder."""
+    directory = layout.get_control_path(root, "metrics")
+    keys = set(map(get_key, summaries))
+    with contextlib.suppress(OSError):
+        for path in directory.iterdir():
+            found = _NAME.fullmatch(path.name.removesuffix(".new"))
+            is_old = time.time() - path.stat().st_mtime > _ORPHAN_AGE_S
+            is_unused = path.suffix == ".new" or (
+                found is not None and (int(found[1]), int(found[2]), found[3]) not in keys
+            )
+            if is_old and is_unused:
+                path.unlink(missing_ok=True)
+
+
+def merge(summary: Summary, files: LateMetricFiles) -> Summary:
+    """Return a summary with the metrics that were recorded later; where two files name one metric, the later wins."""
+    key = get_key(summary)
+    mine = sorted((each.time_ns, name) for name, each in files.items() if each.key == key)
+    metrics = dict(summary.metrics)
+    for _, name in mine:
+        metrics.update(files[name].metrics or {})
+    return summary if metrics == summary.metrics else dataclasses.replace(summary, metrics=metrics)
+
+
+def find_damaged(files: LateMetricFiles) -> frozenset[StepKey]:
+    """Return the steps of which a file with metrics is damaged."""
+    return frozenset(each.key for each in files.values() if each.metrics is None)
