@@ -69,10 +69,9 @@ def restore(
     summary, contents = loaded.manifest.summary, loaded.manifest.contents
     memory = decode_memory(resources.spec.save, contents.triggers)
     surgery_codes = tuple(dict.fromkeys([*contents.surgery, *operations]))
-    loop.progress.begin(summary.step, summary.lineage, memory, summary.run_s, surgery_codes)
     intact_count = len(resources.run.get_steps().live_entries)
     warn(advise_on_retention(rejected_count=report.damaged, intact_count=intact_count))
-    return dataclasses.replace(
+    report = dataclasses.replace(
         report,
         step=summary.step,
         state=filled,
@@ -80,6 +79,9 @@ def restore(
         seconds=time.monotonic() - start_time,
         altered=list_altered_leaves(loaded.plan),
     )
+    # Last: a caller that is interrupted before has no report, and with it not the arrays that it has to go on with.
+    loop.progress.begin(summary.step, summary.lineage, memory, summary.run_s, surgery_codes)
+    return report
 
 
 def _load(
