@@ -55,6 +55,7 @@ __all__ = [
     "Pad",
     "PeftCheckpoints",
     "Pinned",
+    "PlacementError",
     "Preview",
     "ProcessError",
     "Reinit",

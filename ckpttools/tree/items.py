@@ -4,6 +4,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from ..errors import LeafError
 
 _RESERVED_NAMES = frozenset({"metrics", "descriptor", "_CHECKPOINT_METADATA"})
@@ -48,7 +50,9 @@ def as_metric(name: str, value: Any) -> float:
         LeafError: If it is not a number.
     """
     try:
-        return float(value)
+        # Reading a metric is requested, so it is not a transfer that a guard is meant to find.
+        with jax.transfer_guard("allow"):
+            return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         # Printing a deleted array raises, too.
         shown = "a deleted array" if isinstance(error, RuntimeError) else f"{value!r:.80}"
