@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
 from ..errors import PlacementError, StructureError
 from .leaves import is_array, is_key
-from .records import Record, format_form, get_host_shape
+from .records import Record, get_host_shape
 
 type TargetLeaf = tuple[str, Any, Record]
 """Name of a leaf of the state, its value there, and the record of the array that replaces it."""
@@ -67,12 +67,10 @@ def _find_problem(template: Any, record: Record) -> str:
         sharding = get_sharding(template)
         if sharding is None:
             return ""
-        if isinstance(sharding, NamedSharding) and len(sharding.spec) > len(record.shape):
-            return f"{sharding.spec} has more dimensions than {format_form(record)}"
         sharding.shard_shape(record.shape)
         if record.kind == "key" and not sharding.is_fully_addressable:
             _get_key_data_sharding(sharding)
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         return getattr(error, "what", None) or str(error).partition("\n")[0]
     return _find_missing_memory_kind(sharding)
 
