@@ -73,12 +73,12 @@ def _fill_item(item: str, value: Any, source: HostItem, replacements: Replacemen
         record = source.records.get(to_names(path))
         if record is None:
             return template.copy() if copy and isinstance(template, jax.Array) else template
-        host = _take(source, record)
+        name = format_leaf_name(item, path)
+        host = _take(name, source, record)
         if record.kind == "value" or isinstance(template, np.ndarray | np.generic):
             return host
         if record.scalar == "weak":
             host = host.item()
-        name = format_leaf_name(item, path)
         placed = placing.place(name, host, template)
         # A device may report a failure late. One leaf behind, so that a leaf is copied while the next one is prepared.
         _wait(waiting)
@@ -93,7 +93,7 @@ def _fill_item(item: str, value: Any, source: HostItem, replacements: Replacemen
         if copy or to_names(root) not in stored_states:
             return None
         skeleton, records = stored_states[to_names(root)]
-        return skeleton, [_take(source, record) for record in records]
+        return skeleton, [_take(format_leaf_name(item, record.path), source, record) for record in records]
 
     filled = flatten.fill(value, flatten.Filling(item, place, get_stored, replacements))
     _wait(waiting)
@@ -122,7 +122,7 @@ def _group_by_root(records: Sequence[Record], skeletons: Mapping[Path, Any]) -> 
     return grouped
 
 
-def _take(source: HostItem, record: Record) -> Any:
+def _take(name: str, source: HostItem, record: Record) -> Any:
     """Return the host value of a record; its array is removed from the item, so that it can be freed."""
     if record.kind == "value":
         return decode_value(record.value)
@@ -130,7 +130,10 @@ def _take(source: HostItem, record: Record) -> Any:
     if array is None:
         array = np.zeros(*get_host_shape(record))
     if record.kind == "key":
-        return jax.random.wrap_key_data(jax.device_put(array), impl=record.dtype)
+        try:
+            return jax.random.wrap_key_data(jax.device_put(array), impl=record.dtype)
+        except Exception as error:
+            raise placing.make_device_error(name, error) from error
     return array[()] if record.scalar == "numpy" else array
 
 

@@ -54,7 +54,7 @@ def directory(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def begun():
     state = make(7)
     for data in (state["data"], state["loose"]["iterator"]):
