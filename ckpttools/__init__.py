@@ -59,6 +59,7 @@ __all__ = [
     "Pad",
     "PeftCheckpoints",
     "Pinned",
+    "PlacementError",
     "Preview",
     "ProcessError",
     "Reinit",

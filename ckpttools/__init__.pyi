@@ -13,6 +13,7 @@ from .errors import MirrorError as MirrorError
 from .errors import NoIntactStepError as NoIntactStepError
 from .errors import NotARunError as NotARunError
 from .errors import NotRestoredError as NotRestoredError
+from .errors import PlacementError as PlacementError
 from .errors import ProcessError as ProcessError
 from .errors import RunInUseError as RunInUseError
 from .errors import SaveTimeoutError as SaveTimeoutError

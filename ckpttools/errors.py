@@ -109,6 +109,16 @@ class VersionError(StructureError):
     """
 
 
+class PlacementError(CheckpointError, RuntimeError):
+    """A leaf that cannot be placed on its devices; the live objects are as they were before the restore.
+
+    Attributes:
+        leaves: Names of the leaves, as far as known.
+    """
+
+    leaves: tuple[str, ...] = ()
+
+
 class StepDamagedError(CheckpointError, ValueError):
     """Base of what a restore passes over: two kinds of damage, and steps that the run's validation rejects.
 

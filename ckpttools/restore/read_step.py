@@ -7,6 +7,8 @@ All leaves are read and their digests compared before the first live leaf is rep
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
+
 from ..errors import IncompleteStepError, StructureError
 from ..processes import group
 from ..spec.operations import Operation
@@ -18,6 +20,8 @@ from ..surgery.plan import Changes, RestorePlan
 from ..surgery.suggest import Replan, require_match
 from ..tree import flatten
 from ..tree.leaf_paths import Names, to_names
+from ..tree.placing import TargetLeaf, require_placeable
+from ..tree.records import Record
 from ..tree.write_back import HostItem, require_legal_skeletons
 
 
@@ -53,17 +57,35 @@ def read_step(entry: Entry, templates: Mapping[str, flatten.FlatItem], get_chang
     Raises:
         StepDamagedError: If a leaf is missing or damaged.
         StructureError: If the step does not fit.
+        PlacementError: If a leaf cannot be placed where the state has it.
         VersionError: If the version of its state is not supported.
     """
     if entry.manifest is None:
         raise entry.error or IncompleteStepError(what=f"step {entry.step} has no manifest.")
     plan = plan_restore(entry, templates, get_changes(entry))
+    targets: dict[str, list[Record]] = {item: [] for item in templates}
+    for leaf in plan.placed_leaves:
+        if leaf.target is not None:
+            targets[leaf.path[0]].append(leaf.target)
     for item, template in templates.items():
-        leaves = [leaf.target for leaf in plan.placed_leaves if leaf.path[0] == item and leaf.target is not None]
-        require_legal_skeletons(template, leaves, plan.skeletons.get(item, {}))
+        require_legal_skeletons(template, targets[item], plan.skeletons.get(item, {}))
+    # Before arrays are read, which may take minutes.
+    require_placeable(list_placed(plan))
     _require_same_processes(entry, plan)
     arrays = leaf_integrity.read_verified(entry, plan.collect_records())
-    return LoadedStep(entry, entry.manifest, plan.make_host_items(templates, arrays), plan.drop_templates())
+    # Surgery may read values of the live state.
+    with jax.transfer_guard("allow"):
+        items = plan.make_host_items(templates, arrays)
+    return LoadedStep(entry, entry.manifest, items, plan.drop_templates())
+
+
+def list_placed(plan: RestorePlan) -> list[TargetLeaf]:
+    """Return the leaves that are placed on devices; those of stateful objects stay on the host."""
+    return [
+        (".".join(leaf.path), leaf.template, leaf.target)
+        for leaf in plan.placed_leaves
+        if leaf.target is not None and leaf.template is not None
+    ]
 
 
 def _require_same_processes(entry: Entry, plan: RestorePlan) -> None:
@@ -72,7 +94,7 @@ def _require_same_processes(entry: Entry, plan: RestorePlan) -> None:
     local = {(item, *to_names(path)) for item, path in contents.find_local_paths(count)} if contents else set()
     for leaf in plan.placed_leaves:
         stored = leaf.source.stored_path if leaf.source else ()
-        if contents and any(stored[: len(path)] == path for path in local):
+        if contents and local and any(stored[:depth] in local for depth in range(len(stored) + 1)):
             raise StructureError(
                 what=f"{'.'.join(stored)} of step {entry.step} was saved by {contents.processes} processes, each with "
                 f"its own value; now there are {count}.",

@@ -22,9 +22,10 @@ from flax import nnx
 from ..errors import LeafError, StructureError
 from ..spec.exclude import Exclude, find_exclusion
 from .containers import pack, unpack
-from .leaf_paths import Path
+from .leaf_paths import Path, format_leaf_name
 from .leaves import Leaf, describe, is_array, list_variable_types
 from .records import Record
+from .replacing import Replacements
 
 
 @runtime_checkable
@@ -188,49 +189,72 @@ def _require_key(name: Any) -> str | int:
     )
 
 
-def fill(item: Any, place: PlaceLeaf, get_stored: GetStoredState) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Filling:
+    """How one item is filled.
+
+    Attributes:
+        item: Name of the item.
+        place: Called once for each leaf, in the order of `flatten_item`, right before the leaf is replaced.
+        get_stored: Called once for each stateful object.
+        replacements: Replaces the values of live objects.
+    """
+
+    item: str
+    place: PlaceLeaf
+    get_stored: GetStoredState
+    replacements: Replacements
+
+
+def fill(value: Any, filling: Filling) -> Any:
     """Return an item with restored leaves: live objects are filled in place, everything else is rebuilt.
 
     Args:
-        item: What the caller passed in.
-        place: Called once for each leaf, in the order of `flatten_item`, right before the leaf is replaced.
-        get_stored: Called once for each stateful object.
+        value: What the caller passed in.
+        filling: Where its leaves come from.
 
     Returns:
-        `item` itself if it is a live object, else a new value of the same structure.
+        `value` itself if it is a live object, else a new value of the same structure.
     """
-    return _fill(item, (), place, get_stored)
+    return _fill(value, (), filling)
 
 
-def _fill(value: Any, prefix: Path, place: PlaceLeaf, get_stored: GetStoredState) -> Any:
+def _fill(value: Any, prefix: Path, filling: Filling) -> Any:
     if isinstance(value, nnx.Pytree):
+        # One leaf at a time, so that the old array is freed before the next one is allocated; and the variables
+        # themselves, since `nnx.update` walks over all siblings of a leaf.
         for path, entry in _flatten_state(nnx.state(value)):
-            # One leaf at a time, so that the old array is freed before the next one is allocated.
-            nnx.update(value, _nest(path, _fill_entry(entry, (*prefix, *path), place, get_stored)))
+            if isinstance(entry, nnx.Variable):
+                _fill_variable(entry, (*prefix, *path), filling)
+            else:
+                new = _fill(entry, (*prefix, *path), filling)
+                filling.replacements.set_entry(format_leaf_name(filling.item, (*prefix, *path)), value, path, new)
         return value
     if isinstance(value, nnx.State):
         rebuilt = []
         for path, entry in _flatten_state(value):
-            new = _fill_entry(entry, (*prefix, *path), place, get_stored)
+            raw = entry.get_raw_value() if isinstance(entry, nnx.Variable) else entry
+            new = _fill(raw, (*prefix, *path), filling)
             rebuilt.append((path, entry.replace(new) if isinstance(entry, nnx.Variable) else new))
         return nnx.from_flat_state(rebuilt)
     if isinstance(value, nnx.Variable):
-        value.set_raw_value(_fill_entry(value, prefix, place, get_stored))
-        return value
+        return _fill_variable(value, prefix, filling)
     if is_stateful(value):
         # Surgery may leave it as it is.
-        if (stored := get_stored(prefix)) is not None:
-            value.set_state(unpack(*stored))
+        if (stored := filling.get_stored(prefix)) is not None:
+            filling.replacements.set_state(format_leaf_name(filling.item, prefix), value, unpack(*stored))
         return value
     entries, treedef = open_pytree(value)
     if entries is None:
-        return place(prefix, value)
-    children = [_fill(entry, (*prefix, *keys), place, get_stored) for keys, entry in entries]
+        return filling.place(prefix, value)
+    children = [_fill(entry, (*prefix, *keys), filling) for keys, entry in entries]
     return jax.tree_util.tree_unflatten(treedef, children)
 
 
-def _fill_entry(entry: Any, path: Path, place: PlaceLeaf, get_stored: GetStoredState) -> Any:
-    return _fill(entry.get_raw_value() if isinstance(entry, nnx.Variable) else entry, path, place, get_stored)
+def _fill_variable(variable: nnx.Variable[Any], path: Path, filling: Filling) -> nnx.Variable[Any]:
+    new = _fill(variable.get_raw_value(), path, filling)
+    filling.replacements.set_variable(format_leaf_name(filling.item, path), variable, new)
+    return variable
 
 
 def split_item(item: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -239,12 +263,6 @@ def split_item(item: Any) -> tuple[Any, Callable[[Any], Any]]:
         graphdef, state = nnx.split(item)
         return state, lambda filled: nnx.merge(graphdef, filled)
     return item, lambda filled: filled
-
-
-def _nest(path: Path, value: Any) -> Any:
-    for key in reversed(path):
-        value = {key: value}
-    return value
 
 
 def _require_unique_names(item: str, paths: list[Path]) -> None:

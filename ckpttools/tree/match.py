@@ -89,16 +89,24 @@ def mask_numbers(path: Names) -> Names:
 
 
 def add_closest_names(differences: Sequence[Difference]) -> list[Difference]:
-    """Add to each missing leaf the closest names that are on disk and not in the state."""
-    unexpected = {each.path for each in differences if each.kind == "unexpected"}
+    """Add to each missing leaf the closest names that are on disk and not in the state.
+
+    Names are compared in pairs, so of many kinds of names only the first `_MAX_KINDS` of either side are.
+    """
+    unexpected = dict.fromkeys(each.path for each in differences if each.kind == "unexpected")
     if not unexpected:
         return list(differences)
     masked = {".".join(mask_numbers(path)): ".".join(path) for path in unexpected}
     names = {".".join(path) for path in unexpected}
+    candidates = list(masked)[:_MAX_KINDS]
+    asked: set[str] = set()
 
     @functools.cache
     def find_nearest(masked_name: str) -> tuple[str, ...]:
-        return tuple(difflib.get_close_matches(masked_name, masked, n=3, cutoff=0.5))
+        if len(asked) >= _MAX_KINDS:
+            return ()
+        asked.add(masked_name)
+        return tuple(difflib.get_close_matches(masked_name, candidates, n=3, cutoff=0.5))
 
     found = []
     for each in differences:
@@ -117,4 +125,5 @@ def _fill_numbers(masked_name: str, numbers: Sequence[str]) -> str:
     return re.sub("#", lambda _: next(rest, "#"), masked_name)
 
 
+_MAX_KINDS = 200
 _DIGITS = re.compile(r"\d+")

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ..errors import StructureError
-from . import flatten
+from ..errors import PlacementError
+from . import flatten, placing
 from .containers import unpack
-from .leaf_paths import Names, Path, is_below, to_names
-from .leaves import is_array, is_key, weaken
+from .leaf_paths import Names, Path, format_leaf_name, to_names
+from .leaves import weaken
 from .records import Record, decode_value, get_host_shape, read_inline_array
+from .replacing import Replacements
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,66 +35,95 @@ class HostItem:
 
 
 def fill_state(state: Mapping[str, Any], items: Mapping[str, HostItem]) -> dict[str, Any]:
-    """Return the state with its leaves replaced: live objects in place, everything else rebuilt."""
+    """Return the state with its leaves replaced: live objects in place, everything else rebuilt.
+
+    Raises:
+        PlacementError: If a device refuses a leaf. Whatever is raised, an interrupt included, all live objects are put
+            back as they were.
+    """
     # Stateful objects come first: if one of them refuses its state, the model is unchanged.
     ordered = sorted(state, key=lambda item: not flatten.is_stateful_item(state[item]))
-    filled = {item: _fill_item(state[item], items[item]) for item in ordered}
+    replacements = Replacements()
+    # A restore is requested, so its transfers are not those that a guard is meant to find.
+    with jax.transfer_guard("allow"):
+        try:
+            filled = {item: _fill_item(item, state[item], items[item], replacements) for item in ordered}
+        except BaseException as error:
+            _put_back(replacements, error)
+            raise
     return {item: filled[item] for item in state}
 
 
-def _fill_item(value: Any, source: HostItem, *, copy: bool = False) -> Any:
+def _put_back(replacements: Replacements, error: BaseException) -> None:
+    """Put the live objects back; what could not be put back is named."""
+    on_host, refused = replacements.put_back()
+    if refused:
+        error.add_note(f"{', '.join(refused)} refused the state it had before the restore; all else is as it was.")
+    if on_host:
+        raise PlacementError(
+            what=f"{', '.join(on_host[:20])} could not be put back after: {str(error).partition(chr(10))[0]:.300}",
+            why="the device does not take what it held before, so these hold their old values as arrays of the host.",
+            fix="save them now, or restart; everything else is as it was before the restore.",
+        ) from error
+
+
+def _fill_item(item: str, value: Any, source: HostItem, replacements: Replacements, *, copy: bool = False) -> Any:
+    waiting: list[tuple[str, jax.Array]] = []
+
     def place(path: Path, template: Any) -> Any:
         record = source.records.get(to_names(path))
         if record is None:
             return template.copy() if copy and isinstance(template, jax.Array) else template
-        host = _take(source, record)
+        name = format_leaf_name(item, path)
+        host = _take(name, source, record)
         if record.kind == "value" or isinstance(template, np.ndarray | np.generic):
             return host
         if record.scalar == "weak":
             host = host.item()
-        if not is_array(template):
-            return jnp.asarray(host)
-        sharding = getattr(template, "sharding", None)
-        if sharding is not None and not sharding.is_fully_addressable:
-            placed = _make_global_array(host, sharding)
-        else:
-            # An uncommitted array must not come back committed to a device.
-            placed = jax.device_put(host, template.sharding if getattr(template, "committed", True) else None)
+        placed = placing.place(name, host, template)
+        # A device may report a failure late. One leaf behind, so that a leaf is copied while the next one is prepared.
+        _wait(waiting)
+        waiting.append((name, placed))
+        replacements.offer_buffer(host, placed)
         return weaken(placed) if record.weak_type else placed
 
-    skeletons = {to_names(root): skeleton for root, skeleton in source.skeletons.items()}
+    stored_states = _group_by_root(source.restored_records, source.skeletons)
 
     def get_stored(root: Path) -> tuple[Any, list[Any]] | None:
         # A copy leaves stateful objects out: they cannot be copied in general.
-        if copy or to_names(root) not in skeletons:
+        if copy or to_names(root) not in stored_states:
             return None
-        values = [_take(source, record) for record in source.restored_records if is_below(record.path, [root])]
-        return skeletons[to_names(root)], values
+        skeleton, records = stored_states[to_names(root)]
+        return skeleton, [_take(format_leaf_name(item, record.path), source, record) for record in records]
 
-    return flatten.fill(value, place, get_stored)
-
-
-def _make_global_array(host: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Return a global array of which each process places its own shards; all of them hold the same host array."""
-    if is_key(host):
-        implementation = str(jax.random.key_impl(host))
-        data = np.asarray(jax.random.key_data(host))
-        return jax.random.wrap_key_data(_make_global_array(data, _get_key_data_sharding(sharding)), impl=implementation)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    filled = flatten.fill(value, flatten.Filling(item, place, get_stored, replacements))
+    _wait(waiting)
+    return filled
 
 
-def _get_key_data_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """Return the sharding of keys for their data; its extra dimension is not sharded, since the spec omits it."""
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return sharding
-    raise StructureError(
-        what=f"keys are sharded across processes by a {type(sharding).__name__}.",
-        why="it does not say how to shard the data of the keys, which has one dimension more.",
-        fix="shard them by a NamedSharding.",
-    )
+def _wait(waiting: list[tuple[str, jax.Array]]) -> None:
+    while waiting:
+        name, array = waiting.pop()
+        try:
+            array.block_until_ready()
+        except Exception as error:
+            raise placing.make_device_error(name, error) from error
 
 
-def _take(source: HostItem, record: Record) -> Any:
+def _group_by_root(records: Sequence[Record], skeletons: Mapping[Path, Any]) -> dict[Names, tuple[Any, list[Record]]]:
+    """Return the skeleton of each stateful object and the records of its leaves."""
+    grouped: dict[Names, tuple[Any, list[Record]]] = {
+        to_names(root): (skeleton, []) for root, skeleton in skeletons.items()
+    }
+    for record in records if grouped else ():
+        names = to_names(record.path)
+        for depth in range(len(names) + 1):
+            if names[:depth] in grouped:
+                grouped[names[:depth]][1].append(record)
+    return grouped
+
+
+def _take(name: str, source: HostItem, record: Record) -> Any:
     """Return the host value of a record; its array is removed from the item, so that it can be freed."""
     if record.kind == "value":
         return decode_value(record.value)
@@ -102,7 +131,10 @@ def _take(source: HostItem, record: Record) -> Any:
     if array is None:
         array = np.zeros(*get_host_shape(record))
     if record.kind == "key":
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=record.dtype)
+        try:
+            return jax.random.wrap_key_data(jax.device_put(array), impl=record.dtype)
+        except Exception as error:
+            raise placing.make_device_error(name, error) from error
     return array[()] if record.scalar == "numpy" else array
 
 
@@ -116,17 +148,20 @@ def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = 
         items: Leaves for the copy, which stay in `items`; by default those of the state.
     """
     copies = {}
-    for item, value in state.items():
-        if flatten.is_stateful_item(value):
-            continue
-        functional, merge = flatten.split_item(value)
-        if items is None:
-            copies[item] = merge(
-                jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, functional)
-            )
-        else:
-            source = dataclasses.replace(items[item], arrays=dict(items[item].arrays))
-            copies[item] = merge(_fill_item(functional, source, copy=True))
+    with jax.transfer_guard("allow"):
+        for item, value in state.items():
+            if flatten.is_stateful_item(value):
+                continue
+            functional, merge = flatten.split_item(value)
+            if items is None:
+                copies[item] = merge(
+                    jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, functional)
+                )
+            else:
+                source = dataclasses.replace(items[item], arrays=dict(items[item].arrays))
+                # Live objects inside a container are filled in place, so the copy gets objects of its own.
+                structure = jax.tree.map(lambda leaf: leaf, functional)
+                copies[item] = merge(_fill_item(item, structure, source, Replacements(), copy=True))
     return copies
 
 
@@ -139,6 +174,6 @@ def require_legal_skeletons(
         CorruptStepError: If they cannot be rebuilt.
     """
     roots = {to_names(root) for root in template.skeletons}
-    for root, skeleton in skeletons.items():
-        if to_names(root) in roots:
-            unpack(skeleton, [None for record in records if is_below(record.path, [root])])
+    for root, (skeleton, owned) in _group_by_root(records, skeletons).items():
+        if root in roots:
+            unpack(skeleton, [None] * len(owned))
