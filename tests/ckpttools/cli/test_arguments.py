@@ -8,22 +8,21 @@ from ckpttools.cli import arguments, parser
 from tests.ckpttools.cli.commands import call
 
 
-def test_the_path_of_a_step_is_its_run_and_number(run):
-    assert arguments.parse_run_path(run / "20") == (run, 20)
-    assert arguments.parse_run_path(run / "99") == (run, 99), "a step that does not exist is reported by the command"
-    assert arguments.parse_run_path(run) == (run, None), "control: the run itself"
+def test_a_number_means_another_step_of_the_same_run(run):
+    assert arguments.find_other_step(run, "20") == (run, 20)
+    assert arguments.find_other_step(run / "10", "20") == (run, 20)
+    assert arguments.find_other_step(run, run / "20") == (run / "20", None), "control: a path"
 
 
-def test_a_run_named_by_a_number_is_a_run(tmp_path):
+def test_a_directory_named_by_a_number_is_a_location(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "2024").mkdir()
-    assert arguments.parse_run_path(tmp_path / "2024") == (tmp_path / "2024", None)
-    (tmp_path / "2024" / "ckpttools.manifest").touch()  # control
-    assert arguments.parse_run_path(tmp_path / "2024") == (tmp_path, 2024)
+    assert arguments.find_other_step(run, "2024") == ("2024", None)
 
 
 def test_a_misspelt_run_is_refused(tmp_path):
     with pytest.raises(ct.StorageError, match="is not a directory"):
-        arguments.parse_run_path(tmp_path / "misspelt")
+        arguments.require_whole_run(tmp_path / "misspelt")
 
 
 def test_a_pair_is_split_at_its_first_equals_sign():
