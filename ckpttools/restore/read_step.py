@@ -71,8 +71,9 @@ def _require_same_processes(entry: Entry, plan: RestorePlan) -> None:
     contents, count = entry.manifest and entry.manifest.contents, group.get_process_index_and_count()[1]
     local = {(item, *to_names(path)) for item, path in contents.find_local_paths(count)} if contents else set()
     for leaf in plan.placed_leaves:
-        stored = leaf.source.stored_path if leaf.source else ()
-        if contents and any(stored[: len(path)] == path for path in local):
+        paths = [each.stored_path for each in leaf.source.iterate_stored()] if leaf.source else []
+        stored = next((each for each in paths if any(each[: len(path)] == path for path in local)), None)
+        if contents and stored is not None:
             raise StructureError(
                 what=f"{'.'.join(stored)} of step {entry.step} was saved by {contents.processes} processes, each with "
                 f"its own value; now there are {count}.",

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import jax
 
+from ..spec.operations import Operation
 from ..tree.flatten import FlatItem
 from ..tree.leaf_paths import Names, Path, to_names
 from ..tree.leaves import Leaf, describe, is_array
 from ..tree.match import Difference, add_closest_names, compare
-from ..tree.records import Record
+from ..tree.records import Kind, Record
 from .array_operations import require_values
 from .plan import Changes, PlacedLeaf, RestorePlan, SourceLeaf
 from .renaming import Parts, find_outermost_depth
@@ -92,13 +93,19 @@ class _LeafMatcher:
             Difference(kind="unexpected", path=path, stored=source.record, text="on disk, not in the state passed in")
             for path, source in free.items()
         ]
+        differences = tuple(add_closest_names([*self._differences, *unexpected]))
         return RestorePlan(
             placed_leaves=(*placed, *owned),
             dropped_leaves=tuple(dropped),
-            differences=tuple(add_closest_names([*self._differences, *unexpected])),
+            differences=differences,
             skeletons=self._collect_skeletons(),
-            stored_names=tuple(source.path for source in self._table.sources),
+            sources=tuple(self._table.sources),
+            state_records=self._describe_state() if differences else {},
         )
+
+    def _describe_state(self) -> dict[Names, Record]:
+        leaves = ((item, leaf) for item, flat in self._templates.items() for leaf in flat.leaves)
+        return {to_names((item, *leaf.path)): _make_record(leaf) for item, leaf in leaves}
 
     def _collect_skeletons(self) -> dict[str, dict[Path, Any]]:
         found: dict[str, dict[Path, Any]] = {item: {} for item in self._templates}
@@ -153,9 +160,19 @@ def _make_record(leaf: Leaf) -> Record:
 def _make_target_record(source: SourceLeaf, leaf: Leaf) -> Record:
     """Return the record of a stored leaf after its operations, under its path in the state."""
     record = dataclasses.replace(source.record, path=leaf.path)
-    if not source.operations or not is_array(leaf.value):
+    if not source.is_changed:
         return record
-    shape = compute_shape(".".join(source.path), source.operations, record.shape, tuple(leaf.value.shape))
+    operations = [each for each in source.operations if isinstance(each, Operation)]
+    here = tuple(leaf.value.shape) if is_array(leaf.value) else source.shape
+    shape = compute_shape(".".join(source.path), operations, source.shape, here)
+    kind: Kind = "key" if record.kind == "key" else "empty" if 0 in shape else "array"
     return dataclasses.replace(
-        record, shape=shape, dtype=source.dtype, kind="empty" if 0 in shape else "array", digest="", value=None
+        record,
+        shape=shape,
+        dtype=source.dtype,
+        kind=kind,
+        digest="",
+        value=None,
+        slices=(),
+        scalar=record.scalar if shape == () else "",
     )

@@ -96,7 +96,9 @@ def find_fix(plan: RestorePlan, state_names: Sequence[Names], replan: Replan) ->
         replan: Makes the plan with more operations.
     """
     for allow_parts in (True, False):
-        operations = suggest_operations(plan.differences, state_names, plan.stored_names, allow_parts=allow_parts)
+        operations = suggest_operations(
+            plan.differences, state_names, [each.path for each in plan.sources], allow_parts=allow_parts
+        )
         if operations and _is_fix(operations, plan, replan):
             return operations
     return ()
