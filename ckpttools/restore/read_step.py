@@ -17,7 +17,7 @@ from ..surgery.make_plan import make_restore_plan
 from ..surgery.plan import Changes, RestorePlan
 from ..surgery.suggest import Replan, require_match
 from ..tree import flatten
-from ..tree.leaf_paths import Names, to_names
+from ..tree.leaf_paths import to_names
 from ..tree.write_back import HostItem, require_legal_skeletons
 
 
@@ -88,19 +88,18 @@ def plan_restore(entry: Entry, templates: Mapping[str, flatten.FlatItem], change
     Raises:
         StructureError: If the step does not fit; the error suggests surgery.
     """
-    plan, state_names, replan = pair_leaves(entry, templates, changes)
-    require_match(entry.step, plan, state_names, replan, tuple(changes.surgery))
+    plan, replan = pair_leaves(entry, templates, changes)
+    require_match(entry.step, plan, replan, tuple(changes.surgery))
     return plan
 
 
 def pair_leaves(
     entry: Entry, templates: Mapping[str, flatten.FlatItem], changes: Changes
-) -> tuple[RestorePlan, list[Names], Replan]:
-    """Return the plan for one step, the names of the state's leaves, and a function that plans with more surgery."""
+) -> tuple[RestorePlan, Replan]:
+    """Return the plan for one step, and a function that plans with more surgery."""
     stored = entry.manifest.contents.get_process_items(*group.get_process_index_and_count()) if entry.manifest else {}
-    state_names = [to_names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
 
     def replan(more: Sequence[Operation]) -> RestorePlan:
         return make_restore_plan(stored, templates, dataclasses.replace(changes, surgery=changes.surgery + more))
 
-    return replan(()), state_names, replan
+    return replan(()), replan
