@@ -81,7 +81,7 @@ class _Kind:
 
 def find_slots(path: Names) -> frozenset[str]:
     """Return the names of an optimizer's slots in a name."""
-    return _SLOTS.intersection(path)
+    return _SLOTS.intersection(path[1:])
 
 
 type Pair = tuple[Candidate, Candidate]

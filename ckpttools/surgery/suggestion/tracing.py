@@ -78,10 +78,12 @@ def trace_leaves(plan: RestorePlan) -> list[Trace]:
     """
     tracer = _Tracer(plan)
     tracer.restore_order()
-    for exact in (True, False):
-        tracer.exact = exact
+    for strict, exact in ((True, True), (True, False), (False, True), (False, False)):
+        tracer.strict, tracer.exact = strict, exact
         if not exact:
             tracer.match_same_names(lambda old, new: old.shape == new.shape)
+        if tracer.is_from_torch():
+            tracer.transpose()
         for stage in (tracer.rename, tracer.stack, tracer.unstack, tracer.split, tracer.merge, tracer.transpose):
             stage()
     tracer.match_same_names(lambda old, new: _can_resize(old.shape, new.shape))
@@ -98,7 +100,7 @@ class _Tracer:
     """The leaves that have no place yet, and the traces found so far."""
 
     def __init__(self, plan: RestorePlan) -> None:
-        self.exact = True
+        self.exact, self.strict = True, True
         unfit = {each.path for each in plan.differences}
         self._records = dict(plan.state_records)
         self._sources = {source.path: source for source in plan.sources if not source.opaque}
@@ -168,6 +170,14 @@ class _Tracer:
             if {old.record.kind, new.kind} <= {"array", "empty"} and is_alike(old, new):
                 self._add(Trace(how="rename", old=path, new=path, sources=(path,), targets=(path,)))
 
+    def is_from_torch(self) -> bool:
+        """Return whether matrices named as PyTorch names them, which stores them as (out, in), become kernels."""
+        names = [
+            {path[-1] for path, form in leaves if len(form[2]) == 2}
+            for leaves in (self._list_stored(), self._list_wanted())
+        ]
+        return "weight" in names[0] and "kernel" in names[1]
+
     def rename(self) -> None:
         """Pair leaves of equal form."""
         stored = [Candidate(path, form, (path,)) for path, form in self._list_stored()]
@@ -191,7 +201,7 @@ class _Tracer:
         forms = {each.form for each in stored} & {each.form for each in wanted}
         if forms:
             kept = [[each for each in side if each.form in forms] for side in (stored, wanted)]
-            for old, new in pair_candidates(*kept):
+            for old, new in pair_candidates(kept[0], kept[1], strict=self.strict):
                 self._add(make(old, new))
 
     @staticmethod

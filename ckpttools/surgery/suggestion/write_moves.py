@@ -55,7 +55,8 @@ class _Group:
     def _write(self, segments: Names, place: str) -> str:
         text = ".".join(segments).replace(PLACE, place)
         # A single segment would match that name at any depth.
-        return text if len(segments) != 1 or self.anywhere else f"{text}.**"
+        is_bare = not self.anywhere and 1 in (len(self.old), len(self.new))
+        return f"{text}.**" if is_bare else text
 
 
 def write_moves(traces: Sequence[Trace], stored_names: Iterable[Names], *, allow_parts: bool) -> list[Operation]:

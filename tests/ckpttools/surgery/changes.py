@@ -8,7 +8,7 @@ that lands at a wrong place is seen.
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,12 @@ import optax
 from flax import nnx
 
 import ckpttools as ct
+from ckpttools.spec.operations import Operation, as_code
+from ckpttools.surgery.make_plan import make_restore_plan
+from ckpttools.surgery.plan import Changes, RestorePlan
+from ckpttools.surgery.suggest import Suggestion, find_suggestion
+from ckpttools.tree import flatten, snapshot
+from ckpttools.tree.write_back import fill_state
 
 type Leaves = dict[str, np.ndarray[Any, Any]]
 type State = dict[str, Any]
@@ -96,8 +102,17 @@ def fill_with_values(state: State, seed: int) -> State:
     return filled
 
 
-def try_change(change: Change) -> Outcome:
-    """Save the old state, load the new one with what the error suggests, and compare every leaf."""
+type Load = Callable[[State, State], tuple[tuple[Any, ...] | None, State]]
+"""Saves the first state and loads it into the second, with what the error suggests: the surgery and the filled state."""
+
+
+def try_change(change: Change, load: Load) -> Outcome:
+    """Save the old state, load the new one with what the error suggests, and compare every leaf.
+
+    Args:
+        change: The change.
+        load: `load_from_disk`, or `load_from_memory`, which plans and computes the same without a run.
+    """
     old = fill_with_values(change.old(), 0)
     new = fill_with_values(change.new(), 1)
     stored, fresh = read_leaves(old), read_leaves(new)
@@ -106,23 +121,46 @@ def try_change(change: Change) -> Outcome:
         value = change.origin(name, stored)
         expected[name] = leaf if value is None else stored[value] if isinstance(value, str) else value
     possible = _measure_kept(stored, expected)
+    surgery, filled = load(old, new)
+    if surgery is None:
+        return Outcome((), possible == 0, 0.0, possible, "nothing was suggested")
+    after = read_leaves(filled)
+    wrong = next((name for name, value in expected.items() if not _is_equal(after[name], value)), "")
+    code = tuple(map(as_code, surgery))
+    return Outcome(code, not wrong, _measure_kept(stored, after), possible, wrong)
+
+
+def load_from_disk(old: State, new: State) -> tuple[tuple[Any, ...] | None, State]:
+    """Load through a run on the disk."""
     with tempfile.TemporaryDirectory() as scratch:
         run = pathlib.Path(scratch) / "run"
         with ct.open(ct.CheckpointSpec(directory=run, storage=ct.Storage(asynchronous=False))) as ckpt:
             ckpt.save(1, old)
-        surgery: tuple[Any, ...] = ()
         try:
-            ct.preview(run, new)
-            report = ct.load(run, new)
+            return (), dict(ct.load(run, new).state)
         except ct.StructureError as error:
             surgery = error.surgery
-            if not surgery:
-                return Outcome((), possible == 0, 0.0, possible, "nothing was suggested")
-            report = ct.load(run, new, surgery=surgery)
-        after = read_leaves(report.state)
-    code = tuple(ct.Surgery([each]).to_toml() for each in surgery)
-    wrong = next((name for name, value in expected.items() if not _is_equal(after[name], value)), "")
-    return Outcome(code, not wrong, _measure_kept(stored, after), possible, wrong)
+        return (surgery, dict(ct.load(run, new, surgery=surgery).state)) if surgery else (None, new)
+
+
+def load_from_memory(old: State, new: State) -> tuple[tuple[Any, ...] | None, State]:
+    """Load by the same plan and the same steps, with arrays that never were on the disk."""
+    taken = snapshot.take(old, None).items
+    templates = {item: flatten.flatten_item(value, template=True) for item, value in new.items()}
+
+    def replan(operations: Sequence[Operation]) -> RestorePlan:
+        return make_restore_plan(taken, templates, Changes(surgery=ct.Surgery(operations)))
+
+    plan = replan(())
+    suggestion = find_suggestion(plan, replan) if plan.differences else Suggestion()
+    if plan.differences and not suggestion:
+        return None, new
+    plan = replan(suggestion.operations)
+    arrays = {
+        item: {record.path: taken[item].host_arrays[record.path] for record in records if record.is_in_orbax}
+        for item, records in plan.collect_records().items()
+    }
+    return suggestion.operations, fill_state(new, plan.make_host_items(templates, arrays))
 
 
 def _is_equal(one: Any, other: Any) -> bool:
@@ -210,7 +248,9 @@ def sequence(*layers: Any) -> Callable[[], State]:
 
     def make() -> State:
         rngs = nnx.Rngs(0)
-        made = [nnx.Dropout(0.1, rngs=nnx.Rngs(5)) if each == "drop" else nnx.Linear(*each, rngs=rngs) for each in layers]
+        made = [
+            nnx.Dropout(0.1, rngs=nnx.Rngs(5)) if each == "drop" else nnx.Linear(*each, rngs=rngs) for each in layers
+        ]
         return {"model": nnx.Sequential(*made)}
 
     return make
@@ -241,7 +281,9 @@ def renamed(*pairs: tuple[str, str]) -> Origin:
     return origin
 
 
-def stacked_from(old_key: str, new_key: str, transposed: bool = False, names: tuple[tuple[str, str], ...] = ()) -> Origin:
+def stacked_from(
+    old_key: str, new_key: str, transposed: bool = False, names: tuple[tuple[str, str], ...] = ()
+) -> Origin:
     """Stack the layers below one key."""
 
     def origin(name: str, old: Leaves) -> Any:
@@ -274,8 +316,6 @@ def unstacked_from(key: str, new_key: str) -> Origin:
 def fresh_where(*words: str, otherwise: Origin = same) -> Origin:
     """Keep the new value where a name has one of the words."""
     return lambda name, old: None if any(word in name for word in words) else otherwise(name, old)
-
-
 
 
 def block_of(new: Callable[[], State], *words: str) -> Origin:
