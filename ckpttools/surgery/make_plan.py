@@ -4,6 +4,7 @@
 Without surgery, leaves of equal names are paired, and whatever does not fit is a difference.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from ..spec.operations import Operation
 from ..tree.flatten import FlatItem
 from ..tree.leaf_paths import Names, Path, to_names
 from ..tree.leaves import Leaf, describe, is_array
-from ..tree.match import Difference, add_closest_names, compare
+from ..tree.match import Difference, add_closest_names, compare, mask_numbers
 from ..tree.records import Kind, Record
 from .array_operations import require_values
 from .plan import Changes, PlacedLeaf, RestorePlan, SourceLeaf
@@ -41,6 +42,10 @@ def make_restore_plan(
         table.apply(surgery, strict=False)
     table.apply(changes.surgery, strict=True)
     return _LeafMatcher(table, templates, changes.only).plan()
+
+
+_MAX_COMPARISONS = 10_000
+"""Pairs of kinds of names; comparing one takes about 50 us."""
 
 
 class _LeafMatcher:
@@ -93,7 +98,7 @@ class _LeafMatcher:
             Difference(kind="unexpected", path=path, stored=source.record, text="on disk, not in the state passed in")
             for path, source in free.items()
         ]
-        differences = tuple(add_closest_names([*self._differences, *unexpected]))
+        differences = _add_hints([*self._differences, *unexpected])
         return RestorePlan(
             placed_leaves=(*placed, *owned),
             dropped_leaves=tuple(dropped),
@@ -150,6 +155,13 @@ class _LeafMatcher:
         if difference is not None:
             self._differences.append(difference)
         return PlacedLeaf(path=path, source=source, target=target, template=leaf.value)
+
+
+def _add_hints(differences: list[Difference]) -> tuple[Difference, ...]:
+    """Add the closest names on disk to missing leaves, unless comparing all kinds of names would take seconds."""
+    kinds = collections.Counter(kind for kind, _ in {(each.kind, mask_numbers(each.path)) for each in differences})
+    is_quick = kinds["missing"] * kinds["unexpected"] <= _MAX_COMPARISONS
+    return tuple(add_closest_names(differences) if is_quick else differences)
 
 
 def _make_record(leaf: Leaf) -> Record:

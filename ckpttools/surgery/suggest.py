@@ -24,7 +24,7 @@ from .plan import PlacedLeaf, RestorePlan, SourceLeaf
 from .resize import needs_pad, needs_slice
 from .suggestion.patterns import find_covering_patterns, make_patterns
 from .suggestion.tracing import Trace, trace_leaves
-from .suggestion.write_moves import MAX_OPERATIONS, write_moves
+from .suggestion.write_moves import MAX_OPERATIONS, TooManyOperationsError, write_moves
 
 type Replan = Callable[[Sequence[Operation]], RestorePlan]
 """Returns the plan with more operations after the requested ones."""
@@ -149,11 +149,11 @@ def find_suggestion(plan: RestorePlan, replan: Replan) -> Suggestion:
     """
     traces = trace_leaves(plan)
     for allow_parts in (True, False):
-        operations = write_operations(plan, traces, allow_parts=allow_parts)
-        if len(operations) > MAX_OPERATIONS:
-            return Suggestion(reason=f"it would take more than {MAX_OPERATIONS} operations")
         try:
+            operations = write_operations(plan, traces, allow_parts=allow_parts)
             after = replan(operations)
+        except TooManyOperationsError:
+            return Suggestion(reason=f"it would take more than {MAX_OPERATIONS} operations")
         except CheckpointError:
             continue
         if operations and not after.differences and _is_as_traced(plan, after, traces):
@@ -186,13 +186,23 @@ def write_operations(plan: RestorePlan, traces: Sequence[Trace], *, allow_parts:
     dropped = [path for path, source in sources.items() if not source.opaque and path[0] in items and path not in taken]
     gone = set(dropped)
     stored = [path for path in sources if path not in gone]
-    operations: list[Operation] = [Drop(each) for each in find_covering_patterns(dropped, stored)] if dropped else []
+    drops = find_covering_patterns(dropped, stored) if dropped else []
+    _require_few(drops)
+    operations: list[Operation] = [Drop(each) for each in drops]
     operations += write_moves(traces, stored, allow_parts=allow_parts)
     operations += _write_array_operations(traces, sources, plan.state_records)
     if fresh:
         others = [path for path in plan.state_records if path not in set(fresh)]
-        operations += [Reinit(each) for each in find_covering_patterns(fresh, others)]
+        reinits = find_covering_patterns(fresh, others)
+        _require_few(reinits)
+        operations += [Reinit(each) for each in reinits]
+    _require_few(operations)
     return tuple(operations)
+
+
+def _require_few(found: Sequence[object]) -> None:
+    if len(found) > MAX_OPERATIONS:
+        raise TooManyOperationsError
 
 
 def _write_array_operations(

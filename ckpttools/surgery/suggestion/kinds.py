@@ -12,10 +12,9 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ...tree.leaf_paths import Names
-from ...tree.match import mask_numbers
 from ..resize import Shape
 
 type Form = tuple[str, str, Shape]
@@ -37,9 +36,31 @@ _SLOTS = frozenset(
     | {"grad_mom", "grad_sq", "ema", "average", "fisher"}
 )
 """Names of what an optimizer keeps of each parameter: one is never the source of another, nor a parameter of either."""
-_MAX_CANDIDATES = 24
+_MAX_CANDIDATES = 16
+_NUMBER = re.compile(r"\d+")
 _MAX_FUZZY = 60
 _MIN_RATIO = 0.55
+_MIN_MARGIN = 0.1
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def _mask_segment(segment: str) -> str:
+    return _NUMBER.sub("#", segment)
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def _find_numbers(segment: str) -> tuple[int, ...]:
+    return tuple(map(int, _NUMBER.findall(segment)))
+
+
+def mask_path(path: Names) -> Names:
+    """Replace the numbers in a name by "#"; most segments were seen before, so each is masked once."""
+    return tuple(map(_mask_segment, path))
+
+
+def list_numbers(path: Names) -> tuple[int, ...]:
+    """Return all numbers in a name."""
+    return tuple(number for part in path for number in _find_numbers(part))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +82,7 @@ class Candidate:
     @functools.cached_property
     def numbers(self) -> tuple[int, ...]:
         """All numbers in its name."""
-        return tuple(int(each) for part in self.path for each in re.findall(r"\d+", part))
+        return list_numbers(self.path)
 
 
 @dataclasses.dataclass(eq=False)
@@ -126,7 +147,7 @@ def pair_candidates(stored: Iterable[Candidate], wanted: Iterable[Candidate], *,
 def _group(candidates: Iterable[Candidate]) -> list[_Kind]:
     kinds: dict[tuple[Names, Form], _Kind] = {}
     for each in candidates:
-        key = (mask_numbers(each.path), each.form)
+        key = (mask_path(each.path), each.form)
         kinds.setdefault(key, _Kind(*key, [])).members.append(each)
     for kind in kinds.values():
         kind.members.sort(key=lambda each: each.numbers)
@@ -164,25 +185,61 @@ def _find_same_words(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Iter
 
 def _find_by_end(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Iterable[tuple[_Kind, _Kind]]:
     """Pair kinds by the longest common end of their names; the change of a part above that moves most leaves first."""
-    index: dict[tuple[Form, tuple[str, ...]], list[_Kind]] = {}
+    index: dict[tuple[Form, frozenset[str], tuple[str, ...]], list[_Kind]] = {}
     for source in sources:
         for size in range(1, len(source.words) + 1):
-            index.setdefault((source.form, source.words[-size:]), []).append(source)
-    edges: list[tuple[tuple[Names, Names], tuple[float, ...], _Kind, _Kind]] = []
+            index.setdefault((source.form, source.slots, source.words[-size:]), []).append(source)
+    edges: list[_Edge] = []
     votes: collections.Counter[tuple[Names, Names]] = collections.Counter()
     for target in targets:
         for size in range(len(target.words), 0, -1):
-            near = index.get((target.form, target.words[-size:]), [])[:_MAX_CANDIDATES]
-            near = [source for source in near if source.slots == target.slots]
-            for source in near:
-                change = _strip_common_end(source.masked, target.masked)
-                likeness = (size, _count_common(source.words, target.words), _overlap(source.words, target.words))
-                edges.append((change, likeness, source, target))
-                votes[change] += min(len(source.members), len(target.members))
+            near = index.get((target.form, target.slots, target.words[-size:]), [])
             if near:
                 break
-    edges.sort(key=lambda edge: (votes[edge[0]], edge[1]), reverse=True)
-    yield from _take_best((source, target) for _, _, source, target in edges)
+        for source in near if len(near) <= _MAX_CANDIDATES else ():
+            change = _strip_common_end(source.masked, target.masked)
+            common, overlap = _count_common(source.words, target.words), _overlap(source.words, target.words)
+            is_whole = len(source.members) == len(target.members)
+            edges.append(_Edge(source, target, change, (size, is_whole, common, overlap)))
+            votes[change] += min(len(source.members), len(target.members))
+    for edge in edges:
+        edge.evidence = (votes[edge.change], *edge.evidence)
+    # Two that look the same are not told apart by chance: such names have to be alike.
+    edges = _drop_ambiguous(edges, lambda edge: id(edge.target))
+    edges = _drop_ambiguous(edges, lambda edge: id(edge.source))
+    edges.sort(key=lambda edge: edge.evidence, reverse=True)
+    yield from _take_best((edge.source, edge.target) for edge in edges)
+
+
+@dataclasses.dataclass(eq=False)
+class _Edge:
+    """A possible pair, and what speaks for it."""
+
+    source: _Kind
+    target: _Kind
+    change: tuple[Names, Names]
+    evidence: tuple[float, ...]
+
+
+def _drop_ambiguous(edges: Sequence[_Edge], get_side: Callable[[_Edge], int]) -> list[_Edge]:
+    """Return the edges without those of a kind for which several others have the same, best evidence."""
+    groups: dict[int, list[_Edge]] = {}
+    for edge in edges:
+        groups.setdefault(get_side(edge), []).append(edge)
+    kept = []
+    for same in groups.values():
+        best = max(edge.evidence for edge in same)
+        tied = [edge for edge in same if edge.evidence == best]
+        if len(tied) > 1:
+            ratios = sorted(
+                ((_compare_differing(each.source.words, each.target.words), at) for at, each in enumerate(tied)),
+                reverse=True,
+            )
+            is_clear = ratios[0][0] >= _MIN_RATIO and ratios[0][0] - ratios[1][0] >= _MIN_MARGIN
+            kept += [tied[ratios[0][1]]] if is_clear else []
+        else:
+            kept += same
+    return kept
 
 
 def _find_by_parent(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Iterable[tuple[_Kind, _Kind]]:

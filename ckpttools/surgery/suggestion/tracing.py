@@ -3,7 +3,8 @@
 
 The strongest evidence comes first, and every leaf is used once: the same names with shifted numbers, other names of
 equal form, several leaves that are layers of one array and the reverse, fused arrays, transposed ones, then the same
-with another dtype, then other sizes. Copies come last: they take nothing away. What no stage finds is new, or of no use.
+with another dtype, then other sizes. Copies come last: they take nothing away. What no stage finds is new, or of no
+use.
 
 A leaf that fits by its name stays where it is, with one exception: a sequence into which something was inserted
 (`layers.1` is now `layers.2`, and `layers.2` is `layers.4`) keeps its order, although some of its names fit by chance.
@@ -17,11 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from ...tree.leaf_paths import Names
-from ...tree.match import is_transposed, mask_numbers
+from ...tree.match import is_transposed
 from ...tree.records import Record
 from ..plan import RestorePlan, SourceLeaf
 from ..resize import Shape
-from .kinds import Candidate, Form, find_slots, pair_candidates, split_words
+from .kinds import Candidate, Form, find_slots, list_numbers, mask_path, pair_candidates, split_words
 
 PLACE = "\x00"
 """Stands in a name for the number of a layer, or for the names of pieces."""
@@ -80,6 +81,8 @@ def trace_leaves(plan: RestorePlan) -> list[Trace]:
     tracer.restore_order()
     for strict, exact in ((True, True), (True, False), (False, True), (False, False)):
         tracer.strict, tracer.exact = strict, exact
+        if not exact and not tracer.has_other_dtypes():
+            continue
         if not exact:
             tracer.match_same_names(lambda old, new: old.shape == new.shape)
         if tracer.is_from_torch():
@@ -136,22 +139,22 @@ class _Tracer:
 
     def restore_order(self) -> None:
         """Pair the members of sequences in order, if the sequence on disk has members that the state does not name."""
-        loose = {(mask_numbers(path), form) for path, form in self._list_stored()}
-        loose &= {(mask_numbers(path), form) for path, form in self._list_wanted()}
+        loose = {(mask_path(path), form) for path, form in self._list_stored()}
+        loose &= {(mask_path(path), form) for path, form in self._list_wanted()}
         if not loose:
             return
         groups: dict[tuple[Names, Form], tuple[list[Names], list[Names]]] = {key: ([], []) for key in loose}
         for path, source in self._sources.items():
-            key = (mask_numbers(path), self._get_form(source.record.kind, source.dtype, source.shape))
+            key = (mask_path(path), self._get_form(source.record.kind, source.dtype, source.shape))
             if key in groups and (path in self.stored or self._fits.get(path) == path):
                 groups[key][0].append(path)
         for path, record in self._records.items():
-            key = (mask_numbers(path), self._get_form(record.kind, record.dtype, record.shape))
+            key = (mask_path(path), self._get_form(record.kind, record.dtype, record.shape))
             if key in groups and (path in self.wanted or self._fits.get(path) == path):
                 groups[key][1].append(path)
         for olds, news in groups.values():
-            olds.sort(key=_get_numbers)
-            news.sort(key=_get_numbers)
+            olds.sort(key=list_numbers)
+            news.sort(key=list_numbers)
             pairs = list(zip(olds, news))
             if not _is_shifted(olds, news):
                 continue
@@ -169,6 +172,11 @@ class _Tracer:
             old, new = self.stored[path], self.wanted[path]
             if {old.record.kind, new.kind} <= {"array", "empty"} and is_alike(old, new):
                 self._add(Trace(how="rename", old=path, new=path, sources=(path,), targets=(path,)))
+
+    def has_other_dtypes(self) -> bool:
+        """Return whether a cast could help: whether what is left has more than one dtype."""
+        dtypes = {source.dtype for source in self.stored.values()} | {record.dtype for record in self.wanted.values()}
+        return bool(self.stored and self.wanted) and len(dtypes) > 1
 
     def is_from_torch(self) -> bool:
         """Return whether matrices named as PyTorch names them, which stores them as (out, in), become kernels."""
@@ -234,7 +242,7 @@ class _Tracer:
         found = [
             Candidate(each.path, form, each.leaves, (each.detail, axis, axes))
             for each in _collapse(self._list_wanted())
-            if [_get_numbers(path)[each.numbers_before] for path in each.leaves] == list(range(len(each.leaves)))
+            if [list_numbers(path)[each.numbers_before] for path in each.leaves] == list(range(len(each.leaves)))
             for axis, axes, form in _list_stacked(each.form, len(each.leaves), inverse=True)
         ]
 
@@ -397,7 +405,7 @@ class _Tracer:
 
 def _is_shifted(olds: Sequence[Names], news: Sequence[Names]) -> bool:
     """Return whether a sequence may have kept its order while its numbers changed."""
-    numbers = [[_get_numbers(path) for path in side] for side in (olds, news)]
+    numbers = [[list_numbers(path) for path in side] for side in (olds, news)]
     varying = [at for at, column in enumerate(zip(*numbers[0], *numbers[1])) if len(set(column)) > 1]
     if len(olds) != len(news) and len(varying) > 1:
         return False
@@ -411,11 +419,7 @@ def _get_change(old: Names, new: Names) -> tuple[Names, Names]:
     end = 0
     while end < min(len(old), len(new)) and old[-1 - end] == new[-1 - end]:
         end += 1
-    return mask_numbers(old[: len(old) - end]), mask_numbers(new[: len(new) - end])
-
-
-def _get_numbers(path: Names) -> tuple[int, ...]:
-    return tuple(int(each) for part in path for each in re.findall(r"\d+", part))
+    return mask_path(old[: len(old) - end]), mask_path(new[: len(new) - end])
 
 
 def _permute(form: Form, axes: Sequence[int]) -> Form:

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ...spec.operations import Copy, Merge, Operation, Rename, Split, Stack, Unstack
 from ...tree.leaf_paths import Names
-from ...tree.match import mask_numbers
 from ..renaming import Parts, find_outermost_depth
+from .kinds import mask_path
 from .patterns import format_segment
 from .tracing import PLACE, Trace
 
@@ -22,6 +22,10 @@ type Change = tuple[Names, Names]
 MAX_OPERATIONS = 200
 """A longer list is not suggested: nobody would read it."""
 _NUMBER = re.compile(r"\d+")
+
+
+class TooManyOperationsError(Exception):
+    """A list of operations that nobody would read; it does not leave this room."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _group(traces: Sequence[Trace], names: Collection[Names], *, allow_parts: bo
     masked: dict[tuple[Names, ...], list[Change]] = {}
     for old, new in moved:
         is_alike = _NUMBER.findall(".".join(old)) == _NUMBER.findall(".".join(new))
-        masked.setdefault((mask_numbers(old), mask_numbers(new)) if is_alike else (old, new), []).append((old, new))
+        masked.setdefault((mask_path(old), mask_path(new)) if is_alike else (old, new), []).append((old, new))
     parts = Parts(names) if any(len(same) > 1 for same in masked.values()) or len(masked) > 1 else None
     found: list[_Group] = []
     for same in masked.values():
@@ -126,6 +130,8 @@ def _group(traces: Sequence[Trace], names: Collection[Names], *, allow_parts: bo
             found.append(together)
         else:
             found += [_make_group([change], moved) for change in same]
+    if len(found) > MAX_OPERATIONS:
+        raise TooManyOperationsError
     found = _say_at_any_depth(found, parts) if parts is not None else found
     return sorted(found, key=lambda group: -len(group.old))
 
@@ -248,8 +254,6 @@ def _order_renames(groups: Sequence[_Group]) -> list[Operation]:
     owner = {leaf: index for index, group in enumerate(groups) for leaf in group.leaves}
     above = {part: index for index, group in enumerate(groups) for part in group.parts}
     before: dict[int, set[int]] = {index: set() for index in range(len(groups))}
-    if len(groups) > MAX_OPERATIONS:
-        return [Rename(group.write_old(), group.write_new()) for group in groups]
     for index, group in enumerate(groups):
         before[index] |= {owner[path] for path in group.targets if path in owner and owner[path] != index}
     for leaf, index in owner.items():

@@ -38,7 +38,15 @@ OPT = "optimizer.opt_state"
 
 def list_changes() -> list[Change]:
     """Return all changes."""
-    return [*_list_optimizers(), *_list_layers(), *_list_names(), *_list_sizes(), *_list_forms(), *_list_parts()]
+    return [
+        *_list_optimizers(),
+        *_list_layers(),
+        *_list_names(),
+        *_list_sizes(),
+        *_list_forms(),
+        *_list_parts(),
+        *_list_ambiguous(),
+    ]
 
 
 def _count_of(origin: Origin) -> Origin:
@@ -401,13 +409,13 @@ def _list_forms() -> Iterator[Change]:
     )
     fused = lambda key_size=4: {
         "h": {str(n): {"attn": {"c_attn": linear(4, 4 + 2 * key_size), "o": linear(4, 4)}} for n in range(2)}
-    }  # noqa: E731
+    }
     apart = lambda key_size=4: {
         "h": {
             str(n): {"attn": {"q": linear(4, 4), "k": linear(4, key_size), "v": linear(4, key_size), "o": linear(4, 4)}}
             for n in range(2)
         }
-    }  # noqa: E731
+    }
 
     def cut(key_size: int) -> Origin:
         starts = {"q": (0, 4), "k": (4, 4 + key_size), "v": (4 + key_size, 4 + 2 * key_size)}
@@ -507,6 +515,30 @@ def _list_parts() -> Iterator[Change]:
     )
     yield Change("a part on disk too many", one(lambda: {**tower(), "decoder": linear(4, 7)}), one(tower), same)
     yield Change("nothing alike", one(lambda: {"a": array(3, 5)}), one(lambda: {"z": {"q": array(7)}}), same)
+
+
+def _list_ambiguous() -> Iterator[Change]:
+    """Changes in which the names say nothing about two parts of one form: a guess could swap them."""
+    one = lambda make, *args: lambda: {"model": make(*args)}  # noqa: E731
+    rest = {"up": linear(3, 5)}
+    yield Change(
+        "two alike parts, renamed beyond recognition",
+        one(lambda: {**rest, "encoder": linear(4, 4), "decoder": linear(4, 4)}),
+        one(lambda: {**rest, "src": linear(4, 4), "tgt": linear(4, 4)}),
+        same,
+    )
+    yield Change(
+        "a list to names of equal form",
+        one(lambda: {**rest, "heads": {"0": linear(4, 4), "1": linear(4, 4)}}),
+        one(lambda: {**rest, "policy": linear(4, 4), "value": linear(4, 4)}),
+        same,
+    )
+    yield Change(
+        "swapped by names that stay alike",
+        one(lambda: {**rest, "encoder": linear(4, 4), "decoder": linear(4, 4)}),
+        one(lambda: {**rest, "the_encoder": linear(4, 4), "the_decoder": linear(4, 4)}),
+        renamed(("the_", "")),
+    )
 
 
 def _drop_keys(tree: Any, name: str) -> Any:
