@@ -192,7 +192,7 @@ def write_operations(plan: RestorePlan, traces: Sequence[Trace], *, allow_parts:
     operations += write_moves(traces, stored, allow_parts=allow_parts)
     operations += _write_array_operations(traces, sources, plan.state_records)
     if fresh:
-        others = [path for path in plan.state_records if path not in set(fresh)]
+        others = _list_others(plan.state_records, fresh)
         reinits = find_covering_patterns(fresh, others)
         _require_few(reinits)
         operations += [Reinit(each) for each in reinits]

@@ -168,19 +168,24 @@ def _zip_members(source: _Kind, target: _Kind) -> list[Pair]:
 
 
 def _find_same_words(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Iterable[tuple[_Kind, _Kind]]:
-    """Pair kinds whose names have the same words, first in the same segments."""
-    for key in (lambda kind: kind.masked, lambda kind: kind.words):
-        index = collections.defaultdict(list)
-        for source in sources:
-            index[key(source), source.form].append(source)
-        wanted = collections.Counter((key(target), target.form) for target in targets)
-        for target in targets:
-            same = index.get((key(target), target.form), ())
-            if len(same) == 1 and wanted[key(target), target.form] == 1:
-                yield same[0], target
-        if any(len(same) for same in index.values()):
-            sources = [each for each in sources if wanted[key(each), each.form] == 0]
-            targets = [each for each in targets if (key(each), each.form) not in index]
+    """Pair kinds whose names differ in numbers only, then those whose names have the same words.
+
+    A scalar needs more than that: there are many counters, and the parts around them show which is which.
+    """
+    done: set[int] = set()
+    for get_name in (lambda kind: kind.masked, lambda kind: kind.words):
+        index: dict[tuple[Names, Form], list[_Kind]] = {}
+        wanted: dict[tuple[Names, Form], list[_Kind]] = {}
+        for side, kinds in ((index, sources), (wanted, targets)):
+            for kind in kinds:
+                if id(kind) not in done:
+                    side.setdefault((get_name(kind), kind.form), []).append(kind)
+        for key, same in wanted.items():
+            found = index.get(key, ())
+            is_scalar = key[1][2] == ()
+            if len(same) == len(found) == 1 and (not is_scalar or same[0].masked == found[0].masked):
+                done |= {id(same[0]), id(found[0])}
+                yield found[0], same[0]
 
 
 def _find_by_end(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Iterable[tuple[_Kind, _Kind]]:
