@@ -3,8 +3,8 @@
 
     python benchmarks/ckpt_surgery.py [--write] [--save FILE] [--before FILE]
 
-Each change is saved to a run and loaded with what the error suggests; every leaf is compared with the value that it must
-have. `--save` writes the outcomes to a file, and `--before` reads such a file of an older version for comparison.
+Each change is saved to a run and loaded with what the error suggests; every leaf is compared with the value that it
+must have. `--save` writes the outcomes to a file, and `--before` reads such a file of an older version for comparison.
 `--write` writes docs/benchmarks/ckpt_surgery.md.
 """
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from tests.ckpttools.surgery.change_list import list_changes
 from tests.ckpttools.surgery.changes import load_from_disk, try_change
+from tests.ckpttools.surgery.large_states import list_large_states, time_suggestion
 
 TARGET = pathlib.Path(__file__).parents[1] / "docs" / "benchmarks" / "ckpt_surgery.md"
 
@@ -46,11 +47,9 @@ def try_all() -> dict[str, dict]:
 
 def measure_times() -> list[str]:
     """Return the seconds that a suggestion takes as a Markdown table."""
-    from tests.ckpttools.surgery.large_states import list_large_states, time_suggestion  # older versions lack it
-
     lines = ["| leaves | change | seconds | operations |", "| ---: | --- | ---: | ---: |"]
     for name, old, new in list_large_states():
-        for count in (1_000, 10_000, 50_000):
+        for count in (1_000, 3_000, 10_000):
             seconds, leaves, operations = time_suggestion(old(count), new(count))
             lines.append(f"| {leaves:,} | {name} | {seconds:.2f} | {operations} |")
     return lines
@@ -72,8 +71,8 @@ def format_report(now: dict[str, dict], before: dict[str, dict], times: list[str
         "",
         f"`python benchmarks/ckpt_surgery.py --write`, {datetime.date.today()}, CPU, {versions}.",
         "",
-        f"{len(now)} changes to a state. Each old state was saved with a value of its own in every float; each new one was "
-        "loaded with the surgery that the error suggested, and every leaf compared with the value that it must have. "
+        f"{len(now)} changes to a state. Each old state was saved with a value of its own in every float; each new one "
+        "was loaded with the surgery that the error suggested, and every leaf compared with the value that it must have. "
         f"Right: {right} of {len(now)}"
         + (f"; before: {sum(each['right'] for each in before.values())}." if before else ".")
         + " The percentage is the share of the stored floats (by bytes) that is in the state afterwards; *possible* is "
@@ -87,7 +86,15 @@ def format_report(now: dict[str, dict], before: dict[str, dict], times: list[str
         code = "<br>".join(f"`{each.removeprefix('ct.')}`" for each in outcome["suggested"])
         cells = [name, *old, format_outcome(outcome), f"{100 * outcome['possible']:.0f} %", code]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    tail = ["", "## Time", "", "Seconds to trace, write down and try a suggestion, without the disk.", "", *times, ""]
+    tail = [
+        "",
+        "## Time",
+        "",
+        "Seconds of the processor to trace, write down and try a suggestion; the machine was busy with other work.",
+        "",
+        *times,
+        "",
+    ]
     return "\n".join([*head, *lines, *(tail if times else [""])])
 
 

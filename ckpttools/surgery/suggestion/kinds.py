@@ -63,6 +63,29 @@ def list_numbers(path: Names) -> tuple[int, ...]:
     return tuple(number for part in path for number in _find_numbers(part))
 
 
+PLACE = "\x00"
+"""Stands in a name for the number of a layer, or for the names of pieces."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """How an array is made of leaves, or taken apart.
+
+    Attributes:
+        name: Their name, with `PLACE` for what differs; empty for one leaf.
+        axis: The axis along which they are joined.
+        pieces: Names of the pieces of a fused array.
+        sizes: Sizes of its pieces, if they differ.
+        axes: How the result is transposed; empty if it is not.
+    """
+
+    name: Names = ()
+    axis: int = 0
+    pieces: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
     """A leaf, or an array that could be made of several leaves, under the name that it would have.
@@ -71,13 +94,13 @@ class Candidate:
         path: The name that is compared.
         form: The form that has to be equal.
         leaves: The leaves that it stands for, in order.
-        detail: What would have to be done.
+        detail: What would have to be done; None for a leaf as it is.
     """
 
     path: Names
     form: Form
     leaves: tuple[Names, ...]
-    detail: object = None
+    detail: Arrangement | None = None
 
     @functools.cached_property
     def numbers(self) -> tuple[int, ...]:
@@ -159,9 +182,9 @@ def _zip_members(source: _Kind, target: _Kind) -> list[Pair]:
     olds, news = source.members, target.members
     if len(olds) == len(news):
         return list(zip(olds, news))
-    for by_value in (lambda numbers: numbers, lambda numbers: numbers[-1:]):
-        places = {by_value(each.numbers): each for each in olds}
-        found = [(places[by_value(new.numbers)], new) for new in news if by_value(new.numbers) in places]
+    for start in (0, -1):
+        places = {each.numbers[start:]: each for each in olds}
+        found = [(places[new.numbers[start:]], new) for new in news if new.numbers[start:] in places]
         if len(places) == len(olds) and found and len({id(old) for old, _ in found}) == len(found):
             return found
     return []
@@ -173,13 +196,13 @@ def _find_same_words(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Iter
     A scalar needs more than that: there are many counters, and the parts around them show which is which.
     """
     done: set[int] = set()
-    for get_name in (lambda kind: kind.masked, lambda kind: kind.words):
+    for name in ("masked", "words"):
         index: dict[tuple[Names, Form], list[_Kind]] = {}
         wanted: dict[tuple[Names, Form], list[_Kind]] = {}
         for side, kinds in ((index, sources), (wanted, targets)):
             for kind in kinds:
                 if id(kind) not in done:
-                    side.setdefault((get_name(kind), kind.form), []).append(kind)
+                    side.setdefault((getattr(kind, name), kind.form), []).append(kind)
         for key, same in wanted.items():
             found = index.get(key, ())
             is_scalar = key[1][2] == ()

@@ -13,7 +13,6 @@ A leaf that fits by its name stays where it is, with one exception: a sequence i
 import collections
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -21,11 +20,8 @@ from ...tree.leaf_paths import Names
 from ...tree.match import is_transposed
 from ...tree.records import Record
 from ..plan import RestorePlan, SourceLeaf
-from ..resize import Shape
-from .kinds import Candidate, Form, find_slots, list_numbers, mask_path, pair_candidates, split_words
-
-PLACE = "\x00"
-"""Stands in a name for the number of a layer, or for the names of pieces."""
+from .arrangements import list_fused, list_plain, list_stacked, list_transposed
+from .kinds import Arrangement, Candidate, Form, find_slots, list_numbers, mask_path, pair_candidates, split_words
 
 type How = Literal["rename", "copy", "stack", "unstack", "merge", "split"]
 
@@ -57,18 +53,11 @@ class Trace:
     axes: tuple[int, ...] = ()
 
 
-_FUSED = (
-    *(("q", "k", "v"), ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("wq", "wk", "wv")),
-    *(("to_q", "to_k", "to_v"), ("gate", "up"), ("gate_proj", "up_proj"), ("wi_0", "wi_1"), ("w1", "w3")),
-    *(("k", "v"), ("key", "value"), ("k_proj", "v_proj")),
-)
-"""Names of the pieces that models fuse, in the order in which they do."""
 _HEAD_WORDS = frozenset({"head", "logit", "logits", "unembed", "output", "decode", "classifier", "vocab"})
 _EMBED_WORDS = frozenset({"embed", "embedder", "embedding", "token", "tok", "word", "vocab", "input"})
 _COPY_WORDS = frozenset(
     {"ema", "average", "averaged", "avg", "shadow", "target", "teacher", "slow", "polyak", "reference", "ref", "swa"}
 )
-_PERMUTATIONS = {2: ((1, 0),), 3: ((0, 2, 1), (2, 1, 0)), 4: ((2, 3, 1, 0), (3, 2, 0, 1), (0, 1, 3, 2))}
 
 
 def trace_leaves(plan: RestorePlan) -> list[Trace]:
@@ -188,111 +177,37 @@ class _Tracer:
 
     def rename(self) -> None:
         """Pair leaves of equal form."""
-        stored = [Candidate(path, form, (path,)) for path, form in self._list_stored()]
-        self._pair(stored, self._list_plain(), self._make_rename)
+        self._pair("rename", list_plain(self._list_stored()), list_plain(self._list_wanted()))
 
     def transpose(self) -> None:
         """Pair leaves with those whose axes are in another order."""
-        stored = [
-            Candidate(path, _permute(form, axes), (path,), axes)
-            for path, form in self._list_stored()
-            for axes in _list_permutations(form)
-        ]
-        self._pair(stored, self._list_plain(), self._make_rename)
+        self._pair("rename", list_transposed(self._list_stored()), list_plain(self._list_wanted()))
 
-    def _list_plain(self) -> list[Candidate]:
-        return [Candidate(path, form, (path,)) for path, form in self._list_wanted()]
+    def stack(self) -> None:
+        """Pair arrays with the layers that they consist of."""
+        stacked = list_stacked(self._list_stored(), are_wanted=False)
+        self._pair("stack", stacked, list_plain(self._list_wanted()))
 
-    def _pair(
-        self, stored: list[Candidate], wanted: list[Candidate], make: Callable[[Candidate, Candidate], Trace]
-    ) -> None:
+    def unstack(self) -> None:
+        """Pair layers with the array that they are stored in."""
+        self._pair("unstack", list_plain(self._list_stored()), list_stacked(self._list_wanted(), are_wanted=True))
+
+    def split(self) -> None:
+        """Pair query, key and value with the array that they are fused in."""
+        fused = list_fused(dict(self._list_wanted()), are_wanted=True)
+        self._pair("split", list_plain(self._list_stored()), list(fused))
+
+    def merge(self) -> None:
+        """Pair a fused array with the query, key and value that it consists of."""
+        fused = list_fused(dict(self._list_stored()), are_wanted=False)
+        self._pair("merge", list(fused), list_plain(self._list_wanted()))
+
+    def _pair(self, how: How, stored: list[Candidate], wanted: list[Candidate]) -> None:
         forms = {each.form for each in stored} & {each.form for each in wanted}
         if forms:
             kept = [[each for each in side if each.form in forms] for side in (stored, wanted)]
             for old, new in pair_candidates(kept[0], kept[1], strict=self.strict):
-                self._add(make(old, new))
-
-    @staticmethod
-    def _make_rename(old: Candidate, new: Candidate) -> Trace:
-        axes = old.detail if isinstance(old.detail, tuple) else ()
-        return Trace(
-            how="rename", old=old.leaves[0], new=new.leaves[0], sources=old.leaves, targets=new.leaves, axes=axes
-        )
-
-    def stack(self) -> None:
-        """Pair arrays with the layers that they consist of."""
-        wanted = self._list_plain()
-        found = [
-            Candidate(each.path, form, each.leaves, (each.detail, axis, axes))
-            for each in _collapse(self._list_stored())
-            for axis, axes, form in _list_stacked(each.form, len(each.leaves))
-        ]
-
-        def make(old: Candidate, new: Candidate) -> Trace:
-            place, axis, axes = old.detail  # type: ignore[misc]
-            return Trace(
-                how="stack", old=place, new=new.path, sources=old.leaves, targets=new.leaves, axis=axis, axes=axes
-            )
-
-        self._pair(found, wanted, make)
-
-    def unstack(self) -> None:
-        """Pair layers with the array that they are stored in."""
-        stored = [Candidate(path, form, (path,)) for path, form in self._list_stored()]
-        found = [
-            Candidate(each.path, form, each.leaves, (each.detail, axis, axes))
-            for each in _collapse(self._list_wanted())
-            if [list_numbers(path)[each.numbers_before] for path in each.leaves] == list(range(len(each.leaves)))
-            for axis, axes, form in _list_stacked(each.form, len(each.leaves), inverse=True)
-        ]
-
-        def make(old: Candidate, new: Candidate) -> Trace:
-            place, axis, axes = new.detail  # type: ignore[misc]
-            return Trace(
-                how="unstack", old=old.path, new=place, sources=old.leaves, targets=new.leaves, axis=axis, axes=axes
-            )
-
-        self._pair(stored, found, make)
-
-    def split(self) -> None:
-        """Pair query, key and value with the array that they are fused in."""
-        stored = [Candidate(path, form, (path,)) for path, form in self._list_stored()]
-        shapes = {path: record.shape for path, record in self.wanted.items()}
-
-        def make(old: Candidate, new: Candidate) -> Trace:
-            place, axis, pieces, sizes, axes = new.detail  # type: ignore[misc]
-            return Trace(
-                how="split",
-                old=old.path,
-                new=place,
-                sources=old.leaves,
-                targets=new.leaves,
-                axis=axis,
-                pieces=pieces,
-                sizes=sizes,
-                axes=axes,
-            )
-
-        self._pair(stored, list(_fuse(dict(self._list_wanted()), shapes, inverse=True)), make)
-
-    def merge(self) -> None:
-        """Pair a fused array with the query, key and value that it consists of."""
-        shapes = {path: source.shape for path, source in self.stored.items()}
-
-        def make(old: Candidate, new: Candidate) -> Trace:
-            place, axis, pieces, _, axes = old.detail  # type: ignore[misc]
-            return Trace(
-                how="merge",
-                old=place,
-                new=new.path,
-                sources=old.leaves,
-                targets=new.leaves,
-                axis=axis,
-                pieces=pieces,
-                axes=axes,
-            )
-
-        self._pair(list(_fuse(dict(self._list_stored()), shapes)), self._list_plain(), make)
+                self._add(_make_trace(how, old, new))
 
     def resize(self) -> None:
         """Pair leaves of other sizes where a part above them was renamed with its other leaves."""
@@ -304,7 +219,7 @@ class _Tracer:
         for old, new in pair_candidates(make_candidates(self._list_stored()), make_candidates(self._list_wanted())):
             shapes = self._sources[old.path].shape, self._records[new.path].shape
             if _get_change(old.path, new.path) in changes and _can_resize(*shapes):
-                self._add(self._make_rename(old, new))
+                self._add(_make_trace("rename", old, new))
 
     def copy(self) -> None:
         """Find leaves of which the state has one more than the disk: averages, untied heads, counters of updates."""
@@ -403,6 +318,21 @@ class _Tracer:
         return shape if len(shape) == 2 else None
 
 
+def _make_trace(how: How, old: Candidate, new: Candidate) -> Trace:
+    arrangement = old.detail or new.detail or Arrangement()
+    return Trace(
+        how=how,
+        old=old.detail.name if old.detail and old.detail.name else old.path,
+        new=new.detail.name if new.detail and new.detail.name else new.path,
+        sources=old.leaves,
+        targets=new.leaves,
+        axis=arrangement.axis,
+        pieces=arrangement.pieces,
+        sizes=arrangement.sizes,
+        axes=arrangement.axes,
+    )
+
+
 def _is_shifted(olds: Sequence[Names], news: Sequence[Names]) -> bool:
     """Return whether a sequence may have kept its order while its numbers changed."""
     numbers = [[list_numbers(path) for path in side] for side in (olds, news)]
@@ -411,7 +341,8 @@ def _is_shifted(olds: Sequence[Names], news: Sequence[Names]) -> bool:
         return False
     # What begins at a large number is not a sequence of layers but a choice of names.
     is_sequence = all(side[0][at] <= 1 for side in numbers for at in varying[-1:])
-    moves_fits = any(old != new and (old in news or new in olds) for old, new in zip(olds, news))
+    both = set(olds) & set(news)
+    moves_fits = any(old != new and (old in both or new in both) for old, new in zip(olds, news))
     return is_sequence or not moves_fits
 
 
@@ -420,110 +351,3 @@ def _get_change(old: Names, new: Names) -> tuple[Names, Names]:
     while end < min(len(old), len(new)) and old[-1 - end] == new[-1 - end]:
         end += 1
     return mask_path(old[: len(old) - end]), mask_path(new[: len(new) - end])
-
-
-def _permute(form: Form, axes: Sequence[int]) -> Form:
-    kind, dtype, shape = form
-    return (kind, dtype, tuple(shape[axis] for axis in axes)) if kind in ("array", "empty") else form
-
-
-def _list_permutations(form: Form) -> list[tuple[int, ...]]:
-    """Return one permutation for each form that is not the same."""
-    found = {_permute(form, axes): axes for axes in reversed(_PERMUTATIONS.get(len(form[2]), ()))}
-    found.pop(form, None)
-    return list(found.values())
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Layers(Candidate):
-    """Leaves whose names differ in one number, in its order; `detail` is their name with `PLACE` for the number."""
-
-    numbers_before: int = 0
-
-
-def _collapse(leaves: Iterable[tuple[Names, Form]]) -> Iterator[_Layers]:
-    """Yield each group of leaves of one form whose names differ in one number."""
-    groups: dict[tuple[Names, Form, int], list[tuple[int, Names]]] = {}
-    for path, form in leaves:
-        place = 0
-        for at, part in enumerate(path):
-            for number in re.finditer(r"\d+", part):
-                marked = part[: number.start()] + PLACE + part[number.end() :]
-                groups.setdefault(((*path[:at], marked, *path[at + 1 :]), form, place), []).append(
-                    (int(number[0]), path)
-                )
-                place += 1
-    for (name, form, place), members in groups.items():
-        if len(members) < 2:
-            continue
-        members.sort()
-        plain = tuple(part.replace(PLACE, "").strip("_-.") if PLACE in part else part for part in name if part != PLACE)
-        if all(plain):
-            yield _Layers(plain, form, tuple(path for _, path in members), name, place)
-
-
-def _list_stacked(form: Form, count: int, *, inverse: bool = False) -> Iterator[tuple[int, tuple[int, ...], Form]]:
-    """Yield axis, permutation of the result and form for each way in which arrays of a form may be stacked."""
-    kind, dtype, shape = form
-    rank = len(shape)
-    seen = set()
-    for axis in range(rank + 1 if kind != "value" else 0):
-        stacked = (*shape[:axis], count, *shape[axis:])
-        if stacked not in seen:
-            seen.add(stacked)
-            yield axis, (), (kind, dtype, stacked)
-    if rank == 2 and kind == "array" and shape[0] != shape[1]:
-        turned = (0, 2, 1) if not inverse else (1, 0)
-        yield 0, turned, (kind, dtype, (count, shape[1], shape[0]))
-
-
-def _fuse(
-    leaves: dict[Names, Form], shapes: dict[Names, tuple[int, ...]], *, inverse: bool = False
-) -> Iterator[Candidate]:
-    """Yield each array that could be fused of several leaves, for each axis and orientation.
-
-    `detail` is the name with `PLACE`, the axis, the names of the pieces, their sizes if they differ, and a permutation.
-    """
-    first: dict[str, list[tuple[str, ...]]] = {}
-    for pieces in _FUSED:
-        first.setdefault(pieces[0], []).append(pieces)
-    for path, (kind, dtype, shape) in leaves.items():
-        if kind != "array" or not 1 <= len(shape) <= 2:
-            continue
-        for at in range(max(1, len(path) - 3), len(path)):
-            for pieces in first.get(path[at], ()):
-                members = [(*path[:at], name, *path[at + 1 :]) for name in pieces]
-                if not all(each in leaves and leaves[each][:2] == (kind, dtype) for each in members):
-                    continue
-                sizes = [shapes[each] for each in members]
-                yield from _fuse_members(path, at, pieces, sizes, tuple(members), (kind, dtype), inverse)
-
-
-def _fuse_members(
-    path: Names,
-    at: int,
-    pieces: tuple[str, ...],
-    shapes: Sequence[Shape],
-    members: tuple[Names, ...],
-    kind_and_dtype: tuple[str, str],
-    inverse: bool,
-) -> Iterator[Candidate]:
-    rank, seen = len(shapes[0]), set[Shape]()
-    if any(len(each) != rank for each in shapes):
-        return
-    name, plain = (*path[:at], PLACE, *path[at + 1 :]), (*path[:at], "_".join(pieces), *path[at + 1 :])
-    for transposed in (False, True) if rank == 2 else (False,):
-        for axis in range(rank):
-            if len({each[:axis] + each[axis + 1 :] for each in shapes}) > 1:
-                continue
-            sizes = tuple(each[axis] for each in shapes)
-            shown = () if len(set(sizes)) == 1 else sizes
-            total = (*shapes[0][:axis], sum(sizes), *shapes[0][axis + 1 :])
-            total = total[::-1] if transposed else total
-            if total in seen:
-                continue
-            seen.add(total)
-            # The pieces are transposed after the split, but the fused array after the merge.
-            place = (1 - axis if transposed and inverse else axis) - rank
-            detail = (name, place, pieces, shown, (1, 0) if transposed else ())
-            yield Candidate(plain, (*kind_and_dtype, total), members, detail)

@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from ...spec.operations import Copy, Merge, Operation, Rename, Split, Stack, Unstack
 from ...tree.leaf_paths import Names
 from ..renaming import Parts, find_outermost_depth
-from .kinds import mask_path
+from .kinds import PLACE, mask_path
 from .patterns import format_segment
-from .tracing import PLACE, Trace
+from .tracing import Trace
 
 type Change = tuple[Names, Names]
 """The old and the new name of a part."""
@@ -155,7 +155,7 @@ def _merge_parts(mapping: Mapping[Names, Names], staying: Iterable[Names]) -> di
     for node in sorted(children, key=len, reverse=True):
         moves[node], exceptions[node] = _move_part(node, children[node], moves, exceptions)
     found: dict[Names, Names] = {}
-    pending = [path for path in moves if len(path) == 1]
+    pending: list[Names] = [path for path in moves if len(path) == 1]
     while pending:
         node = pending.pop()
         new = moves[node]
@@ -210,7 +210,7 @@ def _make_group(changes: Sequence[Change], moved: Mapping[Change, Sequence[Trace
 
 
 def _write_segments(paths: Sequence[Names]) -> Names:
-    segments = []
+    segments: list[str] = []
     for same in zip(*paths):
         texts = list(same)
         if len(set(texts)) > 1:
