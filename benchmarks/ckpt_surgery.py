@@ -72,7 +72,8 @@ def format_report(now: dict[str, dict], before: dict[str, dict], times: list[str
         f"`python benchmarks/ckpt_surgery.py --write`, {datetime.date.today()}, CPU, {versions}.",
         "",
         f"{len(now)} changes to a state. Each old state was saved with a value of its own in every float; each new one "
-        "was loaded with the surgery that the error suggested, and every leaf compared with the value that it must have. "
+        "was loaded with the surgery that the error suggested, and every leaf compared with the value that it must "
+        "have. "
         f"Right: {right} of {len(now)}"
         + (f"; before: {sum(each['right'] for each in before.values())}." if before else ".")
         + " The percentage is the share of the stored floats (by bytes) that is in the state afterwards; *possible* is "

@@ -68,13 +68,13 @@ class Suggestion:
         losses = []
         if self.lost_leaves:
             losses.append(
-                f"throws away {_count(self.lost_leaves, self.lost_bytes)} of {format_bytes(self.stored_bytes)} on disk "
-                f"({_list_names(self.lost_leaves)})"
+                f"throws away {format_bytes(self.lost_bytes)} of the {format_bytes(self.stored_bytes)} on disk, in "
+                f"{_list_names(self.lost_leaves)}"
             )
         if self.fresh_leaves:
             losses.append(
-                f"leaves {_count(self.fresh_leaves, self.fresh_bytes)} of the state as initialised "
-                f"({_list_names(self.fresh_leaves)})"
+                f"leaves {format_bytes(self.fresh_bytes)} of the state as initialised, in "
+                f"{_list_names(self.fresh_leaves)}"
             )
         if not losses:
             return "fixes it: nothing on disk is lost and nothing in the state stays as initialised"
@@ -82,13 +82,10 @@ class Suggestion:
         return kept + " and ".join(losses)
 
 
-def _count(leaves: Sequence[str], size_bytes: int) -> str:
-    return f"{len(leaves):,} {'leaf' if len(leaves) == 1 else 'leaves'}, {format_bytes(size_bytes)},"
-
-
 def _list_names(names: Sequence[str]) -> str:
     rest = len(names) - _MAX_NAMES
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")
+    shown = ", ".join(names[:_MAX_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")
+    return f"{len(names):,} {'leaf' if len(names) == 1 else 'leaves'} ({shown})"
 
 
 def require_match(step: int, plan: RestorePlan, replan: Replan, requested_operations: Sequence[Operation] = ()) -> None:

@@ -282,7 +282,9 @@ def _find_by_parent(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Itera
         for source in near:
             alone = len(near) == 1 and wanted[target.form, target.masked[:-1]] == 1
             ratio = difflib.SequenceMatcher(None, source.masked[-1], target.masked[-1]).ratio()
-            if ratio >= (0.3 if alone else _MIN_RATIO) and source.slots == target.slots:
+            # The only matrix of its form in a part says more than its name; vectors are often of one form.
+            needed = _MIN_RATIO if not alone else 0.0 if len(target.form[2]) > 1 else 0.3
+            if ratio >= needed and source.slots == target.slots:
                 edges.append((ratio, source, target))
     edges.sort(key=lambda edge: edge[0], reverse=True)
     yield from _take_best((source, target) for _, source, target in edges)

@@ -407,15 +407,14 @@ def _list_forms() -> Iterator[Change]:
         lambda: {"model": half(tower())},
         lambda name, old: old[name.replace(".layers.", ".blocks.")].astype(jnp.bfloat16),
     )
-    fused = lambda key_size=4: {
-        "h": {str(n): {"attn": {"c_attn": linear(4, 4 + 2 * key_size), "o": linear(4, 4)}} for n in range(2)}
-    }
-    apart = lambda key_size=4: {
-        "h": {
-            str(n): {"attn": {"q": linear(4, 4), "k": linear(4, key_size), "v": linear(4, key_size), "o": linear(4, 4)}}
-            for n in range(2)
-        }
-    }
+
+    def fused(key_size: int = 4) -> State:
+        layer = {"attn": {"c_attn": linear(4, 4 + 2 * key_size), "o": linear(4, 4)}}
+        return {"h": {str(n): jax.tree.map(jnp.copy, layer) for n in range(2)}}
+
+    def apart(key_size: int = 4) -> State:
+        sizes = {"q": 4, "k": key_size, "v": key_size, "o": 4}
+        return {"h": {str(n): {"attn": {name: linear(4, size) for name, size in sizes.items()}} for n in range(2)}}
 
     def cut(key_size: int) -> Origin:
         starts = {"q": (0, 4), "k": (4, 4 + key_size), "v": (4 + key_size, 4 + 2 * key_size)}

@@ -29,8 +29,8 @@ from ckpttools.tree.write_back import fill_state
 type Leaves = dict[str, np.ndarray[Any, Any]]
 type State = dict[str, Any]
 type Origin = Callable[[str, Leaves], Any]
-"""From the name of a leaf and the leaves on disk to the value it must have: an array, the name of a leaf on disk, or None
-for the value of the new state."""
+"""From the name of a leaf and the leaves on disk to the value it must have: an array, the name of a leaf on disk, or
+None for the value of the new state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def fill_with_values(state: State, seed: int) -> State:
 
 
 type Load = Callable[[State, State], tuple[tuple[Any, ...] | None, State]]
-"""Saves the first state and loads it into the second, with what the error suggests: the surgery and the filled state."""
+"""Saves the first state and loads it into the second with what the error suggests: the surgery, the filled state."""
 
 
 def try_change(change: Change, load: Load) -> Outcome:

@@ -76,7 +76,7 @@ def list_large_states() -> list[tuple[str, Make, Make]]:
 
 
 def time_suggestion(old: dict[str, Any], new: dict[str, Any]) -> tuple[float, int, int]:
-    """Return the seconds of the processor to find a suggestion, the number of leaves of both states, and that of operations."""
+    """Return the processor seconds to find a suggestion, the number of leaves, and that of operations."""
     templates = {item: flatten.flatten_item(value, template=True) for item, value in new.items()}
     records = stored(old)
 
