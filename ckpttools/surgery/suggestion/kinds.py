@@ -205,8 +205,7 @@ def _find_same_words(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Iter
                     side.setdefault((getattr(kind, name), kind.form), []).append(kind)
         for key, same in wanted.items():
             found = index.get(key, ())
-            is_scalar = key[1][2] == ()
-            if len(same) == len(found) == 1 and (not is_scalar or same[0].masked == found[0].masked):
+            if len(same) == len(found) == 1 and key[1][2] != ():
                 done |= {id(same[0]), id(found[0])}
                 yield found[0], same[0]
 

@@ -128,7 +128,8 @@ class _Tracer:
 
     def restore_order(self) -> None:
         """Pair the members of sequences in order, if the sequence on disk has members that the state does not name."""
-        loose = {(mask_path(path), form) for path, form in self._list_stored()}
+        # Of scalars there are many, and the parts around them show which is which.
+        loose = {(mask_path(path), form) for path, form in self._list_stored() if form[2]}
         loose &= {(mask_path(path), form) for path, form in self._list_wanted()}
         if not loose:
             return

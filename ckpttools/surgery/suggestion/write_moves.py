@@ -110,6 +110,7 @@ def _write_join(trace: Trace, group: _Group) -> Operation:
 def _group(traces: Sequence[Trace], names: Collection[Names], *, allow_parts: bool) -> list[_Group]:
     """Return the changes that traces of one sort amount to, the deepest first."""
     by_name = {trace.old: trace for trace in traces}
+    place = "{" + ",".join(traces[0].pieces) + "}" if traces and traces[0].pieces else "*"
     used = {path for trace in traces for path in trace.sources}
     staying = [path for path in names if path not in used]
     mapping = {old: trace.new for old, trace in by_name.items()}
@@ -126,13 +127,13 @@ def _group(traces: Sequence[Trace], names: Collection[Names], *, allow_parts: bo
     found: list[_Group] = []
     for same in masked.values():
         together = _make_group(same, moved)
-        if len(same) > 1 and parts is not None and _is_exact(together, parts):
+        if len(same) > 1 and parts is not None and _is_exact(together, parts, place):
             found.append(together)
         else:
             found += [_make_group([change], moved) for change in same]
     if len(found) > MAX_OPERATIONS:
         raise TooManyOperationsError
-    found = _say_at_any_depth(found, parts) if parts is not None else found
+    found = _say_at_any_depth(found, parts, place) if parts is not None else found
     return sorted(found, key=lambda group: -len(group.old))
 
 
@@ -219,17 +220,17 @@ def _write_segments(paths: Sequence[Names]) -> Names:
     return tuple(segments)
 
 
-def _is_exact(group: _Group, parts: Parts) -> bool:
+def _is_exact(group: _Group, parts: Parts, place: str) -> bool:
     """Return whether a pattern matches the leaves of a group and no others, and counts what it joins last."""
     for side in (group.old, group.new):
         text = ".".join(side)
         if PLACE in text and "*" in text.rpartition(PLACE)[2]:
             return False
-    matched = parts.match(group.write_old())
+    matched = parts.match(group.write_old(place))
     return {leaf for leaf in parts.leaves if find_outermost_depth(leaf, matched)} == group.leaves
 
 
-def _say_at_any_depth(groups: Sequence[_Group], parts: Parts) -> list[_Group]:
+def _say_at_any_depth(groups: Sequence[_Group], parts: Parts, place: str) -> list[_Group]:
     """Say the same change in several parts, such as a model and the optimizer's copies of it, as one pattern."""
     cores: dict[Change, list[_Group]] = {}
     for group in groups:
@@ -245,7 +246,7 @@ def _say_at_any_depth(groups: Sequence[_Group], parts: Parts) -> list[_Group]:
         parts_of = frozenset().union(*(group.parts for group in same))
         sides = (old, new) if is_plain else (("**", *old), ("**", *new))
         together = _Group(*sides, parts_of, leaves, targets, anywhere=is_plain)
-        found += [together] if len(same) > 1 and _is_exact(together, parts) else same
+        found += [together] if len(same) > 1 and _is_exact(together, parts, place) else same
     return found
 
 
