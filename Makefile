@@ -73,6 +73,7 @@ bench-timed:
 	.venv-bench/bin/python benchmarks/ckpt_mirror.py --write
 	.venv-bench/bin/python benchmarks/ckpt_partial.py --write
 	.venv-bench/bin/python benchmarks/ckpt_leaves.py --write
+	.venv-bench/bin/python benchmarks/ckpt_surgery.py --write
 
 bench-faults:
 	.venv-bench/bin/python benchmarks/ckpt_faults.py --write

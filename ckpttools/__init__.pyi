@@ -59,11 +59,17 @@ from .sources.load import preview as preview
 from .spec.exclude import Exclude as Exclude
 from .spec.mirror import Mirror as Mirror
 from .spec.operations import Cast as Cast
+from .spec.operations import Copy as Copy
 from .spec.operations import Drop as Drop
+from .spec.operations import Merge as Merge
 from .spec.operations import Pad as Pad
 from .spec.operations import Reinit as Reinit
 from .spec.operations import Rename as Rename
 from .spec.operations import Slice as Slice
+from .spec.operations import Split as Split
+from .spec.operations import Stack as Stack
+from .spec.operations import Transpose as Transpose
+from .spec.operations import Unstack as Unstack
 from .spec.retention import All as All
 from .spec.retention import Best as Best
 from .spec.retention import EveryNSeconds as EveryNSeconds

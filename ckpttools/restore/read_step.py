@@ -19,7 +19,7 @@ from ..surgery.make_plan import make_restore_plan
 from ..surgery.plan import Changes, RestorePlan
 from ..surgery.suggest import Replan, require_match
 from ..tree import flatten
-from ..tree.leaf_paths import Names, to_names
+from ..tree.leaf_paths import to_names
 from ..tree.placing import TargetLeaf, require_placeable
 from ..tree.records import Record
 from ..tree.write_back import HostItem, require_legal_skeletons
@@ -93,8 +93,9 @@ def _require_same_processes(entry: Entry, plan: RestorePlan) -> None:
     contents, count = entry.manifest and entry.manifest.contents, group.get_process_index_and_count()[1]
     local = {(item, *to_names(path)) for item, path in contents.find_local_paths(count)} if contents else set()
     for leaf in plan.placed_leaves:
-        stored = leaf.source.stored_path if leaf.source else ()
-        if contents and local and any(stored[:depth] in local for depth in range(len(stored) + 1)):
+        paths = [each.stored_path for each in leaf.source.iterate_stored()] if leaf.source and local else []
+        stored = next((each for each in paths if any(each[:depth] in local for depth in range(len(each) + 1))), None)
+        if contents and stored is not None:
             raise StructureError(
                 what=f"{'.'.join(stored)} of step {entry.step} was saved by {contents.processes} processes, each with "
                 f"its own value; now there are {count}.",
@@ -109,19 +110,18 @@ def plan_restore(entry: Entry, templates: Mapping[str, flatten.FlatItem], change
     Raises:
         StructureError: If the step does not fit; the error suggests surgery.
     """
-    plan, state_names, replan = pair_leaves(entry, templates, changes)
-    require_match(entry.step, plan, state_names, replan, tuple(changes.surgery))
+    plan, replan = pair_leaves(entry, templates, changes)
+    require_match(entry.step, plan, replan, tuple(changes.surgery))
     return plan
 
 
 def pair_leaves(
     entry: Entry, templates: Mapping[str, flatten.FlatItem], changes: Changes
-) -> tuple[RestorePlan, list[Names], Replan]:
-    """Return the plan for one step, the names of the state's leaves, and a function that plans with more surgery."""
+) -> tuple[RestorePlan, Replan]:
+    """Return the plan for one step, and a function that plans with more surgery."""
     stored = entry.manifest.contents.get_process_items(*group.get_process_index_and_count()) if entry.manifest else {}
-    state_names = [to_names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
 
     def replan(more: Sequence[Operation]) -> RestorePlan:
         return make_restore_plan(stored, templates, dataclasses.replace(changes, surgery=changes.surgery + more))
 
-    return replan(()), state_names, replan
+    return replan(()), replan

@@ -108,6 +108,7 @@ class Preview:
         leaves: Every leaf of the state, and every leaf on disk that is dropped.
         differences: What does not fit, one line for each leaf; empty if the step fits.
         surgery: Suggested operations that would make it fit, including the requested ones.
+        verdict: What the suggested operations would keep and lose; "" without a suggestion.
         read_bytes: Bytes of the arrays that would be read.
 
     Example:
@@ -125,6 +126,7 @@ class Preview:
     leaves: tuple[AlteredLeaf, ...]
     differences: tuple[str, ...] = ()
     surgery: tuple[Operation, ...] = ()
+    verdict: str = ""
     read_bytes: int = 0
 
     @property
@@ -141,6 +143,7 @@ class Preview:
             "leaves": [leaf.as_dict() for leaf in self.leaves],
             "differences": list(self.differences),
             "surgery": [as_code(each) for each in self.surgery],
+            "verdict": self.verdict,
         }
 
     def __str__(self) -> str:
@@ -149,6 +152,7 @@ class Preview:
         rows = [[leaf.name, leaf.action or "restored", leaf.source, leaf.before, leaf.after] for leaf in self.leaves]
         parts = [head, *([format_table(["leaf", "action", "on disk", "stored as", "placed as"], rows)] if rows else [])]
         parts += [f"does not fit: {line}" for line in self.differences]
+        parts += [f"this surgery {self.verdict}:"] if self.surgery else []
         parts += [f"would fit it: {as_code(each)}" for each in self.surgery]
         return "\n".join(parts)
 
@@ -200,15 +204,16 @@ def preview(
         raise entry.error
     templates = {item: flatten.flatten_item(value, template=True) for item, value in state.items()}
     requested = get_changes(entry)
-    plan, state_names, replan = pair_leaves(entry, templates, requested)
+    plan, replan = pair_leaves(entry, templates, requested)
     differences: Sequence[Difference] = plan.differences
-    suggested = suggest.find_fix(plan, state_names, replan) if differences else ()
+    suggestion = suggest.find_suggestion(plan, replan) if differences else suggest.Suggestion()
     unfit_names = {".".join(each.path) for each in differences}
     return Preview(
         step=entry.step,
         leaves=tuple(leaf for leaf in list_leaves(plan) if leaf.name not in unfit_names),
         differences=tuple(map(str, differences)),
-        surgery=(*requested.surgery, *suggested) if suggested else (),
+        surgery=(*requested.surgery, *suggestion.operations) if suggestion else (),
+        verdict=suggestion.verdict,
         read_bytes=sum(count_host_bytes(records) for records in plan.collect_records().values()),
     )
 

@@ -66,26 +66,7 @@ class Rename(Operation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pieces = self.new.split(".") if isinstance(self.new, str) else [""]
-        if not all(pieces) or any(set(piece.replace("**", "")) & set("[]{}: \t\n") for piece in pieces):
-            raise SpecError(
-                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has no valid new name.",
-                why="the new name consists of segments between dots, in which only * and ** are wildcards.",
-                fix=f'ct.Rename({self.pattern!r}, "model.new_name")',
-            )
-        if re.search(r"\{[^{}]*\{", self.pattern):
-            raise SpecError(
-                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has braces inside braces.",
-                why="each pair of braces is one wildcard on the right, so they cannot be nested.",
-                fix="use several ct.Rename, one for each.",
-            )
-        old, new = find_wildcards(self.pattern), find_wildcards(self.new)
-        if ["**" if each == "**" else "*" for each in old] != new:
-            raise SpecError(
-                what=f"ct.Rename({self.pattern!r}, {self.new!r}) has {_count_wildcards(old)}, {_count_wildcards(new)}.",
-                why="each * and ** on the right stands for what the wildcard in its place on the left matched.",
-                fix="write the same wildcards on both sides, in the same order.",
-            )
+        _require_same_wildcards(self, self.new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,13 +165,195 @@ class Slice(Operation):
         _require_start(self, self.start)
 
 
+@dataclasses.dataclass(frozen=True)
+class Copy(Operation):
+    """Copy stored leaves: they also get another name, such as those of an untied head or of an average of the weights.
+
+    Attributes:
+        pattern: The names on disk.
+        new: Their second names; wildcards as in `Rename`.
+
+    Examples:
+        >>> Copy("model.**", "ema.**")
+        Copy(pattern='model.**', new='ema.**')
+    """
+
+    new: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_same_wildcards(self, self.new)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transpose(Operation):
+    """Permute the axes of stored arrays, such as a kernel that is stored as (out, in).
+
+    Attributes:
+        axes: The stored axes in their new order, as in `numpy.transpose`; () reverses them.
+
+    Examples:
+        >>> Transpose("model.layers.*.kernel")
+        Transpose(pattern='model.layers.*.kernel', axes=())
+    """
+
+    axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        legal = isinstance(self.axes, tuple) and all(type(axis) is int for axis in self.axes)
+        if not legal or sorted(self.axes) != list(range(len(self.axes))):
+            raise SpecError(
+                what=f"ct.Transpose({self.pattern!r}, axes={self.axes!r}) cannot be honoured.",
+                why="axes is a tuple that holds each axis of the array once.",
+                fix=f"ct.Transpose({self.pattern!r}, axes=(0, 2, 1))",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack(Operation):
+    """Stack stored arrays of equal shape along a new axis: layers of an unrolled model become those of a scan.
+
+    The last wildcard of `pattern` counts the arrays, in the order of their numbers, or of the alternatives in braces.
+
+    Attributes:
+        pattern: The names on disk, such as "model.layers.*".
+        new: The name in the state, with every wildcard but the last.
+        axis: The new axis in the stacked array.
+
+    Examples:
+        >>> Stack("model.layers.*", "model.layers")
+        Stack(pattern='model.layers.*', new='model.layers', axis=0)
+    """
+
+    new: str
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_joined(self, self.new, self.axis, "model.layers.*", "model.layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstack(Operation):
+    """Take stored arrays apart along an axis, which disappears: layers of a scan become those of an unrolled model.
+
+    Attributes:
+        pattern: The names on disk, such as "model.layers".
+        new: The names in the state; its last wildcard stands for the position along the axis.
+        axis: The axis of the stored array.
+
+    Examples:
+        >>> Unstack("model.layers", "model.layers.*")
+        Unstack(pattern='model.layers', new='model.layers.*', axis=0)
+    """
+
+    new: str
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_new_name(self, self.new, self.new)
+        old, new = find_wildcards(self.pattern), find_wildcards(self.new)
+        if _simplify(old) != new[:-1] or new[-1:] != ["*"]:
+            raise _make_wildcard_error(self, self.new, "the last * on the right is the position", "a.b", "a.*.b")
+        _require_axis(self, self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge(Operation):
+    """Join stored arrays along an axis that they have: separate query, key and value become one array.
+
+    The last wildcard of `pattern` lists the arrays, in the order of the alternatives in braces, or of their numbers.
+
+    Attributes:
+        pattern: The names on disk, such as "model.layers.*.{q,k,v}".
+        new: The name in the state, with every wildcard but the last.
+        axis: The axis along which they are joined; -1 for the last.
+        interleaved: Whether their entries alternate along the axis.
+
+    Examples:
+        >>> Merge("model.{q,k,v}", "model.qkv").axis
+        -1
+    """
+
+    new: str
+    axis: int = -1
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_joined(self, self.new, self.axis, "model.{q,k,v}", "model.qkv")
+        _require_flag(self, self.interleaved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split(Operation):
+    """Split stored arrays along an axis: one fused array becomes query, key and value.
+
+    Attributes:
+        pattern: The names on disk, such as "model.layers.*.qkv".
+        new: The names in the state; the alternatives in its last braces name the pieces in their order.
+        axis: The axis along which they are split; -1 for the last.
+        sizes: Sizes of the pieces along the axis; () for equal pieces.
+        interleaved: Whether the entries of the pieces alternate along the axis.
+
+    Examples:
+        >>> Split("model.layers.*.qkv", "model.layers.*.{q,k,v}").piece_names
+        ('q', 'k', 'v')
+    """
+
+    new: str
+    axis: int = -1
+    sizes: tuple[int, ...] = ()
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wildcards = find_wildcards(self.new) if isinstance(self.new, str) else []
+        names = wildcards[-1][1:-1].split(",") if wildcards and wildcards[-1].startswith("{") else []
+        if (
+            len(names) < 2
+            or not all(names)
+            or "*" in "".join(names)
+            or _simplify(find_wildcards(self.pattern)) != (wildcards[:-1])
+        ):
+            raise _make_wildcard_error(
+                self, self.new, "the last braces on the right name the pieces", "a.qkv", "a.{q,k,v}"
+            )
+        _require_new_name(self, self.new, self.new.replace(wildcards[-1], names[0]))
+        _require_axis(self, self.axis)
+        _require_flag(self, self.interleaved)
+        legal = isinstance(self.sizes, tuple) and all(type(size) is int and size > 0 for size in self.sizes)
+        if not legal or (self.sizes and (len(self.sizes) != len(names) or self.interleaved)):
+            raise SpecError(
+                what=f"ct.Split({self.pattern!r}, {self.new!r}, sizes={self.sizes!r}) cannot be honoured.",
+                why=f"sizes holds a positive int for each of {len(names)} pieces; interleaved pieces are equal.",
+                fix=f"ct.Split({self.pattern!r}, {self.new!r}, sizes={(8,) * len(names)})",
+            )
+
+    @property
+    def piece_names(self) -> tuple[str, ...]:
+        """Return the alternatives that name the pieces."""
+        return tuple(find_wildcards(self.new)[-1][1:-1].split(","))
+
+
+type Join = Stack | Merge
+"""Operations that make one array of several."""
+
 OPERATIONS: dict[str, type[Operation]] = {
     "rename": Rename,
+    "copy": Copy,
     "drop": Drop,
     "reinit": Reinit,
     "cast": Cast,
     "pad": Pad,
     "slice": Slice,
+    "transpose": Transpose,
+    "stack": Stack,
+    "unstack": Unstack,
+    "merge": Merge,
+    "split": Split,
 }
 """Operations by their names in files."""
 
@@ -223,6 +386,78 @@ def _quote(value: Any) -> str:
 
 def _count_wildcards(wildcards: list[str]) -> str:
     return " ".join(wildcards) or "no wildcard"
+
+
+def _simplify(wildcards: list[str]) -> list[str]:
+    """Return wildcards with braces and slices as "*"."""
+    return ["**" if each == "**" else "*" for each in wildcards]
+
+
+def _make_wildcard_error(operation: Operation, new: object, rule: str, old_example: str, example: str) -> SpecError:
+    kind = type(operation).__name__
+    return SpecError(
+        what=f"ct.{kind}({operation.pattern!r}, {new!r}) has wildcards that do not correspond.",
+        why=f"{rule}; each other wildcard stands for what the one in its place on the left matched.",
+        fix=f'ct.{kind}("{old_example}", "{example}")',
+    )
+
+
+def _require_new_name(operation: Operation, new: object, name: object) -> None:
+    """Raise `SpecError` unless `name` can be a new name; `new` is the field as it was given."""
+    kind = type(operation).__name__
+    pieces = name.split(".") if isinstance(name, str) else [""]
+    if not all(pieces) or any(set(piece.replace("**", "")) & set("[]{}: \t\n") for piece in pieces):
+        raise SpecError(
+            what=f"ct.{kind}({operation.pattern!r}, {new!r}) has no valid new name.",
+            why="the new name consists of segments between dots, in which only * and ** are wildcards.",
+            fix=f'ct.{kind}({operation.pattern!r}, "model.new_name")',
+        )
+    if re.search(r"\{[^{}]*\{", operation.pattern):
+        raise SpecError(
+            what=f"ct.{kind}({operation.pattern!r}, {new!r}) has braces inside braces.",
+            why="each pair of braces is one wildcard on the right, so they cannot be nested.",
+            fix=f"use several ct.{kind}, one for each.",
+        )
+
+
+def _require_same_wildcards(operation: Operation, new: str) -> None:
+    _require_new_name(operation, new, new)
+    old, found = find_wildcards(operation.pattern), find_wildcards(new)
+    if _simplify(old) != found:
+        kind = type(operation).__name__
+        raise SpecError(
+            what=f"ct.{kind}({operation.pattern!r}, {new!r}) has {_count_wildcards(old)}, {_count_wildcards(found)}.",
+            why="each * and ** on the right stands for what the wildcard in its place on the left matched.",
+            fix="write the same wildcards on both sides, in the same order.",
+        )
+
+
+def _require_joined(operation: Operation, new: str, axis: object, old_example: str, example: str) -> None:
+    _require_new_name(operation, new, new)
+    old = _simplify(find_wildcards(operation.pattern))
+    if old[:-1] != find_wildcards(new) or old[-1:] != ["*"]:
+        raise _make_wildcard_error(operation, new, "the last * on the left lists the arrays", old_example, example)
+    _require_axis(operation, axis)
+
+
+def _require_axis(operation: Operation, axis: object) -> None:
+    if type(axis) is not int:
+        kind = type(operation).__name__
+        raise SpecError(
+            what=f"ct.{kind}({operation.pattern!r}, axis={axis!r}) cannot be honoured.",
+            why="an axis is an int; negative ones count from the last.",
+            fix=f"ct.{kind}(..., axis=0)",
+        )
+
+
+def _require_flag(operation: Operation, interleaved: object) -> None:
+    if type(interleaved) is not bool:
+        kind = type(operation).__name__
+        raise SpecError(
+            what=f"ct.{kind}({operation.pattern!r}, interleaved={interleaved!r}) cannot be honoured.",
+            why="the entries alternate along the axis or they do not.",
+            fix=f"ct.{kind}(..., interleaved=True)",
+        )
 
 
 def _require_start(operation: Operation, start: object) -> None:

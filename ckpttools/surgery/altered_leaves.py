@@ -21,9 +21,10 @@ class AlteredLeaf:
 
     Attributes:
         name: Its name in the state; "" for a leaf on disk that is dropped or excluded.
-        action: "renamed", "cast", "sliced" and "padded", joined by commas, or "kept", "dropped" or "excluded" (on disk,
-            and not state); "" if it is restored unchanged.
-        source: Its name on disk; "" if the state keeps its own value.
+        action: "renamed", "copied", "stacked", "unstacked", "merged", "split", "transposed", "cast", "sliced" and
+            "padded", joined by commas, or "kept", "dropped" or "excluded" (on disk, and not state); "" if it is
+            restored unchanged.
+        source: Its name on disk, of the first if several are joined; "" if the state keeps its own value.
         before: Dtype and shape on disk.
         after: Dtype and shape in the state.
     """
@@ -64,17 +65,22 @@ def _describe_leaf(leaf: PlacedLeaf) -> AlteredLeaf:
     name, source, target = ".".join(leaf.path), leaf.source, leaf.target
     if source is None or target is None:
         return AlteredLeaf(name=name, action="kept")
-    actions = ["renamed"] if source.path != source.stored_path else []
+    actions = ["renamed"] if source.path != source.stored_path and not source.actions else []
+    # One leaf may be transposed in each of the parts that are joined.
+    actions += dict.fromkeys(action for each in (*source.parts, source) for action in each.actions)
     if source.record.kind in ("array", "empty"):
-        actions += ["cast"] if any(isinstance(each, Cast) for each in source.operations) else []
-        if len(source.record.shape) == len(target.shape):
-            actions += ["sliced"] if needs_slice(source.record.shape, target.shape) else []
-            actions += ["padded"] if needs_pad(source.record.shape, target.shape) else []
+        changes = (*source.operations, *(each for part in source.parts for each in part.operations))
+        actions += ["cast"] if any(isinstance(each, Cast) for each in changes) else []
+        if len(source.shape) == len(target.shape):
+            actions += ["sliced"] if needs_slice(source.shape, target.shape) else []
+            actions += ["padded"] if needs_pad(source.shape, target.shape) else []
+    stored = list(source.iterate_stored())
+    more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
     return AlteredLeaf(
         name=name,
         action=", ".join(actions),
-        source=".".join(source.stored_path),
-        before=format_form(source.record),
+        source=".".join(stored[0].stored_path) + more,
+        before=(f"{len(stored)} x " if more else "") + format_form(stored[0].record),
         after=format_form(target),
     )
 

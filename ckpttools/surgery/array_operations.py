@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Apply surgery to one array on the host: casts that lose no value, blocks that are cut out or filled in."""
+"""Apply surgery to arrays on the host: casts that lose no value, blocks, permuted axes, joins."""
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +11,62 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import StructureError
-from ..spec.operations import Cast, Operation, Pad, Slice, as_code
+from ..spec.operations import Cast, Join, Operation, Pad, Slice, Stack, as_code
 from ..tree.records import Record, get_host_shape, parse_dtype
 from .resize import Shape, compute_resized_shape, locate_block, needs_slice
 
 type Array = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TakeStep:
+    """Take one position along an axis, which disappears, or a range of it.
+
+    Attributes:
+        axis: The axis; not negative.
+        at: The position or the range.
+    """
+
+    axis: int
+    at: int | slice
+
+
+@dataclasses.dataclass(frozen=True)
+class PermuteStep:
+    """Permute the axes.
+
+    Attributes:
+        axes: The axes in their new order.
+    """
+
+    axes: tuple[int, ...]
+
+
+ArrayStep = TakeStep | PermuteStep
+"""What an operation does to one array, with its axes resolved. The data of keys has one axis more at its end."""
+
+
+def apply_step(step: ArrayStep, array: Array) -> Array:
+    """Return an array after one step; the result may share its memory."""
+    if isinstance(step, TakeStep):
+        return np.asarray(array[(*(slice(None) for _ in range(step.axis)), step.at)])
+    return array.transpose(*step.axes, *range(len(step.axes), array.ndim))
+
+
+def join_arrays(operation: Join, axis: int, arrays: Sequence[Array]) -> Array:
+    """Return the array that a `Stack` or `Merge` makes of several.
+
+    Args:
+        operation: The operation.
+        axis: Its axis; not negative.
+        arrays: The arrays, in order.
+    """
+    if isinstance(operation, Stack):
+        return np.stack(arrays, axis)
+    if not operation.interleaved:
+        return np.concatenate(arrays, axis)
+    stacked = np.stack(arrays, axis + 1)
+    return stacked.reshape(*stacked.shape[:axis], -1, *stacked.shape[axis + 2 :])
 
 
 def apply(
@@ -35,8 +87,8 @@ def apply(
     """
     found = np.zeros(*get_host_shape(record)) if array is None else array
     for operation in operations:
-        if isinstance(operation, Cast) and found.dtype == parse_dtype(operation.from_dtype):
-            found = _cast(name, operation, found)
+        if isinstance(operation, Cast):
+            found = cast(name, operation, found)
     if len(found.shape) != len(target.shape):
         return found
     # Slices come first, so that the padded array has its final shape. The two never change the same axis.
@@ -103,7 +155,14 @@ def _is_integer(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "b" or jnp.issubdtype(dtype, jnp.integer)
 
 
-def _cast(name: str, operation: Cast, array: Array) -> Array:
+def cast(name: str, operation: Cast, array: Array) -> Array:
+    """Return an array after a cast; unchanged if it has another dtype than the cast begins with.
+
+    Raises:
+        StructureError: If the new dtype cannot hold a value.
+    """
+    if array.dtype != parse_dtype(operation.from_dtype):
+        return array
     dtype = parse_dtype(operation.to_dtype)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         # A lost imaginary part raises below, with more detail.

@@ -4,6 +4,7 @@
 Without surgery, leaves of equal names are paired, and whatever does not fit is a difference.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -11,11 +12,12 @@ from typing import Any, Literal
 import jax
 
 from ..spec.exclude import Exclude, find_exclusion
+from ..spec.operations import Operation
 from ..tree.flatten import FlatItem
 from ..tree.leaf_paths import Names, Path, to_names
 from ..tree.leaves import Leaf, describe, is_array
-from ..tree.match import Difference, add_closest_names, compare
-from ..tree.records import Record
+from ..tree.match import Difference, add_closest_names, compare, mask_numbers
+from ..tree.records import Kind, Record
 from .array_operations import require_values
 from .plan import Changes, PlacedLeaf, RestorePlan, SourceLeaf
 from .renaming import Parts, find_outermost_depth
@@ -41,6 +43,10 @@ def make_restore_plan(
         table.apply(surgery, strict=False)
     table.apply(changes.surgery, strict=True)
     return _LeafMatcher(table, templates, changes).plan()
+
+
+_MAX_COMPARISONS = 10_000
+"""Pairs of kinds of names; comparing one takes about 50 us."""
 
 
 class _LeafMatcher:
@@ -100,13 +106,15 @@ class _LeafMatcher:
             Difference(kind="unexpected", path=path, stored=source.record, text="on disk, not in the state passed in")
             for path, source in free.items()
         ]
+        differences = _add_hints([*self._differences, *unexpected])
         return RestorePlan(
             placed_leaves=(*placed, *owned),
             dropped_leaves=tuple(dropped),
-            differences=tuple(add_closest_names([*self._differences, *unexpected])),
+            differences=differences,
             skeletons=self._collect_skeletons(),
-            stored_names=tuple(source.path for source in self._table.sources),
             excluded_leaves=tuple(excluded),
+            sources=tuple(self._table.sources),
+            state_records=self._describe_state() if differences else {},
         )
 
     def _is_excluded(self, source: SourceLeaf) -> bool:
@@ -115,6 +123,10 @@ class _LeafMatcher:
         if find_exclusion(self._rules, source.path, types):
             return True
         return bool(self._excluded) and find_outermost_depth(source.path, self._excluded) > 0
+
+    def _describe_state(self) -> dict[Names, Record]:
+        leaves = ((item, leaf) for item, flat in self._templates.items() for leaf in flat.leaves)
+        return {to_names((item, *leaf.path)): _make_record(leaf) for item, leaf in leaves}
 
     def _collect_skeletons(self) -> dict[str, dict[Path, Any]]:
         found: dict[str, dict[Path, Any]] = {item: {} for item in self._templates}
@@ -177,6 +189,13 @@ def _leave_out(templates: Mapping[str, FlatItem], rules: Sequence[Exclude]) -> d
     return found
 
 
+def _add_hints(differences: list[Difference]) -> tuple[Difference, ...]:
+    """Add the closest names on disk to missing leaves, unless comparing all kinds of names would take seconds."""
+    kinds = collections.Counter(kind for kind, _ in {(each.kind, mask_numbers(each.path)) for each in differences})
+    is_quick = kinds["missing"] * kinds["unexpected"] <= _MAX_COMPARISONS
+    return tuple(add_closest_names(differences) if is_quick else differences)
+
+
 def _make_record(leaf: Leaf) -> Record:
     """Return a leaf of the state as a record, for messages."""
     return describe("", leaf) if is_array(leaf.value) else Record(path=leaf.path, kind="value")
@@ -185,16 +204,21 @@ def _make_record(leaf: Leaf) -> Record:
 def _make_target_record(source: SourceLeaf, leaf: Leaf) -> Record:
     """Return the record of a stored leaf after its operations, under its path in the state."""
     record = dataclasses.replace(source.record, path=leaf.path)
-    if not source.operations or not is_array(leaf.value):
+    if not source.is_changed:
         return record
-    shape = compute_shape(".".join(source.path), source.operations, record.shape, tuple(leaf.value.shape))
+    operations = [each for each in source.operations if isinstance(each, Operation)]
+    here = tuple(leaf.value.shape) if is_array(leaf.value) else source.shape
+    shape = compute_shape(".".join(source.path), operations, source.shape, here)
+    kind: Kind = "key" if record.kind == "key" else "empty" if 0 in shape else "array"
     return dataclasses.replace(
         record,
         shape=shape,
         dtype=source.dtype,
-        kind="empty" if 0 in shape else "array",
+        kind=kind,
         digest="",
         value=None,
+        slices=(),
+        scalar=record.scalar if shape == () else "",
         # A cast names the dtype, which is then no longer that of a Python number.
         weak_type=record.weak_type and source.dtype == record.dtype,
     )

@@ -6,19 +6,22 @@ that it names were read and verified, the plan applies their operations on the h
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..spec.exclude import DEFAULT_RULES, Exclude
-from ..spec.operations import Operation
+from ..spec.operations import Cast, Join, Operation
 from ..spec.surgery import Surgery
 from ..tree.leaf_paths import Names, Path, to_names
 from ..tree.match import Difference
-from ..tree.records import Record, read_inline_array
+from ..tree.records import Record, get_host_shape, read_inline_array
 from ..tree.write_back import HostItem
 from . import array_operations
+from .array_operations import Array, ArrayStep
+from .resize import Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,14 +43,18 @@ class Changes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceLeaf:
-    """One leaf on disk.
+    """One leaf on disk, or several that are joined to one array, or a piece of one.
 
     Attributes:
         path: Its name after surgery, the item first.
-        item: Name of the item that it is stored under.
-        record: The leaf as it is stored.
+        item: Name of the item that it is stored under; of the first, if several are joined.
+        record: The leaf as it is stored; of the joined array, if several are.
         dtype: Name of its dtype after the casts.
-        operations: Operations on its array, in order.
+        shape: Its shape after the steps; of a key, the shape of the typed array.
+        operations: Steps and operations on its array, in order.
+        actions: What surgery did to it beyond names, dtypes and sizes: "stacked", "transposed".
+        parts: The leaves that are joined, in order; empty for one leaf.
+        join: How they are joined, with an axis that is not negative.
         opaque: Whether it belongs to an object with `get_state`, whose leaves no operation may change.
     """
 
@@ -55,13 +62,69 @@ class SourceLeaf:
     item: str
     record: Record
     dtype: str
-    operations: tuple[Operation, ...] = ()
+    shape: Shape
+    operations: tuple[Operation | ArrayStep, ...] = ()
+    actions: tuple[str, ...] = ()
+    parts: tuple["SourceLeaf", ...] = ()
+    join: tuple[Join, int] | None = None
     opaque: bool = False
 
     @property
     def stored_path(self) -> Names:
-        """Its name on disk, the item first."""
+        """Its name on disk, the item first; of the first, if several are joined."""
         return (self.item, *to_names(self.record.path))
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether its array is not the stored one."""
+        return bool(self.operations or self.parts)
+
+    def iterate_stored(self) -> Iterator["SourceLeaf"]:
+        """Yield the stored leaves that it is made of."""
+        if not self.parts:
+            yield self
+        for part in self.parts:
+            yield from part.iterate_stored()
+
+    def assemble(self, arrays: "_ReadArrays") -> Array | None:
+        """Return its array after joins, steps and casts; None for a leaf without an array in Orbax."""
+        if self.join is not None:
+            assembled = [part.assemble(arrays) for part in self.parts]
+            array: Array | None = array_operations.join_arrays(
+                *self.join, [each for each in assembled if each is not None]
+            )
+        else:
+            array = arrays.take(self)
+        if array is None:
+            if self.record.kind == "value":
+                return None
+            array = np.zeros(*get_host_shape(self.record))
+        for operation in self.operations:
+            if isinstance(operation, Cast):
+                array = array_operations.cast(".".join(self.path), operation, array)
+            elif isinstance(operation, ArrayStep):
+                array = array_operations.apply_step(operation, array)
+        return array
+
+
+class _ReadArrays:
+    """The arrays that were read, each handed out as often as it is used and then freed."""
+
+    def __init__(self, arrays: Mapping[str, dict[Path, Array]], leaves: Iterable["PlacedLeaf"]) -> None:
+        self._arrays = arrays
+        stored = (each for leaf in leaves if leaf.source is not None for each in leaf.source.iterate_stored())
+        self._uses = Counter((each.item, each.record.path) for each in stored if each.record.is_in_orbax)
+
+    def take(self, source: SourceLeaf) -> Array | None:
+        """Return the array of a stored leaf."""
+        if not source.record.is_in_orbax:
+            return read_inline_array(source.record)
+        key = (source.item, source.record.path)
+        self._uses[key] -= 1
+        # On CPU a device array may be the host's memory, so no two leaves may share it.
+        if self._uses[key]:
+            return self._arrays[source.item][source.record.path].copy()
+        return self._arrays[source.item].pop(source.record.path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,23 +154,25 @@ class RestorePlan:
         excluded_leaves: Leaves on disk that are not read because they are not state.
         differences: What does not fit; empty if the restore can proceed.
         skeletons: Containers of stateful objects, by item of the state and path.
-        stored_names: The names that all leaves on disk have after the operations.
+        sources: All leaves on disk that are not dropped, under the names that they have after the operations.
+        state_records: Every leaf of the state as a record; empty if nothing differs.
     """
 
     placed_leaves: tuple[PlacedLeaf, ...]
     dropped_leaves: tuple[SourceLeaf, ...]
     differences: tuple[Difference, ...]
     skeletons: Mapping[str, Mapping[Path, Any]]
-    stored_names: tuple[Names, ...] = ()
     excluded_leaves: tuple[SourceLeaf, ...] = ()
+    sources: tuple[SourceLeaf, ...] = ()
+    state_records: Mapping[Names, Record] = dataclasses.field(default_factory=dict)
 
     def collect_records(self) -> dict[str, tuple[Record, ...]]:
         """Return the leaves to read, by the item they are stored under."""
-        collected: dict[str, list[Record]] = {}
+        collected: dict[str, dict[Path, Record]] = {}
         for leaf in self.placed_leaves:
-            if leaf.source is not None:
-                collected.setdefault(leaf.source.item, []).append(leaf.source.record)
-        return {item: tuple(records) for item, records in collected.items()}
+            for stored in leaf.source.iterate_stored() if leaf.source is not None else ():
+                collected.setdefault(stored.item, {})[stored.record.path] = stored.record
+        return {item: tuple(records.values()) for item, records in collected.items()}
 
     def drop_templates(self) -> "RestorePlan":
         """Return the plan without the values of the state, which would double the memory of a restore."""
@@ -115,22 +180,23 @@ class RestorePlan:
             self, placed_leaves=tuple(dataclasses.replace(leaf, template=None) for leaf in self.placed_leaves)
         )
 
-    def make_host_items(
-        self, templates: Iterable[str], arrays: Mapping[str, dict[Path, np.ndarray[Any, Any]]]
-    ) -> dict[str, HostItem]:
+    def make_host_items(self, templates: Iterable[str], arrays: Mapping[str, dict[Path, Array]]) -> dict[str, HostItem]:
         """Apply the operations to the arrays that were read, and sort them by where they go; empties `arrays`."""
         items = {
             item: HostItem(records={}, restored_records=[], skeletons=self.skeletons.get(item, {}), arrays={})
             for item in templates
         }
+        read = _ReadArrays(arrays, self.placed_leaves)
         for leaf in self.placed_leaves:
             if leaf.source is None or leaf.target is None:
                 continue
-            record, target, item = leaf.source.record, leaf.target, items[leaf.path[0]]
-            array = arrays[leaf.source.item].pop(record.path) if record.is_in_orbax else read_inline_array(record)
-            if leaf.source.operations and record.kind in ("array", "empty"):
-                name = ".".join(leaf.path)
-                array = array_operations.apply(name, leaf.source.operations, record, array, target, leaf.template)
+            source, target, item = leaf.source, leaf.target, items[leaf.path[0]]
+            array = source.assemble(read)
+            if source.is_changed and source.record.kind in ("array", "empty"):
+                resizing = [each for each in source.operations if isinstance(each, Operation)]
+                array = array_operations.apply(
+                    ".".join(leaf.path), resizing, source.record, array, target, leaf.template
+                )
             if array is not None and target.is_in_orbax:
                 item.arrays[target.path] = array
             item.records[to_names(target.path)] = target

@@ -9,9 +9,9 @@ import functools
 import re
 from collections.abc import Iterable
 
-from remattools.rules.paths import PathIndex, Pattern
+from remattools.rules.paths import PathIndex, Pattern, make_natural_key
 
-from ..spec.operations import WILDCARD, Rename, split_segments
+from ..spec.operations import WILDCARD, Copy, Merge, Rename, Split, Stack, Unstack, find_wildcards, split_segments
 from ..tree.leaf_paths import Names
 
 _MARK = "\x1f"
@@ -39,7 +39,11 @@ def find_outermost_depth(leaf: Names, parts: frozenset[Names]) -> int:
     return next((depth for depth in range(1, len(leaf) + 1) if leaf[:depth] in parts), 0)
 
 
-def rename_leaf(operation: Rename, leaf: Names, matches: frozenset[Names]) -> Names:
+type Renaming = Rename | Copy | Stack | Merge | Unstack | Split
+"""Operations that give leaves new names."""
+
+
+def rename_leaf(operation: Rename | Copy, leaf: Names, matches: frozenset[Names]) -> Names:
     """Return a leaf's name after a `Rename`; unchanged if the pattern matches no part above it.
 
     Args:
@@ -51,19 +55,37 @@ def rename_leaf(operation: Rename, leaf: Names, matches: frozenset[Names]) -> Na
     return (*rename_part(operation, leaf[:depth]), *leaf[depth:]) if depth else leaf
 
 
-def rename_part(operation: Rename, part: Names) -> Names:
-    """Return the new name of a part that the operation's pattern matches."""
-    regex = _compile_pattern(operation.pattern)
-    found = regex.fullmatch("".join(_MARK + segment for segment in part))
-    assert found is not None  # The regex is never stricter than the pattern: a slice matches any segment.
-    groups = iter(found.groups()[1:])
-    text = found[1]
+def rename_part(operation: Renaming, part: Names, piece: str = "") -> Names:
+    """Return the new name of a part that the operation's pattern matches.
+
+    Args:
+        operation: The operation.
+        part: The part.
+        piece: What the last wildcard of the new name stands for, if the pattern has none in its place.
+    """
+    groups = iter([*_match_wildcards(operation.pattern, part), piece.replace(".", _MARK)])
+    text = next(groups)
     for segment in split_segments(operation.new):
         if segment == "**":
             text += next(groups)
         else:
             text += _MARK + WILDCARD.sub(lambda _: next(groups), segment)
     return tuple(text.split(_MARK)[1:])
+
+
+def get_joined_place(operation: Stack | Merge, part: Names) -> tuple[object, ...]:
+    """Return a sort key: the place of a part among those that the last wildcard of a pattern lists."""
+    found, wildcard = _match_wildcards(operation.pattern, part)[-1], find_wildcards(operation.pattern)[-1]
+    names = wildcard[1:-1].split(",") if wildcard.startswith("{") else []
+    name = found.replace(_MARK, ".")
+    return (names.index(name),) if name in names else make_natural_key((name,))
+
+
+def _match_wildcards(pattern: str, part: Names) -> list[str]:
+    """Return the prefix of a pattern without a dot, and what each wildcard matched."""
+    found = _compile_pattern(pattern).fullmatch("".join(_MARK + segment for segment in part))
+    assert found is not None  # The regex is never stricter than the pattern: a slice matches any segment.
+    return [group or "" for group in found.groups()]
 
 
 @functools.lru_cache(maxsize=1024)

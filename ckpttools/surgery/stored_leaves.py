@@ -11,10 +11,22 @@ from typing import Any, Protocol
 from remattools.rules.paths import find_closest
 
 from ..errors import StructureError
-from ..spec.operations import Cast, Drop, Operation, Reinit, Rename, as_code, find_wildcards, split_segments
+from ..spec.operations import (
+    Cast,
+    Drop,
+    Operation,
+    Pad,
+    Reinit,
+    Rename,
+    Slice,
+    as_code,
+    find_wildcards,
+    split_segments,
+)
 from ..spec.surgery import Surgery
 from ..tree.leaf_paths import Names, Path, is_below, to_names
 from ..tree.records import Record
+from .joining import Restructuring, restructure
 from .plan import SourceLeaf
 from .renaming import Parts, find_outermost_depth, rename_leaf
 
@@ -53,7 +65,11 @@ class StoredLeaves:
             for record in part.records:
                 opaque = is_below(record.path, part.skeletons)
                 path = (item, *to_names(record.path))
-                self.sources.append(SourceLeaf(path=path, item=item, record=record, dtype=record.dtype, opaque=opaque))
+                self.sources.append(
+                    SourceLeaf(
+                        path=path, item=item, record=record, dtype=record.dtype, shape=record.shape, opaque=opaque
+                    )
+                )
 
     def apply(self, surgery: Surgery, *, strict: bool) -> None:
         """Apply operations in order.
@@ -73,14 +89,22 @@ class StoredLeaves:
                 self._rename(operation, matched)
             elif isinstance(operation, Drop):
                 self._drop(matched)
-            else:
+            elif isinstance(operation, Cast | Pad | Slice):
                 self.sources = [_add_operation(source, operation, matched) for source in self.sources]
+            elif isinstance(operation, Restructuring):
+                self.sources = list(restructure(self.sources, operation, matched))
+                self._require_unique_names(operation)
 
     def _rename(self, operation: Rename, matches: frozenset[Names]) -> None:
         self.sources = [
             dataclasses.replace(source, path=rename_leaf(operation, source.path, matches)) for source in self.sources
         ]
         self.roots = {rename_leaf(operation, root, matches): skeleton for root, skeleton in self.roots.items()}
+        self._require_unique_names(operation)
+        # A later migration may rename what an earlier one reinitialises.
+        self.reinits = [(_rename_reinit(each, operation), strict) for each, strict in self.reinits]
+
+    def _require_unique_names(self, operation: Operation) -> None:
         seen: dict[Names, SourceLeaf] = {}
         for source in self.sources:
             other = seen.setdefault(source.path, source)
@@ -91,8 +115,6 @@ class StoredLeaves:
                     why="one of them would be lost.",
                     fix=f'ct.Drop("{".".join(other.path)}") before it, or a pattern that distinguishes them.',
                 )
-        # A later migration may rename what an earlier one reinitialises.
-        self.reinits = [(_rename_reinit(each, operation), strict) for each, strict in self.reinits]
 
     def _drop(self, matches: frozenset[Names]) -> None:
         self.dropped_leaves += [source for source in self.sources if find_outermost_depth(source.path, matches)]

@@ -1,69 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report differences by leaf path, and suggest the surgery that would fix them.
+"""Report differences by leaf path, and suggest the surgery that would remove them, with what it would lose.
 
-The suggestion is a guess and is never applied without a request. Renames are found by kinds of names (`layers.0` and
-`layers.7` are one kind). Where a missing and an unexpected kind have the same shape and dtype, the part of their names
-that differs becomes a rule; the rule that fixes most leaves comes first.
+The suggestion is a guess and is never applied without a request. Each leaf that the state lacks is traced to its likely
+source on disk (`suggestion.tracing`), and the traces are written down as few operations. What has no source keeps the
+value in the state, what is the source of nothing is dropped, and both are counted in the first line of the suggestion.
 
-Before it is shown, a suggestion is tried on the names: it must leave no difference, and every leaf that already fitted
-must stay where it was. Names that contain pattern characters (`a*`, `b[0]`) cannot always be distinguished.
+Before it is shown, a suggestion is tried on the names: it must leave no difference, and put every leaf where the trace
+says. One that would keep nothing of an item is not shown.
 """
 
-import collections
 import dataclasses
-import difflib
-import functools
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from remattools.text import format_bytes
 
 from ..errors import CheckpointError, StructureError
-from ..spec.operations import DTYPES, Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, find_wildcards
+from ..spec.operations import DTYPES, Cast, Drop, Operation, Pad, Reinit, Slice, Transpose, as_code
 from ..tree.leaf_paths import Names
-from ..tree.match import Difference, is_transposed, mask_numbers
-from ..tree.records import format_form
-from .plan import RestorePlan
-from .renaming import Parts, find_outermost_depth, rename_leaf
+from ..tree.match import Difference, mask_numbers
+from ..tree.records import Record, count_host_bytes
+from .plan import PlacedLeaf, RestorePlan, SourceLeaf
 from .resize import needs_pad, needs_slice
+from .suggestion.patterns import find_covering_patterns, make_patterns
+from .suggestion.tracing import Trace, trace_leaves
+from .suggestion.write_moves import MAX_OPERATIONS, TooManyOperationsError, write_moves
 
 type Replan = Callable[[Sequence[Operation]], RestorePlan]
 """Returns the plan with more operations after the requested ones."""
 
 _MAX_LINES = 100
 """Above this number, leaves are grouped by kind."""
-_MAX_KINDS = 300
-"""With more kinds of names than this on either side, no renames are guessed."""
+_MAX_NAMES = 4
+"""Names of lost leaves in the first line of a suggestion."""
 
 
-def require_match(
-    step: int,
-    plan: RestorePlan,
-    state_names: Sequence[Names],
-    replan: Replan,
-    requested_operations: Sequence[Operation] = (),
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """Operations that would make a step fit, and what they lose; falsy if there are none.
+
+    Attributes:
+        operations: The operations.
+        fresh_leaves: Leaves of the state that would keep their values, wholly or in part.
+        fresh_bytes: Bytes of those values.
+        lost_leaves: Leaves on disk that would not be used, wholly or in part.
+        lost_bytes: Bytes of those values.
+        stored_bytes: Bytes of everything that is stored for the items of the state.
+        reason: Why there is no suggestion, if there is none.
+    """
+
+    operations: tuple[Operation, ...] = ()
+    fresh_leaves: tuple[str, ...] = ()
+    fresh_bytes: int = 0
+    lost_leaves: tuple[str, ...] = ()
+    lost_bytes: int = 0
+    stored_bytes: int = 0
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.operations)
+
+    @property
+    def verdict(self) -> str:
+        """Return what the operations do to the state, as a clause that follows "this surgery"."""
+        if not self.operations:
+            return ""
+        losses = []
+        if self.lost_leaves:
+            losses.append(
+                f"throws away {format_bytes(self.lost_bytes)} of the {format_bytes(self.stored_bytes)} on disk, in "
+                f"{_list_names(self.lost_leaves)}"
+            )
+        if self.fresh_leaves:
+            losses.append(
+                f"leaves {format_bytes(self.fresh_bytes)} of the state as initialised, in "
+                f"{_list_names(self.fresh_leaves)}"
+            )
+        if not losses:
+            return "fixes it: nothing on disk is lost and nothing in the state stays as initialised"
+        kept = "" if self.lost_leaves else "keeps everything on disk and "
+        return kept + " and ".join(losses)
+
+
+def _list_names(names: Sequence[str]) -> str:
+    rest = len(names) - _MAX_NAMES
+    shown = ", ".join(names[:_MAX_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")
+    return f"{len(names):,} {'leaf' if len(names) == 1 else 'leaves'} ({shown})"
+
+
+def require_match(step: int, plan: RestorePlan, replan: Replan, requested_operations: Sequence[Operation] = ()) -> None:
     """Raise `StructureError` if there are differences.
 
     Args:
         step: The step's number.
         plan: What the restore would do.
-        state_names: Names of all leaves of the state.
         replan: Makes the plan with more operations.
         requested_operations: The requested operations; the suggestion begins with them.
     """
     differences = plan.differences
     if not differences:
         return
-    operations = find_fix(plan, state_names, replan)
-    if operations:
-        operations = (*requested_operations, *operations)
+    suggestion = find_suggestion(plan, replan)
+    operations = (*requested_operations, *suggestion.operations) if suggestion else ()
     shown = "".join(f"\n    {line}" for line in format_differences(differences))
     surgery = "".join(f"\n    {as_code(each)}," for each in operations)
-    offer = f"surgery=[{surgery}\n  ] fixes it, if that is what you mean; or " if operations else ""
+    offer = (
+        f"this surgery {suggestion.verdict}, if that is what you mean:\n  surgery=[{surgery}\n  ]\n  Or "
+        if operations
+        else ""
+    )
+    note = f" No surgery is suggested: {suggestion.reason}." if suggestion.reason else ""
     error = StructureError(
         what=f"step {step} does not fit the state passed in, in {len(differences)} place(s):{shown}",
         why="restoring part of it, or casting, would silently change the model. Nothing was restored or lost.",
-        fix=f"{offer}build the state as it was when the step was saved, or leave the item out of the state.",
+        fix=f"{offer}build the state as it was when the step was saved, or leave the item out of the state.{note}",
     )
     error.mismatches = tuple(map(str, differences))
     error.surgery = operations
@@ -87,225 +137,184 @@ def format_differences(differences: Sequence[Difference]) -> list[str]:
     return [*shown[:_MAX_LINES], *tail]
 
 
-def find_fix(plan: RestorePlan, state_names: Sequence[Names], replan: Replan) -> tuple[Operation, ...]:
-    """Return operations that remove all differences and change nothing else; empty if none are found.
+def find_suggestion(plan: RestorePlan, replan: Replan) -> Suggestion:
+    """Return operations that remove all differences, and what they lose.
 
     Args:
         plan: What the restore would do.
-        state_names: Names of all leaves of the state.
         replan: Makes the plan with more operations.
     """
+    traces = trace_leaves(plan)
     for allow_parts in (True, False):
-        operations = suggest_operations(plan.differences, state_names, plan.stored_names, allow_parts=allow_parts)
-        if operations and _is_fix(operations, plan, replan):
-            return operations
-    return ()
+        try:
+            operations = write_operations(plan, traces, allow_parts=allow_parts)
+            after = replan(operations)
+        except TooManyOperationsError:
+            return Suggestion(reason=f"it would take more than {MAX_OPERATIONS} operations")
+        except CheckpointError:
+            continue
+        if operations and not after.differences and _is_as_traced(plan, after, traces):
+            return _weigh(plan, after, operations)
+    return Suggestion(reason="no patterns were found that say it")
 
 
-def _is_fix(operations: Sequence[Operation], plan: RestorePlan, replan: Replan) -> bool:
-    try:
-        after = replan(operations)
-    except CheckpointError:
-        return False
-    unfit = {each.path for each in plan.differences}
-    sources = {leaf.path: leaf.source and leaf.source.stored_path for leaf in after.placed_leaves}
-    return not after.differences and all(
-        sources.get(leaf.path) == (leaf.source and leaf.source.stored_path)
-        for leaf in plan.placed_leaves
-        if leaf.path not in unfit
-    )
-
-
-def suggest_operations(
-    differences: Sequence[Difference],
-    state_names: Iterable[Names],
-    stored_names: Iterable[Names],
-    *,
-    allow_parts: bool = True,
-) -> tuple[Operation, ...]:
-    """Return operations that should remove the differences.
+def write_operations(plan: RestorePlan, traces: Sequence[Trace], *, allow_parts: bool) -> tuple[Operation, ...]:
+    """Return operations that put every leaf where the traces say.
 
     Args:
-        differences: What does not fit.
-        state_names: Names of all leaves of the state.
-        stored_names: Names of all leaves on disk.
+        plan: What the restore would do without them.
+        traces: Where the leaves come from.
         allow_parts: Whether whole parts may be renamed, and not only leaves.
     """
-    missing = {each.path: each for each in differences if each.kind == "missing"}
-    extra = {each.path: each for each in differences if each.kind == "unexpected"}
-    taken = set(stored_names)
-    items = _find_renamed_items(differences, set(state_names), taken)
-    found: list[Operation] = list(items)
-    for item in items:
-        missing.pop((item.new.removesuffix(".**"),), None)
-    resizing: list[tuple[Names, str, Operation]] = []
-    for rule in _find_renames(missing, extra, Parts(taken), allow_parts=allow_parts):
-        matched = Parts(extra).match(rule.pattern)
-        moved = {path: rename_leaf(rule, path, matched) for path in extra if find_outermost_depth(path, matched)}
-        collide = set(moved.values()) & (taken - moved.keys()) or len(set(moved.values())) < len(moved)
-        if collide or not missing.keys() & set(moved.values()):
-            continue
-        found.append(rule)
-        taken = (taken - moved.keys()) | set(moved.values())
-        for path, new in moved.items():
-            old, match = extra.pop(path), missing.pop(new, None)
-            if match is None:
-                extra[new] = dataclasses.replace(old, path=new)  # Another leaf of the part; the state lacks it.
-            elif old.stored is not None and match.expected is not None:
-                both = Difference(kind="reshaped", path=new, expected=match.expected, stored=old.stored)
-                resizing += [(new, type(each).__name__, each) for each in _suggest_leaf_operations(both)]
-    for each in differences:
-        if each.kind in ("reshaped", "recast", "other"):
-            resizing += [
-                (each.path, type(operation).__name__, operation) for operation in _suggest_leaf_operations(each)
-            ]
-    found += [Drop(pattern) for pattern in _find_covering_patterns(extra, taken, kept_names=set(state_names))]
-    grouped: dict[tuple[str, ...], list[Names]] = {}
-    for path, kind, operation in resizing:
-        dtypes = (operation.from_dtype, operation.to_dtype) if isinstance(operation, Cast) else ()
-        grouped.setdefault((kind, *dtypes), []).append(path)
-    kinds: dict[str, type[Any]] = {"Cast": Cast, "Pad": Pad, "Slice": Slice, "Reinit": Reinit}
-    for (kind, *rest), paths in grouped.items():
-        # A cast applies to leaves of its own dtype only, so its pattern may name a whole part.
-        patterns = (
-            _find_covering_patterns(paths, set(state_names), kept_names=set())
-            if kind == "Cast"
-            else _make_patterns(paths, set(state_names))
-        )
-        found += [kinds[kind](pattern, *rest) for pattern in patterns]
-    found += [
-        Reinit(pattern) for pattern in _find_covering_patterns(missing, set(state_names), kept_names=taken - set(extra))
+    sources = {source.path: source for source in plan.sources}
+    unfit = {each.path for each in plan.differences}
+    used = {path for trace in traces for path in trace.sources}
+    placed = {leaf.source.path for leaf in plan.placed_leaves if leaf.source is not None and leaf.path not in unfit}
+    items = {path[0] for path in (*used, *plan.state_records)}
+    found = {path for trace in traces for path in trace.targets}
+    moved = {path for trace in traces if trace.how != "copy" for path in trace.sources}
+    fresh = [
+        path
+        for path in plan.state_records
+        if path not in found and (path in unfit or path[:1] in unfit or path in moved)
     ]
-    return tuple(found)
+    taken = used | placed | set(fresh)
+    # What stays under a name that keeps its value in the state is dropped by that.
+    dropped = [path for path, source in sources.items() if not source.opaque and path[0] in items and path not in taken]
+    gone = set(dropped)
+    stored = [path for path in sources if path not in gone]
+    drops = find_covering_patterns(dropped, stored) if dropped else []
+    _require_few(drops)
+    operations: list[Operation] = [Drop(each) for each in drops]
+    operations += write_moves(traces, stored, allow_parts=allow_parts)
+    operations += _write_array_operations(traces, sources, plan.state_records)
+    if fresh:
+        others = _list_others(plan.state_records, fresh)
+        reinits = find_covering_patterns(fresh, others)
+        _require_few(reinits)
+        operations += [Reinit(each) for each in reinits]
+    _require_few(operations)
+    return tuple(operations)
 
 
-def _suggest_leaf_operations(difference: Difference) -> list[Operation]:
-    here, stored = difference.expected, difference.stored
-    kinds = {record.kind for record in (here, stored) if record is not None}
-    if here is None or stored is None or not kinds <= {"array", "empty"}:
-        return (
-            []
-            if here is not None and stored is not None and format_form(here) == format_form(stored)
-            else [Reinit("**")]
-        )
-    operations: list[Operation] = []
-    if here.dtype != stored.dtype:
-        if not {here.dtype, stored.dtype} <= set(DTYPES):
-            return [Reinit("**")]
-        operations.append(Cast("**", stored.dtype, here.dtype))
-    if here.shape != stored.shape:
-        if len(here.shape) != len(stored.shape) or is_transposed(stored.shape, here.shape):
-            return [Reinit("**")]
-        operations += [Pad("**")] if needs_pad(stored.shape, here.shape) else []
-        operations += [Slice("**")] if needs_slice(stored.shape, here.shape) else []
-    return operations
+def _require_few(found: Sequence[object]) -> None:
+    if len(found) > MAX_OPERATIONS:
+        raise TooManyOperationsError
 
 
-def _find_renamed_items(
-    differences: Sequence[Difference], state_names: set[Names], stored_names: set[Names]
-) -> list[Rename]:
-    """Return a rename for each item on disk that has another name and mostly the same leaves."""
-    found, used = [], {path[0] for path in state_names}
-    for each in differences:
-        if each.kind != "missing" or len(each.path) > 1:
-            continue
-        leaves = {path[1:] for path in state_names if path[0] == each.path[0]}
-        shared: collections.Counter[str] = collections.Counter(path[0] for path in stored_names if path[1:] in leaves)
-        best = next(
-            (item for item, count in shared.most_common() if item not in used and 2 * count > len(leaves)), None
-        )
-        if best is not None:
-            used.add(best)
-            found.append(Rename(f"{best}.**", f"{each.path[0]}.**"))
+def _write_array_operations(
+    traces: Sequence[Trace], sources: Mapping[Names, SourceLeaf], records: Mapping[Names, Record]
+) -> list[Operation]:
+    transposed: dict[tuple[int, ...], list[Names]] = {}
+    cast: dict[tuple[str, str], list[Names]] = {}
+    padded: list[Names] = []
+    sliced: list[Names] = []
+    for trace in traces:
+        source = sources[trace.sources[0]]
+        for path in trace.targets:
+            record, shape = records[path], source.shape
+            if trace.axes:
+                transposed.setdefault(trace.axes if len(trace.axes) > 2 else (), []).append(path)
+            if record.kind not in ("array", "empty"):
+                continue
+            if record.dtype != source.dtype and {record.dtype, source.dtype} <= set(DTYPES):
+                cast.setdefault((source.dtype, record.dtype), []).append(path)
+            if trace.how in ("rename", "copy") and len(shape) == len(record.shape):
+                shape = tuple(shape[axis] for axis in trace.axes) if trace.axes else shape
+                padded += [path] if needs_pad(shape, record.shape) else []
+                sliced += [path] if needs_slice(shape, record.shape) else []
+    found: list[Operation] = []
+    for axes, paths in transposed.items():
+        found += [Transpose(each, axes) for each in make_patterns(paths, _list_others(records, paths))]
+    for dtypes, paths in cast.items():
+        # A cast applies to leaves of its own dtype only, so its pattern may name a whole part.
+        found += [Cast(each, *dtypes) for each in find_covering_patterns(paths, _list_others(records, paths))]
+    found += [Pad(each) for each in make_patterns(padded, _list_others(records, padded))] if padded else []
+    found += [Slice(each) for each in make_patterns(sliced, _list_others(records, sliced))] if sliced else []
     return found
 
 
-def _find_renames(
-    missing: dict[Names, Difference], extra: dict[Names, Difference], stored_parts: Parts, *, allow_parts: bool
-) -> list[Rename]:
-    """Return rules that give unexpected leaves the names of missing ones, in the order of their application."""
-    lacking, unused = _group_by_kind(missing), _group_by_kind(extra)
-    if not lacking or not unused or max(len(lacking), len(unused)) > _MAX_KINDS:
-        return []
+def _list_others(records: Iterable[Names], paths: Iterable[Names]) -> list[Names]:
+    taken = set(paths)
+    return [path for path in records if path not in taken]
 
-    @functools.cache
-    def match_leaves(pattern: str) -> frozenset[Names]:
-        """Return the leaves on disk at or below what a pattern matches."""
-        matched = stored_parts.match(pattern)
-        return frozenset(leaf for leaf in stored_parts.leaves if find_outermost_depth(leaf, matched))
 
-    likeness = []
-    for new in lacking:
-        for old in unused:
-            if new[1] == old[1]:
-                ratio = difflib.SequenceMatcher(None, ".".join(old[0]), ".".join(new[0])).ratio()
-                if ratio >= 0.4 or new[0][-1] == old[0][-1]:
-                    likeness.append((ratio, old, new))
-    rules: collections.Counter[tuple[str, str]] = collections.Counter()
-    done = set[tuple[str, Names, str]]()
-    # Each kind is paired with the most similar kind.
-    for _, old, new in sorted(likeness, key=lambda each: each[0], reverse=True):
-        if ("old", *old) in done or ("new", *new) in done:
+def _is_as_traced(plan: RestorePlan, after: RestorePlan, traces: Sequence[Trace]) -> bool:
+    """Return whether every leaf comes from where it was traced to, and every other one stayed."""
+    names = {source.path: source.stored_path for source in plan.sources}
+    unfit = {each.path for each in plan.differences}
+    expected = {
+        leaf.path: [leaf.source.stored_path]
+        for leaf in plan.placed_leaves
+        if leaf.source is not None and leaf.path not in unfit
+    }
+    moved = {path for trace in traces if trace.how != "copy" for path in trace.sources}
+    expected = {path: stored for path, stored in expected.items() if path not in moved}
+    for trace in traces:
+        expected |= {path: [names[each] for each in trace.sources] for path in trace.targets}
+    return expected == {
+        leaf.path: [each.stored_path for each in leaf.source.iterate_stored()]
+        for leaf in after.placed_leaves
+        if leaf.source is not None
+    }
+
+
+def _weigh(plan: RestorePlan, after: RestorePlan, operations: tuple[Operation, ...]) -> Suggestion:
+    """Return the suggestion with what it loses; empty if it keeps nothing of an item."""
+    unfit = {each.path for each in plan.differences}
+    # What was requested is not counted: leaves that keep their values, or are padded.
+    settled = {
+        leaf.path: leaf.source and leaf.source.stored_path for leaf in plan.placed_leaves if leaf.path not in unfit
+    }
+    given_up = {source.stored_path for source in plan.dropped_leaves}
+    used = [each for leaf in after.placed_leaves if leaf.source is not None for each in leaf.source.iterate_stored()]
+    digests = {each.record.digest for each in used} - {""}
+    fresh, fresh_bytes, lost, lost_bytes = [], 0, [], 0
+    for leaf in after.placed_leaves:
+        record = plan.state_records.get(leaf.path)
+        stored_path = leaf.source and leaf.source.stored_path
+        if record is None or (leaf.path in settled and settled[leaf.path] == stored_path):
             continue
-        done |= {("old", *old), ("new", *new)}
-        sides = _generate_rules(old[0], new[0], allow_parts=allow_parts)
-        rule = next((rule for rule in sides if match_leaves(rule[0]) <= extra.keys()), None)
-        if rule is not None:
-            rules[rule] += len(lacking[new])
-    # Deeper rules first: afterwards a part above can be renamed as a whole.
-    ordered = sorted(rules, key=lambda rule: (-rule[0].count("."), -rules[rule], rule))
-    return [Rename(*rule) for rule in ordered]
+        new_bytes, old_bytes = _weigh_leaf(leaf, record)
+        if leaf.source is None or new_bytes:
+            fresh.append(".".join(leaf.path))
+            fresh_bytes += new_bytes
+        if leaf.source is not None and old_bytes:
+            lost.append(".".join(leaf.source.stored_path))
+            lost_bytes += old_bytes
+    for source in after.dropped_leaves:
+        if source.stored_path not in given_up and source.record.digest not in digests:
+            lost.append(".".join(source.stored_path))
+            lost_bytes += count_host_bytes([source.record])
+    kept = {leaf.path[0] for leaf in after.placed_leaves if leaf.source is not None}
+    emptied = {name.partition(".")[0] for name in fresh} & {name.partition(".")[0] for name in lost} - kept
+    if emptied:
+        reason = f"nothing that is stored is a likely source of {' or '.join(map(repr, sorted(emptied)))}"
+        return Suggestion(reason=reason)
+    stored = {each.stored_path: each.record for each in (*used, *after.dropped_leaves)}
+    return Suggestion(
+        operations=operations,
+        fresh_leaves=tuple(fresh),
+        fresh_bytes=fresh_bytes,
+        lost_leaves=tuple(lost),
+        lost_bytes=lost_bytes,
+        stored_bytes=count_host_bytes(stored.values()),
+    )
 
 
-def _group_by_kind(differences: dict[Names, Difference]) -> dict[tuple[Names, str], list[Names]]:
-    kinds: dict[tuple[Names, str], list[Names]] = {}
-    for path, each in differences.items():
-        record = each.expected or each.stored
-        if record is not None:
-            kinds.setdefault((mask_numbers(path), format_form(record)), []).append(path)
-    return kinds
+def _weigh_leaf(leaf: PlacedLeaf, record: Record) -> tuple[int, int]:
+    """Return the bytes of a leaf that the state keeps, and the bytes of its source that are not used."""
+    if leaf.source is None or leaf.target is None:
+        return count_host_bytes([record]), 0
+    old, new = leaf.source.shape, leaf.target.shape
+    if old == new or len(old) != len(new):
+        return 0, 0
+    shared = math.prod(map(min, old, new))
+    return (
+        _scale(record, math.prod(new) - shared),
+        _scale(leaf.source.record, math.prod(old) - shared),
+    )
 
 
-def _generate_rules(old: Names, new: Names, *, allow_parts: bool) -> Iterator[tuple[str, str]]:
-    """Yield the differing parts of two kinds of names as the two sides of a rename, without their common end first."""
-    end = 0
-    while allow_parts and end < min(len(old), len(new)) - 1 and old[-1 - end] == new[-1 - end]:
-        end += 1
-    for left in range(end, -1, -1):
-        sides = _format_pattern(old[: len(old) - left]), _format_pattern(new[: len(new) - left])
-        if find_wildcards(sides[0]) == find_wildcards(sides[1]):
-            yield sides
-
-
-def _format_pattern(path: Names) -> str:
-    """Return a name as a pattern; special characters and masked numbers become a star."""
-    parts = [re.sub(r"[#\[\]{}:.*\s]+", "*", part) for part in path]
-    # A single segment would match that name at any depth.
-    return ".".join(parts) if len(parts) > 1 else f"{parts[0]}.**"
-
-
-def _find_covering_patterns(targets: Iterable[Names], all_names: set[Names], *, kept_names: set[Names]) -> list[str]:
-    """Return patterns that cover the target names and nothing else; a part that is covered whole gets one pattern."""
-    targets = list(targets)
-    others = (all_names | kept_names) - set(targets)
-    blocked = {other[:depth] for other in others for depth in range(1, len(other) + 1)}
-    parts: dict[Names, list[Names]] = {}
-    for path in targets:
-        depth = next((depth for depth in range(1, len(path)) if path[:depth] not in blocked), len(path))
-        parts.setdefault(path[:depth], []).append(path)
-    return _make_patterns(list(parts), others)
-
-
-def _make_patterns(paths: list[Names], other_names: set[Names]) -> list[str]:
-    """Return patterns for names: one for each kind if it matches nothing else, otherwise one for each name."""
-    kinds: dict[Names, list[Names]] = {}
-    for path in paths:
-        kinds.setdefault(mask_numbers(path), []).append(path)
-    patterns: list[str] = []
-    parts = Parts([*other_names, *paths]) if any(len(same) > 1 for same in kinds.values()) else None
-    for kind, same in kinds.items():
-        if parts is not None and len(same) > 1 and parts.match(_format_pattern(kind)) == set(same):
-            patterns.append(_format_pattern(kind))
-        else:
-            patterns += [_format_pattern(path) for path in same]
-    return patterns
+def _scale(record: Record, count: int) -> int:
+    return count * count_host_bytes([dataclasses.replace(record, kind="array", shape=(1,), value=None)])

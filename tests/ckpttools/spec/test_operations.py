@@ -22,6 +22,17 @@ from ckpttools.tree.records import parse_dtype
         pytest.param(lambda: ct.Pad("a", fill="zero"), "fill='zero'", "fill=0.0", id="fill"),
         pytest.param(lambda: ct.Pad("a", start=[1]), "start=[1]", "start=(0, 0)", id="start of a pad"),
         pytest.param(lambda: ct.Slice("a", start=(-1,)), "start=(-1,)", "start=(0, 0)", id="start of a slice"),
+        pytest.param(lambda: ct.Copy("a.*", "b"), "has *, no wildcard", "same wildcards", id="wildcards of a copy"),
+        pytest.param(lambda: ct.Transpose("a", axes=(0, 2)), "axes=(0, 2)", "axes=(0, 2, 1)", id="axes"),
+        pytest.param(lambda: ct.Stack("a.b", "a"), "do not correspond", "model.layers.*", id="stack of one"),
+        pytest.param(lambda: ct.Stack("a.**", "a"), "do not correspond", "model.layers.*", id="stack at any depth"),
+        pytest.param(lambda: ct.Stack("a.*", "a", axis=True), "axis=True", "axis=0", id="axis"),
+        pytest.param(lambda: ct.Unstack("a", "b"), "do not correspond", "a.*.b", id="unstack to one"),
+        pytest.param(lambda: ct.Merge("a.q", "a"), "do not correspond", "{q,k,v}", id="merge of one"),
+        pytest.param(lambda: ct.Split("a", "a.{q}"), "do not correspond", "{q,k,v}", id="split to one"),
+        pytest.param(lambda: ct.Split("a", "a.{q,k}", sizes=(3,)), "sizes=(3,)", "sizes=(8, 8)", id="sizes"),
+        pytest.param(lambda: ct.Split("a", "b..{q,k}"), "no valid new name", "new_name", id="new name of a split"),
+        pytest.param(lambda: ct.Merge("a.{q,k}", "a", interleaved=1), "interleaved=1", "=True", id="flag"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(make, text, fix):

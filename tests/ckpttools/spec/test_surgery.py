@@ -16,6 +16,15 @@ ALL = [
     ct.Pad("embedding"),
     ct.Pad("embedding", fill=0.5, start=(1, 2)),
     ct.Slice("embedding", start=(3,)),
+    ct.Copy("model.**", "ema.**"),
+    ct.Transpose("kernel"),
+    ct.Transpose("kernel", axes=(0, 2, 1)),
+    ct.Stack("model.layers.*", "model.layers"),
+    ct.Stack("**.layers_*", "**.layers", axis=1),
+    ct.Unstack("model.layers", "model.layers.*"),
+    ct.Merge("model.*.{q,k,v}", "model.*.qkv", axis=0),
+    ct.Split("model.*.qkv", "model.*.{q,k,v}", sizes=(8, 2, 2)),
+    ct.Split("gate_up", "{gate,up}", interleaved=True),
 ]
 
 PARTS = st.text("abc_", min_size=1, max_size=4)

@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mismatch suggests the surgery that fixes it and touches nothing else."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 import ckpttools as ct
 from ckpttools.spec.operations import as_code
-from ckpttools.surgery import suggest
+from ckpttools.surgery import make_plan, suggest
+from ckpttools.surgery.plan import Changes
 from ckpttools.tree import flatten
-from ckpttools.tree.leaf_paths import to_names
-from tests.ckpttools.surgery.plans import leaf, nested, plan
+from tests.ckpttools.surgery.large_states import list_large_states, time_suggestion
+from tests.ckpttools.surgery.plans import leaf, nested, plan, stored
 
 
 def mismatch(disk, state, asked=()):
-    here = [
-        to_names((item, *part.path)) for item, value in state.items() for part in flatten.flatten_item(value).leaves
-    ]
     with pytest.raises(ct.StructureError) as caught:
-        suggest.require_match(3, plan(disk, state, asked), here, lambda more: plan(disk, state, [*asked, *more]), asked)
+        suggest.require_match(3, plan(disk, state, asked), lambda more: plan(disk, state, [*asked, *more]), asked)
     return caught.value
 
 
@@ -77,10 +78,15 @@ LAYERS = [name.replace("blocks", "layers") for name in BLOCKS]
         pytest.param(
             nested("m.0.norm_a", "m.1.norm_a", "m.2.norm_a"),
             nested("m.0.norm_b", "m.1.norm_b", "m.2.other", "m.2.more"),
-            ['ct.Drop("m.2.norm_b")', 'ct.Reinit("m.2")', 'ct.Rename("m.*.norm_a", "m.*.norm_b")'],
+            ['ct.Drop("m.2")', 'ct.Reinit("m.2")', 'ct.Rename("m.*.norm_a", "m.*.norm_b")'],
             id="more is renamed than is missing",
         ),
-        pytest.param(nested("m.w", form=leaf(4)), nested("m.w", form=leaf(2, 2)), ['ct.Reinit("m.w")'], id="rank"),
+        pytest.param(
+            {"m": {"w": leaf(4), "b": leaf(3)}},
+            {"m": {"w": leaf(2, 2), "b": leaf(3)}},
+            ['ct.Reinit("m.w")'],
+            id="rank",
+        ),
         pytest.param(
             nested("params.w", "params.b"), nested("m.w", "m.b"), ['ct.Rename("params.**", "m.**")'], id="item"
         ),
@@ -94,7 +100,9 @@ LAYERS = [name.replace("blocks", "layers") for name in BLOCKS]
             ['ct.Rename("m.a.x", "m.b.x")', 'ct.Rename("m.b.y", "m.a.y")'],
             id="names that cross",
         ),
-        pytest.param(nested("m.w", form=leaf(2, 3)), nested("m.w", form=leaf(3, 2)), ['ct.Reinit("m.w")'], id="turned"),
+        pytest.param(
+            nested("m.w", form=leaf(2, 3)), nested("m.w", form=leaf(3, 2)), ['ct.Transpose("m.w")'], id="turned"
+        ),
         pytest.param(
             nested("m.w", form=leaf(2, dtype=jnp.int4)),
             nested("m.w", form=leaf(2, dtype=jnp.int8)),
@@ -134,3 +142,61 @@ def test_a_suggestion_goes_on_from_what_was_asked_for():
     error = mismatch(disk, state, [ct.Rename("m.enc", "m.net")])
     assert list(map(as_code, error.surgery)) == ['ct.Rename("m.enc", "m.net")', 'ct.Drop("m.old")']
     assert plan(disk, state, error.surgery).differences == ()
+
+
+def test_the_first_line_counts_what_is_lost():
+    disk = {"m": {"w": leaf(4, 4), "head": leaf(4, 10), "old": leaf(3)}}
+    state = {"m": {"w": jnp.ones((4, 4)), "head": jnp.ones((4, 6)), "new": jnp.ones((2, 2))}}
+    error = mismatch(disk, state)
+    first = error.fix.partition("\n")[0]
+    assert "throws away 76 B of the 236 B on disk, in 2 leaves (m.head, m.old)" in first
+    assert "leaves 16 B of the state as initialised, in 1 leaf (m.new)" in first
+    assert "fixes it" not in error.fix
+
+
+def test_a_surgery_that_loses_nothing_is_called_a_fix():
+    error = mismatch({"m": {"enc": {"k": leaf(2)}}}, {"m": {"net": {"k": jnp.ones(2)}}})
+    assert error.fix.startswith("this surgery fixes it")
+
+
+def test_additions_are_counted_though_nothing_is_lost():
+    error = mismatch({"m": {"a": leaf(2)}}, {"m": {"a": jnp.ones(2), "lora": {"a": jnp.ones((2, 3))}}})
+    assert "keeps everything on disk and leaves 24 B of the state as initialised, in 1 leaf (m.lora.a)" in error.fix
+
+
+def test_what_keeps_nothing_of_an_item_is_not_suggested():
+    error = mismatch({"m": {"a": leaf(2, 3)}}, {"m": {"z": jnp.ones(7)}})
+    assert error.surgery == ()
+    assert "nothing that is stored is a likely source of 'm'" in error.fix
+
+
+def test_a_list_that_nobody_would_read_is_not_suggested():
+    names = ["".join(chr(97 + int(digit)) for digit in str(n)) for n in range(300)]
+    disk = {"m": {"keep": leaf(1)} | {name: leaf(2) for name in names}}
+    state = {"m": {"keep": jnp.ones(1)} | {name: jnp.ones((2, 2)) for name in names}}
+    error = mismatch(disk, state)
+    assert (error.surgery, "more than 200 operations" in error.fix) == ((), True)
+
+
+def test_a_copy_that_is_dropped_is_not_lost():
+    """Two leaves with one digest: a tied embedding that was saved twice."""
+    record = [types.SimpleNamespace(records=tuple(each.records), skeletons={}) for each in stored(TIED).values()]
+    same = tuple(dataclasses.replace(each, digest="xxh3:1") for each in record[0].records)
+    templates = {"m": flatten.flatten_item({"embed": jnp.ones((4, 2))}, template=True)}
+
+    def replan(operations):
+        items = {"m": types.SimpleNamespace(records=same, skeletons={})}
+        return make_plan.make_restore_plan(items, templates, Changes(surgery=ct.Surgery(operations)))
+
+    assert suggest.find_suggestion(replan(()), replan).lost_leaves == ()
+
+
+TIED = {"m": {"embed": leaf(4, 2), "head": leaf(4, 2)}}
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in list_large_states()])
+def test_the_time_grows_with_the_leaves_and_not_with_their_pairs(name):
+    old, new = next((old, new) for each, old, new in list_large_states() if each == name)
+    time_suggestion(old(300), new(300))  # Imports and caches.
+    few, many = (time_suggestion(old(count), new(count)) for count in (600, 4_800))
+    assert many[0] / max(few[0], 0.05) < 20, (few, many)  # 8 if it is linear, 64 if it is quadratic
