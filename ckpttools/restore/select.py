@@ -158,7 +158,7 @@ def select_one_branch(entries: Sequence[Entry]) -> list[Entry]:
     damaged = [entry for entry in entries if entry.info is None]
     chosen = next(iter([*live, *damaged, *superseded]), None)
     if chosen is None or not chosen.lineage:
-        return damaged
+        return [*([] if chosen is None else [chosen]), *(each for each in damaged if each is not chosen)]
     same = [each for each in entries if each.lineage[-1:] == chosen.lineage[-1:]]
     return [*(each for each in damaged if not each.lineage), *same]
 

@@ -22,10 +22,10 @@ from ..spec.trigger_memory import encode_memory
 from ..spec.triggers import StepContext
 from ..store import manifest
 from ..tree import snapshot
-from ..tree.items import as_metric, require_items
+from ..tree.items import require_items
 from .advice import StallMeter, warn
 from .call_guard import Call
-from .progress import RunProgress
+from .progress import RunProgress, read_metric
 from .resources import RunResources
 
 
@@ -226,7 +226,7 @@ class Saver:
             sequence=self._resources.run.get_steps().next_sequence,
             saved_at=time.time(),
             run_s=context.run_s,
-            metrics={name: as_metric(name, value) for name, value in metrics.items()},
+            metrics={name: read_metric(name, value) for name, value in metrics.items()},
             lineage=self._progress.lineage,
             reason=reason,
             spec=self._spec.fingerprint(),

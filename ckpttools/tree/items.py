@@ -5,8 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from ..errors import LeafError
 
 _RESERVED_NAMES = frozenset({"metrics", "descriptor", "_CHECKPOINT_METADATA"})
@@ -57,9 +55,7 @@ def as_metric(name: str, value: Any) -> float:
     try:
         if isinstance(value, str | bytes | bytearray):
             raise _make_metric_error(name, f"{value!r:.80}")
-        # Reading a metric is requested, so it is not a transfer that a guard is meant to find.
-        with jax.transfer_guard("allow"):
-            return float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         # Printing a deleted array raises, too.
         shown = "a deleted array" if isinstance(error, RuntimeError) else f"{value!r:.80}"

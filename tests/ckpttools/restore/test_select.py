@@ -60,7 +60,7 @@ def test_a_number_selects_one_step_superseded_or_not():
 def test_a_missing_number_names_the_steps_that_exist():
     with pytest.raises(ct.StepNotFoundError, match="step 7 does not exist") as caught:
         select.list_candidates(LOSSES, 7)
-    assert caught.value.fix == "available: 1, 2, 3, 4, 5."
+    assert caught.value.fix == "available: 1, 2, 3, 5; superseded: 4."
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("min", [2, 1, 3]), ("max", [1, 2, 3])])

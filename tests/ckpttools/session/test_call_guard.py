@@ -21,7 +21,7 @@ def test_nested_saves_are_refused_and_threads_wait(tmp_path, monkeypatch):
     real, inner = snapshot.take, []
     with ct.open(spec_for(tmp_path)) as ckpt:
 
-        def interrupted(state, buffers):
+        def interrupted(state, buffers, rules):
             if not inner:
                 with pytest.raises(ct.StepOrderError, match="in the middle of another"):
                     inner.append(ckpt.save(9, state))
@@ -30,7 +30,7 @@ def test_nested_saves_are_refused_and_threads_wait(tmp_path, monkeypatch):
                 thread.start()
                 time.sleep(0.05)
                 inner.append(thread)
-            return real(state, buffers)
+            return real(state, buffers, rules)
 
         monkeypatch.setattr(snapshot, "take", interrupted)
         ckpt.save(1, {"w": np.ones(2)})

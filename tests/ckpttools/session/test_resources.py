@@ -57,12 +57,12 @@ def test_a_later_session_of_the_process_replaces_an_earlier_one(tmp_path):
 def test_a_session_in_the_middle_of_a_call_is_not_replaced(tmp_path, monkeypatch):
     real, errors = snapshot.take, []
 
-    def open_another(state, buffers):
+    def open_another(state, buffers, rules):
         monkeypatch.undo()
         with ct.open(spec_for(tmp_path)) as later, pytest.raises(ct.RunInUseError, match="another session") as caught:
             later.save(9, state)
         errors.append(caught.value)
-        return real(state, buffers)
+        return real(state, buffers, rules)
 
     with ct.open(spec_for(tmp_path)) as ckpt:
         monkeypatch.setattr(snapshot, "take", open_another)
