@@ -56,7 +56,6 @@ from .session.session import Session as Session
 from .sources.load import Preview as Preview
 from .sources.load import load as load
 from .sources.load import preview as preview
-from .spec.exclude import Exclude as Exclude
 from .spec.mirror import Mirror as Mirror
 from .spec.operations import Cast as Cast
 from .spec.operations import Copy as Copy
@@ -79,8 +78,9 @@ from .spec.retention import Pinned as Pinned
 from .spec.retention import Retention as Retention
 from .spec.schema import json_schema as json_schema
 from .spec.spec import CheckpointSpec as CheckpointSpec
-from .spec.state_version import Migration as Migration
-from .spec.state_version import StateVersion as StateVersion
+from .spec.state import Exclude as Exclude
+from .spec.state import Migration as Migration
+from .spec.state import StateVersion as StateVersion
 from .spec.storage import Integrity as Integrity
 from .spec.storage import Storage as Storage
 from .spec.surgery import Surgery as Surgery

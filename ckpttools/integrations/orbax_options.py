@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ..errors import SpecError
 from ..spec import retention, triggers
 from ..spec.spec import CheckpointSpec
-from ..spec.state_version import StateVersion, as_state_version
+from ..spec.state import StateVersion, as_state_version
 from ..spec.storage import Integrity, Storage
 from ..store import orbax
 

@@ -13,15 +13,9 @@ import shutil
 from collections.abc import Callable
 
 from ..errors import CheckpointError, DiskSpaceError, MirrorError, StepNotFoundError, StorageError
-from ..restore.select import (
-    Selector,
-    list_available_steps,
-    list_candidates,
-    require_selector,
-    select_one_branch,
-)
+from ..restore.select import Selector, list_available_steps, list_candidates, require_selector, select_one_branch
 from ..spec.mirror import Mirror, as_mirror
-from ..store import commit, confine, contents, layout
+from ..store import commit, contents, layout
 from ..store.catalogue import Entry
 from ..store.run_directory import RunDirectory
 from .merge_copies import merge_copies
@@ -120,7 +114,7 @@ class Fetcher:
         needed = copy.manifest.summary.total_bytes
         self._staging_directories.append(directory.parent)
         try:
-            confine.require_confined(self._run.directory)
+            commit.require_confined(self._run.directory)
             commit.make_directory(directory.parent)
             free = shutil.disk_usage(directory.parent).free
             if free < needed:

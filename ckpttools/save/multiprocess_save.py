@@ -24,12 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import (
-    CheckpointError,
-    LeafError,
-    ProcessError,
-    StructureError,
-)
+from ..errors import CheckpointError, LeafError, ProcessError, StructureError
 from ..processes.group import Group
 from ..spec.spec import CheckpointSpec
 from ..store import commit, digest, layout, leaf_integrity, manifest, orbax

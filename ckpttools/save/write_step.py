@@ -16,9 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, CorruptStepError, DiskSpaceError, StorageError
-from ..spec.exclude import as_rules
 from ..spec.spec import CheckpointSpec
-from ..spec.state_version import as_state_version
+from ..spec.state import as_rules, as_state_version
 from ..store import commit, digest, layout, leaf_integrity, manifest, orbax
 from ..store.run_directory import RunDirectory
 from ..tree.records import Record

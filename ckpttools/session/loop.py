@@ -164,7 +164,7 @@ class TrainingLoop:
 
     def _iterate(self, total: int) -> Iterator[int]:
         self._final_step = total
-        self.stop_request.listen()
+        self.stop_request.start_listening()
         for step in range(self.progress.step + 1, total + 1):
             yield step
             if self._is_stopping:
@@ -181,7 +181,7 @@ class TrainingLoop:
     def step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> Outcome:
         """Save a completed step if it is due, the last, or the one to stop after; see `Session.step`."""
         self.begin()
-        self.stop_request.listen()
+        self.stop_request.start_listening()
         context = self.progress.make_context(step, metrics)
         is_final = step == self._final_step
         group = self._resources.group

@@ -17,7 +17,7 @@ from ..restore import validation
 from ..save import multiprocess_save, write_step
 from ..save.outcomes import Outcome, Saved, Skipped, Started
 from ..save.worker import Worker
-from ..spec.exclude import as_rules
+from ..spec.state import as_rules
 from ..spec.trigger_memory import encode_memory
 from ..spec.triggers import StepContext
 from ..store import manifest

@@ -40,7 +40,7 @@ def as_signals(names: Iterable[str | int]) -> tuple[signal.Signals, ...]:
     """Return signals by their names or numbers.
 
     Raises:
-        SpecError: If there is no such signal, or a process cannot handle it.
+        SpecError: If this system does not have a signal, or a process cannot handle it.
     """
     found = []
     for name in (names,) if isinstance(names, str | int) else names:
@@ -66,7 +66,7 @@ class StopRequest:
     """Whether a session was asked to stop.
 
     Args:
-        signals: The signals that ask it to, from `listen` to `stop_listening`.
+        signals: The signals that ask it to, from `start_listening` to `stop_listening`.
 
     Attributes:
         reason: What asked, as in "SIGTERM asked to stop"; None if nothing did.
@@ -80,7 +80,7 @@ class StopRequest:
         self.is_repeated = False
         self.signals = signals
 
-    def listen(self) -> None:
+    def start_listening(self) -> None:
         """Have the signals set the reason; outside the main thread only if the main thread handles them already."""
         _listener.add(self)
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from ..errors import CheckpointError, IncompleteStepError
 from ..save.write_step import add_digests, describe_files
-from ..store import flax_msgpack, manifest, orbax
+from ..store import manifest, orbax
 from ..store.catalogue import Entry
-from ..store.foreign import BARE_ITEM, ORBAX_METADATA, recognize
+from ..store.formats import flax_msgpack
+from ..store.formats.foreign import BARE_ITEM, ORBAX_METADATA, recognize
 from ..tree import snapshot
 from ..tree.snapshot import Snapshot
 

@@ -18,9 +18,8 @@ from ..restore import first_intact, select
 from ..restore.read_step import GetChanges, pair_leaves
 from ..restore.report import RestoreReport
 from ..restore.select import BestStep, Selector
-from ..spec.exclude import DEFAULT_RULES
 from ..spec.operations import Operation, as_code
-from ..spec.state_version import StateVersion, as_state_version
+from ..spec.state import DEFAULT_RULES, StateVersion, as_state_version
 from ..spec.surgery import Surgery
 from ..store.catalogue import Entry
 from ..surgery import migrations, suggest

@@ -6,10 +6,10 @@ import types
 import typing
 from typing import Any
 
-from .exclude import Exclude
 from .mirror import Mirror
 from .operations import OPERATIONS
 from .spec_file import RETENTIONS, TABLE, TRIGGERS
+from .state import Exclude
 from .storage import Integrity, Storage
 
 _JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}

@@ -15,10 +15,9 @@ from typing import Any, Literal, Self
 
 from ..errors import SpecError
 from . import spec_file
-from .exclude import DEFAULT_RULES, Exclude, as_rules
 from .mirror import Mirror, as_mirror
 from .retention import Best, Latest, Retention
-from .state_version import StateVersion, as_state_version
+from .state import DEFAULT_RULES, Exclude, StateVersion, as_rules, as_state_version
 from .storage import Integrity, Storage
 from .triggers import EverySteps, OnImprovement, Trigger
 

@@ -27,9 +27,8 @@ from remattools import toml
 
 from ..errors import SpecError, SpecFileError, suggest_names
 from . import retention, surgery, triggers
-from .exclude import DEFAULT_RULES, Exclude
 from .mirror import Mirror
-from .state_version import Migration, StateVersion
+from .state import DEFAULT_RULES, Exclude, Migration, StateVersion
 from .storage import Integrity, Storage
 
 TRIGGERS: dict[str, type[Any]] = {

@@ -3,7 +3,7 @@
 
 from remattools.lazy_imports import attach
 
-__all__ = ["flax_msgpack", "leaf_integrity", "orbax"]
+__all__ = ["leaf_integrity", "orbax"]
 
 # Tools that read arrays only in some cases reach Orbax through the package, so that it is imported only then.
 __getattr__, __dir__ = attach(__name__, __file__)

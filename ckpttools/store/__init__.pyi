@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modules that are imported on their first use."""
 
-from . import flax_msgpack as flax_msgpack
 from . import leaf_integrity as leaf_integrity
 from . import orbax as orbax

@@ -15,15 +15,10 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
-from ..errors import (
-    CheckpointError,
-    IncompleteStepError,
-    StepDamagedError,
-    StorageError,
-    VersionError,
-)
+from ..errors import CheckpointError, IncompleteStepError, StepDamagedError, StorageError, VersionError
 from ..spec.retention import StepInfo
-from . import commit, confine, digest, foreign, late_metrics, layout
+from . import commit, digest, late_metrics, layout
+from .formats import foreign
 from .manifest import Lineage, Manifest, Summary, read_sealed
 from .manifest import read as read_manifest
 
@@ -385,7 +380,7 @@ def has_intact_pins(root: pathlib.Path) -> bool:
 
 def write_pins(root: pathlib.Path, pins: frozenset[int]) -> None:
     """Replace the list of pinned steps, durably, and then its second copy."""
-    confine.require_confined(root)
+    commit.require_confined(root)
     steps = sorted(pins)
     mark = digest.hash_bytes("xxh3", json.dumps(steps).encode())
     for name in _PIN_FILES:

@@ -12,7 +12,8 @@ import re
 from typing import Literal
 
 from ..errors import NotARunError
-from . import catalogue, commit, foreign, layout, manifest
+from . import catalogue, commit, layout, manifest
+from .formats import foreign
 
 type Kind = Literal[
     "missing", "file", "empty", "run", "step", "inside", "foreign run", "foreign step", "mirror", "unknown"

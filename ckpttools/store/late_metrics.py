@@ -21,7 +21,7 @@ import secrets
 import time
 from collections.abc import Iterable, Mapping
 
-from . import commit, confine, digest, layout
+from . import commit, digest, layout
 from .manifest import Summary
 
 _NAME = re.compile(r"(0|[1-9]\d{0,17})-(\d{1,18})-([0-9a-f]{8})-(\d{1,20})-[0-9a-f]{8}\.json")
@@ -128,7 +128,7 @@ def write_file(root: pathlib.Path, summary: Summary, metrics: Mapping[str, float
 
 def add_file(root: pathlib.Path, name: str, data: bytes) -> None:
     """Write a file under its name, durably."""
-    confine.require_confined(root)
+    commit.require_confined(root)
     commit.write_file(layout.get_control_path(root, f"metrics/{name}"), data)
 
 

@@ -17,7 +17,7 @@ import weakref
 from typing import BinaryIO
 
 from ..errors import RunInUseError, StorageError
-from . import commit, confine, layout
+from . import commit, layout
 
 _locks: "weakref.WeakSet[WriterLock]" = weakref.WeakSet()
 
@@ -47,7 +47,7 @@ class WriterLock:
             return
         self.release()
         with commit.wrap_os_errors(f"{layout.get_control_path(self._root)} cannot be read"):
-            confine.require_confined(self._root)
+            commit.require_confined(self._root)
         path = layout.get_control_path(self._root, "lock")
         try:
             commit.make_directory(layout.get_control_path(self._root))

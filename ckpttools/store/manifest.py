@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CorruptStepError, IncompleteStepError, StepDamagedError, UntrustedStepError, VersionError
-from ..spec.exclude import DEFAULT_RULES, Exclude
+from ..spec.state import DEFAULT_RULES, Exclude
 from ..tree.leaf_paths import Path, is_below
 from ..tree.records import Record
 from . import digest, layout

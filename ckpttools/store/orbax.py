@@ -34,7 +34,7 @@ from ..threads import run_outside_main_thread
 from ..tree.leaf_paths import Path
 from ..tree.records import Record, get_host_shape
 from ..tree.snapshot import Snapshot, SnapshotLeaf
-from . import foreign
+from .formats import foreign
 
 _PACKAGE = str(pathlib.Path(str(v0.__file__)).parent)
 

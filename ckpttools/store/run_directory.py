@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from ..errors import StepDamagedError, StepNotFoundError, StepOrderError, VersionError
 from ..spec import retention
-from . import catalogue, commit, contents, foreign, late_metrics, layout
+from . import catalogue, commit, contents, late_metrics, layout
 from .catalogue import Catalogue, Entry
+from .formats import foreign
 from .lock import WriterLock
 from .manifest import Lineage, read_sealed
 

@@ -99,7 +99,7 @@ def _resolve_axis(source: SourceLeaf, operation: Stack | Unstack | Merge | Split
     if not -rank <= operation.axis < rank:
         raise StructureError(
             what=f"{as_code(operation)} matches {'.'.join(source.path)} of shape {source.shape}.",
-            why=f"there is no axis {operation.axis}.",
+            why=f"axis {operation.axis} does not exist.",
             fix="an axis that every matched array has, or a pattern that matches fewer.",
         )
     return operation.axis % rank

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import jax
 
-from ..spec.exclude import Exclude, find_exclusion
 from ..spec.operations import Operation
+from ..spec.state import Exclude, find_exclusion
 from ..tree.flatten import FlatItem
 from ..tree.leaf_paths import Names, Path, to_names
 from ..tree.leaves import Leaf, describe, is_array

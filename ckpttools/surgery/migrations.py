@@ -2,10 +2,9 @@
 """Choose what to change in a step of the run: migrations from its version, and surgery not applied before."""
 
 from ..errors import VersionError
-from ..spec.exclude import as_rules
 from ..spec.operations import as_code
 from ..spec.spec import CheckpointSpec
-from ..spec.state_version import StateVersion, as_state_version
+from ..spec.state import StateVersion, as_rules, as_state_version
 from ..spec.surgery import Surgery
 from ..store.catalogue import Entry
 from .plan import Changes

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..spec.exclude import DEFAULT_RULES, Exclude
 from ..spec.operations import Cast, Join, Operation
+from ..spec.state import DEFAULT_RULES, Exclude
 from ..spec.surgery import Surgery
 from ..tree.leaf_paths import Names, Path, to_names
 from ..tree.match import Difference

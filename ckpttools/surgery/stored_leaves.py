@@ -11,18 +11,7 @@ from typing import Any, Protocol
 from remattools.rules.paths import find_closest
 
 from ..errors import StructureError
-from ..spec.operations import (
-    Cast,
-    Drop,
-    Operation,
-    Pad,
-    Reinit,
-    Rename,
-    Slice,
-    as_code,
-    find_wildcards,
-    split_segments,
-)
+from ..spec.operations import Cast, Drop, Operation, Pad, Reinit, Rename, Slice, as_code, find_wildcards, split_segments
 from ..spec.surgery import Surgery
 from ..tree.leaf_paths import Names, Path, is_below, to_names
 from ..tree.records import Record

@@ -46,7 +46,7 @@ class Suggestion:
         lost_leaves: Leaves on disk that would not be used, wholly or in part.
         lost_bytes: Bytes of those values.
         stored_bytes: Bytes of everything that is stored for the items of the state.
-        reason: Why there is no suggestion, if there is none.
+        reason: Why nothing is suggested, if nothing is.
     """
 
     operations: tuple[Operation, ...] = ()

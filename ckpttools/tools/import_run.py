@@ -13,7 +13,7 @@ from ..errors import NotRestoredError, StructureError, TensorFileError
 from ..session.session import Session
 from ..spec.spec import CheckpointSpec
 from ..spec.storage import Storage
-from ..store import safetensors_format
+from ..store.formats import safetensors_format
 from ..store.run_directory import RunDirectory
 from ..tree.leaf_paths import Path
 from ..tree.records import Record, decode_value

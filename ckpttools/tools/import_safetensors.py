@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import StructureError, suggest_names
-from ..spec.exclude import DEFAULT_RULES, find_exclusion
-from ..store import safetensors_format
-from ..store.safetensors_format import Tensor
+from ..spec.state import DEFAULT_RULES, find_exclusion
+from ..store.formats import safetensors_format
+from ..store.formats.safetensors_format import Tensor
 from ..tree import flatten, snapshot
 from ..tree.leaf_paths import Path, to_names
 from ..tree.leaves import describe

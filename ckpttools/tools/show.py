@@ -9,7 +9,8 @@ from typing import Any
 from .. import store
 from ..errors import CheckpointError
 from ..sources.location import Location, find_step, open_source
-from ..store import catalogue, foreign
+from ..store import catalogue, formats
+from ..store.formats import foreign
 from ..tree.leaf_paths import format_leaf_name
 from ..tree.records import Record, decode_value, get_host_shape
 
@@ -174,7 +175,7 @@ def _show_foreign_step(entry: catalogue.Entry) -> ShownStep:
     is_file = entry.path.is_file()
     try:
         described: Sequence[tuple[str, tuple[int, ...], str]] = (
-            store.flax_msgpack.describe(entry.path) if is_file else store.orbax.describe_foreign(entry.path)
+            formats.flax_msgpack.describe(entry.path) if is_file else store.orbax.describe_foreign(entry.path)
         )
     except store.orbax.ReadError as error:
         raise CheckpointError(

@@ -20,7 +20,7 @@ import jax
 from flax import nnx
 
 from ..errors import LeafError, StructureError
-from ..spec.exclude import Exclude, find_exclusion
+from ..spec.state import Exclude, find_exclusion
 from .containers import pack, unpack
 from .leaf_paths import Path, format_leaf_name
 from .leaves import Leaf, describe, is_array, list_variable_types

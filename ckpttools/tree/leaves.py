@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from ..errors import LeafError
-from ..spec.exclude import RECOMPUTED
+from ..spec.state import RECOMPUTED
 from .key_data import get_key_dtype
 from .leaf_paths import Path, format_leaf_name
 from .records import ML_DTYPES, Kind, Record, encode_value
@@ -113,7 +113,7 @@ def describe(item: str, leaf: Leaf) -> Record:
 
 
 @jax.jit
-def weaken(array: jax.Array) -> jax.Array:
+def make_weakly_typed(array: jax.Array) -> jax.Array:
     """Return a weakly typed copy: beside a bfloat16 array, a strong float32 one would turn the result to float32.
 
     JAX has no public conversion. `jnp.full` of a Python number is weakly typed, and an update in place keeps that.

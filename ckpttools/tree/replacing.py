@@ -163,7 +163,7 @@ class Replacements:
         return _Remembered(treedef, tuple(remembered))
 
     def _remember_array(self, array: jax.Array) -> Any:
-        # Weak types and typed keys cannot be made again from host arrays, but they are small; a deleted array holds no
+        # Weak types and typed keys cannot be rebuilt from host arrays, but they are small; a deleted array holds no
         # memory, and it has to come back as deleted.
         if is_key(array) or array.weak_type or array.is_deleted() or _needs_x64(array):
             return array
@@ -203,7 +203,7 @@ def _copy_shard(data: jax.Array, spare: np.ndarray[Any, Any] | None) -> np.ndarr
     view = np.asarray(data)
     if not _is_on_cpu(data):
         return view
-    # On CPU it is no copy, and would keep the array alive.
+    # On CPU it is the same memory, and would keep the array alive.
     fits = spare is not None and (spare.shape, spare.dtype) == (view.shape, view.dtype)
     target = spare if spare is not None and fits else np.empty_like(view)
     np.copyto(target, view)
@@ -228,7 +228,7 @@ def _put_back(replaced: _Replaced) -> bool:
 
 
 def _make(old: Any, make: Callable[[_HostCopy], Any]) -> Any:
-    """Return an old value, with its arrays made again by `make`."""
+    """Return an old value, with its arrays rebuilt by `make`."""
     if isinstance(old, _Remembered):
         return jax.tree.unflatten(old.treedef, [_make(leaf, make) for leaf in old.leaves])
     return make(old) if isinstance(old, _HostCopy) else old

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from ..errors import CheckpointWarning, LeafError
-from ..spec.exclude import DEFAULT_RULES, RECOMPUTED, Exclude
+from ..spec.state import DEFAULT_RULES, RECOMPUTED, Exclude
 from . import flatten
 from .leaf_paths import Path, format_leaf_name
 from .leaves import Leaf

@@ -12,7 +12,7 @@ from ..errors import PlacementError
 from . import flatten, placing
 from .containers import unpack
 from .leaf_paths import Names, Path, format_leaf_name, to_names
-from .leaves import weaken
+from .leaves import make_weakly_typed
 from .records import Record, decode_value, get_host_shape, read_inline_array
 from .replacing import Replacements
 
@@ -85,7 +85,7 @@ def _fill_item(item: str, value: Any, source: HostItem, replacements: Replacemen
         _wait(waiting)
         waiting.append((name, placed))
         replacements.offer_buffer(host, placed)
-        return weaken(placed) if record.weak_type else placed
+        return make_weakly_typed(placed) if record.weak_type else placed
 
     stored_states = _group_by_root(source.restored_records, source.skeletons)
 

@@ -213,10 +213,10 @@ def _make_group(changes: Sequence[Change], moved: Mapping[Change, Sequence[Trace
 def _write_segments(paths: Sequence[Names]) -> Names:
     segments: list[str] = []
     for same in zip(*paths):
-        texts = list(same)
-        if len(set(texts)) > 1:
-            texts = [_NUMBER.sub("*", texts[0])]
-        segments.append(format_segment(texts[0]))
+        words = list(same)
+        if len(set(words)) > 1:
+            words = [_NUMBER.sub("*", words[0])]
+        segments.append(format_segment(words[0]))
     return tuple(segments)
 
 

@@ -42,6 +42,7 @@ def test_each_value_of_a_file_has_an_entry(definition, known):
 def test_the_schema_knows_the_fields_of_a_spec():
     spec = ct.json_schema()["properties"]["checkpoint"]
     assert set(spec["properties"]) == set(json.loads(ct.CheckpointSpec(directory="run").to_json())) | {
+        "exclude",
         "mirror",
         "state_version",
     }

@@ -9,12 +9,7 @@ import pytest
 
 import remattools as rt
 from remattools.planner.result import Point, Prediction
-from remattools.planner.search.next_compile import (
-    Posterior,
-    choose_for_frontier,
-    choose_for_limits,
-    find_best_point,
-)
+from remattools.planner.search.next_compile import Posterior, choose_for_frontier, choose_for_limits, find_best_point
 
 OPEN = np.array([False, True, True, True])
 

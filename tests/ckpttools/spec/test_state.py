@@ -4,7 +4,7 @@
 import pytest
 
 import ckpttools as ct
-from ckpttools.spec.state_version import as_state_version
+from ckpttools.spec.state import as_state_version
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import ckpttools as ct
-from ckpttools.spec.exclude import DEFAULT_RULES
+from ckpttools.spec.state import DEFAULT_RULES
 
 RULES = {
     "nothing": (),

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ckpttools.store import foreign
+from ckpttools.store.formats import foreign
 from tests.ckpttools.store.writers import RUNS, SINGLES, write, write_unfinished
 
 LAYOUTS = {"standard": "bare", "pytree": "bare", "flax, Orbax": "bare", "flax": "msgpack"}

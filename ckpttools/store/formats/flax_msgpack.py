@@ -10,7 +10,7 @@ from typing import Any
 
 from flax import serialization
 
-from ..errors import StructureError
+from ...errors import StructureError
 from . import foreign
 
 _ELSEWHERE = "//MPAPlaceholder:"

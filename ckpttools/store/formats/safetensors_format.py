@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import StorageError, TensorFileError
-from ..tree.records import parse_dtype
+from ...errors import StorageError, TensorFileError
+from ...tree.records import parse_dtype
 
 DTYPES = {
     "F64": "float64",

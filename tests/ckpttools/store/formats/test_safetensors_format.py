@@ -9,8 +9,8 @@ import pytest
 from safetensors import numpy as oracle
 
 import ckpttools as ct
-from ckpttools.store import safetensors_format
-from ckpttools.store.safetensors_format import Tensor
+from ckpttools.store.formats import safetensors_format
+from ckpttools.store.formats.safetensors_format import Tensor
 
 
 def file_with(header, data=b"", length=None):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import ckpttools as ct
-from ckpttools.store import confine, layout
+from ckpttools.store import commit, layout
 from ckpttools.store.lock import WriterLock
 
 STATE = {"x": np.arange(3.0)}
@@ -42,7 +42,7 @@ def test_a_link_in_the_control_directory_is_refused(tmp_path, name):
 
 def test_a_run_without_links_is_confined(tmp_path):
     """The control: an ordinary run, also behind a link of the user's own, is written as ever."""
-    confine.require_confined(tmp_path)
+    commit.require_confined(tmp_path)
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk")
     save(tmp_path / "run", 1)

@@ -18,7 +18,7 @@ import pathlib
 import re
 from typing import Literal
 
-from . import layout
+from .. import layout
 
 type Layout = Literal["items", "bare", "msgpack"]
 
