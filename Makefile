@@ -77,6 +77,7 @@ bench-timed:
 
 bench-faults:
 	.venv-bench/bin/python benchmarks/ckpt_faults.py --write
+	.venv-bench/bin/python benchmarks/ckpt_interrupts.py --write
 
 bench-compiled:
 	.venv-bench/bin/python benchmarks/remat_baseline.py --out docs/benchmarks --cache .bench
