@@ -77,13 +77,8 @@ class RunResources:
         self.group.broadcast(f"the deletion of step {step}", lambda: self._delete(step))
 
     def _delete(self, step: int) -> None:
-        was_held = self.run.lock.is_held
-        self.run.lock_for_writing()
-        try:
+        with self.run.hold_for_writing():
             self.run.delete(step)
-        finally:
-            if not was_held:
-                self.run.lock.release()
 
     def update_mirror(self) -> None:
         """Copy the steps that the mirror lacks, in the background."""

@@ -14,6 +14,7 @@ import fcntl
 import os
 import pathlib
 import weakref
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from ..errors import RunInUseError, StorageError
@@ -84,6 +85,17 @@ class WriterLock:
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), str(os.getpid()).encode())
         self._locked_file = file
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold the lock in a `with` statement; afterwards it is as it was before."""
+        was_held = self.is_held
+        self.acquire()
+        try:
+            yield
+        finally:
+            if not was_held:
+                self.release()
 
     def release(self) -> None:
         """Release the lock; does nothing if it is not held."""

@@ -7,7 +7,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..errors import StepDamagedError, StepNotFoundError, StepOrderError, VersionError
 from ..spec import retention
@@ -86,6 +86,17 @@ class RunDirectory:
             with commit.wrap_os_errors(f"what a killed process left in {self.directory} cannot be removed"):
                 commit.sweep(self.directory)
             self.invalidate()
+
+    @contextlib.contextmanager
+    def hold_for_writing(self) -> Iterator[None]:
+        """Hold the lock in a `with` statement, as `lock_for_writing` takes it; afterwards it is as it was before."""
+        was_held = self.lock.is_held
+        self.lock_for_writing()
+        try:
+            yield
+        finally:
+            if not was_held:
+                self.lock.release()
 
     def quarantine(self, path: pathlib.Path) -> pathlib.Path | None:
         """Move a damaged step to quarantine; return None if another process writes to the run or the disk is read-only.

@@ -6,12 +6,11 @@ is renamed to its number. A file of flax's is converted to a step beside it. The
 today: whether that is what was once saved cannot be known, since neither stores a digest.
 """
 
-import contextlib
 import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ..errors import IncompleteStepError, StepOrderError, StorageError
 from ..sources import foreign
@@ -68,7 +67,8 @@ def adopt(
             for entry in entries:
                 _describe(entry)
         elif entries:
-            with _lock(root):
+            commit.require_writable(root)
+            with WriterLock(root).hold():
                 # Read again: another process may have committed since.
                 current = catalogue.scan(root)
                 lineage = current.lineage or ((secrets.token_hex(4), 0),)
@@ -112,17 +112,6 @@ def _require_free_numbers(entries: Sequence[Entry], root: pathlib.Path, *, is_co
                 fix=f'move one of them away, or ct.adopt({str(entry.path)!r}, into="runs/new", step=...).',
             )
         taken.add(target)
-
-
-@contextlib.contextmanager
-def _lock(root: pathlib.Path) -> Iterator[None]:
-    lock = WriterLock(root)
-    commit.require_writable(root)
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _describe(entry: Entry) -> None:

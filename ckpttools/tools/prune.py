@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`prune`: delete the steps that a retention value does not keep, or the damaged steps in quarantine."""
 
+import contextlib
 import os
 
 from ..spec.retention import Retention, Verdict
@@ -28,15 +29,11 @@ def prune(directory: str | os.PathLike[str], keep: Retention, *, dry_run: bool =
         [1]
     """
     run = RunDirectory(require_run_directory(directory))
-    if not dry_run:
-        run.lock_for_writing()
-    try:
+    with contextlib.nullcontext() if dry_run else run.hold_for_writing():
         verdicts = tuple(run.decide_retention(keep))
         if not dry_run:
             run.prune(keep)
         return verdicts
-    finally:
-        run.lock.release()
 
 
 def empty_quarantine(directory: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[str, ...]:
@@ -68,8 +65,5 @@ def empty_quarantine(directory: str | os.PathLike[str], *, dry_run: bool = False
     run = RunDirectory(require_run_directory(directory))
     if dry_run:
         return tuple(path.name for path in run.list_quarantined())
-    run.lock_for_writing()
-    try:
+    with run.hold_for_writing():
         return run.empty_quarantine()
-    finally:
-        run.lock.release()

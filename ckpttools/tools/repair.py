@@ -7,6 +7,7 @@ verified by its digest. A step whose array data is damaged is reported and left 
 have become whole are moved back.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -85,10 +86,7 @@ def repair(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Repai
         nothing to repair
     """
     root = require_run_directory(directory)
-    lock = WriterLock(root)
-    if not dry_run:
-        lock.acquire()
-    try:
+    with contextlib.nullcontext() if dry_run else WriterLock(root).hold():
         found = [*_repair_pins(root, dry_run)]
         for entry in catalogue.scan(root).entries:
             # A step of plain Orbax has neither manifest nor second copy, which is not damage.
@@ -99,8 +97,6 @@ def repair(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Repai
             if step is not None:
                 found += _repair_step(root, path, step, dry_run)
         return RepairReport(tuple(found), dry_run)
-    finally:
-        lock.release()
 
 
 def _repair_pins(root: pathlib.Path, dry_run: bool) -> list[Repair]:
