@@ -5,7 +5,7 @@ import os
 import pathlib
 
 from ..errors import CheckpointError, SpecError
-from ..store import contents, layout
+from ..store import layout, path_kinds
 from ..store.run_directory import require_run_directory
 
 
@@ -18,7 +18,7 @@ def find_other_step(run: str | pathlib.Path, other: str | pathlib.Path) -> tuple
     """
     if not str(other).isdecimal() or pathlib.Path(other).is_dir():
         return other, None
-    if isinstance(run, pathlib.Path) and (found := contents.identify(run)).kind in ("step", "foreign step"):
+    if isinstance(run, pathlib.Path) and (found := path_kinds.identify(run)).kind in ("step", "foreign step"):
         return found.path.parent, int(str(other))
     return run, int(str(other))
 
@@ -29,7 +29,7 @@ def require_whole_run(path: pathlib.Path) -> pathlib.Path:
     Raises:
         CheckpointError: If it is not a directory, or is that of one step.
     """
-    found = contents.identify(path)
+    found = path_kinds.identify(path)
     if found.kind == "step" or (found.kind == "foreign step" and layout.parse_step_number(path.name) is not None):
         raise CheckpointError(
             what=f"{path} is one step of a run.",

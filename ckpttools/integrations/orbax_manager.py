@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import CheckpointWarning, NotRestoredError, SpecError, StepNotFoundError, StructureError
-from ..processes.group import get_process_index_and_count
+from ..processes.messages import get_process_index_and_count
 from ..restore.report import RestoreReport
 from ..save.outcomes import Skipped
 from ..session.session import Session

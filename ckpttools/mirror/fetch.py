@@ -15,7 +15,7 @@ from collections.abc import Callable
 from ..errors import CheckpointError, DiskSpaceError, MirrorError, StepNotFoundError, StorageError
 from ..restore.select import Selector, list_available_steps, list_candidates, require_selector, select_one_branch
 from ..spec.mirror import Mirror, as_mirror
-from ..store import commit, contents, layout
+from ..store import commit, layout, path_kinds
 from ..store.catalogue import Entry
 from ..store.run_directory import RunDirectory
 from .merge_copies import merge_copies
@@ -213,7 +213,7 @@ def fetch_step(
     """
     place = as_mirror(mirror)
     assert place is not None
-    contents.require_startable(directory)
+    path_kinds.require_startable(directory)
     run = RunDirectory(pathlib.Path(directory).absolute())
     run.lock_for_writing()
     fetcher = Fetcher(run, place, RemoteStore(place.url, place.store_options), progress)

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 
 from ..errors import CheckpointError, IncompleteStepError, ProcessError, StepDamagedError
-from ..processes.group import Group
+from ..processes.messages import Group
 from ..store import layout
 from ..store.catalogue import Entry
 from ..store.run_directory import RunDirectory

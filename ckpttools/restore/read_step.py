@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from ..errors import IncompleteStepError, StructureError
-from ..processes import group
+from ..processes import messages
 from ..spec.operations import Operation
 from ..store import leaf_integrity
 from ..store.catalogue import Entry
@@ -90,7 +90,7 @@ def list_placed(plan: RestorePlan) -> list[TargetLeaf]:
 
 def _require_same_processes(entry: Entry, plan: RestorePlan) -> None:
     """Raise `StructureError` if the state needs a per-process leaf and the number of processes has changed."""
-    contents, count = entry.manifest and entry.manifest.contents, group.get_process_index_and_count()[1]
+    contents, count = entry.manifest and entry.manifest.contents, messages.get_process_index_and_count()[1]
     local = {(item, *to_names(path)) for item, path in contents.find_local_paths(count)} if contents else set()
     for leaf in plan.placed_leaves:
         paths = [each.stored_path for each in leaf.source.iterate_stored()] if leaf.source and local else []
@@ -119,7 +119,9 @@ def pair_leaves(
     entry: Entry, templates: Mapping[str, flatten.FlatItem], changes: Changes
 ) -> tuple[RestorePlan, Replan]:
     """Return the plan for one step, and a function that plans with more surgery."""
-    stored = entry.manifest.contents.get_process_items(*group.get_process_index_and_count()) if entry.manifest else {}
+    stored = (
+        entry.manifest.contents.get_process_items(*messages.get_process_index_and_count()) if entry.manifest else {}
+    )
 
     def replan(more: Sequence[Operation]) -> RestorePlan:
         return make_restore_plan(stored, templates, dataclasses.replace(changes, surgery=changes.surgery + more))

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, LeafError, ProcessError, StructureError
-from ..processes.group import Group
+from ..processes.messages import Group
 from ..spec.spec import CheckpointSpec
 from ..store import commit, digest, layout, leaf_integrity, manifest, orbax
 from ..store.run_directory import RunDirectory

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..errors import CheckpointError, SpecError, StepNotFoundError
 from ..mirror.upload import MirrorUploader
-from ..processes import group, opening
+from ..processes import agreement, messages
 from ..restore import select
 from ..restore.select import BestStep
 from ..restore.validation import Validate
@@ -46,9 +46,9 @@ class RunResources:
         self.directory = pathlib.Path(os.path.abspath(spec.directory))
         self.validate = validate
         self.run = RunDirectory(self.directory)
-        self.group = group.make_group(spec.storage.timeout_s)
+        self.group = messages.make_group(spec.storage.timeout_s)
         try:
-            opening.open_run(self.group, self.run, spec, has_validation=validate is not None)
+            agreement.open_run(self.group, self.run, spec, has_validation=validate is not None)
         except CheckpointError:
             self.group.close()
             raise

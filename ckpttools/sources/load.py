@@ -30,8 +30,8 @@ from ..tree.items import require_items
 from ..tree.match import Difference
 from ..tree.records import count_host_bytes
 from ..tree.write_back import fill_state
-from .foreign import read_as_steps
-from .location import Location, Source, make_empty_error, open_source
+from .foreign_snapshot import read_as_steps
+from .open_source import Location, Source, make_empty_error, open_source
 
 
 def load(

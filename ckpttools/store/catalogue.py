@@ -18,7 +18,7 @@ from typing import Literal
 from ..errors import CheckpointError, IncompleteStepError, StepDamagedError, StorageError, VersionError
 from ..spec.retention import StepInfo
 from . import commit, digest, late_metrics, layout
-from .formats import foreign
+from .formats import foreign_layouts
 from .manifest import Lineage, Manifest, Summary, read_sealed
 from .manifest import read as read_manifest
 
@@ -214,7 +214,7 @@ def _scan_directory(directory: pathlib.Path, *, allow_suffix: bool = False) -> l
 def _find_foreign_steps(root: pathlib.Path, entries: Sequence[Entry]) -> Iterator[Entry]:
     """Yield the checkpoints of other writers whose names are not plain numbers, such as `ckpt_10` and `000010`."""
     known = {entry.step for entry in entries}
-    for step, path in foreign.find_foreign_files(root).steps:
+    for step, path in foreign_layouts.find_foreign_files(root).steps:
         # flax's files stay where they are when they are adopted: beside the step of that number.
         if not (path.is_file() and step in known):
             yield make_foreign_entry(path, step)
@@ -223,7 +223,7 @@ def _find_foreign_steps(root: pathlib.Path, entries: Sequence[Entry]) -> Iterato
 def make_foreign_entry(path: pathlib.Path, step: int) -> Entry:
     """Return the entry of another writer's checkpoint."""
     error = IncompleteStepError(
-        what=f"foreign: {path.name} was written by {foreign.describe_writer(path)}",
+        what=f"foreign: {path.name} was written by {foreign_layouts.describe_writer(path)}",
         why="it has no manifest, so nothing about it can be verified.",
         fix=f"ct.adopt({str(path.parent)!r}) adds one; ct.load reads it as it is.",
     )
@@ -260,7 +260,7 @@ def _examine_directory(path: pathlib.Path, step: int) -> Entry:
         return Entry(step=step, path=path, state="committed", manifest=read_manifest(path))
     except IncompleteStepError as error:
         lacks_manifest = not (path / layout.MANIFEST).exists()
-        if lacks_manifest and foreign.recognize(path) and not _has_spare_manifest(path.parent, step):
+        if lacks_manifest and foreign_layouts.recognize(path) and not _has_spare_manifest(path.parent, step):
             return make_foreign_entry(path, step)
         return Entry(step=step, path=path, state="incomplete", error=error)
     except VersionError as error:

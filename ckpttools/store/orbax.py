@@ -34,7 +34,7 @@ from ..threads import run_outside_main_thread
 from ..tree.leaf_paths import Path
 from ..tree.records import Record, get_host_shape
 from ..tree.snapshot import Snapshot, SnapshotLeaf
-from .formats import foreign
+from .formats import foreign_layouts
 
 _PACKAGE = str(pathlib.Path(str(v0.__file__)).parent)
 
@@ -181,7 +181,7 @@ def _has_sequences(directory: pathlib.Path, items: Iterable[str]) -> bool:
     """Return whether Orbax's metadata mentions lists or tuples; read without Orbax, since the step may be damaged."""
     for item in items:
         try:
-            place = directory if foreign.is_bare(directory) else directory / item
+            place = directory if foreign_layouts.is_bare(directory) else directory / item
             text = (place / "_METADATA").read_text(errors="replace")
         except OSError:
             continue
@@ -259,8 +259,8 @@ class ReadError(Exception):
 
 def _read_metadata(directory: pathlib.Path) -> Mapping[str, Any]:
     """Return Orbax's metadata of each item."""
-    if foreign.is_bare(directory):
-        return _call_orbax(_make_read_context(), lambda: {foreign.BARE_ITEM: ocp.metadata(directory).metadata})
+    if foreign_layouts.is_bare(directory):
+        return _call_orbax(_make_read_context(), lambda: {foreign_layouts.BARE_ITEM: ocp.metadata(directory).metadata})
     return _call_orbax(_make_read_context(), lambda: dict(ocp.checkpointables_metadata(directory).metadata))
 
 
@@ -280,7 +280,7 @@ def _load(context: ocp.Context, directory: pathlib.Path, items: Mapping[str, Any
     def load() -> dict[str, Any]:
         loaded: dict[str, Any] = {}
         for name, tree in items.items():
-            if foreign.is_bare(directory):
+            if foreign_layouts.is_bare(directory):
                 loaded[name] = ocp.load(directory) if tree is None else ocp.load(directory, tree)
             else:
                 loaded.update(ocp.load_checkpointables(directory, {name: tree}))

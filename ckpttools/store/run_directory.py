@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 
 from ..errors import StepDamagedError, StepNotFoundError, StepOrderError, VersionError
 from ..spec import retention
-from . import catalogue, commit, contents, late_metrics, layout
+from . import catalogue, commit, late_metrics, layout, path_kinds
 from .catalogue import Catalogue, Entry
-from .formats import foreign
+from .formats import foreign_layouts
 from .lock import WriterLock
 from .manifest import Lineage, read_sealed
 
@@ -25,9 +25,9 @@ def require_run_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
         NotARunError: If it does not exist, or is a step or a part of one: a misspelt path must not pass for an intact
             or an empty run.
     """
-    found = contents.identify(directory)
+    found = path_kinds.identify(directory)
     if found.kind in ("missing", "file", "step", "inside"):
-        raise contents.make_not_a_run_error(found, "a run is a directory with a numbered directory for each step.")
+        raise path_kinds.make_not_a_run_error(found, "a run is a directory with a numbered directory for each step.")
     return found.path
 
 
@@ -51,7 +51,7 @@ class RunDirectory:
             with os.scandir(self.directory) as entries:
                 if any(layout.parse_step_number(entry.name) is not None for entry in entries):
                     return True
-            return foreign.find_foreign_files(self.directory).steps != ()
+            return foreign_layouts.find_foreign_files(self.directory).steps != ()
 
     def refresh_steps(self) -> Catalogue:
         """Return the current steps, read again unless this process makes all changes."""

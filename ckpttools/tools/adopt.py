@@ -13,9 +13,9 @@ import shutil
 from collections.abc import Sequence
 
 from ..errors import IncompleteStepError, StepOrderError, StorageError
-from ..sources import foreign
-from ..sources.location import Source, open_source
-from ..store import catalogue, commit, contents, layout, orbax
+from ..sources import foreign_snapshot
+from ..sources.open_source import Source, open_source
+from ..store import catalogue, commit, layout, orbax, path_kinds
 from ..store.catalogue import Entry
 from ..store.lock import WriterLock
 from ..store.manifest import Lineage
@@ -61,7 +61,7 @@ def adopt(
         root = source.root if into is None else pathlib.Path(os.path.abspath(into))
         assert root is not None
         if into is not None:
-            contents.require_startable(root)
+            path_kinds.require_startable(root)
         _require_free_numbers(entries, root, is_copied=into is not None)
         if dry_run:
             for entry in entries:
@@ -80,7 +80,7 @@ def adopt(
 def _list_foreign_steps(source: Source, path: pathlib.Path, is_copied: bool, step: int | None) -> list[Entry]:
     """Return the checkpoints to adopt, by step."""
     if source.root is None or (source.is_single and not is_copied):
-        raise contents.make_not_a_run_error(contents.identify(path), "a single step has no run that could hold it.")
+        raise path_kinds.make_not_a_run_error(path_kinds.identify(path), "a single step has no run that could hold it.")
     entries = [entry for entry in source.steps.entries if entry.state == "unverified"]
     if step is not None:
         if not source.is_single:
@@ -94,9 +94,9 @@ def _list_foreign_steps(source: Source, path: pathlib.Path, is_copied: bool, ste
                 what=f"step={step!r} is not a step.", why="the step's directory gets its number.", fix="step=1000"
             )
         entries = [catalogue.make_foreign_entry(entry.path, step) for entry in entries]
-    if not entries and contents.identify(path).kind == "foreign run":
+    if not entries and path_kinds.identify(path).kind == "foreign run":
         # Unfinished saves, or checkpoints without a number: the error names them.
-        raise contents.make_not_a_run_error(contents.identify(path), "none of it has the number of a step.")
+        raise path_kinds.make_not_a_run_error(path_kinds.identify(path), "none of it has the number of a step.")
     return sorted(entries, key=lambda entry: entry.step)
 
 
@@ -118,7 +118,7 @@ def _describe(entry: Entry) -> None:
     """Raise unless the metadata of a checkpoint can be read; reads no array of Orbax's."""
     try:
         if entry.path.is_file():
-            foreign.read_snapshot(entry)
+            foreign_snapshot.read_snapshot(entry)
         else:
             orbax.describe_foreign(entry.path)
     except (orbax.ReadError, IncompleteStepError) as error:
@@ -133,7 +133,7 @@ def _adopt_step(entry: Entry, root: pathlib.Path, sequence: int, lineage: Lineag
             fix=f'ct.adopt({str(entry.path.resolve())!r}, into="runs/new", step={entry.step}) copies it.',
         )
     try:
-        taken = foreign.read_snapshot(entry)
+        taken = foreign_snapshot.read_snapshot(entry)
     except IncompleteStepError as error:
         raise _make_unreadable_error(entry, error) from error
     target = layout.get_step_directory(root, entry.step)
@@ -142,7 +142,7 @@ def _adopt_step(entry: Entry, root: pathlib.Path, sequence: int, lineage: Lineag
         if entry.path != target:
             commit.move(entry.path, target)
             entry = catalogue.make_foreign_entry(target, entry.step)
-        data = foreign.make_manifest(entry, taken, target, sequence=sequence, lineage=lineage)
+        data = foreign_snapshot.make_manifest(entry, taken, target, sequence=sequence, lineage=lineage)
         commit.sync_tree(target)
         commit.write_file(target / layout.MANIFEST, data)
         return
@@ -154,7 +154,7 @@ def _adopt_step(entry: Entry, root: pathlib.Path, sequence: int, lineage: Lineag
                 shutil.copytree(entry.path, staged)
             else:
                 orbax.write(staged, taken, compression=False)
-            data = foreign.make_manifest(entry, taken, staged, sequence=sequence, lineage=lineage)
+            data = foreign_snapshot.make_manifest(entry, taken, staged, sequence=sequence, lineage=lineage)
             (staged / layout.MANIFEST).write_bytes(data)
             commit.commit_step(root, staged, entry.step)
     finally:

@@ -16,10 +16,10 @@ import numpy as np
 from remattools.text import format_table
 
 from ..errors import CheckpointError
-from ..sources.location import Location, find_step, open_source
+from ..sources.open_source import Location, find_step, open_source
 from ..store import leaf_integrity
 from ..store.catalogue import Entry
-from ..store.formats.foreign import describe_writer
+from ..store.formats.foreign_layouts import describe_writer
 from ..tree.leaf_paths import Names, to_names
 from ..tree.records import Record, count_host_bytes, decode_value, format_form
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, LeafError, StructureError, suggest_names
-from ..sources.location import Location, Source, find_step, open_source
+from ..sources.open_source import Location, Source, find_step, open_source
 from ..spec.mirror import Mirror
 from ..store import leaf_integrity
 from ..store.formats import safetensors_format
-from ..store.formats.foreign import describe_writer
+from ..store.formats.foreign_layouts import describe_writer
 from ..store.formats.safetensors_format import CODES, Tensor
 from ..tree import snapshot
 from ..tree.leaf_paths import Path

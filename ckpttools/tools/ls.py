@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from remattools.text import format_bytes, format_table
 
-from ..sources.location import Location, open_source
+from ..sources.open_source import Location, open_source
 from ..store import catalogue
 
 

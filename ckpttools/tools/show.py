@@ -8,9 +8,9 @@ from typing import Any
 
 from .. import store
 from ..errors import CheckpointError
-from ..sources.location import Location, find_step, open_source
+from ..sources.open_source import Location, find_step, open_source
 from ..store import catalogue, formats
-from ..store.formats import foreign
+from ..store.formats import foreign_layouts
 from ..tree.leaf_paths import format_leaf_name
 from ..tree.records import Record, decode_value, get_host_shape
 
@@ -196,7 +196,7 @@ def _show_foreign_step(entry: catalogue.Entry) -> ShownStep:
     )
     files = [entry.path] if is_file else entry.path.rglob("*")
     total = sum(path.stat().st_size for path in files if path.is_file())
-    reason = f"foreign: written by {foreign.describe_writer(entry.path)}; ct.adopt adds a manifest"
+    reason = f"foreign: written by {foreign_layouts.describe_writer(entry.path)}; ct.adopt adds a manifest"
     return ShownStep(step=entry.step, state="unverified", reason=reason, total_bytes=total, leaves=leaves)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import store
 from ..errors import StepDamagedError, StorageError
-from ..sources.location import Location, Source, make_not_found_error, open_source
+from ..sources.open_source import Location, Source, make_not_found_error, open_source
 from ..store import catalogue, file_integrity
 from ..text import format_health
 

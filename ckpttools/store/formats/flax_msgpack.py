@@ -11,7 +11,7 @@ from typing import Any
 from flax import serialization
 
 from ...errors import StructureError
-from . import foreign
+from . import foreign_layouts
 
 _ELSEWHERE = "//MPAPlaceholder:"
 """What flax writes in place of an array that is sharded over processes and stored in a directory of its own."""
@@ -48,7 +48,7 @@ def describe(path: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
     Raises:
         StructureError: If it is not a whole file of flax's.
     """
-    return list(_describe(foreign.BARE_ITEM, read(path)))
+    return list(_describe(foreign_layouts.BARE_ITEM, read(path)))
 
 
 def _describe(name: str, tree: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:

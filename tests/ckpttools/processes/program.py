@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpttools as ct
-from ckpttools.processes import group
+from ckpttools.processes import messages
 from ckpttools.save import multiprocess_save
 from ckpttools.store import orbax
 
@@ -277,7 +277,7 @@ def restore_from_others(directory: pathlib.Path) -> dict:
 
 def one_dies(directory: pathlib.Path) -> dict:
     """Process 1 is killed while it writes; the last scenario of a run, since JAX does not continue after it."""
-    group._LOST_AFTER_S = 3.0
+    messages._LOST_AFTER_S = 3.0
     with ct.open(spec(directory, "dies")) as ckpt:
         ckpt.save(1, {"model": model(1)})
         ckpt.wait()
@@ -291,7 +291,7 @@ def one_dies(directory: pathlib.Path) -> dict:
 
 def killed(directory: pathlib.Path) -> dict:
     """Save all the time, until a process is killed."""
-    group._LOST_AFTER_S = 3.0
+    messages._LOST_AFTER_S = 3.0
     step = 0
 
     def forever() -> None:
@@ -364,7 +364,7 @@ def train_and_stop(directory: pathlib.Path) -> dict:
 
 def train_and_die(directory: pathlib.Path) -> dict:
     """SIGKILL to process 1 in the middle of update 5, with step 3 on the disk; the last scenario of a run."""
-    group._LOST_AFTER_S = 3.0
+    messages._LOST_AFTER_S = 3.0
     deadline = time.monotonic() + 20
 
     def meanwhile(step: int) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step is used only if every process could read it; `test_group.py` restores with real processes."""
+"""A step is used only if every process could read it; `test_messages.py` restores with real processes."""
 
 import pytest
 
 import ckpttools as ct
-from ckpttools.processes.group import Group
+from ckpttools.processes.messages import Group
 from ckpttools.restore import multiprocess_restore
 from ckpttools.store.catalogue import Entry
 from ckpttools.store.run_directory import RunDirectory

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of one save compare and merge; `processes/test_group.py` runs it with real processes."""
+"""What the processes of one save compare and merge; `processes/test_messages.py` runs it with real processes."""
 
 import jax
 import jax.numpy as jnp

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ckpttools.store.formats import foreign
+from ckpttools.store.formats import foreign_layouts
 from tests.ckpttools.store.writers import RUNS, SINGLES, write, write_unfinished
 
 LAYOUTS = {"standard": "bare", "pytree": "bare", "flax, Orbax": "bare", "flax": "msgpack"}
@@ -14,29 +14,29 @@ LAYOUTS = {"standard": "bare", "pytree": "bare", "flax, Orbax": "bare", "flax": 
 @pytest.mark.parametrize("name", ["manager, both", "standard, named", "pytree", "flax", "flax, Orbax"])
 def test_the_steps_of_a_writer_are_recognised(tmp_path, name):
     write(RUNS[name], tmp_path)
-    found = foreign.find_foreign_files(tmp_path)
+    found = foreign_layouts.find_foreign_files(tmp_path)
     assert [step for step, _ in found.steps] == [10, 20]
     expected = LAYOUTS.get(name, LAYOUTS.get(name.partition(",")[0], "items"))
-    assert {foreign.recognize(path) for _, path in found.steps} == {expected}
+    assert {foreign_layouts.recognize(path) for _, path in found.steps} == {expected}
     assert found.unnumbered == found.unfinished == ()
 
 
 def test_an_unnumbered_checkpoint_is_recognised(tmp_path):
     path = write(SINGLES["standard"], tmp_path / "best")
-    assert foreign.find_foreign_files(tmp_path).unnumbered == (path,)
+    assert foreign_layouts.find_foreign_files(tmp_path).unnumbered == (path,)
 
 
 def test_an_unfinished_checkpoint_is_not_a_step(tmp_path):
     write_unfinished(tmp_path / "run")
-    found = foreign.find_foreign_files(tmp_path / "run")
+    found = foreign_layouts.find_foreign_files(tmp_path / "run")
     assert (found.steps, found.unnumbered) == ((), ())
     assert [path.name for path in found.unfinished] == ["10.orbax-checkpoint-tmp"]
     # As on a store without a rename: the same files under the final name.
     found.unfinished[0].rename(tmp_path / "run" / "step_10")
-    assert foreign.recognize(tmp_path / "run" / "step_10") is None
-    metadata = tmp_path / "run" / "step_10" / foreign.ORBAX_METADATA
+    assert foreign_layouts.recognize(tmp_path / "run" / "step_10") is None
+    metadata = tmp_path / "run" / "step_10" / foreign_layouts.ORBAX_METADATA
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"commit_timestamp_nsecs": 1}))
-    assert foreign.recognize(tmp_path / "run" / "step_10") == "items", "control"
+    assert foreign_layouts.recognize(tmp_path / "run" / "step_10") == "items", "control"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_an_unfinished_checkpoint_is_not_a_step(tmp_path):
 )
 def test_other_numbered_files_are_not_checkpoints(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert foreign.find_foreign_files(tmp_path) == foreign.ForeignFiles()
+    assert foreign_layouts.find_foreign_files(tmp_path) == foreign_layouts.ForeignFiles()
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_other_numbered_files_are_not_checkpoints(tmp_path, name, content):
     ],
 )
 def test_the_number_is_the_end_of_the_name(name, step):
-    assert foreign.parse_number(name) == step
+    assert foreign_layouts.parse_number(name) == step
 
 
 def test_a_step_of_flax_with_a_fraction_is_a_checkpoint_without_a_number(tmp_path):
     write(lambda path: RUNS["flax"](path), tmp_path)
     (tmp_path / "checkpoint_20").rename(tmp_path / "checkpoint_20.5")
-    found = foreign.find_foreign_files(tmp_path)
+    found = foreign_layouts.find_foreign_files(tmp_path)
     assert [path.name for path in found.unnumbered] == ["checkpoint_20.5"]
     assert [step for step, _ in found.steps] == [10]

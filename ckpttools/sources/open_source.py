@@ -18,9 +18,9 @@ from ..mirror.merge_copies import merge_copies
 from ..mirror.remote_store import Copy, RemoteStore
 from ..restore.select import list_available_steps, select_one_branch
 from ..spec.mirror import Mirror
-from ..store import catalogue, contents, layout
+from ..store import catalogue, layout, path_kinds
 from ..store.catalogue import Catalogue, Entry
-from ..store.contents import Contents
+from ..store.path_kinds import Contents
 
 type Location = str | os.PathLike[str] | Mirror
 """The directory of a run or of one step, another writer's checkpoint, or a mirror or its address."""
@@ -76,7 +76,7 @@ def open_source(location: Location) -> Iterator[Source]:
     elif isinstance(location, str) and _ADDRESS.fullmatch(location):
         reading = _open_mirror(Mirror(location))
     else:
-        found = contents.identify(location)
+        found = path_kinds.identify(location)
         if found.kind == "mirror":
             reading = _open_mirror(Mirror(found.path.as_uri()))
         else:
@@ -89,7 +89,7 @@ def _read_directory(found: Contents) -> Source:
     if found.kind == "missing":
         _raise_if_step_is_missing(found.path)
     if found.kind in ("missing", "file", "inside"):
-        raise contents.make_not_a_run_error(found, _WHY_NOT)
+        raise path_kinds.make_not_a_run_error(found, _WHY_NOT)
     single: Entry | None = None
     if found.kind == "step":
         single = _find_in_run(found) or catalogue.examine_step(found.path, found.step or 0)
@@ -99,7 +99,7 @@ def _read_directory(found: Contents) -> Source:
     return Source(
         name=str(found.path),
         text=found.text,
-        fix=contents.suggest_fix(found),
+        fix=path_kinds.suggest_fix(found),
         steps=steps,
         root=found.path,
         is_single=single is not None,

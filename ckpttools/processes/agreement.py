@@ -6,9 +6,9 @@ import secrets
 
 from ..errors import CheckpointError, SpecError, StorageError
 from ..spec.spec import CheckpointSpec
-from ..store import commit, contents, layout
+from ..store import commit, layout, path_kinds
 from ..store.run_directory import RunDirectory
-from .group import Group
+from .messages import Group
 
 
 def open_run(group: Group, run: RunDirectory, spec: CheckpointSpec, *, has_validation: bool) -> None:
@@ -27,7 +27,7 @@ def open_run(group: Group, run: RunDirectory, spec: CheckpointSpec, *, has_valid
     """
 
     def prepare() -> dict[str, str]:
-        contents.require_startable(run.directory)
+        path_kinds.require_startable(run.directory)
         if not run.is_used():
             # A run that has steps may be restored from a read-only disk; a new run has to be written.
             commit.require_writable(run.directory)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is checked when a run is opened; `test_group.py` opens runs with real processes."""
+"""What is checked when a run is opened; `test_messages.py` opens runs with real processes."""
 
 import pytest
 
 import ckpttools as ct
-from ckpttools.processes import opening
-from ckpttools.processes.group import Group
+from ckpttools.processes import agreement
+from ckpttools.processes.messages import Group
 from ckpttools.store.run_directory import RunDirectory
 
 
@@ -23,7 +23,7 @@ class SecondOfTwo(Group):
 
 
 def open_as(group, spec, *, has_validation=False):
-    opening.open_run(group, RunDirectory(spec.directory), spec, has_validation=has_validation)
+    agreement.open_run(group, RunDirectory(spec.directory), spec, has_validation=has_validation)
 
 
 def test_a_single_process_creates_the_directory(tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import ckpttools as ct
-from ckpttools.store import contents
+from ckpttools.store import path_kinds
 from tests.ckpttools.restore.test_first_intact import spec_for
 from tests.ckpttools.store.writers import RUNS, SINGLES, write, write_unfinished
 from tests.ckpttools.tools.runs import snapshot_of
@@ -40,7 +40,7 @@ def test_what_lies_at_a_path_is_said(run, place, kind, text):
     (run / "empty").mkdir()
     (run / "logs").mkdir()
     (run / "logs" / "a.txt").write_text("x")
-    found = contents.identify(run / place)
+    found = path_kinds.identify(run / place)
     assert found.kind == kind
     assert found.text.startswith(str(run))
     assert text in found.text
@@ -107,7 +107,7 @@ def test_a_foreign_step_after_our_own_is_not_passed_over(run):
 
 def test_a_step_that_lost_its_manifest_is_not_foreign(run):
     (run / "20" / "ckpttools.manifest").unlink()
-    assert contents.identify(run).kind == "run"
+    assert path_kinds.identify(run).kind == "run"
 
 
 def test_a_link_stands_for_what_it_leads_to(run):

@@ -13,7 +13,7 @@ from typing import Literal
 
 from ..errors import NotARunError
 from . import catalogue, commit, layout, manifest
-from .formats import foreign
+from .formats import foreign_layouts
 
 type Kind = Literal[
     "missing", "file", "empty", "run", "step", "inside", "foreign run", "foreign step", "mirror", "unknown"
@@ -76,8 +76,8 @@ def _identify_part(place: pathlib.Path) -> Contents | None:
         run = pathlib.Path(*place.parts[: place.parts.index(layout.CONTROL_DIRECTORY)])
         return Contents(path=place, kind="inside", text=f"{place} is in the control directory of {run}.", use=run)
     for parent in place.parents:
-        if foreign.is_orbax_checkpoint(parent):
-            item = parent == place.parent and foreign.is_bare(place)
+        if foreign_layouts.is_orbax_checkpoint(parent):
+            item = parent == place.parent and foreign_layouts.is_bare(place)
             text = f"{place} is {f'the item {place.name!r} of' if item else 'inside'} the Orbax checkpoint {parent}."
             return Contents(path=place, kind="inside", text=text, use=parent)
     return None
@@ -86,11 +86,11 @@ def _identify_part(place: pathlib.Path) -> Contents | None:
 def _identify_whole(place: pathlib.Path) -> Contents:
     if not os.path.lexists(place):
         return Contents(path=place, kind="missing", text=f"{place} is not a directory: nothing is there.", use=place)
-    if (found := foreign.recognize(place)) is not None:
+    if (found := foreign_layouts.recognize(place)) is not None:
         kind = "file" if found == "msgpack" else "checkpoint"
-        text = f"{place} is one {kind} that was written by {foreign.describe_writer(place)}."
+        text = f"{place} is one {kind} that was written by {foreign_layouts.describe_writer(place)}."
         return Contents(
-            path=place, kind="foreign step", text=text, use=place, step=foreign.parse_number(place.name) or 0
+            path=place, kind="foreign step", text=text, use=place, step=foreign_layouts.parse_number(place.name) or 0
         )
     if not place.is_dir():
         return Contents(path=place, kind="file", text=f"{place} is not a directory: it is a file.", use=place.parent)
@@ -100,7 +100,7 @@ def _identify_whole(place: pathlib.Path) -> Contents:
 def _identify_directory(place: pathlib.Path) -> Contents:
     names = {name for name in os.listdir(place) if name != layout.CONTROL_DIRECTORY}
     numbered = {name for name in names if layout.parse_step_number(name) is not None and (place / name).is_dir()}
-    left = foreign.find_foreign_files(place)
+    left = foreign_layouts.find_foreign_files(place)
     if text := _describe_foreign_run(place, numbered, left):
         return Contents(path=place, kind="foreign run", text=text, use=place)
     if numbered or (place / layout.CONTROL_DIRECTORY / "superseded").is_dir():
@@ -115,7 +115,7 @@ def _identify_directory(place: pathlib.Path) -> Contents:
     return Contents(path=place, kind="unknown", text=text, use=place)
 
 
-def _describe_foreign_run(place: pathlib.Path, numbered: set[str], left: foreign.ForeignFiles) -> str:
+def _describe_foreign_run(place: pathlib.Path, numbered: set[str], left: foreign_layouts.ForeignFiles) -> str:
     """Return a sentence about another writer's run; "" if our own steps are the newest, or nothing foreign is there."""
     without = {name for name in numbered if not (place / name / layout.MANIFEST).exists()}
     if without or left.steps:
@@ -127,12 +127,14 @@ def _describe_foreign_run(place: pathlib.Path, numbered: set[str], left: foreign
             last = unverified[-1]
             names = [entry.path.name for entry in unverified]
             shown = f"{'..., ' if len(names) > _SHOWN_STEPS else ''}{', '.join(names[-_SHOWN_STEPS:])}"
-            return f"{place} holds {len(names)} step(s) written by {foreign.describe_writer(last.path)}: {shown}."
+            return (
+                f"{place} holds {len(names)} step(s) written by {foreign_layouts.describe_writer(last.path)}: {shown}."
+            )
     if numbered or left.steps:
         return ""
     if left.unnumbered:
         shown = ", ".join(path.name for path in left.unnumbered[:_SHOWN_STEPS])
-        return f"{place} holds checkpoints written by {foreign.describe_writer(left.unnumbered[0])}: {shown}."
+        return f"{place} holds checkpoints written by {foreign_layouts.describe_writer(left.unnumbered[0])}: {shown}."
     if left.unfinished:
         shown = ", ".join(path.name for path in left.unfinished[:_SHOWN_STEPS])
         return f"{place} holds a save that Orbax did not finish, and no finished one: {shown}."
@@ -167,10 +169,10 @@ def suggest_fix(found: Contents) -> str:
             return f"the run is {parent}; to start a new one, use a directory outside of it."
         case "inside":
             return f"use {path}."
-        case "foreign run" if foreign.find_foreign_files(path).unfinished and not _has_checkpoints(path):
+        case "foreign run" if foreign_layouts.find_foreign_files(path).unfinished and not _has_checkpoints(path):
             return "delete it if no process is writing it, or use another directory."
         case "foreign run" if not catalogue.scan(path).entries:
-            first = foreign.find_foreign_files(path).unnumbered[0]
+            first = foreign_layouts.find_foreign_files(path).unnumbered[0]
             return f'ct.adopt({str(first)!r}, into="runs/new"), or `ckpttools adopt {first} --into runs/new`.'
         case "foreign run":
             return f"ct.adopt({str(path)!r}), or `ckpttools adopt {path}`; ct.load reads it without that."
@@ -185,7 +187,7 @@ def suggest_fix(found: Contents) -> str:
 
 
 def _has_checkpoints(path: pathlib.Path) -> bool:
-    left = foreign.find_foreign_files(path)
+    left = foreign_layouts.find_foreign_files(path)
     return bool(left.unnumbered or left.steps or catalogue.scan(path).entries)
 
 

@@ -18,7 +18,7 @@ from ..save.write_step import add_digests, describe_files
 from ..store import manifest, orbax
 from ..store.catalogue import Entry
 from ..store.formats import flax_msgpack
-from ..store.formats.foreign import BARE_ITEM, ORBAX_METADATA, recognize
+from ..store.formats.foreign_layouts import BARE_ITEM, ORBAX_METADATA, recognize
 from ..tree import snapshot
 from ..tree.snapshot import Snapshot
 
