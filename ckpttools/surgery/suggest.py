@@ -22,9 +22,9 @@ from ..tree.match import Difference, mask_numbers
 from ..tree.records import Record, count_host_bytes
 from .plan import PlacedLeaf, RestorePlan, SourceLeaf
 from .resize import needs_pad, needs_slice
-from .suggestion.patterns import find_covering_patterns, make_patterns
-from .suggestion.tracing import Trace, trace_leaves
-from .suggestion.write_moves import MAX_OPERATIONS, TooManyOperationsError, write_moves
+from .source_tracing.patterns import find_covering_patterns, make_patterns
+from .source_tracing.tracing import Trace, trace_leaves
+from .source_tracing.write_moves import MAX_OPERATIONS, TooManyOperationsError, write_moves
 
 type Replan = Callable[[Sequence[Operation]], RestorePlan]
 """Returns the plan with more operations after the requested ones."""
