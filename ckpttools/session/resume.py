@@ -108,7 +108,11 @@ def _load(
         coordinate=first_intact.run_attempt if group.count == 1 else multiprocess_restore.make_coordinator(group),
     )
     if resources.uploader is None:
-        loaded, tried = load_from(multiprocess_restore.list_candidates(group, run, step))
+        for _ in range(first_intact.MAX_LISTINGS):
+            candidates = multiprocess_restore.list_candidates(group, run, step)
+            loaded, tried = load_from(candidates)
+            if loaded is not None or group.count > 1 or not first_intact.were_deleted(candidates):
+                break
         mirror_error = ""
     else:
         fetcher = Fetcher(run, resources.uploader.mirror, resources.uploader.store)

@@ -75,15 +75,20 @@ def load(
     start_time = time.monotonic()
     require_items(state)
     get_changes = _make_get_changes(surgery, only, state_version)
-    with open_source(source) as found, read_as_steps(_list_candidates(found, step)) as candidates:
-        loaded, tried = first_intact.load_first_intact(
-            candidates,
-            state,
-            check=lambda loaded: None,
-            run=None,
-            is_explicit=isinstance(step, int) or found.is_single,
-            get_changes=get_changes,
-        )
+    for _ in range(first_intact.MAX_LISTINGS):
+        with open_source(source) as found:
+            entries = _list_candidates(found, step)
+            with read_as_steps(entries) as candidates:
+                loaded, tried = first_intact.load_first_intact(
+                    candidates,
+                    state,
+                    check=lambda loaded: None,
+                    run=None,
+                    is_explicit=isinstance(step, int) or found.is_single,
+                    get_changes=get_changes,
+                )
+            if loaded is not None or not first_intact.were_deleted(entries):
+                break
     report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried))
     if loaded is None:
         raise first_intact.make_no_intact_step_error(report, found.name, found.steps)

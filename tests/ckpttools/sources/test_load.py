@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Surgery on real models: restored with other names, sizes and dtypes, in place and sharded, read in part, once."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 from flax import nnx
 
 import ckpttools as ct
+from ckpttools.sources import load as load_module
 from tests.ckpttools.behaviour.examples import Batches, leaves
 
 WORDS, WIDTH = 10, 8
@@ -300,3 +302,29 @@ def test_one_leaf_reads_its_own_bytes_only(tmp_path):
 def _read_bytes():
     text = pathlib.Path(f"/proc/{os.getpid()}/io").read_text()
     return int(text.split("rchar:")[1].split()[0])
+
+
+@pytest.mark.parametrize("listings", [2, 99])
+def test_a_reader_whose_steps_were_all_deleted_lists_them_again(tmp_path, monkeypatch, listings):
+    """Beside a training that keeps few steps; the control gives up, since each listing is out of date again."""
+    with ct.open(ct.CheckpointSpec(directory=tmp_path, storage=ct.Storage(asynchronous=False))) as ckpt:
+        ckpt.save(1, {"w": np.full(2, 1)})
+        real, calls = load_module.open_source, []
+
+        def save_another(source):
+            found = real(source)
+            if len(calls) < listings:
+                entered = found.__enter__()
+                calls.append(ckpt.save(len(calls) + 2, {"w": np.full(2, len(calls) + 2)}).step)
+                for entry in entered.steps.entries:
+                    shutil.rmtree(entry.path)
+                return contextlib.nullcontext(entered)
+            return found
+
+        monkeypatch.setattr(load_module, "open_source", save_another)
+        if listings == 2:
+            assert ct.load(tmp_path, {"w": np.zeros(2, int)}).state["w"].tolist() == [3, 3]
+        else:
+            with pytest.raises(ct.NoIntactStepError, match="was removed while it was read"):
+                ct.load(tmp_path, {"w": np.zeros(2, int)})
+            assert len(calls) == 5
