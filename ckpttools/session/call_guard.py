@@ -62,6 +62,11 @@ class CallGuard:
         last = self._find_last()
         return last if last.is_running else None
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process was forked from the one that opened the run."""
+        return os.getpid() != self._process_id
+
     def run[T](self, action: Callable[[], T]) -> T:
         """Return what `action` returns, once no other call is running.
 
@@ -70,7 +75,7 @@ class CallGuard:
             SaveTimeoutError: If another thread's call takes too long.
             StepOrderError: If this thread is in the middle of a call.
         """
-        if os.getpid() != self._process_id:
+        if self.is_forked:
             raise RunInUseError(
                 what=f"this process was forked from process {self._process_id}, which has the run open.",
                 why="both would write the same steps, and the threads that save do not exist in this process.",

@@ -6,20 +6,25 @@ the state is still that of the last step is decided by identity for device array
 for everything else.
 """
 
+import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from ..spec.state import Exclude, find_exclusion
 from ..store import digest
 from ..tree import flatten
-from ..tree.leaf_paths import format_leaf_name
+from ..tree.leaf_paths import Path, format_leaf_name
 
 
 class LastStep:
     """The arguments of the last call of `Session.step`, and how to find out that the state has changed since.
+
+    Args:
+        rules: What is not state, and may change.
 
     Attributes:
         step: Completed updates; 0 before the first call.
@@ -27,7 +32,8 @@ class LastStep:
         metrics: Metrics of that step, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rules: Sequence[Exclude] = ()) -> None:
+        self._rules = rules
         self.step = 0
         self.state: Mapping[str, Any] = {}
         self.metrics: Mapping[str, Any] = {}
@@ -36,23 +42,24 @@ class LastStep:
     def record(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Remember a completed step."""
         self.step = 0  # An interrupt below must not combine two steps.
-        self._checks = {name: _make_check(value) for name, value in _list_leaves(state)}
+        self._checks = {name: _make_check(value) for name, value in self._list_leaves(state)}
         self.state, self.metrics, self.step = state, metrics, step
 
     def find_changed_leaf(self) -> str | None:
         """Return the name of a leaf that is not as it was at that step; None if all are."""
-        leaves = dict(_list_leaves(self.state))
+        leaves = dict(self._list_leaves(self.state))
         for name in self._checks.keys() ^ leaves.keys():
             return name
         return next((name for name, value in leaves.items() if not self._checks[name](value)), None)
 
+    def _list_leaves(self, state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for item, value in state.items():
+            find_reason = functools.partial(self._find_reason, item)
+            for leaf in flatten.flatten_item(value, find_reason=find_reason).leaves:
+                yield format_leaf_name(item, leaf.path), leaf.value
 
-def _list_leaves(state: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [
-        (format_leaf_name(item, leaf.path), leaf.value)
-        for item, value in state.items()
-        for leaf in flatten.flatten_item(value).leaves
-    ]
+    def _find_reason(self, item: str, path: Path, types: tuple[str, ...]) -> str:
+        return find_exclusion(self._rules, (item, *path), types)
 
 
 def _make_check(value: Any) -> Callable[[Any], bool]:
@@ -67,4 +74,5 @@ def _make_check(value: Any) -> Callable[[Any], bool]:
             and (later.shape, later.dtype) == before[:2]
             and digest.hash_array("xxh3", later) == before[2]
         )
-    return lambda later: type(later) is type(value) and bool(later == value)
+    # By its form, since NaN is not equal to itself.
+    return lambda later: type(later) is type(value) and repr(later) == repr(value)

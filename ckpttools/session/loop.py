@@ -53,6 +53,7 @@ class TrainingLoop:
         self._is_stopping = False
         self._is_closed = False
         self._is_iterated = False
+        self._passed_step = 0
         self._is_superseded = False
         self._has_described = False
 
@@ -95,6 +96,13 @@ class TrainingLoop:
             other.supersede()
         _writers[self._resources.directory.resolve()] = weakref.ref(self)
         self._resources.run.lock_for_writing()
+        if self.progress.next_sequence != self._resources.run.get_steps().next_sequence:
+            self._resources.run.lock.release()
+            raise NotRestoredError(
+                what=f"{self._resources.directory} has steps that were saved since this session restored it.",
+                why="going on from the older state would supersede them.",
+                fix="report = ckpt.restore(state) continues from them; ckpt.restore(state, step=...) begins a branch.",
+            )
         self.progress.branch()
         # Copies what an earlier session could not copy.
         self._resources.update_mirror()
@@ -165,14 +173,18 @@ class TrainingLoop:
     def _iterate(self, total: int) -> Iterator[int]:
         self._final_step = total
         self.stop_request.start_listening()
-        for step in range(self.progress.step + 1, total + 1):
+        step = self.progress.step + 1
+        while step <= total:
+            origin = self.progress.origin
             yield step
             if self._is_stopping:
                 return
+            # A restore in the loop's body goes back, and the loop with it.
+            step = step + 1 if self.progress.origin is origin else self.progress.step + 1
         self._is_iterated = True
         # No later step could act on a request to stop, so from here a signal does what it did before the loop.
         self.stop_request.stop_listening()
-        if self.progress.step < total:
+        if self._passed_step < total:
             warn(
                 f"the final step {total} was not passed to step(), so it is not saved. Call ckpt.step(step, state) "
                 "at the end of every step; it saves only when the spec says so."
@@ -183,12 +195,13 @@ class TrainingLoop:
         self.begin()
         self.stop_request.start_listening()
         context = self.progress.make_context(step, metrics)
+        self._passed_step = step
         is_final = step == self._final_step
         group = self._resources.group
         group.request_stop(self.stop_request.get_reason(step))
         verdict = group.broadcast(f"step {step}", lambda: self._decide(context))
         if verdict["ended"]:
-            self.saver.wait()
+            self._wait_for_earlier_save(is_last=bool(verdict["stop"]) or is_final)
         warn(self._metric_watch.add(metrics, is_last=is_final))
         stop: str | None = verdict["stop"]
         if stop:
@@ -202,12 +215,21 @@ class TrainingLoop:
         self._is_stopping = bool(stop)
         return outcome
 
+    def _wait_for_earlier_save(self, *, is_last: bool) -> None:
+        """Fetch the result of a save that has ended; its error must not keep the last step from being saved."""
+        try:
+            self.saver.wait()
+        except CheckpointError as failure:
+            if not is_last:
+                raise
+            warn(f"an earlier save failed: {failure}")
+
     def _decide(self, context: StepContext) -> dict[str, Any]:
         """What all processes do at this step, as plain data."""
         has_ended = self.saver.has_ended
         stop = self.stop_request.reason or self._resources.group.get_stop_request()
-        if self.saver.failure is not None:
-            # It is raised next, in all processes.
+        if self.saver.failure is not None and not stop:
+            # It is raised next, in all processes, unless this step is the last.
             return {"ended": has_ended, "stop": stop, "due": False, "reason": ""}
         decision = self.progress.decide(context)
         return {"ended": has_ended, "stop": stop, "due": decision.save, "reason": decision.reason}

@@ -38,6 +38,7 @@ class Position:
         lineage: The branch that its saves belong to.
         memory: Memory of the triggers.
         surgery: Operations that were applied in this run, as code.
+        next_sequence: The number of the run's next commit when it was decided to continue from the origin.
         previous_run_s: Seconds of training up to the origin.
         start_time: `time.monotonic()` at the origin.
     """
@@ -48,6 +49,7 @@ class Position:
     lineage: Lineage
     memory: Memory
     surgery: tuple[str, ...]
+    next_sequence: int
     previous_run_s: float
     start_time: float
 
@@ -77,6 +79,16 @@ class RunProgress:
         return 0 if self._position is None else self._position.step
 
     @property
+    def origin(self) -> tuple[int, Lineage] | None:
+        """The step and branch that the run continues from; another object after each restore."""
+        return None if self._position is None else self._position.origin
+
+    @property
+    def next_sequence(self) -> int | None:
+        """The number of the run's next commit when it was decided to continue from the origin."""
+        return None if self._position is None else self._position.next_sequence
+
+    @property
     def saved_step(self) -> int:
         """The newest step that was restored, or saved by this session; 0 before."""
         return 0 if self._position is None else self._position.saved_step
@@ -98,6 +110,7 @@ class RunProgress:
         memory: Memory = None,
         run_s: float = 0.0,
         surgery: tuple[str, ...] = (),
+        next_sequence: int | None = None,
     ) -> None:
         """Continue from a restored step, or start from nothing.
 
@@ -107,7 +120,10 @@ class RunProgress:
             memory: Memory of the triggers after it.
             run_s: Seconds of training up to it.
             surgery: Operations that were applied in this run, as code.
+            next_sequence: The number of the run's next commit when its steps were listed; None for now.
         """
+        if next_sequence is None:
+            next_sequence = self._run.refresh_steps().next_sequence
         self._position = Position(
             origin=(step, lineage),
             step=step,
@@ -115,6 +131,7 @@ class RunProgress:
             lineage=self._run.derive_lineage(step, lineage),
             memory=memory,
             surgery=surgery,
+            next_sequence=next_sequence,
             previous_run_s=run_s,
             start_time=time.monotonic(),
         )

@@ -43,7 +43,7 @@ class RunResources:
                 fix='ct.open(ct.CheckpointSpec(directory="runs/a", save=ct.EverySteps(500)))',
             )
         self.spec = spec
-        self.directory = pathlib.Path(os.path.abspath(spec.directory))
+        self.directory = pathlib.Path(os.path.realpath(spec.directory))
         self.validate = validate
         self.run = RunDirectory(self.directory)
         self.group = messages.make_group(spec.storage.timeout_s)

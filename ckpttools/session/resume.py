@@ -48,7 +48,10 @@ def restore(
     require_items(state)
     loop.saver.wait()
     loop.wait_for_other_writer()
+    next_sequence = resources.run.refresh_steps().next_sequence
     loaded, report = _load(resources, state, step, changes)
+    if resources.uploader is not None:
+        next_sequence = resources.run.get_steps().next_sequence  # A copy that was fetched is a commit, too.
     if report.mirror_error:
         warn(f"only local steps were considered: {report.mirror_error}")
     operations = tuple(map(as_code, changes))
@@ -56,7 +59,7 @@ def restore(
         if any(candidate.verdict != "empty" for candidate in report.candidates):
             raise first_intact.make_no_intact_step_error(report, resources.directory, resources.run.get_steps())
         # A state that starts here already has the new structure.
-        loop.progress.begin(surgery=operations)
+        loop.progress.begin(surgery=operations, next_sequence=next_sequence)
         return report
     # While the state is replaced, no step may be saved: an interrupt could leave the state of one step under the number
     # of another.
@@ -80,7 +83,7 @@ def restore(
         altered=list_altered_leaves(loaded.plan),
     )
     # Last: a caller that is interrupted before has no report, and with it not the arrays that it has to go on with.
-    loop.progress.begin(summary.step, summary.lineage, memory, summary.run_s, surgery_codes)
+    loop.progress.begin(summary.step, summary.lineage, memory, summary.run_s, surgery_codes, next_sequence)
     return report
 
 

@@ -18,6 +18,7 @@ from ..restore.validation import Validate
 from ..save.outcomes import Failed, Outcome, Saved
 from ..spec.operations import Operation
 from ..spec.spec import CheckpointSpec
+from ..spec.state import as_rules
 from . import resume
 from .advice import warn
 from .last_step import LastStep
@@ -70,7 +71,7 @@ class Session:
         self.directory = self._resources.directory
         self._loop = TrainingLoop(self._resources, self.close, stop_signals)
         self._saver = self._loop.saver
-        self._last_step = LastStep() if save_on_exception else None
+        self._last_step = LastStep(as_rules(spec.exclude)) if save_on_exception else None
 
     def __enter__(self) -> Self:
         return self
@@ -78,13 +79,12 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        obstacle = ""
         try:
             obstacle = self._save_last_step(error)
-            self._close(raise_errors=error is None)
-            warn(self._loop.describe_unsaved(error, obstacle))
         finally:
-            # Also if this was interrupted; a save in progress goes on by itself and keeps the lock until it has ended.
-            self._release()
+            self._close(raise_errors=error is None)
+        warn(self._loop.describe_unsaved(error, obstacle))
 
     def close(self, *, raise_errors: bool = True) -> None:
         """Wait for the save in progress and its copy at the mirror, and release the signal handlers and the lock.
@@ -97,11 +97,23 @@ class Session:
 
         Raises:
             CheckpointError: If the save in progress failed.
+            StepOrderError: If it is called in the middle of another call of this session.
         """
         self._close(raise_errors=raise_errors)
         warn(self._loop.describe_unsaved())
 
     def _close(self, *, raise_errors: bool) -> None:
+        guard = self._resources.guard
+        if guard.is_forked:
+            return  # The save, its thread and the lock are the parent's.
+        try:
+            guard.run(lambda: self._wait_and_release(raise_errors=raise_errors))
+        finally:
+            # Also if this was interrupted: a save in progress goes on by itself and keeps the lock until it has ended.
+            if guard.current_call is None:
+                self._release()
+
+    def _wait_and_release(self, *, raise_errors: bool) -> None:
         waits = not self._loop.stop_request.is_repeated
         try:
             try:
@@ -132,13 +144,14 @@ class Session:
             return "A second signal came."
         if self._resources.group.count > 1:
             return "An exception in one process saves nothing, since the others would not take part."
-        changed = last.find_changed_leaf()
-        if changed:
-            return f"{changed} has changed since step {last.step}."
         try:
+            changed = last.find_changed_leaf()
+            if changed:
+                return f"{changed} has changed since step {last.step}."
             self.save(last.step, last.state, last.metrics, reason=f"{type(error).__name__} ended the loop")
-        except CheckpointError as failure:
-            return str(failure)
+        except Exception as failure:
+            # Whatever the state's own code raises must not hide the error that ended the loop.
+            return f"The save raised {type(failure).__name__}: {failure}"
         return ""
 
     @property

@@ -18,6 +18,7 @@ import logging
 import pathlib
 import re
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,11 @@ from ..tree.snapshot import Snapshot, SnapshotLeaf
 from .formats import foreign_layouts
 
 _PACKAGE = str(pathlib.Path(str(v0.__file__)).parent)
+
+_saving = threading.Lock()
+"""Orbax counts its saves in the whole process, and two at once use each other's temporary directories. Never held by
+the main thread, which an exception of a signal handler could keep from releasing it.
+"""
 
 _DATA_FILE_BYTES = 128 << 20
 """Orbax's default is 2 GB. Smaller files are written in parallel (524 MB on 2 cores: 0.26 s instead of 0.42), and an
@@ -62,13 +68,17 @@ def write(directory: pathlib.Path, snapshot: Snapshot, *, compression: bool) -> 
     if not items:
         directory.mkdir(parents=True)
         return
+    run_outside_main_thread(lambda: _write_trees(directory, items, compression))
+    _require_index(directory, items)
+
+
+def _write_trees(directory: pathlib.Path, items: dict[str, Any], compression: bool) -> None:
     context = ocp.Context()
     context.array.saving.use_compression = compression
     context.array.saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES
     context.memory.deepcopy_host_arrays = False
-    with context, _allow_transfers():
+    with _saving, context, _allow_transfers():
         ocp.save_checkpointables(directory, items)
-    _require_index(directory, items)
 
 
 def _require_index(directory: pathlib.Path, items: Iterable[str]) -> None:
@@ -112,7 +122,8 @@ def write_shards(directory: pathlib.Path, snapshot: Snapshot, *, is_leader: bool
         trees = _build_trees(snapshot, lambda leaf: leaf.array if is_leader else leaf.sharded_array)
         for item, tree in trees.items():
             args = v0.args.PyTreeSave(tree, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
-            _make_shard_handler(compression).save(_to_orbax_path(directory / item), args=args)
+            with _saving:
+                _make_shard_handler(compression).save(_to_orbax_path(directory / item), args=args)
 
 
 def _allow_transfers() -> contextlib.AbstractContextManager[Any]:

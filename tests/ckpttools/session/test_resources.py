@@ -83,10 +83,24 @@ def test_a_reader_blocks_no_writer_and_sees_its_steps(tmp_path):
             writer.save(2, params)
             writer.wait()
             assert reader.latest_step() == 2
-        # Another went on with the run since this one's restore, so what it saves is a branch.
+        # The other went on with the run since this one's restore.
+        with pytest.raises(ct.NotRestoredError, match="since this session restored it"):
+            reader.save(3, params)
+        assert reader.restore(params).step == 2
         reader.save(3, params)
         reader.wait()
-        assert reader.all_steps() == (1, 3)
+        assert reader.all_steps() == (1, 2, 3)
+
+
+def test_a_fresh_start_beside_steps_of_another_session_is_refused(tmp_path):
+    params = {"params": jnp.ones(2)}
+    with ct.open(spec_for(tmp_path)) as early:
+        assert early.restore(params).step is None
+        with ct.open(spec_for(tmp_path)) as other:
+            other.save(1000, params)
+        with pytest.raises(ct.NotRestoredError, match="since this session restored it"):
+            early.save(1, params)
+    assert [step.step for step in ct.ls(tmp_path)] == [1000]
 
 
 def test_pinning_something_other_than_a_step_is_refused(tmp_path):
