@@ -116,5 +116,5 @@ def test_a_leaf_of_another_size_follows_the_part_that_moved():
     disk = {"m": {"enc": {"emb": leaf(10, 4), "k": leaf(3)}}}
     grown = {"m": {"net": {"emb": leaf(12, 4), "k": leaf(3)}}}
     assert ("rename", "m.enc.emb", "m.net.emb") in show(trace(disk, grown))
-    elsewhere = {"m": {"net": {"k": leaf(3)}, "far": {"table": leaf(12, 4)}}}
+    elsewhere = {"m": {"net": {"k": leaf(3)}, "far": {"emb": leaf(12, 4)}}}
     assert show(trace(disk, elsewhere)) == {("rename", "m.enc.k", "m.net.k")}, "control"

@@ -49,7 +49,12 @@ BLOCKS = [f"m.blocks.{number}.{part}" for number in range(12) for part in ("attn
         pytest.param({"m.a": "m.b", "m.b": "m.a"}, [], 3, id="two that swap"),
         pytest.param({"m.a.x": "m.b.x", "m.b.x": "m.a.x"}, ["m.a.y", "m.b.y"], 3, id="leaves that swap"),
         pytest.param({"m.x.0.w": "m.x.1.w", "m.x.1.w": "m.x.2.w"}, ["m.y"], 2, id="a sequence that moves up"),
-        pytest.param({"m.w": "n.w", "m.b": "n.b"}, ["o.w"], 1, id="an item"),
+        pytest.param(
+            {"m.a.x": "m.d", "m.d": "m.e", "m.a.y": "m.b.y", "m.a.w": "m.b.w"}, [], 3, id="out of a renamed part"
+        ),
+        pytest.param({"m.0.w": "m.0.v", "m.1.w": "m.1.v"}, ["m.2.w"], 2, id="not in each layer"),
+        pytest.param({"m.w": "n.w", "m.b": "n.b"}, ["o.m.w"], 1, id="an item"),
+        pytest.param({"m.enc.w": "m.net.w", "n.enc.w": "n.net.w"}, ["o.enc.w"], 2, id="not at any depth"),
         pytest.param({f"{at}.enc.w": f"{at}.net.w" for at in ("m", "opt.mu", "opt.nu")}, [], 1, id="at any depth"),
     ],
 )
