@@ -118,7 +118,7 @@ def test_a_file_the_disk_does_not_return_counts_as_damaged(tmp_path, monkeypatch
     assert read(tmp_path)[name].metrics is None
 
 
-def test_a_sweep_removes_only_old_files_of_steps_that_are_gone(tmp_path):
+def test_a_sweep_removes_only_old_files_of_lost_steps(tmp_path):
     gone = dataclasses.replace(STEP, step=7)
     files = {
         "old, gone": late_metrics.write_file(tmp_path, gone, {"val": 0.1}),

@@ -78,7 +78,7 @@ def test_two_names_that_fit_equally_well_are_not_paired():
     assert pair(["m.a.x.w"], ["m.c.x.w"]) == {"m.a.x.w": "m.c.x.w"}, "control"
 
 
-def test_one_slot_of_an_optimizer_is_not_the_source_of_another():
+def test_a_slot_is_not_the_source_of_another_slot():
     assert find_slots(("opt", "0", "mu", "w")) == {"mu"}
     assert find_slots(("mu", "w")) == set(), "the name of an item is not a slot"
     assert pair(["opt.mu.w"], ["opt.nu.w"]) == {}
