@@ -63,6 +63,11 @@ BETWEEN_PACKAGES = {
 FILES = [
     path for package in ROOMS for path in sorted((ROOT / package).rglob("*.py*")) if path.suffix in (".py", ".pyi")
 ]
+# Modules that need no test at their mirrored path, by their file's name, with the reason.
+WITHOUT_TEST = {
+    "__init__.py": "lists names and holds no behaviour; tests/typing and the tests of public names read them",
+    "__main__.py": "only calls `cli.main`; tests of the commands start `python -m` in a process",
+}
 # The only imports inside functions: extras, which importing the package must not import.
 EXTRAS = {"matplotlib", "fsspec"}
 # Imports at run time: the user's `module:function` on the command line, and the commands after `--help` was answered.
@@ -298,3 +303,39 @@ def test_what_is_public_is_documented(package):
     for name in public:
         value = getattr(module, name)
         assert getattr(value, "__doc__", None), f"{package}.{name} has no docstring"
+
+
+def list_without_test(root: pathlib.Path, package: str) -> list[str]:
+    """Modules of a package without a test function in the file at the path that mirrors theirs."""
+    found = []
+    for path in sorted((root / package).rglob("*.py")):
+        module = path.relative_to(root)
+        mirrored = root / "tests" / module.with_name(f"test_{module.name}")
+        tree = ast.parse(mirrored.read_text()) if mirrored.is_file() else ast.Module([], [])
+        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        if module.name not in WITHOUT_TEST and not any(name.startswith("test_") for name in names):
+            found.append(str(module))
+    return found
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_each_module_has_a_test_at_its_mirrored_path(package):
+    assert list_without_test(ROOT, package) == []
+
+
+def test_a_module_without_a_test_is_found(tmp_path):
+    """Control."""
+    sources = {
+        "package/__init__.py": "",
+        "package/room/tested.py": "",
+        "package/room/forgotten.py": "",
+        "package/room/emptied.py": "",
+        "tests/package/room/test_tested.py": "def test_it():\n    pass",
+        # In another room, so it tests another module; and a helper, but not a test.
+        "tests/package/test_forgotten.py": "def test_it():\n    pass",
+        "tests/package/room/test_emptied.py": "def helper():\n    pass",
+    }
+    for name, source in sources.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    assert list_without_test(tmp_path, "package") == ["package/room/emptied.py", "package/room/forgotten.py"]

@@ -112,7 +112,7 @@ def test_operations_grow_with_the_leaves_and_no_faster(make_run, name):
     assert find_superlinear(run) == {}
 
 
-def test_an_update_of_the_whole_model_for_each_leaf_is_noticed(make_run, monkeypatch):
+def test_an_update_of_the_whole_model_per_leaf_is_noticed(make_run, monkeypatch):
     def set_variable(self, name, variable, value):
         nnx.update(models[-1], {"layers": {int(name.rpartition(".")[2]): value}})
 

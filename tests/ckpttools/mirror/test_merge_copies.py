@@ -43,7 +43,7 @@ def test_newer_copies_of_an_abandoned_past_are_ignored(on_disk, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*damaged step.*were passed over")
 @pytest.mark.parametrize("is_copied", [False, True])
-def test_damage_to_the_only_step_of_a_branch_does_not_return_to_the_one_it_left(on_disk, is_copied):
+def test_damage_does_not_return_a_run_to_a_left_branch(on_disk, is_copied):
     save(on_disk, 1, 2, 3)
     branch = on_disk if is_copied else dataclasses.replace(on_disk, mirror=None)
     with ct.open(branch) as ckpt:
@@ -58,7 +58,7 @@ def test_damage_to_the_only_step_of_a_branch_does_not_return_to_the_one_it_left(
 
 
 @pytest.mark.filterwarnings("ignore:.*damaged step.*were passed over")
-def test_a_number_is_not_restored_from_the_copy_of_another_branch(on_disk):
+def test_a_copy_of_another_branch_does_not_replace_a_step(on_disk):
     save(on_disk, 1, 2, 3)
     with ct.open(dataclasses.replace(on_disk, mirror=None)) as ckpt:
         ckpt.restore(STATE, step=1)

@@ -77,7 +77,7 @@ def test_restoring_the_newest_step_begins_no_branch(run):
     assert len({row.branch for row in ct.ls(run)}) == 1
 
 
-def test_a_crash_before_the_first_save_of_a_branch_changes_nothing(run):
+def test_a_crash_before_a_branch_saves_changes_nothing(run):
     go_back(run, 30)
     assert restore(run).step == 50
     assert {row.state for row in ct.ls(run)} == {"committed"}
@@ -119,7 +119,7 @@ def test_without_an_intact_live_step_the_error_names_superseded_ones(run):
         ct.load(run, state())
 
 
-def test_the_error_gives_the_branch_of_a_number_that_two_branches_have(run):
+def test_the_error_gives_the_branch_of_an_ambiguous_number(run):
     go_back(run, 40, 50)
     for step in (30, 40, 50):
         (run / str(step) / layout.MANIFEST).write_bytes(b"{}")

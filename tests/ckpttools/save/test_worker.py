@@ -106,7 +106,7 @@ def commit(committed, worker):
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_save_of_live_arrays_commits_only_while_its_caller_waits(waits):
+def test_live_arrays_are_committed_only_while_their_caller_waits(waits):
     committed = []
     worker = Worker(3, lambda worker: commit(committed, worker), asks_before_commit=True)
     worker.start()

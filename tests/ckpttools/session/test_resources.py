@@ -54,7 +54,7 @@ def test_a_later_session_of_the_process_replaces_an_earlier_one(tmp_path):
         assert later.all_steps() == (1, 2)
 
 
-def test_a_session_in_the_middle_of_a_call_is_not_replaced(tmp_path, monkeypatch):
+def test_a_session_in_a_call_is_not_replaced(tmp_path, monkeypatch):
     real, errors = snapshot.take, []
 
     def open_another(state, buffers, rules):

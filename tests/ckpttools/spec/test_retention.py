@@ -160,7 +160,7 @@ def test_best_chooses_among_superseded_steps_that_were_not_passed():
     assert kept(ct.Best("loss", mode="min"), steps) == [1, 2, 4, 5]
 
 
-def test_after_a_return_to_a_left_branch_its_older_steps_pass_nothing():
+def test_older_steps_of_a_resumed_branch_pass_nothing():
     """Steps 35 and 45 of the branch that is left now are not passed by 40 and 50, which were there before."""
     live = [StepInfo(step=step, sequence=n) for n, step in enumerate((30, 40, 50), start=1)]
     left = [StepInfo(step=step, sequence=n, superseded=True) for n, step in enumerate((35, 45), start=4)]

@@ -59,7 +59,7 @@ def test_retention_keeps_a_linked_step_and_delete_leaves_its_files(linked):
     assert not list(layout.get_control_path(run, "trash").iterdir())
 
 
-def test_a_linked_step_moves_aside_as_a_link_that_still_leads_there(linked):
+def test_a_linked_step_moves_aside_as_a_working_link(linked):
     run, place = linked
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(make_state(), step=1)
@@ -74,7 +74,7 @@ def test_a_linked_step_moves_aside_as_a_link_that_still_leads_there(linked):
     assert moved.resolve() == place.resolve()
 
 
-def test_a_link_that_leads_nowhere_is_the_disk_and_not_damage_or_a_fresh_start(linked):
+def test_a_dangling_link_is_not_damage_or_a_fresh_start(linked):
     run, place = linked
     os.rename(place, place.parent / "away")
     assert {step.step: step.state for step in ct.ls(run)}[2] == "unreadable"
@@ -91,7 +91,7 @@ def test_a_link_that_leads_nowhere_is_the_disk_and_not_damage_or_a_fresh_start(l
         assert ckpt.restore(make_state()).step == 2
 
 
-def test_a_link_to_something_that_is_not_a_step_is_passed_over(linked):
+def test_links_to_anything_but_a_step_are_passed_over(linked):
     run, place = linked
     (place / layout.MANIFEST).unlink()
     (run / "7").symlink_to(run / "1")

@@ -195,7 +195,7 @@ TIED = {"m": {"embed": leaf(4, 2), "head": leaf(4, 2)}}
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in list_large_states()])
-def test_the_time_grows_with_the_leaves_and_not_with_their_pairs(name):
+def test_the_time_grows_with_the_leaves_and_not_their_pairs(name):
     old, new = next((old, new) for each, old, new in list_large_states() if each == name)
     time_suggestion(old(300), new(300))  # Imports and caches.
     few, many = (time_suggestion(old(count), new(count)) for count in (600, 4_800))

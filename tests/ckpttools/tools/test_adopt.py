@@ -133,7 +133,7 @@ def test_a_number_that_is_taken_is_not_adopted(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["manager, prefix", "flax", "pytree"])
-def test_a_damaged_foreign_step_is_named_and_nothing_of_it_is_adopted(tmp_path, name):
+def test_a_damaged_foreign_step_is_named_and_not_adopted(tmp_path, name):
     run = write(RUNS[name], tmp_path)
     (broken,) = (path for path in run.iterdir() if path.name.endswith("20"))
     for path in [broken] if broken.is_file() else broken.rglob("manifest.ocdbt"):

@@ -11,7 +11,7 @@ from safetensors import numpy as oracle
 
 import ckpttools as ct
 from tests.ckpttools.behaviour.examples import leaves
-from tests.ckpttools.store.test_safetensors_format import file_with
+from tests.ckpttools.store.formats.test_safetensors_format import file_with
 
 
 def test_a_file_that_the_package_wrote_comes_in(tmp_path):

@@ -47,7 +47,7 @@ def test_late_metrics_count_everywhere(run):
     assert kept[2] == "one of the latest 2, one of the best 1 by val"
 
 
-def test_an_open_session_keeps_the_step_that_another_process_called_best(run):
+def test_an_open_session_keeps_what_another_process_called_best(run):
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(STATE)
         ckpt.save(4, STATE)  # the lock is held from here on
@@ -159,7 +159,7 @@ def test_a_kill_loses_no_metric_that_was_recorded(run):
 @pytest.mark.parametrize(
     "damage", [lambda data: b"", lambda data: data[:-3], lambda data: data.replace(b"0.5", b"0.9")]
 )
-def test_a_damaged_metric_is_not_believed_and_its_step_not_deleted(run, damage):
+def test_a_damaged_metric_is_not_believed_and_its_step_kept(run, damage):
     ct.record(run, 1, {"val": 0.5})
     (name,) = late_metrics.list_names(run)
     path = layout.get_control_path(run, f"metrics/{name}")
@@ -185,7 +185,7 @@ def test_metrics_reach_the_mirror_and_come_back(run, tmp_path):
     assert ct.show(tmp_path / "fetched").metrics["val"] == 0.5
 
 
-def test_a_session_copies_metrics_and_restores_the_best_of_the_mirror(tmp_path):
+def test_a_session_copies_metrics_and_restores_the_best_copy(tmp_path):
     fields = {"mirror": f"file://{tmp_path}/copies", "keep": ct.All()}
     with ct.open(spec_for(tmp_path / "run", **fields)) as ckpt:
         for step in (1, 2, 3):

@@ -126,7 +126,7 @@ def test_weak_types_keep_sharding_and_special_values(tmp_path):
     assert np.array_equal(np.asarray(restored).view(np.uint32), np.asarray(value).view(np.uint32))
 
 
-def test_a_manifest_without_weak_leaves_has_the_bytes_it_always_had(tmp_path):
+def test_a_manifest_without_weak_leaves_has_its_old_bytes(tmp_path):
     with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt:
         ckpt.save(1, {"item": {"w": jnp.zeros(3)}})
     text = (tmp_path / "1" / "ckpttools.manifest").read_text()

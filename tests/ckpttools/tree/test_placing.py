@@ -48,7 +48,7 @@ UNPLACEABLE = {
 
 
 @pytest.mark.parametrize("case", UNPLACEABLE)
-def test_a_leaf_that_cannot_be_placed_is_named_before_anything_changes(directory, case, monkeypatch):
+def test_an_unplaceable_leaf_is_named_before_anything_changes(directory, case, monkeypatch):
     name, make, reason = UNPLACEABLE[case]
     state = {"data": Batches(2), "model": Net(nnx.Rngs(1))}
     item, _, leaf = name.partition(".")
@@ -118,7 +118,7 @@ def make_template(device, size, kind="device"):
     return types.SimpleNamespace(sharding=sharding), Record(path=("w",), kind="array", shape=(size,), dtype="float32")
 
 
-def test_a_state_that_needs_more_memory_than_the_device_has_is_refused():
+def test_a_state_larger_than_the_device_memory_is_refused():
     device = Device(free=1000)
     half = [(name, *make_template(device, 125)) for name in ("a", "b")]
     placing.require_placeable(half)

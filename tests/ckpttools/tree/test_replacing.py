@@ -164,7 +164,7 @@ def test_an_iterator_that_accepts_no_state_any_more_is_named(directory, monkeypa
     assert leaves({"model": state["model"]}) == model
 
 
-def test_a_donated_state_is_restored_and_stays_donated_after_a_failure(directory, monkeypatch):
+def test_a_donated_state_is_restored_and_stays_donated_after_failure(directory, monkeypatch):
     state = make(6)
     kernel = state["model"].layers[0].kernel
     jax.jit(lambda x: x + 1, donate_argnums=0)(kernel.get_raw_value())
@@ -177,7 +177,7 @@ def test_a_donated_state_is_restored_and_stays_donated_after_a_failure(directory
     assert leaves(state) == leaves(make(5))
 
 
-def test_old_arrays_hold_no_device_memory_while_they_can_be_put_back():
+def test_old_arrays_that_can_return_hold_no_device_memory():
     variables = [nnx.Param(jnp.full(100_000, n, jnp.float32)) for n in range(4)]
     replacements = replacing.Replacements()
     others = {id(array) for array in jax.live_arrays()} - {id(each.get_raw_value()) for each in variables}
@@ -192,7 +192,7 @@ def test_old_arrays_hold_no_device_memory_while_they_can_be_put_back():
     assert [float(variable[0]) for variable in variables] == [0, 1, 2, 3]
 
 
-def test_a_validation_copy_of_a_model_in_a_container_is_not_the_live_one(tmp_path):
+def test_a_validation_copy_in_a_container_is_not_live(tmp_path):
     saved, live = {"nets": {"a": Odd(1)}}, {"nets": {"a": Odd(2)}}
     accepts = [True]
     spec = ct.CheckpointSpec(directory=tmp_path, storage=ct.Storage(asynchronous=False))

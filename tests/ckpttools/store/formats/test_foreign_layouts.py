@@ -73,7 +73,7 @@ def test_the_number_is_the_end_of_the_name(name, step):
     assert foreign_layouts.parse_number(name) == step
 
 
-def test_a_step_of_flax_with_a_fraction_is_a_checkpoint_without_a_number(tmp_path):
+def test_a_step_of_flax_with_a_fraction_has_no_number(tmp_path):
     write(lambda path: RUNS["flax"](path), tmp_path)
     (tmp_path / "checkpoint_20").rename(tmp_path / "checkpoint_20.5")
     found = foreign_layouts.find_foreign_files(tmp_path)
