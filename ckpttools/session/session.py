@@ -83,7 +83,7 @@ class Session:
             self._close(raise_errors=error is None)
             warn(self._loop.describe_unsaved(error, obstacle))
         finally:
-            # Also if this was interrupted; a save in progress goes on by itself and keeps the lock until it has ended.
+            # Also after an interrupt: a save in progress continues and keeps the lock until it has ended.
             self._release()
 
     def close(self, *, raise_errors: bool = True) -> None:
@@ -124,14 +124,14 @@ class Session:
         self._saver.close()
 
     def _save_last_step(self, error: BaseException | None) -> str:
-        """Save the last completed step, if it was asked for; return what stood in the way, as a sentence."""
+        """Save the last completed step, if `save_on_exception`; return why it was not saved, as a sentence."""
         last = self._last_step
         if error is None or last is None or last.step <= self._loop.progress.saved_step:
             return ""
         if self._loop.stop_request.is_repeated:
-            return "A second signal came."
+            return "A second signal arrived."
         if self._resources.group.count > 1:
-            return "An exception in one process saves nothing, since the others would not take part."
+            return "With several processes, an exception in one of them saves nothing."
         changed = last.find_changed_leaf()
         if changed:
             return f"{changed} has changed since step {last.step}."
@@ -147,9 +147,9 @@ class Session:
         return self._loop.stop_request.reason is not None
 
     def request_stop(self, reason: str = "request_stop() asked to stop") -> None:
-        """Ask the run to stop, as a signal does: the next call of `step` saves, and the loop ends there.
+        """Request a stop, as a signal does: the next call of `step` saves, and the loop ends there.
 
-        May be called from a signal handler and from any thread.
+        May be called from any thread or signal handler.
 
         Args:
             reason: Recorded with the step.
@@ -407,7 +407,7 @@ class Session:
         """Wait until the save in progress is on the disk.
 
         Returns:
-            The save that has ended since the last call that returned one; None if none has.
+            The save that has ended and was not reported yet; None if there is none.
 
         Raises:
             CheckpointError: If the save failed.

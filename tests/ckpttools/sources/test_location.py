@@ -152,5 +152,5 @@ def test_a_foreign_run_is_listed_and_loaded_and_left_alone(tmp_path, name):
 
 
 def test_a_path_that_lost_the_slashes_of_an_address_is_not_a_run(places):
-    with pytest.raises(ct.NotARunError, match="nothing is there"):
+    with pytest.raises(ct.NotARunError, match="does not exist"):
         ct.ls(pathlib.Path(f"file://{places}/mirror"))
