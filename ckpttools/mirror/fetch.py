@@ -197,7 +197,7 @@ def fetch_step(
         The number of the step.
 
     Raises:
-        NotARunError: If the directory is a step, lies inside one, or holds another writer's run.
+        NotARunError: If the directory is a step, is inside one, or contains another program's checkpoints.
         StepNotFoundError: If the mirror has no such step.
         StepDamagedError: If its copy is damaged.
         MirrorError: If the store does not answer.

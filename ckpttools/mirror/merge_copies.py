@@ -57,9 +57,9 @@ def _renumber(entry: Entry, is_live: bool, sequence: int) -> Entry:
 
 
 def _choose_lineage(local: Lineage, newest_local: Summary | None, newest_copy: Summary | None) -> Lineage:
-    """Return the run's lineage: the local one, unless the run continued elsewhere from one of its steps.
+    """Return the run's lineage: the local one, unless the run continued on another machine.
 
-    The local one is known even if all steps of its last branch are damaged.
+    The local lineage is known even if all steps of its last branch are damaged.
     """
     if newest_copy is None:
         return local

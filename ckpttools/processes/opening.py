@@ -21,7 +21,7 @@ def open_run(group: Group, run: RunDirectory, spec: CheckpointSpec, *, has_valid
         has_validation: Whether the run has a validation function.
 
     Raises:
-        NotARunError: If the directory is a step, lies inside one, or holds another writer's run that was not adopted.
+        NotARunError: If the directory is a step, is inside one, or contains another program's checkpoints.
         StorageError: If the directory cannot be written, or is not the same one in all processes.
         SpecError: If the processes have different specs, or one that only works with a single process.
     """

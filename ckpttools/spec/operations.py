@@ -50,8 +50,8 @@ class Operation:
 class Rename(Operation):
     """Rename stored leaves.
 
-    Each wildcard of `new` (`*`, `**`) stands for what the wildcard at the same position in `pattern` matched; braces and
-    slices in `pattern` count as `*`. A pattern without a dot matches that one name at any depth, and only that name
+    Each wildcard of `new` (`*`, `**`) stands for what the wildcard at the same position in `pattern` matched; braces
+    and slices in `pattern` count as `*`. A pattern without a dot matches that one name at any depth, and only that name
     changes.
 
     Attributes:

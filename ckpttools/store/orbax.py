@@ -116,7 +116,7 @@ def write_shards(directory: pathlib.Path, snapshot: Snapshot, *, is_leader: bool
 
 
 def _allow_transfers() -> contextlib.AbstractContextManager[Any]:
-    """Lift `jax_transfer_guard`, which is meant for transfers that nobody requested."""
+    """Lift `jax_transfer_guard`: the caller requested these transfers."""
     guard: contextlib.AbstractContextManager[Any] = jax.transfer_guard("allow")
     return guard
 

@@ -79,7 +79,7 @@ def _parse_metrics(metrics: Any) -> dict[str, float]:
         if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
             raise LeafError(
                 what=f"the metric {name!r} is {value!r:.80}.",
-                why="metrics are compared, so each has to be one number.",
+                why="metrics are compared, so each must be a single number.",
                 fix=f"{{{name!r}: float(loss)}}",
             )
     return {name: as_metric(name, value) for name, value in metrics.items()}
