@@ -99,4 +99,4 @@ def _add_exchange_options(parser: argparse.ArgumentParser, item_help: str) -> No
         metavar="LEAF=TENSOR",
         help="name of a tensor, such as 'layers.*.kernel=h.*.weight'",
     )
-    parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave out matching leaves")
+    parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="omit matching leaves")

@@ -174,7 +174,7 @@ def _make_unreachable_error(directory: pathlib.Path, error: MirrorError) -> Mirr
     return MirrorError(
         what=f"{directory} holds no steps, and the mirror does not answer: {error.what}",
         why="the run may be at the mirror, and a fresh start would train it again.",
-        fix="try again; for a new run leave out the mirror, or pass ct.Mirror(url, must_answer=False).",
+        fix="try again; for a new run, omit the mirror, or pass ct.Mirror(url, must_answer=False).",
     )
 
 

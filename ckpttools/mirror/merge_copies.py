@@ -2,7 +2,7 @@
 """Put the steps of a run and their copies at a mirror in one order, for choosing among them.
 
 Whether a copy belongs to the run's current branch is judged by the local steps, as long as there are any. On one branch
-a later step is saved later, so a copy with a greater number that was saved earlier belongs to a branch that was left.
+a later step is saved later, so a copy with a greater number that was saved earlier is on a superseded branch.
 """
 
 import dataclasses

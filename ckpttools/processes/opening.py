@@ -86,5 +86,5 @@ def _require_supported(group: Group, spec: CheckpointSpec, *, has_validation: bo
         raise SpecError(
             what=f"this run has {group.count} processes and a validation function.",
             why="a process whose part is damaged would not call it, and the others might wait for that process in it.",
-            fix="leave validate= out; digests verify every part all the same.",
+            fix="omit validate=; digests still verify every part.",
         )

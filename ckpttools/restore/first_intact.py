@@ -79,7 +79,7 @@ def load_first_intact(
             tried.append((entry, Candidate(step=entry.step, verdict="unreachable", reason=error.what, source="mirror")))
             unreachable = unreachable or error
             continue
-        # Only now: if nothing is intact, nothing moves, or the next start would find an empty directory.
+        # Only now: if no step is intact, none is moved, or the next start would find an empty directory.
         return loaded, [*_quarantine_damaged(run, tried), _add_superseded_steps(run, entry, used)]
     if unreachable is not None:
         raise unreachable

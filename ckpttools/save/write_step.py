@@ -63,7 +63,7 @@ def save_step(run: RunDirectory, spec: CheckpointSpec, job: Job, worker: Worker,
     try:
         path = write_step(run.directory, spec, job, may_commit=worker.may_commit)
     except StorageError:
-        run.invalidate()  # The step may be in place all the same, unconfirmed.
+        run.invalidate()  # The step may still have been committed.
         raise
     total_bytes, deleted, trouble = run_post_commit(run, spec, job, path)
     return Saved(

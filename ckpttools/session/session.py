@@ -257,7 +257,7 @@ class Session:
 
         Args:
             state: Items by name. Live objects are filled in place; everything else is in the report's `state`. Items
-                may be left out, and abstract ones (`nnx.eval_shape`) are accepted.
+                may be omitted, and abstract ones (`nnx.eval_shape`) are accepted.
             step: "latest", a number, `ct.best(metric)`, or `ct.BranchStep(step, branch)`.
             surgery: What to do to a step that does not fit. An operation is applied once in a run: steps that are
                 saved afterwards record it, so that a restart of the same program does not apply it again.

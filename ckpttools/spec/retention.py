@@ -275,7 +275,7 @@ def rank_steps(steps: Sequence[StepInfo], metric: str, mode: Literal["min", "max
     """Return the steps that recorded `metric`, best first, NaN last, the newer of two equals first.
 
     Args:
-        steps: Committed steps; superseded ones are left out.
+        steps: Committed steps; superseded ones are ignored.
         metric: Name of the metric.
         mode: "min" if smaller is better, "max" if larger is better.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of a run's steps, derived from the steps alone.
 
-There is no catalogue file that could be lost or wrong: every manifest records where its step belongs. `lineage` is
+No catalogue file can be lost or wrong, since every manifest records where its step belongs. `lineage` is
 the list of branches that led to a step, each with the step after which it began. The newest commit's lineage is the
 run's; a step of an earlier branch is superseded if it comes after the point where the next branch began. If the
 newest commit is damaged, the second copy of its manifest gives its lineage: damage must not undo a rollback. After a

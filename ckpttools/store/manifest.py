@@ -270,7 +270,7 @@ def require_no_links(directory: pathlib.Path, summary: Summary) -> None:
 def _make_link_error(directory: pathlib.Path, name: str) -> UntrustedStepError:
     return UntrustedStepError(
         what=f"{directory.name}/{name} is a link or not a regular file.",
-        why="a step consists of its own files; a link could lead out of the run.",
+        why="a step consists of its own files; a link could lead outside the run.",
     )
 
 

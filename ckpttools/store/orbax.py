@@ -8,7 +8,7 @@ Orbax v1's free functions write host arrays into a staging directory and read th
 -   Orbax refuses empty trees and numpy scalars, and of two names that are equal after joining keys with dots it
     silently keeps one (`tree.flatten.require_unique_names` guards against that);
 -   with several processes, v1's functions run a collective that has no time limit and must not run beside training;
-    v0's handler of pytrees, which they call, has no barrier of its own, so it writes the shards.
+    v0's handler of pytrees, which they call, has no barrier, so it writes the shards.
 """
 
 import contextlib

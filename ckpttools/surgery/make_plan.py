@@ -161,7 +161,7 @@ class _LeafMatcher:
 
     def _match_leaf(self, item: str, leaf: Leaf, unmatched: dict[Names, SourceLeaf]) -> PlacedLeaf:
         path = to_names((item, *leaf.path))
-        # In an nnx state that plain Orbax wrote, the `value` of each variable has a key of its own.
+        # In an nnx state that plain Orbax wrote, the `value` of each variable has a separate key.
         source = unmatched.pop(path, None) or unmatched.pop((*path, "value"), None)
         if source is None:
             self._differences.append(

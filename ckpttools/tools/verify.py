@@ -90,7 +90,7 @@ def verify(
 ) -> VerifyReport:
     """Compare every file and leaf of a run, or of one step, with what was written.
 
-    Steps that the run's own process deletes in the meantime are left out.
+    Steps that the run deletes in the meantime are omitted.
 
     Args:
         directory: The directory of a run or of one step, or a mirror or its address.
@@ -163,7 +163,7 @@ def _examine(entry: catalogue.Entry, source: Source, on_bytes: Callable[[int], N
     except StepDamagedError as error:
         return StepHealth(step=entry.step, state="corrupt", reason=error.what, files=files, leaves=error.leaves)
     except StorageError as error:
-        # The other steps are checked all the same.
+        # The other steps are still checked.
         return StepHealth(step=entry.step, state="unreadable", reason=error.what)
     if files:
         reason = f"{len(files)} file(s) differ from what was written; all leaves are still readable"

@@ -51,7 +51,7 @@ def require_placeable(leaves: Iterable[TargetLeaf]) -> None:
         raise PlacementError(
             what=f"the state does not fit into device memory: {shortage}.",
             why="the restore would run out of memory halfway.",
-            fix="free arrays that are no longer needed, or shard the state over more devices; nothing was changed.",
+            fix="free unused arrays, or shard the state over more devices; nothing was changed.",
         )
 
 

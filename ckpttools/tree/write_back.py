@@ -141,7 +141,7 @@ def _take(name: str, source: HostItem, record: Record) -> Any:
 def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = None) -> dict[str, Any]:
     """Return a copy that shares nothing with the state.
 
-    Items that are stateful objects are left out: they cannot be copied in general.
+    Items that are stateful objects are omitted: they cannot be copied in general.
 
     Args:
         state: Items by name.

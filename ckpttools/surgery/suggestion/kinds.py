@@ -231,7 +231,7 @@ def _find_by_end(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Iterable
             votes[change] += min(len(source.members), len(target.members))
     for edge in edges:
         edge.evidence = (votes[edge.change], *edge.evidence)
-    # Two that look the same are not told apart by chance: such names have to be alike.
+    # An ambiguous pair is dropped, not chosen by chance.
     edges = _drop_ambiguous(edges, lambda edge: id(edge.target))
     edges = _drop_ambiguous(edges, lambda edge: id(edge.source))
     edges.sort(key=lambda edge: edge.evidence, reverse=True)
