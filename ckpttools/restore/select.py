@@ -40,9 +40,9 @@ class BranchStep:
         >>> directory = tempfile.mkdtemp()
         >>> with ct.open(ct.CheckpointSpec(directory=directory)) as ckpt:
         ...     for step in (1, 2):
-        ...         _ = ckpt.save(step, {"model": {"w": jnp.full(2, step)}})
+        ...         _ = ckpt.save(step, {"model": {"w": jnp.array([step, step])}})
         ...     _ = ckpt.restore({"model": {"w": jnp.zeros(2, int)}}, step=1)
-        ...     _ = ckpt.save(2, {"model": {"w": jnp.full(2, -2)}})
+        ...     _ = ckpt.save(2, {"model": {"w": jnp.array([-2, -2])}})
         >>> first, superseded, live = ct.ls(directory)
         >>> ct.load(directory, {"model": {"w": jnp.zeros(2, int)}}, step=ct.BranchStep(2, superseded.branch)).state
         {'model': {'w': Array([2, 2], dtype=int32)}}
