@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of ckpttools, in the what/why/fix form that both packages share.
 
-The lowest room. Failures of a stored step come in four classes, because the remedies differ: incomplete and corrupt
-steps are passed over for an older one; a structure that does not fit and a disk that does not answer are raised, since
-an older step would not help and starting again would lose the run.
+The lowest room. Failures of a stored step come in four classes, because the remedies differ. Incomplete and corrupt
+steps are skipped for an older one. A structure that does not fit and a disk that does not answer are raised: an older
+step would not help, and starting again would lose the run.
 """
 
 from typing import Any
@@ -73,7 +73,7 @@ class StructureError(CheckpointError, ValueError):
 
     Attributes:
         mismatches: One line for each leaf that is missing, unexpected, of another shape or of another dtype.
-        surgery: Operations that would make the step fit; a guess, to be passed to `restore` if it is the intent.
+        surgery: Operations that would make the step fit: a guess, to be passed to `restore` if it is what you mean.
 
     Example:
         >>> import tempfile, ckpttools as ct
@@ -120,7 +120,7 @@ class PlacementError(CheckpointError, RuntimeError):
 
 
 class StepDamagedError(CheckpointError, ValueError):
-    """Base of what a restore passes over: two kinds of damage, and steps that the run's validation rejects.
+    """Base of the errors for which a restore skips a step: damage, and rejection by the run's validation.
 
     Attributes:
         step: The damaged step; None if unknown.
@@ -154,7 +154,7 @@ class IncompleteStepError(StepDamagedError):
     """A step whose manifest or files are missing or too short."""
 
     default_why = "a part of what was saved is missing."
-    default_fix = "`ckpttools repair` restores metadata; else restore another step, which `ckpttools ls` lists."
+    default_fix = "`ckpttools repair` restores metadata; otherwise restore another step: `ckpttools ls` lists them."
 
 
 class CorruptStepError(StepDamagedError):
@@ -175,7 +175,7 @@ class CorruptStepError(StepDamagedError):
 
     default_why = "some bytes are not those that were written."
     default_fix = (
-        "`ckpttools repair` restores metadata, a mirror has arrays; else restore another step: "
+        "`ckpttools repair` restores metadata, a mirror has arrays; otherwise restore another step: "
         "`ckpttools ls --verify` lists the intact ones."
     )
 
@@ -201,10 +201,10 @@ class StepRejectedError(StepDamagedError):
 
 
 class UntrustedStepError(CorruptStepError):
-    """A step with content that ckpttools never writes: a path out of the run, an absurd size, a link."""
+    """A step with content that ckpttools never writes: a path outside the run, an absurd size, a link."""
 
     default_why = "ckpttools never writes such a step, so somebody has changed the directory."
-    default_fix = "do not use the directory of the step before you know who wrote it."
+    default_fix = "do not use the step's directory until you know who wrote it."
 
 
 class StepNotFoundError(CheckpointError, LookupError):
@@ -244,7 +244,7 @@ class NoIntactStepError(CheckpointError, LookupError):
 
 
 class MetricConflictError(CheckpointError, ValueError):
-    """A metric that is recorded already with another value."""
+    """A metric that is already recorded with a different value."""
 
 
 class NotRestoredError(CheckpointError, RuntimeError):
@@ -294,12 +294,12 @@ class StorageError(CheckpointError, OSError):
 
 
 class NotARunError(StorageError, StepNotFoundError):
-    """A path that is not a run or a step, or not one's own; the message says what lies there.
+    """A path that is not a run or a step of ckpttools; the message says what it is.
 
     Attributes:
         path: The path, absolute.
-        kind: What lies there: "missing", "file", "empty", "step", "inside" (of a step), "foreign run", "foreign step",
-            "mirror" or "unknown".
+        kind: What the path is: "missing", "file", "empty", "step", "inside" (part of a step or a run), "foreign run",
+            "foreign step", "mirror" or "unknown".
     """
 
     path: Any = None
@@ -307,7 +307,7 @@ class NotARunError(StorageError, StepNotFoundError):
 
 
 class DiskSpaceError(StorageError):
-    """Too little room for the next step.
+    """Too little disk space for the next step.
 
     Example:
         >>> import tempfile, ckpttools as ct
@@ -322,7 +322,7 @@ class DiskSpaceError(StorageError):
 
 
 class RunInUseError(StorageError):
-    """Another process writes to this directory.
+    """Another process or session writes to this directory.
 
     Example:
         >>> import tempfile, ckpttools as ct
@@ -338,7 +338,7 @@ class RunInUseError(StorageError):
 
 
 class MirrorError(StorageError):
-    """The store of a mirror does not answer, or loses what it is given; local steps are unaffected.
+    """The store of a mirror does not answer, or does not return what was written; local steps are unaffected.
 
     Example:
         >>> import tempfile, ckpttools as ct
@@ -351,7 +351,7 @@ class MirrorError(StorageError):
 
 
 class TensorFileError(CheckpointError, ValueError):
-    """A file to import that is not a whole safetensors file.
+    """A file to import that is not a complete safetensors file.
 
     Example:
         >>> import pathlib, tempfile, ckpttools as ct
@@ -380,7 +380,7 @@ class ProcessError(CheckpointError, RuntimeError):
 
 
 class ValidationError(CheckpointError, ValueError):
-    """The model's outputs do not survive saving, or are not finite.
+    """The outputs of `validate` are not finite, or too large to be saved with every step.
 
     Example:
         >>> import tempfile, ckpttools as ct

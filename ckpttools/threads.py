@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a call where no signal handler can raise: Python runs handlers in the main thread only.
+"""Run a call where no signal handler can raise: Python runs handlers only in the main thread.
 
-An exception from a handler in the middle of a library's code may leave its locks held. asyncio, which Orbax reads
-with, swallows such an exception and then waits for ever for the result.
+A handler's exception inside a library may leave its locks held. asyncio, which Orbax uses for reading, swallows such an
+exception and then waits forever for the result.
 """
 
 import _thread
@@ -16,9 +16,9 @@ _POLL_S = 0.1
 
 
 def run_outside_main_thread[T](function: Callable[[], T]) -> T:
-    """Return what `function` returns, or raise its error, from a thread of its own if this is the main thread.
+    """Return what `function` returns, or raise its error; from the main thread, run it in a new thread.
 
-    The caller may be interrupted; the function then goes on to its end, so it must have no effect that matters.
+    If the caller is interrupted, the function still runs to its end, so it must be safe to run unobserved.
 
     Args:
         function: Called once, with the caller's context variables.
@@ -38,7 +38,7 @@ def run_outside_main_thread[T](function: Callable[[], T]) -> T:
         has_ended.release()
 
     _thread.start_new_thread(run, ())
-    # Another part of an interrupted wait may have taken the lock, so the result alone says that the call has ended.
+    # An interrupted wait may have acquired the lock already, so only the result shows that the call has ended.
     while not results:
         has_ended.acquire(timeout=_POLL_S)
     result, error = results.pop()

@@ -13,8 +13,8 @@ def find_other_step(run: str | pathlib.Path, other: str | pathlib.Path) -> tuple
     """Return the second location of a comparison, and the number of its step if only a number was given.
 
     Args:
-        run: The first location; a number means a step of the same run.
-        other: What was given.
+        run: The first location.
+        other: The second argument: a location, or the number of a step of the same run.
     """
     if not str(other).isdecimal() or pathlib.Path(other).is_dir():
         return other, None

@@ -30,7 +30,7 @@ def run_diff(args: argparse.Namespace) -> int:
 
 
 def run_adopt(args: argparse.Namespace) -> int:
-    """Adopt the checkpoints that Orbax or flax wrote."""
+    """Adopt checkpoints of Orbax or flax."""
     run = args.run if args.into is not None else require_whole_run(args.run)
     steps = adopt(run, into=args.into, step=args.step, dry_run=args.dry_run)
     done = "would adopt" if args.dry_run else "adopted"

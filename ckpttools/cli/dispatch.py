@@ -33,7 +33,7 @@ def run_command(args: argparse.Namespace) -> int:
     except StepDamagedError as error:
         damaged = [f"\n    damaged leaf: {name}" for name in error.leaves]
         damaged += [f"\n    damaged file: {name}" for name in error.files]
-        # At a shell, a command for this run is the better fix, unless the error has one of its own.
+        # From a shell, suggest a command for this run, unless the error has its own fix.
         usual = error.fix == error.default_fix and not isinstance(error, UntrustedStepError)
         commands = f"ckpttools verify {args.run} names all damage; ckpttools repair puts back what it can."
         fix = commands if usual else error.fix

@@ -15,7 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="List, verify, compare, repair and copy the checkpoints of a run.",
         epilog="Exit codes: 0 done; 1 damaged, different or beyond repair; 2 failed.",
     )
-    of_step = "directory of a run, or of one step (runs/exp1/500), or the address of a mirror"
+    of_step = "directory of a run or of one step (runs/exp1/500), or the address of a mirror"
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def add_command(name: str, summary: str, run_help: str = "directory of the run") -> argparse.ArgumentParser:
@@ -49,10 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name, text in (("pin", "protect steps from retention"), ("unpin", "let retention delete pinned steps again")):
         add_command(name, text).add_argument("steps", type=int, nargs="+")
-    recorded = add_command("record", "add metrics to a committed step, also while another process trains")
+    recorded = add_command("record", "add metrics to a committed step, even while another process trains")
     recorded.add_argument("step", type=int, help="number of the step")
     recorded.add_argument("metrics", nargs="+", metavar="NAME=VALUE", help="a metric, such as val_loss=0.5")
-    recorded.add_argument("--overwrite", action="store_true", help="replace values that are recorded already")
+    recorded.add_argument("--overwrite", action="store_true", help="replace recorded values")
     repaired = add_command("repair", "restore damaged manifests and metadata from their second copies")
     repaired.add_argument("--dry-run", action="store_true", help="only print what would be done")
     exported = add_command("export", "write a step's weights to a safetensors file", of_step)
@@ -76,15 +76,17 @@ def build_parser() -> argparse.ArgumentParser:
     mirrored.add_argument(
         "--fetch", nargs="?", const="latest", metavar="STEP", help="fetch a step from the mirror instead"
     )
-    adopted = add_command("adopt", "adopt checkpoints that Orbax or flax wrote", "directory of the checkpoints")
-    adopted.add_argument("--into", type=pathlib.Path, metavar="RUN", help="copy them to this run instead")
-    adopted.add_argument("--step", type=int, help="number of the step, for a single checkpoint; with --into")
-    adopted.add_argument("--dry-run", action="store_true", help="only print which")
+    adopted = add_command("adopt", "adopt checkpoints of Orbax or flax", "directory of the checkpoints, or one of them")
+    adopted.add_argument(
+        "--into", type=pathlib.Path, metavar="RUN", help="copy them to this run; do not change their directory"
+    )
+    adopted.add_argument("--step", type=int, help="number of the step of a single checkpoint; requires --into")
+    adopted.add_argument("--dry-run", action="store_true", help="only print what would be adopted")
     return parser
 
 
 def _parse_location(text: str) -> str | pathlib.Path:
-    """Return a path, but the address of a mirror as it is: a `Path` would lose one of its slashes."""
+    """Return a path, or the unchanged address of a mirror, since `Path` would remove one of its slashes."""
     return text if "://" in text else pathlib.Path(text)
 
 
@@ -97,4 +99,4 @@ def _add_exchange_options(parser: argparse.ArgumentParser, item_help: str) -> No
         metavar="LEAF=TENSOR",
         help="name of a tensor, such as 'layers.*.kernel=h.*.weight'",
     )
-    parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave out matching leaves")
+    parser.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="omit matching leaves")

@@ -138,7 +138,7 @@ def _parse_number(name: str, value: str) -> float:
     except ValueError as error:
         raise SpecError(
             what=f"{name}={value}: {value!r} is not a number.",
-            why="metrics are compared, so each has to be a number.",
+            why="metrics are compared, so each must be a number.",
             fix=f"{name}=0.5",
         ) from error
 

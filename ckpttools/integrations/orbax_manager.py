@@ -145,7 +145,7 @@ class CheckpointManager:
         if bare:
             raise StructureError(
                 what=f"no template was passed for {', '.join(bare)}.",
-                why="without one the step cannot be checked against the state, and lists would come back as dicts.",
+                why="without one the step cannot be checked against the state, and lists would be restored as dicts.",
                 fix="ocp.args.StandardRestore(nnx.state(model))",
             )
         report = self.load(items, step)

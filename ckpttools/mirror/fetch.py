@@ -174,7 +174,7 @@ def _make_unreachable_error(directory: pathlib.Path, error: MirrorError) -> Mirr
     return MirrorError(
         what=f"{directory} holds no steps, and the mirror does not answer: {error.what}",
         why="the run may be at the mirror, and a fresh start would train it again.",
-        fix="try again; for a new run leave out the mirror, or pass ct.Mirror(url, must_answer=False).",
+        fix="try again; for a new run, omit the mirror, or pass ct.Mirror(url, must_answer=False).",
     )
 
 
@@ -197,7 +197,7 @@ def fetch_step(
         The number of the step.
 
     Raises:
-        NotARunError: If the directory is a step, lies inside one, or holds another writer's run.
+        NotARunError: If the directory is a step, is inside one, or contains another program's checkpoints.
         StepNotFoundError: If the mirror has no such step.
         StepDamagedError: If its copy is damaged.
         MirrorError: If the store does not answer.

@@ -2,7 +2,7 @@
 """Put the steps of a run and their copies at a mirror in one order, for choosing among them.
 
 Whether a copy belongs to the run's current branch is judged by the local steps, as long as there are any. On one branch
-a later step is saved later, so a copy with a greater number that was saved earlier belongs to a branch that was left.
+a later step is saved later, so a copy with a greater number that was saved earlier is on a superseded branch.
 """
 
 import dataclasses
@@ -57,9 +57,9 @@ def _renumber(entry: Entry, is_live: bool, sequence: int) -> Entry:
 
 
 def _choose_lineage(local: Lineage, newest_local: Summary | None, newest_copy: Summary | None) -> Lineage:
-    """Return the run's lineage: the local one, unless the run continued elsewhere from one of its steps.
+    """Return the run's lineage: the local one, unless the run continued on another machine.
 
-    The local one is known even if all steps of its last branch are damaged.
+    The local lineage is known even if all steps of its last branch are damaged.
     """
     if newest_copy is None:
         return local

@@ -4,7 +4,7 @@
     s3://bucket/run/
         500-1a2b3c4d/          one step: the files of its directory, under their own names
             ckpttools.manifest written last: without it the copy is not a step
-        metrics/               metrics that were recorded later, in the files that the run has in .ckpttools/metrics
+        metrics/               copies of the run's .ckpttools/metrics: metrics recorded after the save
 
 The name holds the step and the first digits of its manifest's digest. So a name never stands for two contents, an
 unfinished copy is resumed where it stopped, and each manifest is read only once.
@@ -129,7 +129,7 @@ class RemoteStore:
         return frozenset(name for name in names if late_metrics.is_file_name(name))
 
     def _read_metric_files(self) -> None:
-        """Read the files with metrics that were not read before; summaries that were read have older metrics."""
+        """Read new metrics files, and update the summaries that were read before them."""
         names = self._list_metric_names() - self._metric_files.keys()
         for name in names:
             if (data := self._read_small(self._join_path(_METRICS, name))) is not None:
@@ -140,11 +140,11 @@ class RemoteStore:
             }
 
     def upload_metrics(self, root: pathlib.Path, summaries: Iterable[Summary]) -> None:
-        """Copy the files with metrics that the mirror lacks.
+        """Copy the metrics files that the mirror lacks.
 
         Args:
-            root: The run directory.
-            summaries: The steps whose metrics are copied: those of steps that exist in neither place are not.
+            root: The run's directory.
+            summaries: The steps whose metrics are copied: those that exist in the run or at the mirror.
 
         Raises:
             MirrorError: If the store does not accept them.
@@ -161,7 +161,7 @@ class RemoteStore:
             self._read_metric_files()
 
     def fetch_metrics(self, root: pathlib.Path, summary: Summary) -> None:
-        """Write the files with metrics of one step that a run lacks.
+        """Fetch the metrics files of one step that a run lacks.
 
         Raises:
             MirrorError: If the store does not answer.

@@ -21,7 +21,7 @@ def open_run(group: Group, run: RunDirectory, spec: CheckpointSpec, *, has_valid
         has_validation: Whether the run has a validation function.
 
     Raises:
-        NotARunError: If the directory is a step, lies inside one, or holds another writer's run that was not adopted.
+        NotARunError: If the directory is a step, is inside one, or contains another program's checkpoints.
         StorageError: If the directory cannot be written, or is not the same one in all processes.
         SpecError: If the processes have different specs, or one that only works with a single process.
     """
@@ -86,5 +86,5 @@ def _require_supported(group: Group, spec: CheckpointSpec, *, has_validation: bo
         raise SpecError(
             what=f"this run has {group.count} processes and a validation function.",
             why="a process whose part is damaged would not call it, and the others might wait for that process in it.",
-            fix="leave validate= out; digests verify every part all the same.",
+            fix="omit validate=; digests still verify every part.",
         )

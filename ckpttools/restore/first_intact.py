@@ -83,7 +83,7 @@ def load_first_intact(
             tried.append((entry, Candidate(step=entry.step, verdict="unreachable", reason=error.what, source="mirror")))
             unreachable = unreachable or error
             continue
-        # Only now: if nothing is intact, nothing moves, or the next start would find an empty directory.
+        # Only now: if no step is intact, none is moved, or the next start would find an empty directory.
         return loaded, [*_quarantine_damaged(run, tried), _add_superseded_steps(run, entry, used)]
     if unreachable is not None:
         raise unreachable
@@ -118,7 +118,7 @@ def load_candidate(
 
 
 def _add_superseded_steps(run: RunDirectory | None, entry: Entry, used: Candidate) -> Candidate:
-    """Return the candidate that was used, with the live steps that a save after it supersedes."""
+    """Return the candidate that was used, with the live steps that the next save supersedes."""
     if run is None:
         return used
     return dataclasses.replace(used, supersedes=run.list_superseded_by(entry.step, entry.lineage))
@@ -174,23 +174,23 @@ def _suggest_fix(verdicts: Set[str]) -> str:
 
 
 def make_no_intact_step_error(report: RestoreReport, name: pathlib.Path | str, steps: Catalogue) -> NoIntactStepError:
-    """Return the error for a directory that holds steps of which none can be restored.
+    """Return the error for a directory with steps of which none can be restored.
 
-    It names the superseded steps that are left, which a restore uses only by their number: a run must not silently
-    return to a branch that it left.
+    It lists the superseded steps, which are restored only on request: a run must not silently return to a superseded
+    branch.
 
     Args:
         report: What was tried.
         name: Where the steps are.
-        steps: All steps that are there.
+        steps: All steps at that location.
     """
     lines = [line for each in report.candidates for line in str(each).splitlines()]
     fix, tried = _suggest_fix({candidate.verdict for candidate in report.candidates}), "step(s)"
     left = sorted(steps.superseded_entries, key=lambda entry: entry.step)
     if left:
-        lines += [f"step {each.step}: whole, but superseded (branch {each.lineage[-1][0]})" for each in left]
+        lines += [f"step {each.step}: committed, but superseded (branch {each.lineage[-1][0]})" for each in left]
         code, tried = format_selector(steps, left[-1]), "live step(s)"
-        fix = f"ckpt.restore(state, step={code}) returns to the branch that was left; otherwise, {fix}"
+        fix = f"ckpt.restore(state, step={code}) returns to the superseded branch; otherwise, {fix}"
     error = NoIntactStepError(
         what="\n    ".join([f"none of the {len(report.candidates)} {tried} in {name} can be restored:", *lines]),
         why="a fresh start here would bury the run; nothing was deleted.",

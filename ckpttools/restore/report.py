@@ -29,8 +29,8 @@ class Candidate:
         moved_to: Where the damaged step was moved; None if it was left in place.
         source: "local", or "mirror" for a copy that was fetched.
         branch: Name of the branch that the step belongs to; "" if unknown.
-        superseded: Whether the run had left that branch before this step: a restore of it returns to the branch.
-        supersedes: Live steps after the one that was used; the next save begins a branch and supersedes them.
+        superseded: Whether the step was superseded; restoring it returns to its branch.
+        supersedes: Live steps that the next save supersedes, since it begins a branch after the step that was used.
     """
 
     step: int
@@ -53,7 +53,7 @@ class Candidate:
         health = format_health(self.step, self.verdict, self.reason, leaves=self.leaves, files=self.files, origin=where)
         lines = [health]
         lines += [f"    moved to: {self.moved_to}"] if self.moved_to else []
-        lines += [f"    superseded: it returns to branch {self.branch}"] if self.superseded else []
+        lines += [f"    superseded: the run returns to branch {self.branch}"] if self.superseded else []
         if self.supersedes:
             lines.append(f"    the next save begins a branch and supersedes {', '.join(map(str, self.supersedes))}")
         return "\n".join(lines)

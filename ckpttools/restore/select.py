@@ -29,20 +29,20 @@ class BestStep:
 
 @dataclasses.dataclass(frozen=True)
 class BranchStep:
-    """Selects a step by its number and its branch, for a number that two branches have.
+    """Select a step by its number and its branch, for a number that is on two branches.
 
     Attributes:
         step: The number.
-        branch: Name of the branch, which `ct.ls` and `ckpttools ls` show.
+        branch: Name of the branch, as shown by `ct.ls` and `ckpttools ls`.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, ckpttools as ct
         >>> directory = tempfile.mkdtemp()
         >>> with ct.open(ct.CheckpointSpec(directory=directory)) as ckpt:
         ...     for step in (1, 2):
-        ...         _ = ckpt.save(step, {"model": {"w": jnp.full(2, step)}})
+        ...         _ = ckpt.save(step, {"model": {"w": jnp.array([step, step])}})
         ...     _ = ckpt.restore({"model": {"w": jnp.zeros(2, int)}}, step=1)
-        ...     _ = ckpt.save(2, {"model": {"w": jnp.full(2, -2)}})
+        ...     _ = ckpt.save(2, {"model": {"w": jnp.array([-2, -2])}})
         >>> first, superseded, live = ct.ls(directory)
         >>> ct.load(directory, {"model": {"w": jnp.zeros(2, int)}}, step=ct.BranchStep(2, superseded.branch)).state
         {'model': {'w': Array([2, 2], dtype=int32)}}
@@ -96,8 +96,8 @@ def _list_latest(catalogue: Catalogue) -> list[Entry]:
     tried += [entry for entry in catalogue.moved_entries if entry.path in live]
     if not tried and (catalogue.entries or catalogue.moved_entries):
         raise StepNotFoundError(
-            what="the run's branch has no steps: its steps were deleted or are in quarantine.",
-            why="the steps of another branch are there, and a run must not silently return to a branch that it left.",
+            what="the run has no live steps: they were deleted or are in quarantine.",
+            why="only superseded steps exist, and a run must not silently return to a superseded branch.",
             fix=f"ckpt.restore(state, step=...) takes a number; available: {list_available_steps(catalogue)}.",
         )
     # Damaged steps have no readable sequence, so the order is by number.
@@ -105,7 +105,7 @@ def _list_latest(catalogue: Catalogue) -> list[Entry]:
 
 
 def _may_be_live(entry: Entry, lineage: Lineage) -> bool:
-    """Return whether an uncommitted step may be one of the run's branch; its second copy says more, if there is one."""
+    """Return whether an uncommitted step may be live, judged by its second copy if there is one."""
     if entry.state == "committed":
         return False
     return entry.spare_summary is None or is_live(entry.spare_summary, lineage)
@@ -138,16 +138,16 @@ def _find_branch_step(catalogue: Catalogue, selector: BranchStep) -> list[Entry]
 
 
 def format_selector(catalogue: Catalogue, entry: Entry) -> str:
-    """Return the code of the selector that restores an entry: its number, unless that selects another branch."""
+    """Return the code of the selector for an entry: its number, unless that selects a step of another branch."""
     first = _find_numbered_step(catalogue, entry.step)[0]
     return str(entry.step) if first is entry else f"ct.BranchStep({entry.step}, {entry.lineage[-1][0]!r})"
 
 
 def select_one_branch(entries: Sequence[Entry]) -> list[Entry]:
-    """Return those of several entries with one number that are the same step: one branch's step and its copies.
+    """Select, among entries with one number, those of one branch: a step and its copies.
 
-    A restore by number tries the copies of one step; it must not end in another branch. The live step is preferred,
-    then a damaged one, since it may be live, then the superseded one that was committed last.
+    A restore by number tries the copies of one step, but never another branch. The live step is preferred, then a
+    damaged one, since it may be live, then the superseded step that was committed last.
     """
     live = [entry for entry in entries if entry.info and not entry.info.superseded]
     superseded = sorted(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The outcome of a call to `step` or `save`: one of four frozen values, for a `match` statement.
 
-Each step that reaches the disk is reported once: as the `Saved` of the call that waited for it, of `wait`, or as the
+Each step that reaches the disk is reported once: as the `Saved` that the waiting call or `wait` returns, or as
 `finished` of a later outcome.
 """
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """One save in a separate thread, whose result or error is fetched once.
 
-The caller may be interrupted at any bytecode: a signal handler may raise in the middle of any function of this module
-and of the standard library's Python code, which leaves the locks of `threading.Event` held and, before Python 3.13,
-marks a running thread as ended. What the caller and the thread agree on is therefore a value that exactly one of them
-can set (`dict.setdefault`, one C call), and the only lock wakes the caller up and is never needed for the outcome.
+The caller may be interrupted at any bytecode: a signal handler may raise inside any function of this module or of the
+standard library's Python code. That leaves the locks of `threading.Event` held and, before Python 3.13, marks a running
+thread as ended. So each decision is a value that exactly one of caller and thread can set (`dict.setdefault`, one C
+call); the only lock wakes the caller up and is never needed for the outcome.
 
--   Whether the save runs: the thread claims it when it begins; a caller that was interrupted while it started the
-    thread may claim it instead, and then the save never runs.
--   Whether it may commit: a save of the live arrays asks when everything is written, and commits only if its caller is
-    still waiting and says yes. A caller that was interrupted has left, and its arrays may have changed.
+-   Whether the save runs: the thread claims it when it begins. A caller that was interrupted while it started the
+    thread may claim it instead; then the save never runs.
+-   Whether it may commit: a save of live arrays asks once everything is written, and commits only if its caller still
+    waits and agrees. After an interrupt the caller no longer waits, and its arrays may have changed.
 """
 
 import _thread
@@ -33,9 +33,9 @@ class Worker:
     Args:
         step: The step that is being saved.
         run: Makes the save; called in the thread, with this worker.
-        asks_before_commit: Whether the save works on the live arrays, so that it may only be committed while its
-            caller waits. A save of copies may always be.
-        timeout_s: How long to wait for the answer, in seconds; without one the save is not committed.
+        asks_before_commit: Whether the save reads live arrays, so that it may be committed only while its caller waits.
+            A save of copies may always be committed.
+        timeout_s: How long to wait for the caller's answer, in seconds; without an answer the save is not committed.
 
     Attributes:
         step: The step that is being saved.
@@ -66,7 +66,7 @@ class Worker:
         self._wake_up.acquire()
 
     def start(self) -> None:
-        """Start the thread; like a daemon, it does not keep the process from ending if the disk does not answer."""
+        """Start the thread; it is a daemon, so a disk that does not answer cannot keep the process alive."""
         _thread.start_new_thread(self._run, ())
         self._has_started = True
 
@@ -98,18 +98,18 @@ class Worker:
 
     @property
     def was_left(self) -> bool:
-        """Whether the save was not committed because its caller had left."""
+        """Whether the save was not committed because its caller no longer waited."""
         return self._answer.get("may_commit") == "no"
 
     @property
     def error(self) -> BaseException | None:
-        """What the save failed with, without raising it."""
+        """The error of the save, not raised; None without one."""
         return self._error
 
     def may_commit(self) -> bool:
         """Return whether the save may be committed; called in its thread, once everything is written.
 
-        Waits for the caller's answer if the save works on the live arrays.
+        Waits for the caller's answer if the save reads live arrays.
         """
         self._is_asking = True
         deadline = time.monotonic() + self._timeout_s
@@ -119,16 +119,16 @@ class Worker:
         return self._answer.setdefault("may_commit", "no") == "yes"
 
     def leave(self) -> None:
-        """Do not let the save be committed, unless it was allowed before: its caller no longer waits for it."""
+        """Prevent the commit, unless it was already allowed: the caller no longer waits for the save."""
         self._answer.setdefault("may_commit", "no")
 
     def cancel(self) -> None:
-        """Do not let the save run if `start` was interrupted and its thread has not begun."""
+        """Prevent the save if `start` was interrupted and its thread has not begun."""
         if not self._has_started:
             self._owner.setdefault("runs", "caller")
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until the save has ended; meanwhile it may commit.
+        """Wait until the save has ended, and let it commit meanwhile.
 
         Raises:
             SaveTimeoutError: If it has not after `timeout_s`.
@@ -154,7 +154,7 @@ class Worker:
         return self._result
 
     def _notify(self) -> None:
-        """Wake the caller up, if it waits; called in the thread."""
+        """Wake up a waiting caller; called in the thread."""
         if self._wake_up.locked():
             self._wake_up.release()
 

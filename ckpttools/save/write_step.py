@@ -63,7 +63,7 @@ def save_step(run: RunDirectory, spec: CheckpointSpec, job: Job, worker: Worker,
     try:
         path = write_step(run.directory, spec, job, may_commit=worker.may_commit)
     except StorageError:
-        run.invalidate()  # The step may be in place all the same, unconfirmed.
+        run.invalidate()  # The step may still have been committed.
         raise
     total_bytes, deleted, trouble = run_post_commit(run, spec, job, path)
     return Saved(
@@ -146,8 +146,8 @@ def write_step(root: pathlib.Path, spec: CheckpointSpec, job: Job, *, may_commit
         root: The run's directory.
         spec: The run's spec.
         job: What to save.
-        may_commit: Called right before the commit: False if the caller has not waited, so that the arrays may have
-            changed during the save.
+        may_commit: Called right before the commit; returns False if the caller stopped waiting, so that the arrays may
+            have changed during the save.
 
     Returns:
         The directory of the committed step.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call at a time into a session: nested calls, concurrent threads and forked processes.
+"""Allow one call at a time into a session: nested calls, concurrent threads and forked processes.
 
-A call may be interrupted at any bytecode, also between the one that takes a lock and the one that would release it. So
-nothing here has to be released: a call is running as long as its frame is on the stack of its thread, and a call that
-was interrupted at a bad moment is recognised by the absence of its frame.
+A call may be interrupted at any bytecode, even between acquiring a lock and releasing it. So nothing here has to be
+released: a call is running while its frame is on the stack of its thread, and an interrupted call is recognised by the
+absence of its frame.
 """
 
 import os
@@ -25,11 +25,11 @@ class Call:
         self.thread_id = threading.get_ident()
         self.has_ended = False
         self.successor: dict[str, Call] = {}
-        """The call after this one; set by the first to do so."""
+        """The call after this one, under the key "call"; the first assignment wins."""
 
     @property
     def is_running(self) -> bool:
-        """Whether the call has not returned, nor was interrupted."""
+        """Whether the call has neither returned nor been interrupted."""
         return not self.has_ended and self._is_on_stack()
 
     def _is_on_stack(self) -> bool:
@@ -44,7 +44,7 @@ class Call:
 class CallGuard:
     """Let one call at a time into a session.
 
-    Two saves at once would share the buffers for copies, so that one would be hashed with arrays of the other.
+    Two concurrent saves would share the copy buffers, and one would digest the arrays of the other.
 
     Args:
         timeout_s: How long to wait for another thread, in seconds.
@@ -78,7 +78,7 @@ class CallGuard:
         if self.is_forked:
             raise RunInUseError(
                 what=f"this process was forked from process {self._process_id}, which has the run open.",
-                why="both would write the same steps, and the threads that save do not exist in this process.",
+                why="both processes would write the same steps, and a fork does not copy the threads that save.",
                 fix="save in the process that opened the run, or open it after the fork.",
             )
         call = Call()
@@ -103,7 +103,7 @@ class CallGuard:
                 if time.monotonic() > deadline:
                     raise SaveTimeoutError(
                         what=f"another thread has kept this session busy for {self._timeout_s:g} s.",
-                        why="a session makes one call at a time.",
+                        why="a session handles one call at a time.",
                         fix="check the disk; Storage(timeout_s=...) sets how long to wait.",
                     )
                 time.sleep(_POLL_S)
@@ -114,7 +114,7 @@ class CallGuard:
     def _require_other_thread(self, call: Call) -> None:
         if call.thread_id == threading.get_ident():
             raise StepOrderError(
-                what="a call of this session was made in the middle of another one.",
+                what="this session was called during another of its calls in the same thread.",
                 why="a signal handler or a callback interrupted a save, whose arrays are half copied.",
                 fix="set a flag in the handler, and call ckpt.save_now() from the training loop.",
             )

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last completed step, as long as its state is unchanged: what can still be saved when an exception ends the loop.
+"""The last completed step, which can still be saved when an exception ends the loop, if its state is unchanged.
 
-A loop changes its state between two calls of `Session.step`, so an exception may leave half of the next update. Whether
-the state is still that of the last step is decided by identity for device arrays, which are immutable, and by value
-for everything else.
+A loop changes its state between two calls of `Session.step`, so an exception may leave half of the next update. Device
+arrays are immutable, so they are compared by identity; everything else is compared by value.
 """
 
 import functools
@@ -21,7 +20,7 @@ from ..tree.leaf_paths import Path, format_leaf_name
 
 
 class LastStep:
-    """The arguments of the last call of `Session.step`, and how to find out that the state has changed since.
+    """The arguments of the last call of `Session.step`, and checks for changes of its state since.
 
     Args:
         rules: What is not state, and may change.
@@ -41,12 +40,12 @@ class LastStep:
 
     def record(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Remember a completed step."""
-        self.step = 0  # An interrupt below must not combine two steps.
+        self.step = 0  # An interrupt below must not mix two steps.
         self._checks = {name: _make_check(value) for name, value in self._list_leaves(state)}
         self.state, self.metrics, self.step = state, metrics, step
 
     def find_changed_leaf(self) -> str | None:
-        """Return the name of a leaf that is not as it was at that step; None if all are."""
+        """Return the name of a leaf that has changed since that step; None if none has."""
         leaves = dict(self._list_leaves(self.state))
         for name in self._checks.keys() ^ leaves.keys():
             return name
@@ -63,7 +62,7 @@ class LastStep:
 
 
 def _make_check(value: Any) -> Callable[[Any], bool]:
-    """Return whether a later value is the same, without keeping a device array alive."""
+    """Return a function that compares a later value with this one; it does not keep a device array alive."""
     if isinstance(value, jax.Array):
         reference = weakref.ref(value)
         return lambda later: isinstance(later, jax.Array) and later is reference() and not later.is_deleted()

@@ -3,8 +3,8 @@
 
 With several processes the leader decides for all of them, once per step.
 
-A process has at most one session that writes to a run. A later one closes it and continues: most often the earlier one
-was left open by a notebook cell that is run again.
+A process has at most one session that writes to a run. A later session closes an earlier one, which most often was left
+open by a notebook cell that is run again.
 """
 
 import pathlib
@@ -35,7 +35,7 @@ class TrainingLoop:
         signals: The signals that ask the loop to stop.
 
     Attributes:
-        progress: Where the run stands.
+        progress: The position of the run.
         saver: Makes the saves.
         stop_request: Whether this process was asked to stop.
     """
@@ -69,12 +69,12 @@ class TrainingLoop:
             raise RunInUseError(
                 what=f"a later session of this process has opened {self._resources.directory} and writes to it.",
                 why="two sessions would delete each other's steps, so this one was closed.",
-                fix="use the later one; a second run needs a directory of its own.",
+                fix="use the later session; a second run needs another directory.",
             )
         if self._is_closed:
             raise StepOrderError(
                 what=f"the run in {self._resources.directory} is closed.",
-                why="after the with block nothing waits for a background save or reports its error.",
+                why="after the with block, nothing would wait for a background save or report its error.",
                 fix="call step() and save() inside `with ct.open(spec) as ckpt:`.",
             )
         self.saver.leave_interrupted()
@@ -82,7 +82,7 @@ class TrainingLoop:
             if self._resources.run.is_used():
                 raise NotRestoredError(
                     what=f"{self._resources.directory} holds steps and none was restored.",
-                    why="training from the start would supersede the run that is there.",
+                    why="training from scratch would supersede them.",
                     fix="report = ckpt.restore(state) before the loop, or another directory for a new run.",
                 )
             self.progress.begin()
@@ -104,7 +104,7 @@ class TrainingLoop:
                 fix="report = ckpt.restore(state) continues from them; ckpt.restore(state, step=...) begins a branch.",
             )
         self.progress.branch()
-        # Copies what an earlier session could not copy.
+        # Copy the steps that an earlier session could not copy.
         self._resources.update_mirror()
 
     def _get_other_writer(self) -> "TrainingLoop | None":
@@ -125,7 +125,7 @@ class TrainingLoop:
         """Close the session, because a later one of this process writes to the run.
 
         Raises:
-            RunInUseError: If it is in the middle of a call.
+            RunInUseError: If the session is executing a call.
         """
         if self._resources.guard.current_call is not None:
             raise RunInUseError(
@@ -152,7 +152,7 @@ class TrainingLoop:
         return self._iterate(total)
 
     def describe_unsaved(self, error: BaseException | None = None, obstacle: str = "") -> str | None:
-        """Return, once, which passed steps are not saved if the loop did not come to its end; None if nothing is lost.
+        """Return once which completed steps are not saved, if the loop ended early; None if nothing is lost.
 
         Args:
             error: What ended the loop; None if no error did.
@@ -167,7 +167,7 @@ class TrainingLoop:
         newest = f"the newest saved step is {first - 1}" if first > 1 else "no step is saved"
         if self.saver.worker is not None:
             newest += f"; the save of step {self.saver.worker.step} has not ended"
-        cause = "the loop was left" if error is None else f"{type(error).__name__} ended the loop"
+        cause = "the loop ended early" if error is None else f"{type(error).__name__} ended the loop"
         return f"{steps} not saved: {cause}, and {newest}. {obstacle}".rstrip()
 
     def _iterate(self, total: int) -> Iterator[int]:
@@ -182,7 +182,7 @@ class TrainingLoop:
             # A restore in the loop's body goes back, and the loop with it.
             step = step + 1 if self.progress.origin is origin else self.progress.step + 1
         self._is_iterated = True
-        # No later step could act on a request to stop, so from here a signal does what it did before the loop.
+        # No later step could act on a request to stop, so from here on signals have their previous effect.
         self.stop_request.stop_listening()
         if self._passed_step < total:
             warn(
@@ -225,7 +225,7 @@ class TrainingLoop:
             warn(f"an earlier save failed: {failure}")
 
     def _decide(self, context: StepContext) -> dict[str, Any]:
-        """What all processes do at this step, as plain data."""
+        """Return what all processes do at this step, as plain data."""
         has_ended = self.saver.has_ended
         stop = self.stop_request.reason or self._resources.group.get_stop_request()
         if self.saver.failure is not None and not stop:
@@ -241,6 +241,6 @@ class TrainingLoop:
         return self.saver.save(context, state, metrics, reason=reason)
 
     def close(self) -> None:
-        """Refuse further steps, and listen to signals no longer."""
+        """Refuse further steps, and stop listening to signals."""
         self._is_closed = True
         self.stop_request.stop_listening()

@@ -22,19 +22,20 @@ def open(
         spec: When to save, what to keep, where.
         validate: Given a copy of the state, returns arrays such as the logits of a fixed batch. They are stored with
             every step; a step whose restored copy computes other values, or NaN, is rejected.
-        signals: Names or numbers of the signals that ask the run to stop: it saves the current step and ends the loop.
-            Schedulers also send others, such as Slurm's `--signal=USR1@120`: ("SIGTERM", "SIGINT", "SIGUSR1"). With
-            () no handler is installed; `Session.request_stop` asks for the same.
+        signals: Names or numbers of the signals on which the run saves the current step and ends the loop. Add
+            "SIGUSR1" for Slurm's `--signal=USR1@120`. With () no handler is installed; `Session.request_stop` does the
+            same without a signal.
         save_on_exception: Whether to save the last completed step when an exception leaves the `with` block, if its
-            state has not changed since. The state that was last passed to `step` stays alive until the next call.
+            state has not changed since. The state last passed to `step` stays alive until the next call.
 
     Returns:
         The run, for a `with` statement.
 
     Raises:
-        NotARunError: If the directory is a step, lies inside one, or holds another writer's run that was not adopted.
+        NotARunError: If the directory is a step, is inside one, or contains another program's checkpoints that were
+            not adopted.
         StorageError: If the directory cannot be written.
-        SpecError: If `spec` is not a `CheckpointSpec`, or cannot be followed here, such as a mirror inside the run's
+        SpecError: If `spec` is not a `CheckpointSpec`, or cannot be honoured, such as a mirror inside the run's
             directory, or a signal does not exist.
 
     Example:

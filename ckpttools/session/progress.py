@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run stands: its step and branch, how long it has trained, and the memory of its triggers.
+"""The position of a run: its step and branch, how long it has trained, and the memory of its triggers.
 
-Writes nothing. A background save may still fail, so the memory of the triggers from before it is kept until its
-result is known. The position changes in one assignment: an interrupt finds the one before or the one after.
+Writes nothing. A background save may still fail, so the triggers' memory from before the save is kept until its result
+is known. The position changes in one assignment, so an interrupt leaves either the old or the new one.
 """
 
 import dataclasses
@@ -22,20 +22,20 @@ from ..tree.items import as_metric, require_metrics
 
 def read_metric(name: str, value: Any) -> float:
     """Return a metric as a float; if it is an array, this waits for the device."""
-    # Reading it is requested, so it is not a transfer that a guard is meant to find.
+    # The caller requested the value, so a transfer guard must not reject the transfer.
     with jax.transfer_guard("allow"):
         return as_metric(name, value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a run stands.
+    """The position of a run.
 
     Attributes:
-        origin: The step and branch that it continues from.
-        step: Completed updates: the step that was restored, passed or saved last; 0 before.
-        saved_step: The newest step that was restored, or saved by this session; 0 before.
-        lineage: The branch that its saves belong to.
+        origin: The step and lineage that it continues from.
+        step: Completed updates: the step that was restored, passed or saved last; 0 before any.
+        saved_step: The newest step that was restored, or saved by this session; 0 before any.
+        lineage: The lineage of its next save.
         memory: Memory of the triggers.
         surgery: Operations that were applied in this run, as code.
         next_sequence: The number of the run's next commit when it was decided to continue from the origin.
@@ -55,7 +55,7 @@ class Position:
 
 
 class RunProgress:
-    """Where a run stands.
+    """The position of a run, and the rules by which it changes.
 
     Args:
         trigger: When it saves.
@@ -70,12 +70,12 @@ class RunProgress:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it is decided which step the run continues from, or that it starts from nothing."""
+        """Whether the run continues from a restored step or has been started from scratch."""
         return self._position is not None
 
     @property
     def step(self) -> int:
-        """Completed updates: the step that was restored, passed or saved last; 0 before."""
+        """Completed updates: the step that was restored, passed or saved last; 0 before any."""
         return 0 if self._position is None else self._position.step
 
     @property
@@ -90,12 +90,12 @@ class RunProgress:
 
     @property
     def saved_step(self) -> int:
-        """The newest step that was restored, or saved by this session; 0 before."""
+        """The newest step that was restored, or saved by this session; 0 before any."""
         return 0 if self._position is None else self._position.saved_step
 
     @property
     def lineage(self) -> Lineage:
-        """The branch that the run's saves belong to."""
+        """The lineage of the run's next save."""
         return () if self._position is None else self._position.lineage
 
     @property
@@ -112,11 +112,11 @@ class RunProgress:
         surgery: tuple[str, ...] = (),
         next_sequence: int | None = None,
     ) -> None:
-        """Continue from a restored step, or start from nothing.
+        """Continue from a restored step, or start from scratch.
 
         Args:
             step: The restored step.
-            lineage: Its branch.
+            lineage: Its lineage.
             memory: Memory of the triggers after it.
             run_s: Seconds of training up to it.
             surgery: Operations that were applied in this run, as code.
@@ -137,17 +137,17 @@ class RunProgress:
         )
 
     def branch(self) -> None:
-        """Derive the branch again: another process may have continued the run since the restore."""
+        """Derive the lineage again: another process may have continued the run since the restore."""
         if self._position is not None:
             self._change(lineage=self._run.derive_lineage(*self._position.origin))
 
     def suspend(self) -> Position | None:
-        """Forget the position while the state is replaced, and return it: until `begin`, no step can be saved."""
+        """Clear the position while the state is replaced, and return it; until `begin`, no step can be saved."""
         position, self._position = self._position, None
         return position
 
     def reinstate(self, position: Position | None) -> None:
-        """Go back to a position that `suspend` returned: the state was not replaced."""
+        """Set the position that `suspend` returned, because the state was not replaced."""
         self._position = position
 
     def pass_step(self, step: int) -> None:
@@ -155,7 +155,7 @@ class RunProgress:
         self._change(step=step)
 
     def record_saved(self, step: int) -> None:
-        """Record that a step is on the disk."""
+        """Record that a step is on disk."""
         self._change(saved_step=max(step, self.saved_step))
 
     def _change(self, **values: Any) -> None:
@@ -166,8 +166,8 @@ class RunProgress:
         """Return a completed step as the triggers see it.
 
         Args:
-            step: Completed updates; not less than those of the previous step.
-            metrics: Values of this step; each is read when a trigger asks for it.
+            step: Completed updates; at least those of the previous step.
+            metrics: Values of this step; each is read when a trigger requests it.
             minimum: The smallest valid step.
 
         Raises:
@@ -197,7 +197,7 @@ class RunProgress:
         return StepContext(step=step, run_s=previous_s + time.monotonic() - start, get_metric=get_metric)
 
     def decide(self, context: StepContext) -> Decision:
-        """Return whether the triggers ask for a save; they remember that they were asked."""
+        """Return whether the triggers request a save, and update their memory."""
         memory = self._trigger.observe(context, self._memory)
         self._change(memory=memory)
         return self._trigger.decide(context, memory)
@@ -211,7 +211,7 @@ class RunProgress:
 
         Args:
             context: The step.
-            save: Stands for the save in `revert_save`.
+            save: Identifies the save in `revert_save`.
         """
         self._before_save = save, self._memory
         self._change(step=context.step, memory=self.compute_memory(context))

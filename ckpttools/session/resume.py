@@ -61,8 +61,8 @@ def restore(
         # A state that starts here already has the new structure.
         loop.progress.begin(surgery=operations, next_sequence=next_sequence)
         return report
-    # While the state is replaced, no step may be saved: an interrupt could leave the state of one step under the number
-    # of another.
+    # No step may be saved while the state is replaced: after an interrupt, the state of one step could be saved under
+    # the number of another.
     position = loop.progress.suspend()
     try:
         filled = fill_state(state, loaded.items)
@@ -82,7 +82,7 @@ def restore(
         seconds=time.monotonic() - start_time,
         altered=list_altered_leaves(loaded.plan),
     )
-    # Last: a caller that is interrupted before has no report, and with it not the arrays that it has to go on with.
+    # Last: a caller that is interrupted before has no report, and so lacks the arrays to continue with.
     loop.progress.begin(summary.step, summary.lineage, memory, summary.run_s, surgery_codes, next_sequence)
     return report
 

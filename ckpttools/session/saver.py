@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The saves of a session: one at a time, each in a thread, whose result or error is fetched once.
 
-The calling thread may be interrupted at any bytecode. A save is therefore recorded before its thread starts, and is
-forgotten only once it has ended; until then nothing touches the buffers that it reads, and the lock is held.
+The calling thread may be interrupted at any bytecode. So a save is registered before its thread starts and stays
+registered until it has ended; meanwhile nothing touches the buffers that it reads, and the lock is held.
 """
 
 import atexit
@@ -150,7 +150,7 @@ class Saver:
             self.worker = None
             if not worker.was_left:
                 raise
-            # Its caller knows that it was interrupted, and has met an error there.
+            # Its caller has already seen an error: the interrupt.
             warn(f"step {worker.step} is not saved: {error}")
             return
         if saved is None:
@@ -165,12 +165,12 @@ class Saver:
         warn(saved.trouble)
 
     def leave_interrupted(self) -> None:
-        """Let no save be committed that reads the live arrays of a call that was interrupted."""
+        """Prevent the commit of a save that reads the live arrays of an interrupted call."""
         if self.worker is not None and self._resources.guard.current_call is not self._waiting_call:
             self.worker.leave()
 
     def take_finished(self) -> Saved | None:
-        """Return the save that has ended since the last call of this method, with the one before it, if any."""
+        """Return the save that has ended since the last call of this method; an earlier one is in its `finished`."""
         worker, saved = self._finished
         self._finished = worker, None
         return saved

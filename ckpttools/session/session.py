@@ -136,14 +136,14 @@ class Session:
         self._saver.close()
 
     def _save_last_step(self, error: BaseException | None) -> str:
-        """Save the last completed step, if it was asked for; return what stood in the way, as a sentence."""
+        """Save the last completed step, if `save_on_exception`; return why it was not saved, as a sentence."""
         last = self._last_step
         if error is None or last is None or last.step <= self._loop.progress.saved_step:
             return ""
         if self._loop.stop_request.is_repeated:
-            return "A second signal came."
+            return "A second signal arrived."
         if self._resources.group.count > 1:
-            return "An exception in one process saves nothing, since the others would not take part."
+            return "With several processes, an exception in one of them saves nothing."
         try:
             changed = last.find_changed_leaf()
             if changed:
@@ -160,9 +160,9 @@ class Session:
         return self._loop.stop_request.reason is not None
 
     def request_stop(self, reason: str = "request_stop() asked to stop") -> None:
-        """Ask the run to stop, as a signal does: the next call of `step` saves, and the loop ends there.
+        """Request a stop, as a signal does: the next call of `step` saves, and the loop ends there.
 
-        May be called from a signal handler and from any thread.
+        May be called from any thread or signal handler.
 
         Args:
             reason: Recorded with the step.
@@ -270,7 +270,7 @@ class Session:
 
         Args:
             state: Items by name. Live objects are filled in place; everything else is in the report's `state`. Items
-                may be left out, and abstract ones (`nnx.eval_shape`) are accepted.
+                may be omitted, and abstract ones (`nnx.eval_shape`) are accepted.
             step: "latest", a number, `ct.best(metric)`, or `ct.BranchStep(step, branch)`.
             surgery: What to do to a step that does not fit. An operation is applied once in a run: steps that are
                 saved afterwards record it, so that a restart of the same program does not apply it again.
@@ -420,7 +420,7 @@ class Session:
         """Wait until the save in progress is on the disk.
 
         Returns:
-            The save that has ended since the last call that returned one; None if none has.
+            The save that has ended and was not reported yet; None if there is none.
 
         Raises:
             CheckpointError: If the save failed.

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM, SIGINT and others: save the current step and end the loop, instead of ending the process.
+"""On SIGTERM, SIGINT and other signals, save the current step and end the loop, instead of ending the process.
 
 What happens on SIGTERM:
 
-1.  The one handler of this process only sets a flag in each session that is training, since a signal may arrive while
-    the state is half updated.
-2.  The next `Session.step` sees it (`loop.TrainingLoop.step`), saves that step, and waits for the commit. With
+1.  The process has one handler, which only sets a flag in each session that is training, since a signal may arrive
+    while the state is half updated.
+2.  The next `Session.step` reads the flag (`loop.TrainingLoop.step`), saves that step, and waits for the commit. With
     several processes, the leader receives the request, and all save the same step.
 3.  The iterator of `Session.steps` ends there. Once no session listens, the previous handlers are restored, unless
-    another library has put its own in place meanwhile: then its handler stays, and what reaches ours is passed on to
-    the one that was there before.
+    another library has installed its own meanwhile. Then its handler stays, and signals that it passes to ours are
+    forwarded to the handler that was installed before ours.
 
-A signal that reaches no session that has not been asked yet has its previous effect at once, and closing does not
-wait for a save then. A signal that the program ignores stays ignored, as a shell's background jobs ignore SIGINT. A
+If all listening sessions have already been asked to stop, a further signal has its previous effect at once, and closing
+no longer waits for a save. A signal that the program ignores stays ignored; a shell's background jobs ignore SIGINT. A
 forked process, such as a data worker, ends as it would without this package.
 """
 
@@ -40,7 +40,7 @@ def as_signals(names: Iterable[str | int]) -> tuple[signal.Signals, ...]:
     """Return signals by their names or numbers.
 
     Raises:
-        SpecError: If this system does not have a signal, or a process cannot handle it.
+        SpecError: If a signal does not exist on this system, or cannot be handled.
     """
     found = []
     for name in (names,) if isinstance(names, str | int) else names:
@@ -49,13 +49,13 @@ def as_signals(names: Iterable[str | int]) -> tuple[signal.Signals, ...]:
         except (KeyError, ValueError) as error:
             raise SpecError(
                 what=f"{name!r} is not a signal of this system.",
-                why="a signal asks a session to save and to end its loop.",
+                why="the session could never be asked to stop by it.",
                 fix='ct.open(spec, signals=("SIGTERM", "SIGINT", "SIGUSR1"))',
             ) from error
         if number.name in _UNCATCHABLE:
             raise SpecError(
                 what=f"{number.name} cannot be handled.",
-                why="the system ends or stops the process without asking it.",
+                why="the system ends or stops the process without calling a handler.",
                 fix='ct.open(spec, signals=("SIGTERM", "SIGINT", "SIGUSR1"))',
             )
         found.append(number)
@@ -66,12 +66,12 @@ class StopRequest:
     """Whether a session was asked to stop.
 
     Args:
-        signals: The signals that ask it to, from `start_listening` to `stop_listening`.
+        signals: The signals that request a stop, from `start_listening` to `stop_listening`.
 
     Attributes:
-        reason: What asked, as in "SIGTERM asked to stop"; None if nothing did.
-        number: The signal that asked; None if it was not a signal.
-        is_repeated: Whether a signal came again after it was asked.
+        reason: The cause, as in "SIGTERM asked to stop"; None without a request.
+        number: The signal that requested the stop; None if it was not a signal.
+        is_repeated: Whether a signal arrived after the request.
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...]) -> None:
@@ -81,15 +81,15 @@ class StopRequest:
         self.signals = signals
 
     def start_listening(self) -> None:
-        """Have the signals set the reason; outside the main thread only if the main thread handles them already."""
+        """Let the signals set the reason; outside the main thread, only if the handler is already installed."""
         _listener.add(self)
 
     def stop_listening(self) -> None:
-        """Ignore further signals; restores the previous handlers if no other session listens."""
+        """Ignore further signals, and restore the previous handlers if no other session listens."""
         _listener.remove(self)
 
     def ask(self, reason: str, number: signal.Signals | None = None) -> None:
-        """Ask to stop; the first reason stays."""
+        """Request a stop; the first reason is kept."""
         if self.reason is None:
             self.number = number
             self.reason = reason
@@ -97,8 +97,8 @@ class StopRequest:
     def get_reason(self, step: int) -> str | None:
         """Return the reason to stop after `step`, if there is one.
 
-        In a distributed run the processes have to stop at the same step, and a scheduler's notice may reach only one
-        of them: JAX's preemption service makes them agree.
+        In a distributed run all processes must stop at the same step, but a scheduler's notice may reach only one of
+        them. JAX's preemption service makes them agree.
         """
         if (
             self.reason is None
@@ -109,28 +109,28 @@ class StopRequest:
         return self.reason
 
     def redeliver(self) -> None:
-        """Stop listening, and raise the signal that asked, or SIGTERM, once more."""
+        """Stop listening, and raise again the signal that requested the stop, or SIGTERM."""
         self.stop_listening()
         signal.raise_signal(self.number or signal.SIGTERM)
 
 
 class _Listener:
-    """The handler of this process, which passes signals to every session that listens.
+    """The signal handler of this process, which notifies every session that listens.
 
-    A handler runs between any two bytecodes, so what it reads is replaced in one assignment.
+    A handler may run between any two bytecodes, so everything that it reads is replaced in one assignment.
     """
 
     def __init__(self) -> None:
         self._requests: tuple[weakref.ref[StopRequest], ...] = ()
         self._process_id = os.getpid()
-        # What to restore, and what was there before this process's first session: another library's handler that was
-        # put in place in between may call this one as its predecessor.
+        # The handlers to restore, and the handlers before this process's first session: another library's handler that
+        # was installed in between may call this one as its predecessor.
         self._previous_handlers: dict[signal.Signals, _Handler] = {}
         self._first_handlers: dict[signal.Signals, _Handler] = {}
 
     def add(self, request: StopRequest) -> None:
         if os.getpid() != self._process_id:
-            # Forked: the parent's sessions are not this process's, but its handlers are.
+            # A fork inherits the parent's handlers but not its sessions.
             self._process_id, self._requests = os.getpid(), ()
         others = self._get_requests()
         if request not in others:
@@ -139,8 +139,8 @@ class _Listener:
             return
         for number in request.signals:
             current = signal.getsignal(number)
-            # A signal that is ignored stays so. A handler that was put in place of ours while a session listened
-            # belongs to somebody who did that on purpose, and most likely calls ours.
+            # An ignored signal stays ignored. A handler that replaced ours while a session listened was installed on
+            # purpose, and most likely calls ours.
             is_replaced = number in self._previous_handlers and any(number in each.signals for each in others)
             if current not in (signal.SIG_IGN, self.handle) and not is_replaced:
                 self._first_handlers.setdefault(number, current)

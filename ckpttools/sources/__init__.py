@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person points at, a run, a step, a mirror or another writer's checkpoint, read as steps."""
+"""Read the steps of a location: a run, one step, a mirror, or another program's checkpoints."""

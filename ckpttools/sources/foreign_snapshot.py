@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read another writer's checkpoint as a step: its leaves get records and digests, as if they had just been saved.
+"""Read another program's checkpoint as a step: its leaves get records and digests, as if they had just been saved.
 
-`adopt` writes the result to the disk; `load` and `preview` only use it. A file of flax's is converted to Orbax's format
-first, because steps are read through Orbax.
+`adopt` writes the result to disk; `load` and `preview` only use it. A flax file is first converted to Orbax's format,
+because steps are read through Orbax.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ _ALGORITHM = "xxh3"
 
 
 def read_snapshot(entry: Entry) -> Snapshot:
-    """Read all leaves of another writer's checkpoint to the host, with digests.
+    """Read all leaves of another program's checkpoint to the host, with digests.
 
     Raises:
-        IncompleteStepError: If it cannot be read, or holds nothing.
+        IncompleteStepError: If it cannot be read, or is empty.
     """
     try:
         if recognize(entry.path) == "msgpack":
@@ -48,7 +48,7 @@ def read_snapshot(entry: Entry) -> Snapshot:
 def _make_unreadable_error(entry: Entry, text: str) -> IncompleteStepError:
     return IncompleteStepError(
         what=f"{entry.path} cannot be read: {text.rstrip('.')}.",
-        why="another program wrote it, without digests, so it may be damaged, or of an unknown form.",
+        why="another program wrote it, without digests: it may be damaged, or its format is unknown.",
         fix=f"move {entry.path} away to use the other steps, or read it with the program that wrote it.",
     )
 
@@ -61,9 +61,9 @@ def make_manifest(
     Args:
         entry: The checkpoint.
         taken: Its leaves.
-        directory: Where its files are, which are read and digested.
-        sequence: Its place in the order of the commits.
-        lineage: Branches that led to it.
+        directory: The directory of its files, which are read and digested.
+        sequence: Its position in the order of the commits.
+        lineage: The branches that led to it.
     """
     items = {name: manifest.Item(records=records, skeletons={}) for name, records in taken.records.items()}
     stamp = entry.path / ORBAX_METADATA
@@ -82,7 +82,7 @@ def make_manifest(
 
 
 def _read_metrics(directory: pathlib.Path) -> dict[str, float]:
-    """Return metrics as Orbax's managers write them; none if they cannot be read, since nothing depends on them."""
+    """Return the metrics that an Orbax manager wrote; none if they cannot be read, since nothing depends on them."""
     try:
         found = json.loads((directory / "metrics" / "metrics").read_bytes())
         return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}
@@ -92,7 +92,7 @@ def _read_metrics(directory: pathlib.Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def read_as_steps(entries: Iterable[Entry]) -> Iterator[Iterator[Entry]]:
-    """Yield the entries with those of other writers in the form of committed steps, each read when its turn comes."""
+    """Yield the entries, those of other programs converted to committed steps; each is read when it is reached."""
     with tempfile.TemporaryDirectory(prefix="ckpttools-", ignore_cleanup_errors=True) as holder:
         yield (
             _read_as_step(entry, pathlib.Path(holder)) if entry.state == "unverified" else entry for entry in entries
@@ -103,7 +103,7 @@ def _read_as_step(entry: Entry, holder: pathlib.Path) -> Entry:
     try:
         taken = read_snapshot(entry)
     except IncompleteStepError as error:
-        # Passed over like a damaged step of our own.
+        # Skipped like a damaged step of our own.
         return dataclasses.replace(entry, state="incomplete", error=error)
     place = entry.path
     if place.is_file():

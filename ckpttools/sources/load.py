@@ -46,12 +46,12 @@ def load(
     """Fill a state from a step of any run, such as a pretrained one; the run is only read.
 
     Args:
-        source: The directory of a run or of one step, the address of a mirror, or a checkpoint of Orbax or flax that
-            was not adopted, which is read as a whole and not verified; a tree without items is the item "default".
+        source: The directory of a run or of one step, a mirror or its address, or a checkpoint of Orbax or flax that
+            was not adopted, which is read whole and unverified; a tree without items becomes the item "default".
         state: Items by name. Live objects are filled in place; all items are in the report's `state`.
         surgery: Operations for leaves that do not fit, such as `ct.Rename`.
         only: Patterns of the leaves to load, such as "model.encoder"; all others keep their values and are not read.
-        step: "latest" (damaged steps are skipped), a number, or `ct.best(metric, mode)`.
+        step: "latest" (damaged steps are skipped), a number, `ct.best(metric, mode)`, or `ct.BranchStep(step, branch)`.
         state_version: The version of the state, with migrations, if the run is one of the same program. Without it,
             the step's version is ignored.
 
@@ -112,7 +112,7 @@ class Preview:
         leaves: Every leaf of the state, and every leaf on disk that is dropped.
         differences: What does not fit, one line for each leaf; empty if the step fits.
         surgery: Suggested operations that would make it fit, including the requested ones.
-        verdict: What the suggested operations would keep and lose; "" without a suggestion.
+        verdict: What the suggested operations would lose; "" without a suggestion.
         read_bytes: Bytes of the arrays that would be read.
 
     Example:
@@ -173,12 +173,12 @@ def preview(
     """Return what `ct.load` would do with the same arguments; reads manifests only and changes nothing.
 
     Args:
-        source: The directory of a run or of one step, the address of a mirror, or a checkpoint of Orbax or flax that
-            was not adopted, which is read as a whole and not verified; a tree without items is the item "default".
+        source: The directory of a run or of one step, a mirror or its address, or a checkpoint of Orbax or flax that
+            was not adopted, which is read whole and unverified; a tree without items becomes the item "default".
         state: Items by name; shapes and dtypes suffice.
         surgery: Operations for leaves that do not fit.
         only: Patterns of the leaves to load; empty for all.
-        step: "latest", a number, or `ct.best(metric, mode)`.
+        step: "latest", a number, `ct.best(metric, mode)`, or `ct.BranchStep(step, branch)`.
         state_version: The version of the state, with migrations; None to ignore the step's version.
 
     Raises:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the steps at a path or address: of a run, of one step's directory, of a mirror, of another writer's run.
+"""Read the steps at a path or address: a run, one step, a mirror, or another program's checkpoints.
 
-Commands that only list steps come here, too, so this imports neither JAX nor Orbax. A copy at a mirror is fetched to a
+Commands that only list steps use this file too, so it imports neither JAX nor Orbax. A copy at a mirror is fetched to a
 temporary directory when its arrays are needed, and removed when the source is closed.
 """
 
@@ -23,10 +23,10 @@ from ..store.catalogue import Catalogue, Entry
 from ..store.path_kinds import Contents
 
 type Location = str | os.PathLike[str] | Mirror
-"""The directory of a run or of one step, another writer's checkpoint, or a mirror or its address."""
+"""The directory of a run or of one step, another program's checkpoint, or a mirror or its address."""
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+")
-_WHY_NOT = "a run is a directory with a numbered directory for each step; nothing here was read or changed."
+_WHY_NOT = "a run is a directory with a numbered directory for each step; nothing was read or changed."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,13 @@ class Source:
 
     Attributes:
         name: The location, for messages.
-        text: A sentence that says what lies there.
-        fix: What to type if that was not meant.
+        text: A sentence that says what the location is.
+        fix: What to type if another location was meant.
         steps: The steps; those of a mirror have `fetch`.
         root: The run's directory, or the directory of the single step; None for a mirror.
-        is_single: Whether the location is that of one step.
+        is_single: Whether the location is one step.
         unfinished: Names of copies at a mirror without an intact manifest.
-        find_damaged_files: Returns the damaged files of a copy at a mirror; None for local steps.
+        find_damaged_files: A function that returns the damaged files of a copy at a mirror; None for local steps.
     """
 
     name: str
@@ -55,16 +55,16 @@ class Source:
 
     @property
     def all_entries(self) -> tuple[Entry, ...]:
-        """Every step, those moved aside included."""
+        """Every step, including those that were moved aside."""
         return (*self.steps.entries, *self.steps.moved_entries)
 
 
 @contextlib.contextmanager
 def open_source(location: Location) -> Iterator[Source]:
-    """Read the steps at a location; copies that were fetched from a mirror are removed at the end.
+    """Read the steps at a location; remove copies that were fetched from a mirror at the end.
 
     Args:
-        location: A directory, a file of flax, or a mirror or its address.
+        location: A directory, a flax file, or a mirror or its address.
 
     Raises:
         NotARunError: If it does not exist, or is a file, an item of a step or another part of a run.
@@ -107,7 +107,7 @@ def _read_directory(found: Contents) -> Source:
 
 
 def _find_in_run(found: Contents) -> Entry | None:
-    """Return a step's entry as its run has it, which knows whether the step was superseded; None outside of a run."""
+    """Return a step's entry from the catalogue of its run, which marks superseded steps; None outside a run."""
     if layout.parse_step_number(found.path.name) is None:
         return None
     entries = catalogue.scan(found.path.parent).entries
@@ -121,7 +121,7 @@ def _raise_if_step_is_missing(path: pathlib.Path) -> None:
 
 
 def make_not_found_error(name: str, step: int, steps: Catalogue) -> StepNotFoundError:
-    """Return the error for a step that a location does not have."""
+    """Return the error for a step that does not exist at a location."""
     return StepNotFoundError(
         what=f"{name} has no step {step}.",
         why="it was never saved, or retention has deleted it.",
@@ -130,7 +130,7 @@ def make_not_found_error(name: str, step: int, steps: Catalogue) -> StepNotFound
 
 
 def find_step(source: Source, step: int | None = None) -> Entry:
-    """Return a readable step of a source: the newest committed one, or the one of that number.
+    """Return a readable step of a source: the newest committed one, or the one with the given number.
 
     Raises:
         StepNotFoundError: If it does not exist.
@@ -152,13 +152,13 @@ def find_step(source: Source, step: int | None = None) -> Entry:
 
 
 def make_empty_error(source: Source) -> StepNotFoundError:
-    """Return the error for a location without a step that can be read."""
+    """Return the error for a location without a readable step."""
     if source.steps.entries:
         listed = ", ".join(f"{entry.step} ({entry.state})" for entry in source.steps.entries)
-        why, fix = f"all of its steps are damaged: {listed}.", "ct.verify and ct.repair say what can be rebuilt."
+        why, fix = f"all of its steps are damaged: {listed}.", "ct.repair(directory, dry_run=True) shows the repairs."
     else:
         why, fix = source.text, source.fix
-    return StepNotFoundError(what=f"{source.name} has no step that can be read.", why=why, fix=fix)
+    return StepNotFoundError(what=f"{source.name} has no readable step.", why=why, fix=fix)
 
 
 @contextlib.contextmanager
@@ -171,8 +171,8 @@ def _open_mirror(mirror: Mirror) -> Iterator[Source]:
         by_path = {entry.path: copy for copy, entry in pairs}
         yield Source(
             name=mirror.url,
-            text=f"{mirror.url} is a mirror." if copies else f"{mirror.url} holds no copy of a step.",
-            fix="check the address: it is the one of `mirror` in the spec of the run.",
+            text=f"{mirror.url} is a mirror." if copies else f"{mirror.url} contains no copies of steps.",
+            fix="check the address: it is `mirror` in the spec of the run.",
             steps=merge_copies(Catalogue(()), pairs),
             unfinished=tuple(sorted(unfinished)),
             find_damaged_files=lambda entry: store.find_damaged_files(by_path[entry.path]),
@@ -195,7 +195,7 @@ def _make_entry(store: RemoteStore, copy: Copy, holder: pathlib.Path) -> Entry:
             raise StorageError(
                 what=f"step {step} could not be fetched from {store.url}: {error}.",
                 why=f"a copy is written to {holder.parent} before its arrays are read.",
-                fix="make room there, or set TMPDIR to a larger directory.",
+                fix="free space there, or set TMPDIR to a directory on a larger disk.",
             ) from error
 
     return Entry(step=step, path=directory, state="committed", manifest=copy.manifest, fetch=fetch)

@@ -2,8 +2,8 @@
 """Operations of surgery: what must happen to stored leaves so that they fit another model, as frozen values.
 
 Pure: values and strings. Names begin with the item, as errors and reports show them: `model.layers.0.kernel`. A pattern
-(the language of remattools' rules) matches a leaf or any part of the state above it, and then everything below. The
-operations are applied in order, each to the names that the previous one left. The room `surgery` applies them.
+(the language of remattools' rules) matches a leaf, or a part of the state with everything below it. The operations are
+applied in order, each to the names that the previous one produced. The room `surgery` applies them.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ class Operation:
             raise SpecError(what=f"ct.{kind}({self.pattern!r}): {error.what}", why=error.why, fix=error.fix) from error
         if ":" in re.sub(r"\[[^\]]*\]", "", self.pattern):
             raise SpecError(
-                what=f"ct.{kind}({self.pattern!r}) asks for a class.",
-                why="arrays on disk have names; no class is stored with them.",
+                what=f"ct.{kind}({self.pattern!r}) contains a class.",
+                why="leaves on disk have names; their classes are not stored.",
                 fix=f"ct.{kind}({self.pattern.partition(':')[0] or '**'!r})",
             )
 
@@ -50,8 +50,9 @@ class Operation:
 class Rename(Operation):
     """Rename stored leaves.
 
-    Each wildcard of `new` (`*`, `**`) stands for what the wildcard in its place in `pattern` matched; there, braces and
-    slices count as `*`. A pattern without a dot matches the name at any depth, and only that name changes.
+    Each wildcard of `new` (`*`, `**`) stands for what the wildcard at the same position in `pattern` matched; braces
+    and slices in `pattern` count as `*`. A pattern without a dot matches that one name at any depth, and only that name
+    changes.
 
     Attributes:
         pattern: The names on disk, such as "model.blocks.*.attn".
@@ -81,7 +82,7 @@ class Drop(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class Reinit(Operation):
-    """Let leaves of the state keep their values; what is stored under their names is not read.
+    """Keep the values of leaves of the state; stored leaves with their names are not read.
 
     Examples:
         >>> Reinit("{lora_a,lora_b}")          # additions that no checkpoint has
@@ -167,11 +168,11 @@ class Slice(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class Copy(Operation):
-    """Copy stored leaves: they also get another name, such as those of an untied head or of an average of the weights.
+    """Copy stored leaves to a second name, for example for an untied head or an average of the weights.
 
     Attributes:
         pattern: The names on disk.
-        new: Their second names; wildcards as in `Rename`.
+        new: The second names; wildcards as in `Rename`.
 
     Examples:
         >>> Copy("model.**", "ema.**")
@@ -205,7 +206,7 @@ class Transpose(Operation):
         if not legal or sorted(self.axes) != list(range(len(self.axes))):
             raise SpecError(
                 what=f"ct.Transpose({self.pattern!r}, axes={self.axes!r}) cannot be honoured.",
-                why="axes is a tuple that holds each axis of the array once.",
+                why="axes is a tuple that contains each axis of the array once.",
                 fix=f"ct.Transpose({self.pattern!r}, axes=(0, 2, 1))",
             )
 
@@ -214,7 +215,7 @@ class Transpose(Operation):
 class Stack(Operation):
     """Stack stored arrays of equal shape along a new axis: layers of an unrolled model become those of a scan.
 
-    The last wildcard of `pattern` counts the arrays, in the order of their numbers, or of the alternatives in braces.
+    The last wildcard of `pattern` lists the arrays, in the order of their numbers or of the alternatives in braces.
 
     Attributes:
         pattern: The names on disk, such as "model.layers.*".
@@ -236,7 +237,7 @@ class Stack(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class Unstack(Operation):
-    """Take stored arrays apart along an axis, which disappears: layers of a scan become those of an unrolled model.
+    """Unstack stored arrays along an axis, which disappears: layers of a scan become those of an unrolled model.
 
     Attributes:
         pattern: The names on disk, such as "model.layers".
@@ -262,14 +263,14 @@ class Unstack(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class Merge(Operation):
-    """Join stored arrays along an axis that they have: separate query, key and value become one array.
+    """Merge stored arrays along an existing axis: separate query, key and value become one array.
 
-    The last wildcard of `pattern` lists the arrays, in the order of the alternatives in braces, or of their numbers.
+    The last wildcard of `pattern` lists the arrays, in the order of their numbers or of the alternatives in braces.
 
     Attributes:
         pattern: The names on disk, such as "model.layers.*.{q,k,v}".
         new: The name in the state, with every wildcard but the last.
-        axis: The axis along which they are joined; -1 for the last.
+        axis: The axis along which they are merged; -1 for the last.
         interleaved: Whether their entries alternate along the axis.
 
     Examples:
@@ -339,7 +340,7 @@ class Split(Operation):
 
 
 type Join = Stack | Merge
-"""Operations that make one array of several."""
+"""Operations that make one array from several."""
 
 OPERATIONS: dict[str, type[Operation]] = {
     "rename": Rename,
@@ -397,13 +398,13 @@ def _make_wildcard_error(operation: Operation, new: object, rule: str, old_examp
     kind = type(operation).__name__
     return SpecError(
         what=f"ct.{kind}({operation.pattern!r}, {new!r}) has wildcards that do not correspond.",
-        why=f"{rule}; each other wildcard stands for what the one in its place on the left matched.",
+        why=f"{rule}; every other wildcard stands for what the wildcard at its position on the left matched.",
         fix=f'ct.{kind}("{old_example}", "{example}")',
     )
 
 
 def _require_new_name(operation: Operation, new: object, name: object) -> None:
-    """Raise `SpecError` unless `name` can be a new name; `new` is the field as it was given."""
+    """Raise `SpecError` unless `name` is a valid new name; `new` is the field as given."""
     kind = type(operation).__name__
     pieces = name.split(".") if isinstance(name, str) else [""]
     if not all(pieces) or any(set(piece.replace("**", "")) & set("[]{}: \t\n") for piece in pieces):
@@ -416,7 +417,7 @@ def _require_new_name(operation: Operation, new: object, name: object) -> None:
         raise SpecError(
             what=f"ct.{kind}({operation.pattern!r}, {new!r}) has braces inside braces.",
             why="each pair of braces is one wildcard on the right, so they cannot be nested.",
-            fix=f"use several ct.{kind}, one for each.",
+            fix=f"use several ct.{kind}, one for each alternative.",
         )
 
 
@@ -427,7 +428,7 @@ def _require_same_wildcards(operation: Operation, new: str) -> None:
         kind = type(operation).__name__
         raise SpecError(
             what=f"ct.{kind}({operation.pattern!r}, {new!r}) has {_count_wildcards(old)}, {_count_wildcards(found)}.",
-            why="each * and ** on the right stands for what the wildcard in its place on the left matched.",
+            why="each * and ** on the right stands for what the wildcard at its position on the left matched.",
             fix="write the same wildcards on both sides, in the same order.",
         )
 
@@ -445,7 +446,7 @@ def _require_axis(operation: Operation, axis: object) -> None:
         kind = type(operation).__name__
         raise SpecError(
             what=f"ct.{kind}({operation.pattern!r}, axis={axis!r}) cannot be honoured.",
-            why="an axis is an int; negative ones count from the last.",
+            why="an axis is an int; negative values count from the last axis.",
             fix=f"ct.{kind}(..., axis=0)",
         )
 
@@ -455,7 +456,7 @@ def _require_flag(operation: Operation, interleaved: object) -> None:
         kind = type(operation).__name__
         raise SpecError(
             what=f"ct.{kind}({operation.pattern!r}, interleaved={interleaved!r}) cannot be honoured.",
-            why="the entries alternate along the axis or they do not.",
+            why="interleaved is True or False.",
             fix=f"ct.{kind}(..., interleaved=True)",
         )
 
@@ -466,6 +467,6 @@ def _require_start(operation: Operation, start: object) -> None:
         kind = type(operation).__name__
         raise SpecError(
             what=f"ct.{kind}({operation.pattern!r}, start={start!r}) cannot be honoured.",
-            why="start is a tuple of ints of 0 or more, one for each axis from the first on.",
+            why="start is a tuple of ints, each 0 or more: one for each axis, from the first.",
             fix=f"ct.{kind}({operation.pattern!r}, start=(0, 0))",
         )

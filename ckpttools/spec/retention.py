@@ -4,8 +4,8 @@
 Pure: no disk, no clock. Each value selects the steps to keep, with reasons; `a | b` keeps what either selects.
 `decide_retention` adds what no spec can delete: the newest verified step, at least two live steps, and pins.
 
-A restore of an older step begins a branch and supersedes the later steps. They are counted apart from the live ones:
-if they took the places of live steps, the first save of a branch would delete the step that the branch began from.
+The first save after a restore of an older step begins a branch and supersedes the later steps. Those are counted
+separately: if they counted as live, the first save of a branch would delete the base of the branch.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from ..errors import SpecError
 from .checks import require_count, require_mode, require_name, require_positive, require_steps
 
 MIN_KEPT_STEPS = 2
-"""Live steps that are always kept: if there were one, damage to it would end the run.
+"""Live steps that are always kept: with only one, damage to it would end the run.
 
-After the first save of a branch these are that step and the base of the branch, so the base stays until there are two.
+After the first save of a branch they are that step and the base, so the base is kept until two live steps follow it.
 """
 
 
@@ -66,8 +66,8 @@ class Retention:
         """Return the sequence numbers of the steps to keep, each with the reason.
 
         Args:
-            steps: Committed steps, in the order of their commits: the live ones, or in a second call the superseded
-                ones that the run has not passed yet.
+            steps: Committed steps, in the order of their commits: the live ones, or, in a second call, the superseded
+                ones that the run has not passed.
         """
         raise NotImplementedError
 
@@ -275,7 +275,7 @@ def rank_steps(steps: Sequence[StepInfo], metric: str, mode: Literal["min", "max
     """Return the steps that recorded `metric`, best first, NaN last, the newer of two equals first.
 
     Args:
-        steps: Committed steps; superseded ones are left out.
+        steps: Committed steps; superseded ones are ignored.
         metric: Name of the metric.
         mode: "min" if smaller is better, "max" if larger is better.
     """
@@ -291,9 +291,9 @@ def rank_steps(steps: Sequence[StepInfo], metric: str, mode: Literal["min", "max
 def decide_retention(retention: Retention, steps: Sequence[StepInfo], *, newest_verified: int | None) -> list[Verdict]:
     """Decide which steps are kept and which may be deleted, with a reason for each.
 
-    The retention value chooses among the live steps; two are kept in any case. It chooses in the same way among the
-    superseded ones until the run has passed them, that is, until it has kept two later commits with their number or a
-    greater one. Pinned steps stay.
+    The retention value selects among the live steps, and separately among the superseded steps that the run has not
+    passed; the newest two of each are always kept. The run has passed a superseded step when two later commits with
+    its number or a greater one are kept. Pinned steps are always kept.
 
     Args:
         retention: The `keep` of the spec.
@@ -313,7 +313,7 @@ def decide_retention(retention: Retention, steps: Sequence[StepInfo], *, newest_
     superseded = [step for step in ordered if step.superseded]
     live_reasons = _select_or_newest(retention, live)
     kept_live = [step for step in live if step.sequence in live_reasons]
-    # As if they were live: `Best` ignores superseded steps.
+    # Marked as live, since `Best` ignores superseded steps.
     waiting = [dataclasses.replace(step, superseded=False) for step in superseded if not _is_passed(step, kept_live)]
     superseded_reasons = {
         sequence: f"superseded, not passed yet: {reason}"
@@ -321,7 +321,7 @@ def decide_retention(retention: Retention, steps: Sequence[StepInfo], *, newest_
     } | retention.select_superseded(superseded)
     verdicts = []
     for step in ordered:
-        # Two mappings, because a step that was copied by hand has the sequence number of another one.
+        # Two mappings, because a step that was copied by hand may share its sequence number with another one.
         reason = (superseded_reasons if step.superseded else live_reasons).get(step.sequence, "")
         reason = reason or ("pinned" if step.pinned else "")
         reason = reason or ("the newest verified step" if step.sequence == newest_verified else "")
@@ -332,12 +332,12 @@ def decide_retention(retention: Retention, steps: Sequence[StepInfo], *, newest_
 
 
 def _select_or_newest(retention: Retention, steps: Sequence[StepInfo]) -> dict[int, str]:
-    """Return what the retention selects, and the newest steps if it leaves them out."""
+    """Return what the retention selects, and always the newest steps."""
     newest = {step.sequence: f"at least {MIN_KEPT_STEPS} steps are kept" for step in steps[-MIN_KEPT_STEPS:]}
     return newest | retention.select_steps(steps)
 
 
 def _is_passed(superseded: StepInfo, kept_live: Sequence[StepInfo]) -> bool:
-    """Return whether the run got beyond a superseded step: earlier commits do not count, after a return to a branch."""
+    """Return whether the run has passed a superseded step; only later commits count, since a branch may be resumed."""
     later = [step for step in kept_live if step.step >= superseded.step and step.sequence > superseded.sequence]
     return len(later) >= MIN_KEPT_STEPS

@@ -21,7 +21,7 @@ def json_schema() -> dict[str, Any]:
     Example:
         >>> import ckpttools as ct
         >>> sorted(ct.json_schema()["properties"]["checkpoint"]["properties"])
-        ['directory', 'integrity', 'keep', 'mirror', 'save', 'state_version', 'storage']
+        ['directory', 'exclude', 'integrity', 'keep', 'mirror', 'save', 'state_version', 'storage']
     """
     spec = {
         "type": "object",

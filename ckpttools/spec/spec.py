@@ -36,7 +36,7 @@ class CheckpointSpec:
         mirror: Where each step is copied to: an address such as "s3://bucket/run", or a `Mirror`.
         state_version: The version of the state's structure: a number, or a `StateVersion` with the migrations that
             bring steps of older versions up to it.
-        exclude: What is not state and is left out: by default variables that flax recomputes, `nnx.Cache` and
+        exclude: Which variables are not saved: by default those that flax recomputes, `nnx.Cache` and
             `nnx.Intermediate`. A rule, or several in a tuple; () saves everything.
 
     Examples:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is state: its version with the migrations to it, and the variables that a checkpoint leaves out.
+"""What is state: its version with the migrations to it, and the variables that a checkpoint excludes.
 
-Pure: no disk, no JAX. A rule of exclusion names types of `nnx` variables and patterns over the names of leaves. The
-same rules decide at a save what is not written, and at a restore what is neither read nor required.
+Pure: no disk, no JAX. An exclusion rule names types of `nnx` variables and patterns over the names of leaves. The same
+rules decide what a save does not write and what a restore neither reads nor requires.
 """
 
 import dataclasses
@@ -19,18 +19,17 @@ from .operations import Operation
 from .surgery import Surgery
 
 RECOMPUTED = ("Cache", "Intermediate")
-"""Types of variables that flax recomputes: caches of attention, and what `sow` collects; `Perturbation` is one of them.
-"""
+"""Types of variables that flax recomputes: attention caches and what `sow` collects (`Perturbation` is a subclass)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exclude:
-    """Leave variables out of a checkpoint, by the type of the `nnx` variable or by the name of the leaf.
+    """Exclude variables from a checkpoint, by the type of the `nnx` variable or by the name of the leaf.
 
     Attributes:
-        types: Names of variable types; subclasses are left out, too. `types=()` saves variables of every type.
-        paths: Patterns over names that begin with the item, such as "model.scratch"; what lies below a match is left
-            out, too.
+        types: Names of variable types; subclasses are also excluded. `types=()` saves variables of every type.
+        paths: Patterns over names that begin with the item, such as "model.scratch"; everything below a match is also
+            excluded.
         items: Names of the items that the rule applies to; () for all.
 
     Example:
@@ -64,18 +63,18 @@ class Exclude:
             if not name.isidentifier() or name != meant:
                 raise SpecError(
                     what=f"Exclude(types={self.types!r}): {name!r} does not name a type of variables.",
-                    why="a name that no type has would leave nothing out.",
+                    why="a name that no type has would exclude nothing.",
                     fix=f"the name of its class: {meant!r}" if name != meant else 'types=("Cache", "Intermediate")',
                 )
         for text in self.paths:
             _require_pattern(text)
 
     def find_reason(self, path: Sequence[str | int], types: Sequence[str] = ()) -> str:
-        """Return the type or pattern that leaves a leaf out; "" if the rule does not.
+        """Return the type or pattern that excludes a leaf; "" if the rule does not apply.
 
         Args:
             path: Its keys, the item first.
-            types: The names of its variable's type and of that type's bases; () if it is in no variable.
+            types: The names of its variable's type and of that type's bases; () outside a variable.
         """
         if self.items and path[0] not in self.items:
             return ""
@@ -99,24 +98,24 @@ def _require_pattern(text: str) -> None:
         raise SpecError(what=f"Exclude(paths=({text!r},)): {error.what}", why=error.why, fix=error.fix) from error
     if ":" in re.sub(r"\[[^\]]*\]", "", text):
         raise SpecError(
-            what=f"Exclude(paths=({text!r},)) asks for a class.",
-            why="paths are compared with names only.",
+            what=f"Exclude(paths=({text!r},)) contains a class.",
+            why="paths are matched against names only.",
             fix='Exclude(types=("Cache",), items=("model",))',
         )
     if re.search(r"\[[^\]]*-", text):
         raise SpecError(
             what=f"Exclude(paths=({text!r},)) counts from the end.",
-            why="leaves are left out one by one, before the length of a list is known.",
+            why="leaves are excluded one by one, before the length of a list is known.",
             fix="count from the start, such as layers.[3:].",
         )
 
 
 DEFAULT_RULES = (Exclude(),)
-"""The rules of a spec that has none of its own."""
+"""The rules of a spec without `exclude`."""
 
 
 def find_exclusion(rules: Iterable[Exclude], path: Sequence[str | int], types: Sequence[str] = ()) -> str:
-    """Return what leaves a leaf out, as `Exclude.find_reason` of the first rule that does; "" if none does."""
+    """Return the type or pattern by which the first matching rule excludes a leaf; "" if no rule does."""
     return next((reason for rule in rules if (reason := rule.find_reason(path, types))), "")
 
 
@@ -131,7 +130,7 @@ def as_rules(value: Any) -> tuple[Exclude, ...]:
     if isinstance(value, tuple | list) and all(isinstance(rule, Exclude) for rule in value):
         return tuple(value)
     raise SpecError(
-        what=f"CheckpointSpec(exclude={value!r:.200}) is of the wrong kind.",
+        what=f"CheckpointSpec(exclude={value!r:.200}) is not a rule.",
         why="exclude is an Exclude, or several in a tuple; () saves everything.",
         fix='exclude=ct.Exclude(paths=("model.scratch",))',
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of a run's steps, derived from the steps alone.
 
-No catalogue file exists that could be lost or be wrong: every manifest records where its step belongs. `lineage` is
+No catalogue file can be lost or wrong, since every manifest records where its step belongs. `lineage` is
 the list of branches that led to a step, each with the step after which it began. The newest commit's lineage is the
 run's; a step of an earlier branch is superseded if it comes after the point where the next branch began. If the
 newest commit is damaged, the second copy of its manifest gives its lineage: damage must not undo a rollback. After a
@@ -30,17 +30,17 @@ type EntryState = Literal["committed", "unverified", "incomplete", "corrupt", "n
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One numbered directory of a run, or another writer's checkpoint whose name ends in a number.
+    """One numbered directory of a run, or another program's checkpoint whose name ends in a number.
 
     Attributes:
         step: The number.
         path: The directory.
-        state: "committed" if its manifest and the sizes of its files are right; "unverified" if another writer's
-            checkpoint; "newer" if a newer version wrote it; "unreadable" if the disk did not
-            answer; else the kind of its damage.
+        state: "committed" if its manifest and the sizes of its files are right; "unverified" for another program's
+            checkpoint; "newer" if a newer version wrote it; "unreadable" if the disk did not answer; otherwise the kind
+            of its damage.
         info: What retention decides by; None unless committed.
         manifest: The manifest; None unless committed.
-        spare_summary: What the second copy says of a damaged step; None if there is none.
+        spare_summary: The summary in the second copy of a damaged step; None if there is none.
         error: What is wrong with it; None if committed.
         fetch: Fetches a copy from the mirror to `path`; None for a local step.
     """
@@ -69,7 +69,7 @@ class Catalogue:
         entries: Every numbered directory, committed or not.
         moved_entries: Superseded steps whose number was needed again.
         last_sequence: The greatest commit number of any step, damaged ones included.
-        lineage: The branches of the run's last commit, even if that is damaged; empty for an empty run.
+        lineage: The lineage of the run's last commit, even if that is damaged; empty for an empty run.
     """
 
     entries: tuple[Entry, ...]
@@ -89,7 +89,7 @@ class Catalogue:
 
     @property
     def superseded_entries(self) -> tuple[Entry, ...]:
-        """The committed steps of branches that were left."""
+        """The committed steps that are not live."""
         return tuple(entry for entry in self.committed_entries if entry.info and entry.info.superseded)
 
     @property
@@ -116,7 +116,7 @@ def scan(root: pathlib.Path) -> Catalogue:
 def add_metrics(steps: Catalogue, files: late_metrics.LateMetricFiles) -> Catalogue:
     """Return the steps with the metrics that were recorded after their commits.
 
-    A step of which such a file is damaged counts as pinned: it may be the best.
+    A step with a damaged metrics file counts as pinned, since it may be the best.
     """
     if not files:
         return steps
@@ -165,7 +165,7 @@ def add_step(steps: Catalogue, path: pathlib.Path, pins: frozenset[int]) -> Cata
 def _add_spare_summaries(
     root: pathlib.Path, entries: Sequence[Entry], moved_entries: Sequence[Entry], spares: Sequence[int]
 ) -> list[Entry]:
-    """Return the entries; a damaged one with the summary in its second copy, which no committed step has."""
+    """Return the entries, damaged ones with the summary from their second copy unless a committed step has it."""
     committed = {entry.manifest.summary.sequence for entry in (*entries, *moved_entries) if entry.manifest}
     damaged = {entry.step: entry for entry in entries if entry.state in ("incomplete", "corrupt")}
     found: dict[int, Summary] = {}
@@ -183,7 +183,7 @@ def _add_spare_summaries(
 
 
 def _place_entries(steps: Catalogue, pins: frozenset[int]) -> Catalogue:
-    """Return a catalogue whose entries say whether they are live and pinned."""
+    """Return a catalogue whose entries record whether they are live and pinned."""
     entries = _add_step_infos(steps.entries, pins, steps.lineage)
     live = {entry.step for entry in entries if entry.info and not entry.info.superseded}
     moved = _add_step_infos(steps.moved_entries, pins, steps.lineage)
@@ -212,26 +212,26 @@ def _scan_directory(directory: pathlib.Path, *, allow_suffix: bool = False) -> l
 
 
 def _find_foreign_steps(root: pathlib.Path, entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Yield the checkpoints of other writers whose names are not plain numbers, such as `ckpt_10` and `000010`."""
+    """Yield the checkpoints of other programs whose names are not plain numbers, such as `ckpt_10` and `000010`."""
     known = {entry.step for entry in entries}
     for step, path in foreign_layouts.find_foreign_files(root).steps:
-        # flax's files stay where they are when they are adopted: beside the step of that number.
+        # An adopted flax file stays beside the step with its number.
         if not (path.is_file() and step in known):
             yield make_foreign_entry(path, step)
 
 
 def make_foreign_entry(path: pathlib.Path, step: int) -> Entry:
-    """Return the entry of another writer's checkpoint."""
+    """Return the entry of another program's checkpoint."""
     error = IncompleteStepError(
         what=f"foreign: {path.name} was written by {foreign_layouts.describe_writer(path)}",
         why="it has no manifest, so nothing about it can be verified.",
-        fix=f"ct.adopt({str(path.parent)!r}) adds one; ct.load reads it as it is.",
+        fix=f"ct.adopt({str(path.parent)!r}) adds one; ct.load also reads the step without a manifest.",
     )
     return Entry(step=step, path=path, state="unverified", error=error)
 
 
 def examine_step(path: pathlib.Path, step: int) -> Entry:
-    """Return the entry of one step by itself, wherever its directory was copied to."""
+    """Return the entry of one step from its directory alone, wherever that was copied to."""
     entry = _examine_path(path, step)
     if entry is None or entry.manifest is None:
         return entry or make_foreign_entry(path, step)
@@ -242,7 +242,7 @@ def _examine_path(path: pathlib.Path, step: int) -> Entry | None:
     """Return the entry of a numbered directory, or of a link to one; None if the path is neither."""
     try:
         if path.is_symlink() and not path.exists():
-            # It must not vanish from the list: a run whose only step is behind it would begin afresh.
+            # It must stay listed: otherwise a run whose only step is linked would start from scratch.
             return Entry(step=step, path=path, state="unreadable", error=_make_dangling_error(path))
         return _examine_directory(path, step) if path.is_dir() else None
     except OSError as error:
@@ -271,8 +271,8 @@ def _examine_directory(path: pathlib.Path, step: int) -> Entry:
 
 def _make_dangling_error(path: pathlib.Path) -> StorageError:
     return StorageError(
-        what=f"step {path.name} is a link to {path.readlink()}, where nothing is.",
-        why="it was moved to another disk, which is most likely not mounted; that is not damage.",
+        what=f"step {path.name} is a link to {path.readlink()}, which does not exist.",
+        why="the step was moved, most likely to a disk that is not mounted; that is not damage.",
         fix=f"mount that disk, or remove the link {path} if the step is gone; restore(step=...) restores another one.",
     )
 
@@ -327,7 +327,7 @@ def _add_step_infos(entries: Iterable[Entry], pins: frozenset[int], lineage: Lin
                 sequence=summary.sequence,
                 saved_at=summary.saved_at,
                 metrics=summary.metrics,
-                # Nothing outside the run is deleted, so a step that was moved behind a link is kept.
+                # Nothing outside the run is deleted, so a linked step is kept.
                 pinned=summary.step in pins or (entry.fetch is None and entry.path.is_symlink()),
                 superseded=not is_live(summary, lineage),
             )

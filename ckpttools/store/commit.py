@@ -66,10 +66,10 @@ def make_directory(directory: pathlib.Path) -> None:
 
 
 def move(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Rename a directory, or the link to one, and make its old and its new place durable."""
+    """Rename a directory, or a link to one, and sync the old and the new parent."""
     make_directory(target.parent)
     if source.is_symlink() and not source.readlink().is_absolute():
-        # A relative link would lead elsewhere from its new place.
+        # A relative link would have another target after the move.
         absolute = source.with_name(f"{source.name}.new")
         absolute.unlink(missing_ok=True)
         absolute.symlink_to(source.parent / source.readlink())
@@ -113,7 +113,7 @@ def discard(root: pathlib.Path, directory: pathlib.Path) -> None:
     in_trash = layout.find_free_path(layout.get_control_path(root, "trash"), directory.name)
     move(directory, in_trash)
     if in_trash.is_symlink():
-        in_trash.unlink()  # What it leads to is outside the run and stays.
+        in_trash.unlink()  # Its target is outside the run and is kept.
     else:
         shutil.rmtree(in_trash, ignore_errors=True)
 
@@ -188,8 +188,8 @@ def require_writable(root: pathlib.Path) -> None:
 def require_confined(root: pathlib.Path) -> None:
     """Raise `StorageError` if the run's control directory, or anything directly in it, is a link.
 
-    Staging and trash are emptied, the lock, the pins and second copies are written. A run may come from anybody: if one
-    of these were a link, files outside the run would be deleted or overwritten. Called before every write.
+    Staging and trash are emptied; the lock, pins and second copies are written. A run may come from anybody: if one of
+    these were a link, files outside the run would be deleted or overwritten. Called before every write.
     """
     control = layout.get_control_path(root)
     if control.is_symlink():

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics that are recorded after their step was committed, by any process, without the writer's lock.
 
-A manifest is sealed, so each call adds a small file of its own beside the steps, `.ckpttools/metrics/STEP-...json`: two
-processes never write to one file, and a kill leaves a file whole or absent. `catalogue` reads them over the metrics in
-the manifests, the later file wins, and so everything that asks a step for its metrics sees them.
+A manifest is sealed, so each call adds one small file, `.ckpttools/metrics/STEP-...json`: two processes never write to
+the same file, and after a kill a file is whole or absent. `catalogue` merges the files into the metrics of the
+manifests; the latest file wins. So every reader of a step's metrics sees them.
 
-The name holds the step's number, its commit and its branch: a number that is used again after a rollback is another
-step. A file that is damaged still says by its name which step it belongs to, and retention keeps that step.
+The name contains the step's number, commit and branch, because a rollback may reuse the number. A damaged file still
+identifies its step by its name, and retention keeps that step.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from .manifest import Summary
 _NAME = re.compile(r"(0|[1-9]\d{0,17})-(\d{1,18})-([0-9a-f]{8})-(\d{1,20})-[0-9a-f]{8}\.json")
 _MAX_BYTES = 1 << 20
 _ORPHAN_AGE_S = 7 * 86_400.0
-"""A file whose step is gone stays this long: the mirror may keep the step and not have the metric yet."""
+"""A file is kept this long after its step was deleted: the mirror may keep the step without having the metric yet."""
 
 type StepKey = tuple[int, int, str]
-"""Number, commit and a hash of the branch of a step."""
+"""Number of a step, number of its commit, and a hash of its branch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,12 @@ def get_key(summary: Summary) -> StepKey:
 
 
 def is_file_name(name: str) -> bool:
-    """Return whether a name is that of a file with metrics."""
+    """Return whether a name is the name of a metrics file."""
     return _NAME.fullmatch(name) is not None
 
 
 def list_names(root: pathlib.Path) -> frozenset[str]:
-    """Return the names of all files with metrics of a run."""
+    """Return the names of all metrics files of a run."""
     try:
         with os.scandir(layout.get_control_path(root, "metrics")) as entries:
             return frozenset(entry.name for entry in entries if is_file_name(entry.name))
@@ -72,7 +72,7 @@ def list_names(root: pathlib.Path) -> frozenset[str]:
 
 
 def read_files(root: pathlib.Path, names: Iterable[str]) -> dict[str, LateMetrics]:
-    """Return what files hold; one that was removed meanwhile is left out."""
+    """Return the contents of files, without those that were removed meanwhile."""
     found = {}
     for name in names:
         with contextlib.suppress(FileNotFoundError):
@@ -92,7 +92,7 @@ def _read_bytes(path: pathlib.Path) -> bytes:
 
 
 def parse_file(name: str, data: bytes) -> LateMetrics:
-    """Return what a file holds; it is damaged unless its digest, and the key in its name, fit.
+    """Return the contents of a file; it is damaged unless its digest matches its metrics and the key in its name.
 
     Args:
         name: The file's name, for which `is_file_name` holds.
@@ -116,7 +116,7 @@ def _encode_body(key: StepKey, metrics: Mapping[str, float | str]) -> bytes:
 
 
 def write_file(root: pathlib.Path, summary: Summary, metrics: Mapping[str, float]) -> str:
-    """Add a file with metrics of a step, durably; return its name."""
+    """Write a file with metrics of a step, durably, and return its name."""
     step, sequence, branch = get_key(summary)
     # JSON has no NaN; `float` reads the word back.
     plain = {name: value if math.isfinite(value) else str(value) for name, value in sorted(metrics.items())}
@@ -127,18 +127,18 @@ def write_file(root: pathlib.Path, summary: Summary, metrics: Mapping[str, float
 
 
 def add_file(root: pathlib.Path, name: str, data: bytes) -> None:
-    """Write a file under its name, durably."""
+    """Write the bytes of a metrics file, durably."""
     commit.require_confined(root)
     commit.write_file(layout.get_control_path(root, f"metrics/{name}"), data)
 
 
 def remove_file(root: pathlib.Path, name: str) -> None:
-    """Remove a file whose step turned out to be gone."""
+    """Remove a file whose step was deleted meanwhile."""
     layout.get_control_path(root, f"metrics/{name}").unlink(missing_ok=True)
 
 
 def sweep(root: pathlib.Path, summaries: Iterable[Summary]) -> None:
-    """Remove old files of steps that no longer exist, and what killed processes left; only for the lock's holder."""
+    """Remove old files of deleted steps, and leftovers of killed processes; only for the holder of the lock."""
     directory = layout.get_control_path(root, "metrics")
     keys = set(map(get_key, summaries))
     with contextlib.suppress(OSError):
@@ -153,7 +153,7 @@ def sweep(root: pathlib.Path, summaries: Iterable[Summary]) -> None:
 
 
 def merge(summary: Summary, files: LateMetricFiles) -> Summary:
-    """Return a summary with the metrics that were recorded later; where two files name one metric, the later wins."""
+    """Return a summary with the metrics that were recorded later; of two files with the same metric, the later wins."""
     key = get_key(summary)
     mine = sorted((each.time_ns, name) for name, each in files.items() if each.key == key)
     metrics = dict(summary.metrics)
@@ -163,5 +163,5 @@ def merge(summary: Summary, files: LateMetricFiles) -> Summary:
 
 
 def find_damaged(files: LateMetricFiles) -> frozenset[StepKey]:
-    """Return the steps of which a file with metrics is damaged."""
+    """Return the steps that have a damaged metrics file."""
     return frozenset(each.key for each in files.values() if each.metrics is None)

@@ -6,7 +6,7 @@ Two processes that save into one directory would prune each other's steps. The l
 it after the writer was killed, so the child closes it.
 
 A call may be interrupted at any bytecode. The lock is held exactly as long as its file is open, and a file that an
-interrupted `acquire` left is closed by the next one.
+interrupted `acquire` left open is closed by the next `acquire`.
 """
 
 import contextlib
@@ -106,10 +106,10 @@ class WriterLock:
 
 
 def _open_lock(path: pathlib.Path) -> BinaryIO:
-    """Open the lock with the permissions that the umask leaves, as every other file of the run has them.
+    """Open the lock; its permissions follow the umask, like those of every other file of the run.
 
-    Earlier versions made it writable for its owner only. `flock` needs no right to write, so a colleague of the same
-    group, who may write to the directory, can hold such a lock all the same.
+    Earlier versions made it writable only for its owner. `flock` does not require write permission, so a colleague of
+    the same group, who may write to the directory, can still hold such a lock.
     """
     try:
         return path.open("a+b", buffering=0)

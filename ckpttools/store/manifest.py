@@ -85,8 +85,8 @@ class Contents:
         outputs: What the validation function returned, if the run has one.
         state_version: The user's version of the structure of the state.
         surgery: Operations that were applied in this run before, as code: each is applied once.
-        exclude: The rules by which variables were left out.
-        excluded: The names of what was left out, each with the type or pattern that names it.
+        exclude: The rules by which variables were excluded.
+        excluded: The names of the excluded parts, each with the type or pattern that excluded it.
         processes: How many processes saved it.
         local: Leaves and stateful objects whose value differs in a process other than the leader, by the number of
             the process and then by item.
@@ -270,7 +270,7 @@ def require_no_links(directory: pathlib.Path, summary: Summary) -> None:
 def _make_link_error(directory: pathlib.Path, name: str) -> UntrustedStepError:
     return UntrustedStepError(
         what=f"{directory.name}/{name} is a link or not a regular file.",
-        why="a step consists of its own files; a link could lead out of the run.",
+        why="a step consists of its own files; a link could lead outside the run.",
     )
 
 
@@ -334,7 +334,7 @@ def _encode_item(item: Item) -> dict[str, Any]:
         "leaves": [record.to_json() for record in item.records],
         "skeletons": [[list(path), skeleton] for path, skeleton in item.skeletons.items()],
     }
-    # By the index of the leaf; absent where no leaf has it, so that such manifests have the bytes they always had.
+    # By the index of the leaf; absent if no leaf has it, so that other manifests keep the bytes of earlier versions.
     if weak := [index for index, record in enumerate(item.records) if record.weak_type]:
         plain["weak_type"] = weak
     if variables := {str(index): record.variable for index, record in enumerate(item.records) if record.variable}:

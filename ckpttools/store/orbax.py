@@ -8,7 +8,7 @@ Orbax v1's free functions write host arrays into a staging directory and read th
 -   Orbax refuses empty trees and numpy scalars, and of two names that are equal after joining keys with dots it
     silently keeps one (`tree.flatten.require_unique_names` guards against that);
 -   with several processes, v1's functions run a collective that has no time limit and must not run beside training;
-    v0's handler of pytrees, which they call, has no barrier of its own, so it writes the shards.
+    v0's handler of pytrees, which they call, has no barrier, so it writes the shards.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ def write_shards(directory: pathlib.Path, snapshot: Snapshot, *, is_leader: bool
 
 
 def _allow_transfers() -> contextlib.AbstractContextManager[Any]:
-    """Lift `jax_transfer_guard`, which is meant for transfers that nobody requested."""
+    """Lift `jax_transfer_guard`: the caller requested these transfers."""
     guard: contextlib.AbstractContextManager[Any] = jax.transfer_guard("allow")
     return guard
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say what lies at a path: a run, one of its steps, an item of a step, another writer's run, or something else.
+"""Identify a path: a run, one of its steps, an item of a step, another program's checkpoints, or something else.
 
-Every command that takes a path asks here, so that a wrong path is never taken for an empty or an intact run, and a new
-run never begins inside or beside an old one.
+Every command that takes a path calls `identify`, so that a wrong path is never mistaken for an empty or intact run, and
+a new run never begins inside or beside an old one.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ _SHOWN_STEPS = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What lies at a path.
+    """What a path is.
 
     Attributes:
         path: The path, absolute.
         kind: "inside" for an item or a deeper part of a step, and for a run's control directory; "foreign step" for one
-            checkpoint and "foreign run" for a directory of checkpoints of another writer; "unknown" for a directory
-            without any step.
+            checkpoint of another program and "foreign run" for a directory of them; "unknown" for a directory without
+            steps.
         text: A sentence that begins with the path.
         use: The path that was probably meant; for a foreign run or step the path itself.
-        step: Number of the step, for a step.
+        step: Number of the step; None if it is not a step or has no number.
     """
 
     path: pathlib.Path
@@ -45,23 +45,23 @@ class Contents:
 
 
 def identify(path: str | os.PathLike[str]) -> Contents:
-    """Return what lies at a path; reads names and, of a step, the manifest.
+    """Return what a path is; reads names and the manifest of a step.
 
     Args:
-        path: Any path; it need not exist. A link stands for what it leads to.
+        path: Any path; it need not exist. Links are followed.
 
     Raises:
-        StorageError: If the disk or its permissions do not allow to look.
+        StorageError: If the disk cannot be read or permissions are missing.
     """
     place = pathlib.Path(os.path.abspath(path))
     with commit.wrap_os_errors(f"{place} cannot be read"):
         if place.is_symlink() and place.exists():
-            place = place.resolve()  # `best -> 500` is step 500, and a link to an item is inside of a step
+            place = place.resolve()  # `best -> 500` is step 500, and a link to an item is inside a step
         return _identify_part(place) or _identify_whole(place)
 
 
 def _identify_part(place: pathlib.Path) -> Contents | None:
-    """Return what a path is a part of: a step, an item, a control directory; None otherwise."""
+    """Return what a path is if it is a step or part of one, or of a control directory; None otherwise."""
     if (place / layout.MANIFEST).exists():
         step = read_step_number(place)
         text = f"{place} is {'a step' if step is None else f'step {step}'} of a run."
@@ -85,15 +85,15 @@ def _identify_part(place: pathlib.Path) -> Contents | None:
 
 def _identify_whole(place: pathlib.Path) -> Contents:
     if not os.path.lexists(place):
-        return Contents(path=place, kind="missing", text=f"{place} is not a directory: nothing is there.", use=place)
+        return Contents(path=place, kind="missing", text=f"{place} does not exist.", use=place)
     if (found := foreign_layouts.recognize(place)) is not None:
         kind = "file" if found == "msgpack" else "checkpoint"
-        text = f"{place} is one {kind} that was written by {foreign_layouts.describe_writer(place)}."
+        text = f"{place} is a {kind} written by {foreign_layouts.describe_writer(place)}."
         return Contents(
             path=place, kind="foreign step", text=text, use=place, step=foreign_layouts.parse_number(place.name) or 0
         )
     if not place.is_dir():
-        return Contents(path=place, kind="file", text=f"{place} is not a directory: it is a file.", use=place.parent)
+        return Contents(path=place, kind="file", text=f"{place} is a file, not a directory.", use=place.parent)
     return _identify_directory(place)
 
 
@@ -106,20 +106,20 @@ def _identify_directory(place: pathlib.Path) -> Contents:
     if numbered or (place / layout.CONTROL_DIRECTORY / "superseded").is_dir():
         return Contents(path=place, kind="run", text=f"{place} is a run.", use=place)
     if any(_COPY.fullmatch(name) and (place / name / layout.MANIFEST).exists() for name in names):
-        text = f"{place} is a mirror: it holds copies of the steps of a run."
+        text = f"{place} is a mirror: it contains copies of a run's steps."
         return Contents(path=place, kind="mirror", text=text, use=place)
     if not names:
         return Contents(path=place, kind="empty", text=f"{place} is an empty directory.", use=place)
     shown = ", ".join(sorted(names)[:_SHOWN_STEPS]) + (", ..." if len(names) > _SHOWN_STEPS else "")
-    text = f"{place} holds no steps, but {shown}."
+    text = f"{place} contains no steps, only {shown}."
     return Contents(path=place, kind="unknown", text=text, use=place)
 
 
 def _describe_foreign_run(place: pathlib.Path, numbered: set[str], left: foreign_layouts.ForeignFiles) -> str:
-    """Return a sentence about another writer's run; "" if our own steps are the newest, or nothing foreign is there."""
+    """Return a sentence about another program's checkpoints; "" if there are none, or our own steps are the newest."""
     without = {name for name in numbered if not (place / name / layout.MANIFEST).exists()}
     if without or left.steps:
-        # Only now the manifests are read: they decide whether a step without one was ours and lost it.
+        # The manifests are read only here: they decide whether a step without one is ours and has lost it.
         entries = catalogue.scan(place).entries
         unverified = [entry for entry in entries if entry.state == "unverified"]
         newest = max((entry.step for entry in entries if entry.state != "unverified"), default=-1)
@@ -127,22 +127,22 @@ def _describe_foreign_run(place: pathlib.Path, numbered: set[str], left: foreign
             last = unverified[-1]
             names = [entry.path.name for entry in unverified]
             shown = f"{'..., ' if len(names) > _SHOWN_STEPS else ''}{', '.join(names[-_SHOWN_STEPS:])}"
-            return (
-                f"{place} holds {len(names)} step(s) written by {foreign_layouts.describe_writer(last.path)}: {shown}."
-            )
+            return f"{place} contains {len(names)} step(s) written by {foreign_layouts.describe_writer(last.path)}: {shown}."
     if numbered or left.steps:
         return ""
     if left.unnumbered:
         shown = ", ".join(path.name for path in left.unnumbered[:_SHOWN_STEPS])
-        return f"{place} holds checkpoints written by {foreign_layouts.describe_writer(left.unnumbered[0])}: {shown}."
+        return (
+            f"{place} contains checkpoints written by {foreign_layouts.describe_writer(left.unnumbered[0])}: {shown}."
+        )
     if left.unfinished:
         shown = ", ".join(path.name for path in left.unfinished[:_SHOWN_STEPS])
-        return f"{place} holds a save that Orbax did not finish, and no finished one: {shown}."
+        return f"{place} contains only saves that Orbax did not finish: {shown}."
     return ""
 
 
 def read_step_number(directory: pathlib.Path) -> int | None:
-    """Return the number of a step by its manifest, or by its name if that is damaged; None without both."""
+    """Return the number of a step from its manifest, or from its name if the manifest is damaged; None without both."""
     try:
         return manifest.read_sealed(directory).summary.step
     except (OSError, ValueError):
@@ -150,10 +150,10 @@ def read_step_number(directory: pathlib.Path) -> int | None:
 
 
 def make_not_a_run_error(found: Contents, why: str) -> NotARunError:
-    """Return the error for a path that is not what a function takes.
+    """Return the error for a path that a function does not accept.
 
     Args:
-        found: What lies there.
+        found: What the path is.
         why: What would have happened otherwise.
     """
     error = NotARunError(what=found.text, why=why, fix=suggest_fix(found))
@@ -162,11 +162,11 @@ def make_not_a_run_error(found: Contents, why: str) -> NotARunError:
 
 
 def suggest_fix(found: Contents) -> str:
-    """Return what to type for a path that was not what a function takes."""
+    """Return what to type instead of a path that a function does not accept."""
     path, parent = found.use, found.use.parent
     match found.kind:
         case "step":
-            return f"the run is {parent}; to start a new one, use a directory outside of it."
+            return f"the run is {parent}; start a new run in a directory outside it."
         case "inside":
             return f"use {path}."
         case "foreign run" if foreign_layouts.find_foreign_files(path).unfinished and not _has_checkpoints(path):
@@ -175,11 +175,11 @@ def suggest_fix(found: Contents) -> str:
             first = foreign_layouts.find_foreign_files(path).unnumbered[0]
             return f'ct.adopt({str(first)!r}, into="runs/new"), or `ckpttools adopt {first} --into runs/new`.'
         case "foreign run":
-            return f"ct.adopt({str(path)!r}), or `ckpttools adopt {path}`; ct.load reads it without that."
+            return f"ct.adopt({str(path)!r}), or `ckpttools adopt {path}`; ct.load also reads it without adoption."
         case "foreign step":
             return f'ct.adopt({str(path)!r}, into="runs/new"), or `ckpttools adopt {path} --into runs/new`.'
         case "mirror":
-            return f'for a run whose mirror this is: ct.CheckpointSpec(..., mirror="{path.as_uri()}").'
+            return f'pass it as the mirror of its run: ct.CheckpointSpec(..., mirror="{path.as_uri()}").'
         case "missing" | "file":
             return "check the path."
         case _:
@@ -192,8 +192,8 @@ def _has_checkpoints(path: pathlib.Path) -> bool:
 
 
 def require_startable(path: str | os.PathLike[str]) -> None:
-    """Raise `NotARunError` unless a run can be continued, or begun, in a directory."""
+    """Raise `NotARunError` unless a run can be continued, or started, in a directory."""
     found = identify(path)
     if found.kind not in ("missing", "empty", "run", "unknown"):
-        why = "a run that began here would bury what is there, or be damaged together with it; nothing was changed."
+        why = "a run that started here would hide the old checkpoints or mix with them; nothing was changed."
         raise make_not_a_run_error(found, why)

@@ -22,8 +22,8 @@ def require_run_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
     """Return the absolute path of a run's directory.
 
     Raises:
-        NotARunError: If it does not exist, or is a step or a part of one: a misspelt path must not pass for an intact
-            or an empty run.
+        NotARunError: If it does not exist, or is a file, a step or part of one: a misspelt path must not be mistaken
+            for an intact or empty run.
     """
     found = path_kinds.identify(directory)
     if found.kind in ("missing", "file", "step", "inside"):
@@ -44,7 +44,7 @@ class RunDirectory:
         self._metric_files: frozenset[str] = frozenset()
 
     def is_used(self) -> bool:
-        """Whether there is any numbered directory or foreign checkpoint, whole or not; cheaper than `get_steps`."""
+        """Whether there is a numbered directory or foreign checkpoint, complete or not; cheaper than `get_steps`."""
         with commit.wrap_os_errors(f"{self.directory} cannot be listed"):
             if not self.directory.is_dir():
                 return False
@@ -156,10 +156,10 @@ class RunDirectory:
 
         Args:
             keep: What to keep.
-            next_lineage: The lineage of a save that has not been committed yet: the step that it continues from stays.
+            next_lineage: The lineage of an uncommitted save: the step that it continues from is kept.
         """
         deleted: list[int] = []
-        # A metric may be recorded while steps are being deleted: then it is decided again what is kept.
+        # If a metric is recorded while steps are being deleted, retention is decided again.
         while unwanted := self._list_unwanted(keep, next_lineage):
             for entry in unwanted:
                 if late_metrics.list_names(self.directory) != self._metric_files:
@@ -214,7 +214,7 @@ class RunDirectory:
                     shutil.rmtree(spare)
 
     def _invalidate_if_changed(self) -> None:
-        """Steps that were deleted or damaged by others must not count as kept, least of all the two newest."""
+        """Read the steps again if one was deleted or damaged: it must not count as kept, least of all a newest one."""
         current = self.get_steps()
         newest = sorted(current.live_entries, key=_get_sequence)[-retention.MIN_KEPT_STEPS :]
         are_there = all(entry.path.exists() for entry in current.committed_entries)

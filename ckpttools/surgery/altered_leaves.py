@@ -22,9 +22,9 @@ class AlteredLeaf:
     Attributes:
         name: Its name in the state; "" for a leaf on disk that is dropped or excluded.
         action: "renamed", "copied", "stacked", "unstacked", "merged", "split", "transposed", "cast", "sliced" and
-            "padded", joined by commas, or "kept", "dropped" or "excluded" (on disk, and not state); "" if it is
+            "padded", joined by commas, or "kept", "dropped" or "excluded" (on disk, but not state); "" if it is
             restored unchanged.
-        source: Its name on disk, of the first if several are joined; "" if the state keeps its own value.
+        source: Its name on disk; for a joined leaf, the name of the first part; "" if the state keeps its value.
         before: Dtype and shape on disk.
         after: Dtype and shape in the state.
     """

@@ -20,7 +20,7 @@ type Array = np.ndarray[Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class TakeStep:
-    """Take one position along an axis, which disappears, or a range of it.
+    """Take one position along an axis, which then disappears, or a range.
 
     Attributes:
         axis: The axis; not negative.
@@ -43,7 +43,7 @@ class PermuteStep:
 
 
 ArrayStep = TakeStep | PermuteStep
-"""What an operation does to one array, with its axes resolved. The data of keys has one axis more at its end."""
+"""One step on one array, with its axes resolved. The data of keys has one more axis at the end."""
 
 
 def apply_step(step: ArrayStep, array: Array) -> Array:
@@ -54,7 +54,7 @@ def apply_step(step: ArrayStep, array: Array) -> Array:
 
 
 def join_arrays(operation: Join, axis: int, arrays: Sequence[Array]) -> Array:
-    """Return the array that a `Stack` or `Merge` makes of several.
+    """Return the array that a `Stack` or `Merge` makes from several.
 
     Args:
         operation: The operation.
@@ -156,7 +156,7 @@ def _is_integer(dtype: np.dtype[Any]) -> bool:
 
 
 def cast(name: str, operation: Cast, array: Array) -> Array:
-    """Return an array after a cast; unchanged if it has another dtype than the cast begins with.
+    """Return an array after a cast; unchanged if its dtype is not `from_dtype`.
 
     Raises:
         StructureError: If the new dtype cannot hold a value.

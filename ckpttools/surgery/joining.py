@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Join stored leaves to one, take one apart, copy and transpose: the operations that change which leaves there are.
+"""Join, split, copy and transpose stored leaves: the operations that change the set of leaves or their axes.
 
-Names and shapes only; `plan.SourceLeaf` holds the steps, and the arrays follow them after they were read. `Pad` and
-`Slice` depend on the leaf of the state, so on one leaf they come after everything here.
+Handles names and shapes only; `plan.SourceLeaf` records the steps, which are applied to the arrays once they are read.
+`Pad` and `Slice` depend on the leaf of the state, so on one leaf they come after all operations of this file.
 """
 
 import dataclasses
@@ -66,12 +66,12 @@ def _require_changeable(source: SourceLeaf, operation: Operation) -> None:
     elif source.record.kind == "value" and not isinstance(operation, Copy):
         why = "is a plain value, not an array"
     elif any(isinstance(each, Pad | Slice) for each in source.operations) and not isinstance(operation, Copy):
-        why = "was padded or sliced by an operation before it, whose result is known only for the leaf of the state"
+        why = "an earlier operation pads or slices to a shape that only the leaf of the state determines"
     if why:
         raise StructureError(
             what=f"{as_code(operation)} matches {name}, which {why}.",
-            why="the leaf would come out wrong, or be lost.",
-            fix="a pattern without that leaf; on one leaf, ct.Pad and ct.Slice come last.",
+            why="the leaf would be wrong, or lost.",
+            fix="use a pattern that does not match that leaf; on one leaf, ct.Pad and ct.Slice come last.",
         )
 
 
@@ -84,12 +84,12 @@ def _transpose(source: SourceLeaf, operation: Transpose) -> SourceLeaf:
     rank = len(source.shape)
     axes = operation.axes or tuple(reversed(range(rank)))
     if not operation.axes and rank < 2:
-        return source  # A part may hold biases beside its kernels.
+        return source  # A part may contain biases beside its kernels.
     if len(axes) != rank:
         raise StructureError(
             what=f"{as_code(operation)} matches {'.'.join(source.path)} of shape {source.shape}.",
-            why=f"axes names {len(axes)} axes, and the array has {rank}.",
-            fix="a pattern of arrays of that rank, such as one that ends in the name of the kernel.",
+            why=f"axes has {len(axes)} entries, and the array has {rank} axes.",
+            fix="use a pattern that matches only arrays of that rank, such as one that ends in the kernel's name.",
         )
     return _add_step(source, PermuteStep(axes), tuple(source.shape[axis] for axis in axes), "transposed")
 
@@ -100,7 +100,7 @@ def _resolve_axis(source: SourceLeaf, operation: Stack | Unstack | Merge | Split
         raise StructureError(
             what=f"{as_code(operation)} matches {'.'.join(source.path)} of shape {source.shape}.",
             why=f"axis {operation.axis} does not exist.",
-            fix="an axis that every matched array has, or a pattern that matches fewer.",
+            fix="use an axis that every matched array has, or a pattern that matches fewer arrays.",
         )
     return operation.axis % rank
 
@@ -120,7 +120,7 @@ def _split(source: SourceLeaf, operation: Split) -> Iterator[tuple[str, SourceLe
         raise StructureError(
             what=f"{as_code(operation)} matches {'.'.join(source.path)} of shape {source.shape}.",
             why=f"pieces of {', '.join(map(str, sizes))} do not add up to the {total} of axis {axis}.",
-            fix="sizes=(...) that add up, or a pattern of arrays that can be split so.",
+            fix="pass sizes=(...) that add up, or a pattern that matches only arrays of that size.",
         )
     start = 0
     for index, (name, size) in enumerate(zip(names, sizes)):
@@ -135,15 +135,15 @@ def _join_all(operation: Join, joined: dict[Names, list[tuple[Names, SourceLeaf]
     for path, members in joined.items():
         members.sort(key=lambda each: get_joined_place(operation, each[0]))
         places = [get_joined_place(operation, part) for part, _ in members]
-        # The parts that become one part must hold the same leaves: a layer without a bias would shift all after it.
+        # Joined parts must have the same leaves: a layer without a bias would shift all layers after it.
         depth = len(rename_part(operation, members[0][0]))
         group = path[:depth]
         if expected.setdefault(group, places) != places:
             raise StructureError(
-                what=f"{as_code(operation)}: {'.'.join(path)} would be made of {len(members)} leaves, and other leaves "
-                f"of {'.'.join(group)} of {len(expected[group])}.",
-                why="one of the joined parts lacks that leaf, so its values would belong to other parts.",
-                fix="several operations, one for the parts that hold the same leaves.",
+                what=f"{as_code(operation)}: {'.'.join(path)} would be joined from {len(members)} leaves, and other "
+                f"leaves of {'.'.join(group)} from {len(expected[group])}.",
+                why="one of the joined parts lacks that leaf, so values would be assigned to the wrong part.",
+                fix="use several operations, each for parts with the same leaves.",
             )
         yield _join(operation, path, [source for _, source in members])
 
@@ -160,8 +160,8 @@ def _join(operation: Join, path: Names, parts: Sequence[SourceLeaf]) -> SourceLe
             raise StructureError(
                 what=f"{as_code(operation)} joins {'.'.join(first.path)}, {first.dtype}{list(first.shape)}, and "
                 f"{'.'.join(part.path)}, {part.dtype}{list(part.shape)}.",
-                why="arrays that are joined have one dtype and equal sizes along all other axes.",
-                fix="ct.Cast before it, or a pattern of arrays that can be joined.",
+                why="joined arrays must have one dtype and equal sizes along all other axes.",
+                fix="put a ct.Cast before it, or use a pattern that matches only such arrays.",
             )
     if is_stack:
         shape = (*first.shape[:axis], len(parts), *first.shape[axis:])

@@ -118,7 +118,7 @@ class _LeafMatcher:
         )
 
     def _is_excluded(self, source: SourceLeaf) -> bool:
-        """Return whether a leaf on disk is not state: by its type, its name, or the variable of the state it is in."""
+        """Return whether a leaf on disk is excluded: by its type, its name, or its variable in the state."""
         types = (source.record.variable,) if source.record.variable else ()
         if find_exclusion(self._rules, source.path, types):
             return True
@@ -161,7 +161,7 @@ class _LeafMatcher:
 
     def _match_leaf(self, item: str, leaf: Leaf, unmatched: dict[Names, SourceLeaf]) -> PlacedLeaf:
         path = to_names((item, *leaf.path))
-        # In an nnx state that plain Orbax wrote, the `value` of each variable has a key of its own.
+        # In an nnx state that plain Orbax wrote, the `value` of each variable has a separate key.
         source = unmatched.pop(path, None) or unmatched.pop((*path, "value"), None)
         if source is None:
             self._differences.append(
@@ -176,7 +176,7 @@ class _LeafMatcher:
 
 
 def _leave_out(templates: Mapping[str, FlatItem], rules: Sequence[Exclude]) -> dict[str, FlatItem]:
-    """Return the items of the state without what is not state, which keeps its values."""
+    """Return the items of the state without the excluded leaves, which keep their values."""
     found = {}
     for item, flat in templates.items():
         reasons = {leaf.path: find_exclusion(rules, (item, *leaf.path), leaf.types) for leaf in flat.leaves}
@@ -219,6 +219,6 @@ def _make_target_record(source: SourceLeaf, leaf: Leaf) -> Record:
         value=None,
         slices=(),
         scalar=record.scalar if shape == () else "",
-        # A cast names the dtype, which is then no longer that of a Python number.
+        # A cast names its dtype, so the result is strongly typed.
         weak_type=record.weak_type and source.dtype == record.dtype,
     )

@@ -16,7 +16,7 @@ def get_changes(spec: CheckpointSpec, entry: Entry, surgery: Surgery) -> Changes
     Args:
         spec: The run's spec, with the version of the state.
         entry: The step.
-        surgery: What the caller requested; operations that the step already records are left out.
+        surgery: What the caller requested; operations that the step already records are skipped.
 
     Raises:
         VersionError: If the state of the step is newer than the spec's version, or too old for its migrations.

@@ -43,18 +43,18 @@ class Changes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceLeaf:
-    """One leaf on disk, or several that are joined to one array, or a piece of one.
+    """One leaf on disk, a piece of one, or several joined to one array.
 
     Attributes:
         path: Its name after surgery, the item first.
-        item: Name of the item that it is stored under; of the first, if several are joined.
-        record: The leaf as it is stored; of the joined array, if several are.
+        item: Name of the item that stores it; for a joined leaf, the item of the first part.
+        record: The record of the stored leaf, or of the joined array.
         dtype: Name of its dtype after the casts.
-        shape: Its shape after the steps; of a key, the shape of the typed array.
+        shape: Its shape after the steps; for a key, the shape of the typed array.
         operations: Steps and operations on its array, in order.
-        actions: What surgery did to it beyond names, dtypes and sizes: "stacked", "transposed".
-        parts: The leaves that are joined, in order; empty for one leaf.
-        join: How they are joined, with an axis that is not negative.
+        actions: Changes by surgery other than names, dtypes and sizes, such as "stacked" or "transposed".
+        parts: The joined leaves, in order; empty for one leaf.
+        join: The operation that joins them and its axis, which is not negative.
         opaque: Whether it belongs to an object with `get_state`, whose leaves no operation may change.
     """
 
@@ -71,12 +71,12 @@ class SourceLeaf:
 
     @property
     def stored_path(self) -> Names:
-        """Its name on disk, the item first; of the first, if several are joined."""
+        """Its name on disk, the item first; for a joined leaf, the name of the first part."""
         return (self.item, *to_names(self.record.path))
 
     @property
     def is_changed(self) -> bool:
-        """Whether its array is not the stored one."""
+        """Whether its array differs from the stored one."""
         return bool(self.operations or self.parts)
 
     def iterate_stored(self) -> Iterator["SourceLeaf"]:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Report differences by leaf path, and suggest the surgery that would remove them, with what it would lose.
 
-The suggestion is a guess and is never applied without a request. Each leaf that the state lacks is traced to its likely
-source on disk (`suggestion.tracing`), and the traces are written down as few operations. What has no source keeps the
-value in the state, what is the source of nothing is dropped, and both are counted in the first line of the suggestion.
+The suggestion is a guess and is never applied without a request. Each leaf of the state without a match on disk is
+traced to its likely source (`suggestion.tracing`), and the traces are written as few operations. A leaf without a
+source keeps its value in the state, a leaf on disk without a target is dropped, and the first line of the suggestion
+counts both.
 
-Before it is shown, a suggestion is tried on the names: it must leave no difference, and put every leaf where the trace
-says. One that would keep nothing of an item is not shown.
+Before it is shown, a suggestion is tested on names and shapes: it must leave no difference, and every leaf must come
+from its traced source. A suggestion that would keep nothing of an item is not shown.
 """
 
 import dataclasses
@@ -44,8 +45,8 @@ class Suggestion:
         fresh_leaves: Leaves of the state that would keep their values, wholly or in part.
         fresh_bytes: Bytes of those values.
         lost_leaves: Leaves on disk that would not be used, wholly or in part.
-        lost_bytes: Bytes of those values.
-        stored_bytes: Bytes of everything that is stored for the items of the state.
+        lost_bytes: Bytes of the unused values.
+        stored_bytes: Bytes of all leaves on disk of the state's items.
         reason: Why nothing is suggested, if nothing is.
     """
 
@@ -62,7 +63,7 @@ class Suggestion:
 
     @property
     def verdict(self) -> str:
-        """Return what the operations do to the state, as a clause that follows "this surgery"."""
+        """Return what the operations lose, as a clause that follows "this surgery"."""
         if not self.operations:
             return ""
         losses = []
@@ -155,7 +156,7 @@ def find_suggestion(plan: RestorePlan, replan: Replan) -> Suggestion:
             continue
         if operations and not after.differences and _is_as_traced(plan, after, traces):
             return _weigh(plan, after, operations)
-    return Suggestion(reason="no patterns were found that say it")
+    return Suggestion(reason="no patterns were found that select the leaves to move")
 
 
 def write_operations(plan: RestorePlan, traces: Sequence[Trace], *, allow_parts: bool) -> tuple[Operation, ...]:
@@ -179,7 +180,7 @@ def write_operations(plan: RestorePlan, traces: Sequence[Trace], *, allow_parts:
         if path not in found and (path in unfit or path[:1] in unfit or path in moved)
     ]
     taken = used | placed | set(fresh)
-    # What stays under a name that keeps its value in the state is dropped by that.
+    # A leaf on disk whose name is reinitialised needs no `Drop`.
     dropped = [path for path, source in sources.items() if not source.opaque and path[0] in items and path not in taken]
     gone = set(dropped)
     stored = [path for path in sources if path not in gone]
@@ -240,7 +241,7 @@ def _list_others(records: Iterable[Names], paths: Iterable[Names]) -> list[Names
 
 
 def _is_as_traced(plan: RestorePlan, after: RestorePlan, traces: Sequence[Trace]) -> bool:
-    """Return whether every leaf comes from where it was traced to, and every other one stayed."""
+    """Return whether every traced leaf comes from its source, and every other leaf is unchanged."""
     names = {source.path: source.stored_path for source in plan.sources}
     unfit = {each.path for each in plan.differences}
     expected = {
@@ -260,9 +261,9 @@ def _is_as_traced(plan: RestorePlan, after: RestorePlan, traces: Sequence[Trace]
 
 
 def _weigh(plan: RestorePlan, after: RestorePlan, operations: tuple[Operation, ...]) -> Suggestion:
-    """Return the suggestion with what it loses; empty if it keeps nothing of an item."""
+    """Return the suggestion with its losses; empty if it keeps nothing of an item."""
     unfit = {each.path for each in plan.differences}
-    # What was requested is not counted: leaves that keep their values, or are padded.
+    # Losses that the caller requested are not counted.
     settled = {
         leaf.path: leaf.source and leaf.source.stored_path for leaf in plan.placed_leaves if leaf.path not in unfit
     }
@@ -289,7 +290,7 @@ def _weigh(plan: RestorePlan, after: RestorePlan, operations: tuple[Operation, .
     kept = {leaf.path[0] for leaf in after.placed_leaves if leaf.source is not None}
     emptied = {name.partition(".")[0] for name in fresh} & {name.partition(".")[0] for name in lost} - kept
     if emptied:
-        reason = f"nothing that is stored is a likely source of {' or '.join(map(repr, sorted(emptied)))}"
+        reason = f"no leaf on disk is a likely source of {' or '.join(map(repr, sorted(emptied)))}"
         return Suggestion(reason=reason)
     stored = {each.stored_path: each.record for each in (*used, *after.dropped_leaves)}
     return Suggestion(
@@ -303,7 +304,7 @@ def _weigh(plan: RestorePlan, after: RestorePlan, operations: tuple[Operation, .
 
 
 def _weigh_leaf(leaf: PlacedLeaf, record: Record) -> tuple[int, int]:
-    """Return the bytes of a leaf that the state keeps, and the bytes of its source that are not used."""
+    """Return the bytes of a leaf that keep their values, and the bytes of its source that are not used."""
     if leaf.source is None or leaf.target is None:
         return count_host_bytes([record]), 0
     old, new = leaf.source.shape, leaf.target.shape

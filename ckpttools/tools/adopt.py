@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`adopt`: add manifests to steps that Orbax or flax wrote, so that they can be verified from now on.
 
-The files of an Orbax step are not changed; a manifest is added, and a directory of another name, such as `ckpt_000010`,
-is renamed to its number. A file of flax's is converted to a step beside it. The manifest records what is on the disk
-today: whether that is what was once saved cannot be known, since neither stores a digest.
+The files of an Orbax step are not changed; a manifest is added, and a directory with another name, such as
+`ckpt_000010`, is renamed to its number. A flax file is converted to a step beside it. The manifest records what is on
+disk today: neither program stores digests, so nobody can know whether that is what was saved.
 """
 
 import os
@@ -33,9 +33,9 @@ def adopt(
     Args:
         directory: A directory of checkpoints whose names end in their step, such as `10`, `ckpt_000010` or
             `checkpoint_10`; with `into`, possibly a single checkpoint.
-        into: Another run, new or not, that gets copies of the steps, while `directory` is only read; None to adopt the
-            steps where they are.
-        step: Number of the step, for a single checkpoint; None takes it from the name, or 0.
+        into: Another run, new or existing, to copy the steps to; `directory` is then only read. None adopts the steps
+            in place.
+        step: Number of the step, for a single checkpoint; None takes it from the name, or 0 if the name has none.
         dry_run: Only return which steps would be adopted.
 
     Returns:
@@ -43,7 +43,7 @@ def adopt(
 
     Raises:
         NotARunError: If `directory` is not a run, or is a single checkpoint and `into` is not given.
-        StepOrderError: If the number of a step is taken, or two checkpoints have the same; nothing was changed.
+        StepOrderError: If a number is already used, or two checkpoints have the same number; nothing was changed.
         StorageError: If a step cannot be read; those before it are adopted.
         RunInUseError: If a process writes to the run.
 
@@ -53,7 +53,7 @@ def adopt(
         >>> run = tempfile.mkdtemp()
         >>> with ct.open(ct.CheckpointSpec(directory=run, storage=ct.Storage(asynchronous=False))) as ckpt:
         ...     saved = [ckpt.save(step, {"count": step}) for step in (1, 2)]
-        >>> ct.adopt(run, dry_run=True)  # this run has no steps of plain Orbax
+        >>> ct.adopt(run, dry_run=True)  # all steps have manifests
         ()
     """
     with open_source(directory) as source:
@@ -80,42 +80,48 @@ def adopt(
 def _list_foreign_steps(source: Source, path: pathlib.Path, is_copied: bool, step: int | None) -> list[Entry]:
     """Return the checkpoints to adopt, by step."""
     if source.root is None or (source.is_single and not is_copied):
-        raise path_kinds.make_not_a_run_error(path_kinds.identify(path), "a single step has no run that could hold it.")
+        raise path_kinds.make_not_a_run_error(
+            path_kinds.identify(path), "a single checkpoint is not in a run, so it needs one."
+        )
     entries = [entry for entry in source.steps.entries if entry.state == "unverified"]
     if step is not None:
         if not source.is_single:
             raise StepOrderError(
                 what=f"step={step!r} was given for {source.name}, which is not a single checkpoint.",
-                why="the checkpoints of a run have the numbers in their names.",
-                fix="leave step= out.",
+                why="the names of a run's checkpoints contain their numbers.",
+                fix="omit step=.",
             )
         if type(step) is not int or layout.parse_step_number(str(step)) is None:
             raise StepOrderError(
-                what=f"step={step!r} is not a step.", why="the step's directory gets its number.", fix="step=1000"
+                what=f"step={step!r} is not a step number.",
+                why="the number names the step's directory.",
+                fix="step=1000",
             )
         entries = [catalogue.make_foreign_entry(entry.path, step) for entry in entries]
     if not entries and path_kinds.identify(path).kind == "foreign run":
         # Unfinished saves, or checkpoints without a number: the error names them.
-        raise path_kinds.make_not_a_run_error(path_kinds.identify(path), "none of it has the number of a step.")
+        raise path_kinds.make_not_a_run_error(
+            path_kinds.identify(path), "none of them is a finished checkpoint with a step number."
+        )
     return sorted(entries, key=lambda entry: entry.step)
 
 
 def _require_free_numbers(entries: Sequence[Entry], root: pathlib.Path, *, is_copied: bool) -> None:
-    """Raise `StepOrderError` if a checkpoint cannot get the directory of its number."""
+    """Raise `StepOrderError` if the directory of a checkpoint's number is already used."""
     taken = {layout.get_step_directory(root, entry.step) for entry in catalogue.scan(root).entries if is_copied}
     for entry in entries:
         target = layout.get_step_directory(root, entry.step)
         if target in taken or (target != entry.path and target.exists()):
             raise StepOrderError(
-                what=f"{entry.path} cannot become step {entry.step} of {root}: there is another one.",
-                why="one of the two would be lost; nothing was changed.",
+                what=f"{entry.path} cannot become step {entry.step} of {root}: that number is already used.",
+                why="one of the two steps would be lost; nothing was changed.",
                 fix=f'move one of them away, or ct.adopt({str(entry.path)!r}, into="runs/new", step=...).',
             )
         taken.add(target)
 
 
 def _describe(entry: Entry) -> None:
-    """Raise unless the metadata of a checkpoint can be read; reads no array of Orbax's."""
+    """Raise unless the metadata of a checkpoint can be read; reads no arrays of an Orbax checkpoint."""
     try:
         if entry.path.is_file():
             foreign_snapshot.read_snapshot(entry)
@@ -129,7 +135,7 @@ def _adopt_step(entry: Entry, root: pathlib.Path, sequence: int, lineage: Lineag
     if entry.path.is_symlink() and not is_copied:
         raise StorageError(
             what=f"step {entry.step} cannot be adopted: {entry.path} is a link.",
-            why="its manifest would be written outside of the run.",
+            why="its manifest would be written outside the run.",
             fix=f'ct.adopt({str(entry.path.resolve())!r}, into="runs/new", step={entry.step}) copies it.',
         )
     try:
@@ -165,6 +171,6 @@ def _make_unreadable_error(entry: Entry, error: orbax.ReadError | IncompleteStep
     text = error.what if isinstance(error, IncompleteStepError) else f"{entry.path} cannot be read: {error}"
     return StorageError(
         what=f"step {entry.step} cannot be adopted: {text.rstrip('.')}.",
-        why="its program stores no digests, so it may be damaged, or of a form that is not known.",
+        why="another program wrote it, without digests: it may be damaged, or its format is unknown.",
         fix=f"move {entry.path} away, or save it again with named items (args=Composite(model=...)).",
     )

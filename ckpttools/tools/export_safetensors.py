@@ -48,7 +48,7 @@ def export_safetensors(
         file: The file; an existing one is replaced.
         item: Which item of the step.
         names: Names of leaves in the file, such as `{"layers.*.kernel": "h.*.weight"}`; all others keep their path.
-        skip: Patterns of leaves to leave out.
+        skip: Patterns of leaves to omit.
         metadata: Strings for the header; by default the format "pt", which transformers requires.
         progress: Called with the bytes written so far and the bytes in total.
 

@@ -38,7 +38,7 @@ def import_run(
         step: Number of the step.
         item: Name of the item.
         names: Names of leaves to names of tensors, as for `export_safetensors`; applied in reverse.
-        skip: Patterns of leaves to leave out.
+        skip: Patterns of leaves to omit.
         progress: Called with the bytes read so far and the bytes of the file.
 
     Returns:

@@ -55,7 +55,7 @@ class Listing(tuple[ListedStep, ...]):
     """A tuple of `ListedStep` that prints as the table of `ckpttools ls`.
 
     Attributes:
-        found: What lies at the path, if it holds no steps; "" otherwise.
+        found: What the location is, as a sentence, if it has no steps; "" otherwise.
 
     Example:
         >>> import ckpttools as ct
@@ -101,7 +101,7 @@ def find_numeric_columns(columns: Sequence[str]) -> list[str]:
 
 
 def ls(directory: Location) -> Listing:
-    """List every step of a run in the order of the commits, damaged and foreign ones last; reads manifests only.
+    """List every step of a run in commit order, damaged and foreign ones last; reads only manifests.
 
     Args:
         directory: The directory of a run or of one step, or a mirror or its address.
@@ -110,7 +110,7 @@ def ls(directory: Location) -> Listing:
         A tuple of `ListedStep`, which prints as a table.
 
     Raises:
-        NotARunError: If the directory does not exist, or is a file, or a part of a step.
+        NotARunError: If the directory does not exist, or is a file or part of a step.
         MirrorError: If a mirror does not answer.
 
     Example:

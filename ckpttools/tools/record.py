@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`record`: add metrics to a step that is committed already, from any process, also while another one trains."""
+"""`record`: add metrics to a committed step, from any process, even while another process trains."""
 
 import math
 import os
@@ -17,27 +17,27 @@ from ..tree.items import as_metric, require_metrics
 def record(
     directory: str | os.PathLike[str], step: int, metrics: Mapping[str, Any], *, overwrite: bool = False
 ) -> dict[str, float]:
-    """Record metrics of a committed step, such as those of an evaluation that runs beside the training.
+    """Record metrics of a committed step, such as those of an evaluation in another process.
 
-    They count like metrics that were passed to `save`: for `Best`, `ct.best`, `best_step`, `ls` and `show`. No lock is
-    needed. When the call returns they are on the disk; the open session reads them before it next deletes a step.
+    `Best`, `ct.best`, `best_step`, `ls` and `show` use them like metrics that were passed to `save`. No lock is taken.
+    When the call returns, the metrics are on disk; an open session reads them before its next deletion.
 
-    Retention decides by what is recorded. A step whose metric has not come yet is not the best, so keep as many
-    `Latest` steps as are saved while one is evaluated, or pin a step until its metric is recorded.
+    Retention uses the metrics recorded so far. A step without the metric is never the best, so choose `Latest(n)` large
+    enough for the steps saved during one evaluation, or pin a step until its metric is recorded.
 
     Args:
         directory: The run's directory.
-        step: Number of the step, on the run's current branch if several have it.
+        step: Number of the step; if several branches have it, the live one.
         metrics: Numbers by name. NaN is recorded and ranks last.
-        overwrite: Whether to replace a value that is recorded already; it stays in the manifest or in its own file.
+        overwrite: Whether to replace a recorded value, which stays on disk.
 
     Returns:
         All metrics of the step.
 
     Raises:
         LeafError: If a metric is not a number.
-        StepNotFoundError: If the step is not committed, or was deleted meanwhile; nothing is recorded then.
-        MetricConflictError: If another value is recorded already and `overwrite` is False.
+        StepNotFoundError: If the step is not committed, or was deleted meanwhile; nothing was recorded.
+        MetricConflictError: If a different value is recorded and `overwrite` is False; nothing was recorded.
         StorageError: If the directory cannot be written.
 
     Example:
@@ -60,8 +60,8 @@ def record(
     taken = [f"{name}={summary.metrics[name]:g}" for name in new if name in summary.metrics]
     if taken and not overwrite:
         raise MetricConflictError(
-            what=f"step {step} has {', '.join(taken)} already; nothing was recorded.",
-            why="the best step would change with whoever wrote last.",
+            what=f"step {step} already has {', '.join(taken)}; nothing was recorded.",
+            why="the last writer would silently decide which step is the best.",
             fix="record it under another name, or pass overwrite=True if the recorded value is wrong.",
         )
     if new:
@@ -69,7 +69,7 @@ def record(
             name = late_metrics.write_file(root, summary, new)
             if not _still_exists(root, summary):
                 late_metrics.remove_file(root, name)
-                raise _make_missing_error(root, step, "retention deleted it at this moment; nothing was recorded.")
+                raise _make_missing_error(root, step, "retention deleted it meanwhile; nothing was recorded.")
     return {**summary.metrics, **new}
 
 
@@ -79,7 +79,7 @@ def _parse_metrics(metrics: Any) -> dict[str, float]:
         if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
             raise LeafError(
                 what=f"the metric {name!r} is {value!r:.80}.",
-                why="metrics are compared, so each has to be one number.",
+                why="metrics are compared, so each must be a single number.",
                 fix=f"{{{name!r}: float(loss)}}",
             )
     return {name: as_metric(name, value) for name, value in metrics.items()}
@@ -93,7 +93,7 @@ def _find_entry(root: pathlib.Path, step: int) -> catalogue.Entry:
     current = catalogue.scan(root)
     found = [entry for entry in (*current.entries, *current.moved_entries) if entry.step == step]
     if type(step) is not int or not found:
-        raise _make_missing_error(root, step, "it was not saved, its save has not ended, or retention has deleted it.")
+        raise _make_missing_error(root, step, "it was never saved, is being saved, or retention has deleted it.")
     return found[0]
 
 

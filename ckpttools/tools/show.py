@@ -26,7 +26,7 @@ class ShownLeaf:
         dtype: Its dtype; for a key its implementation, for a value its Python type.
         bytes: Bytes of its array.
         value: A plain value.
-        weak_type: Whether it is a weakly typed JAX array or scalar. Not compared: older steps do not say it of arrays.
+        weak_type: Whether it is a weakly typed JAX array or scalar. Not compared, since older steps do not record it.
 
     Example:
         >>> import ckpttools as ct
@@ -54,8 +54,8 @@ class ShownStep:
         total_bytes: Bytes of its files.
         metrics: Recorded metrics.
         leaves: Every leaf, item by item.
-        lineage: The branches that led to the step, each with the step after which it began; the last is the step's.
-        excluded: The name of each part of the state that was left out, and the type or pattern that names it.
+        lineage: The branches that led to the step, each with the step after which it began; the last is its own branch.
+        excluded: The name of each part of the state that was excluded, and the type or pattern that excluded it.
 
     Example:
         >>> import ckpttools as ct
@@ -100,7 +100,7 @@ def format_lineage(lineage: Sequence[tuple[str, int]]) -> str:
 
 
 def format_excluded(excluded: Sequence[tuple[str, str]]) -> list[str]:
-    """Return one line for each part of the state that was left out."""
+    """Return one line for each part of the state that was excluded."""
     return [f"not saved: {name} ({reason})" for name, reason in excluded]
 
 
@@ -122,7 +122,7 @@ def show(directory: Location, step: int | None = None) -> ShownStep:
     Raises:
         StepNotFoundError: If it does not exist.
         StepDamagedError: If its manifest is damaged.
-        NotARunError: If the directory does not exist, or is a file, or a part of a step.
+        NotARunError: If the directory does not exist, or is a file or part of a step.
 
     Example:
         >>> import tempfile

@@ -27,7 +27,7 @@ class StepHealth:
         files: Damaged files, relative to the step's directory.
         leaves: Damaged leaves, as far as the files could be read.
         branch: Name of its branch; "" if unknown.
-        superseded: Whether the run has left that branch before this step.
+        superseded: Whether the step was superseded.
 
     Example:
         >>> import ckpttools as ct
@@ -56,7 +56,7 @@ class VerifyReport:
 
     Attributes:
         steps: One entry for each step.
-        found: What lies at the path, if it holds no steps; "" otherwise.
+        found: What the location is, as a sentence, if it has no steps; "" otherwise.
 
     Example:
         >>> import ckpttools as ct
@@ -70,7 +70,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether at least one step was read and nothing is damaged; steps of other writers cannot be verified."""
+        """Whether at least one step is intact and none is damaged; steps of other programs cannot be verified."""
         states = {step.state for step in self.steps}
         return "intact" in states and states <= {"intact", "unverified"}
 
@@ -90,7 +90,7 @@ def verify(
 ) -> VerifyReport:
     """Compare every file and leaf of a run, or of one step, with what was written.
 
-    Steps that the run's own process deletes in the meantime are left out.
+    Steps that the run deletes in the meantime are omitted.
 
     Args:
         directory: The directory of a run or of one step, or a mirror or its address.
@@ -99,7 +99,7 @@ def verify(
 
     Raises:
         StepNotFoundError: If `step` does not exist.
-        NotARunError: If the directory does not exist, or is a file, or a part of a step.
+        NotARunError: If the directory does not exist, or is a file or part of a step.
         MirrorError: If a mirror does not answer.
 
     Example:
@@ -132,7 +132,7 @@ def verify(
 
 def _make_unfinished_health(name: str) -> StepHealth:
     """Return the health of a copy without an intact manifest."""
-    reason = f"the copy {name} has no intact manifest: it is being written, was not finished, or is damaged"
+    reason = f"the copy {name} has no intact manifest: it is being written, is unfinished, or is damaged"
     return StepHealth(step=int(name.partition("-")[0]), state="incomplete", reason=reason)
 
 
@@ -163,7 +163,7 @@ def _examine(entry: catalogue.Entry, source: Source, on_bytes: Callable[[int], N
     except StepDamagedError as error:
         return StepHealth(step=entry.step, state="corrupt", reason=error.what, files=files, leaves=error.leaves)
     except StorageError as error:
-        # The other steps are checked all the same.
+        # The other steps are still checked.
         return StepHealth(step=entry.step, state="unreadable", reason=error.what)
     if files:
         reason = f"{len(files)} file(s) differ from what was written; all leaves are still readable"

@@ -40,7 +40,7 @@ class Stateful(Protocol):
 
 
 type FindReason = Callable[[Path, tuple[str, ...]], str]
-"""From a path and the types of its variable to the type or pattern that leaves it out; "" if it stays."""
+"""From a path and the types of its variable to the type or pattern that excludes it; "" if it is not excluded."""
 
 type PlaceLeaf = Callable[[Path, Any], Any]
 """From a leaf's path and the template's value to the restored value."""
@@ -71,7 +71,7 @@ class FlatItem:
     Attributes:
         leaves: All leaves, in an order that depends on the structure only.
         skeletons: For each stateful object, by its path, the containers of its state; None in a template.
-        excluded: The parts that were left out, each with the type or pattern that names it.
+        excluded: The excluded parts, each with the type or pattern that excluded it.
     """
 
     leaves: list[Leaf]
@@ -86,7 +86,7 @@ def flatten_item(item: Any, *, template: bool = False, find_reason: FindReason |
         item: An nnx object, an `nnx.State`, a stateful object or a pytree; concrete or abstract.
         template: Leave out the states of stateful objects: they are rebuilt from what was stored, not compared
             with it, since an iterator may hold nothing before its first batch and a buffer after it.
-        find_reason: Says what is left out; None to leave out nothing.
+        find_reason: Decides what is excluded; None excludes nothing.
 
     Raises:
         LeafError: If a part of the item cannot be flattened, or has a key that cannot be stored.
@@ -102,7 +102,7 @@ def flatten_with_records(item: str, value: Any, rules: Sequence[Exclude] = ()) -
     Args:
         item: Name of the item.
         value: An nnx object, an `nnx.State`, a stateful object or a pytree.
-        rules: What is left out.
+        rules: Which variables are excluded.
 
     Raises:
         LeafError: If a leaf cannot be stored.
@@ -221,8 +221,8 @@ def fill(value: Any, filling: Filling) -> Any:
 
 def _fill(value: Any, prefix: Path, filling: Filling) -> Any:
     if isinstance(value, nnx.Pytree):
-        # One leaf at a time, so that the old array is freed before the next one is allocated; and the variables
-        # themselves, since `nnx.update` walks over all siblings of a leaf.
+        # One leaf at a time, so that the old array is freed before the next one is allocated. Variables are set
+        # directly, since `nnx.update` visits all siblings of a leaf.
         for path, entry in _flatten_state(nnx.state(value)):
             if isinstance(entry, nnx.Variable):
                 _fill_variable(entry, (*prefix, *path), filling)

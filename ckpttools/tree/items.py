@@ -33,7 +33,7 @@ def require_items(state: Mapping[str, Any]) -> None:
 
 
 def require_metrics(metrics: Any) -> None:
-    """Raise `LeafError` unless the metrics are numbers by name; reads no value, which would wait for the device."""
+    """Raise `LeafError` unless the metrics are numbers by name; reads no values, so it never waits for the device."""
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise LeafError(
             what=f"the metrics are {metrics!r:.80}.",
@@ -65,6 +65,6 @@ def as_metric(name: str, value: Any) -> float:
 def _make_metric_error(name: str, shown: str) -> LeafError:
     return LeafError(
         what=f"the metric {name!r} is {shown}.",
-        why="metrics are compared, so each has to be a number.",
+        why="metrics are compared, so each must be a number.",
         fix=f"{{{name!r}: float(loss)}}",
     )

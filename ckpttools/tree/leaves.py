@@ -66,15 +66,15 @@ def describe(item: str, leaf: Leaf) -> Record:
         LeafError: If the leaf is of a type that cannot be stored.
     """
     if leaf.types and (recomputed := next((name for name in leaf.types if name in RECOMPUTED), "")):
-        # Such a leaf is saved only on request; a later restore without that request has to know what it is.
+        # Such a leaf is saved only if the spec does not exclude it; a later restore whose spec does must recognise it.
         plain = describe(item, dataclasses.replace(leaf, types=()))
         return dataclasses.replace(plain, variable=recomputed)
     value = leaf.value
     if isinstance(value, jax.core.Tracer):
         raise LeafError(
             what=f"{format_leaf_name(item, leaf.path)} is a tracer: this call is inside a function that JAX traces.",
-            why="in jit, grad or scan a value exists only while the function is traced; it cannot be saved or filled.",
-            fix="return the state from the function, and call step, save, restore or load outside, once it has run.",
+            why="inside jit, grad or scan a tracer has no value that could be saved or replaced.",
+            fix="return the state from the function, and call step, save, restore or load outside it.",
         )
     if not is_array(value):
         return Record(path=leaf.path, kind="value", value=encode_value(format_leaf_name(item, leaf.path), value))
@@ -114,10 +114,10 @@ def describe(item: str, leaf: Leaf) -> Record:
 
 @jax.jit
 def make_weakly_typed(array: jax.Array) -> jax.Array:
-    """Return a weakly typed copy: beside a bfloat16 array, a strong float32 one would turn the result to float32.
+    """Return a weakly typed copy; with a bfloat16 array, a strongly typed float32 one would promote to float32.
 
-    JAX has no public conversion. `jnp.full` of a Python number is weakly typed, and an update in place keeps that.
-    A dtype that no Python number has stays strong.
+    JAX has no public conversion, but `jnp.full` of a Python number is weakly typed, and `.at[...].set` preserves that.
+    An array whose dtype no Python number has is returned unchanged.
     """
     numbers: dict[str, complex] = {"f": 0.0, "i": 0, "c": 0j}
     weak = jnp.full(array.shape, numbers.get(array.dtype.kind, 0.0))

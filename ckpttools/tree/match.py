@@ -91,7 +91,7 @@ def mask_numbers(path: Names) -> Names:
 def add_closest_names(differences: Sequence[Difference]) -> list[Difference]:
     """Add to each missing leaf the closest names that are on disk and not in the state.
 
-    Names are compared in pairs, so of many kinds of names only the first `_MAX_KINDS` of either side are.
+    Names are compared in pairs, so only the first `_MAX_KINDS` kinds of either side are compared.
     """
     unexpected = dict.fromkeys(each.path for each in differences if each.kind == "unexpected")
     if not unexpected:

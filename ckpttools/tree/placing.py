@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put one leaf on its devices, and find everything that would prevent it before any live leaf changes.
+"""Place one leaf on its devices, and find everything that would prevent that before any live leaf changes.
 
-Only what the template, the record and the devices say is checked, so it is cheap and done before arrays are read. A
-device may still refuse later, for example because another program takes its memory: `replacing` puts the state back.
+The check uses only the template, the record and the devices, so it is cheap and done before arrays are read. A device
+may still refuse a leaf later, for example because another program takes its memory: then `replacing` puts the state
+back.
 """
 
 import collections
@@ -25,7 +26,7 @@ _MAX_LINES = 20
 
 
 def require_placeable(leaves: Iterable[TargetLeaf]) -> None:
-    """Raise `PlacementError`, naming every leaf, if leaves cannot be placed where the templates are.
+    """Raise `PlacementError`, naming every leaf, unless all leaves can be placed where their templates are.
 
     Args:
         leaves: All leaves that will be placed, in that order.
@@ -37,20 +38,20 @@ def require_placeable(leaves: Iterable[TargetLeaf]) -> None:
         more = f"\n    ... and {len(problems) - _MAX_LINES} more" if len(problems) > _MAX_LINES else ""
         error = PlacementError(
             what=f"{len(problems)} leaf(s) cannot be placed where the state passed in has them:{''.join(shown)}{more}",
-            why="the restore would stop half way, with a state that is neither the old nor the new one.",
-            fix="change what is named above and restore again; nothing was changed.",
+            why="the restore would stop halfway, with a state that is neither the old nor the new one.",
+            fix="fix the leaves listed above and restore again; nothing was changed.",
         )
         error.leaves = tuple(problems)
         raise error
     shortage = _find_shortage(on_device)
     if shortage and gc.collect():
-        # Arrays in reference cycles are freed here, before a restore is refused because of them.
+        # Free arrays in reference cycles before a restore is refused because of them.
         shortage = _find_shortage(on_device)
     if shortage:
         raise PlacementError(
             what=f"the state does not fit into device memory: {shortage}.",
-            why="the restore would run out of memory half way.",
-            fix="free arrays that are not needed any more, or shard the state over more devices; nothing was changed.",
+            why="the restore would run out of memory halfway.",
+            fix="free unused arrays, or shard the state over more devices; nothing was changed.",
         )
 
 
@@ -59,7 +60,7 @@ def _is_on_host(template: Any) -> bool:
 
 
 def _find_problem(template: Any, record: Record) -> str:
-    """Return why a leaf cannot be placed; "" if nothing is known against it."""
+    """Return why a leaf cannot be placed; "" if no reason is known."""
     dtype = get_host_shape(record)[1]
     if record.kind != "key" and jax.dtypes.canonicalize_dtype(dtype) != dtype:
         return f'{record.dtype} needs jax.config.update("jax_enable_x64", True); JAX would truncate it silently'
@@ -87,8 +88,8 @@ def _find_missing_memory_kind(sharding: Sharding) -> str:
 def _find_shortage(leaves: Iterable[TargetLeaf]) -> str:
     """Return which device lacks how much memory; "" if none is known to.
 
-    The bytes that the restore needs at least: each old array is counted as freed once it is replaced, although the
-    caller may hold it. So nothing is refused that could succeed.
+    Counts the minimum that the restore needs: each old array counts as freed once it is replaced, although the caller
+    may still reference it. So no restore that could succeed is refused.
     """
     held: collections.Counter[jax.Device] = collections.Counter()
     peak: collections.Counter[jax.Device] = collections.Counter()
@@ -113,7 +114,7 @@ def _measure_target(template: Any, record: Record) -> Iterator[tuple[jax.Device,
 
 
 def _measure_shards(sharding: Sharding, shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[jax.Device, int]]:
-    """Yield the bytes of an array on each device of this process; none for an array in the memory of the host."""
+    """Yield the bytes of an array on each device of this process; nothing for an array in host memory."""
     if sharding.memory_kind in ("pinned_host", "unpinned_host"):
         return
     size = int(np.prod(sharding.shard_shape(shape), dtype=np.int64)) * itemsize
@@ -161,7 +162,7 @@ def place(name: str, host: Any, template: Any) -> jax.Array:
         sharding = get_sharding(template)
         if sharding is not None and not sharding.is_fully_addressable:
             return _make_global_array(host, sharding)
-        # An uncommitted array must not come back committed to a device.
+        # An uncommitted array must stay uncommitted.
         placed = jax.device_put(host, sharding if getattr(template, "committed", True) else None)
         return placed
     except StructureError:
@@ -171,12 +172,11 @@ def place(name: str, host: Any, template: Any) -> jax.Array:
 
 
 def make_device_error(name: str, error: Exception) -> PlacementError:
-    """Return the error for a leaf that a device refused although nothing was known against it."""
+    """Return the error for a leaf that a device refused although all checks had passed."""
     reason = str(error).partition("\n")[0]
     failure = PlacementError(
         what=f"{name} could not be placed on its devices: {type(error).__name__}: {reason:.300}",
-        why="a state of which only a part is restored is neither the old nor the new one, so all of it was put back "
-        "as it was before the restore.",
+        why="a partly restored state is neither the old nor the new one, so all of it was put back as it was.",
         fix="free device memory, or shard the state over more devices, and restore again.",
     )
     failure.leaves = (name,)
@@ -184,7 +184,7 @@ def make_device_error(name: str, error: Exception) -> PlacementError:
 
 
 def _make_global_array(host: Any, sharding: Sharding) -> jax.Array:
-    """Return a global array of which each process places its own shards; all of them hold the same host array."""
+    """Return a global array; each process places its own shards from the same host array."""
     if is_key(host):
         implementation = str(jax.random.key_impl(host))
         data = np.asarray(jax.random.key_data(host))
@@ -193,11 +193,11 @@ def _make_global_array(host: Any, sharding: Sharding) -> jax.Array:
 
 
 def _get_key_data_sharding(sharding: Sharding) -> Sharding:
-    """Return the sharding of keys for their data; its extra dimension is not sharded, since the spec omits it."""
+    """Return the sharding of keys for their data; the extra dimension is not sharded, since the spec omits it."""
     if isinstance(sharding, NamedSharding):
         return sharding
     raise StructureError(
         what=f"keys are sharded across processes by a {type(sharding).__name__}.",
-        why="it does not say how to shard the data of the keys, which has one dimension more.",
-        fix="shard them by a NamedSharding.",
+        why="it does not define how to shard the data of the keys, which has one more dimension.",
+        fix="shard them with a NamedSharding.",
     )

@@ -40,10 +40,10 @@ class Record:
         shape: Shape; for a key, of the typed array.
         dtype: Name of the dtype; for a key, the name of its implementation.
         scalar: "numpy" for a numpy scalar, "weak" for a weakly typed JAX scalar, "" for any other array.
-        weak_type: Whether a JAX array with dimensions is weakly typed, such as `jnp.full(4, 0.1)`; a scalar says so in
-            `scalar`, which older versions read.
-        variable: The name of a recomputed `nnx` variable's type, such as "Cache", that was saved because the spec asks
-            for it; "" for all other leaves.
+        weak_type: Whether a JAX array with dimensions is weakly typed, such as `jnp.full(4, 0.1)`; for scalars,
+            `scalar` records it, which older versions read.
+        variable: The type of a recomputed `nnx` variable that the spec does not exclude, such as "Cache"; "" for all
+            other leaves.
         digest: Digest of the bytes of an "array" or "key".
         value: The encoded value of a "value", or the bytes of an array that the manifest stores.
         slices: For an array that was sharded across processes, a digest of each shard instead of one of the whole.
@@ -66,10 +66,10 @@ class Record:
         return self.value is None and (self.kind == "array" or (self.kind == "key" and 0 not in self.shape))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as plain data, without its defaults, and without the two fields that `store.manifest` adds.
+        """Return the record as plain data, without defaults and without the two fields that `store.manifest` adds.
 
-        `weak_type` and `variable` are stored beside the records: earlier versions take a record with an unknown field
-        for damage, and ignore what stands beside it.
+        `weak_type` and `variable` are stored beside the records: earlier versions treat an unknown field of a record as
+        damage, and ignore unknown fields beside the records.
         """
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del plain["weak_type"], plain["variable"]

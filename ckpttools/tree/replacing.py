@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replace values of live objects one by one, and put all of them back if the restore does not complete.
 
-Keeping the old arrays would double the device memory of a restore. So what is remembered of an old array is a copy on
-the host. It takes the place of the restored leaf, which has just left the host, so the host's memory does not grow
-either. Small arrays are remembered as they are, up to `_REFERENCED_BYTES` in all.
+Keeping the old arrays on their devices would double the device memory of a restore, so each is copied to the host. The
+copy replaces the restored leaf, which has just left the host, so host memory does not grow either. Small arrays are
+kept as they are, up to `_REFERENCED_BYTES` in all.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class _HostCopy:
         return jax.make_array_from_single_device_arrays(self.array.shape, sharding, placed)
 
     def get_host_value(self) -> Any:
-        """Return the values as a host array, for a device that does not even take back what it held."""
+        """Return the values as a host array, for a device that refuses even its old values."""
         whole = np.empty(self.array.shape, self.array.dtype)
         assert self.array.sharding is not None
         indices = self.array.sharding.addressable_devices_indices_map(self.array.shape)
@@ -83,9 +83,9 @@ class Replacements:
         self._spare: np.ndarray[Any, Any] | None = None
 
     def offer_buffer(self, host: Any, placed: jax.Array) -> None:
-        """Offer the host memory of a leaf that was placed, so that the old value can be copied into it.
+        """Offer the host memory of a placed leaf, so that the old value can be copied into it.
 
-        On CPU that takes a third of the time: new memory has to be mapped page by page.
+        On CPU the copy then takes a third of the time, because new memory has to be mapped page by page.
         """
         self._spare = None
         if isinstance(host, np.ndarray) and host.nbytes > _SMALL_BYTES and host.flags.writeable and _is_on_cpu(placed):
@@ -96,7 +96,7 @@ class Replacements:
 
     def set_variable(self, name: str, variable: nnx.Variable[Any], value: Any) -> None:
         """Set the value of a variable."""
-        # A variable that two items share is replaced twice; the value before the first time counts.
+        # A variable that two items share is replaced twice; the value before the first replacement is the old one.
         if id(variable) not in self._variables:
             old = self._remember(variable.get_raw_value())
             # Freed first, so that the device never holds more than the state and one leaf.
@@ -106,14 +106,14 @@ class Replacements:
         variable.set_raw_value(value)
 
     def set_entry(self, name: str, root: nnx.Pytree, path: Path, value: Any) -> None:
-        """Set an array that is an attribute or entry somewhere inside an nnx object, and not in a variable."""
+        """Set an array that is an attribute or entry inside an nnx object, outside a variable."""
         write = _find_setter(root, path)
         self._replaced.append(_Replaced(name, self._remember(_get_entry(root, path)), write))
         write(value)
 
     def set_state(self, name: str, value: Any, state: Any) -> None:
         """Set the state of an object with `get_state` and `set_state`."""
-        # An object that has no state yet cannot say what it was; then it is not put back.
+        # An object without a state yet cannot return one; it is then not put back.
         with contextlib.suppress(Exception):
             old = copy.deepcopy(value.get_state())
             self._replaced.append(_Replaced(name, old, value.set_state))
@@ -125,8 +125,8 @@ class Replacements:
         An interrupt meanwhile does not stop it, and is raised at the end.
 
         Returns:
-            Names of the leaves that no device takes back, which hold their old values as host arrays; names of the
-            objects that refuse their old state.
+            Names of the leaves that no device accepts, which hold their old values as host arrays; names of the objects
+            that refuse their old state.
         """
         interrupt: BaseException | None = None
         on_host: list[str] = []
@@ -153,7 +153,7 @@ class Replacements:
         return tuple(on_host), tuple(refused)
 
     def _remember(self, value: Any) -> Any:
-        """Return what is needed to make a value again, in a form that holds little device memory."""
+        """Return what is needed to rebuild a value, in a form that uses little device memory."""
         if isinstance(value, jax.Array):
             return self._remember_array(value)
         leaves, treedef = jax.tree.flatten(value, is_leaf=_is_live)
@@ -163,8 +163,8 @@ class Replacements:
         return _Remembered(treedef, tuple(remembered))
 
     def _remember_array(self, array: jax.Array) -> Any:
-        # Weak types and typed keys cannot be rebuilt from host arrays, but they are small; a deleted array holds no
-        # memory, and it has to come back as deleted.
+        # Weakly typed arrays and typed keys cannot be rebuilt from host arrays, but they are small; a deleted array
+        # uses no memory and has to stay deleted.
         if is_key(array) or array.weak_type or array.is_deleted() or _needs_x64(array):
             return array
         if array.nbytes <= _SMALL_BYTES and self._referenced_bytes + array.nbytes <= _REFERENCED_BYTES:
@@ -203,7 +203,7 @@ def _copy_shard(data: jax.Array, spare: np.ndarray[Any, Any] | None) -> np.ndarr
     view = np.asarray(data)
     if not _is_on_cpu(data):
         return view
-    # On CPU it is the same memory, and would keep the array alive.
+    # On CPU the view shares the array's memory, and would keep it alive.
     fits = spare is not None and (spare.shape, spare.dtype) == (view.shape, view.dtype)
     target = spare if spare is not None and fits else np.empty_like(view)
     np.copyto(target, view)
@@ -251,7 +251,7 @@ def _get_entry(root: Any, path: Path) -> Any:
 
 
 def _find_setter(root: nnx.Pytree, path: Path) -> Callable[[Any], None]:
-    """Return a function that sets the value at a path; what is immutable above it is rebuilt."""
+    """Return a function that sets the value at a path; immutable containers above it are rebuilt."""
     nodes = [root]
     for key in path[:-1]:
         nodes.append(_get_child(nodes[-1], key))

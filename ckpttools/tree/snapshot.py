@@ -62,7 +62,7 @@ class SnapshotItem:
     Attributes:
         leaves: All leaves, in the order of the manifest.
         skeletons: The containers of stateful objects, by path.
-        excluded: What was left out, by path, and why.
+        excluded: The excluded parts: their paths, and the type or pattern that excluded them.
     """
 
     leaves: tuple[SnapshotLeaf, ...]
@@ -97,7 +97,7 @@ class Snapshot:
 
     @property
     def excluded(self) -> tuple[tuple[str, str], ...]:
-        """The names of what was left out, each with the type or pattern that names it."""
+        """The names of the excluded parts, each with the type or pattern that excluded it."""
         return tuple(
             (format_leaf_name(name, path), reason)
             for name, item in self.items.items()
@@ -118,14 +118,14 @@ def take(state: Mapping[str, Any], buffers: Buffers | None, rules: Sequence[Excl
         buffers: Memory to copy arrays into; it holds the copies of the previous save, and those of this one
             afterwards. None to copy only what is not in host memory, for a save that ends before the program
             continues.
-        rules: What is left out.
+        rules: Which variables are excluded.
 
     Raises:
         LeafError: If a leaf cannot be stored.
         StructureError: If two leaves would share a name.
     """
     copies: Buffers | None = None if buffers is None else {}
-    # A save is requested, so its transfers are not those that a guard is meant to find.
+    # The caller requested the save, so a transfer guard must not reject its transfers.
     with jax.transfer_guard("allow"):
         items = {name: _take_item(name, value, buffers, copies, rules) for name, value in state.items()}
     if buffers is not None and copies is not None:
@@ -158,11 +158,11 @@ def _take_item(
 
 
 def _warn_of_empty_item(item: str, reason: str) -> None:
-    """An item that holds nothing else was most likely passed in order to be saved."""
+    """Warn about an item of excluded variables only: most likely it was passed in order to be saved."""
     if reason in RECOMPUTED:
         warnings.warn(
-            f"nothing of the item {item!r} is saved: all of it is recomputed, such as {reason}; "
-            f"exclude=ct.Exclude(items=...) with the other items saves it.",
+            f"nothing of the item {item!r} is saved: all its variables are recomputed, such as {reason}; "
+            f"to save it, pass exclude=ct.Exclude(items=...) with the names of the other items.",
             CheckpointWarning,
             stacklevel=2,
         )

@@ -38,13 +38,13 @@ def fill_state(state: Mapping[str, Any], items: Mapping[str, HostItem]) -> dict[
     """Return the state with its leaves replaced: live objects in place, everything else rebuilt.
 
     Raises:
-        PlacementError: If a device refuses a leaf. Whatever is raised, an interrupt included, all live objects are put
-            back as they were.
+        PlacementError: If a device refuses a leaf. After any exception, including an interrupt, all live objects are
+            put back as they were.
     """
     # Stateful objects come first: if one of them refuses its state, the model is unchanged.
     ordered = sorted(state, key=lambda item: not flatten.is_stateful_item(state[item]))
     replacements = Replacements()
-    # A restore is requested, so its transfers are not those that a guard is meant to find.
+    # The caller requested the restore, so a transfer guard must not reject its transfers.
     with jax.transfer_guard("allow"):
         try:
             filled = {item: _fill_item(item, state[item], items[item], replacements) for item in ordered}
@@ -55,14 +55,14 @@ def fill_state(state: Mapping[str, Any], items: Mapping[str, HostItem]) -> dict[
 
 
 def _put_back(replacements: Replacements, error: BaseException) -> None:
-    """Put the live objects back; what could not be put back is named."""
+    """Put the live objects back, and name those that could not be put back."""
     on_host, refused = replacements.put_back()
     if refused:
-        error.add_note(f"{', '.join(refused)} refused the state it had before the restore; all else is as it was.")
+        error.add_note(f"{', '.join(refused)} refused its state from before the restore; everything else is as it was.")
     if on_host:
         raise PlacementError(
             what=f"{', '.join(on_host[:20])} could not be put back after: {str(error).partition(chr(10))[0]:.300}",
-            why="the device does not take what it held before, so these hold their old values as arrays of the host.",
+            why="the device refuses the old arrays, so these leaves hold their old values as host arrays.",
             fix="save them now, or restart; everything else is as it was before the restore.",
         ) from error
 
@@ -81,7 +81,7 @@ def _fill_item(item: str, value: Any, source: HostItem, replacements: Replacemen
         if record.scalar == "weak":
             host = host.item()
         placed = placing.place(name, host, template)
-        # A device may report a failure late. One leaf behind, so that a leaf is copied while the next one is prepared.
+        # A device may report a failure late. Waiting one leaf behind overlaps its transfer with the next preparation.
         _wait(waiting)
         waiting.append((name, placed))
         replacements.offer_buffer(host, placed)
@@ -141,7 +141,7 @@ def _take(name: str, source: HostItem, record: Record) -> Any:
 def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = None) -> dict[str, Any]:
     """Return a copy that shares nothing with the state.
 
-    Items that are stateful objects are left out: they cannot be copied in general.
+    Items that are stateful objects are omitted: they cannot be copied in general.
 
     Args:
         state: Items by name.
@@ -159,7 +159,7 @@ def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = 
                 )
             else:
                 source = dataclasses.replace(items[item], arrays=dict(items[item].arrays))
-                # Live objects inside a container are filled in place, so the copy gets objects of its own.
+                # Live objects inside a container are filled in place, so the copy gets new objects.
                 structure = jax.tree.map(lambda leaf: leaf, functional)
                 copies[item] = merge(_fill_item(item, structure, source, Replacements(), copy=True))
     return copies

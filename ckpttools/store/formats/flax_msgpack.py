@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the msgpack files of flax's `save_checkpoint` and `to_bytes`: the only file that imports flax's reader.
 
-They hold a tree of dicts, in which lists and tuples have become dicts with the keys "0", "1", ...
+They contain a tree of dicts; flax stores lists and tuples as dicts with the keys "0", "1", ...
 """
 
 import pathlib
@@ -14,14 +14,14 @@ from ...errors import StructureError
 from . import foreign_layouts
 
 _ELSEWHERE = "//MPAPlaceholder:"
-"""What flax writes in place of an array that is sharded over processes and stored in a directory of its own."""
+"""What flax writes in place of an array that is sharded over processes and stored in a separate directory."""
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-    """Return the tree of a file; reads all of it.
+    """Return the tree of a file; reads the whole file.
 
     Raises:
-        StructureError: If it is not a whole file of flax's, or holds only a part of the state.
+        StructureError: If it is not a complete flax file, or contains only part of the state.
     """
     try:
         tree = serialization.msgpack_restore(path.read_bytes())
@@ -29,14 +29,13 @@ def read(path: pathlib.Path) -> dict[str, Any]:
         # msgpack, numpy and flax raise several classes of errors for damaged bytes, without a common base.
         raise StructureError(
             what=f"{path} cannot be read as a msgpack file of flax: {type(error).__name__}: {str(error).rstrip('.')}.",
-            why="it is damaged or incomplete, or another program wrote it; flax stores no digest to find out.",
+            why="it is damaged, incomplete, or not written by flax, which stores no digest to tell.",
             fix="use another step, or read it with the program that wrote it.",
         ) from error
     if not isinstance(tree, dict) or _has_placeholder(tree):
         raise StructureError(
-            what=f"{path} does not hold all of its state.",
-            why="it is not a dict, or some of its arrays are in a directory beside it, which flax wrote from several "
-            "processes.",
+            what=f"{path} does not contain its whole state.",
+            why="it is not a dict, or flax wrote some of its arrays from several processes, to a directory beside it.",
             fix="restore it with flax's restore_checkpoint, and save the result with ct.open(spec).save(step, state).",
         )
     return tree
@@ -46,7 +45,7 @@ def describe(path: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
     """Return name, shape and dtype of each leaf of a file; the dtype is "" for a leaf that is not an array.
 
     Raises:
-        StructureError: If it is not a whole file of flax's.
+        StructureError: If it is not a complete flax file, or contains only part of the state.
     """
     return list(_describe(foreign_layouts.BARE_ITEM, read(path)))
 

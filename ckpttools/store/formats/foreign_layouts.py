@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognise the checkpoints of other writers by their names and first bytes, without importing Orbax or flax.
+"""Recognise the checkpoints of other programs by their names and first bytes, without importing Orbax or flax.
 
 Three layouts are known:
 
@@ -7,8 +7,8 @@ Three layouts are known:
 -   "bare": one tree directly in the directory (`StandardCheckpointer`, `PyTreeCheckpointer`, flax with Orbax);
 -   "msgpack": one file (flax's `save_checkpoint` and `to_bytes`).
 
-A step's number is the end of its name: `10`, `000010`, `ckpt_10`, `checkpoint_7`. Orbax writes to a directory whose
-name says that it is temporary, and renames it at the end; an unfinished directory is not a step.
+A step's name ends in its number: `10`, `000010`, `ckpt_10`, `checkpoint_7`. Orbax writes to a directory with a
+temporary name and renames it at the end; an unfinished directory is not a step.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ _WRITERS: dict[Layout, str] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForeignFiles:
-    """What other writers left in a directory.
+    """The checkpoints of other programs in a directory.
 
     Attributes:
-        steps: Checkpoints whose names hold a number, as pairs of number and path; those of plain numbers are left out.
+        steps: Checkpoints whose names end in a number, as pairs of number and path; without plain numbers such as `10`.
         unnumbered: Checkpoints without a number, such as `best/`.
-        unfinished: Directories that Orbax had not finished.
+        unfinished: Directories that Orbax has not finished.
     """
 
     steps: tuple[tuple[int, pathlib.Path], ...] = ()
@@ -53,7 +53,7 @@ class ForeignFiles:
 
 
 def find_foreign_files(root: pathlib.Path) -> ForeignFiles:
-    """Return the checkpoints of other writers directly in a directory."""
+    """Return the checkpoints of other programs directly in a directory."""
     if not root.is_dir():
         return ForeignFiles()
     with os.scandir(root) as found:
@@ -77,9 +77,9 @@ def parse_number(name: str) -> int | None:
 
 
 def is_unfinished(path: pathlib.Path) -> bool:
-    """Return whether Orbax was still writing this directory when it stopped, or is writing it now.
+    """Return whether Orbax has not finished this directory: it was interrupted, or is still writing.
 
-    On stores without a rename Orbax writes under the final name, and adds the time of the commit at the end.
+    On stores without rename, Orbax writes under the final name and adds the time of the commit at the end.
     """
     if _TEMPORARY in path.name:
         return path.is_dir()
@@ -91,7 +91,7 @@ def is_unfinished(path: pathlib.Path) -> bool:
 
 
 def recognize(path: pathlib.Path) -> Layout | None:
-    """Return the layout of another writer's checkpoint; None for anything else, our own steps included."""
+    """Return the layout of another program's checkpoint; None for anything else, including our own steps."""
     if path.is_file():
         named = path.suffix == ".msgpack" or path.name[-1].isdecimal()
         return "msgpack" if named and _holds_msgpack_dict(path) else None
@@ -114,7 +114,7 @@ def is_orbax_checkpoint(directory: pathlib.Path) -> bool:
 
 
 def is_bare(directory: pathlib.Path) -> bool:
-    """Return whether a directory, possibly an adopted one, holds one tree without items."""
+    """Return whether a directory, possibly adopted, contains one tree without items."""
     return (directory / _TREE_METADATA).is_file()
 
 
@@ -124,7 +124,7 @@ def is_in_checkpoint(path: pathlib.Path) -> bool:
 
 
 def _has_old_items(path: pathlib.Path) -> bool:
-    """Return whether a numbered directory holds items of an Orbax that wrote no metadata of the whole step."""
+    """Return whether a numbered directory has items written by an old Orbax, without metadata of the whole step."""
     if parse_number(path.name) is None or not path.is_dir():
         return False
     # A child with metadata of a whole checkpoint is a step, and `path` a run such as `exp2`.
@@ -132,12 +132,12 @@ def _has_old_items(path: pathlib.Path) -> bool:
 
 
 def _holds_msgpack_dict(path: pathlib.Path) -> bool:
-    """Return whether a file begins as flax's do: a dict that is not empty, whose first key is a short string."""
+    """Return whether a file begins like flax's files: with a dict that is not empty and whose first key is short."""
     try:
         with path.open("rb") as file:
             head = file.read(6)
     except OSError:
-        # What cannot be read must not hide the steps beside it, nor look as if nothing were there.
+        # An unreadable file must neither hide the steps beside it nor look absent.
         return path.name.startswith("checkpoint_")
     sizes = {0xDE: 3, 0xDF: 5}
     if not head or not (0x81 <= head[0] <= 0x8F or head[0] in sizes):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays that could be made of leaves, or taken apart to leaves: transposed, stacked, fused.
+"""Arrays that could be made from leaves, or split into leaves: transposed, stacked, fused.
 
-Each is a candidate with the name and form that it would have, which is compared with what is on the other side.
+Each is a candidate with the name and form that it would have, which are compared with the leaves on the other side.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _FUSED: tuple[tuple[str, ...], ...] = (
     *(("to_q", "to_k", "to_v"), ("gate", "up"), ("gate_proj", "up_proj"), ("wi_0", "wi_1"), ("w1", "w3")),
     *(("k", "v"), ("key", "value"), ("k_proj", "v_proj")),
 )
-"""Names of the pieces that models fuse, in the order in which they do."""
+"""Names of the pieces that models fuse, in the order of the fused array."""
 _PERMUTATIONS = {2: ((1, 0),), 3: ((0, 2, 1), (2, 1, 0)), 4: ((2, 3, 1, 0), (3, 2, 0, 1), (0, 1, 3, 2))}
 
 
@@ -27,7 +27,7 @@ def list_plain(leaves: Iterable[tuple[Names, Form]]) -> list[Candidate]:
 
 
 def list_transposed(leaves: Iterable[tuple[Names, Form]]) -> list[Candidate]:
-    """Return the leaves with their axes in each other order that is common."""
+    """Return the leaves with their axes in each of the other common orders."""
     return [
         Candidate(path, _permute(form, axes), (path,), Arrangement(axes=axes))
         for path, form in leaves
@@ -36,11 +36,11 @@ def list_transposed(leaves: Iterable[tuple[Names, Form]]) -> list[Candidate]:
 
 
 def list_stacked(leaves: Iterable[tuple[Names, Form]], *, are_wanted: bool) -> list[Candidate]:
-    """Return each array that could be stacked of leaves whose names differ in one number.
+    """Return each array that could be stacked from leaves whose names differ in one number.
 
     Args:
         leaves: The leaves.
-        are_wanted: Whether they are leaves of the state, which get the numbers from 0 on, and the array is on disk.
+        are_wanted: Whether they are leaves of the state, numbered from 0, and the array is on disk.
     """
     return [
         Candidate(each.plain, form, each.leaves, Arrangement(name=each.name, axis=axis, axes=axes))
@@ -56,7 +56,7 @@ def _permute(form: Form, axes: Sequence[int]) -> Form:
 
 
 def _list_permutations(form: Form) -> list[tuple[int, ...]]:
-    """Return one permutation for each form that is not the same."""
+    """Return one permutation for each different form that permuting the axes gives."""
     found = {_permute(form, axes): axes for axes in reversed(_PERMUTATIONS.get(len(form[2]), ()))}
     found.pop(form, None)
     return list(found.values())

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pair leaves of equal form by their names: which stored leaf is the likely source of which leaf of the state?
 
-Leaves whose names differ only in numbers are one kind, and kinds are paired, so that the work grows with the leaves and
-not with their pairs: each kind looks up the kinds of its form that share the longest end of its name. A change of a
-part above moves many kinds at once, so each pair votes for the change that it implies and the most frequent wins.
-Names are compared as words in which common synonyms are one: `h_0.attn.weight` and `h.0.attention.kernel`.
+Leaves whose names differ only in numbers are one kind, and kinds are paired, so the work grows with the number of
+leaves, not of pairs: each kind looks up the kinds of its form that share the longest end of its name. A renamed part
+moves many kinds at once, so each pair votes for the change that it implies, and the most frequent change wins. Names
+are compared word by word, with common synonyms treated as equal: `h_0.attn.weight` and `h.0.attention.kernel`.
 """
 
 import collections
@@ -35,7 +35,7 @@ _SLOTS = frozenset(
     {"mu", "nu", "trace", "acc_grads", "nu_max", "sum_of_squares", "v_row", "v_col", "momentum", "slow"}
     | {"grad_mom", "grad_sq", "ema", "average", "fisher"}
 )
-"""Names of what an optimizer keeps of each parameter: one is never the source of another, nor a parameter of either."""
+"""Names of an optimizer's per-parameter values: one is never the source of another, nor of a parameter."""
 _MAX_CANDIDATES = 16
 _NUMBER = re.compile(r"\d+")
 _MAX_FUZZY = 60
@@ -231,7 +231,7 @@ def _find_by_end(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Iterable
             votes[change] += min(len(source.members), len(target.members))
     for edge in edges:
         edge.evidence = (votes[edge.change], *edge.evidence)
-    # Two that look the same are not told apart by chance: such names have to be alike.
+    # An ambiguous pair is dropped, not chosen by chance.
     edges = _drop_ambiguous(edges, lambda edge: id(edge.target))
     edges = _drop_ambiguous(edges, lambda edge: id(edge.source))
     edges.sort(key=lambda edge: edge.evidence, reverse=True)

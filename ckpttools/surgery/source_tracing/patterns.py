@@ -10,11 +10,11 @@ from ..renaming import Parts
 
 
 def find_covering_patterns(targets: Iterable[Names], others: Collection[Names]) -> list[str]:
-    """Return patterns that cover the targets and none of the others; a part that is covered whole gets one pattern.
+    """Return patterns that match the targets and none of the others; a part with only targets gets one pattern.
 
     Args:
-        targets: The leaves to cover.
-        others: All leaves that no pattern may touch.
+        targets: The leaves to match.
+        others: All leaves that no pattern may match.
     """
     blocked = {other[:depth] for other in others for depth in range(1, len(other) + 1)}
     parts: dict[Names, None] = {}

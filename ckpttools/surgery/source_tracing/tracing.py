@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trace each leaf that a state lacks to its likely source among the leaves on disk.
+"""Trace each leaf of the state that does not fit to its likely source among the leaves on disk.
 
 The strongest evidence comes first, and every leaf is used once: the same names with shifted numbers, other names of
-equal form, several leaves that are layers of one array and the reverse, fused arrays, transposed ones, then the same
-with another dtype, then other sizes. Copies come last: they take nothing away. What no stage finds is new, or of no
-use.
+equal form, leaves that are layers of one array and the reverse, fused arrays, transposed ones, then the same stages
+with another dtype, then other sizes. Copies come last, since they use up no source. A leaf of the state that no stage
+finds is new; a leaf on disk that no stage uses is dropped.
 
-A leaf that fits by its name stays where it is, with one exception: a sequence into which something was inserted
+A leaf that fits by its name keeps its place, with one exception: a sequence into which something was inserted
 (`layers.1` is now `layers.2`, and `layers.2` is `layers.4`) keeps its order, although some of its names fit by chance.
 """
 
@@ -28,18 +28,18 @@ type How = Literal["rename", "copy", "stack", "unstack", "merge", "split"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Where one leaf of the state comes from, or several that are made of one.
+    """The source of one leaf of the state, or of several that come from one source.
 
     Attributes:
-        how: What gives the leaves their new names.
-        old: The name on disk; with `PLACE` in it if several are joined.
-        new: The name in the state; with `PLACE` in it if one is taken apart.
+        how: The operation that moves the leaves.
+        old: The name on disk, containing `PLACE` if several are joined.
+        new: The name in the state, containing `PLACE` if one is split or unstacked.
         sources: The leaves on disk, in order.
         targets: The leaves of the state, in order.
-        axis: The axis along which arrays are joined or taken apart.
+        axis: The axis along which arrays are joined, split or unstacked.
         pieces: Names of the pieces of a fused array.
         sizes: Sizes of its pieces, if they differ.
-        axes: How the result is transposed; empty if it is not.
+        axes: The permutation of the result's axes; empty without one.
     """
 
     how: How
@@ -61,7 +61,7 @@ _COPY_WORDS = frozenset(
 
 
 def trace_leaves(plan: RestorePlan) -> list[Trace]:
-    """Return where the leaves that a plan lacks come from; leaves that fit and stay have no trace.
+    """Return the traces of the leaves that do not fit; leaves that fit and stay have none.
 
     Args:
         plan: A plan with differences.
@@ -89,7 +89,7 @@ def _can_resize(old: Sequence[int], new: Sequence[int]) -> bool:
 
 
 class _Tracer:
-    """The leaves that have no place yet, and the traces found so far."""
+    """The leaves without a match yet, and the traces found so far."""
 
     def __init__(self, plan: RestorePlan) -> None:
         self.exact, self.strict = True, True
@@ -128,7 +128,7 @@ class _Tracer:
 
     def restore_order(self) -> None:
         """Pair the members of sequences in order, if the sequence on disk has members that the state does not name."""
-        # Of scalars there are many, and the parts around them show which is which.
+        # Scalars are too alike; the parts around them identify them.
         loose = {(mask_path(path), form) for path, form in self._list_stored() if form[2]}
         loose &= {(mask_path(path), form) for path, form in self._list_wanted()}
         if not loose:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write down traces as the fewest operations: whole parts instead of leaves, one pattern instead of one per layer.
+"""Write traces as few operations: whole parts instead of leaves, one pattern for all layers.
 
 Joins and splits come first, then renames, each after the one that frees its new name, then copies.
 """
@@ -25,16 +25,16 @@ _NUMBER = re.compile(r"\d+")
 
 
 class TooManyOperationsError(Exception):
-    """A list of operations that nobody would read; it does not leave this room."""
+    """The list of operations is too long to be read; caught within this room."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Changes that one operation says.
+    """Changes that one operation makes.
 
     Attributes:
-        old: The old name, as segments of a pattern; `PLACE` stands for what is joined.
-        new: The new name; `PLACE` stands for what is taken apart.
+        old: The old name, as segments of a pattern; `PLACE` stands for the joined parts.
+        new: The new name; `PLACE` stands for the pieces.
         parts: The parts on disk that it renames.
         leaves: The leaves on disk that it moves.
         targets: Their new names.

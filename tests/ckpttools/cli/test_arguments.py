@@ -21,7 +21,7 @@ def test_a_directory_named_by_a_number_is_a_location(run, tmp_path, monkeypatch)
 
 
 def test_a_misspelt_run_is_refused(tmp_path):
-    with pytest.raises(ct.StorageError, match="is not a directory"):
+    with pytest.raises(ct.StorageError, match="does not exist"):
         arguments.require_whole_run(tmp_path / "misspelt")
 
 

@@ -26,12 +26,12 @@ def test_an_empty_and_a_missing_directory(tmp_path, capsys):
     )
     code, _, err = call(capsys, "show", tmp_path / "run")
     assert code == parser.EXIT_FAILED
-    assert "no step that can be read" in err
+    assert "no readable step" in err
     assert not list((tmp_path / "run").iterdir()), "a look leaves nothing behind"
     for command in ("ls", "show", "verify", "repair"):
         code, _, err = call(capsys, command, tmp_path / "nothing")
         assert code == parser.EXIT_FAILED
-        assert "is not a directory" in err
+        assert "does not exist" in err
 
 
 def test_metadata_of_plain_orbax_that_cannot_be_read(tmp_path, capsys):

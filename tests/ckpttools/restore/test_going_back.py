@@ -68,7 +68,7 @@ def test_a_restore_says_what_the_next_save_supersedes(run):
     report = go_back(run, 50)
     assert report.candidates[0].superseded
     assert report.candidates[0].supersedes == (35,)
-    assert f"superseded: it returns to branch {report.candidates[0].branch}" in str(report)
+    assert f"superseded: the run returns to branch {report.candidates[0].branch}" in str(report)
     assert report.as_dict()["candidates"][0]["supersedes"] == (35,)
 
 
@@ -112,8 +112,8 @@ def test_without_an_intact_live_step_the_error_names_superseded_ones(run):
     with pytest.raises(ct.NoIntactStepError) as caught:
         restore(run)
     assert "none of the 2 live step(s)" in caught.value.what
-    assert "step 40: whole, but superseded (branch" in caught.value.what
-    assert caught.value.fix.startswith("ckpt.restore(state, step=50) returns to the branch that was left")
+    assert "step 40: committed, but superseded (branch" in caught.value.what
+    assert caught.value.fix.startswith("ckpt.restore(state, step=50) returns to the superseded branch")
     assert restore(run, step=50).step == 50
     with pytest.raises(ct.NoIntactStepError, match="superseded"):
         ct.load(run, state())

@@ -23,7 +23,7 @@ def test_nested_saves_are_refused_and_threads_wait(tmp_path, monkeypatch):
 
         def interrupted(state, buffers, rules):
             if not inner:
-                with pytest.raises(ct.StepOrderError, match="in the middle of another"):
+                with pytest.raises(ct.StepOrderError, match="during another of its calls"):
                     inner.append(ckpt.save(9, state))
                 inner.append("refused")
                 thread = threading.Thread(target=lambda: inner.append(ckpt.save(2, state, on_error="return")))

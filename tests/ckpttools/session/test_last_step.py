@@ -76,7 +76,7 @@ def test_unsaved_steps_are_named_after_an_exception(tmp_path):
 
 
 def test_unsaved_steps_are_named_after_a_break(tmp_path):
-    with pytest.warns(ct.CheckpointWarning, match="steps 1 to 3 are not saved: the loop was left, and no step is"):
+    with pytest.warns(ct.CheckpointWarning, match="steps 1 to 3 are not saved: the loop ended early, and no step is"):
         leave_early(tmp_path)
 
 

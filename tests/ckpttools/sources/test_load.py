@@ -238,7 +238,7 @@ def test_a_preview_lists_each_leaf_and_reads_no_array(saved, monkeypatch):
 def test_loading_says_what_is_missing(saved, tmp_path):
     directory, _ = saved
     state = {"model": Model(1)}
-    with pytest.raises(ct.StepNotFoundError, match="is not a directory"):
+    with pytest.raises(ct.StepNotFoundError, match="does not exist"):
         ct.load(tmp_path / "none", state)
     with pytest.raises(ct.StepNotFoundError, match="is an empty directory"):
         ct.load(tmp_path, state)

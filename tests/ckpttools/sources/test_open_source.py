@@ -151,6 +151,6 @@ def test_a_foreign_run_is_listed_and_loaded_and_left_alone(tmp_path, name):
     assert sorted(map(str, run.rglob("*"))) == before
 
 
-def test_an_address_that_lost_its_slashes_is_not_a_run(places):
-    with pytest.raises(ct.NotARunError, match="nothing is there"):
+def test_a_path_that_lost_the_slashes_of_an_address_is_not_a_run(places):
+    with pytest.raises(ct.NotARunError, match="does not exist"):
         ct.ls(pathlib.Path(f"file://{places}/mirror"))

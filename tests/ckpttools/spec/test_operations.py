@@ -12,7 +12,7 @@ from ckpttools.tree.records import parse_dtype
     ("make", "text", "fix"),
     [
         pytest.param(lambda: ct.Drop("a..b"), "two dots", "**", id="pattern"),
-        pytest.param(lambda: ct.Drop("**:Linear"), "asks for a class", "'**'", id="class"),
+        pytest.param(lambda: ct.Drop("**:Linear"), "contains a class", "'**'", id="class"),
         pytest.param(lambda: ct.Drop(3), "not a pattern", "layers", id="not a string"),
         pytest.param(lambda: ct.Rename("a", ""), "has no valid new name", "new_name", id="empty name"),
         pytest.param(lambda: ct.Rename("a.*", "b"), "has *, no wildcard", "same wildcards", id="wildcards"),

@@ -73,10 +73,10 @@ def test_a_rule_names_what_leaves_a_leaf_out(rule, path, types, reason):
         (lambda: ct.Exclude(types=("Intermediates",)), "'Intermediate'"),
         (lambda: ct.Exclude(types=("nnx.Cache",)), "does not name a type"),
         (lambda: ct.Exclude(paths=("model.[",)), r"paths=\('model.\[',\)"),
-        (lambda: ct.Exclude(paths=("model.**:Cache",)), "asks for a class"),
+        (lambda: ct.Exclude(paths=("model.**:Cache",)), "contains a class"),
         (lambda: ct.Exclude(paths=("layers.[-1]",)), "counts from the end"),
-        (lambda: ct.CheckpointSpec(directory="run", exclude=("Cache",)), "of the wrong kind"),
-        (lambda: ct.CheckpointSpec(directory="run", exclude=None), "of the wrong kind"),
+        (lambda: ct.CheckpointSpec(directory="run", exclude=("Cache",)), "is not a rule"),
+        (lambda: ct.CheckpointSpec(directory="run", exclude=None), "is not a rule"),
         (
             lambda: ct.CheckpointSpec.from_toml('[checkpoint]\ndirectory="r"\nexclude=[{type=["Cache"]}]'),
             "line 3.*'type'",

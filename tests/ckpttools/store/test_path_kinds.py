@@ -29,10 +29,10 @@ def run(tmp_path):
         ("10/new", "inside", "is inside step 10"),
         ("10/ckpttools.manifest", "inside", "is inside step 10"),
         (".ckpttools/staging", "inside", "is in the control directory of"),
-        ("30", "missing", "nothing is there"),
-        ("file", "file", "it is a file"),
+        ("30", "missing", "does not exist"),
+        ("file", "file", "is a file, not a directory"),
         ("empty", "empty", "is an empty directory"),
-        ("logs", "unknown", "holds no steps, but a.txt"),
+        ("logs", "unknown", "contains no steps, only a.txt"),
     ],
 )
 def test_what_lies_at_a_path_is_said(run, place, kind, text):

@@ -24,7 +24,7 @@ def get_numbers(run):
 
 def test_a_missing_directory_is_not_an_empty_run(tmp_path):
     assert require_run_directory(str(tmp_path)) == tmp_path
-    with pytest.raises(ct.StorageError, match="is not a directory"):
+    with pytest.raises(ct.StorageError, match="does not exist"):
         require_run_directory(tmp_path / "misspelt")
 
 

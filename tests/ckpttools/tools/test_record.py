@@ -82,7 +82,7 @@ def test_another_value_is_refused_unless_it_is_meant(run):
     ct.record(run, 1, {"val": 0.5, "odd": math.nan})  # the same again changes nothing
     assert len(late_metrics.list_names(run)) == 1
     for metrics in ({"val": 0.25, "new": 1.0}, {"loss": 7.0}):
-        with pytest.raises(ct.MetricConflictError, match="already; nothing was recorded"):
+        with pytest.raises(ct.MetricConflictError, match="; nothing was recorded"):
             ct.record(run, 1, metrics)
     assert "new" not in ct.show(run, 1).metrics
     assert ct.record(run, 1, {"val": 0.25, "loss": 7.0}, overwrite=True)["val"] == 0.25

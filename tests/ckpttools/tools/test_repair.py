@@ -66,7 +66,7 @@ def test_repair_restores_the_pins_or_starts_a_new_list(run):
 
 
 def test_repair_refuses_a_missing_directory_and_a_run_in_use(run, tmp_path):
-    with pytest.raises(ct.StorageError, match="is not a directory"):
+    with pytest.raises(ct.StorageError, match="does not exist"):
         ct.repair(tmp_path / "nothing")
     with ct.open(spec_for(run)) as ckpt:
         ckpt.restore(STATE)

@@ -37,7 +37,7 @@ def test_a_damaged_step_raises_and_is_not_the_newest(run):
 
 
 def test_a_directory_without_steps_raises(tmp_path):
-    with pytest.raises(ct.StepNotFoundError, match="no step that can be read"):
+    with pytest.raises(ct.StepNotFoundError, match="no readable step"):
         ct.show(tmp_path)
 
 

@@ -42,7 +42,7 @@ def test_verify_of_an_empty_directory(tmp_path):
 @pytest.mark.parametrize("tool", ["verify", "repair", "adopt", "prune"])
 def test_a_misspelt_run_is_neither_intact_nor_created(tmp_path, tool):
     more = [ct.Latest(1)] if tool == "prune" else []
-    with pytest.raises(ct.StorageError, match="is not a directory"):
+    with pytest.raises(ct.StorageError, match="does not exist"):
         getattr(ct, tool)(tmp_path / "typo", *more)
     assert not (tmp_path / "typo").exists()
 
