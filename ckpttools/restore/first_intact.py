@@ -8,7 +8,6 @@ not help. A directory that holds steps but no intact one raises: it never looks 
 
 import dataclasses
 import functools
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
@@ -24,9 +23,6 @@ from .select import format_selector
 type Check = Callable[[LoadedStep], None]
 """A further check on a loaded step; raises `StepDamagedError` to reject it."""
 
-
-MAX_LISTINGS = 5
-"""How often a reader lists the steps again because a writer has deleted all that it knew."""
 
 type Attempt = Callable[[], tuple[LoadedStep, list[Candidate]]]
 
@@ -90,11 +86,6 @@ def load_first_intact(
     if is_explicit and first is not None:
         raise first
     return None, [candidate for _, candidate in tried]
-
-
-def were_deleted(candidates: Sequence[Entry]) -> bool:
-    """Return whether all candidates were deleted since they were listed, as retention does beside a slow reader."""
-    return bool(candidates) and not any(each.fetch is not None or os.path.lexists(each.path) for each in candidates)
 
 
 def load_candidate(

@@ -202,7 +202,7 @@ class TrainingLoop:
         verdict = group.broadcast(f"step {step}", lambda: self._decide(context))
         if verdict["ended"]:
             self._wait_for_earlier_save(is_last=bool(verdict["stop"]) or is_final)
-        warn(self._metric_watch.add(metrics, is_last=is_final))
+        self._watch_metrics(metrics, is_last=is_final)
         stop: str | None = verdict["stop"]
         if stop:
             self.stop_request.ask(stop)
@@ -214,6 +214,15 @@ class TrainingLoop:
         outcome = self.saver.save(context, state, metrics, reason=reason, blocking=bool(stop) or is_final)
         self._is_stopping = bool(stop)
         return outcome
+
+    def _watch_metrics(self, metrics: Mapping[str, Any], *, is_last: bool) -> None:
+        advice = self._metric_watch.add(metrics, is_last=is_last)
+        if advice:
+            # A metric may also be recorded later, by another process.
+            entries = self._resources.run.get_steps().committed_entries
+            recorded = {name for entry in entries if entry.info for name in entry.info.metrics}
+            if not self._metric_watch.missing_names <= recorded:
+                warn(advice)
 
     def _wait_for_earlier_save(self, *, is_last: bool) -> None:
         """Fetch the result of a save that has ended; its error must not keep the last step from being saved."""

@@ -183,9 +183,9 @@ class RunProgress:
             )
         if step < self.step:
             raise StepOrderError(
-                what=f"step {step!r} cannot come after step {self.step}.",
+                what=f"step {step!r} cannot come after step {self.step} of {self._run.directory}.",
                 why="a step counts completed updates, so it only grows.",
-                fix="to go back, restore(state, step=...) an earlier step; that starts a branch.",
+                fix=f"to go back, ckpt.restore(state, step={max(step - 1, 0)}); that begins a branch.",
             )
 
         def get_metric(name: str) -> float | None:

@@ -19,7 +19,7 @@ from ..restore.select import BestStep, BranchStep, Selector, resolve_mode
 from ..spec.operations import Operation, as_code
 from ..spec.surgery import Surgery
 from ..spec.trigger_memory import decode_memory
-from ..store.catalogue import Entry
+from ..store.catalogue import MAX_LISTINGS, Entry, were_deleted
 from ..surgery import migrations
 from ..surgery.altered_leaves import list_altered_leaves
 from ..tree.items import require_items
@@ -111,10 +111,10 @@ def _load(
         coordinate=first_intact.run_attempt if group.count == 1 else multiprocess_restore.make_coordinator(group),
     )
     if resources.uploader is None:
-        for _ in range(first_intact.MAX_LISTINGS):
+        for _ in range(MAX_LISTINGS):
             candidates = multiprocess_restore.list_candidates(group, run, step)
             loaded, tried = load_from(candidates)
-            if loaded is not None or group.count > 1 or not first_intact.were_deleted(candidates):
+            if loaded is not None or group.count > 1 or not were_deleted(candidates):
                 break
         mirror_error = ""
     else:

@@ -21,7 +21,7 @@ from ..restore.select import BestStep, Selector
 from ..spec.operations import Operation, as_code
 from ..spec.state import DEFAULT_RULES, StateVersion, as_state_version
 from ..spec.surgery import Surgery
-from ..store.catalogue import Entry
+from ..store.catalogue import MAX_LISTINGS, Entry, were_deleted
 from ..surgery import migrations, suggest
 from ..surgery.altered_leaves import AlteredLeaf, list_altered_leaves, list_leaves
 from ..surgery.plan import Changes
@@ -75,7 +75,7 @@ def load(
     start_time = time.monotonic()
     require_items(state)
     get_changes = _make_get_changes(surgery, only, state_version)
-    for _ in range(first_intact.MAX_LISTINGS):
+    for _ in range(MAX_LISTINGS):
         with open_source(source) as found:
             entries = _list_candidates(found, step)
             with read_as_steps(entries) as candidates:
@@ -87,7 +87,7 @@ def load(
                     is_explicit=isinstance(step, int) or found.is_single,
                     get_changes=get_changes,
                 )
-            if loaded is not None or not first_intact.were_deleted(entries):
+            if loaded is not None or not were_deleted(entries):
                 break
     report = RestoreReport(step=None, state=dict(state), candidates=tuple(tried))
     if loaded is None:

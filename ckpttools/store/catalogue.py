@@ -11,6 +11,7 @@ restore of a superseded step, the next save begins a branch there, and the earli
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
@@ -26,6 +27,10 @@ _PIN_FILES = ("pins.json", "pins.second.json")
 """Stored twice: if the only list were damaged, retention would delete pinned steps."""
 
 type EntryState = Literal["committed", "unverified", "incomplete", "corrupt", "newer", "unreadable"]
+
+
+MAX_LISTINGS = 5
+"""How often a reader lists the steps again because a writer has deleted all that it knew."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +153,11 @@ def _scan(root: pathlib.Path) -> Catalogue:
     lineage = _find_damaged_lineage(root, entries, aside, spares) or _find_newest_lineage([*entries, *aside])
     entries = [*_add_spare_summaries(root, entries, aside, spares), *_find_foreign_steps(root, entries)]
     return _place_entries(Catalogue(tuple(entries), tuple(aside), max(spares, default=0), lineage), pins)
+
+
+def were_deleted(candidates: Sequence[Entry]) -> bool:
+    """Return whether all candidates were deleted since they were listed, as retention does beside a slow reader."""
+    return bool(candidates) and not any(each.fetch is not None or os.path.lexists(each.path) for each in candidates)
 
 
 def add_step(steps: Catalogue, path: pathlib.Path, pins: frozenset[int]) -> Catalogue:

@@ -127,7 +127,8 @@ def _describe_foreign_run(place: pathlib.Path, numbered: set[str], left: foreign
             last = unverified[-1]
             names = [entry.path.name for entry in unverified]
             shown = f"{'..., ' if len(names) > _SHOWN_STEPS else ''}{', '.join(names[-_SHOWN_STEPS:])}"
-            return f"{place} contains {len(names)} step(s) written by {foreign_layouts.describe_writer(last.path)}: {shown}."
+            writer = foreign_layouts.describe_writer(last.path)
+            return f"{place} contains {len(names)} step(s) written by {writer}: {shown}."
     if numbered or left.steps:
         return ""
     if left.unnumbered:

@@ -14,13 +14,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import ml_dtypes
+
 from remattools.text import format_bytes
 
 from ..errors import CheckpointError, StructureError
 from ..spec.operations import DTYPES, Cast, Drop, Operation, Pad, Reinit, Slice, Transpose, as_code
 from ..tree.leaf_paths import Names
 from ..tree.match import Difference, mask_numbers
-from ..tree.records import Record, count_host_bytes
+from ..tree.records import Record, count_host_bytes, parse_dtype
 from .plan import PlacedLeaf, RestorePlan, SourceLeaf
 from .resize import needs_pad, needs_slice
 from .source_tracing.patterns import find_covering_patterns, make_patterns
@@ -78,9 +80,23 @@ class Suggestion:
                 f"{_list_names(self.fresh_leaves)}"
             )
         if not losses:
-            return "fixes it: nothing on disk is lost and nothing in the state stays as initialised"
+            rounded = [each for each in self.operations if isinstance(each, Cast) and _rounds(each)]
+            note = (
+                f", but values are rounded to {', '.join(sorted({each.to_dtype for each in rounded}))}"
+                if rounded
+                else ""
+            )
+            return f"fixes it: nothing on disk is lost and nothing in the state stays as initialised{note}"
         kept = "" if self.lost_leaves else "keeps everything on disk and "
         return kept + " and ".join(losses)
+
+
+def _rounds(cast: Cast) -> bool:
+    try:
+        before, after = (ml_dtypes.finfo(parse_dtype(name)) for name in (cast.from_dtype, cast.to_dtype))
+    except ValueError:
+        return False  # Between integers, or from one to the other: a value that does not fit is an error.
+    return bool(before.nmant > after.nmant)
 
 
 def _list_names(names: Sequence[str]) -> str:

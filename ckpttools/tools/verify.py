@@ -12,6 +12,7 @@ from .. import store
 from ..errors import StepDamagedError, StorageError
 from ..sources.open_source import Location, Source, make_not_found_error, open_source
 from ..store import catalogue, file_integrity
+from ..store.catalogue import MAX_LISTINGS, were_deleted
 from ..text import format_health
 
 
@@ -111,23 +112,31 @@ def verify(
         >>> ct.verify(run).ok
         True
     """
-    with open_source(directory) as source:
-        entries = [entry for entry in source.all_entries if step is None or entry.step == step]
-        if step is not None and not entries:
-            raise make_not_found_error(source.name, step, source.steps)
-        total = sum(_get_total_bytes(entry) for entry in entries)
-        done = 0
+    for _ in range(MAX_LISTINGS):
+        with open_source(directory) as source:
+            report = _verify_source(source, step, progress)
+            if report.steps or not were_deleted(source.all_entries):
+                break
+    return report
 
-        def add_bytes(size: int) -> None:
-            nonlocal done
-            done += size
-            if progress is not None:
-                progress(done, total)
 
-        examined = [(entry, _add_branch(entry, _examine(entry, source, add_bytes))) for entry in entries]
-        kept = [health for entry, health in examined if entry.fetch is not None or entry.path.exists()]
-        kept += [_make_unfinished_health(name) for name in source.unfinished if step is None]
-        return VerifyReport(tuple(kept), found="" if kept else source.text)
+def _verify_source(source: Source, step: int | None, progress: Callable[[int, int], None] | None) -> VerifyReport:
+    entries = [entry for entry in source.all_entries if step is None or entry.step == step]
+    if step is not None and not entries:
+        raise make_not_found_error(source.name, step, source.steps)
+    total = sum(_get_total_bytes(entry) for entry in entries)
+    done = 0
+
+    def add_bytes(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    examined = [(entry, _add_branch(entry, _examine(entry, source, add_bytes))) for entry in entries]
+    kept = [health for entry, health in examined if entry.fetch is not None or entry.path.exists()]
+    kept += [_make_unfinished_health(name) for name in source.unfinished if step is None]
+    return VerifyReport(tuple(kept), found="" if kept else source.text)
 
 
 def _make_unfinished_health(name: str) -> StepHealth:
