@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import ml_dtypes
+import jax.numpy as jnp
 
 from remattools.text import format_bytes
 
@@ -93,7 +93,7 @@ class Suggestion:
 
 def _rounds(cast: Cast) -> bool:
     try:
-        before, after = (ml_dtypes.finfo(parse_dtype(name)) for name in (cast.from_dtype, cast.to_dtype))
+        before, after = (jnp.finfo(parse_dtype(name)) for name in (cast.from_dtype, cast.to_dtype))  # type: ignore[no-untyped-call]
     except ValueError:
         return False  # Between integers, or from one to the other: a value that does not fit is an error.
     return bool(before.nmant > after.nmant)
