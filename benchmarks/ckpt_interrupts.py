@@ -36,6 +36,7 @@ def run(python: str, trials: int, first_seed: int, *options: str) -> dict:
         found = json.loads(ended.stdout)
         for key in ("trials", "raised", "failures"):
             total[key] += found[key]
+        print(*found["failures"], sep="\n", end="", flush=True)
         total["places"].update(found["places"])
         print(f"{python} {options}: {total['trials']} trials, {len(total['failures'])} failures", flush=True)
     return total
