@@ -98,16 +98,17 @@ class RunDirectory:
             if not was_held:
                 self.lock.release()
 
-    def quarantine(self, path: pathlib.Path) -> pathlib.Path | None:
+    def quarantine(self, entry: Entry) -> pathlib.Path | None:
         """Move a damaged step to quarantine; return None if another process writes to the run or the disk is read-only.
 
-        A reader must not move a writer's steps: one that is being deleted looks damaged, too.
+        A reader must not move a writer's steps: one that is being deleted looks damaged, too. Under the lock it is
+        examined again, since a writer that has ended meanwhile may have replaced it by an intact one.
         """
         held = self.lock.is_held
         try:
             self.lock.acquire()
             self.invalidate()
-            return commit.quarantine(self.directory, path) if path.exists() else None
+            return commit.quarantine(self.directory, entry.path) if catalogue.is_still_damaged(entry) else None
         except OSError:
             return None
         finally:

@@ -18,6 +18,10 @@ def run(golden):
     run.lock.release()
 
 
+def find(run, step):
+    return next(entry for entry in run.refresh_steps().entries if entry.step == step)
+
+
 def get_numbers(run):
     return [entry.step for entry in run.refresh_steps().committed_entries]
 
@@ -97,21 +101,37 @@ def test_the_newest_step_is_never_deleted(run):
 
 
 def test_a_quarantined_step_is_emptied_once_the_run_went_on(run):
-    moved = run.quarantine(run.directory / "1")
+    moved = run.quarantine(find(run, 1))
     assert moved == layout.get_control_path(run.directory, "quarantine") / "1"
     assert run.list_quarantined() == [moved], "step 2 was committed after it"
     assert layout.get_spare_directory(run.directory, 1).is_dir(), "control"
     assert run.empty_quarantine() == ("1",)
     assert not moved.exists()
     assert not layout.get_spare_directory(run.directory, 1).exists(), "its second copies are deleted, too"
-    newest = run.quarantine(run.directory / "2")
+    newest = run.quarantine(find(run, 2))
     assert run.empty_quarantine() == (), "no step was committed after it"
     assert newest.is_dir()
 
 
 def test_a_reader_quarantines_nothing_while_a_writer_has_the_lock(run):
-    assert RunDirectory(run.directory).quarantine(run.directory / "1") is None
+    assert RunDirectory(run.directory).quarantine(find(run, 1)) is None
     assert (run.directory / "1").is_dir()
+
+
+@pytest.mark.parametrize("had_manifest", [True, False], ids=["bytes", "manifest"])
+def test_a_step_replaced_since_it_was_found_damaged_stays(golden, tmp_path, had_manifest):
+    shutil.copytree(golden / "1", tmp_path / "copy")
+    if not had_manifest:
+        (golden / "1" / layout.MANIFEST).unlink()
+    reader = RunDirectory(golden)
+    damaged = find(reader, 1)
+    shutil.move(golden / "1", tmp_path / "damaged")
+    shutil.copytree(tmp_path / "copy", golden / "1")
+    assert reader.quarantine(damaged) is None, "the same step, fetched or repaired by another process"
+    assert (golden / "1").is_dir()
+    shutil.move(golden / "1", tmp_path / "intact")
+    shutil.move(tmp_path / "damaged", golden / "1")
+    assert reader.quarantine(damaged) is not None, "control: the damaged one"
 
 
 def test_lineage_branches_only_if_the_run_went_on(run):
