@@ -9,6 +9,7 @@ or in the trash, never partial; after a commit, a power cut finds it on the disk
 """
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
@@ -19,6 +20,9 @@ from . import layout, manifest
 
 MAX_SPARE_BYTES = 1 << 16
 """Files up to this size get a second copy: all of Orbax's metadata, and hardly any array data."""
+
+IN_USE = "in-use"
+"""The file in a directory in staging that its process has locked."""
 
 
 @contextlib.contextmanager
@@ -79,20 +83,31 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
     sync_file(source.parent)
 
 
-def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int) -> pathlib.Path:
+def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int, *, replaces: bool = False) -> pathlib.Path:
     """Make a complete staged step visible under its number.
 
-    A directory that already has the number is moved aside first: a superseded step, or one that never was a step.
+    What already has the number is moved aside first: a superseded step, or a directory or file that never was a step.
+    If the staged step cannot be moved there, it is moved back.
+
+    Args:
+        root: The run's directory.
+        staged: The step.
+        step: Its number.
+        replaces: Whether a step of that number belongs into quarantine, because another copy of it takes its place.
     """
     target = layout.get_step_directory(root, step)
     sync_tree(staged)
-    if os.path.lexists(target):
-        aside = "superseded" if _is_step(target) else "quarantine"
-        move(target, layout.find_free_path(layout.get_control_path(root, aside), str(step)))
+    part = "superseded" if _is_step(target) and not replaces else "quarantine"
+    aside = layout.find_free_path(layout.get_control_path(root, part), str(step))
     try:
+        if os.path.lexists(target):
+            move(target, aside)
         move(staged, target)
     except OSError as error:
-        if staged.exists():
+        if staged.exists() or not os.path.lexists(target):
+            with contextlib.suppress(OSError):
+                if os.path.lexists(aside) and not os.path.lexists(target):
+                    move(aside, target)
             raise
         raise StorageError(
             what=f"step {step} is in its place, but the disk did not confirm it: {error}.",
@@ -104,7 +119,7 @@ def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int) -> pathlib.
 
 def _is_step(directory: pathlib.Path) -> bool:
     with contextlib.suppress(StepDamagedError, VersionError):
-        return bool(manifest.read(directory))
+        return directory.is_dir() and bool(manifest.read(directory))
     return False
 
 
@@ -112,10 +127,16 @@ def discard(root: pathlib.Path, directory: pathlib.Path) -> None:
     """Delete a directory of the run: rename it into the trash, then remove its files."""
     in_trash = layout.find_free_path(layout.get_control_path(root, "trash"), directory.name)
     move(directory, in_trash)
-    if in_trash.is_symlink():
-        in_trash.unlink()  # What it leads to is outside the run and stays.
-    else:
-        shutil.rmtree(in_trash, ignore_errors=True)
+    delete_tree(in_trash)
+
+
+def delete_tree(path: pathlib.Path) -> None:
+    """Delete a directory, a file or a link; what a link leads to is outside the run and stays."""
+    with contextlib.suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def quarantine(root: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
@@ -131,11 +152,36 @@ def sweep(root: pathlib.Path) -> None:
         directory = layout.get_control_path(root, part)
         if directory.is_dir():
             for entry in directory.iterdir():
-                shutil.rmtree(entry, ignore_errors=True)
+                if not is_in_use(entry):
+                    delete_tree(entry)
     own = layout.get_control_path(root)
     for entry in own.iterdir() if own.is_dir() else ():
         if entry.suffix == ".new":
             entry.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def mark_in_use(holder: pathlib.Path) -> Iterator[None]:
+    """Keep a directory in staging from being removed by `sweep`: a reader fetches into it without the run's lock.
+
+    The mark is a lock of the kernel's, so it vanishes with its process.
+    """
+    with (holder / IN_USE).open("ab") as file:
+        with contextlib.suppress(OSError):  # Without locks, a writer that opens the run meanwhile ends the fetch.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+def is_in_use(holder: pathlib.Path) -> bool:
+    """Return whether a process works in a directory in staging."""
+    try:
+        with (holder / IN_USE).open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def copy_small_files(directory: pathlib.Path, spare: pathlib.Path) -> None:
