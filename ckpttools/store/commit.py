@@ -21,6 +21,9 @@ from . import layout, manifest
 MAX_SPARE_BYTES = 1 << 16
 """Files up to this size get a second copy: all of Orbax's metadata, and hardly any array data."""
 
+TEMPORARY = ".new"
+"""How the name of a file ends that a kill can leave; it is removed, or ignored, and never part of a step."""
+
 IN_USE = "in-use"
 """The file in a directory in staging that its process has locked."""
 
@@ -125,9 +128,14 @@ def _is_step(directory: pathlib.Path) -> bool:
 
 def discard(root: pathlib.Path, directory: pathlib.Path) -> None:
     """Delete a directory of the run: rename it into the trash, then remove its files."""
+    delete_tree(move_to_trash(root, directory))
+
+
+def move_to_trash(root: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
+    """Move a directory of the run to the trash, which `sweep` empties; return where it is."""
     in_trash = layout.find_free_path(layout.get_control_path(root, "trash"), directory.name)
     move(directory, in_trash)
-    delete_tree(in_trash)
+    return in_trash
 
 
 def delete_tree(path: pathlib.Path) -> None:
@@ -156,7 +164,8 @@ def sweep(root: pathlib.Path) -> None:
                     delete_tree(entry)
     own = layout.get_control_path(root)
     for entry in own.iterdir() if own.is_dir() else ():
-        if entry.suffix == ".new":
+        # A pin needs no lock of the writer's, and replaces what a kill left.
+        if entry.suffix == TEMPORARY and not entry.name.startswith("pins."):
             entry.unlink(missing_ok=True)
 
 
@@ -200,10 +209,16 @@ def copy_small_files(directory: pathlib.Path, spare: pathlib.Path) -> None:
                     shutil.copyfile(path, target)
 
 
-def write_file(path: pathlib.Path, data: bytes) -> None:
-    """Replace a small file in one step, durably."""
+def write_file(path: pathlib.Path, data: bytes, *, temporary: pathlib.Path | None = None) -> None:
+    """Replace a small file in one step, durably.
+
+    Args:
+        path: The file.
+        data: Its bytes.
+        temporary: What is written first, on the same file system; None for a name beside the file.
+    """
     make_directory(path.parent)
-    temporary = path.with_name(f"{path.name}.new")
+    temporary = temporary or path.with_name(f"{path.name}{TEMPORARY}")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

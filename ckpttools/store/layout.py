@@ -7,7 +7,8 @@
         .ckpttools/
             lock               held by the process that writes
             pins.json          steps that retention must keep; pins.second.json is its second copy
-            metrics/               metrics that were recorded after their step was committed, a file for each call
+            pins.lock          held while the pins are changed, by any process
+            metrics/           metrics that were recorded after their step was committed, a file for each call
             staging/           a save in progress, moved up by one rename when it is complete
             trash/             steps being deleted, moved here by one rename first
             outbox/            links to the files of a step that is being copied to the mirror

@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 
 from ..errors import StepDamagedError, StepNotFoundError, StepOrderError, VersionError
 from ..spec import retention
-from . import catalogue, commit, late_metrics, layout, path_kinds
+from . import catalogue, commit, late_metrics, layout, lock, path_kinds
 from .catalogue import Catalogue, Entry
 from .formats import foreign_layouts
-from .lock import WriterLock
 from .manifest import Lineage, read_sealed
 
 
@@ -39,9 +38,10 @@ class RunDirectory:
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
-        self.lock = WriterLock(directory)
+        self.lock = lock.WriterLock(directory)
         self._steps: Catalogue | None = None
         self._metric_files: frozenset[str] = frozenset()
+        self._pins: frozenset[int] = frozenset()
 
     def is_used(self) -> bool:
         """Whether there is any numbered directory or foreign checkpoint, whole or not; cheaper than `get_steps`."""
@@ -60,10 +60,10 @@ class RunDirectory:
         return self.get_steps()
 
     def get_steps(self) -> Catalogue:
-        """Return the steps as they were last read, with the metrics that any process has recorded since."""
-        names = late_metrics.list_names(self.directory)
-        if self._steps is None:
-            self._steps, self._metric_files = catalogue.scan(self.directory), names
+        """Return the steps as they were last read, with the metrics and pins that any process has recorded since."""
+        names, pins = self._read_records()
+        if self._steps is None or pins != self._pins:
+            self._steps, self._metric_files, self._pins = catalogue.scan(self.directory), names, pins
         if names != self._metric_files:
             files = late_metrics.read_files(self.directory, names)
             self._steps, self._metric_files = catalogue.add_metrics(self._steps, files), names
@@ -130,19 +130,38 @@ class RunDirectory:
         )
         return any(catalogue.is_live(summary, lineage) for summary in found)
 
-    def pin(self, step: int, *, pinned: bool) -> None:
-        """Protect a committed step from retention, or with `pinned=False` no longer."""
-        committed = {entry.step for entry in self.refresh_steps().committed_entries}
-        if type(step) is not int or (pinned and step not in committed):
+    def pin(self, *steps: int, pinned: bool) -> None:
+        """Protect committed steps from retention, or with `pinned=False` no longer: all of them or none.
+
+        Raises:
+            StepNotFoundError: If one of them is not a committed step, or was deleted meanwhile; nothing was pinned.
+        """
+        with lock.hold_pins_lock(self.directory):
+            self._require_committed(steps, pinned=pinned)
+            pins = catalogue.read_pins(self.directory)
+            with commit.wrap_os_errors(f"the pin of step {', '.join(map(str, steps))} cannot be written"):
+                catalogue.write_pins(self.directory, pins.union(steps) if pinned else pins.difference(steps))
+            self.invalidate()
+            try:
+                # A writer that deletes steps looks for pins after it has moved one, and this looks after it has pinned.
+                self._require_committed(steps, pinned=pinned)
+            except StepNotFoundError:
+                catalogue.write_pins(self.directory, pins)
+                self.invalidate()
+                raise
+
+    def _require_committed(self, steps: Sequence[int], *, pinned: bool) -> None:
+        if not self.lock.is_held:
+            self.invalidate()
+        committed = {entry.step for entry in self.get_steps().committed_entries}
+        wrong = [step for step in steps if type(step) is not int or (pinned and step not in committed)]
+        if wrong:
             raise StepNotFoundError(
-                what=f"step {step!r} cannot be pinned: it is not a committed step.",
-                why="the pin would protect nothing.",
+                what=f"step {wrong[0]!r} cannot be pinned: it is not a committed step.",
+                why="the pin would protect nothing." if len(steps) == 1 else "the pin would protect nothing; "
+                "none of the steps was pinned.",
                 fix=f"committed: {', '.join(map(str, sorted(committed))) or 'no steps'}.",
             )
-        pins = catalogue.read_pins(self.directory)
-        with commit.wrap_os_errors(f"the pin of step {step} cannot be written"):
-            catalogue.write_pins(self.directory, pins | {step} if pinned else pins - {step})
-        self.invalidate()
 
     def decide_retention(self, keep: retention.Retention) -> list[retention.Verdict]:
         """Return what a retention value would keep and delete now, with reasons."""
@@ -162,10 +181,10 @@ class RunDirectory:
         deleted: list[int] = []
         # A metric may be recorded while steps are being deleted: then it is decided again what is kept.
         while unwanted := self._list_unwanted(keep, next_lineage):
+            decided_by = self._metric_files, self._pins
             for entry in unwanted:
-                if late_metrics.list_names(self.directory) != self._metric_files:
+                if not self._remove(entry, decided_by):
                     break
-                self._remove([entry])
                 deleted.append(entry.step)
         if deleted:
             late_metrics.sweep(
@@ -222,20 +241,35 @@ class RunDirectory:
         if not are_there or any(map(catalogue.is_damaged_now, newest)):
             self.invalidate()
 
-    def _remove(self, entries: Sequence[Entry]) -> None:
+    def _remove(self, entry: Entry, decided_by: tuple[frozenset[str], frozenset[int]] | None = None) -> bool:
+        """Delete a step; return whether it was deleted.
+
+        Args:
+            entry: The step.
+            decided_by: The files with metrics and the pins that retention has decided by: the step stays if another
+                process has changed them. `record` and `pin` look whether the step is there after they have written, so
+                this looks after the step was moved: one of the two sees the other.
+        """
         current = self.get_steps()
         self.invalidate()  # If the disk fails in between, the directory has to be read again.
-        for entry in entries:
-            with commit.wrap_os_errors(f"step {entry.step} cannot be deleted"):
-                commit.discard(self.directory, entry.path)
-            spare = layout.get_spare_directory(self.directory, entry.info.sequence if entry.info else 0)
-            shutil.rmtree(spare, ignore_errors=True)
-        paths = {entry.path for entry in entries}
+        with commit.wrap_os_errors(f"step {entry.step} cannot be deleted"):
+            in_trash = commit.move_to_trash(self.directory, entry.path)
+            if decided_by is not None and decided_by != self._read_records():
+                commit.move(in_trash, entry.path)
+                return False
+            commit.delete_tree(in_trash)
+        spare = layout.get_spare_directory(self.directory, entry.info.sequence if entry.info else 0)
+        shutil.rmtree(spare, ignore_errors=True)
         self._steps = dataclasses.replace(
             current,
-            entries=tuple(entry for entry in current.entries if entry.path not in paths),
-            moved_entries=tuple(entry for entry in current.moved_entries if entry.path not in paths),
+            entries=tuple(each for each in current.entries if each.path != entry.path),
+            moved_entries=tuple(each for each in current.moved_entries if each.path != entry.path),
         )
+        return True
+
+    def _read_records(self) -> tuple[frozenset[str], frozenset[int]]:
+        """Return the files with metrics and the pins, which any process may add to."""
+        return late_metrics.list_names(self.directory), catalogue.read_pins(self.directory)
 
     def delete(self, step: int) -> None:
         """Delete one committed step of the run's branch, whatever the retention says; never the newest.
@@ -258,7 +292,7 @@ class RunDirectory:
                 why="a restart continues from it.",
                 fix="save the next step first.",
             )
-        self._remove([entry])
+        self._remove(entry)
 
     def derive_lineage(self, step: int, lineage: Lineage) -> Lineage:
         """Return the lineage of what follows a restored step: its branch, or a new one if the run went on from there.

@@ -20,6 +20,9 @@ from ..store.catalogue import Entry
 from ..store.lock import WriterLock
 from ..store.manifest import Lineage
 
+_LEFT_MANIFEST = f"{layout.MANIFEST}{commit.TEMPORARY}"
+"""What a kill can leave in a step that was being adopted."""
+
 
 def adopt(
     directory: str | os.PathLike[str],
@@ -142,16 +145,19 @@ def _adopt_step(entry: Entry, root: pathlib.Path, sequence: int, lineage: Lineag
         if entry.path != target:
             commit.move(entry.path, target)
             entry = catalogue.make_foreign_entry(target, entry.step)
+        # Earlier versions wrote the manifest here before they renamed it, and may have been killed.
+        target.joinpath(_LEFT_MANIFEST).unlink(missing_ok=True)
         data = foreign_snapshot.make_manifest(entry, taken, target, sequence=sequence, lineage=lineage)
         commit.sync_tree(target)
-        commit.write_file(target / layout.MANIFEST, data)
+        temporary = layout.get_control_path(root, _LEFT_MANIFEST)  # Where the next writer removes it after a kill.
+        commit.write_file(target / layout.MANIFEST, data, temporary=temporary)
         return
     staged = layout.get_control_path(root, f"staging/adopt-{secrets.token_hex(4)}") / str(entry.step)
     try:
         with commit.wrap_os_errors(f"step {entry.step} cannot be copied to {root}"):
             commit.make_directory(staged.parent)
             if entry.path.is_dir():
-                shutil.copytree(entry.path, staged)
+                shutil.copytree(entry.path, staged, ignore=shutil.ignore_patterns(_LEFT_MANIFEST))
             else:
                 orbax.write(staged, taken, compression=False)
             data = foreign_snapshot.make_manifest(entry, taken, staged, sequence=sequence, lineage=lineage)

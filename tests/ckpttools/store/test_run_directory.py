@@ -2,11 +2,12 @@
 """A run's directory as one object: pins, retention, deletion and lineage, on a run of two steps."""
 
 import shutil
+import threading
 
 import pytest
 
 import ckpttools as ct
-from ckpttools.store import layout
+from ckpttools.store import catalogue, commit, layout
 from ckpttools.store.run_directory import RunDirectory, require_run_directory
 
 
@@ -155,3 +156,76 @@ def test_an_empty_run_starts_a_lineage(tmp_path):
     ((name, start),) = RunDirectory(tmp_path).derive_lineage(0, ())
     assert name
     assert start == 0
+
+
+def test_pins_of_several_processes_are_all_kept(golden, monkeypatch):
+    other, write, others = RunDirectory(golden), catalogue.write_pins, []
+
+    def write_beside_another(root, pins):
+        if not others:
+            others.append(threading.Thread(target=lambda: other.pin(2, pinned=True)))
+            others[0].start()
+            others[0].join(0.2)
+        write(root, pins)
+
+    RunDirectory(golden).pin(1, pinned=False)
+    monkeypatch.setattr(catalogue, "write_pins", write_beside_another)
+    RunDirectory(golden).pin(1, pinned=True)
+    others[0].join()
+    assert catalogue.read_pins(golden) == {1, 2}
+
+
+def test_several_pins_are_all_or_nothing(run):
+    with pytest.raises(ct.StepNotFoundError, match="step 77 cannot be pinned"):
+        run.pin(2, 77, pinned=True)
+    assert catalogue.read_pins(run.directory) == {1}
+    run.pin(1, 2, pinned=True)
+    assert catalogue.read_pins(run.directory) == {1, 2}, "control"
+
+
+@pytest.fixture
+def writer(tmp_path):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path, keep=ct.All())) as ckpt:
+        for step in (10, 20, 30):
+            ckpt.save(step, {"count": step}, {"acc": float(step)})
+    writer = RunDirectory(tmp_path)
+    with writer.hold_for_writing():
+        yield writer
+
+
+def test_a_writer_obeys_the_pin_of_another_process(writer):
+    writer.get_steps()
+    RunDirectory(writer.directory).pin(10, pinned=True)
+    assert writer.prune(ct.Latest(1)) == (), "20 is one of the two newest"
+    RunDirectory(writer.directory).pin(10, pinned=False)
+    assert writer.prune(ct.Latest(1)) == (10,), "control"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("act", ["pin", "record"])
+def test_a_step_is_not_deleted_beside_a_pin_or_metric(writer, monkeypatch, act, when):
+    root, move, outcomes = writer.directory, commit.move_to_trash, []
+
+    def interfere():
+        try:
+            if act == "pin":
+                RunDirectory(root).pin(10, pinned=True)
+            else:
+                ct.record(root, 10, {"acc": 99.0}, overwrite=True)
+            outcomes.append("done")
+        except ct.StepNotFoundError:
+            outcomes.append("refused")
+
+    def move_beside(*args):
+        if outcomes:
+            return move(*args)
+        interfere() if when == "before" else None
+        moved = move(*args)
+        interfere() if when == "after" else None
+        return moved
+
+    monkeypatch.setattr(commit, "move_to_trash", move_beside)
+    deleted = writer.prune(ct.Best("acc", mode="max"))
+    assert outcomes == ["done" if when == "before" else "refused"]
+    assert (10 in deleted) == (when == "after") == (not (root / "10").exists())
+    assert 10 not in catalogue.read_pins(root) or when == "before"
