@@ -44,18 +44,23 @@ class RunDirectory:
         self._pins: frozenset[int] = frozenset()
 
     def is_used(self) -> bool:
-        """Whether there is any numbered directory or foreign checkpoint, whole or not; cheaper than `get_steps`."""
+        """Whether there is any numbered directory or foreign checkpoint, whole or not; cheaper than `get_steps`.
+
+        Superseded steps count although they are no candidates for a restore: a run must not begin beside them.
+        """
         with commit.wrap_os_errors(f"{self.directory} cannot be listed"):
             if not self.directory.is_dir():
                 return False
-            with os.scandir(self.directory) as entries:
-                if any(layout.parse_step_number(entry.name) is not None for entry in entries):
+            superseded = layout.get_control_path(self.directory, "superseded")
+            for directory in (self.directory, *([superseded] if superseded.is_dir() else [])):
+                names = (name.partition("-")[0] if directory == superseded else name for name in os.listdir(directory))
+                if any(layout.parse_step_number(name) is not None for name in names):
                     return True
             return foreign_layouts.find_foreign_files(self.directory).steps != ()
 
     def refresh_steps(self) -> Catalogue:
-        """Return the current steps, read again unless this process makes all changes."""
-        if not self.lock.is_held:
+        """Return the current steps, read again unless this process makes all changes and no step was removed by hand."""
+        if not self.lock.is_held or not all(entry.path.exists() for entry in self.get_steps().committed_entries):
             self.invalidate()
         return self.get_steps()
 
@@ -123,12 +128,11 @@ class RunDirectory:
 
     def has_step(self, step: int, lineage: Lineage) -> bool:
         """Return whether a lineage already has this step; another branch may have one of the same number."""
-        found = (
-            entry.manifest.summary
-            for entry in self.get_steps().committed_entries
-            if entry.step == step and entry.manifest
-        )
-        return any(catalogue.is_live(summary, lineage) for summary in found)
+        found = [entry for entry in self.get_steps().committed_entries if entry.step == step]
+        if not all(entry.path.exists() for entry in found):
+            self.invalidate()  # Somebody has removed it by hand, also from a run that is open.
+            return self.has_step(step, lineage)
+        return any(entry.manifest and catalogue.is_live(entry.manifest.summary, lineage) for entry in found)
 
     def pin(self, *steps: int, pinned: bool) -> None:
         """Protect committed steps from retention, or with `pinned=False` no longer: all of them or none.
@@ -158,8 +162,9 @@ class RunDirectory:
         if wrong:
             raise StepNotFoundError(
                 what=f"step {wrong[0]!r} cannot be pinned: it is not a committed step.",
-                why="the pin would protect nothing." if len(steps) == 1 else "the pin would protect nothing; "
-                "none of the steps was pinned.",
+                why="the pin would protect nothing."
+                if len(steps) == 1
+                else "the pin would protect nothing; none of the steps was pinned.",
                 fix=f"committed: {', '.join(map(str, sorted(committed))) or 'no steps'}.",
             )
 
@@ -187,10 +192,20 @@ class RunDirectory:
                     break
                 deleted.append(entry.step)
         if deleted:
-            late_metrics.sweep(
-                self.directory, [e.manifest.summary for e in self.get_steps().committed_entries if e.manifest]
-            )
+            committed = self.get_steps().committed_entries
+            summaries = [entry.manifest.summary for entry in committed if entry.manifest]
+            late_metrics.sweep(self.directory, summaries, self._list_unread_steps())
         return tuple(deleted)
+
+    def _list_unread_steps(self) -> set[int]:
+        """Return the numbers of steps whose manifests cannot be read now, but perhaps later."""
+        numbers = {entry.step for entry in self.get_steps().entries if entry.manifest is None}
+        for part in ("quarantine", "superseded"):
+            directory = layout.get_control_path(self.directory, part)
+            names = os.listdir(directory) if directory.is_dir() else []
+            found = (layout.parse_step_number(name.partition("-")[0]) for name in names)
+            numbers.update(number for number in found if number is not None)
+        return numbers
 
     def _list_unwanted(self, keep: retention.Retention, next_lineage: Lineage) -> list[Entry]:
         verdicts = self.decide_retention(keep)

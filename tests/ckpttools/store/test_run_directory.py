@@ -229,3 +229,46 @@ def test_a_step_is_not_deleted_beside_a_pin_or_metric(writer, monkeypatch, act, 
     assert outcomes == ["done" if when == "before" else "refused"]
     assert (10 in deleted) == (when == "after") == (not (root / "10").exists())
     assert 10 not in catalogue.read_pins(root) or when == "before"
+
+
+def test_a_step_removed_by_hand_is_saved_again(writer):
+    lineage = writer.get_steps().lineage
+    assert writer.has_step(30, lineage), "control"
+    shutil.rmtree(writer.directory / "30")
+    assert not writer.has_step(30, lineage)
+    assert get_numbers(writer) == [10, 20]
+
+
+def test_steps_removed_by_hand_are_not_listed(writer):
+    assert get_numbers(writer) == [10, 20, 30], "control"
+    shutil.rmtree(writer.directory / "20")
+    assert get_numbers(writer) == [10, 30]
+
+
+def test_a_run_of_which_only_superseded_steps_are_left_is_used(tmp_path):
+    spec = ct.CheckpointSpec(directory=tmp_path, storage=ct.Storage(asynchronous=False), keep=ct.All())
+    with ct.open(spec) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, {"count": step})
+        ckpt.restore({"count": 0}, step=1)
+        ckpt.save(2, {"count": 22})
+    shutil.rmtree(tmp_path / "1")
+    shutil.rmtree(tmp_path / "2")
+    assert RunDirectory(tmp_path).is_used()
+    with ct.open(spec) as ckpt, pytest.raises(ct.NotRestoredError):
+        ckpt.save(1, {"count": 1})
+    shutil.rmtree(layout.get_control_path(tmp_path, "superseded"))
+    assert not RunDirectory(tmp_path).is_used(), "control"
+
+
+def test_a_file_with_the_name_of_a_step_is_moved_aside(tmp_path):
+    (tmp_path / "7").write_text("mine")
+    with ct.open(ct.CheckpointSpec(directory=tmp_path, storage=ct.Storage(asynchronous=False))) as ckpt:
+        assert ckpt.restore({"count": 0}).step is None
+        ckpt.save(7, {"count": 7})
+        assert ckpt.all_steps() == (7,)
+    assert (layout.get_control_path(tmp_path, "quarantine") / "7").read_text() == "mine"
+    run = RunDirectory(tmp_path)
+    with run.hold_for_writing():
+        assert run.empty_quarantine() == ("7",)
+    assert not list(layout.get_control_path(tmp_path, "trash").iterdir())
