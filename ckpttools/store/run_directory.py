@@ -59,7 +59,7 @@ class RunDirectory:
             return foreign_layouts.find_foreign_files(self.directory).steps != ()
 
     def refresh_steps(self) -> Catalogue:
-        """Return the current steps, read again unless this process makes all changes and no step was removed by hand."""
+        """Return the current steps, read again unless this process makes all changes and none was removed by hand."""
         if not self.lock.is_held or not all(entry.path.exists() for entry in self.get_steps().committed_entries):
             self.invalidate()
         return self.get_steps()

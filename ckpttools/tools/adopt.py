@@ -46,7 +46,8 @@ def adopt(
 
     Raises:
         NotARunError: If `directory` is not a run, or is a single checkpoint and `into` is not given.
-        StepOrderError: If the number of a step is taken, or two checkpoints have the same; nothing was changed.
+        StepOrderError: If the number of a step is taken, two checkpoints have the same, or with `into` all steps are
+            those of a run already; nothing was changed.
         StorageError: If a step cannot be read; those before it are adopted.
         RunInUseError: If a process writes to the run.
 
@@ -100,6 +101,13 @@ def _list_foreign_steps(source: Source, path: pathlib.Path, is_copied: bool, ste
     if not entries and path_kinds.identify(path).kind == "foreign run":
         # Unfinished saves, or checkpoints without a number: the error names them.
         raise path_kinds.make_not_a_run_error(path_kinds.identify(path), "none of it has the number of a step.")
+    if not entries and is_copied and source.steps.entries:
+        steps = ", ".join(str(entry.step) for entry in source.steps.entries)
+        raise StepOrderError(
+            what=f"{source.name} holds nothing to adopt: step {steps} has a manifest already.",
+            why="only checkpoints of Orbax or flax are adopted; nothing was copied.",
+            fix=f"cp -r {source.steps.entries[-1].path} RUN copies a step to another run.",
+        )
     return sorted(entries, key=lambda entry: entry.step)
 
 
