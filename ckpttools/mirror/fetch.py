@@ -11,9 +11,18 @@ import os
 import pathlib
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable
 
-from ..errors import CheckpointError, DiskSpaceError, MirrorError, StepNotFoundError, StorageError
+from ..errors import (
+    CheckpointError,
+    CheckpointWarning,
+    DiskSpaceError,
+    MirrorError,
+    RunInUseError,
+    StepNotFoundError,
+    StorageError,
+)
 from ..restore.select import Selector, list_available_steps, list_candidates, require_selector, select_one_branch
 from ..spec.mirror import Mirror, as_mirror
 from ..store import commit, layout, path_kinds
@@ -21,6 +30,8 @@ from ..store.catalogue import Catalogue, Entry
 from ..store.run_directory import RunDirectory
 from .merge_copies import merge_copies
 from .remote_store import Copy, RemoteStore
+
+_PACKAGE = str(pathlib.Path(__file__).parents[1])
 
 type Progress = Callable[[int, int], None]
 
@@ -154,10 +165,17 @@ class Fetcher:
             ) from error
 
     def commit(self, entry: Entry) -> None:
-        """Commit a fetched step that was restored, unless another process writes to the run, or has saved that step."""
-        with contextlib.suppress(OSError):
-            # If this fails, the state was restored all the same; only its step stays at the mirror.
+        """Commit a fetched step that was restored, unless another process writes to the run, or has saved that step.
+
+        If this fails, the state was restored all the same, and its step is still at the mirror: it warns.
+        """
+        try:
             self.commit_copy(entry)
+        except RunInUseError:
+            return
+        except StorageError as error:
+            text = f"step {entry.step} was restored from the mirror, where it stays: {error.what}"
+            warnings.warn(text, CheckpointWarning, stacklevel=2, skip_file_prefixes=(_PACKAGE,))
 
     def commit_copy(self, entry: Entry, *, replaces: bool = False) -> None:
         """Commit a fetched step.
@@ -187,7 +205,8 @@ class Fetcher:
                 self._run.lock.release()
         spare = layout.get_spare_directory(root, summary.sequence)
         commit.copy_small_files(layout.get_step_directory(root, entry.step), spare)
-        self._store.fetch_metrics(root, summary)
+        with commit.wrap_os_errors(f"the metrics of step {entry.step} cannot be written to {root}"):
+            self._store.fetch_metrics(root, summary)
 
     def clean_up(self) -> None:
         """Remove copies that were fetched but not committed."""

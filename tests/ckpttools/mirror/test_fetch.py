@@ -162,7 +162,7 @@ def test_a_reader_beside_a_writer_fetches_and_leaves_nothing(on_disk):
 
 
 def test_a_fetch_that_cannot_commit_raises_and_loses_nothing(on_disk, monkeypatch):
-    save(on_disk, 1, 2)
+    save(on_disk, 1, 2, 3)
     rename = os.rename
 
     def refuse(source, target):
@@ -172,12 +172,16 @@ def test_a_fetch_that_cannot_commit_raises_and_loses_nothing(on_disk, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "rename", refuse)
-        with pytest.raises(ct.StorageError, match="step 2 was fetched but cannot be committed"):
-            ct.fetch_step(on_disk.directory, on_disk.mirror, 2)
-    assert [row.step for row in ct.ls(on_disk.directory)] == [1, 2], "the local step is where it was"
+        damage(on_disk, 3)
+        with pytest.warns(ct.CheckpointWarning, match="step 3 was restored from the mirror, where it stays"):
+            assert restore(on_disk).step == 3
+        shutil.move(layout.get_control_path(on_disk.directory, "quarantine") / "3", on_disk.directory / "3")
+        with pytest.raises(ct.StorageError, match="step 3 was fetched but cannot be committed"):
+            ct.fetch_step(on_disk.directory, on_disk.mirror, 3)
+    assert [row.step for row in ct.ls(on_disk.directory)] == [1, 2, 3], "the local step is where it was"
     assert not list(layout.get_control_path(on_disk.directory, "quarantine").iterdir())
-    assert ct.fetch_step(on_disk.directory, on_disk.mirror, 2) == 2, "control"
-    assert [path.name for path in layout.get_control_path(on_disk.directory, "quarantine").iterdir()] == ["2"]
+    assert ct.fetch_step(on_disk.directory, on_disk.mirror, 3) == 3, "control"
+    assert [path.name for path in layout.get_control_path(on_disk.directory, "quarantine").iterdir()] == ["3"]
 
 
 def test_a_copy_does_not_replace_a_step_saved_meanwhile(on_disk):
