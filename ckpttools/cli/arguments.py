@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 from ..errors import CheckpointError, SpecError
 from ..store import layout, path_kinds
@@ -37,6 +38,24 @@ def require_whole_run(path: pathlib.Path) -> pathlib.Path:
             fix=f"ckpttools ... {os.path.normpath(path / '..')}",
         )
     return require_run_directory(path)
+
+
+def parse_pairs(texts: Iterable[str]) -> dict[str, str]:
+    """Return the values of several NAME=VALUE by name.
+
+    Raises:
+        SpecError: If one has no "=", or two have the same name.
+    """
+    found: dict[str, str] = {}
+    for name, value in map(parse_pair, texts):
+        if name in found:
+            raise SpecError(
+                what=f"{name!r} was given twice: {name}={found[name]} and {name}={value}.",
+                why="one of the two would be dropped; nothing was done.",
+                fix=f"{name}={value}",
+            )
+        found[name] = value
+    return found
 
 
 def parse_pair(text: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from ..tools.diff import diff
 from ..tools.export_safetensors import export_safetensors
 from ..tools.import_run import import_run
 from . import output
-from .arguments import find_other_step, parse_pair, require_whole_run
+from .arguments import find_other_step, parse_pairs, require_whole_run
 from .parser import EXIT_NO, EXIT_OK
 
 
@@ -42,7 +42,7 @@ def run_adopt(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Write a step's weights to a safetensors file."""
-    renamed, metadata = dict(map(parse_pair, args.name)) or None, dict(map(parse_pair, args.meta)) or None
+    renamed, metadata = parse_pairs(args.name) or None, parse_pairs(args.meta) or None
     with output.show_progress("exporting") as progress:
         names = export_safetensors(
             args.run,
@@ -59,7 +59,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_import(args: argparse.Namespace) -> int:
     """Create a run from a safetensors file."""
-    names = dict(map(parse_pair, args.name))
+    names = parse_pairs(args.name)
     with output.show_progress("importing") as progress:
         count = import_run(
             args.file, args.run, step=args.step, item=args.item, names=names, skip=args.skip, progress=progress
@@ -96,7 +96,7 @@ def run_mirror(args: argparse.Namespace) -> int:
 
 def _parse_mirror(args: argparse.Namespace) -> Mirror:
     named = None if args.spec is None else as_mirror(CheckpointSpec.load(args.spec).mirror)
-    options = {name: _parse_value(value) for name, value in map(parse_pair, args.option)}
+    options = {name: _parse_value(value) for name, value in parse_pairs(args.option).items()}
     if args.url is not None:
         return Mirror(args.url, options=options)
     if named is None:

@@ -6,6 +6,8 @@ command does, a function of `ckpttools` does in a notebook.
 """
 
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 
 from .parser import build_parser
@@ -20,6 +22,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         One of the exit codes in `parser`.
     """
+    _replace_closed_streams()
     args = build_parser().parse_args(argv)
     code: int = importlib.import_module("ckpttools.cli.dispatch").run_command(args)
     return code
+
+
+def _replace_closed_streams() -> None:
+    """Let nothing be printed where a shell has closed a stream, such as `ckpttools verify run >&-`.
+
+    Otherwise the next file that is opened would get the number of that stream, and with it what is printed there.
+    """
+    if all((sys.stdin, sys.stdout, sys.stderr)):
+        return
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)

@@ -20,7 +20,7 @@ from ..tools.repair import repair
 from ..tools.show import show
 from ..tools.verify import verify
 from . import output
-from .arguments import parse_pair, require_whole_run
+from .arguments import parse_pairs, require_whole_run
 from .parser import EXIT_NO, EXIT_OK
 
 
@@ -115,8 +115,7 @@ def _parse_retention(args: argparse.Namespace) -> Retention | None:
 def run_pin(args: argparse.Namespace) -> int:
     """Protect steps from retention, or with `unpin` no longer."""
     run, pinned = RunDirectory(require_whole_run(args.run).absolute()), args.command == "pin"
-    for step in args.steps:
-        run.pin(step, pinned=pinned)
+    run.pin(*args.steps, pinned=pinned)
     output.print_report(
         args, {"steps": args.steps, "pinned": pinned}, f"{args.command}ned {', '.join(map(str, args.steps))}"
     )
@@ -125,7 +124,7 @@ def run_pin(args: argparse.Namespace) -> int:
 
 def run_record(args: argparse.Namespace) -> int:
     """Record metrics of a committed step."""
-    given = {name: _parse_number(name, value) for name, value in map(parse_pair, args.metrics)}
+    given = {name: _parse_number(name, value) for name, value in parse_pairs(args.metrics).items()}
     metrics = record(require_whole_run(args.run), args.step, given, overwrite=args.overwrite)
     shown = ", ".join(f"{name}={value:.6g}" for name, value in metrics.items())
     output.print_report(args, {"step": args.step, "metrics": metrics}, f"step {args.step}: {shown}")

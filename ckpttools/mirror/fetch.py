@@ -6,20 +6,32 @@ it is tried, into staging. Its files are verified by their digests as they arriv
 a step that was restored is committed to the run directory.
 """
 
+import contextlib
 import os
 import pathlib
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable
 
-from ..errors import CheckpointError, DiskSpaceError, MirrorError, StepNotFoundError, StorageError
+from ..errors import (
+    CheckpointError,
+    CheckpointWarning,
+    DiskSpaceError,
+    MirrorError,
+    RunInUseError,
+    StepNotFoundError,
+    StorageError,
+)
 from ..restore.select import Selector, list_available_steps, list_candidates, require_selector, select_one_branch
 from ..spec.mirror import Mirror, as_mirror
 from ..store import commit, layout, path_kinds
-from ..store.catalogue import Entry
+from ..store.catalogue import Catalogue, Entry
 from ..store.run_directory import RunDirectory
 from .merge_copies import merge_copies
 from .remote_store import Copy, RemoteStore
+
+_PACKAGE = str(pathlib.Path(__file__).parents[1])
 
 type Progress = Callable[[int, int], None]
 
@@ -46,6 +58,8 @@ class Fetcher:
     ) -> None:
         self._run, self._mirror, self._store, self._progress = run, mirror, store, progress
         self._staging_directories: list[pathlib.Path] = []
+        self._marks = contextlib.ExitStack()
+        self._listed_inodes: frozenset[int | None] = frozenset()
         self.error: MirrorError | None = None
 
     def list_candidates(self, selector: Selector) -> list[Entry]:
@@ -56,7 +70,7 @@ class Fetcher:
             StepNotFoundError: If the requested step is in neither place.
         """
         require_selector(selector)
-        local = self._run.refresh_steps()
+        local = self._list_local_steps()
         try:
             copies = self._store.list_copies()
         except MirrorError as error:
@@ -84,7 +98,7 @@ class Fetcher:
             MirrorError: If the store does not answer.
         """
         copies = self._store.list_copies()
-        both = merge_copies(self._run.refresh_steps(), [(copy, self._make_entry(copy)) for copy in copies])
+        both = merge_copies(self._list_local_steps(), [(copy, self._make_entry(copy)) for copy in copies])
         if isinstance(selector, int):
             chosen = select_one_branch([entry for entry in both.entries if entry.step == selector and entry.fetch])
         else:
@@ -98,6 +112,11 @@ class Fetcher:
                 fix=f"available: {', '.join(map(str, steps)) or 'no steps'}.",
             )
         return found
+
+    def _list_local_steps(self) -> Catalogue:
+        steps = self._run.refresh_steps()
+        self._listed_inodes = frozenset(entry.inode for entry in steps.committed_entries)
+        return steps
 
     def _make_entry(self, copy: Copy) -> Entry:
         holder = layout.get_control_path(self._run.directory, f"staging/{copy.name}-{secrets.token_hex(4)}")
@@ -116,6 +135,7 @@ class Fetcher:
         try:
             commit.require_confined(self._run.directory)
             commit.make_directory(directory.parent)
+            self._marks.enter_context(commit.mark_in_use(directory.parent))
             free = shutil.disk_usage(directory.parent).free
             if free < needed:
                 raise DiskSpaceError(
@@ -145,27 +165,52 @@ class Fetcher:
             ) from error
 
     def commit(self, entry: Entry) -> None:
-        """Commit a fetched step that was restored, unless another process writes to the run."""
-        if entry.fetch is None:
-            return
-        root, was_held = self._run.directory, self._run.lock.is_held
+        """Commit a fetched step that was restored, unless another process writes to the run, or has saved that step.
+
+        If this fails, the state was restored all the same, and its step is still at the mirror: it warns.
+        """
         try:
-            self._run.lock.acquire()
-            commit.commit_step(root, entry.path, entry.step)
-            if entry.manifest is not None:
-                spare = layout.get_spare_directory(root, entry.manifest.summary.sequence)
-                commit.copy_small_files(layout.get_step_directory(root, entry.step), spare)
-                self._store.fetch_metrics(root, entry.manifest.summary)
-        except OSError:
-            # The state was restored anyway; only its step stays at the mirror.
+            self.commit_copy(entry)
+        except RunInUseError:
             return
+        except StorageError as error:
+            text = f"step {entry.step} was restored from the mirror, where it stays: {error.what}"
+            warnings.warn(text, CheckpointWarning, stacklevel=2, skip_file_prefixes=(_PACKAGE,))
+
+    def commit_copy(self, entry: Entry, *, replaces: bool = False) -> None:
+        """Commit a fetched step.
+
+        Args:
+            entry: The step; nothing is done for a local one.
+            replaces: Whether a local step of the run's branch is moved to quarantine for it.
+
+        Raises:
+            StorageError: If it cannot be committed; the local step of that number is where it was.
+            RunInUseError: If another process writes to the run.
+        """
+        if entry.fetch is None or entry.manifest is None:
+            return
+        root, was_held, summary = self._run.directory, self._run.lock.is_held, entry.manifest.summary
+        try:
+            with commit.wrap_os_errors(f"step {entry.step} was fetched but cannot be committed to {root}"):
+                self._run.lock.acquire()
+                self._run.invalidate()
+                live = [each for each in self._run.get_steps().live_entries if each.step == entry.step]
+                if any(each.inode not in self._listed_inodes for each in live):
+                    return  # Saved or fetched since by another process: the copy must not supersede it.
+                commit.commit_step(root, entry.path, entry.step, replaces=replaces and bool(live))
         finally:
             self._run.invalidate()
             if not was_held:
                 self._run.lock.release()
+        spare = layout.get_spare_directory(root, summary.sequence)
+        commit.copy_small_files(layout.get_step_directory(root, entry.step), spare)
+        with commit.wrap_os_errors(f"the metrics of step {entry.step} cannot be written to {root}"):
+            self._store.fetch_metrics(root, summary)
 
     def clean_up(self) -> None:
         """Remove copies that were fetched but not committed."""
+        self._marks.close()
         for holder in self._staging_directories:
             shutil.rmtree(holder, ignore_errors=True)
 
@@ -201,6 +246,7 @@ def fetch_step(
         StepNotFoundError: If the mirror has no such step.
         StepDamagedError: If its copy is damaged.
         MirrorError: If the store does not answer.
+        StorageError: If the step cannot be written; a local step of that number is where it was.
         RunInUseError: If a process writes to the run.
 
     Example:
@@ -221,15 +267,8 @@ def fetch_step(
         entry = fetcher.find_copy("latest" if step is None else step)
         assert entry.fetch is not None
         entry.fetch()
-        in_the_way = layout.get_step_directory(run.directory, entry.step)
-        if in_the_way.exists() and not _is_superseded(run, entry.step):
-            run.quarantine(in_the_way)
-        fetcher.commit(entry)
+        fetcher.commit_copy(entry, replaces=True)
         return entry.step
     finally:
         fetcher.clean_up()
         run.lock.release()
-
-
-def _is_superseded(run: RunDirectory, step: int) -> bool:
-    return any(entry.step == step and entry.info and entry.info.superseded for entry in run.refresh_steps().entries)

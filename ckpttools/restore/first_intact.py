@@ -147,7 +147,7 @@ def _quarantine_damaged(run: RunDirectory | None, attempts: Sequence[tuple[Entry
     candidates = []
     for entry, candidate in attempts:
         if run is not None and candidate.verdict in ("incomplete", "corrupt") and candidate.source == "local":
-            candidate = dataclasses.replace(candidate, moved_to=run.quarantine(entry.path))
+            candidate = dataclasses.replace(candidate, moved_to=run.quarantine(entry))
         candidates.append(candidate)
     return candidates
 

@@ -239,7 +239,7 @@ def add_digests(algorithm: str, snapshot: Snapshot) -> Snapshot:
 def describe_files(
     directory: pathlib.Path, algorithm: str, known_files: Mapping[str, tuple[int, str]] | None = None
 ) -> dict[str, tuple[int, str]]:
-    """Return size and digest of each file of a step except its manifest.
+    """Return size and digest of each file of a step except its manifest and what a kill left of one.
 
     Args:
         directory: The step.
@@ -252,7 +252,7 @@ def describe_files(
         for name in names:
             path = pathlib.Path(parent, name)
             relative = path.relative_to(directory).as_posix()
-            if relative != layout.MANIFEST:
+            if relative not in (layout.MANIFEST, f"{layout.MANIFEST}{commit.TEMPORARY}"):
                 size = path.stat().st_size
                 is_known = relative in known_files and known_files[relative][0] == size
                 files[relative] = known_files[relative] if is_known else (size, digest.hash_file(algorithm, path))

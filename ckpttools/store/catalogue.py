@@ -48,6 +48,7 @@ class Entry:
         spare_summary: The summary in the second copy of a damaged step; None if there is none.
         error: What is wrong with it; None if committed.
         fetch: Fetches a copy from the mirror to `path`; None for a local step.
+        inode: Of the directory when it was examined: another one may have got its name since. None if not known.
     """
 
     step: int
@@ -58,6 +59,7 @@ class Entry:
     spare_summary: Summary | None = None
     error: CheckpointError | None = None
     fetch: Callable[[], None] | None = None
+    inode: int | None = None
 
     @property
     def lineage(self) -> Lineage:
@@ -210,6 +212,21 @@ def is_damaged_now(entry: Entry) -> bool:
     return examined is None or examined.state != entry.state
 
 
+def is_still_damaged(entry: Entry) -> bool:
+    """Return whether a step that was found damaged is still in its place: not deleted, repaired or replaced since.
+
+    Another process may have saved the step again, or fetched an intact copy of it, while this one read it.
+    """
+    found = _examine_path(entry.path, entry.step)
+    if found is None or found.manifest is None:
+        return found is not None and found.state in ("incomplete", "corrupt")
+    if entry.manifest is None or entry.inode != found.inode:
+        return False
+    # Bytes can be damaged under an intact manifest. Metrics do not count: they may have been recorded since.
+    before, now = (dataclasses.replace(each.manifest.summary, metrics={}) for each in (entry, found) if each.manifest)
+    return before == now
+
+
 def _scan_directory(directory: pathlib.Path, *, allow_suffix: bool = False) -> list[Entry]:
     if not directory.is_dir():
         return []
@@ -267,7 +284,8 @@ def _examine_path(path: pathlib.Path, step: int) -> Entry | None:
 
 def _examine_directory(path: pathlib.Path, step: int) -> Entry:
     try:
-        return Entry(step=step, path=path, state="committed", manifest=read_manifest(path))
+        inode = path.stat().st_ino  # Before the manifest: if the directory is replaced in between, they do not fit.
+        return Entry(step=step, path=path, state="committed", manifest=read_manifest(path), inode=inode)
     except IncompleteStepError as error:
         lacks_manifest = not (path / layout.MANIFEST).exists()
         if lacks_manifest and foreign_layouts.recognize(path) and not _has_spare_manifest(path.parent, step):

@@ -9,6 +9,7 @@ or in the trash, never partial; after a commit, a power cut finds it on the disk
 """
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
@@ -19,6 +20,12 @@ from . import layout, manifest
 
 MAX_SPARE_BYTES = 1 << 16
 """Files up to this size get a second copy: all of Orbax's metadata, and hardly any array data."""
+
+TEMPORARY = ".new"
+"""How the name of a file ends that a kill can leave; it is removed, or ignored, and never part of a step."""
+
+IN_USE = "in-use"
+"""The file in a directory in staging that its process has locked."""
 
 
 @contextlib.contextmanager
@@ -79,20 +86,31 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
     sync_file(source.parent)
 
 
-def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int) -> pathlib.Path:
+def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int, *, replaces: bool = False) -> pathlib.Path:
     """Make a complete staged step visible under its number.
 
-    A directory that already has the number is moved aside first: a superseded step, or one that never was a step.
+    What already has the number is moved aside first: a superseded step, or a directory or file that never was a step.
+    If the staged step cannot be moved there, it is moved back.
+
+    Args:
+        root: The run's directory.
+        staged: The step.
+        step: Its number.
+        replaces: Whether a step of that number belongs into quarantine, because another copy of it takes its place.
     """
     target = layout.get_step_directory(root, step)
     sync_tree(staged)
-    if os.path.lexists(target):
-        aside = "superseded" if _is_step(target) else "quarantine"
-        move(target, layout.find_free_path(layout.get_control_path(root, aside), str(step)))
+    part = "superseded" if _is_step(target) and not replaces else "quarantine"
+    aside = layout.find_free_path(layout.get_control_path(root, part), str(step))
     try:
+        if os.path.lexists(target):
+            move(target, aside)
         move(staged, target)
     except OSError as error:
-        if staged.exists():
+        if staged.exists() or not os.path.lexists(target):
+            with contextlib.suppress(OSError):
+                if os.path.lexists(aside) and not os.path.lexists(target):
+                    move(aside, target)
             raise
         raise StorageError(
             what=f"step {step} is in its place, but the disk did not confirm it: {error}.",
@@ -104,18 +122,29 @@ def commit_step(root: pathlib.Path, staged: pathlib.Path, step: int) -> pathlib.
 
 def _is_step(directory: pathlib.Path) -> bool:
     with contextlib.suppress(StepDamagedError, VersionError):
-        return bool(manifest.read(directory))
+        return directory.is_dir() and bool(manifest.read(directory))
     return False
 
 
 def discard(root: pathlib.Path, directory: pathlib.Path) -> None:
     """Delete a directory of the run: rename it into the trash, then remove its files."""
+    delete_tree(move_to_trash(root, directory))
+
+
+def move_to_trash(root: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
+    """Move a directory of the run to the trash, which `sweep` empties; return where it is."""
     in_trash = layout.find_free_path(layout.get_control_path(root, "trash"), directory.name)
     move(directory, in_trash)
-    if in_trash.is_symlink():
-        in_trash.unlink()  # Its target is outside the run and is kept.
-    else:
-        shutil.rmtree(in_trash, ignore_errors=True)
+    return in_trash
+
+
+def delete_tree(path: pathlib.Path) -> None:
+    """Delete a directory, a file or a link; what a link leads to is outside the run and stays."""
+    with contextlib.suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def quarantine(root: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
@@ -131,11 +160,37 @@ def sweep(root: pathlib.Path) -> None:
         directory = layout.get_control_path(root, part)
         if directory.is_dir():
             for entry in directory.iterdir():
-                shutil.rmtree(entry, ignore_errors=True)
+                if not is_in_use(entry):
+                    delete_tree(entry)
     own = layout.get_control_path(root)
     for entry in own.iterdir() if own.is_dir() else ():
-        if entry.suffix == ".new":
+        # A pin needs no lock of the writer's, and replaces what a kill left.
+        if entry.suffix == TEMPORARY and not entry.name.startswith("pins."):
             entry.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def mark_in_use(holder: pathlib.Path) -> Iterator[None]:
+    """Keep a directory in staging from being removed by `sweep`: a reader fetches into it without the run's lock.
+
+    The mark is a lock of the kernel's, so it vanishes with its process.
+    """
+    with (holder / IN_USE).open("ab") as file:
+        with contextlib.suppress(OSError):  # Without locks, a writer that opens the run meanwhile ends the fetch.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+def is_in_use(holder: pathlib.Path) -> bool:
+    """Return whether a process works in a directory in staging."""
+    try:
+        with (holder / IN_USE).open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def copy_small_files(directory: pathlib.Path, spare: pathlib.Path) -> None:
@@ -154,10 +209,16 @@ def copy_small_files(directory: pathlib.Path, spare: pathlib.Path) -> None:
                     shutil.copyfile(path, target)
 
 
-def write_file(path: pathlib.Path, data: bytes) -> None:
-    """Replace a small file in one step, durably."""
+def write_file(path: pathlib.Path, data: bytes, *, temporary: pathlib.Path | None = None) -> None:
+    """Replace a small file in one step, durably.
+
+    Args:
+        path: The file.
+        data: Its bytes.
+        temporary: What is written first, on the same file system; None for a name beside the file.
+    """
     make_directory(path.parent)
-    temporary = path.with_name(f"{path.name}.new")
+    temporary = temporary or path.with_name(f"{path.name}{TEMPORARY}")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

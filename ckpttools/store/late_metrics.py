@@ -19,13 +19,15 @@ import pathlib
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
+from ..errors import LeafError
 from . import commit, digest, layout
 from .manifest import Summary
 
 _NAME = re.compile(r"(0|[1-9]\d{0,17})-(\d{1,18})-([0-9a-f]{8})-(\d{1,20})-[0-9a-f]{8}\.json")
-_MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
+"""Size of the largest file that is read."""
 _ORPHAN_AGE_S = 7 * 86_400.0
 """A file is kept this long after its step was deleted: the mirror may keep the step without having the metric yet."""
 
@@ -39,7 +41,7 @@ class LateMetrics:
 
     Attributes:
         key: The step.
-        time_ns: When they were recorded, in nanoseconds since the epoch.
+        time_ns: When they were recorded, in nanoseconds since the epoch; more than that of every file before it.
         metrics: The values by name; None if the file is damaged.
     """
 
@@ -83,7 +85,7 @@ def read_files(root: pathlib.Path, names: Iterable[str]) -> dict[str, LateMetric
 def _read_bytes(path: pathlib.Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(_MAX_BYTES)
+            return file.read(MAX_BYTES)
     except FileNotFoundError:
         raise
     except OSError:
@@ -116,13 +118,29 @@ def _encode_body(key: StepKey, metrics: Mapping[str, float | str]) -> bytes:
 
 
 def write_file(root: pathlib.Path, summary: Summary, metrics: Mapping[str, float]) -> str:
-    """Write a file with metrics of a step, durably, and return its name."""
+    """Add a file with metrics of a step, durably; return its name.
+
+    Raises:
+        LeafError: If there are so many that they would not be read back.
+    """
     step, sequence, branch = get_key(summary)
     # JSON has no NaN; `float` reads the word back.
     plain = {name: value if math.isfinite(value) else str(value) for name, value in sorted(metrics.items())}
     mark = digest.hash_bytes("xxh3", _encode_body((step, sequence, branch), plain))
-    name = f"{step}-{sequence}-{branch}-{time.time_ns()}-{secrets.token_hex(4)}.json"
-    add_file(root, name, json.dumps({"metrics": plain, "digest": mark}).encode())
+    data = json.dumps({"metrics": plain, "digest": mark}).encode()
+    if len(data) > MAX_BYTES:
+        raise LeafError(
+            what=f"{len(metrics)} metrics of step {step} take {len(data):,} bytes; nothing was recorded.",
+            why=f"more than {MAX_BYTES:,} bytes are not read back.",
+            fix="record fewer of them in a call, under shorter names.",
+        )
+    # Not the clock alone: that of another machine may be behind, and the later call has to win.
+    others = (_NAME.fullmatch(name) for name in list_names(root))
+    last = max(
+        (int(each[4]) for each in others if each and each[0].startswith(f"{step}-{sequence}-{branch}-")), default=0
+    )
+    name = f"{step}-{sequence}-{branch}-{max(time.time_ns(), last + 1)}-{secrets.token_hex(4)}.json"
+    add_file(root, name, data)
     return name
 
 
@@ -137,18 +155,22 @@ def remove_file(root: pathlib.Path, name: str) -> None:
     layout.get_control_path(root, f"metrics/{name}").unlink(missing_ok=True)
 
 
-def sweep(root: pathlib.Path, summaries: Iterable[Summary]) -> None:
-    """Remove old files of deleted steps, and leftovers of killed processes; only for the holder of the lock."""
+def sweep(root: pathlib.Path, summaries: Iterable[Summary], unread_steps: Set[int]) -> None:
+    """Remove old files of steps that no longer exist, and what killed processes left; only for the lock's holder.
+
+    Args:
+        root: The run's directory.
+        summaries: The committed steps.
+        unread_steps: Numbers of steps that may come back: damaged, in quarantine, or on a disk that is not mounted.
+    """
     directory = layout.get_control_path(root, "metrics")
     keys = set(map(get_key, summaries))
     with contextlib.suppress(OSError):
         for path in directory.iterdir():
             found = _NAME.fullmatch(path.name.removesuffix(".new"))
             is_old = time.time() - path.stat().st_mtime > _ORPHAN_AGE_S
-            is_unused = path.suffix == ".new" or (
-                found is not None and (int(found[1]), int(found[2]), found[3]) not in keys
-            )
-            if is_old and is_unused:
+            is_kept = found is None or int(found[1]) in unread_steps or (int(found[1]), int(found[2]), found[3]) in keys
+            if is_old and (path.suffix == ".new" or not is_kept):
                 path.unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@
         .ckpttools/
             lock               held by the process that writes
             pins.json          steps that retention must keep; pins.second.json is its second copy
+            pins.lock          held while the pins are changed, by any process
             metrics/           metrics recorded after their step was committed, one file for each call
             staging/           a save in progress, moved up by one rename when it is complete
             trash/             steps being deleted, moved here by one rename first

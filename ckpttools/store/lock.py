@@ -13,12 +13,16 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import time
 import weakref
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from ..errors import RunInUseError, StorageError
 from . import commit, layout
+
+_PINS_WAIT_S = 30.0
+"""Writing the two small lists of pins takes milliseconds."""
 
 _locks: "weakref.WeakSet[WriterLock]" = weakref.WeakSet()
 
@@ -103,6 +107,29 @@ class WriterLock:
             file.close()
         self._open_files.clear()
         self._locked_file = None
+
+
+@contextlib.contextmanager
+def hold_pins_lock(root: pathlib.Path) -> Iterator[None]:
+    """Hold the lock of the list of pins, which is read, changed and written by any process; waits for another one.
+
+    Raises:
+        StorageError: If it cannot be opened or locked, or another process holds it for long.
+    """
+    path = layout.get_control_path(root, "pins.lock")
+    with commit.wrap_os_errors(f"{path} cannot be locked"), contextlib.ExitStack() as stack:
+        commit.require_confined(root)
+        commit.make_directory(path.parent)
+        file, end = stack.enter_context(_open_lock(path)), time.monotonic() + _PINS_WAIT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+        yield
 
 
 def _open_lock(path: pathlib.Path) -> BinaryIO:

@@ -5,6 +5,7 @@ Every command that takes a path calls `identify`, so that a wrong path is never 
 a new run never begins inside or beside an old one.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -198,3 +199,41 @@ def require_startable(path: str | os.PathLike[str]) -> None:
     if found.kind not in ("missing", "empty", "run", "unknown"):
         why = "a run that started here would hide the old checkpoints or mix with them; nothing was changed."
         raise make_not_a_run_error(found, why)
+    require_outside_steps(found.path, "the run there takes the directory for a damaged step of its own and moves it.")
+
+
+def require_outside_steps(path: str | os.PathLike[str], why: str) -> None:
+    """Raise `NotARunError` if a path is in a step of a run or in its control directory, or has the place of a step.
+
+    Args:
+        path: What is to be written.
+        why: What would happen otherwise.
+    """
+    found = identify(path)
+    if found.kind in ("step", "inside"):
+        raise make_not_a_run_error(found, why)
+    for place in (found.path, *found.path.parents):
+        if layout.parse_step_number(place.name) is not None and _holds_steps(place.parent, place):
+            error = NotARunError(
+                what=f"{found.path} is {'at' if place == found.path else 'inside'} the place of step {place.name} of "
+                f"the run {place.parent}.",
+                why=why,
+                fix=f"use a path outside of {place.parent}, or one whose name is not a number.",
+            )
+            error.kind, error.path = "inside", found.path
+            raise error
+
+
+def _holds_steps(directory: pathlib.Path, besides: pathlib.Path) -> bool:
+    """Return whether a directory is a run, judged without one of its entries, which may be another run."""
+    control = layout.get_control_path(directory)
+    with contextlib.suppress(OSError):
+        names = {path.name for path in directory.iterdir() if path != besides}
+        if any(
+            layout.parse_step_number(name) is not None and (directory / name / layout.MANIFEST).exists()
+            for name in names
+        ):
+            return True
+        # A run that is open and has no steps yet. An earlier `ct.open` of the parent of several runs leaves this, too.
+        return control.is_dir() and _identify_whole(besides).kind != "run"
+    return False

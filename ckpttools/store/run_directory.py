@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 
 from ..errors import StepDamagedError, StepNotFoundError, StepOrderError, VersionError
 from ..spec import retention
-from . import catalogue, commit, late_metrics, layout, path_kinds
+from . import catalogue, commit, late_metrics, layout, lock, path_kinds
 from .catalogue import Catalogue, Entry
 from .formats import foreign_layouts
-from .lock import WriterLock
 from .manifest import Lineage, read_sealed
 
 
@@ -39,31 +38,37 @@ class RunDirectory:
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
-        self.lock = WriterLock(directory)
+        self.lock = lock.WriterLock(directory)
         self._steps: Catalogue | None = None
         self._metric_files: frozenset[str] = frozenset()
+        self._pins: frozenset[int] = frozenset()
 
     def is_used(self) -> bool:
-        """Whether there is a numbered directory or foreign checkpoint, complete or not; cheaper than `get_steps`."""
+        """Whether there is a numbered directory or foreign checkpoint, complete or not; cheaper than `get_steps`.
+
+        Superseded steps count although they are not candidates for a restore: a run must not begin beside them.
+        """
         with commit.wrap_os_errors(f"{self.directory} cannot be listed"):
             if not self.directory.is_dir():
                 return False
-            with os.scandir(self.directory) as entries:
-                if any(layout.parse_step_number(entry.name) is not None for entry in entries):
+            superseded = layout.get_control_path(self.directory, "superseded")
+            for directory in (self.directory, *([superseded] if superseded.is_dir() else [])):
+                names = (name.partition("-")[0] if directory == superseded else name for name in os.listdir(directory))
+                if any(layout.parse_step_number(name) is not None for name in names):
                     return True
             return foreign_layouts.find_foreign_files(self.directory).steps != ()
 
     def refresh_steps(self) -> Catalogue:
-        """Return the current steps, read again unless this process makes all changes."""
-        if not self.lock.is_held:
+        """Return the current steps, read again unless this process makes all changes and none was removed by hand."""
+        if not self.lock.is_held or not all(entry.path.exists() for entry in self.get_steps().committed_entries):
             self.invalidate()
         return self.get_steps()
 
     def get_steps(self) -> Catalogue:
-        """Return the steps as they were last read, with the metrics that any process has recorded since."""
-        names = late_metrics.list_names(self.directory)
-        if self._steps is None:
-            self._steps, self._metric_files = catalogue.scan(self.directory), names
+        """Return the steps as they were last read, with the metrics and pins that any process has recorded since."""
+        names, pins = self._read_records()
+        if self._steps is None or pins != self._pins:
+            self._steps, self._metric_files, self._pins = catalogue.scan(self.directory), names, pins
         if names != self._metric_files:
             files = late_metrics.read_files(self.directory, names)
             self._steps, self._metric_files = catalogue.add_metrics(self._steps, files), names
@@ -98,16 +103,17 @@ class RunDirectory:
             if not was_held:
                 self.lock.release()
 
-    def quarantine(self, path: pathlib.Path) -> pathlib.Path | None:
+    def quarantine(self, entry: Entry) -> pathlib.Path | None:
         """Move a damaged step to quarantine; return None if another process writes to the run or the disk is read-only.
 
-        A reader must not move a writer's steps: one that is being deleted looks damaged, too.
+        A reader must not move a writer's steps: one that is being deleted looks damaged, too. Under the lock it is
+        examined again, since a writer that has ended meanwhile may have replaced it by an intact one.
         """
         held = self.lock.is_held
         try:
             self.lock.acquire()
             self.invalidate()
-            return commit.quarantine(self.directory, path) if path.exists() else None
+            return commit.quarantine(self.directory, entry.path) if catalogue.is_still_damaged(entry) else None
         except OSError:
             return None
         finally:
@@ -122,26 +128,45 @@ class RunDirectory:
 
     def has_step(self, step: int, lineage: Lineage) -> bool:
         """Return whether a lineage already has this step; another branch may have one of the same number."""
-        found = (
-            entry.manifest.summary
-            for entry in self.get_steps().committed_entries
-            if entry.step == step and entry.manifest
-        )
-        return any(catalogue.is_live(summary, lineage) for summary in found)
+        found = [entry for entry in self.get_steps().committed_entries if entry.step == step]
+        if not all(entry.path.exists() for entry in found):
+            self.invalidate()  # Somebody has removed it by hand, also from a run that is open.
+            return self.has_step(step, lineage)
+        return any(entry.manifest and catalogue.is_live(entry.manifest.summary, lineage) for entry in found)
 
-    def pin(self, step: int, *, pinned: bool) -> None:
-        """Protect a committed step from retention, or with `pinned=False` no longer."""
-        committed = {entry.step for entry in self.refresh_steps().committed_entries}
-        if type(step) is not int or (pinned and step not in committed):
+    def pin(self, *steps: int, pinned: bool) -> None:
+        """Protect committed steps from retention, or with `pinned=False` no longer: all of them or none.
+
+        Raises:
+            StepNotFoundError: If one of them is not a committed step, or was deleted meanwhile; nothing was pinned.
+        """
+        with lock.hold_pins_lock(self.directory):
+            self._require_committed(steps, pinned=pinned)
+            pins = catalogue.read_pins(self.directory)
+            with commit.wrap_os_errors(f"the pin of step {', '.join(map(str, steps))} cannot be written"):
+                catalogue.write_pins(self.directory, pins.union(steps) if pinned else pins.difference(steps))
+            self.invalidate()
+            try:
+                # A writer that deletes steps looks for pins after it has moved one, and this looks after it has pinned.
+                self._require_committed(steps, pinned=pinned)
+            except StepNotFoundError:
+                catalogue.write_pins(self.directory, pins)
+                self.invalidate()
+                raise
+
+    def _require_committed(self, steps: Sequence[int], *, pinned: bool) -> None:
+        if not self.lock.is_held:
+            self.invalidate()
+        committed = {entry.step for entry in self.get_steps().committed_entries}
+        wrong = [step for step in steps if type(step) is not int or (pinned and step not in committed)]
+        if wrong:
             raise StepNotFoundError(
-                what=f"step {step!r} cannot be pinned: it is not a committed step.",
-                why="the pin would protect nothing.",
+                what=f"step {wrong[0]!r} cannot be pinned: it is not a committed step.",
+                why="the pin would protect nothing."
+                if len(steps) == 1
+                else "the pin would protect nothing; none of the steps was pinned.",
                 fix=f"committed: {', '.join(map(str, sorted(committed))) or 'no steps'}.",
             )
-        pins = catalogue.read_pins(self.directory)
-        with commit.wrap_os_errors(f"the pin of step {step} cannot be written"):
-            catalogue.write_pins(self.directory, pins | {step} if pinned else pins - {step})
-        self.invalidate()
 
     def decide_retention(self, keep: retention.Retention) -> list[retention.Verdict]:
         """Return what a retention value would keep and delete now, with reasons."""
@@ -161,16 +186,26 @@ class RunDirectory:
         deleted: list[int] = []
         # If a metric is recorded while steps are being deleted, retention is decided again.
         while unwanted := self._list_unwanted(keep, next_lineage):
+            decided_by = self._metric_files, self._pins
             for entry in unwanted:
-                if late_metrics.list_names(self.directory) != self._metric_files:
+                if not self._remove(entry, decided_by):
                     break
-                self._remove([entry])
                 deleted.append(entry.step)
         if deleted:
-            late_metrics.sweep(
-                self.directory, [e.manifest.summary for e in self.get_steps().committed_entries if e.manifest]
-            )
+            committed = self.get_steps().committed_entries
+            summaries = [entry.manifest.summary for entry in committed if entry.manifest]
+            late_metrics.sweep(self.directory, summaries, self._list_unread_steps())
         return tuple(deleted)
+
+    def _list_unread_steps(self) -> set[int]:
+        """Return the numbers of steps whose manifests cannot be read now, but perhaps later."""
+        numbers = {entry.step for entry in self.get_steps().entries if entry.manifest is None}
+        for part in ("quarantine", "superseded"):
+            directory = layout.get_control_path(self.directory, part)
+            names = os.listdir(directory) if directory.is_dir() else []
+            found = (layout.parse_step_number(name.partition("-")[0]) for name in names)
+            numbers.update(number for number in found if number is not None)
+        return numbers
 
     def _list_unwanted(self, keep: retention.Retention, next_lineage: Lineage) -> list[Entry]:
         verdicts = self.decide_retention(keep)
@@ -221,20 +256,35 @@ class RunDirectory:
         if not are_there or any(map(catalogue.is_damaged_now, newest)):
             self.invalidate()
 
-    def _remove(self, entries: Sequence[Entry]) -> None:
+    def _remove(self, entry: Entry, decided_by: tuple[frozenset[str], frozenset[int]] | None = None) -> bool:
+        """Delete a step; return whether it was deleted.
+
+        Args:
+            entry: The step.
+            decided_by: The files with metrics and the pins that retention has decided by: the step stays if another
+                process has changed them. `record` and `pin` look whether the step is there after they have written, so
+                this looks after the step was moved: one of the two sees the other.
+        """
         current = self.get_steps()
         self.invalidate()  # If the disk fails in between, the directory has to be read again.
-        for entry in entries:
-            with commit.wrap_os_errors(f"step {entry.step} cannot be deleted"):
-                commit.discard(self.directory, entry.path)
-            spare = layout.get_spare_directory(self.directory, entry.info.sequence if entry.info else 0)
-            shutil.rmtree(spare, ignore_errors=True)
-        paths = {entry.path for entry in entries}
+        with commit.wrap_os_errors(f"step {entry.step} cannot be deleted"):
+            in_trash = commit.move_to_trash(self.directory, entry.path)
+            if decided_by is not None and decided_by != self._read_records():
+                commit.move(in_trash, entry.path)
+                return False
+            commit.delete_tree(in_trash)
+        spare = layout.get_spare_directory(self.directory, entry.info.sequence if entry.info else 0)
+        shutil.rmtree(spare, ignore_errors=True)
         self._steps = dataclasses.replace(
             current,
-            entries=tuple(entry for entry in current.entries if entry.path not in paths),
-            moved_entries=tuple(entry for entry in current.moved_entries if entry.path not in paths),
+            entries=tuple(each for each in current.entries if each.path != entry.path),
+            moved_entries=tuple(each for each in current.moved_entries if each.path != entry.path),
         )
+        return True
+
+    def _read_records(self) -> tuple[frozenset[str], frozenset[int]]:
+        """Return the files with metrics and the pins, which any process may add to."""
+        return late_metrics.list_names(self.directory), catalogue.read_pins(self.directory)
 
     def delete(self, step: int) -> None:
         """Delete one committed step of the run's branch, whatever the retention says; never the newest.
@@ -257,7 +307,7 @@ class RunDirectory:
                 why="a restart continues from it.",
                 fix="save the next step first.",
             )
-        self._remove([entry])
+        self._remove(entry)
 
     def derive_lineage(self, step: int, lineage: Lineage) -> Lineage:
         """Return the lineage of what follows a restored step: its branch, or a new one if the run went on from there.

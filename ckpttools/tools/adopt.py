@@ -20,6 +20,9 @@ from ..store.catalogue import Entry
 from ..store.lock import WriterLock
 from ..store.manifest import Lineage
 
+_LEFT_MANIFEST = f"{layout.MANIFEST}{commit.TEMPORARY}"
+"""What a kill can leave in a step that was being adopted."""
+
 
 def adopt(
     directory: str | os.PathLike[str],
@@ -43,7 +46,8 @@ def adopt(
 
     Raises:
         NotARunError: If `directory` is not a run, or is a single checkpoint and `into` is not given.
-        StepOrderError: If a number is already used, or two checkpoints have the same number; nothing was changed.
+        StepOrderError: If a number is already used, two checkpoints have the same number, or with `into` all steps are
+            already those of a run; nothing was changed.
         StorageError: If a step cannot be read; those before it are adopted.
         RunInUseError: If a process writes to the run.
 
@@ -103,6 +107,13 @@ def _list_foreign_steps(source: Source, path: pathlib.Path, is_copied: bool, ste
         raise path_kinds.make_not_a_run_error(
             path_kinds.identify(path), "none of them is a finished checkpoint with a step number."
         )
+    if not entries and is_copied and source.steps.entries:
+        steps = ", ".join(str(entry.step) for entry in source.steps.entries)
+        raise StepOrderError(
+            what=f"{source.name} holds nothing to adopt: step {steps} has a manifest already.",
+            why="only checkpoints of Orbax or flax are adopted; nothing was copied.",
+            fix=f"cp -r {source.steps.entries[-1].path} RUN copies a step to another run.",
+        )
     return sorted(entries, key=lambda entry: entry.step)
 
 
@@ -148,16 +159,19 @@ def _adopt_step(entry: Entry, root: pathlib.Path, sequence: int, lineage: Lineag
         if entry.path != target:
             commit.move(entry.path, target)
             entry = catalogue.make_foreign_entry(target, entry.step)
+        # Earlier versions wrote the manifest here before they renamed it, and may have been killed.
+        target.joinpath(_LEFT_MANIFEST).unlink(missing_ok=True)
         data = foreign_snapshot.make_manifest(entry, taken, target, sequence=sequence, lineage=lineage)
         commit.sync_tree(target)
-        commit.write_file(target / layout.MANIFEST, data)
+        temporary = layout.get_control_path(root, _LEFT_MANIFEST)  # Where the next writer removes it after a kill.
+        commit.write_file(target / layout.MANIFEST, data, temporary=temporary)
         return
     staged = layout.get_control_path(root, f"staging/adopt-{secrets.token_hex(4)}") / str(entry.step)
     try:
         with commit.wrap_os_errors(f"step {entry.step} cannot be copied to {root}"):
             commit.make_directory(staged.parent)
             if entry.path.is_dir():
-                shutil.copytree(entry.path, staged)
+                shutil.copytree(entry.path, staged, ignore=shutil.ignore_patterns(_LEFT_MANIFEST))
             else:
                 orbax.write(staged, taken, compression=False)
             data = foreign_snapshot.make_manifest(entry, taken, staged, sequence=sequence, lineage=lineage)

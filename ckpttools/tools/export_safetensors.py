@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import CheckpointError, LeafError, StructureError, suggest_names
 from ..sources.open_source import Location, Source, find_step, open_source
 from ..spec.mirror import Mirror
-from ..store import leaf_integrity
+from ..store import leaf_integrity, path_kinds
 from ..store.formats import safetensors_format
 from ..store.formats.foreign_layouts import describe_writer
 from ..store.formats.safetensors_format import CODES, Tensor
@@ -59,6 +59,7 @@ def export_safetensors(
         LeafError: If a leaf has a dtype that the format lacks.
         StructureError: If two leaves would have the same name.
         StepDamagedError: If the step is damaged.
+        NotARunError: If the file would be in a step of a run, or in its control directory.
         StorageError: If the disk refused.
 
     Example:
@@ -69,6 +70,7 @@ def export_safetensors(
         >>> ct.export_safetensors({"kernel": jnp.ones((2, 3))}, file, names={"kernel": "weight"})
         ('weight',)
     """
+    path_kinds.require_outside_steps(file, "a file in a step is not part of it, and one in its place hides it.")
     if isinstance(source, str | os.PathLike | Mirror):
         opened: contextlib.AbstractContextManager[Weights] = _open_step(source, item)
     else:

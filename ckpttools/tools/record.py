@@ -13,6 +13,8 @@ from ..store.manifest import Summary
 from ..store.run_directory import require_run_directory
 from ..tree.items import as_metric, require_metrics
 
+_MAX_NAME_LENGTH = 200
+
 
 def record(
     directory: str | os.PathLike[str], step: int, metrics: Mapping[str, Any], *, overwrite: bool = False
@@ -35,7 +37,8 @@ def record(
         All metrics of the step.
 
     Raises:
-        LeafError: If a metric is not a number.
+        LeafError: If a metric is not a number, its name is empty or has more than 200 characters, or there are so many
+            that they would not be read back.
         StepNotFoundError: If the step is not committed, or was deleted meanwhile; nothing was recorded.
         MetricConflictError: If a different value is recorded and `overwrite` is False; nothing was recorded.
         StorageError: If the directory cannot be written.
@@ -75,6 +78,13 @@ def record(
 
 def _parse_metrics(metrics: Any) -> dict[str, float]:
     require_metrics(metrics)
+    for name in metrics:
+        if not 0 < len(name) <= _MAX_NAME_LENGTH:
+            raise LeafError(
+                what=f"a metric is named {name!r:.80}, which has {len(name)} characters.",
+                why="a name is shown in tables and typed at a shell; nothing was recorded.",
+                fix=f'use a name of 1 to {_MAX_NAME_LENGTH} characters, such as "val_loss".',
+            )
     for name, value in metrics.items():
         if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
             raise LeafError(

@@ -16,7 +16,7 @@ import stat
 
 from ..errors import StepDamagedError
 from ..store import catalogue, commit, digest, file_integrity, layout, manifest
-from ..store.lock import WriterLock
+from ..store.lock import WriterLock, hold_pins_lock
 from ..store.run_directory import require_run_directory
 
 
@@ -102,9 +102,12 @@ def repair(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Repai
 def _repair_pins(root: pathlib.Path, dry_run: bool) -> list[Repair]:
     if catalogue.has_intact_pins(root):
         return []
-    pins = catalogue.read_pins(root)
-    if not dry_run:
-        catalogue.write_pins(root, pins)
+    if dry_run:
+        pins = catalogue.read_pins(root)
+    else:
+        with hold_pins_lock(root):
+            pins = catalogue.read_pins(root)
+            catalogue.write_pins(root, pins)
     done = f"restored from its second copy: {sorted(pins)}" if pins else "replaced by an empty list"
     return [Repair("pins.json", "the list of pinned steps is damaged", done)]
 

@@ -171,3 +171,18 @@ def test_words_in_place_of_numbers_are_refused(run, tmp_path, capsys):
     code, _, err = call(capsys, "prune", run, "--best", "loss:min:two")
     assert code == parser.EXIT_FAILED
     assert "'two' is not a number of steps" in err
+
+
+def test_adopting_a_step_of_a_run_into_another_is_an_error(run, tmp_path, capsys):
+    code, _, err = call(capsys, "adopt", run / "10", "--into", tmp_path / "new")
+    assert (code, "step 10 has a manifest already" in err) == (parser.EXIT_FAILED, True)
+    assert not (tmp_path / "new").exists()
+    assert call(capsys, "adopt", run)[:2] == (parser.EXIT_OK, "adopted nothing\n"), "control"
+
+
+@pytest.mark.parametrize("place", ["10/x.safetensors", "10/model/x.safetensors", "7", ".ckpttools/x.safetensors"])
+def test_nothing_is_exported_into_a_step(run, capsys, place):
+    code, _, err = call(capsys, "export", run, run / place)
+    assert (code, "step" in err) == (parser.EXIT_FAILED, True)
+    assert not (run / place).exists()
+    assert call(capsys, "export", run, run / "x.safetensors")[0] == parser.EXIT_OK, "control"

@@ -99,3 +99,14 @@ def test_damage_that_stops_a_command_is_named_with_a_fix(run, tmp_path, capsys):
     assert "damaged leaf: model." in err
     assert f"ckpttools verify {run}" in err
     assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0>&- 1>&- 2>&-"])
+def test_a_closed_stream_discards_what_is_printed(run, closed):
+    command = f"{sys.executable} -m ckpttools {{}} {closed}"
+    for arguments, code in ((f"ls {run}", parser.EXIT_OK), (f"ls {run}/nothing", parser.EXIT_FAILED)):
+        done = subprocess.run(["bash", "-c", command.format(arguments)], capture_output=True, text=True)
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+        assert not done.stdout or "1>&-" not in closed
+        assert "ckpttools:" not in done.stdout, "an error is not printed to the other stream"

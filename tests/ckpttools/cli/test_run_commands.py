@@ -154,3 +154,19 @@ def test_repair_puts_back_what_has_a_second_copy(run, capsys):
         path.unlink() if path.is_file() and path.name != layout.MANIFEST else None
     damage(run, 30)
     assert call(capsys, "repair", run)[0] == parser.EXIT_NO
+
+
+def test_record_refuses_two_values_and_empty_names(run, capsys):
+    for pairs, expected in ((["a=1", "a=2"], "'a' was given twice"), (["=5"], "a metric is named ''")):
+        code, _, err = call(capsys, "record", run, 10, *pairs)
+        assert (code, expected in err) == (parser.EXIT_FAILED, True)
+    assert "a" not in ct.show(run, 10).metrics
+    assert call(capsys, "record", run, 10, "a=1", "b=2")[0] == parser.EXIT_OK, "control"
+
+
+def test_pinning_is_all_or_nothing(run, capsys):
+    code, _, err = call(capsys, "pin", run, 10, 77)
+    assert (code, "step 77 cannot be pinned" in err) == (parser.EXIT_FAILED, True)
+    assert "none of the steps was pinned" in err
+    assert "pinned" not in call(capsys, "ls", run)[1]
+    assert call(capsys, "pin", run, 10, 20)[1] == "pinned 10, 20\n"

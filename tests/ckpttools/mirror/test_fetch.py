@@ -2,13 +2,16 @@
 """A restore uses the nearest intact copy, whatever happened to the local disk."""
 
 import dataclasses
+import os
 import shutil
 
+import numpy as np
 import pytest
 
 import ckpttools as ct
 from ckpttools.mirror import remote_store
 from ckpttools.store import layout
+from ckpttools.store.run_directory import RunDirectory
 from tests.ckpttools.mirror.mirrors import (
     STATE,
     changed,
@@ -156,3 +159,60 @@ def test_a_reader_beside_a_writer_fetches_and_leaves_nothing(on_disk):
             assert reader.restore(STATE).step == 2
         assert not (on_disk.directory / "2").exists()
         assert not list(layout.get_control_path(on_disk.directory, "staging").iterdir())
+
+
+def test_a_fetch_that_cannot_commit_raises_and_loses_nothing(on_disk, monkeypatch):
+    save(on_disk, 1, 2, 3)
+    rename = os.rename
+
+    def refuse(source, target):
+        if "staging" in str(source):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", refuse)
+        damage(on_disk, 3)
+        with pytest.warns(ct.CheckpointWarning, match="step 3 was restored from the mirror, where it stays"):
+            assert restore(on_disk).step == 3
+        shutil.move(layout.get_control_path(on_disk.directory, "quarantine") / "3", on_disk.directory / "3")
+        with pytest.raises(ct.StorageError, match="step 3 was fetched but cannot be committed"):
+            ct.fetch_step(on_disk.directory, on_disk.mirror, 3)
+    assert [row.step for row in ct.ls(on_disk.directory)] == [1, 2, 3], "the local step is where it was"
+    assert not list(layout.get_control_path(on_disk.directory, "quarantine").iterdir())
+    assert ct.fetch_step(on_disk.directory, on_disk.mirror, 3) == 3, "control"
+    assert [path.name for path in layout.get_control_path(on_disk.directory, "quarantine").iterdir()] == ["3"]
+
+
+def test_a_copy_does_not_replace_a_step_saved_meanwhile(on_disk):
+    save(on_disk, 1, 2, 3)
+    damage(on_disk, 3)
+
+    def save_again():
+        local = dataclasses.replace(on_disk, mirror=None)
+        with ct.open(local) as other:
+            assert other.restore(STATE).step == 2
+            other.save(3, state_at(7))
+
+    hooks = [save_again]
+    with ct.open(on_disk, lambda state: hooks.pop()() if hooks else None) as reader:
+        assert reader.restore(STATE).step == 3, "the copy at the mirror"
+    found = ct.load(on_disk.directory, STATE, step=3).state
+    np.testing.assert_array_equal(found["model"]["w"], state_at(7)["model"]["w"])
+
+
+def test_opening_a_run_leaves_what_a_reader_is_fetching(on_disk, monkeypatch):
+    save(on_disk, 1, 2)
+    shutil.rmtree(on_disk.directory / "2")
+    fetch_file = remote_store.RemoteStore._fetch_file
+    staging = layout.get_control_path(on_disk.directory, "staging")
+
+    def open_meanwhile(*args, **options):
+        with RunDirectory(on_disk.directory).hold_for_writing():
+            pass
+        return fetch_file(*args, **options)
+
+    (staging / "left-by-a-kill").mkdir(parents=True)
+    monkeypatch.setattr(remote_store.RemoteStore, "_fetch_file", open_meanwhile)
+    assert restore(on_disk).step == 2
+    assert not list(staging.iterdir()), "control: all else is removed"

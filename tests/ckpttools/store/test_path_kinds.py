@@ -123,3 +123,26 @@ def test_a_link_stands_for_what_it_leads_to(run):
 def test_a_step_is_not_fetched_into_a_step(run):
     with pytest.raises(ct.NotARunError, match="is step 10"):
         ct.fetch_step(run / "10", f"file://{run.parent}/mirror")
+
+
+@pytest.mark.parametrize("place", ["7", "7/inner", "7/inner/8"])
+def test_a_run_cannot_begin_at_the_place_of_a_step(golden, place):
+    with pytest.raises(ct.NotARunError, match="the place of step 7 of the run") as caught:
+        ct.open(ct.CheckpointSpec(directory=golden / place))
+    assert str(golden) in caught.value.fix
+    assert not (golden / "7").exists()
+    with ct.open(ct.CheckpointSpec(directory=golden / "eval" / "inner")):
+        pass  # control: a name that is not a step's
+
+
+def test_a_run_cannot_begin_at_a_step_of_an_open_run_without_steps(tmp_path):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path / "run")), pytest.raises(ct.NotARunError, match="step 7"):
+        ct.open(ct.CheckpointSpec(directory=tmp_path / "run" / "7"))
+
+
+def test_runs_may_be_named_by_numbers(golden, tmp_path):
+    (tmp_path / "runs").mkdir()
+    golden.rename(tmp_path / "runs" / "1")
+    for name in ("1", "2"):
+        with ct.open(ct.CheckpointSpec(directory=tmp_path / "runs" / name)):
+            pass

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`adopt` gives the steps of plain Orbax a manifest, and refuses what Orbax cannot read."""
 
+import os
 import warnings
 
 import jax
@@ -12,7 +13,8 @@ from flax import nnx
 from orbax.checkpoint import v1
 
 import ckpttools as ct
-from ckpttools.store import commit, layout
+from ckpttools.store import catalogue, commit, layout
+from ckpttools.store.run_directory import RunDirectory
 from tests.ckpttools.restore.test_first_intact import flip_bit, largest_file, spec_for
 from tests.ckpttools.store.writers import EMPTY, RUNS, SINGLES, STATE, write
 from tests.ckpttools.tools.runs import snapshot_of
@@ -154,7 +156,7 @@ def test_a_damaged_foreign_step_is_named_and_not_adopted(tmp_path, name):
 def test_a_kill_between_rename_and_manifest_loses_nothing(tmp_path, monkeypatch):
     run = write(RUNS["manager, padded"], tmp_path)
 
-    def die(*args):
+    def die(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -164,3 +166,29 @@ def test_a_kill_between_rename_and_manifest_loses_nothing(tmp_path, monkeypatch)
     assert [row.state for row in ct.ls(run)] == ["unverified", "unverified"]
     assert ct.adopt(run) == (10, 20)
     assert ct.verify(run).ok
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["in-place", "into"])
+def test_what_a_killed_adoption_left_is_not_a_file_of_the_step(tmp_path, monkeypatch, copied):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_v1(tmp_path / "plain", {"w": jnp.ones(2)})
+
+    def die(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            ct.adopt(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "3" / "ckpttools.manifest.new").exists()
+    (tmp_path / "plain" / "3" / "ckpttools.manifest.new").write_text("left by an earlier version")
+    before = snapshot_of(tmp_path / "plain" / "3")
+    run = tmp_path / "run" if copied else tmp_path / "plain"
+    assert ct.adopt(tmp_path / "plain", into=run if copied else None) == (3,)
+    names = {path.relative_to(run / "3").as_posix() for path in (run / "3").rglob("*") if path.is_file()}
+    assert "ckpttools.manifest.new" not in names
+    assert set(catalogue.scan(run).entries[0].manifest.summary.files) == names - {layout.MANIFEST}
+    assert not copied or snapshot_of(tmp_path / "plain" / "3") == before, "control: the source is only read"
+    with RunDirectory(run).hold_for_writing():
+        assert not list(layout.get_control_path(run).glob("*.new"))

@@ -214,3 +214,44 @@ def test_a_control_directory_that_is_a_link_is_refused(run, tmp_path):
     with pytest.raises(ct.StorageError, match="is a link"):
         ct.record(run, 1, {"val": 1.0})
     assert not list((tmp_path / "outside").iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201], ids=["empty", "long"])
+def test_a_metric_needs_a_name_of_sane_length(run, name):
+    with pytest.raises(ct.LeafError, match="a metric is named"):
+        ct.record(run, 1, {name: 1.0})
+    assert late_metrics.list_names(run) == frozenset()
+    ct.record(run, 1, {"x" * 200: 1.0})  # control
+    assert ct.show(run, 1).metrics["x" * 200] == 1.0
+
+
+def test_more_metrics_than_are_read_back_are_refused(run):
+    with pytest.raises(ct.LeafError, match="nothing was recorded"):
+        ct.record(run, 1, {f"{index:0200}": 1.0 for index in range(6_000)})
+    assert late_metrics.list_names(run) == frozenset()
+
+
+def test_overwriting_wins_on_a_machine_whose_clock_is_behind(run, monkeypatch):
+    ct.record(run, 1, {"val": 1.0})
+    now_ns = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns - 10**12)
+    ct.record(run, 1, {"val": 0.5}, overwrite=True)
+    assert ct.show(run, 1).metrics["val"] == 0.5
+
+
+@pytest.mark.parametrize("reason", ["quarantine", "unmounted", "control"])
+def test_metrics_of_a_step_that_may_come_back_stay(run, tmp_path, reason):
+    ct.record(run, 1, {"val": 0.5})
+    for path in layout.get_control_path(run, "metrics").iterdir():
+        os.utime(path, (0, 0))
+    aside = layout.get_control_path(run, "quarantine") if reason == "quarantine" else tmp_path / "disk"
+    aside.mkdir(exist_ok=True)
+    (run / "1").rename(aside / "1")
+    if reason == "unmounted":
+        (run / "1").symlink_to(aside / "1")
+        aside.rename(tmp_path / "gone")
+    with ct.open(spec_for(run, keep=ct.Latest(2))) as ckpt:
+        ckpt.restore(STATE)
+        for step in (4, 5):
+            ckpt.save(step, STATE)
+    assert len(late_metrics.list_names(run)) == (0 if reason == "control" else 1)
