@@ -73,11 +73,11 @@ def _fill_item(item: str, value: Any, source: HostItem, replacements: Replacemen
     def place(path: Path, template: Any) -> Any:
         record = source.records.get(to_names(path))
         if record is None:
-            return template.copy() if copy and isinstance(template, jax.Array) else template
+            return _copy_leaf(template) if copy else template
         name = format_leaf_name(item, path)
         host = _take(name, source, record)
         if record.kind == "value" or isinstance(template, np.ndarray | np.generic):
-            return host
+            return _copy_leaf(host) if copy else host
         if record.scalar == "weak":
             host = host.item()
         placed = placing.place(name, host, template)
@@ -138,6 +138,11 @@ def _take(name: str, source: HostItem, record: Record) -> Any:
     return array[()] if record.scalar == "numpy" else array
 
 
+def _copy_leaf(value: Any) -> Any:
+    """Return a copy of a value that could be changed in place, or given away to a jitted function."""
+    return value.copy() if isinstance(value, jax.Array | np.ndarray | bytearray) else value
+
+
 def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = None) -> dict[str, Any]:
     """Return a copy that shares nothing with the state.
 
@@ -154,9 +159,7 @@ def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = 
                 continue
             functional, merge = flatten.split_item(value)
             if items is None:
-                copies[item] = merge(
-                    jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, functional)
-                )
+                copies[item] = merge(jax.tree.map(_copy_leaf, functional))
             else:
                 source = dataclasses.replace(items[item], arrays=dict(items[item].arrays))
                 # Live objects inside a container are filled in place, so the copy gets objects of its own.
