@@ -20,6 +20,9 @@ from .surgery import Surgery
 
 RECOMPUTED = ("Cache", "Intermediate")
 """Types of variables that flax recomputes: caches of attention, and what `sow` collects; `Perturbation` is one of them.
+
+These two names stand for flax's types and their subclasses, never for a user's class of the same name, nor for an
+`nnx.Param`, which is trained.
 """
 
 
@@ -28,9 +31,11 @@ class Exclude:
     """Leave variables out of a checkpoint, by the type of the `nnx` variable or by the name of the leaf.
 
     Attributes:
-        types: Names of variable types; subclasses are left out, too. `types=()` saves variables of every type.
+        types: Names of variable types; subclasses are left out, too. "Cache" and "Intermediate" are flax's types, any
+            other name is that of a class. `types=()` saves variables of every type.
         paths: Patterns over names that begin with the item, such as "model.scratch"; what lies below a match is left
-            out, too.
+            out, too, unless it is also reachable by a name that no pattern matches. An object with `get_state` is left
+            out as a whole or not at all.
         items: Names of the items that the rule applies to; () for all.
 
     Example:
@@ -118,6 +123,14 @@ DEFAULT_RULES = (Exclude(),)
 def find_exclusion(rules: Iterable[Exclude], path: Sequence[str | int], types: Sequence[str] = ()) -> str:
     """Return what leaves a leaf out, as `Exclude.find_reason` of the first rule that does; "" if none does."""
     return next((reason for rule in rules if (reason := rule.find_reason(path, types))), "")
+
+
+def find_exclusion_of_all(
+    rules: Sequence[Exclude], paths: Iterable[Sequence[str | int]], types: Sequence[str] = ()
+) -> str:
+    """Return what leaves out a variable that several paths lead to; "" if one of the paths is not left out."""
+    reasons = [find_exclusion(rules, path, types) for path in paths]
+    return reasons[0] if reasons and all(reasons) else ""
 
 
 def as_rules(value: Any) -> tuple[Exclude, ...]:
