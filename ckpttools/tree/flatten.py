@@ -116,7 +116,7 @@ def flatten_with_records(item: str, value: Any, rules: Sequence[Exclude] = ()) -
     """
     flat = flatten_item(value, find_reason=lambda path, types: find_exclusion(rules, (item, *path), types))
     records = [describe(item, leaf) for leaf in flat.leaves]
-    _require_unique_names(item, [record.path for record in records])
+    _require_unique_names(item, records)
     return flat, records
 
 
@@ -310,22 +310,28 @@ def split_item(item: Any) -> tuple[Any, Callable[[Any], Any]]:
     return item, lambda filled: filled
 
 
-def _require_unique_names(item: str, paths: list[Path]) -> None:
+def _require_unique_names(item: str, records: Sequence[Record]) -> None:
     """Refuse paths that Orbax would store under one name.
 
     Orbax joins keys with dots and, of two equal names, silently stores one: `{"a.b": x, "a": {"b": y}}` came back
-    with y twice.
+    with y twice. TensorStore, to which the name of an array is a directory, adds a slash unless the name ends in one:
+    `{"d": x, "d/": y}` are written into each other.
 
     Raises:
         StructureError: If two leaves share a name.
     """
-    seen: dict[str, Path] = {}
-    for path in paths:
-        name = ".".join(map(str, path))
-        if name in seen:
+    names: dict[str, Path] = {}
+    directories: dict[str, Path] = {}
+    for record in records:
+        name = ".".join(map(str, record.path))
+        directory = name if name.endswith("/") else f"{name}/"
+        other = names.get(name, directories.get(directory) if record.is_in_orbax else None)
+        if other is not None:
             raise StructureError(
-                what=f"two leaves of {item!r} share the name {name!r}: {seen[name]!r} and {path!r}.",
-                why="Orbax joins keys with dots and would store only one of the two.",
+                what=f"two leaves of {item!r} share the name {name!r}: {other!r} and {record.path!r}.",
+                why="Orbax joins keys with dots, adds a slash at the end, and would store only one of the two.",
                 fix="rename one of the keys.",
             )
-        seen[name] = path
+        names[name] = record.path
+        if record.is_in_orbax:
+            directories[directory] = record.path
