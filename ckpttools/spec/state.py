@@ -19,7 +19,11 @@ from .operations import Operation
 from .surgery import Surgery
 
 RECOMPUTED = ("Cache", "Intermediate")
-"""Types of variables that flax recomputes: attention caches and what `sow` collects (`Perturbation` is a subclass)."""
+"""Types of variables that flax recomputes: attention caches and what `sow` collects (`Perturbation` is a subclass).
+
+These two names mean flax's types and their subclasses, never a user's class with the same name, nor an `nnx.Param`,
+which is trained.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,9 +31,11 @@ class Exclude:
     """Exclude variables from a checkpoint, by the type of the `nnx` variable or by the name of the leaf.
 
     Attributes:
-        types: Names of variable types; subclasses are also excluded. `types=()` saves variables of every type.
+        types: Names of variable types; subclasses are also excluded. "Cache" and "Intermediate" are flax's types, any
+            other name is that of a class. `types=()` saves variables of every type.
         paths: Patterns over names that begin with the item, such as "model.scratch"; everything below a match is also
-            excluded.
+            excluded, unless it also has a name that no pattern matches. An object with `get_state` is excluded as a
+            whole or not at all.
         items: Names of the items that the rule applies to; () for all.
 
     Example:
@@ -117,6 +123,14 @@ DEFAULT_RULES = (Exclude(),)
 def find_exclusion(rules: Iterable[Exclude], path: Sequence[str | int], types: Sequence[str] = ()) -> str:
     """Return the type or pattern by which the first matching rule excludes a leaf; "" if no rule does."""
     return next((reason for rule in rules if (reason := rule.find_reason(path, types))), "")
+
+
+def find_exclusion_of_all(
+    rules: Sequence[Exclude], paths: Iterable[Sequence[str | int]], types: Sequence[str] = ()
+) -> str:
+    """Return what leaves out a variable that several paths lead to; "" if one of the paths is not left out."""
+    reasons = [find_exclusion(rules, path, types) for path in paths]
+    return reasons[0] if reasons and all(reasons) else ""
 
 
 def as_rules(value: Any) -> tuple[Exclude, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 
 from ..spec.operations import Operation
-from ..spec.state import Exclude, find_exclusion
+from ..spec.state import Exclude, find_exclusion, find_exclusion_of_all
 from ..tree.flatten import FlatItem
 from ..tree.leaf_paths import Names, Path, to_names
 from ..tree.leaves import Leaf, describe, is_array
@@ -60,6 +60,7 @@ class _LeafMatcher:
         )
         templates = self._templates
         self._state_names = [to_names((item, *leaf.path)) for item, flat in templates.items() for leaf in flat.leaves]
+        self._leaf_names = frozenset(self._state_names)
         self._roots = [to_names((item, *root)) for item, flat in templates.items() for root in flat.skeletons]
         self._reinit_parts: frozenset[Names] = frozenset()
         self._only_parts: frozenset[Names] | None = None
@@ -120,9 +121,18 @@ class _LeafMatcher:
     def _is_excluded(self, source: SourceLeaf) -> bool:
         """Return whether a leaf on disk is excluded: by its type, its name, or its variable in the state."""
         types = (source.record.variable,) if source.record.variable else ()
-        if find_exclusion(self._rules, source.path, types):
+        path = source.path
+        if source.opaque:
+            # A rule leaves out the state of an object as a whole or not at all, as at the save.
+            path = path[: find_outermost_depth(path, frozenset(self._table.roots))] or path
+        reason = find_exclusion(self._rules, path, types)
+        if reason and (reason in types or not self._is_state(source.path)):
             return True
         return bool(self._excluded) and find_outermost_depth(source.path, self._excluded) > 0
+
+    def _is_state(self, path: Names) -> bool:
+        """Return whether the state has a leaf of that name, which may also have a name that no rule leaves out."""
+        return path in self._leaf_names or (path[-1] == "value" and path[:-1] in self._leaf_names)
 
     def _describe_state(self) -> dict[Names, Record]:
         leaves = ((item, leaf) for item, flat in self._templates.items() for leaf in flat.leaves)
@@ -179,7 +189,10 @@ def _leave_out(templates: Mapping[str, FlatItem], rules: Sequence[Exclude]) -> d
     """Return the items of the state without the excluded leaves, which keep their values."""
     found = {}
     for item, flat in templates.items():
-        reasons = {leaf.path: find_exclusion(rules, (item, *leaf.path), leaf.types) for leaf in flat.leaves}
+        reasons = {
+            leaf.path: find_exclusion_of_all(rules, [(item, *path) for path in (leaf.path, *leaf.aliases)], leaf.types)
+            for leaf in flat.leaves
+        }
         roots = {root: find_exclusion(rules, (item, *root)) for root in flat.skeletons}
         found[item] = FlatItem(
             [leaf for leaf in flat.leaves if not reasons[leaf.path]],

@@ -13,6 +13,7 @@ run may change between the two; `None` is a leaf, since dropping it would hide a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,7 +24,7 @@ from ..errors import LeafError, StructureError
 from ..spec.state import Exclude, find_exclusion
 from .containers import pack, unpack
 from .leaf_paths import Path, format_leaf_name
-from .leaves import Leaf, describe, is_array, list_variable_types
+from .leaves import Leaf, describe, find_alias_paths, is_array, list_variable_types
 from .records import Record
 from .replacing import Replacements
 
@@ -72,11 +73,16 @@ class FlatItem:
         leaves: All leaves, in an order that depends on the structure only.
         skeletons: For each stateful object, by its path, the containers of its state; None in a template.
         excluded: The excluded parts, each with the type or pattern that excluded it.
+        excluded_parameters: The trained parameters (`nnx.Param`) among them.
+        matched_states: Parts of the states of stateful objects that a pattern names; they are in `leaves`, since such a
+            state is saved as a whole.
     """
 
     leaves: list[Leaf]
     skeletons: dict[Path, Any]
     excluded: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
+    excluded_parameters: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
+    matched_states: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
 
 
 def flatten_item(item: Any, *, template: bool = False, find_reason: FindReason | None = None) -> FlatItem:
@@ -91,9 +97,9 @@ def flatten_item(item: Any, *, template: bool = False, find_reason: FindReason |
     Raises:
         LeafError: If a part of the item cannot be flattened, or has a key that cannot be stored.
     """
-    flat = FlatItem([], {})
-    _flatten_into(item, (), flat, template, find_reason)
-    return flat
+    flattening = _Flattening(FlatItem([], {}), template, find_reason)
+    flattening.add(item, ())
+    return flattening.flat
 
 
 def flatten_with_records(item: str, value: Any, rules: Sequence[Exclude] = ()) -> tuple[FlatItem, list[Record]]:
@@ -110,38 +116,77 @@ def flatten_with_records(item: str, value: Any, rules: Sequence[Exclude] = ()) -
     """
     flat = flatten_item(value, find_reason=lambda path, types: find_exclusion(rules, (item, *path), types))
     records = [describe(item, leaf) for leaf in flat.leaves]
-    _require_unique_names(item, [record.path for record in records])
+    _require_unique_names(item, records)
     return flat, records
 
 
-def _flatten_into(
-    value: Any,
-    prefix: Path,
-    flat: FlatItem,
-    template: bool,
-    find_reason: FindReason | None,
-    types: tuple[str, ...] = (),
-) -> None:
-    types = list_variable_types(type(value)) if isinstance(value, nnx.Variable) else types
-    if find_reason is not None and (reason := find_reason(prefix, types)):
-        flat.excluded.append((prefix, reason))
-        return
-    if isinstance(value, nnx.Pytree):
-        value = nnx.state(value)
-    if isinstance(value, nnx.State):
-        for path, entry in _flatten_state(value):
-            _flatten_into(entry, (*prefix, *path), flat, template, find_reason)
-    elif isinstance(value, nnx.Variable):
-        _flatten_into(value.get_raw_value(), prefix, flat, template, find_reason, types)
-    elif is_stateful(value):
-        flat.skeletons[prefix], leaves = (None, []) if template else pack(value.get_state(), prefix)
-        flat.leaves.extend(leaves)
-    else:
-        entries, _ = open_pytree(value)
-        if entries is None:
-            flat.leaves.append(Leaf(prefix, value, types))
-        for keys, entry in entries or ():
-            _flatten_into(entry, (*prefix, *keys), flat, template, find_reason, types)
+type ListAliases = Callable[[], Sequence[Path]]
+"""Returns other paths of the same variable."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flattening:
+    """One call of `flatten_item`; its fields are the arguments, and what is found."""
+
+    flat: FlatItem
+    template: bool
+    find_reason: FindReason | None
+
+    def add(self, value: Any, prefix: Path, types: tuple[str, ...] = (), list_aliases: ListAliases = tuple) -> None:
+        """Add the leaves of a part of the item."""
+        types = list_variable_types(type(value)) if isinstance(value, nnx.Variable) else types
+        if reason := self._find_reason(prefix, types, list_aliases):
+            self.flat.excluded.append((prefix, reason))
+            self.flat.excluded_parameters.extend((path, reason) for path in _list_parameters(value, prefix))
+        elif isinstance(value, nnx.Pytree):
+            # Of several paths to a variable, the state has the first.
+            find_aliases = functools.cache(lambda: find_alias_paths(value))
+            for path, entry in _flatten_state(nnx.state(value)):
+                self._add_entry(entry, prefix, path, lambda at=path: find_aliases()(at))  # type: ignore[misc]
+        elif isinstance(value, nnx.State):
+            for path, entry in _flatten_state(value):
+                self._add_entry(entry, prefix, path, tuple)
+        elif isinstance(value, nnx.Variable):
+            self.add(value.get_raw_value(), prefix, types, list_aliases)
+        elif is_stateful(value):
+            self._add_state(value, prefix)
+        else:
+            entries, _ = open_pytree(value)
+            if entries is None:
+                self.flat.leaves.append(Leaf(prefix, value, types, tuple(list_aliases()) if self.template else ()))
+            for keys, entry in entries or ():
+                self.add(entry, (*prefix, *keys), types, _append_to_each(list_aliases, keys))
+
+    def _add_entry(self, entry: Any, prefix: Path, path: Path, list_aliases: ListAliases) -> None:
+        self.add(entry, (*prefix, *path), (), lambda: [(*prefix, *alias) for alias in list_aliases()])
+
+    def _add_state(self, value: Stateful, prefix: Path) -> None:
+        self.flat.skeletons[prefix], leaves = (None, []) if self.template else pack(value.get_state(), prefix)
+        self.flat.leaves.extend(leaves)
+        if self.find_reason is not None:
+            reasons = [(leaf.path, self.find_reason(leaf.path, ())) for leaf in leaves]
+            self.flat.matched_states.extend((path, reason) for path, reason in reasons if reason)
+
+    def _find_reason(self, path: Path, types: tuple[str, ...], list_aliases: ListAliases) -> str:
+        """Return what leaves a part out: of the paths to a variable, all have to be left out."""
+        reason = self.find_reason(path, types) if self.find_reason is not None else ""
+        if self.find_reason is None or not reason or reason in types:
+            return reason
+        return reason if all(self.find_reason(alias, types) for alias in list_aliases()) else ""
+
+
+def _append_to_each(list_aliases: ListAliases, keys: Path) -> ListAliases:
+    return lambda: [(*alias, *keys) for alias in list_aliases()]
+
+
+def _list_parameters(value: Any, prefix: Path) -> list[Path]:
+    """Return the paths of the trained parameters of a part that is left out."""
+    if isinstance(value, nnx.Param):
+        return [prefix]
+    if not isinstance(value, nnx.Pytree | nnx.State):
+        return []
+    state = nnx.state(value) if isinstance(value, nnx.Pytree) else value
+    return [(*prefix, *path) for path, entry in _flatten_state(state) if isinstance(entry, nnx.Param)]
 
 
 def _flatten_state(state: Any) -> list[tuple[Path, Any]]:
@@ -265,22 +310,28 @@ def split_item(item: Any) -> tuple[Any, Callable[[Any], Any]]:
     return item, lambda filled: filled
 
 
-def _require_unique_names(item: str, paths: list[Path]) -> None:
+def _require_unique_names(item: str, records: Sequence[Record]) -> None:
     """Refuse paths that Orbax would store under one name.
 
     Orbax joins keys with dots and, of two equal names, silently stores one: `{"a.b": x, "a": {"b": y}}` came back
-    with y twice.
+    with y twice. TensorStore, to which the name of an array is a directory, adds a slash unless the name ends in one:
+    `{"d": x, "d/": y}` are written into each other.
 
     Raises:
         StructureError: If two leaves share a name.
     """
-    seen: dict[str, Path] = {}
-    for path in paths:
-        name = ".".join(map(str, path))
-        if name in seen:
+    names: dict[str, Path] = {}
+    directories: dict[str, Path] = {}
+    for record in records:
+        name = ".".join(map(str, record.path))
+        directory = name if name.endswith("/") else f"{name}/"
+        other = names.get(name, directories.get(directory) if record.is_in_orbax else None)
+        if other is not None:
             raise StructureError(
-                what=f"two leaves of {item!r} share the name {name!r}: {seen[name]!r} and {path!r}.",
-                why="Orbax joins keys with dots and would store only one of the two.",
+                what=f"two leaves of {item!r} share the name {name!r}: {other!r} and {record.path!r}.",
+                why="Orbax joins keys with dots, adds a slash at the end, and would store only one of the two.",
                 fix="rename one of the keys.",
             )
-        seen[name] = path
+        names[name] = record.path
+        if record.is_in_orbax:
+            directories[directory] = record.path

@@ -9,6 +9,7 @@ the host, which can be copied, hashed and compared like any array.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -31,17 +32,57 @@ class Leaf:
         path: Keys from the item's root.
         value: The array or plain value; arrays may be abstract in a template.
         types: The names of the type of its `nnx` variable and of that type's bases; () outside a variable.
+        aliases: Other paths that lead to the same variable, as far as they were looked for.
     """
 
     path: Path
     value: Any
     types: tuple[str, ...] = ()
+    aliases: tuple[Path, ...] = ()
 
 
 @functools.cache
 def list_variable_types(kind: type[nnx.Variable[Any]]) -> tuple[str, ...]:
-    """Return the name of a variable's type and those of its bases, the nearest first."""
-    return tuple(base.__name__ for base in kind.__mro__ if issubclass(base, nnx.Variable))
+    """Return the name of a variable's type and those of its bases, the nearest first.
+
+    The names that a spec leaves out by default stand for flax's own types: a user's class of that name, and a trained
+    parameter that derives from one of them, are not left out by it.
+    """
+    is_trained = issubclass(kind, nnx.Param)
+    bases = [base for base in kind.__mro__ if issubclass(base, nnx.Variable)]
+    return tuple(
+        base.__name__
+        for base in bases
+        if base.__name__ not in RECOMPUTED or (base in (nnx.Cache, nnx.Intermediate) and not is_trained)
+    )
+
+
+_MAX_ALIASES = 64
+
+
+def find_alias_paths(root: nnx.Pytree) -> Callable[[Path], tuple[Path, ...]]:
+    """Return a function from the path of a variable to the other paths that lead to it; walks once over the object."""
+    groups: list[list[tuple[Any, ...]]] = []
+    for paths in nnx.find_duplicates(root):
+        # A path that goes through the object itself leads round in a circle.
+        group = [path for path in paths if not any(_is_longer(path, other) for other in paths)]
+        groups += [group] if len(group) > 1 else []
+
+    def list_others(path: Path) -> tuple[Path, ...]:
+        found = [path]
+        for known in found:
+            for group in groups if len(found) < _MAX_ALIASES else ():
+                for old in group:
+                    if known[: len(old)] == old:
+                        others = ((*new, *known[len(old) :]) for new in group)
+                        found += [other for other in others if other not in found]
+        return tuple(found[1:])
+
+    return list_others
+
+
+def _is_longer(path: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return len(path) > len(other) and path[: len(other)] == other
 
 
 def is_key(value: Any) -> bool:

@@ -63,11 +63,13 @@ class SnapshotItem:
         leaves: All leaves, in the order of the manifest.
         skeletons: The containers of stateful objects, by path.
         excluded: The excluded parts: their paths, and the type or pattern that excluded them.
+        excluded_parameters: The trained parameters among it.
     """
 
     leaves: tuple[SnapshotLeaf, ...]
     skeletons: Mapping[Path, Any]
     excluded: tuple[tuple[Path, str], ...] = ()
+    excluded_parameters: tuple[tuple[Path, str], ...] = ()
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -102,6 +104,15 @@ class Snapshot:
             (format_leaf_name(name, path), reason)
             for name, item in self.items.items()
             for path, reason in item.excluded
+        )
+
+    @property
+    def excluded_parameters(self) -> tuple[tuple[str, str], ...]:
+        """The names of the trained parameters that were left out, each with the type or pattern that names it."""
+        return tuple(
+            (format_leaf_name(name, path), reason)
+            for name, item in self.items.items()
+            for path, reason in item.excluded_parameters
         )
 
     @property
@@ -140,6 +151,12 @@ def _take_item(
     flat, records = flatten.flatten_with_records(item, value, rules)
     if flat.excluded and not flat.leaves and not flat.skeletons:
         _warn_of_empty_item(item, flat.excluded[0][1])
+    if unnamed := [
+        each for each in flat.excluded_parameters if not _is_named(format_leaf_name(item, each[0]), each[1])
+    ]:
+        _warn_of_parameters(item, unnamed)
+    if flat.matched_states:
+        _warn_of_matched_states(item, *flat.matched_states[0])
     leaves = []
     for leaf, record in zip(flat.leaves, records, strict=True):
         array: HostArray | jax.Array | None = None
@@ -154,7 +171,7 @@ def _take_item(
                 if copies is not None:
                     copies[item, leaf.path] = array
         leaves.append(SnapshotLeaf(record, array))
-    return SnapshotItem(tuple(leaves), flat.skeletons, tuple(flat.excluded))
+    return SnapshotItem(tuple(leaves), flat.skeletons, tuple(flat.excluded), tuple(flat.excluded_parameters))
 
 
 def _warn_of_empty_item(item: str, reason: str) -> None:
@@ -166,6 +183,32 @@ def _warn_of_empty_item(item: str, reason: str) -> None:
             CheckpointWarning,
             stacklevel=2,
         )
+
+
+def _is_named(name: str, reason: str) -> bool:
+    """Whether a rule says the name of a leaf, or of a part that it is in, and no type or pattern that finds it."""
+    return f"{name}.".startswith(f"{reason}.")
+
+
+def _warn_of_parameters(item: str, excluded: Sequence[tuple[Path, str]]) -> None:
+    """A parameter is trained, so a restart would go on from its initial value."""
+    name, rest = format_leaf_name(item, excluded[0][0]), len(excluded) - 1
+    warnings.warn(
+        f"{name}{f' and {rest} more' if rest else ''} of the type nnx.Param: not saved, because exclude= names "
+        f"{excluded[0][1]!r}; a restore leaves it as the program initialises it.",
+        CheckpointWarning,
+        stacklevel=2,
+    )
+
+
+def _warn_of_matched_states(item: str, path: Path, reason: str) -> None:
+    """Without a part of its state an object could not be restored."""
+    warnings.warn(
+        f"{format_leaf_name(item, path)} is saved although exclude= names {reason!r}: an object with get_state is "
+        f"saved as a whole; leave the part out in get_state(), or name the whole object.",
+        CheckpointWarning,
+        stacklevel=2,
+    )
 
 
 def _copy_sharded(value: jax.Array) -> jax.Array:

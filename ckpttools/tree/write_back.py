@@ -2,13 +2,14 @@
 """Verified leaves from the host into a state, one by one: a device never holds more than the state and one leaf."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
-from ..errors import PlacementError
+from ..errors import PlacementError, StructureError
 from . import flatten, placing
 from .containers import unpack
 from .leaf_paths import Names, Path, format_leaf_name, to_names
@@ -38,9 +39,11 @@ def fill_state(state: Mapping[str, Any], items: Mapping[str, HostItem]) -> dict[
     """Return the state with its leaves replaced: live objects in place, everything else rebuilt.
 
     Raises:
+        StructureError: If one live object has two names with different stored values.
         PlacementError: If a device refuses a leaf. After any exception, including an interrupt, all live objects are
             put back as they were.
     """
+    require_one_value_each(state, items)
     # Stateful objects come first: if one of them refuses its state, the model is unchanged.
     ordered = sorted(state, key=lambda item: not flatten.is_stateful_item(state[item]))
     replacements = Replacements()
@@ -52,6 +55,74 @@ def fill_state(state: Mapping[str, Any], items: Mapping[str, HostItem]) -> dict[
             _put_back(replacements, error)
             raise
     return {item: filled[item] for item in state}
+
+
+def require_one_value_each(state: Mapping[str, Any], items: Mapping[str, HostItem]) -> None:
+    """Raise `StructureError` if a live object has two names in the state, and other stored values under each.
+
+    It can hold one of the two, and which one would depend on the order of the items.
+    """
+    found: dict[int, list[tuple[str, Path, Any]]] = {}
+    for item, value in state.items():
+        for path, each in _list_live_objects(value, ()):
+            found.setdefault(id(each), []).append((item, path, each))
+    for same in found.values():
+        stored = [(where, _get_stored_values(items[where[0]], where[1], where[2])) for where in same if len(same) > 1]
+        stored = [(where, values) for where, values in stored if values]
+        for where, values in stored[1:]:
+            if not _is_same(stored[0][1], values):
+                first, second = (format_leaf_name(*each[:2]) for each in (stored[0][0], where))
+                raise StructureError(
+                    what=f"{first} and {second} are one object in the state passed in, and two values on disk.",
+                    why="the object can hold one of the two, and the other would be lost. Nothing was changed.",
+                    fix="build the state with two objects, or leave one of the two items out of the state.",
+                )
+
+
+def _list_live_objects(value: Any, prefix: Path) -> Iterator[tuple[Path, Any]]:
+    """Yield the variables and stateful objects that a restore fills in place, under each of their names."""
+    if isinstance(value, nnx.Variable) or flatten.is_stateful(value):
+        yield prefix, value
+    elif isinstance(value, nnx.Pytree):
+        for path, entry in nnx.to_flat_state(nnx.state(value)):
+            if isinstance(entry, nnx.Variable):
+                yield (*prefix, *path), entry
+    elif not isinstance(value, nnx.State):
+        for keys, entry in flatten.open_pytree(value)[0] or ():
+            yield from _list_live_objects(entry, (*prefix, *keys))
+
+
+def _get_stored_values(source: HostItem, path: Path, value: Any) -> dict[Any, Any]:
+    """Return the records and arrays that an object is filled from, by their paths below it."""
+    if flatten.is_stateful(value):
+        group = _group_by_root(source.restored_records, source.skeletons).get(to_names(path))
+        if group is None:
+            return {}
+        records = {to_names(record.path)[len(path) :]: record for record in group[1]}
+        return {"skeleton": group[0]} | {name: _peek(source, record) for name, record in records.items()}
+    below = [to_names(leaf.path) for leaf in flatten.flatten_item(value, template=True).leaves]
+    pairs = [(names, source.records.get((*to_names(path), *names))) for names in below]
+    return {names: _peek(source, record) for names, record in pairs if record is not None}
+
+
+def _peek(source: HostItem, record: Record) -> Any:
+    """Return what identifies the value of a record: its array, or what the manifest stores."""
+    array = source.arrays.get(record.path)
+    return (record.kind, record.dtype, record.shape, record.value) if array is None else array
+
+
+def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    """Whether two objects have equal values; bit for bit, so that NaN equals itself."""
+    return one.keys() == other.keys() and all(_is_equal(one[key], other[key]) for key in one)
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if not (isinstance(one, np.ndarray) and isinstance(other, np.ndarray)):
+        return type(one) is type(other) and bool(one == other)
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    left, right = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (one, other))
+    return one is other or np.array_equal(left, right)
 
 
 def _put_back(replacements: Replacements, error: BaseException) -> None:
@@ -73,11 +144,11 @@ def _fill_item(item: str, value: Any, source: HostItem, replacements: Replacemen
     def place(path: Path, template: Any) -> Any:
         record = source.records.get(to_names(path))
         if record is None:
-            return template.copy() if copy and isinstance(template, jax.Array) else template
+            return _copy_leaf(template) if copy else template
         name = format_leaf_name(item, path)
         host = _take(name, source, record)
         if record.kind == "value" or isinstance(template, np.ndarray | np.generic):
-            return host
+            return _copy_leaf(host) if copy else host
         if record.scalar == "weak":
             host = host.item()
         placed = placing.place(name, host, template)
@@ -138,6 +209,11 @@ def _take(name: str, source: HostItem, record: Record) -> Any:
     return array[()] if record.scalar == "numpy" else array
 
 
+def _copy_leaf(value: Any) -> Any:
+    """Return a copy of a value that could be changed in place, or given away to a jitted function."""
+    return value.copy() if isinstance(value, jax.Array | np.ndarray | bytearray) else value
+
+
 def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = None) -> dict[str, Any]:
     """Return a copy that shares nothing with the state.
 
@@ -146,7 +222,12 @@ def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = 
     Args:
         state: Items by name.
         items: Leaves for the copy, which stay in `items`; by default those of the state.
+
+    Raises:
+        StructureError: If one live object stands under two names that have different stored values.
     """
+    if items is not None:
+        require_one_value_each(state, items)
     copies = {}
     with jax.transfer_guard("allow"):
         for item, value in state.items():
@@ -154,9 +235,7 @@ def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = 
                 continue
             functional, merge = flatten.split_item(value)
             if items is None:
-                copies[item] = merge(
-                    jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, functional)
-                )
+                copies[item] = merge(jax.tree.map(_copy_leaf, functional))
             else:
                 source = dataclasses.replace(items[item], arrays=dict(items[item].arrays))
                 # Live objects inside a container are filled in place, so the copy gets new objects.

@@ -124,3 +124,49 @@ def test_a_pytree_and_an_iterator_can_be_validated_together(tmp_path):
         ckpt.save(1, state)
         assert ckpt.restore(state).step == 1
     assert seen == [["params"], ["params"]]
+
+
+def spoil(copy):
+    """Compute a sum, and write into every array of the copy that can be written to."""
+    total = copy["array"].sum() + copy["model"].offset[...].sum()
+    copy["array"][:] = 7
+    copy["model"].offset.get_raw_value()[:] = 7
+    copy["model"].table[:] = 7
+    if isinstance(copy["raw"], bytearray):  # A restore returns bytes.
+        copy["raw"][:] = b"\7\7"
+    return total
+
+
+class Offset(nnx.Module):
+    def __init__(self, value):
+        self.offset = nnx.Variable(np.full(3, value))
+        self.table = nnx.data(np.full(2, value))
+
+
+def make_numpy_state(value):
+    return {"array": np.full(3, value), "model": Offset(value), "raw": bytearray(b"ab")}
+
+
+def list_numpy_values(state):
+    arrays = state["array"], state["model"].offset[...], state["model"].table
+    return [array.tolist() for array in arrays], bytes(state["raw"])
+
+
+def test_a_function_that_writes_into_its_copy_changes_no_live_array(tmp_path):
+    state = make_numpy_state(1.0)
+    with ct.open(spec_for(tmp_path), validate=spoil) as ckpt:
+        ckpt.save(1, state)
+        assert list_numpy_values(state) == list_numpy_values(make_numpy_state(1.0))
+    fresh = make_numpy_state(0.0)
+    with ct.open(spec_for(tmp_path), validate=spoil) as ckpt:
+        restored = ckpt.restore(fresh).state
+    assert list_numpy_values(restored) == list_numpy_values(make_numpy_state(1.0))
+
+
+def test_leaves_that_keep_their_value_are_copied_for_the_function(tmp_path):
+    with ct.open(spec_for(tmp_path)) as ckpt:
+        ckpt.save(1, make_numpy_state(1.0))
+    fresh = make_numpy_state(0.0)
+    with ct.open(spec_for(tmp_path), validate=spoil) as ckpt:
+        restored = ckpt.restore(fresh, surgery=[ct.Reinit("array.**"), ct.Reinit("model.offset")]).state
+    assert restored["array"].tolist() == restored["model"].offset[...].tolist() == [0.0, 0.0, 0.0]

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import ckpttools as ct
+from ckpttools.tree.snapshot import take
 
 SAVE_ALL = {"exclude": ()}
 
@@ -140,3 +141,74 @@ def test_sown_tracers_that_leaked_do_not_reach_a_save(tmp_path):
     model.h = nnx.Intermediate((leaked[0],))
     save(tmp_path, {"model": model})
     assert names(tmp_path) == ["model.w"]
+
+
+class Cache(nnx.Param):
+    """A trained parameter whose class has the name of one of flax's types."""
+
+
+class Sown(nnx.Param, nnx.Intermediate):
+    """A trained parameter that derives from one of flax's types."""
+
+
+class Named(nnx.Module):
+    def __init__(self, value=0.0):
+        self.a = Cache(jnp.full(2, value))
+        self.b = Sown(jnp.full(2, value))
+        self.c = nnx.Cache(jnp.full(2, value))
+
+
+def test_a_parameter_is_state_whatever_its_class_is_called(tmp_path):
+    save(tmp_path, {"model": Named(3.0)})
+    assert names(tmp_path) == ["model.a", "model.b"], "control: flax's own cache is left out"
+    fresh = Named()
+    restore(tmp_path, {"model": fresh})
+    assert (fresh.a[0], fresh.b[0], fresh.c[0]) == (3.0, 3.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [(ct.Exclude(types=("Sown",)), "Sown"), (ct.Exclude(paths=("*.b",)), "*.b")],
+    ids=["type", "pattern"],
+)
+def test_a_parameter_that_a_rule_finds_is_warned_of(tmp_path, rule, reason):
+    with pytest.warns(ct.CheckpointWarning, match="model.b of the type nnx.Param: not saved"):
+        save(tmp_path, {"model": Named()}, exclude=rule)
+    assert ("model.b", reason) in ct.show(tmp_path).excluded
+    snapshot = take({"model": Named()}, None, [ct.Exclude(paths=("model.b",))])  # control: named, so no warning
+    assert snapshot.excluded_parameters == (("model.b", "model.b"),)
+
+
+class Tied(nnx.Module):
+    def __init__(self, value=0.0, *, is_shared=True):
+        self.head = nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0))
+        self.head.kernel[...] = jnp.full((2, 2), value)
+        self.debug = nnx.Dict(last=self.head if is_shared else nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(1)))
+
+
+def test_a_variable_with_a_name_outside_the_rule_is_state(tmp_path):
+    rule = ct.Exclude(paths=("model.debug",))
+    save(tmp_path, {"model": Tied(5.0)}, exclude=rule)
+    assert names(tmp_path) == ["model.debug.last.kernel"], "the first of its two names"
+    for read in (lambda state: restore(tmp_path, state, exclude=rule), lambda state: ct.load(tmp_path, state)):
+        fresh = Tied()
+        read({"model": fresh})
+        assert fresh.head.kernel[0, 0] == 5.0
+    save(tmp_path / "plain", {"model": Tied(5.0, is_shared=False)}, exclude=rule)  # control: not shared
+    assert names(tmp_path / "plain") == ["model.head.kernel"]
+
+
+class Buffered(Source):
+    def get_state(self):
+        return {"position": self.position, "buffer": [jnp.ones(2)]}
+
+
+@pytest.mark.parametrize("pattern", ["**.buffer", "data.position", "data.buffer.[0]"])
+def test_a_stateful_object_is_restored_whole_despite_a_pattern(tmp_path, pattern):
+    rule = ct.Exclude(paths=(pattern,))
+    with pytest.warns(ct.CheckpointWarning, match="saved as a whole"):
+        save(tmp_path, {"data": Buffered(3), "a": jnp.ones(1)}, exclude=rule)
+    fresh = Source(0)
+    report = restore(tmp_path, {"data": fresh, "a": jnp.zeros(1)}, exclude=rule)
+    assert (report.step, fresh.position) == (1, 3)
+    assert ct.verify(tmp_path).ok

@@ -115,3 +115,26 @@ def test_names_that_orbax_would_merge_are_refused(tmp_path):
         pytest.raises(ct.StructureError, match=r"share the name 'a\.b'"),
     ):
         ckpt.save(1, {"params": {"a.b": jnp.ones(1), "a": {"b": jnp.zeros(1)}}})
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_refused"),
+    [(("d", "d/"), True), (("d/", "d//"), False), (("d", "d//"), False), (("", "/"), True), (("a/b", "a"), False)],
+)
+def test_keys_that_tensorstore_takes_for_one_are_refused_at_the_save(tmp_path, keys, is_refused):
+    state = {"m": {key: np.full(2, float(at)) for at, key in enumerate(keys)}}
+    with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt:
+        if is_refused:
+            with pytest.raises(ct.StructureError, match="share the name"):
+                ckpt.save(1, state)
+            return
+        ckpt.save(1, state)
+    loaded = ct.load(tmp_path, {"m": {key: np.zeros(2) for key in keys}}).state["m"]
+    assert [loaded[key].tolist() for key in keys] == [[0.0, 0.0], [1.0, 1.0]]
+
+
+def test_plain_values_whose_keys_differ_by_a_slash_are_saved(tmp_path):
+    restored = round_trip(
+        tmp_path, {"a": np.ones(1), "a/": 3, "d": 1, "d/": 2}, {"a": np.zeros(1), "a/": 0, "d": 0, "d/": 0}
+    )
+    assert (restored["a/"], restored["d"], restored["d/"]) == (3, 1, 2)

@@ -8,10 +8,13 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 import ckpttools as ct
 from ckpttools.tree import write_back
+
+from .round_trips import Iterator
 
 
 class Stack(nnx.Module):
@@ -106,3 +109,38 @@ def test_arrays_keep_their_freedom_and_their_type(tmp_path):
         restored = ckpt.restore(state).state["params"]
     assert restored["free"].committed == state["params"]["free"].committed
     assert restored["tied"].committed
+
+
+def test_one_object_with_two_stored_values_is_refused_and_unchanged(tmp_path):
+    one, other, shared = (Dense(value) for value in (1.0, 2.0, 0.0))
+    spec = ct.CheckpointSpec(directory=tmp_path)
+    with ct.open(spec) as ckpt:
+        ckpt.save(1, {"a": one, "b": {"inner": other}})
+        ckpt.save(2, {"a": one, "b": {"inner": one}})
+    with ct.open(spec, validate=lambda state: state["a"].w[...]) as ckpt:
+        with pytest.raises(ct.StructureError, match=r"a\.w and b\.inner\.w are one object") as caught:
+            ckpt.restore({"a": shared, "b": {"inner": shared}}, step=1)
+        assert "two objects" in caught.value.fix
+        assert shared.w.get_raw_value().tolist() == [0.0, 0.0]
+        assert ckpt.restore({"a": shared}, step=1).step == 1, "one of the two items alone"
+        assert shared.w.get_raw_value().tolist() == [1.0, 1.0]
+        report = ckpt.restore({"a": shared, "b": {"inner": shared}}, step=2)  # control: equal values
+    assert (report.step, shared.w.get_raw_value().tolist()) == (2, [1.0, 1.0])
+
+
+def test_one_iterator_with_two_stored_positions_is_refused(tmp_path):
+    spec = ct.CheckpointSpec(directory=tmp_path)
+    with ct.open(spec) as ckpt:
+        ckpt.save(1, {"train": Iterator({"at": 1}), "eval": Iterator({"at": 2}), "count": 3})
+    shared = Iterator({"at": 0})
+    with pytest.raises(ct.StructureError, match="train and eval are one object"):
+        ct.load(tmp_path, {"train": shared, "eval": shared})
+    assert shared.state == {"at": 0}
+
+
+class Dense(nnx.Module):
+    def __init__(self, value: float) -> None:
+        self.w = nnx.Param(jnp.full(2, value).at[0].set(value))
+        self.nan = nnx.Variable(jnp.full(1, jnp.nan))
+        self.key = nnx.Variable(jax.random.key(0))
+        self.empty = nnx.Variable(jnp.zeros(0))
