@@ -164,7 +164,7 @@ def sweep(root: pathlib.Path) -> None:
                     delete_tree(entry)
     own = layout.get_control_path(root)
     for entry in own.iterdir() if own.is_dir() else ():
-        # A pin needs no lock of the writer's, and replaces what a kill left.
+        # Another process may be changing the pins: their lock is not the writer's.
         if entry.suffix == TEMPORARY and not entry.name.startswith("pins."):
             entry.unlink(missing_ok=True)
 

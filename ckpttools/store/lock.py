@@ -132,6 +132,13 @@ def hold_pins_lock(root: pathlib.Path) -> Iterator[None]:
         yield
 
 
+def sweep_pins(root: pathlib.Path) -> None:
+    """Remove what a process left that was killed while it changed the pins; a process that does so now keeps it."""
+    for path in layout.get_control_path(root).glob(f"pins.*{commit.TEMPORARY}"):
+        with hold_pins_lock(root):
+            path.unlink(missing_ok=True)
+
+
 def _open_lock(path: pathlib.Path) -> BinaryIO:
     """Open the lock; its permissions follow the umask, like those of every other file of the run.
 

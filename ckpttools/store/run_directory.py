@@ -90,6 +90,7 @@ class RunDirectory:
             self.lock.acquire()
             with commit.wrap_os_errors(f"what a killed process left in {self.directory} cannot be removed"):
                 commit.sweep(self.directory)
+                lock.sweep_pins(self.directory)
             self.invalidate()
 
     @contextlib.contextmanager

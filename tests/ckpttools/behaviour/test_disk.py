@@ -208,7 +208,7 @@ def test_an_undeletable_step_does_not_fail_the_save(tmp_path, monkeypatch):
         def refuse(*_args):
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr("ckpttools.store.commit.discard", refuse)
+        monkeypatch.setattr("ckpttools.store.commit.move_to_trash", refuse)
         with pytest.warns(ct.CheckpointWarning, match="step 3 is saved; old steps could not be deleted: step 1"):
             saved = ckpt.save(3, STATE)
         assert isinstance(saved, ct.Saved)
