@@ -47,6 +47,7 @@ class Suggestion:
         lost_bytes: Bytes of those values.
         stored_bytes: Bytes of everything that is stored for the items of the state.
         reason: Why nothing is suggested, if nothing is.
+        assumptions: What the names do not say and the caller has to check, each as a clause.
     """
 
     operations: tuple[Operation, ...] = ()
@@ -56,6 +57,7 @@ class Suggestion:
     lost_bytes: int = 0
     stored_bytes: int = 0
     reason: str = ""
+    assumptions: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.operations)
@@ -76,10 +78,11 @@ class Suggestion:
                 f"leaves {format_bytes(self.fresh_bytes)} of the state as initialised, in "
                 f"{_list_names(self.fresh_leaves)}"
             )
+        check = "".join(f"; check {each}" for each in self.assumptions)
         if not losses:
-            return "fixes it: nothing on disk is lost and nothing in the state stays as initialised"
+            return f"fixes it: nothing on disk is lost and nothing in the state stays as initialised{check}"
         kept = "" if self.lost_leaves else "keeps everything on disk and "
-        return kept + " and ".join(losses)
+        return kept + " and ".join(losses) + check
 
 
 def _list_names(names: Sequence[str]) -> str:
@@ -154,8 +157,28 @@ def find_suggestion(plan: RestorePlan, replan: Replan) -> Suggestion:
         except CheckpointError:
             continue
         if operations and not after.differences and _is_as_traced(plan, after, traces):
-            return _weigh(plan, after, operations)
+            suggestion = _weigh(plan, after, operations)
+            return dataclasses.replace(suggestion, assumptions=_list_assumptions(traces)) if suggestion else suggestion
     return Suggestion(reason="no patterns were found that say it")
+
+
+def _list_assumptions(traces: Sequence[Trace]) -> tuple[str, ...]:
+    """Return what has to be checked before the operations are used."""
+    found = []
+    fused = [trace for trace in traces if trace.assumption == "order"]
+    if fused:
+        names = [
+            ".".join(path) for trace in fused for path in (trace.targets if trace.how == "merge" else trace.sources)
+        ]
+        pieces = "{" + ",".join(fused[0].pieces) + "}"
+        found.append(f"that {pieces} is the order of the pieces in {_list_names(names)}: the name does not say it")
+    squares = [".".join(path) for trace in traces if trace.assumption == "square" for path in trace.sources]
+    if squares:
+        found.append(
+            f"whether {_list_names(squares)} must be transposed: PyTorch stores a weight as (out, in), and a square "
+            f"one fits either way"
+        )
+    return tuple(found)
 
 
 def write_operations(plan: RestorePlan, traces: Sequence[Trace], *, allow_parts: bool) -> tuple[Operation, ...]:
