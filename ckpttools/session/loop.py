@@ -137,6 +137,8 @@ class TrainingLoop:
         try:
             if not self._is_closed:
                 self._close_session()
+            # Also if it was closed: an interrupt may have come before the lock was released.
+            self.saver.close()
         except CheckpointError as failure:
             warn(f"an earlier session of this process was closed: {failure}")
 

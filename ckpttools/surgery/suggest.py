@@ -50,6 +50,7 @@ class Suggestion:
         lost_bytes: Bytes of the unused values.
         stored_bytes: Bytes of all leaves on disk of the state's items.
         reason: Why nothing is suggested, if nothing is.
+        assumptions: What the names do not say and the caller has to check, each as a clause.
     """
 
     operations: tuple[Operation, ...] = ()
@@ -59,6 +60,7 @@ class Suggestion:
     lost_bytes: int = 0
     stored_bytes: int = 0
     reason: str = ""
+    assumptions: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.operations)
@@ -79,6 +81,7 @@ class Suggestion:
                 f"leaves {format_bytes(self.fresh_bytes)} of the state as initialised, in "
                 f"{_list_names(self.fresh_leaves)}"
             )
+        check = "".join(f"; check {each}" for each in self.assumptions)
         if not losses:
             rounded = [each for each in self.operations if isinstance(each, Cast) and _rounds(each)]
             note = (
@@ -86,9 +89,9 @@ class Suggestion:
                 if rounded
                 else ""
             )
-            return f"fixes it: nothing on disk is lost and nothing in the state stays as initialised{note}"
+            return f"fixes it: nothing on disk is lost and nothing in the state stays as initialised{note}{check}"
         kept = "" if self.lost_leaves else "keeps everything on disk and "
-        return kept + " and ".join(losses)
+        return kept + " and ".join(losses) + check
 
 
 def _rounds(cast: Cast) -> bool:
@@ -171,8 +174,28 @@ def find_suggestion(plan: RestorePlan, replan: Replan) -> Suggestion:
         except CheckpointError:
             continue
         if operations and not after.differences and _is_as_traced(plan, after, traces):
-            return _weigh(plan, after, operations)
+            suggestion = _weigh(plan, after, operations)
+            return dataclasses.replace(suggestion, assumptions=_list_assumptions(traces)) if suggestion else suggestion
     return Suggestion(reason="no patterns were found that select the leaves to move")
+
+
+def _list_assumptions(traces: Sequence[Trace]) -> tuple[str, ...]:
+    """Return what has to be checked before the operations are used."""
+    found = []
+    fused = [trace for trace in traces if trace.assumption == "order"]
+    if fused:
+        names = [
+            ".".join(path) for trace in fused for path in (trace.targets if trace.how == "merge" else trace.sources)
+        ]
+        pieces = "{" + ",".join(fused[0].pieces) + "}"
+        found.append(f"that {pieces} is the order of the pieces in {_list_names(names)}: the name does not say it")
+    squares = [".".join(path) for trace in traces if trace.assumption == "square" for path in trace.sources]
+    if squares:
+        found.append(
+            f"whether {_list_names(squares)} must be transposed: PyTorch stores a weight as (out, in), and a square "
+            f"one fits either way"
+        )
+    return tuple(found)
 
 
 def write_operations(plan: RestorePlan, traces: Sequence[Trace], *, allow_parts: bool) -> tuple[Operation, ...]:

@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -86,7 +86,7 @@ def _list_live_objects(value: Any, prefix: Path) -> Iterator[tuple[Path, Any]]:
     elif isinstance(value, nnx.Pytree):
         for path, entry in nnx.to_flat_state(nnx.state(value)):
             if isinstance(entry, nnx.Variable):
-                yield (*prefix, *path), entry
+                yield (*prefix, *cast(Path, path)), entry
     elif not isinstance(value, nnx.State):
         for keys, entry in flatten.open_pytree(value)[0] or ():
             yield from _list_live_objects(entry, (*prefix, *keys))

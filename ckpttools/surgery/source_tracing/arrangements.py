@@ -5,6 +5,7 @@ Each is a candidate with the name and form that it would have, which are compare
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -137,6 +138,35 @@ def list_fused(leaves: Mapping[Names, Form], *, are_wanted: bool) -> Iterator[Ca
                     continue
                 shapes = [leaves[each][2] for each in members]
                 yield from _fuse_members(path, at, pieces, shapes, tuple(members), (kind, dtype), are_wanted)
+
+
+def find_order(path: Names, pieces: Sequence[str]) -> tuple[int, ...]:
+    """Return the order in which the name of a fused array says its pieces; () if it does not name all of them.
+
+    Args:
+        path: Name of the fused array, such as ("m", "kqv").
+        pieces: Names of the pieces, such as ("q_proj", "k_proj", "v_proj").
+    """
+    begin, end = _count_shared(pieces), _count_shared([piece[::-1] for piece in pieces])
+    cores = [piece[begin : len(piece) - end].lower() for piece in pieces]
+    if not all(cores):
+        return ()
+    names = [f"(?:{'|'.join(map(re.escape, _list_spellings(core)))})" for core in cores]
+    for order in itertools.permutations(range(len(pieces))):
+        pattern = re.compile("(?:^|[^a-z]|w)" + "[_-]?".join(names[at] for at in order) + "(?:$|[^a-z])", re.IGNORECASE)
+        if any(pattern.search(segment) for segment in path):
+            return order
+    return ()
+
+
+def _count_shared(words: Sequence[str]) -> int:
+    """Return how many characters all words begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda same: len(set(same)) == 1, zip(*words)))
+
+
+def _list_spellings(core: str) -> list[str]:
+    longer = [word for word in ("query", "key", "value") if core == word[0]]
+    return [core, core[0], *longer]
 
 
 def _fuse_members(

@@ -36,6 +36,8 @@ _SLOTS = frozenset(
     | {"grad_mom", "grad_sq", "ema", "average", "fisher"}
 )
 """Names of an optimizer's per-parameter values: one is never the source of another, nor of a parameter."""
+_CORE_AFFIXES = re.compile(r"^to_|_?proj$|^w_?(?=[qkvo]$)")
+"""What the names of projections have besides their core: `to_q`, `q_proj` and `wq` are all `q`."""
 _MAX_CANDIDATES = 16
 _NUMBER = re.compile(r"\d+")
 _MAX_FUZZY = 60
@@ -154,7 +156,11 @@ def pair_candidates(stored: Iterable[Candidate], wanted: Iterable[Candidate], *,
     """
     unused, pairs = list(stored), []
     lacking = list(wanted)
-    steps = (_find_same_words,) if strict else (_find_same_words, _find_by_end, _find_by_parent, _find_by_likeness)
+    steps = (
+        (_find_same_words,)
+        if strict
+        else (_find_same_words, _find_by_end, _find_by_abbreviation, _find_by_parent, _find_by_likeness)
+    )
     for find in steps:
         if not unused or not lacking:
             break
@@ -267,6 +273,30 @@ def _drop_ambiguous(edges: Sequence[_Edge], get_side: Callable[[_Edge], int]) ->
         else:
             kept += same
     return kept
+
+
+def _find_by_abbreviation(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Iterable[tuple[_Kind, _Kind]]:
+    """Pair kinds whose names differ in one segment, which is short for the other and for nothing else: `k`, `key`."""
+    index: dict[tuple[Form, Names, Names], list[_Kind]] = {}
+    for source in sources:
+        for at in range(len(source.masked)):
+            index.setdefault((source.form, source.masked[:at], source.masked[at + 1 :]), []).append(source)
+    edges: list[tuple[_Kind, _Kind]] = []
+    for target in targets:
+        for at, segment in enumerate(target.masked):
+            near = index.get((target.form, target.masked[:at], target.masked[at + 1 :]), ())
+            edges += [
+                (source, target)
+                for source in (near if len(near) <= _MAX_CANDIDATES else ())
+                if source.slots == target.slots and _is_short_for(source.masked[at], segment)
+            ]
+    sides = [collections.Counter(id(edge[side]) for edge in edges) for side in (0, 1)]
+    yield from ((old, new) for old, new in edges if sides[0][id(old)] == sides[1][id(new)] == 1)
+
+
+def _is_short_for(one: str, other: str) -> bool:
+    short, long = sorted((_CORE_AFFIXES.sub("", one.lower()), _CORE_AFFIXES.sub("", other.lower())), key=len)
+    return short.isalpha() and long.startswith(short)
 
 
 def _find_by_parent(sources: Sequence[_Kind], targets: Sequence[_Kind]) -> Iterable[tuple[_Kind, _Kind]]:

@@ -20,7 +20,7 @@ from ...tree.leaf_paths import Names
 from ...tree.match import is_transposed
 from ...tree.records import Record
 from ..plan import RestorePlan, SourceLeaf
-from .arrangements import list_fused, list_plain, list_stacked, list_transposed
+from .arrangements import find_order, list_fused, list_plain, list_stacked, list_transposed
 from .kinds import Arrangement, Candidate, Form, find_slots, list_numbers, mask_path, pair_candidates, split_words
 
 type How = Literal["rename", "copy", "stack", "unstack", "merge", "split"]
@@ -40,6 +40,8 @@ class Trace:
         pieces: Names of the pieces of a fused array.
         sizes: Sizes of its pieces, if they differ.
         axes: The permutation of the result's axes; empty without one.
+        assumption: What the names do not say and has to be checked: "order" of the pieces of a fused array, or "square"
+            for a matrix that would have to be transposed if PyTorch has written it; "" if nothing.
     """
 
     how: How
@@ -51,6 +53,7 @@ class Trace:
     pieces: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
+    assumption: Literal["", "order", "square"] = ""
 
 
 _HEAD_WORDS = frozenset({"head", "logit", "logits", "unembed", "output", "decode", "classifier", "vocab"})
@@ -111,6 +114,11 @@ class _Tracer:
         return (kind, dtype if self.exact or kind == "key" else "", tuple(shape))
 
     def _add(self, trace: Trace) -> None:
+        # No cast takes the imaginary part away.
+        if any(self._sources[path].dtype.startswith("complex") for path in trace.sources) and not all(
+            self._records[path].dtype.startswith("complex") for path in trace.targets
+        ):
+            return
         if all(path in self.stored for path in trace.sources) and all(path in self.wanted for path in trace.targets):
             for path in trace.sources:
                 del self.stored[path]
@@ -302,12 +310,15 @@ class _Tracer:
                 elif shape[0] != shape[1]:
                     plain.add(key)
         squares = turned - plain
-        return [
-            dataclasses.replace(trace, axes=(0, 2, 1) if trace.how == "stack" else (1, 0))
-            if (trace.old[-1], trace.new[-1]) in squares and self._get_matrix_shape(trace) is not None
-            else trace
-            for trace in self._traces
-        ]
+        found = []
+        for trace in self._traces:
+            key, shape = (trace.old[-1], trace.new[-1]), self._get_matrix_shape(trace)
+            if shape is not None and key in squares:
+                trace = dataclasses.replace(trace, axes=(0, 2, 1) if trace.how == "stack" else (1, 0))
+            elif shape is not None and key == ("weight", "kernel") and key not in plain and not trace.axes:
+                trace = dataclasses.replace(trace, assumption="square")
+            found.append(trace)
+        return found
 
     def _get_matrix_shape(self, trace: Trace) -> tuple[int, ...] | None:
         """Return the shape of the matrices that a trace moves; None if it moves something else."""
@@ -321,7 +332,7 @@ class _Tracer:
 
 def _make_trace(how: How, old: Candidate, new: Candidate) -> Trace:
     arrangement = old.detail or new.detail or Arrangement()
-    return Trace(
+    trace = Trace(
         how=how,
         old=old.detail.name if old.detail and old.detail.name else old.path,
         new=new.detail.name if new.detail and new.detail.name else new.path,
@@ -331,6 +342,23 @@ def _make_trace(how: How, old: Candidate, new: Candidate) -> Trace:
         pieces=arrangement.pieces,
         sizes=arrangement.sizes,
         axes=arrangement.axes,
+    )
+    return _order_pieces(trace) if how in ("merge", "split") else trace
+
+
+def _order_pieces(trace: Trace) -> Trace:
+    """Return a trace with the pieces of its fused array in the order that the array's name says, if it says one."""
+    order = find_order(trace.new if trace.how == "merge" else trace.old, trace.pieces)
+    if not order:
+        return dataclasses.replace(trace, assumption="order")
+    is_merge = trace.how == "merge"
+    ordered = tuple((trace.sources if is_merge else trace.targets)[at] for at in order)
+    return dataclasses.replace(
+        trace,
+        pieces=tuple(trace.pieces[at] for at in order),
+        sizes=tuple(trace.sizes[at] for at in order) if trace.sizes else (),
+        sources=ordered if is_merge else trace.sources,
+        targets=trace.targets if is_merge else ordered,
     )
 
 

@@ -200,3 +200,75 @@ def test_the_time_grows_with_the_leaves_and_not_their_pairs(name):
     time_suggestion(old(300), new(300))  # Imports and caches.
     few, many = (time_suggestion(old(count), new(count)) for count in (600, 4_800))
     assert many[0] / max(few[0], 0.05) < 20, (few, many)  # 8 if it is linear, 64 if it is quadratic
+
+
+def offered(disk, state):
+    error = mismatch({"m": disk}, {"m": state})
+    return list(map(as_code, error.surgery)), error.fix.partition("\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "fused", "merged", "is_assumed"),
+    [
+        ("qkv", "qkv", "q,k,v", False),
+        ("qkv", "kqv", "k,q,v", False),
+        ("qkv", "query_key_value", "q,k,v", False),
+        (("gate", "up"), "up_gate", "up,gate", False),
+        (("key", "value"), "value_key", "value,key", False),
+        (("q_proj", "k_proj", "v_proj"), "vqk_proj", "v_proj,q_proj,k_proj", False),
+        ("qkv", "in_kernel", "q,k,v", True),
+    ],
+)
+def test_pieces_are_fused_in_the_order_of_the_fused_name(pieces, fused, merged, is_assumed):
+    parts, whole = {name: leaf(4, 4) for name in pieces}, {fused: leaf(4, 4 * len(pieces))}
+    operations, verdict = offered(parts, whole)
+    assert operations[0].startswith(f'ct.Merge("m.{{{merged}}}"')
+    assert ("check that {" in verdict) is is_assumed
+    operations, verdict = offered(whole, parts)
+    assert f'"m.{{{merged}}}"' in operations[0]
+    assert operations[0].startswith("ct.Split(")
+    assert ("check that {" in verdict) is is_assumed
+
+
+def test_pieces_of_other_sizes_keep_their_sizes(tmp_path):
+    parts = {"q": leaf(4, 8), "k": leaf(4, 2), "v": leaf(4, 3)}
+    operations, _ = offered({"kqv": leaf(4, 13)}, parts)
+    assert "{k,q,v}" in operations[0]
+    assert "sizes=(2, 8, 3)" in operations[0]
+
+
+def test_no_cast_from_complex_to_real_is_offered():
+    assert offered({"s": leaf(2, dtype=jnp.complex64)}, {"s": leaf(2)})[0] == []
+    assert offered({"s": leaf(2)}, {"s": leaf(2, dtype=jnp.complex64)})[0] != [], "control"
+
+
+LONG = ("query", "key", "value", "out")
+
+
+@pytest.mark.parametrize("short", ["qkvo", ("q_proj", "k_proj", "v_proj", "o_proj"), ("wq", "wk", "wv", "wo")], ids=str)
+@pytest.mark.parametrize("below", ["", "kernel"])
+def test_an_abbreviated_name_is_the_source_of_the_long_one(short, below):
+    def build(names):
+        return {name: {below: leaf(4, 4)} if below else leaf(4, 4) for name in names}
+
+    operations, verdict = offered({"attn": build(short)}, {"attn": build(LONG)})
+    assert "nothing on disk is lost" in verdict
+    for old, new in zip(short, LONG):
+        assert any(f"m.attn.{old}" in each and f"m.attn.{new}" in each for each in operations)
+
+
+def test_an_abbreviation_of_two_names_says_nothing():
+    operations, verdict = offered(
+        {"k": leaf(4, 4), "s": leaf(3)}, {"key": leaf(4, 4), "kernel": leaf(4, 4), "s": leaf(3)}
+    )
+    assert "fixes it" not in verdict or not operations
+
+
+def test_a_square_weight_of_pytorch_is_said_to_need_a_check():
+    disk = {name: {"weight": leaf(4, 4), "bias": leaf(4)} for name in ("a", "b")}
+    state = {name: {"kernel": leaf(4, 4), "bias": leaf(4)} for name in ("a", "b")}
+    assert "check whether 2 leaves (m.a.weight, m.b.weight) must be transposed" in offered(disk, state)[1]
+    disk["a"]["weight"], state["a"]["kernel"] = leaf(4, 6), leaf(6, 4)  # control: this one shows it
+    operations, verdict = offered(disk, state)
+    assert any("Transpose" in each for each in operations)
+    assert "check" not in verdict
