@@ -70,11 +70,11 @@ def test_the_next_writer_removes_what_a_killed_process_left(tmp_path):
         folder = layout.get_control_path(tmp_path, part)
         folder.mkdir(parents=True)
         (folder / "left").write_text("x")
-    layout.get_control_path(tmp_path, "pins.json.new").write_text("x")
+    layout.get_control_path(tmp_path, "notes.json.new").write_text("x")
     with ct.open(spec) as ckpt:
         ckpt.restore({"w": jnp.ones(2)})
         ckpt.steps(5)
-    assert not layout.get_control_path(tmp_path, "pins.json.new").exists()
+    assert not layout.get_control_path(tmp_path, "notes.json.new").exists()
     assert not list(layout.get_control_path(tmp_path, "staging").iterdir())
     assert not list(layout.get_control_path(tmp_path, "trash").iterdir())
 

@@ -53,12 +53,12 @@ def test_metrics_belong_to_one_commit_of_one_branch(tmp_path, field):
     assert late_metrics.merge(STEP, read(tmp_path)).metrics == {"loss": 1.0, "val": 0.5}, "control"
 
 
-def test_the_later_of_two_files_wins(tmp_path, monkeypatch):
+def test_the_later_of_two_files_wins_whatever_the_clock_says(tmp_path, monkeypatch):
     for now, value in ((20, 0.2), (9, 0.9)):
         monkeypatch.setattr(time, "time_ns", lambda now=now: now)
         late_metrics.write_file(tmp_path, STEP, {"val": value, f"only at {now}": 1.0})
     merged = late_metrics.merge(STEP, read(tmp_path))
-    assert merged.metrics == {"loss": 1.0, "val": 0.2, "only at 9": 1.0, "only at 20": 1.0}
+    assert merged.metrics == {"loss": 1.0, "val": 0.9, "only at 9": 1.0, "only at 20": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,6 @@ def test_a_sweep_removes_only_old_files_of_lost_steps(tmp_path):
         path.touch()
         if kind.startswith("old"):
             os.utime(path, (0, 0))
-    late_metrics.sweep(tmp_path, [STEP])
+    late_metrics.sweep(tmp_path, [STEP], frozenset())
     left = {kind for kind, name in files.items() if find_path(tmp_path, name).exists()}
     assert left == {"young, gone", "old, there", "old, not ours"}

@@ -60,7 +60,7 @@ def test_a_damaged_file_is_refused_with_its_name(path, damage):
 )
 def test_a_file_with_a_part_of_the_state_is_refused(path, tree):
     path.write_bytes(serialization.msgpack_serialize(tree))
-    with pytest.raises(ct.StructureError, match="does not hold all of its state") as caught:
+    with pytest.raises(ct.StructureError, match="does not contain its whole state") as caught:
         flax_msgpack.read(path)
     assert "restore_checkpoint" in caught.value.fix
 
