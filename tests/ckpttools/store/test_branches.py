@@ -97,9 +97,9 @@ class Run:
             self.nodes.append(node)
             self.head = self.base = node
         if crash:
-            self.reopen()
-        else:
-            self.check(before, added=node)
+            return self.reopen()
+        self.check(before, added=node)
+        return True
 
     def restore(self):
         """Go to any step on the disk, also to a superseded or a damaged one."""
