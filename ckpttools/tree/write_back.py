@@ -211,7 +211,11 @@ def _take(name: str, source: HostItem, record: Record) -> Any:
 
 def _copy_leaf(value: Any) -> Any:
     """Return a copy of a value that could be changed in place, or given away to a jitted function."""
-    return value.copy() if isinstance(value, jax.Array | np.ndarray | bytearray) else value
+    if isinstance(value, jax.Array):
+        # `jax_debug_nans` is meant for what computes a NaN, not for a copy of one.
+        with jax.debug_nans(False), jax.debug_infs(False):
+            return value.copy()
+    return value.copy() if isinstance(value, np.ndarray | bytearray) else value
 
 
 def copy_state(state: Mapping[str, Any], items: Mapping[str, HostItem] | None = None) -> dict[str, Any]:

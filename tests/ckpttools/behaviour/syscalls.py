@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
@@ -79,7 +78,7 @@ def _save_in_background(ckpt: ct.Session) -> dict:
     except Exception as error:
         return {"at_once": _describe(error)}
     deadline = time.monotonic() + 15
-    while any(thread.name.startswith("ckpttools-save") for thread in threading.enumerate()):
+    while ckpt._saver.worker is not None and not ckpt._saver.has_ended:
         if time.monotonic() > deadline:
             return {"hangs": True}
         time.sleep(0.002)
