@@ -183,8 +183,8 @@ class RunProgress:
             )
         if step < self.step:
             raise StepOrderError(
-                what=f"step {step!r} cannot come after step {self.step} of {self._run.directory}.",
-                why="a step counts completed updates, so it only grows.",
+                what=f"step {step!r} cannot come after step {self.step}.",
+                why=f"a step counts completed updates, so it only grows; the run is {self._run.directory}.",
                 fix=f"to go back, ckpt.restore(state, step={max(step - 1, 0)}); that begins a branch.",
             )
 
