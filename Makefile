@@ -21,7 +21,7 @@ test: $(VENV)/.installed
 
 # The same regions under JAX's coming implementation of remat, which is off by default.
 test-remat3: $(VENV)/.installed
-	JAX_REMAT3=1 $(BIN)/python -m pytest -n 2 -m "not long" tests/remattools/rules tests/remattools/transform
+	JAX_REMAT3=1 $(BIN)/python -m pytest -n 2 -m "not long" tests/remattools/transform
 
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -m long

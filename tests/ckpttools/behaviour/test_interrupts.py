@@ -22,8 +22,8 @@ def run_trials(count, seed, *options):
 
 
 def test_an_interrupt_at_any_moment_leaves_a_whole_run():
-    found = run_trials(12, 5)
-    assert found["raised"] >= 6, "half of the signals may come too late, the trace events come in any case"
+    found = run_trials(8, 5)
+    assert found["raised"] >= 4, "half of the signals may come too late, the trace events come in any case"
     assert found["failures"] == []
 
 

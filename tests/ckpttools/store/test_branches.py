@@ -225,7 +225,7 @@ def play(directory, seed, count=14):
         run.close()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_branches_keep_what_a_run_needs(tmp_path, seed):
     play(tmp_path, seed)
 
