@@ -40,14 +40,14 @@ def require_whole_run(path: pathlib.Path) -> pathlib.Path:
     return require_run_directory(path)
 
 
-def parse_pairs(texts: Iterable[str]) -> dict[str, str]:
+def parse_pairs(pairs: Iterable[str]) -> dict[str, str]:
     """Return the values of several NAME=VALUE by name.
 
     Raises:
         SpecError: If one has no "=", or two have the same name.
     """
     found: dict[str, str] = {}
-    for name, value in map(parse_pair, texts):
+    for name, value in map(parse_pair, pairs):
         if name in found:
             raise SpecError(
                 what=f"{name!r} was given twice: {name}={found[name]} and {name}={value}.",

@@ -110,16 +110,12 @@ class RunDirectory:
         A reader must not move a writer's steps: one that is being deleted looks damaged, too. Under the lock it is
         examined again, since a writer that has ended meanwhile may have replaced it by an intact one.
         """
-        held = self.lock.is_held
         try:
-            self.lock.acquire()
-            self.invalidate()
-            return commit.quarantine(self.directory, entry.path) if catalogue.is_still_damaged(entry) else None
+            with self.lock.hold():
+                self.invalidate()
+                return commit.quarantine(self.directory, entry.path) if catalogue.is_still_damaged(entry) else None
         except OSError:
             return None
-        finally:
-            if not held:
-                self.lock.release()
 
     def add(self, path: pathlib.Path) -> None:
         """Add a step that was just committed."""

@@ -7,13 +7,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import IncompleteStepError, LeafError, MetricConflictError, StepNotFoundError
+from ..errors import IncompleteStepError, MetricConflictError, StepNotFoundError
 from ..store import catalogue, commit, late_metrics
 from ..store.manifest import Summary
 from ..store.run_directory import require_run_directory
 from ..tree.items import as_metric, require_metrics
-
-_MAX_NAME_LENGTH = 200
 
 
 def record(
@@ -54,7 +52,8 @@ def record(
         1
     """
     root = require_run_directory(directory)
-    values = _parse_metrics(metrics)
+    require_metrics(metrics)
+    values = {name: as_metric(name, value) for name, value in metrics.items()}
     entry = _find_entry(root, step)
     summary = entry.manifest.summary if entry.manifest else None
     if summary is None:
@@ -74,25 +73,6 @@ def record(
                 late_metrics.remove_file(root, name)
                 raise _make_missing_error(root, step, "retention deleted it meanwhile; nothing was recorded.")
     return {**summary.metrics, **new}
-
-
-def _parse_metrics(metrics: Any) -> dict[str, float]:
-    require_metrics(metrics)
-    for name in metrics:
-        if not 0 < len(name) <= _MAX_NAME_LENGTH:
-            raise LeafError(
-                what=f"a metric is named {name!r:.80}, which has {len(name)} characters.",
-                why="a name is shown in tables and typed at a shell; nothing was recorded.",
-                fix=f'use a name of 1 to {_MAX_NAME_LENGTH} characters, such as "val_loss".',
-            )
-    for name, value in metrics.items():
-        if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
-            raise LeafError(
-                what=f"the metric {name!r} is {value!r:.80}.",
-                why="metrics are compared, so each must be a single number.",
-                fix=f"{{{name!r}: float(loss)}}",
-            )
-    return {name: as_metric(name, value) for name, value in metrics.items()}
 
 
 def _is_equal(recorded: float | None, value: float) -> bool:

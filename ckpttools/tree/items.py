@@ -41,6 +41,12 @@ def require_metrics(metrics: Any) -> None:
             fix='metrics={"loss": loss}',
         )
     for name, value in metrics.items():
+        if not 0 < len(name) <= _MAX_NAME_LENGTH:
+            raise LeafError(
+                what=f"a metric is named {name!r:.80}, which has {len(name)} characters.",
+                why="a name is shown in tables and typed at a shell; nothing was recorded.",
+                fix=f'use a name of 1 to {_MAX_NAME_LENGTH} characters, such as "val_loss".',
+            )
         is_real = getattr(getattr(value, "dtype", None), "kind", "f") not in "cSUOMm"
         if not (is_real and hasattr(value, "__float__") and math.prod(getattr(value, "shape", ())) == 1):
             raise _make_metric_error(name, f"{value!r:.80}")
@@ -53,8 +59,6 @@ def as_metric(name: str, value: Any) -> float:
         LeafError: If it is not a number.
     """
     try:
-        if isinstance(value, str | bytes | bytearray):
-            raise _make_metric_error(name, f"{value!r:.80}")
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         # Printing a deleted array raises, too.

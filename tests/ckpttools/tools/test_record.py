@@ -91,8 +91,8 @@ def test_another_value_is_refused_unless_it_is_meant(run):
 
 @pytest.mark.parametrize(
     "value",
-    ["0.5", b"0.5", None, [0.5], np.ones(2), np.ones(1), 1j],
-    ids=["text", "bytes", "none", "list", "array", "array of one", "complex"],
+    ["0.5", b"0.5", None, [0.5], np.ones(2), 1j],
+    ids=["text", "bytes", "none", "list", "array", "complex"],
 )
 def test_a_metric_that_is_not_a_number_is_refused(run, value):
     with pytest.raises(ct.LeafError, match="the metric 'val' is"):

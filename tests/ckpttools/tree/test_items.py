@@ -31,3 +31,18 @@ def test_metrics_that_cannot_be_compared_are_refused_by_name(tmp_path, make, mes
 def test_a_metric_that_is_not_a_number_is_refused(tmp_path):
     with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt, pytest.raises(ct.LeafError, match="metric 'loss'"):
         ckpt.save(1, {"params": jnp.ones(1)}, metrics={"loss": "low"})
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201])
+def test_a_metric_name_that_record_refuses_is_refused_at_a_save(tmp_path, name):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path)) as ckpt, pytest.raises(ct.LeafError, match="characters"):
+        ckpt.save(1, {"w": 1}, {name: 0.5})
+    assert ct.ls(tmp_path) == ()
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [0.5], 1j])
+def test_a_metric_that_is_not_a_number_is_refused_though_no_save_is_due(tmp_path, value):
+    with ct.open(ct.CheckpointSpec(directory=tmp_path, save=ct.EverySteps(9))) as ckpt:
+        with pytest.raises(ct.LeafError, match="the metric 'loss' is"):
+            ckpt.step(1, {"w": 1}, {"loss": value})
+        assert isinstance(ckpt.step(1, {"w": 1}, {"loss": 0.5}), ct.Skipped)
