@@ -318,7 +318,7 @@ def _find_repeated_regions(regions: list[_Region]) -> Iterator[Finding]:
 
 def _collect_warnings(model: nnx.Module) -> list[Finding]:
     paths_by_warning: dict[str, list[str]] = {}
-    for row in explaining.explain(model).rows:
+    for row in explaining.explain_model(model).rows:
         for warning in row.warnings:
             paths_by_warning.setdefault(warning, []).append(row.path)
     return [

@@ -80,7 +80,7 @@ def check_stage_options(args: tuple[Any, ...], *, differentiate: bool, run: bool
     if asked:
         raise MeasureError(
             what=f"{asked} with a program that is lowered already.",
-            why="it is compiled as it is: its arguments are part of it, and it cannot be differentiated or called here.",
+            why="it is compiled as it is: its arguments are part of it, and it is not differentiated or called here.",
             fix="measure(lowered) alone, or pass the function: measure(fn, *args).",
         )
 
@@ -88,6 +88,6 @@ def check_stage_options(args: tuple[Any, ...], *, differentiate: bool, run: bool
 def _get_devices(stage: Any) -> tuple[Any, ...]:
     if not is_compiled(stage):
         return compat.read_lowered(stage).devices
-    shardings = [s for s in jax.tree.leaves((stage.input_shardings, stage.output_shardings)) if hasattr(s, "device_set")]
-    devices = {device for sharding in shardings for device in sharding.device_set}
+    shardings = jax.tree.leaves((stage.input_shardings, stage.output_shardings))
+    devices = {device for sharding in shardings for device in getattr(sharding, "device_set", ())}
     return tuple(sorted(devices, key=lambda device: int(device.id)))

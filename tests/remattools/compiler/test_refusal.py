@@ -72,7 +72,9 @@ def test_other_refusals_are_not_out_of_memory():
 
 def test_the_memory_of_a_kernel_is_not_split_into_arguments():
     target = rt.find_target("cpu")
-    vmem = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 64M of 16M vmem.")
+    vmem = jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 64M of 16M vmem."
+    )
     tpu = type(target)(name="tpu:v5e:2x2", platform="tpu", devices=target.devices, live=False)
     refused = make_refusal(vmem, jax.jit(_double).lower(X, X), tpu, 0.0)
     assert refused.temp_bytes == 64 * 2**20

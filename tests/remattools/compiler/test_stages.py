@@ -50,7 +50,9 @@ def test_a_stage_is_found_in_the_cache(tmp_path):
 
 def test_a_stage_that_runs_out_of_memory_is_a_result(tpu):
     target = rt.find_target(tpu)
-    big = jax.ShapeDtypeStruct((2**21, 1024), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(target.devices[0]))
+    big = jax.ShapeDtypeStruct(
+        (2**21, 1024), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(target.devices[0])
+    )
     lowered = jax.jit(lambda x: jnp.sort(jnp.sin(x), axis=0)).trace(big).lower(lowering_platforms=("tpu",))
     measured = rt.measure(lowered)
     assert measured.out_of_memory.excess_bytes > 0
