@@ -6,11 +6,15 @@ has to recognise and return them. Public JAX can compare the current trace with
 another one, but cannot say whether that one still exists.
 """
 
+import contextlib
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
-from jax._src import core
+import jax
+from jax._src import config, core
+from jax._src import mesh as mesh_lib
 from jax._src.ad_checkpoint import name_p
 from jax._src.interpreters import partial_eval
 
@@ -94,6 +98,33 @@ def _read_arrays(avals: Any, shardings: Any, donated: Any) -> tuple[LoweredArray
 
 def _get_lowering(lowered: Any) -> Any:
     return getattr(getattr(lowered, "lowered", lowered), "_lowering", None)  # nnx wraps JAX's object
+
+
+def get_axes() -> Any:
+    """Return the mesh and the named axes that are bound here, such as inside `shard_map`; for `bind_axes`."""
+    return mesh_lib.get_abstract_mesh(), core.get_axis_env(), config._check_vma.value
+
+
+@contextlib.contextmanager
+def bind_axes(axes: Any) -> Iterator[None]:
+    """Bind named axes for the duration of a block, so that a program from inside a `shard_map` can be traced again.
+
+    Args:
+        axes: From `get_axes`.
+    """
+    mesh, environment, checks_varying = axes
+    with mesh_lib.use_abstract_mesh(mesh), config._check_vma(checks_varying):
+        before = core.get_axis_env()
+        core.trace_ctx.set_axis_env(environment)
+        try:
+            yield
+        finally:
+            core.trace_ctx.set_axis_env(before)
+
+
+def make_abstract(aval: Any) -> Any:
+    """Return an argument for `jax.make_jaxpr`: shape and dtype; inside `shard_map` also along which axes it differs."""
+    return aval if core.get_axis_env().axis_sizes else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def get_current_trace() -> weakref.ref[Any]:
