@@ -149,7 +149,14 @@ def _parse_candidates(specs: Sequence[str]) -> dict[str, str | None]:
 
 def _run_check(args: argparse.Namespace, subject: Subject) -> CommandResult:
     with show_progress("compiling with and without the rules"):
-        report = check(subject.fn, *subject.args, rules=args.rules, target=args.target, cache=_open_cache(args))
+        report = check(
+            subject.fn,
+            *subject.args,
+            rules=args.rules,
+            differentiate=not args.as_is,
+            target=args.target,
+            cache=_open_cache(args),
+        )
     return CommandResult(EXIT_OK if report.ok else EXIT_NO, report.as_dict(), report)
 
 
