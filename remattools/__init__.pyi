@@ -5,6 +5,7 @@ from .analysis.check import CheckReport as CheckReport
 from .analysis.check import check as check
 from .analysis.compare import Comparison as Comparison
 from .analysis.compare import compare as compare
+from .analysis.explain_call import explain as explain
 from .analysis.measure import measure as measure
 from .analysis.residuals import Residual as Residual
 from .analysis.residuals import ResidualReport as ResidualReport
@@ -37,4 +38,3 @@ from .transform.apply import apply as apply
 from .transform.apply import revert as revert
 from .transform.decorator import remat as remat
 from .transform.explain import Explanation as Explanation
-from .transform.explain import explain as explain

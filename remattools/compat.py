@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that imports private JAX: what policies return, a jit's compiler options, the current trace.
+"""The only file that imports private JAX: what policies return, what a lowered program is, the current trace.
 
 JAX's policies return values of private classes; a policy that combines or offloads
 has to recognise and return them. Public JAX can compare the current trace with
 another one, but cannot say whether that one still exists.
 """
 
+import contextlib
+import dataclasses
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
-from jax._src import core
+import jax
+from jax._src import config, core
+from jax._src import mesh as mesh_lib
 from jax._src.ad_checkpoint import name_p
 from jax._src.interpreters import partial_eval
 
@@ -36,8 +41,90 @@ def parse_offload(decision: Any) -> tuple[str, str] | None:
 
 def get_compiler_options(lowered: Any) -> tuple[Any, ...]:
     """Return the `compiler_options` of the `jax.jit` behind a lowered program, which its text does not show."""
-    inner = getattr(getattr(lowered, "lowered", lowered), "_lowering", None)  # nnx wraps JAX's object
-    return tuple(getattr(inner, "_compiler_options_kvs", None) or ())
+    return tuple(getattr(_get_lowering(lowered), "_compiler_options_kvs", None) or ())
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredArray:
+    """One argument or result of a lowered program.
+
+    Attributes:
+        shape: Shape of the whole array.
+        dtype: Its dtype.
+        sharding: How it is divided; None where the compiler decides.
+        donated: Whether the program may reuse its memory.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    sharding: Any
+    donated: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredProgram:
+    """What a lowered program takes and returns, and where it runs.
+
+    Attributes:
+        devices: The devices that it is lowered for.
+        arguments: Its arguments, without those that it does not read.
+        results: Its results.
+    """
+
+    devices: tuple[Any, ...]
+    arguments: tuple[LoweredArray, ...]
+    results: tuple[LoweredArray, ...]
+
+
+def read_lowered(lowered: Any) -> LoweredProgram:
+    """Return what a lowered program of `jax.jit` or `nnx.jit` takes and returns; JAX's `out_info` has no shardings."""
+    lowering = _get_lowering(lowered)
+    options = getattr(lowering, "compile_args", {})
+    donated = getattr(lowering, "_donated_invars", ())
+    return LoweredProgram(
+        devices=tuple(getattr(lowering, "_device_list", None) or ()),
+        arguments=_read_arrays(options.get("global_in_avals", ()), options.get("in_shardings", ()), donated),
+        results=_read_arrays(options.get("global_out_avals", ()), options.get("out_shardings", ()), ()),
+    )
+
+
+def _read_arrays(avals: Any, shardings: Any, donated: Any) -> tuple[LoweredArray, ...]:
+    known = [sharding if hasattr(sharding, "shard_shape") else None for sharding in shardings]
+    return tuple(
+        LoweredArray(tuple(aval.shape), aval.dtype, sharding, bool(index < len(donated) and donated[index]))
+        for index, (aval, sharding) in enumerate(zip(avals, known or [None] * len(avals), strict=True))
+    )
+
+
+def _get_lowering(lowered: Any) -> Any:
+    return getattr(getattr(lowered, "lowered", lowered), "_lowering", None)  # nnx wraps JAX's object
+
+
+def get_axes() -> Any:
+    """Return the mesh and the named axes that are bound here, such as inside `shard_map`; for `bind_axes`."""
+    return mesh_lib.get_abstract_mesh(), core.get_axis_env(), config._check_vma.value
+
+
+@contextlib.contextmanager
+def bind_axes(axes: Any) -> Iterator[None]:
+    """Bind named axes for the duration of a block, so that a program from inside a `shard_map` can be traced again.
+
+    Args:
+        axes: From `get_axes`.
+    """
+    mesh, environment, checks_varying = axes
+    with mesh_lib.use_abstract_mesh(mesh), config._check_vma(checks_varying):
+        before = core.get_axis_env()
+        core.trace_ctx.set_axis_env(environment)
+        try:
+            yield
+        finally:
+            core.trace_ctx.set_axis_env(before)
+
+
+def make_abstract(aval: Any) -> Any:
+    """Return an argument for `jax.make_jaxpr`: shape and dtype; inside `shard_map` also along which axes it differs."""
+    return aval if core.get_axis_env().axis_sizes else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def get_current_trace() -> weakref.ref[Any]:

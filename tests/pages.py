@@ -3,14 +3,18 @@
 
 The Python blocks of a page share one namespace, as for a reader who pastes them in order. A `text` block directly after
 one shows exactly what that block prints. A `measured` block shows the same where numbers depend on the machine or the
-compiler's version: numbers may differ, words and rows may not. A `console` block shows commands and what they print.
-An unknown language is an error, so that no block goes unchecked.
+compiler's version: numbers may differ, words and rows may not. A `console` block shows commands and what they print; a
+`text` or `measured` block directly after it shows what its commands print that show nothing themselves. A `python`
+block that begins with a file's name, `# train.py`, is also written into that file. A block for a TPU topology
+(`tpu:v5e`) is only parsed where libtpu is not installed. An unknown language is an error, so that no block goes
+unchecked.
 """
 
 import argparse
 import ast
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import io
 import pathlib
@@ -42,6 +46,8 @@ _VOLATILE = (
     (re.compile(r"\b\d+\.\d [KM]iB"), "SIZE"),
     (re.compile(r"[ \t]+"), " "),
 )
+_FILE = re.compile(r"# ([\w.]+\.py)\n")
+_TPU = re.compile(r"\btpu:v\w")
 _NUMBERS = (
     (re.compile(r"\b\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)? (?:[KMGT]?i?B|[KMGT])\b"), "SIZE"),
     (re.compile(r"\b\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?"), "NUMBER"),
@@ -92,30 +98,52 @@ def blocks_of(text: str) -> list[Block]:
     return found
 
 
-def check_page(page: pathlib.Path, text: str | None = None) -> None:
+def check_page(page: pathlib.Path, text: str | None = None) -> list[str]:
     """Run or parse every block of a page, in order, in the current directory.
 
     Args:
         page: The page's file; its name appears in errors.
         text: The page's text; read from the file by default.
 
+    Returns:
+        Places of the blocks that need libtpu and were only parsed.
+
     Raises:
         PageError: If a block shows something wrong, or cannot be checked.
     """
+    has_libtpu = importlib.util.find_spec("libtpu") is not None
+    parsed: list[str] = []
+    previous = ""
+
+    def is_output(block: Block | None) -> bool:
+        return block is not None and block.follows and block.language in ("text", "measured")
+
     names: dict[str, object] = {"__name__": "__main__"}
     printed: str | None = None
-    for block in blocks_of(page.read_text() if text is None else text):
+    blocks = blocks_of(page.read_text() if text is None else text)
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         place = f"{page.name}:{block.line}"
         last, printed = printed, None
+        if is_output(block) and parsed and parsed[-1] == previous:
+            continue  # what a block would print that was only parsed
+        previous = place
+        if _TPU.search(block.text) and not has_libtpu and block.language in ("python", "console"):
+            _parse(block, place)
+            parsed.append(place)
+            continue
         match block.language:
             case "python":
+                if file := _FILE.match(block.text):
+                    pathlib.Path(file[1]).write_text(block.text)
                 printed = _run(block, page, names)
-            case "text" if block.follows and last is not None:
+            case "text" if is_output(block) and last is not None:
                 _compare(block.text, last, place)
-            case "measured" if block.follows and last is not None:
+            case "measured" if is_output(block) and last is not None:
                 _compare(block.text, last, place, with_numbers=False)
             case "console":
-                _run_commands(block.text, place)
+                printed = _run_commands(block.text, place)
+                if printed is not None and not is_output(following):
+                    raise PageError(f"{place} does not show that it prints\n{printed}")
             case "toml":
                 _read_toml(block.text, place)
             case "sh":
@@ -125,6 +153,19 @@ def check_page(page: pathlib.Path, text: str | None = None) -> None:
                 compile(block.text, place, "exec")
             case language:
                 raise PageError(f"{place}: a block of {language or 'no language'} cannot be checked here")
+    return parsed
+
+
+def _parse(block: Block, place: str) -> None:
+    """Check the form of a block that cannot run here."""
+    if block.language == "python":
+        try:
+            compile(block.text, place, "exec")
+        except SyntaxError as error:
+            raise PageError(f"{place} does not parse: {error}") from error
+        return
+    for command, _ in _split_commands(block.text):
+        _check_command(command, place)
 
 
 def _run(block: Block, page: pathlib.Path, names: dict[str, object]) -> str:
@@ -150,15 +191,26 @@ def _compare(shown: str, printed: str, place: str, *, with_numbers: bool = True)
         raise PageError(f"{place} shows\n{shown}\nbut the block prints\n{printed}")
 
 
-def _run_commands(text: str, place: str) -> None:
-    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
-        command, _, shown = part.partition("\n")
-        program, *arguments = shlex.split(command, comments=True)
+def _run_commands(text: str, place: str) -> str | None:
+    """Run commands, and return what those print that show nothing; None if all show something or print nothing."""
+    rest = ""
+    for (program, *arguments), shown in _split_commands(text):
         main = {"ckpttools": ckpttools.cli.main.main, "remattools": remattools.cli.main.main}[program]
         stream = io.StringIO()
         with contextlib.redirect_stdout(stream):
             main(arguments)
-        _compare(shown, stream.getvalue(), place)
+        if shown.strip():
+            _compare(shown, stream.getvalue(), place)
+        else:
+            rest += stream.getvalue()
+    return rest or None
+
+
+def _split_commands(text: str) -> Iterator[tuple[list[str], str]]:
+    """Yield the words of each command, and what it shows."""
+    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+        command, _, shown = part.replace("\\\n", " ").partition("\n")
+        yield shlex.split(command, comments=True), shown
 
 
 def _read_toml(text: str, place: str) -> None:

@@ -32,7 +32,8 @@ def identifier(page):
 @pytest.mark.parametrize("page", WITH_CODE, ids=identifier)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check_page(page)
+    if parsed := check_page(page):
+        pytest.skip(f"libtpu is not installed: {', '.join(parsed)} were only parsed")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,8 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
         pytest.param("Prose\n\n```text\na 2\n```\n", id="an output without a block"),
         pytest.param("```python\nprint(1)\n```\nand\n```text\n1\n```\n", id="an output after prose"),
         pytest.param("```console\n$ ckpttools ls .\nstep 1\n```\n", id="a command that prints something else"),
+        pytest.param("```console\n$ remattools measure train.py:factory --targets tpu:v5e\n```\n", id="a TPU option"),
+        pytest.param("```python\nrt.measure(f, target='tpu:v5e'\n```\n", id="a block for a TPU that does not parse"),
         pytest.param("```\nremattools plan a.py:f\n```\n", id="no language"),
         pytest.param("```rust\nfn main() {}\n```\n", id="an unknown language"),
         pytest.param("```python title='x'\n1\n```\n", id="a language with options"),
@@ -76,6 +79,44 @@ def test_a_correct_page_passes(tmp_path, monkeypatch):
         '```toml\n[remat.rules]\n"layers.*" = false\n```\n'
     )
     check_page(tmp_path / "page.md", text)
+
+
+FILE_PAGE = """```python
+# answer.py
+import jax
+
+
+def factory():
+    return (lambda x: jax.numpy.sin(x).sum()), (jax.numpy.ones(3),)
+```
+```console
+$ remattools residuals answer.py:factory
+```
+
+```measured
+bytes  module  name  shape       saved
+ 99 B  .       cos   float32[9]  for the gradient of .:mul
+99 B computed and saved; 7 B are arguments
+```
+"""
+
+
+def test_commands_find_the_files_of_a_page_and_their_output_is_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_page(tmp_path / "page.md", FILE_PAGE) == []
+    with pytest.raises(PageError):
+        check_page(tmp_path / "page.md", FILE_PAGE.replace("arguments", "parameters"))
+    with pytest.raises(PageError, match="does not show"):
+        check_page(tmp_path / "page.md", FILE_PAGE.partition("```measured")[0])
+
+
+def test_blocks_for_a_tpu_are_parsed_where_libtpu_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tests.pages.importlib.util.find_spec", lambda name: None)
+    text = "```python\nnowhere('tpu:v5e')\n```\n\n```measured\n1\n```\n```python\nprint(1)\n```\n```text\n1\n```\n"
+    assert check_page(tmp_path / "page.md", text) == ["page.md:2"]
+    with pytest.raises(PageError):
+        check_page(tmp_path / "page.md", text.replace("text\n1", "text\n2"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=identifier)

@@ -42,7 +42,15 @@ _MIN_FREED_SHARE = 0.25
 _NOISE = 0.02
 
 FindingCode = Literal[
-    "no_region", "nothing_freed", "no_lower_peak", "undone", "offload_ignored", "useless_rule", "repeated", "warning"
+    "no_region",
+    "nothing_freed",
+    "no_lower_peak",
+    "undone",
+    "offload_ignored",
+    "useless_rule",
+    "repeated",
+    "out_of_memory",
+    "warning",
 ]
 
 
@@ -73,7 +81,7 @@ class CheckReport:
 
     Attributes:
         target: Name of the target.
-        residual_bytes: Computed residuals, without and with the rules.
+        residual_bytes: Computed residuals, without and with the rules; 0 for a whole step, which has none.
         planned_peak_bytes: Peak of the traced program as `timeline` walks it, without and with the rules.
         temp_bytes: The compiler's temporaries, without and with the rules.
         compiled_peak_bytes: The compiler's peak, without and with the rules. On a TPU it counts on-chip memory, which
@@ -127,6 +135,8 @@ class CheckReport:
         ):
             if label.startswith("peak on") and not self._has_temporaries_in_peak:
                 continue
+            if label == "residuals" and not plain + ruled:
+                continue
             rows.append((label, format_bytes(plain), format_bytes(ruled)))
         if self.host_bytes:
             rows.append(("in host memory", "", format_bytes(self.host_bytes)))
@@ -139,15 +149,18 @@ def check(
     fn: Callable[..., Any],
     *args: Any,
     rules: Any = None,
+    differentiate: bool = True,
     target: str | Target | jax.Device | None = None,
     cache: Cache | str | os.PathLike[str] | None = None,
 ) -> CheckReport:
     """Compare what rules should free with what the compiler freed.
 
     Args:
-        fn: A loss of a model and a batch, not yet a gradient.
+        fn: A loss of a model and a batch, or with `differentiate=False` a whole step, jitted or not.
         *args: Its arguments, real or abstract.
         rules: Rules in any form that `compare` takes; None checks the rules already applied to the model.
+        differentiate: Whether `fn` is a loss, whose gradient is checked. A whole step has no residuals: it is judged by
+            its peak alone.
         target: Target name, topology or device to compile for; None as in `measure`.
         cache: Directory or `Cache` of earlier measurements; None as in `measure`.
 
@@ -174,17 +187,19 @@ def check(
     model = find_model(fn, args)
     new_rules = None if rules is None else make_rules(model, rules)
     with use_rules(model, _REGIONS_OFF):
-        plain = _measure_memory(fn, args, where, cache)
+        plain = _measure_memory(fn, args, where, cache, differentiate=differentiate)
     with use_rules(model, new_rules):
-        ruled = _measure_memory(fn, args, where, cache)
-        regions = list(_find_regions(_trace_jaxpr(fn, args)))
+        ruled = _measure_memory(fn, args, where, cache, differentiate=differentiate)
+        regions = list(_find_regions(_trace_jaxpr(fn, args, differentiate=differentiate)))
         has_actions = any(application.get_active_actions(find_modules(model)))
         warnings = _collect_warnings(model)
     if has_actions or regions:
-        findings = [*_find_problems(plain, ruled, len(regions), where), *_find_repeated_regions(regions), *warnings]
+        # In a step each region stands twice: in the forward and in the backward pass.
+        repeated = _find_repeated_regions(regions) if differentiate else ()
+        findings = [*_find_problems(plain, ruled, len(regions), where), *repeated, *warnings]
     else:
         findings = [*_NO_RULES_FINDINGS, *warnings]
-    if new_rules is not None and regions:
+    if new_rules is not None and regions and differentiate:
         findings += _find_useless_rules(fn, args, model, new_rules)
     return CheckReport(
         target=where.name,
@@ -206,8 +221,16 @@ class _ProgramMemory:
 
 
 def _measure_memory(
-    fn: Callable[..., Any], args: tuple[Any, ...], target: Target, cache: Cache | str | os.PathLike[str] | None
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    target: Target,
+    cache: Cache | str | os.PathLike[str] | None,
+    *,
+    differentiate: bool,
 ) -> _ProgramMemory:
+    if not differentiate:
+        walked = make_timeline(_trace_jaxpr(fn, args, differentiate=False), 0)
+        return _ProgramMemory(0, 0, walked.peak_bytes, measure(fn, *args, target=target, cache=cache))
     call = pure_call.stage(pure_call.unwrap_jit(fn), args)
     pure_call.check_differentiable(call)
     program, count = linearize_call(call)
@@ -229,7 +252,7 @@ def _find_problems(plain: _ProgramMemory, ruled: _ProgramMemory, regions: int, t
             "that the rules match.",
         )
         return
-    if ruled.residual_bytes >= plain.residual_bytes:
+    if ruled.residual_bytes >= plain.residual_bytes > 0:
         yield Finding(
             code="nothing_freed",
             message=f"{format_bytes(ruled.residual_bytes)} of residuals are saved with the rules, "
@@ -240,6 +263,15 @@ def _find_problems(plain: _ProgramMemory, ruled: _ProgramMemory, regions: int, t
 
 def _find_compiler_problems(plain: _ProgramMemory, ruled: _ProgramMemory, target: Target) -> Iterator[Finding]:
     """Yield what the compiled programs do not do, although the traced ones do."""
+    refused = ruled.measurement.out_of_memory
+    if refused is not None:
+        yield Finding(
+            code="out_of_memory",
+            message=f"with the rules the program needs {format_bytes(refused.needed_bytes)} of "
+            f"{format_bytes(refused.limit_bytes)} on {target.name}"
+            + ("" if plain.measurement.fits else f", without them {format_bytes(plain.measurement.total_bytes)}")
+            + ': plan(..., budget="fit") searches for rules that fit, and says what no rule can reach.',
+        )
     if not plain.measurement.fits or not ruled.measurement.fits:
         return
     on_chip = plain.measurement.temporaries_on_chip or ruled.measurement.temporaries_on_chip
@@ -272,8 +304,9 @@ def _find_compiler_problems(plain: _ProgramMemory, ruled: _ProgramMemory, target
         )
 
 
-def _trace_jaxpr(fn: Any, args: tuple[Any, ...]) -> Any:
-    return trace_with_paths(pure_call.stage(pure_call.unwrap_jit(fn), args), select_loss_or_floats)
+def _trace_jaxpr(fn: Any, args: tuple[Any, ...], *, differentiate: bool) -> Any:
+    call = pure_call.stage(pure_call.unwrap_jit(fn), args)
+    return trace_with_paths(call, select_loss_or_floats if differentiate else lambda evaluated: evaluated[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,7 +351,7 @@ def _find_repeated_regions(regions: list[_Region]) -> Iterator[Finding]:
 
 def _collect_warnings(model: nnx.Module) -> list[Finding]:
     paths_by_warning: dict[str, list[str]] = {}
-    for row in explaining.explain(model).rows:
+    for row in explaining.explain_model(model).rows:
         for warning in row.warnings:
             paths_by_warning.setdefault(warning, []).append(row.path)
     return [

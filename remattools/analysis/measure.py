@@ -13,14 +13,15 @@ from typing import Any
 
 import jax
 
-from ..compiler import placement
+from ..compiler import placement, stages
 from ..compiler.cache import Cache, find_cache
 from ..compiler.lower import LoweredCall, compute_program_key, lower
-from ..compiler.out_of_memory import parse_out_of_memory
+from ..compiler.refusal import is_main_memory, is_out_of_memory, make_refusal
 from ..compiler.report import Measurement, read_measurement
 from ..compiler.run import check_runnable, time_runs
 from ..compiler.targets import Target
-from ..tracing import pure_call
+from ..errors import RematError
+from ..tracing import call_errors, pure_call
 from .timeline import timeline
 
 _MAX_ALLOCATIONS = 8
@@ -43,7 +44,8 @@ def measure(
     with `run=True`.
 
     Args:
-        fn: What to measure: usually a train step, or a loss with `differentiate=True`.
+        fn: What to measure: usually a train step, or a loss with `differentiate=True`. Or a program that is traced,
+            lowered or compiled already, such as `jax.jit(f).lower(x)`, without arguments.
         *args: Its arguments: models, pytrees and arrays. Arrays may be `jax.ShapeDtypeStruct`, models abstract
             (`nnx.eval_shape`). Python scalars and strings are constants of the program. Shardings over more than one
             device move to the target's devices.
@@ -70,6 +72,9 @@ def measure(
         >>> rt.measure(lambda x: jnp.sum(x @ x), x, target="cpu").argument_bytes
         262144
     """
+    if call_errors.is_stage(fn):
+        stages.check_stage_options(args, differentiate=differentiate, run=run)
+        return stages.measure_stage(fn, target, find_cache(cache))
     call = pure_call.stage(fn, args)
     where = placement.choose_target(call, target)
     if differentiate:
@@ -97,38 +102,20 @@ def _compile(
         measurement = read_measurement(compiled, target, time.perf_counter() - start)
         return time_runs(compiled, program, call, target, repeats, measurement) if repeats else measurement
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        if not is_out_of_memory(error):
             raise
-        refusal = _make_refusal(str(error), program, target, time.perf_counter() - start)
-        # The program's values fill the main memory only, not others such as a kernel's scratch memory.
-        in_main_memory = target.platform != "tpu" or "hbm" in str(error).lower()
-        return _add_largest_allocations(refusal, call, differentiate=differentiate) if in_main_memory else refusal
-
-
-def _make_refusal(message: str, program: LoweredCall, target: Target, compile_s: float) -> Measurement:
-    reason = parse_out_of_memory(message)
-    arguments = _count_total_bytes(program.lowered.in_avals) if hasattr(program.lowered, "in_avals") else 0
-    return Measurement(
-        target=target.name,
-        argument_bytes=arguments,
-        output_bytes=_count_total_bytes(program.lowered.out_info),
-        alias_bytes=0,
-        temp_bytes=reason.needed_bytes or 0,
-        peak_bytes=reason.needed_bytes or 0,
-        compile_s=compile_s,
-        out_of_memory=reason,
-    )
+        refusal = make_refusal(error, program.lowered, target, time.perf_counter() - start)
+        is_main = is_main_memory(error, target)
+        return _add_largest_allocations(refusal, call, differentiate=differentiate) if is_main else refusal
 
 
 def _add_largest_allocations(measurement: Measurement, call: pure_call.Call, *, differentiate: bool) -> Measurement:
     """Name the values that fill the memory, since the compiler's message does not."""
     reason = measurement.out_of_memory
     assert reason is not None  # only called on refusals
-    live = timeline(call.fn, *call.values[: call.arity], differentiate=differentiate)
+    try:
+        live = timeline(call.fn, *call.values[: call.arity], differentiate=differentiate)
+    except RematError:  # a program that only the compiler understands is a result without names
+        return measurement
     largest = live.largest[:_MAX_ALLOCATIONS]
     return dataclasses.replace(measurement, out_of_memory=dataclasses.replace(reason, largest=largest))
-
-
-def _count_total_bytes(tree: Any) -> int:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
-    return sum(int(getattr(leaf.dtype, "itemsize", 8)) * leaf.size for leaf in leaves)

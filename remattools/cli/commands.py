@@ -16,6 +16,7 @@ from typing import Any
 
 from ..analysis.check import check
 from ..analysis.compare import compare
+from ..analysis.explain_call import explain
 from ..analysis.measure import measure
 from ..analysis.plot import check_path
 from ..analysis.residuals import residuals
@@ -24,7 +25,7 @@ from ..analysis.timeline import timeline
 from ..compiler.cache import Cache, open_user_cache
 from ..errors import MeasureError, RematError
 from ..planner.plan import plan
-from ..transform.explain import ExplanationRow, describe, explain
+from ..transform.explain import ExplanationRow, describe
 from .output import CommandResult, print_result, show_progress
 from .parser import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO, EXIT_OK
 from .subject import Subject, load_subject
@@ -77,7 +78,12 @@ def _is_static(args: argparse.Namespace) -> bool:
 def _run_explain(args: argparse.Namespace, subject: Subject) -> CommandResult:
     model = find_model(subject.fn, subject.args)
     rules = None if args.rules is None else make_rules(model, args.rules)
-    explanation = explain(model, rules, names=args.names, args=subject.inputs)
+    if not args.names:
+        explanation = explain(model, rules)
+    elif subject.inputs is not None:
+        explanation = explain(model, rules, names=True, args=subject.inputs)
+    else:
+        explanation = explain(subject.fn, *subject.args, rules=rules, names=True)
     return CommandResult(EXIT_OK, [_convert_row(row) for row in explanation.rows], explanation)
 
 
@@ -143,7 +149,14 @@ def _parse_candidates(specs: Sequence[str]) -> dict[str, str | None]:
 
 def _run_check(args: argparse.Namespace, subject: Subject) -> CommandResult:
     with show_progress("compiling with and without the rules"):
-        report = check(subject.fn, *subject.args, rules=args.rules, target=args.target, cache=_open_cache(args))
+        report = check(
+            subject.fn,
+            *subject.args,
+            rules=args.rules,
+            differentiate=not args.as_is,
+            target=args.target,
+            cache=_open_cache(args),
+        )
     return CommandResult(EXIT_OK if report.ok else EXIT_NO, report.as_dict(), report)
 
 

@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = add_command("check", "report whether rules do what they are meant to do")
     _add_rules_option(check)
     _add_target_options(check)
+    _add_as_is_option(check)
     return parser
 
 

@@ -144,7 +144,7 @@ def _format_out_of_memory(reason: OutOfMemory) -> list[str]:
         needed, limit = format_bytes(reason.needed_bytes), format_bytes(reason.limit_bytes)
         lines = [f"OUT OF MEMORY: needs {needed} of {limit}, {format_bytes(reason.excess_bytes)} too much"]
     if reason.largest:
-        lines.append("largest values at the peak:")
+        lines.append("largest values at the peak of the traced program:")
         lines += [f"  {format_bytes(a.bytes):>11}  {a.path}  {a.name}  {a.shape} x{a.count}" for a in reason.largest]
     return lines
 

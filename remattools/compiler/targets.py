@@ -140,7 +140,7 @@ def find_target(target: "str | Target | jax.Device | None" = None) -> Target:
             live=True,
         )
     if isinstance(target, jax.Device):
-        return _make_device_target(target)
+        return make_target((target,))
     if not isinstance(target, str):
         raise TargetError(
             what=f"target={target!r} has the type {type(target).__name__}.",
@@ -155,8 +155,18 @@ def find_target(target: "str | Target | jax.Device | None" = None) -> Target:
     return _find_live_target(platform)
 
 
-def _make_device_target(device: jax.Device) -> Target:
-    return Target(name=_get_platform_name(device.platform), platform=device.platform, devices=(device,), live=True)
+def make_target(devices: Sequence[jax.Device]) -> Target:
+    """Return the target of devices, live or of a topology; a topology's name then has no shape."""
+    first = devices[0]
+    try:
+        live = first in jax.devices(first.platform)
+    except RuntimeError:  # a platform that JAX does not run on here
+        live = False
+    name = _get_platform_name(first.platform)
+    if not live:
+        kind = str(getattr(first, "device_kind", "")).lower().removeprefix("tpu ").replace(" lite", "e")
+        name = f"{name}:{kind}"
+    return Target(name=name, platform=first.platform, devices=tuple(devices), live=live)
 
 
 def _get_platform_name(platform: str) -> str:

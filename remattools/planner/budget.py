@@ -30,8 +30,8 @@ def select_bytes(measurement: Measurement, of: BudgetKind) -> int:
         measurement: Of one compiled program.
         of: "peak" for all that main memory has to hold, "temp" for the temporaries.
     """
-    if not measurement.fits and measurement.out_of_memory is not None:
-        return measurement.out_of_memory.needed_bytes or _MAX_BYTES
+    if measurement.out_of_memory is not None and not measurement.out_of_memory.needed_bytes:
+        return _MAX_BYTES  # the compiler does not say
     return measurement.total_bytes if of == "peak" else measurement.temp_bytes
 
 

@@ -6,7 +6,6 @@ Sits on `search`. Plans are chosen among compiled points only.
 
 import dataclasses
 import os
-from collections.abc import Callable
 from typing import Any
 
 from ..compiler.targets import Target
@@ -15,6 +14,7 @@ from ..text import format_bytes
 from .budget import BudgetKind, compute_budget_bytes, require_budget, require_positive
 from .result import EndReason, Plan, Point, TimeSource, find_frontier, format_footer, format_points, plot_points
 from .search.next_compile import find_best_point
+from .unreachable import ProgramFacts, make_unreachable_error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class Frontier:
         time_by: Where cycles come from: "estimated_cycles" (the compiler) or "model" (the planner's time model).
         subject: The model and the batch, for people.
         target: What the points were compiled for.
-        holding: Returns the largest live buffers at the peak under the rules of a point, for people.
+        program: What else is known of the program, for errors.
+        has_minimum: Whether saving nothing on every block, also in groups, was compiled.
         ended: What ended the search: "max_compiles", "converged" (nothing promised an improvement), "time_limit" or
             "interrupted" (Ctrl-C).
 
@@ -54,8 +55,9 @@ class Frontier:
     time_by: TimeSource
     subject: str
     target: Target = dataclasses.field(repr=False)
-    holding: Callable[[Point], str] = dataclasses.field(repr=False)
+    program: ProgramFacts = dataclasses.field(repr=False)
     ended: EndReason = "converged"
+    has_minimum: bool = True
 
     @property
     def best(self) -> tuple[Point, ...]:
@@ -65,7 +67,7 @@ class Frontier:
     @property
     def least_bytes(self) -> int:
         """The minimum reached: the smallest budget with a plan."""
-        return min(point.bytes for point in self.points)
+        return min(self.points, key=lambda point: (not point.measured.fits, point.bytes)).bytes
 
     @property
     def plain_bytes(self) -> int:
@@ -142,14 +144,9 @@ class Frontier:
                 fix=f"max_cycles={int(fastest.cycles) + 1}, {compiles}"
                 + ("." if limit is None else ", or a larger budget."),
             )
-        smallest = min(self.points, key=lambda point: point.bytes)
-        return BudgetError(
-            what=f"no compiled rules stay within {format_bytes(limit)} of {self.of}; the minimum reached is "
-            f"{smallest.bytes} bytes ({format_bytes(smallest.bytes)}), the arguments are "
-            f"{format_bytes(smallest.measured.argument_bytes)}.",
-            why=f"the largest live buffers at the peak are {self.holding(smallest)}.",
-            fix=f"budget={smallest.bytes}, {compiles}, a smaller batch, or a loss that computes its largest values in "
-            "pieces.",
+        assert limit is not None  # a time limit alone was met or missed above
+        return make_unreachable_error(
+            self.points, limit, self.of, self.ended, self.program, skipped=not self.has_minimum
         )
 
 

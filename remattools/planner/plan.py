@@ -15,11 +15,11 @@ import jax
 from ..analysis.measure import measure
 from ..analysis.timeline import timeline
 from ..compiler.cache import Cache, find_cache
+from ..compiler.out_of_memory import Allocation
 from ..compiler.report import Measurement
 from ..compiler.targets import Target, find_target
 from ..errors import BudgetError
 from ..rules.ruleset import Rules
-from ..text import format_bytes
 from ..transform import apply as application
 from .budget import BudgetKind, compute_budget_bytes, require_positive
 from .frontier import Frontier, check_limits
@@ -28,7 +28,10 @@ from .model.time import get_rates
 from .result import EndReason, Plan, Point
 from .search.exploration import Exploration
 from .search.history import RuleHistory
+from .search.minimum import Minimum
+from .search.next_compile import find_best_point
 from .search.space import Space
+from .unreachable import collect_facts
 
 _REGIONS_OFF = Rules(((".", False), ("**", False)))
 # For arguments with more arrays a rule file says how many there are, not which.
@@ -68,7 +71,8 @@ def plan(
             the gradient of its first argument itself.
         target: What to compile for: "cpu", "gpu", a TPU topology such as "tpu:v5e:2x2", a device, or a `Target`; the
             default device by default.
-        max_compiles: The most programs to compile, 2 or more; measurements from the cache do not count.
+        max_compiles: The most programs to compile, 2 or more; measurements from the cache do not count. Before a budget
+            is called unreachable, saving nothing on every block and on groups of them is compiled in any case.
         time_limit_s: Seconds after which no further compile starts; None for no limit.
         cache: A directory or `Cache` for measurements; by default the one of the environment variable
             REMATTOOLS_CACHE, or none.
@@ -78,8 +82,8 @@ def plan(
         The fastest compiled point within the budget. After Ctrl-C, the best one so far.
 
     Raises:
-        BudgetError: If the budget is not valid, or no compiled point is within it; the message has the minimum reached
-            and the largest live buffers.
+        BudgetError: If the budget is not valid, or no compiled point is within it; the message has all compiled points,
+            the minimum reached, what no rule can reach, and what helps.
         MeasureError: If no block of the model has a backward pass in `loss_fn`, or there is nothing to differentiate.
 
     Example:
@@ -101,14 +105,23 @@ def plan(
     check_limits(budget, max_cycles)
     where = find_target(target)
 
+    def find_limit(search: Exploration) -> int | None:
+        plain = search.all_points[0]
+        return None if budget is None else compute_budget_bytes(budget, target=where, plain_bytes=plain.bytes)
+
     def choose(search: Exploration) -> int | None:
-        plain = next(iter(search.points.values()))
-        limit = None if budget is None else compute_budget_bytes(budget, target=where, plain_bytes=plain.bytes)
+        limit, plain = find_limit(search), search.all_points[0]
+        if max_cycles is None and find_best_point([plain], limit, None) is not None:
+            return None  # no rule is needed
         return search.propose(limit, max_cycles)
+
+    def is_within(search: Exploration) -> bool:
+        return find_best_point(search.all_points, find_limit(search), max_cycles) is not None
 
     found = _explore(
         (loss_fn, model, batch),
         choose,
+        is_within,
         count_cached=False,
         of=of,
         differentiate=differentiate,
@@ -181,6 +194,7 @@ def frontier(
     return _explore(
         (loss_fn, model, batch),
         Exploration.propose_for_frontier,
+        lambda _: True,
         count_cached=True,
         of=of,
         differentiate=differentiate,
@@ -195,6 +209,7 @@ def frontier(
 def _explore(
     subject: tuple[Callable[..., Any], Any, tuple[Any, ...]],
     choose: _ProposeNext,
+    is_within: Callable[[Exploration], bool],
     *,
     count_cached: bool,
     of: BudgetKind,
@@ -205,7 +220,11 @@ def _explore(
     cache: Cache | str | os.PathLike[str] | None,
     progress: Progress | None,
 ) -> Frontier:
-    """Compile what `choose` proposes until it proposes nothing or a limit is reached."""
+    """Compile what `choose` proposes until it proposes nothing or a limit is reached.
+
+    Before the result is without a point that `is_within` accepts, everything that saves nothing is compiled, beyond
+    `max_compiles` if need be.
+    """
     _check_options(of, max_compiles, time_limit_s)
     loss_fn, model, batch = subject
     store = find_cache(cache)
@@ -228,22 +247,29 @@ def _explore(
     compiled = 0
     ended: EndReason = "converged"
 
+    minimum = Minimum(search, model)
+
+    def is_late() -> bool:
+        return time_limit_s is not None and time.monotonic() - start > time_limit_s
+
     def find_stop_reason() -> EndReason | None:
         if (len(search.points) if count_cached else compiled) >= max_compiles:
             return "max_compiles"
-        is_late = time_limit_s is not None and time.monotonic() - start > time_limit_s
-        return "time_limit" if is_late else None
+        return "time_limit" if is_late() else None
 
     try:
         search.compile_assignment(search.space.assignments.index(search.space.plain))
         compiled = 1
         search.add_measurements(earlier)
         history.save(point.rules for point in search.points.values())
-        while (number := choose(search)) is not None:
-            if (reason := find_stop_reason()) is not None:
-                ended = reason
+        while True:
+            number = choose(search)
+            reason = None if number is None else find_stop_reason()
+            if number is not None and reason is None:
+                search.compile_assignment(number)
+            elif is_within(search) or is_late() or not minimum.compile_next():
+                ended = "time_limit" if is_late() and not is_within(search) else reason or ended
                 break
-            search.compile_assignment(number)
             compiled += 1
             history.save(point.rules for point in search.points.values())
     except KeyboardInterrupt:
@@ -251,14 +277,11 @@ def _explore(
             raise
         ended = "interrupted"
 
-    def describe_largest(point: Point) -> str:
+    def find_live(point: Point) -> tuple[Allocation, ...]:
         with application.applied(model, _REGIONS_OFF), application.applied(model, point.rules):
-            buffers = timeline(loss_fn, model, *batch, differentiate=differentiate).largest[:3]
-        return "; ".join(
-            f"{buffer.path} {buffer.name} {buffer.shape}: {format_bytes(buffer.bytes)}" for buffer in buffers
-        )
+            return timeline(loss_fn, model, *batch, differentiate=differentiate).largest
 
-    points = tuple(search.points.values())
+    points = search.all_points
     no_cycles = any(point.measured.estimated_cycles is None for point in points if point.measured.fits)
     return Frontier(
         points=points,
@@ -266,8 +289,9 @@ def _explore(
         time_by="model" if no_cycles else "estimated_cycles",
         subject=_describe_subject(model, batch),
         target=target,
-        holding=describe_largest,
+        program=collect_facts(outline, model, batch, find_live, is_step=not differentiate),
         ended=ended,
+        has_minimum=minimum.is_compiled,
     )
 
 

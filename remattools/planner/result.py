@@ -2,6 +2,7 @@
 """A plan: rules with what the compiler measured for them; tables and plots of compiled points."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -205,8 +206,8 @@ def format_points(points: Iterable[Point], of: BudgetKind, chosen: Rules | None)
         rows.append(
             (
                 "->" if point.rules == chosen else "*" if point in frontier else "",
-                format_bytes(point.bytes) if point.measured.fits else "OOM",
-                format_count(point.cycles),
+                format_bytes(point.bytes) if point.measured.fits else f"OOM {_format_needed(point)}".rstrip(),
+                format_count(point.cycles if math.isfinite(point.cycles) else None),
                 format_bytes(point.predicted.bytes),
                 format_count(point.predicted.cycles),
                 rules,
@@ -214,6 +215,12 @@ def format_points(points: Iterable[Point], of: BudgetKind, chosen: Rules | None)
         )
     columns = ("", of, "cycles", "predicted", "", "rules")  # predicted bytes, then predicted cycles
     return format_table(columns, rows, numeric=columns[1:-1])
+
+
+def _format_needed(point: Point) -> str:
+    """Return what the compiler says that a program needs which runs out of memory; "" if it does not say."""
+    refused = point.measured.out_of_memory
+    return format_bytes(point.bytes) if refused is not None and refused.needed_bytes else ""
 
 
 def plot_points(

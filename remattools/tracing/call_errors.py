@@ -49,8 +49,25 @@ def explain_errors(fn: Any, args: Sequence[Any], model_position: int | None) -> 
         raise
 
 
+def is_stage(fn: Any) -> bool:
+    """Whether it is a traced, lowered or compiled program (`jax.jit(f).lower(x)`) instead of a function."""
+    is_program = hasattr(fn, "in_avals") and (hasattr(fn, "compile") or hasattr(fn, "lower"))
+    return not isinstance(fn, type) and (is_program or is_compiled(fn))
+
+
+def is_compiled(stage: Any) -> bool:
+    """Whether a stage is compiled already."""
+    return callable(getattr(stage, "memory_analysis", None))
+
+
 def check_call(fn: Any, args: Sequence[Any]) -> None:
-    """Raise, before anything is traced, if the signature of `fn` does not accept `args`."""
+    """Raise, before anything is traced, if `fn` is fixed already or its signature does not accept `args`."""
+    if is_stage(fn):
+        raise MeasureError(
+            what=f"a {type(fn).__name__.lower()} program was passed instead of a function.",
+            why="rules take effect and modules get their names while a function is traced; this program is fixed.",
+            fix="pass the function itself, jitted or not, and its arguments; measure(program) measures it as it is.",
+        )
     signature = _get_signature(fn)
     if signature is None:
         return

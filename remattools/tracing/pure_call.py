@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's call as a pure function of its arrays, ready to be traced or compiled.
 
-Sits on `closed_over`, `call_errors` and `transform.capture`. Arguments may be nnx objects, pytrees, arrays, abstract
-arrays and static values; models that the function closes over are passed like arguments. What the call changes in
-its objects is part of its results.
+Sits on `bound_arguments`, `closed_over`, `call_errors` and `transform.capture`. Arguments may be nnx objects, pytrees,
+arrays, abstract arrays and static values; models that the function closes over are passed like arguments. What the call
+changes in its objects is part of its results.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from ..transform.capture import effects
 from ..transform.capture.rebuild import rebuild
 from ..transform.capture.walk import Capture, capture, get_node_content
 from ..transform.naming import scopes
-from . import call_errors, closed_over
+from . import bound_arguments, call_errors, closed_over
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,9 @@ class Call:
     """A function and its arguments, split into arrays and structure.
 
     Attributes:
-        fn: The function, as given.
+        fn: The function, as given; of a partial that binds arrays, one that takes them as its last argument.
         values: The arguments, followed by the models that the function closes over.
-        arity: Number of arguments.
+        arity: Number of arguments, the dict of bound arrays included.
         spec: How to rebuild `values` from `leaves`.
         leaves: Arrays of `values` in order, concrete or abstract.
         leaf_infos: One for each leaf.
@@ -92,18 +92,22 @@ def stage(fn: Any, args: Sequence[Any]) -> Call:
     Raises:
         MeasureError: If `fn` cannot be called with `args`.
     """
-    if not callable(fn):
+    if not callable(fn) and not call_errors.is_stage(fn):  # `check_call` says more of a program that is fixed already
         raise MeasureError(
             what=f"{fn!r} is not a function.",
             why="the program of a function call is measured; there is none without a function.",
             fix="pass the function first, then its arguments: measure(loss, model, batch).",
         )
     call_errors.check_call(fn, args)
+    names = call_errors.get_argument_names(fn, len(args))
+    fn, bound = bound_arguments.lift_bound_arrays(fn)
+    if bound:
+        args, names = (*args, bound), [*names, "bound"]
     models = closed_over.find_captured_models(fn)
     passed = tuple(_convert_numpy(value) for value in args)
     values = (*passed, *(value for _, value in models))
     captured = capture(values)
-    names = [*call_errors.get_argument_names(fn, len(args)), *(name for name, _ in models)]
+    names = [*names, *(name for name, _ in models)]
     holders = [i for i, value in enumerate(values) if _has_modules(value)]
     prefixes: list[Path] = [(name,) for name in names]
     if holders:

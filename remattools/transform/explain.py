@@ -2,7 +2,7 @@
 """What rules do to a model, module by module, as data and as a table.
 
 Sits on `apply` (decisions and actions in force) and `region_contents` (values inside a region). Explaining changes
-nothing; with `args` the model is traced once, but not run.
+nothing. The public `explain` is in `analysis.explain_call`, which traces the call.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import RuleError
 from ..rules.fold_paths import format_paths, mask_path, mask_text
 from ..rules.paths import Path, format_path
 from ..rules.rule import Remat
@@ -98,39 +97,27 @@ class Explanation:
         return make_table(titles, rows)
 
 
-def explain(model: Any, rules: Any = None, *, names: bool = False, args: Sequence[Any] | None = None) -> Explanation:
-    """Explain what `rules` would do to `model`, or which actions are in force on it.
+def explain_model(model: Any, rules: Any = None, *, program: Any = None, names: bool = False) -> Explanation:
+    """Explain what rules would do to a model, or which actions are in force on it.
 
     Args:
         model: An nnx module, or a pytree of modules; concrete or abstract.
-        rules: `Rules`, a mapping of patterns to actions, or the path of a rule file; None for the
-            actions that are in force.
-        names: List the values that `save` and `offload` can name in each region, with index, shape,
-            dtype and bytes; needs `args`.
-        args: Positional arguments of the model's call, arrays or `jax.ShapeDtypeStruct`. With them
-            the model is traced once, which finds side effects and random operations inside regions.
-
-    Returns:
-        An `Explanation`: `str()` is a table, `.rows` is data.
+        rules: Rules in any form, or None for the actions that are in force.
+        program: A call of the model as a closed jaxpr with module paths and without regions. With it, side effects and
+            random operations inside regions are found. None for a look at the modules alone.
+        names: List the values of `program` that `save` and `offload` can name in each region.
 
     Raises:
         UnmatchedRuleError: If a rule matches no module that can be called.
-        RuleError: If `model` holds no modules, or `names=True` without `args`.
-
-    Example:
-        >>> from flax import nnx
-        >>> import remattools as rt
-        >>> print(rt.explain(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {".": "dots_saveable"}))
-        module  class   action         rule  shadowed  shared by
-        .       Linear  dots_saveable  .               1
+        RuleError: If `model` holds no modules.
     """
     if rules is None:
         entries, rows = _explain_active(model)
     else:
         entries, rows = _explain_rules(model, application.coerce_rules(rules, None))
     rows = _add_shares(entries, rows)
-    if names or args is not None:
-        rows = _add_contents(model, entries, rows, args, names=names)
+    if program is not None:
+        rows = _add_contents(entries, rows, program, names=names)
     shown = [row for entry, row in zip(entries, rows, strict=True) if not entry.container]
     return Explanation(rows=tuple(shown))
 
@@ -210,16 +197,9 @@ def _add_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list[
 
 
 def _add_contents(
-    model: Any, entries: list[ModuleEntry], rows: list[ExplanationRow], args: Sequence[Any] | None, *, names: bool
+    entries: list[ModuleEntry], rows: list[ExplanationRow], program: Any, *, names: bool
 ) -> list[ExplanationRow]:
-    """Add the values and warnings from a trace of the model's call."""
-    if args is None:
-        raise RuleError(
-            what="explain(names=True) was called without args.",
-            why="names belong to traced values, and a trace needs the shapes of the inputs.",
-            fix="explain(model, rules, names=True, args=(jax.ShapeDtypeStruct((batch, seq), jnp.int32),)).",
-        )
-    program = region_contents.trace_plain(model, args)
+    """Add the values and warnings from a traced call of the model."""
     regions = [i for i, row in enumerate(rows) if row.action is not None]
     views = region_contents.find_contents(program, [entries[i].path for i in regions])
     rows = list(rows)

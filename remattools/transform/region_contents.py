@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a region contains, read from one trace of the model without regions.
+"""What a region contains, read from one trace of a call without regions.
 
-Sits on `capture` and `naming`. The trace runs on a rebuilt copy, so that random counters and caches do not advance;
-arrays may be abstract (`jax.ShapeDtypeStruct`).
+Sits on `capture` and `naming`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from ..jaxpr import jaxprs
 from ..rules.paths import Path
 from ..rules.rule import Remat
-from . import region
-from .capture import effects
-from .capture.rebuild import rebuild
 from .capture.walk import capture
 from .naming import names, scopes
 
@@ -42,40 +37,16 @@ class RegionContents:
     has_activations: bool
 
 
-def trace_plain(model: Any, args: Sequence[Any]) -> Any:
-    """Trace `model(*args)` without regions and with module paths on its operations.
-
-    Args:
-        model: A callable nnx module.
-        args: Its arguments; arrays may be `jax.ShapeDtypeStruct`.
-
-    Returns:
-        The closed jaxpr.
-    """
-    captured = capture((model, *args))
-
-    def run_plain(leaves: list[Any]) -> list[Any]:
-        rebuilt, *inputs = rebuild(captured.spec, leaves, [])
-        # A plain object without arrays is not copied: the trace changes the caller's.
-        with (
-            effects.restore_objects(captured.objects),
-            region.disable_regions(),
-            scopes.record_paths([((), rebuilt)]),
-        ):
-            out = rebuilt(*inputs)
-        return capture(out).leaves
-
-    return jax.make_jaxpr(run_plain)(captured.leaves)
-
-
 def find_contents(jaxpr: Any, paths: Sequence[Path]) -> list[RegionContents]:
-    """Return what regions at `paths` would contain, from a trace of the whole model."""
+    """Return what regions at `paths` would contain, from a trace of a call of the model."""
     values = list(names.find_named_values(jaxpr))
     return [_find_region_contents(jaxpr, values, path) for path in paths]
 
 
 def _find_region_contents(jaxpr: Any, values: Sequence[names.NamedValue], path: Path) -> RegionContents:
     inside = [value for value in values if value.path[: len(path)] == path]
+    if not path:  # what a loss computes around the model has the root's path too, and is in no region
+        inside = [value for value in inside if any(_is_in_module(jaxpr, position) for position in value.where)]
     counts: dict[Any, int] = {}
     relative = []
     stacked = False
@@ -95,15 +66,22 @@ def _find_region_contents(jaxpr: Any, values: Sequence[names.NamedValue], path: 
 
 
 def _is_in_scan(jaxpr: Any, position: names.Position) -> bool:
+    *outer, _ = _find_equations(jaxpr, position)
+    return any(equation.primitive.name == "scan" for equation in outer)
+
+
+def _is_in_module(jaxpr: Any, position: names.Position) -> bool:
+    return any(scopes.find_paths(str(e.source_info.name_stack)) for e in _find_equations(jaxpr, position))
+
+
+def _find_equations(jaxpr: Any, position: names.Position) -> Iterator[Any]:
+    """Yield the equation at a position after those around it, outermost first."""
     for step in position:
-        if isinstance(step, int):
-            return False
-        number, place = step
+        number, place = (step, None) if isinstance(step, int) else step
         equation = jaxprs.open_jaxpr(jaxpr).eqns[number]
-        if equation.primitive.name == "scan":
-            return True
-        jaxpr = dict(jaxprs.find_subjaxprs(equation))[place]
-    return False
+        yield equation
+        if place is not None:
+            jaxpr = dict(jaxprs.find_subjaxprs(equation))[place]
 
 
 def _is_floating(aval: Any) -> bool:

@@ -14,6 +14,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import ad, batching
 
+from ... import compat
 from ...errors import MeasureError
 from ...jaxpr import jaxprs
 from ...rules.paths import Path
@@ -30,11 +31,13 @@ class Block:
         number: Identifies the call; its derivative and its batched version have the same.
         path: Path of its module.
         jaxpr: Its forward pass; equal blocks share the object.
+        axes: The named axes that are bound around it, as inside `shard_map`; from `compat.get_axes`.
     """
 
     number: int
     path: Path
     jaxpr: Any
+    axes: Any = None
 
 
 class BlockTracer:
@@ -56,7 +59,7 @@ class BlockTracer:
             if not consts:  # those may be tracers of this very call
                 self._jaxprs[key] = jaxpr, out_tree
         self._count += 1
-        results = _make_block_call(Block(self._count, path, jaxpr))(*consts, *leaves)
+        results = _make_block_call(Block(self._count, path, jaxpr, compat.get_axes()))(*consts, *leaves)
         return jax.tree.unflatten(out_tree, results)
 
 
@@ -105,7 +108,7 @@ def _batch_block(args: Any, dims: Any, *, avals: Any, is_backward: bool, block: 
         closed = core.ClosedJaxpr(block.jaxpr, [])  # type: ignore[attr-defined]  # public, but not in its stub
         run = jax.vmap(core.jaxpr_as_fun(closed), in_axes=tuple(dims), out_axes=0)
         jaxpr = _hoist_constants(jax.make_jaxpr(run)(*args))
-        avals, block = _get_result_avals(jaxpr), Block(block.number, block.path, jaxpr)
+        avals, block = _get_result_avals(jaxpr), Block(block.number, block.path, jaxpr, block.axes)
     return BLOCK_PRIMITIVE.bind(*args, avals=avals, is_backward=is_backward, block=block), [0] * len(avals)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from ... import compat
 from ...jaxpr import jaxprs
 from ...transform.naming import names
 from .op_work import Work, estimate_work
@@ -232,7 +233,7 @@ def build_graph(
         counts.append(len(residuals))
         return residuals, out, backward([jax.numpy.ones_like(value) for value in out])
 
-    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    shapes = list(map(compat.make_abstract, avals))
     return _convert_jaxpr(jaxprs.open_jaxpr(jax.make_jaxpr(run_both_passes)(shapes)), counts[0], labels)
 
 

@@ -17,7 +17,7 @@ WorkKind = Literal["matrix", "reduction", "elementwise", "free", "other"]
 
 # Shape changes that the compilers fold into the operations that read them.
 _FREE_PRIMITIVES = frozenset(
-    {"broadcast_in_dim", "reshape", "squeeze", "iota", "stop_gradient", "copy", "name", "expand_dims"}
+    {"broadcast_in_dim", "reshape", "squeeze", "iota", "stop_gradient", "copy", "name", "expand_dims", "pvary"}
 )
 _REDUCTION_PRIMITIVES = frozenset(
     {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "reduce_and", "reduce_or"}

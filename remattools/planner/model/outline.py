@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ... import compat
 from ...errors import MeasureError
 from ...jaxpr import jaxprs
 from ...rules.paths import Path
@@ -101,11 +102,12 @@ def build_outline(
     for key, visit in zip(keys, calls, strict=True):
         gradient_masks[key] = tuple(map(max, gradient_masks.get(key, visit.gradient_mask), visit.gradient_mask))
     kinds = {key: number for number, key in enumerate(gradient_masks)}
-    firsts = [calls[keys.index(key)].block.jaxpr for key in kinds]
-    problems = [
-        BlockProblem(build_block_graph(inner, gradient_masks[key]), rates, stacked=key[1])
-        for key, inner in zip(kinds, firsts, strict=True)
-    ]
+    firsts = [calls[keys.index(key)].block for key in kinds]
+    problems = []
+    for key, block in zip(kinds, firsts, strict=True):
+        with compat.bind_axes(block.axes):  # a block inside a `shard_map` is differentiated there
+            graph = build_block_graph(block.jaxpr, gradient_masks[key])
+        problems.append(BlockProblem(graph, rates, stacked=key[1]))
     visits = [(visit.block.path, kinds[key]) for visit, key in zip(calls, keys, strict=True)]
     return Outline(
         rules=tuple(patterns),

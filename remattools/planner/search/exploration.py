@@ -31,6 +31,7 @@ class Exploration:
 
     Attributes:
         points: The compiled points by the numbers of their assignments, in the order of compiling.
+        others: Compiled points that are no assignment, by their rules.
         rejected: Numbers of assignments that this program does not allow.
         measurements: All measurements by rules.
     """
@@ -48,8 +49,14 @@ class Exploration:
         self.of: BudgetKind = of
         self.plain_cycles, self.progress = plain_cycles, progress
         self.points: dict[int, Point] = {}
+        self.others: dict[Rules, Point] = {}
         self.rejected: set[int] = set()
         self.measurements: dict[Rules, Measurement] = {}
+
+    @property
+    def all_points(self) -> tuple[Point, ...]:
+        """All compiled points, the plain model first."""
+        return (*self.points.values(), *self.others.values())
 
     def compile_assignment(self, number: int) -> None:
         """Compile and measure an assignment.
@@ -77,6 +84,19 @@ class Exploration:
                 return
         self._add_point(number, rules, predicted)
 
+    def compile_rules(self, rules: Rules) -> None:
+        """Compile and measure rules that save nothing, but on other modules than those of the assignments.
+
+        Raises:
+            RuleError: If the program does not allow them.
+        """
+        like = self.space.assignments.index(self.space.full_remat)
+        predicted = self._predict(like)
+        self.progress(f"compile {len(self.all_points) + 1}: saving nothing on {', '.join(p.text for p, _ in rules)}")
+        if rules not in self.measurements:
+            self.measurements[rules] = self.measure_rules(rules)
+        self.others[rules] = self._make_point(like, rules, predicted)
+
     def add_measurements(self, measurements: Iterable[tuple[Rules, Measurement]]) -> None:
         """Add points that were compiled earlier, as far as they are assignments of this space."""
         earlier = dict(measurements)
@@ -97,13 +117,16 @@ class Exploration:
         return Prediction(bytes=max(int(expected.bytes[number]), 0), cycles=float(expected.cycles[number]))
 
     def _add_point(self, number: int, rules: Rules, prediction: Prediction) -> None:
+        self.points[number] = self._make_point(number, rules, prediction)
+
+    def _make_point(self, number: int, rules: Rules, prediction: Prediction) -> Point:
         measured = self.measurements[rules]
         cycles = self.plain_cycles + self.space.cycles[number]
         if measured.estimated_cycles is not None:
             cycles = float(measured.estimated_cycles) + self.space.link_cycles[number]
         elif not measured.fits:
             cycles = float("inf")
-        self.points[number] = Point(
+        return Point(
             rules=rules,
             predicted=prediction,
             measured=measured,
@@ -116,9 +139,13 @@ class Exploration:
         """Return what the predictions and all measurements say of each assignment."""
         compiled = {number: point for number, point in self.points.items() if point.measured.fits}
         cycles, no_std = self.plain_cycles + self.space.cycles, np.zeros(len(self.space.assignments))
-        if not compiled:
+        # While everything runs out of memory, what the compiler says it needs is all that is known.
+        sized = compiled or {n: p for n, p in self.points.items() if p.measured.peak_bytes}
+        if not sized:
             return Posterior(self.space.bytes, no_std, cycles, no_std)
-        size = self.space.correct_predictions("bytes", {n: float(p.bytes) for n, p in compiled.items()})
+        size = self.space.correct_predictions("bytes", {n: float(p.bytes) for n, p in sized.items()})
+        if not compiled:
+            return Posterior(*size, cycles, no_std)
         if any(point.measured.estimated_cycles is None for point in compiled.values()):
             return Posterior(*size, cycles, no_std)
         return Posterior(*size, *self.space.correct_predictions("cycles", {n: p.cycles for n, p in compiled.items()}))
@@ -133,7 +160,7 @@ class Exploration:
         return choose_for_limits(
             self.compute_posterior(),
             self._find_open(),
-            self.points.values(),
+            self.all_points,
             max_bytes=max_bytes,
             max_cycles=max_cycles,
         )

@@ -104,10 +104,10 @@ def choose_for_frontier(
     if not len(candidates):
         return None
     sizes, cycles = expected.bytes[candidates], expected.cycles[candidates]
+    if is_open[full_remat]:  # both ends are measured before anything between them
+        return full_remat
     if not compiled:  # everything so far ran out of memory: the smallest
         return int(candidates[sizes.argmin()])
-    if len(points) == 1 and is_open[full_remat]:  # both ends are measured before anything between them
-        return full_remat
     most = max([1, *(point.bytes for point in compiled)])
     slowest = max(point.cycles for point in compiled)
     # Budgets below all expectations are worth a compile as well, as far as the expectations are uncertain.

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`check` reports rules that do not help, and only those."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 import remattools as rt
-from tests.remattools.models import Block, Tower, inputs, loss
+from tests.remattools.models import MLP, Block, Tower, inputs, loss
 
 
 def _make_model():
@@ -144,3 +145,28 @@ def test_a_call_without_a_model_raises():
 def test_repr_shows_the_verdict_and_the_codes():
     report = rt.check(loss, _make_model(), X, rules={"layers.*": "everything_saveable"}, target="cpu")
     assert repr(report).startswith("CheckReport(target='cpu', ok=False, findings=[nothing_freed")
+
+
+def _train(model, x):
+    value, gradients = nnx.value_and_grad(loss)(model, x)
+    nnx.update(model, jax.tree.map(lambda w, g: w - g, nnx.state(model, nnx.Param), gradients))
+    return value
+
+
+@pytest.mark.parametrize("wrap", [lambda fn: fn, nnx.jit], ids=["plain", "jitted"])
+def test_a_whole_step_is_judged_by_its_peak(wrap):
+    model, x = nnx.eval_shape(lambda: Tower(6, 32, block=MLP)), jax.ShapeDtypeStruct((64, 32, 32), jnp.float32)
+    rules = {"layers.*": "nothing_saveable"}
+    report = rt.check(wrap(_train), model, x, rules=rules, differentiate=False, target="cpu")
+    assert report.ok, str(report)
+    assert report.temp_bytes[1] < report.temp_bytes[0]
+    assert "residuals" not in str(report)
+    useless = rt.check(wrap(_train), model, x, differentiate=False, target="cpu")
+    assert [finding.code for finding in useless.findings] == ["no_region"]  # control
+
+
+def test_rules_that_still_run_out_of_memory_are_not_ok(tpu):
+    model, x = nnx.eval_shape(lambda: Tower(2, 1024, block=MLP)), jax.ShapeDtypeStruct((2**21, 1, 1024), jnp.float32)
+    report = rt.check(loss, model, x, rules={"layers.*": "nothing_saveable"}, target=tpu)
+    assert [finding.code for finding in report.findings] == ["out_of_memory"]
+    assert 'budget="fit"' in report.findings[0].message

@@ -89,9 +89,9 @@ def test_an_impossible_budget_says_what_is_possible(directory: pathlib.Path) -> 
         rt.plan(loss, model, x, budget=1000, of="temp", target="cpu", cache=directory)
     least, _ = _bounds(directory)
     assert str(least) in str(caught.value) or "the minimum reached is" in str(caught.value)
-    fix = int(caught.value.fix.split("=")[1].split(",")[0])
+    fix = caught.value.fix.split('"')[1]
     found = rt.plan(loss, model, x, budget=fix, of="temp", target="cpu", cache=directory)
-    assert found.measured.temp_bytes <= fix
+    assert found.measured.temp_bytes <= found.budget_bytes
 
 
 def test_the_least_memory_within_a_time(directory: pathlib.Path) -> None:

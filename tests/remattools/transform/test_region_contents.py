@@ -6,10 +6,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 import remattools as rt
-from remattools.transform.region_contents import find_contents, make_structure_key, trace_plain
+from remattools.analysis.explain_call import trace_call
+from remattools.tracing import pure_call
+from remattools.transform.region_contents import find_contents, make_structure_key
 from tests.remattools.models import Tower, inputs
 
 SHAPE = jax.ShapeDtypeStruct((2, 3, 8), jnp.float32)
+
+
+def trace_plain(model, args):
+    return trace_call(pure_call.stage(model, args))
 
 
 class Noisy(nnx.Module):
