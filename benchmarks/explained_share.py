@@ -135,6 +135,20 @@ def measure(program: Program, cache: pathlib.Path | None) -> rt.Measurement:
     return rt.measure(loss, model, batch, target=target, differentiate=True, cache=cache)
 
 
+def format_cells(measured: rt.Measurement) -> list[str]:
+    """Return the cells of one row."""
+    temp, live, between = measured.temp_bytes, measured.explained_bytes, measured.fragmentation_bytes
+    largest = measured.live[0]
+    return [
+        f"{temp / 1e6:,.1f}",
+        f"{live / 1e6:,.1f}",
+        f"{between / 1e6:,.1f}",
+        f"{100 * (measured.explained_share or 0):.1f} %",
+        f"{100 * (1 - abs(temp - live - between) / temp):.1f} %",
+        f"`{largest.path}` `{largest.operation}` {largest.shape} x{largest.count}",
+    ]
+
+
 def _shard(model: GPT, mesh: jax.sharding.Mesh) -> None:
     """Split every matrix over the mesh's second axis, and replicate the rest."""
 
@@ -156,26 +170,20 @@ def main() -> None:
         if args.only not in name:
             continue
         measured = measure(program, args.cache)
-        largest = measured.live[0] if measured.live else None
-        lines.append(
-            f"| {name} | {measured.temp_bytes / 1e6:,.1f} | {measured.explained_bytes / 1e6:,.1f} "
-            f"| {100 * (measured.explained_share or 0):.1f} % "
-            f"| {'' if largest is None else f'`{largest.path}` `{largest.operation}` {largest.shape} x{largest.count}'} |"
-        )
+        lines.append(f"| {name} | {' | '.join(format_cells(measured))} |")
         print(lines[-1], flush=True)
     table = "\n".join(lines)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "libtpu"))
     page = f"""# What the live buffers explain
 
-Measured {datetime.date.today().isoformat()} with {versions}, by `benchmarks/explained_share.py`: a GPT of {DEPTH} blocks
-of width {WIDTH}, its gradient or a whole adamw step. Live buffers are those at the peak of the compiled program; the
-share is one minus their distance to `temp_bytes`, whether they are too few or too many.
+Measured {datetime.date.today().isoformat()} with {versions}, by `benchmarks/explained_share.py`: a GPT of {DEPTH}
+blocks of width {WIDTH}, its gradient or a whole adamw step. Live buffers are those at the peak of the compiled program.
+"Between" is what the TPU compiler's temporaries take beyond its own peak: memory that lies unused between buffers. A
+share is one minus the distance to `temp_bytes`, whether the buffers are too few or too many.
 
-| program | temp MB | live buffers MB | explained | largest row |
-| --- | ---: | ---: | ---: | --- |
+| program | temp MB | live buffers MB | between MB | share of buffers | with between | largest row |
+| --- | ---: | ---: | ---: | ---: | ---: | --- |
 {table}
-
-On a TPU the compiler's temporaries include what lies unused between buffers (fragmentation). No buffer explains that.
 """
     if args.write is not None:
         args.write.write_text(page)

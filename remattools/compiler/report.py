@@ -85,6 +85,16 @@ class Measurement:
         return self.temp_bytes - self.explained_bytes
 
     @property
+    def fragmentation_bytes(self) -> int:
+        """Bytes that lie unused between buffers: what the TPU compiler's temporaries take beyond its own peak.
+
+        0 for other targets, whose compilers do not say.
+        """
+        if not self.fits or not self.target.startswith("tpu"):
+            return 0
+        return min(max(self.total_bytes - self.peak_bytes, 0), self.temp_bytes)
+
+    @property
     def explained_share(self) -> float | None:
         """Share of `temp_bytes` that the live buffers account for; too much counts against it like too little.
 
@@ -111,7 +121,10 @@ class Measurement:
     @property
     def temporaries_in_peak(self) -> bool:
         """Whether `peak_bytes` counts the temporaries; the CPU compiler's never does."""
-        return not self.target.startswith("cpu") and self.peak_bytes >= self.temp_bytes
+        # The TPU compiler's peak has no gaps between buffers, so it may be below the temporaries.
+        return self.target.startswith("tpu") or (
+            not self.target.startswith("cpu") and self.peak_bytes >= self.temp_bytes
+        )
 
     @property
     def temporaries_on_chip(self) -> bool:
@@ -162,7 +175,7 @@ class Measurement:
             lines.append(f"{'step':<18}{self.step_s * 1e3:.3f} ms, interquartile range {spread_ms:.3f} ms")
         lines.append(f"{'compile':<18}{self.compile_s:.2f} s")
         if self.live:
-            lines += format_live_buffers(self.live, self.temp_bytes)
+            lines += format_live_buffers(self.live, self.temp_bytes, self.fragmentation_bytes)
         if self.out_of_memory is not None:
             lines += _format_out_of_memory(self.out_of_memory)
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
@@ -206,6 +219,10 @@ def read_measurement(compiled: Any, target: Target, compile_s: float) -> Measure
     notes: tuple[str, ...] = ()
     if cycles is not None and cycles.unknown_loops:
         notes = (f"the trip counts of the loops {', '.join(cycles.unknown_loops)} are unknown; each body counts once.",)
+    if cycles is not None and cycles.unknown_operations:
+        shown = ", ".join(cycles.unknown_operations[:3])
+        notes += (f"the compiler has no estimate for {len(cycles.unknown_operations)} operations, such as {shown}.",)
+        cycles = None
     return Measurement(
         target=target.name,
         argument_bytes=memory.argument_size_in_bytes,

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduled text of a compiled program says: its instructions, the live buffers at its peak, and who made them."""
+"""What the scheduled text of a compiled program says: instructions, live buffers at the peak, and who made them."""

@@ -142,19 +142,23 @@ def _merge_rows(buffers: Iterable[LiveBuffer]) -> list[LiveBuffer]:
     return sorted(rows, key=lambda row: -row.bytes)
 
 
-def format_live_buffers(live: Iterable[LiveBuffer], temp_bytes: int) -> list[str]:
+def format_live_buffers(live: Iterable[LiveBuffer], temp_bytes: int, fragmentation_bytes: int = 0) -> list[str]:
     """Return lines for people: the largest rows, and what the compiler counts beyond all of them.
 
     Args:
         live: The live buffers at the peak.
         temp_bytes: The compiler's temporaries.
+        fragmentation_bytes: The part of them that lies unused between buffers.
     """
     rows = list(live)
     explained = sum(row.bytes for row in rows)
-    lines = [
-        f"live at the peak of the compiled program: {format_bytes(explained)}; "
-        f"{format_unexplained(temp_bytes, explained)}"
-    ]
+    difference = temp_bytes - explained - fragmentation_bytes
+    parts = [f"{format_bytes(explained)} of {format_bytes(temp_bytes)} temp"]
+    if fragmentation_bytes:
+        parts.append(f"{format_bytes(fragmentation_bytes)} between buffers")
+    kind = "not explained" if difference >= 0 else "too much, since the compiler reuses more memory"
+    parts.append(f"{format_bytes(abs(difference))} {kind}")
+    lines = [f"live at the peak of the compiled program: {', '.join(parts)}"]
     for row in rows[:_MAX_PRINTED]:
         times = f" x{row.count}" if row.count > 1 else ""
         lines.append(f"  {format_bytes(row.bytes):>11}  {row.path}  {row.operation}  {row.shape}{times}  {row.phase}")
@@ -162,10 +166,3 @@ def format_live_buffers(live: Iterable[LiveBuffer], temp_bytes: int) -> list[str
         smaller = rows[_MAX_PRINTED:]
         lines.append(f"  {format_bytes(sum(row.bytes for row in smaller)):>11}  {len(smaller)} smaller rows")
     return lines
-
-
-def format_unexplained(temp_bytes: int, explained_bytes: int) -> str:
-    """Return how far the live buffers are from the compiler's temporaries."""
-    difference = temp_bytes - explained_bytes
-    kind = "not explained" if difference >= 0 else "explained twice, since the compiler reuses memory"
-    return f"{format_bytes(abs(difference))} of {format_bytes(temp_bytes)} temp {kind}"
