@@ -100,15 +100,18 @@ class DeviceSizes:
 WHOLE_ARRAYS = DeviceSizes()
 
 
-def find_device_sizes(call: pure_call.Call, target: Target | None = None, *, differentiate: bool) -> DeviceSizes:
+def find_device_sizes(
+    call: pure_call.Call, target: Target | None = None, *, differentiate: bool, with_types: bool = True
+) -> DeviceSizes:
     """Return the sizes of a call's values on one device.
 
-    Without a mesh, or under Explicit axes alone, nothing is compiled.
+    Without a mesh nothing is compiled, nor under Explicit axes alone, unless the types cannot be relied on.
 
     Args:
         call: The staged call.
         target: What to compile for; None for the devices of the arguments' mesh.
         differentiate: Whether the call is a loss, whose gradient is meant.
+        with_types: Whether the values that are asked for have the types of the trace, with their shardings.
     """
     meshes = [
         leaf.sharding.mesh
@@ -120,7 +123,7 @@ def find_device_sizes(call: pure_call.Call, target: Target | None = None, *, dif
     devices = max(mesh.size for mesh in meshes)
     leaf_bytes = tuple(_count_leaf_bytes(leaf) for leaf in call.leaves)
     is_explicit = all(kind == jax.sharding.AxisType.Explicit for mesh in meshes for kind in mesh.axis_types)
-    if is_explicit:
+    if is_explicit and with_types:
         return DeviceSizes(devices=devices, leaf_bytes=leaf_bytes)
     where = target or _make_mesh_target(meshes[0])
     if where is None:  # an abstract mesh: there is nothing to compile for

@@ -18,7 +18,7 @@ from ...jaxpr import jaxprs
 from ...rules.paths import Path
 from ...tracing.origins import locate
 from ...transform.naming import names
-from .op_work import Work, estimate_work
+from .op_work import Work, divide_work, estimate_work
 
 # Equations of these hold one jaxpr and do nothing else.
 INLINED_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -284,6 +284,7 @@ def build_block_graph(
 def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str], count_bytes: CountBytes) -> Graph:
     numbers: dict[Any, int] = {}
     sizes: list[int] = []
+    whole_sizes: list[int] = []
     single: set[int] = set()
 
     def get_number(var: Any, equation: Any = None) -> int:
@@ -292,6 +293,7 @@ def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str], co
             if is_float32(var.aval):
                 single.add(len(sizes))
             sizes.append(count_bytes(var.aval, equation))
+            whole_sizes.append(jaxprs.count_aval_bytes(var.aval))
         return numbers[var]
 
     inputs = frozenset(get_number(var) for var in jaxpr.invars)
@@ -309,10 +311,12 @@ def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str], co
                 if name in labels:
                     candidates.append(Candidate(labels[name], numbers[target], sizes[numbers[target]]))
             continue
+        reads = tuple(dict.fromkeys(get_number(atom) for atom in equation.invars if isinstance(atom, core.Var)))
+        writes = tuple(get_number(var, equation) for var in equation.outvars)
         step = Step(
-            reads=tuple(dict.fromkeys(get_number(atom) for atom in equation.invars if isinstance(atom, core.Var))),
-            writes=tuple(get_number(var, equation) for var in equation.outvars),
-            work=estimate_work(equation),
+            reads=reads,
+            writes=writes,
+            work=divide_work(estimate_work(equation), [(sizes[n], whole_sizes[n]) for n in (*reads, *writes)]),
             label=equation.primitive.name,
         )
         late = "transpose(" in str(equation.source_info.name_stack)

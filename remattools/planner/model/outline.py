@@ -143,7 +143,8 @@ def find_subject_sizes(
     """
     with application.applied(model, Rules(((".", False), ("**", False)))):
         call = pure_call.stage(pure_call.unwrap_jit(fn), (model, *args))
-        return find_device_sizes(call, target, differentiate=differentiate)
+        # Blocks are traced again by their shapes, without shardings.
+        return find_device_sizes(call, target, differentiate=differentiate, with_types=False)
 
 
 def _trace_blocks(

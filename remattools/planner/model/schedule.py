@@ -18,7 +18,7 @@ from ...rules.paths import format_path
 from ...tracing.origins import locate
 from .block_primitive import BLOCK_PRIMITIVE, Block
 from .dataflow_graph import INLINED_PRIMITIVES, Graph, Step, is_float32
-from .op_work import Work, estimate_work
+from .op_work import Work, divide_work, estimate_work
 
 BLOCK_LABEL = "block"  # the label of the steps that are blocks
 
@@ -79,6 +79,8 @@ def build_schedule(jaxpr: Any, sizes: DeviceSizes = WHOLE_ARRAYS) -> tuple[Graph
     walk = _ScheduleBuilder(sizes)
     inner = jaxprs.open_jaxpr(jaxpr)
     inputs = [walk.add_value(var.aval) for var in (*inner.constvars, *inner.invars)]
+    for value, count in zip(inputs[len(inner.constvars) :], sizes.leaf_bytes, strict=False):
+        walk.sizes[value] = count
     results = walk.walk(inner, inputs)
     visits = sorted((_make_visit(*pair) for pair in walk.pairs), key=lambda visit: visit.forward)
     used = {value for step in walk.steps for value in step.reads} | set(results)
@@ -109,6 +111,7 @@ class _ScheduleBuilder:
         self._stacks: tuple[str, ...] = ()
         self.steps: list[Step] = []
         self.sizes: list[int] = []
+        self.whole_sizes: list[int] = []
         self.float32_values: set[int] = set()
         self.pairs: list[tuple[_Call, _Call]] = []
         self._loops: tuple[_Loop, ...] = ()
@@ -122,6 +125,7 @@ class _ScheduleBuilder:
         """Return a number for a new value, the result of an operation in the equation that is walked."""
         path = locate(list(self._stacks))[0] if self.device_sizes.shapes else None
         self.sizes.append(self.device_sizes.count_any_bytes(aval, path, operation))
+        self.whole_sizes.append(jaxprs.count_aval_bytes(aval))
         if is_float32(aval):
             self.float32_values.add(len(self.sizes) - 1)
         return len(self.sizes) - 1
@@ -180,7 +184,8 @@ class _ScheduleBuilder:
             return results
         if not with_blocks:
             results = [self.add_value(var.aval, name) for var in equation.outvars]
-            self.add_step(operands, results, estimate_work(equation), name)
+            sizes = [(self.sizes[value], self.whole_sizes[value]) for value in (*operands, *results)]
+            self.add_step(operands, results, divide_work(estimate_work(equation), sizes), name)
             return results
         if name == "scan":
             scan = jaxprs.parse_scan(equation)
