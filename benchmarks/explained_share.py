@@ -143,8 +143,8 @@ def format_cells(measured: rt.Measurement) -> list[str]:
         f"{temp / 1e6:,.1f}",
         f"{live / 1e6:,.1f}",
         f"{between / 1e6:,.1f}",
+        f"{100 * (1 - abs(temp - live) / temp):.1f} %",
         f"{100 * (measured.explained_share or 0):.1f} %",
-        f"{100 * (1 - abs(temp - live - between) / temp):.1f} %",
         f"`{largest.path}` `{largest.operation}` {largest.shape} x{largest.count}",
     ]
 

@@ -80,11 +80,6 @@ class Measurement:
         return sum(row.bytes for row in self.live)
 
     @property
-    def unexplained_bytes(self) -> int:
-        """What `temp_bytes` counts beyond the live buffers; negative where the compiler reuses more memory."""
-        return self.temp_bytes - self.explained_bytes
-
-    @property
     def fragmentation_bytes(self) -> int:
         """Bytes that lie unused between buffers: what the TPU compiler's temporaries take beyond its own peak.
 
@@ -95,10 +90,15 @@ class Measurement:
         return min(max(self.total_bytes - self.peak_bytes, 0), self.temp_bytes)
 
     @property
-    def explained_share(self) -> float | None:
-        """Share of `temp_bytes` that the live buffers account for; too much counts against it like too little.
+    def unexplained_bytes(self) -> int:
+        """What `temp_bytes` is beyond live buffers and fragmentation; negative if these are too much."""
+        return self.temp_bytes - self.explained_bytes - self.fragmentation_bytes
 
-        None if the program did not compile.
+    @property
+    def explained_share(self) -> float | None:
+        """Share of `temp_bytes` that live buffers and fragmentation account for; None if the program did not compile.
+
+        Too much counts against it like too little.
         """
         if not self.fits:
             return None
