@@ -267,7 +267,7 @@ def _make_row(var: Any, origins: OriginFinder, consumer: Any, sizes: DeviceSizes
     return Residual(
         path=origin.path,
         name=origin.name,
-        shape=sizes.find_shape(var.aval, path, origin.name),
+        shape=sizes.find_shape(var.aval, path, origin.name) if leaf is None else sizes.leaf_shapes[leaf],
         dtype=str(var.aval.dtype),
         bytes=sizes.count_any_bytes(var.aval, path, origin.name) if leaf is None else sizes.leaf_bytes[leaf],
         kind=cast(ResidualKind, origin.kind),

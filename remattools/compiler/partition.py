@@ -8,6 +8,7 @@ traced operation's name and module, and the shape on one device.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -25,6 +26,7 @@ from .lower import lower
 from .targets import Target
 
 _Shape = tuple[int, ...]
+_MAX_PERMUTED_AXES = 5
 # Less optimization partitions the same way, and the TPU compiler needs a fifth of the time.
 _QUICK_OPTIONS = {"tpu": {"xla_optimization_level": "EFFORT_O0"}}
 
@@ -38,11 +40,13 @@ class DeviceSizes:
         shapes: How often the partitioned program has each shape, by module path and operation; with an empty operation
             in a whole module, with an empty path everywhere. Empty under Explicit axes.
         leaf_bytes: Bytes of each argument on one device; empty without a mesh.
+        leaf_shapes: Shape of each argument on one device; empty without a mesh.
     """
 
     devices: int = 1
     shapes: dict[tuple[Path | None, str], Counter[_Shape]] = dataclasses.field(default_factory=dict)
     leaf_bytes: tuple[int, ...] = ()
+    leaf_shapes: tuple[_Shape, ...] = ()
     _memo: dict[Any, _Shape] = dataclasses.field(default_factory=dict)
 
     def find_shape(self, aval: Any, path: Path | None = None, operation: str = "") -> _Shape:
@@ -65,10 +69,23 @@ class DeviceSizes:
         return self._memo[key]
 
     def _find_part(self, shape: _Shape, path: Path | None, operation: str) -> _Shape:
-        for key in ((path, operation), (path, ""), (None, operation), (None, "")):
+        keys = ((path, operation), (path, ""), (None, operation), (None, ""))
+        for key in keys:
             parts = [(count, part) for part, count in self.shapes.get(key, {}).items() if self._is_part(part, shape)]
             if parts:
                 return max(parts)[1]
+        # The compiler keeps no axes of length 1, and may order the others in another way.
+        axes = [axis for axis, length in enumerate(shape) if length != 1]
+        for key in keys:
+            for part, _ in self.shapes.get(key, Counter()).most_common():
+                lengths = [length for length in part if length != 1]
+                if len(lengths) != len(axes) or len(axes) > _MAX_PERMUTED_AXES:
+                    continue
+                for order in itertools.permutations(lengths):
+                    whole = tuple(shape[axis] for axis in axes)
+                    if self._is_part(order, whole):
+                        by_axis = dict(zip(axes, order, strict=True))
+                        return tuple(by_axis.get(axis, 1) for axis in range(len(shape)))
         return shape
 
     def _is_part(self, part: _Shape, shape: _Shape) -> bool:
@@ -121,16 +138,17 @@ def find_device_sizes(
     if not meshes:
         return WHOLE_ARRAYS
     devices = max(mesh.size for mesh in meshes)
-    leaf_bytes = tuple(_count_leaf_bytes(leaf) for leaf in call.leaves)
+    leaf_shapes = tuple(_find_leaf_shape(leaf) for leaf in call.leaves)
+    leaf_bytes = tuple(map(_count_leaf_bytes, call.leaves, leaf_shapes))
     is_explicit = all(kind == jax.sharding.AxisType.Explicit for mesh in meshes for kind in mesh.axis_types)
     if is_explicit and with_types:
-        return DeviceSizes(devices=devices, leaf_bytes=leaf_bytes)
+        return DeviceSizes(devices=devices, leaf_bytes=leaf_bytes, leaf_shapes=leaf_shapes)
     where = target or _make_mesh_target(meshes[0])
     if where is None:  # an abstract mesh: there is nothing to compile for
-        return DeviceSizes(devices=devices, leaf_bytes=leaf_bytes)
+        return DeviceSizes(devices=devices, leaf_bytes=leaf_bytes, leaf_shapes=leaf_shapes)
     lowered = lower(call, where, differentiate=differentiate).lowered
     text = lowered.compile(compiler_options=_QUICK_OPTIONS.get(where.platform)).as_text()
-    return DeviceSizes(devices=devices, shapes=read_shapes(text), leaf_bytes=leaf_bytes)
+    return DeviceSizes(devices=devices, shapes=read_shapes(text), leaf_bytes=leaf_bytes, leaf_shapes=leaf_shapes)
 
 
 def read_shapes(hlo: str) -> dict[tuple[Path | None, str], Counter[_Shape]]:
@@ -165,12 +183,14 @@ def _make_mesh_target(mesh: Any) -> Target | None:
     return Target(name=platform, platform=platform, devices=devices, live=True)
 
 
-def _count_leaf_bytes(leaf: Any) -> int:
-    sharding = getattr(leaf, "sharding", None)
+def _find_leaf_shape(leaf: Any) -> _Shape:
+    sharding, shape = getattr(leaf, "sharding", None), tuple(leaf.shape)
+    return shape if sharding is None else tuple(sharding.shard_shape(shape))
+
+
+def _count_leaf_bytes(leaf: Any, shape: _Shape) -> int:
     whole = jaxprs.count_aval_bytes(jax.typeof(leaf) if isinstance(leaf, jax.Array) else _make_aval(leaf))
-    if sharding is None or not whole:
-        return whole
-    return int(whole * math.prod(sharding.shard_shape(tuple(leaf.shape))) // math.prod(leaf.shape))
+    return int(whole * math.prod(shape) // max(math.prod(leaf.shape), 1))
 
 
 def _make_aval(leaf: Any) -> Any:
