@@ -17,6 +17,7 @@ from flax import nnx
 from jax.extend import core
 
 from ..compiler.cache import Cache
+from ..compiler.partition import DeviceSizes, find_device_sizes
 from ..compiler.report import Measurement
 from ..compiler.targets import Target, find_target
 from ..jaxpr import jaxprs
@@ -31,7 +32,7 @@ from ..transform import explain as explaining
 from ..transform.modules import find_modules
 from ..transform.naming import scopes
 from .measure import measure
-from .residuals import linearize_call, make_report, residuals
+from .residuals import linearize_call, make_report
 from .ruled_call import find_model, make_rules, use_rules
 from .timeline import make_timeline
 
@@ -40,6 +41,9 @@ _REGIONS_OFF = Rules({".": False, "**": False})
 _MIN_FREED_SHARE = 0.25
 # Differences below this share of the plain program's memory are the compiler's noise.
 _NOISE = 0.02
+_MAX_LIVE_ROWS = 3
+# In the warning of `explain` on a region inside another one.
+_NESTED = "is inside the region"
 
 FindingCode = Literal[
     "no_region",
@@ -77,7 +81,7 @@ _NO_RULES_FINDINGS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class CheckReport:
-    """What rules should free and what the compiler freed; `str()` is a table with the findings below it.
+    """What rules should free and what the compiler freed, per device; `str()` is a table with the findings below it.
 
     Attributes:
         target: Name of the target.
@@ -128,14 +132,14 @@ class CheckReport:
     def __str__(self) -> str:
         rows = []
         for label, (plain, ruled) in (
-            ("residuals", self.residual_bytes),
-            ("peak of the program", self.planned_peak_bytes),
+            ("residuals of the traced program", self.residual_bytes),
+            ("peak of the traced program", self.planned_peak_bytes),
             (f"temp on {self.target}", self.temp_bytes),
             (f"peak on {self.target}", self.compiled_peak_bytes),
         ):
             if label.startswith("peak on") and not self._has_temporaries_in_peak:
                 continue
-            if label == "residuals" and not plain + ruled:
+            if label.startswith("residuals") and not plain + ruled:
                 continue
             rows.append((label, format_bytes(plain), format_bytes(ruled)))
         if self.host_bytes:
@@ -187,9 +191,11 @@ def check(
     model = find_model(fn, args)
     new_rules = None if rules is None else make_rules(model, rules)
     with use_rules(model, _REGIONS_OFF):
-        plain = _measure_memory(fn, args, where, cache, differentiate=differentiate)
+        sizes = find_device_sizes(pure_call.stage(pure_call.unwrap_jit(fn), args), where, differentiate=differentiate)
+        subject = _Subject(fn, args, model, where, cache, sizes, differentiate)
+        plain = _measure_memory(subject)
     with use_rules(model, new_rules):
-        ruled = _measure_memory(fn, args, where, cache, differentiate=differentiate)
+        ruled = _measure_memory(subject)
         regions = list(_find_regions(_trace_jaxpr(fn, args, differentiate=differentiate)))
         has_actions = any(application.get_active_actions(find_modules(model)))
         warnings = _collect_warnings(model)
@@ -199,8 +205,11 @@ def check(
         findings = [*_find_problems(plain, ruled, len(regions), where), *repeated, *warnings]
     else:
         findings = [*_NO_RULES_FINDINGS, *warnings]
-    if new_rules is not None and regions and differentiate:
-        findings += _find_useless_rules(fn, args, model, new_rules)
+    if new_rules is not None and regions:
+        useless = list(_find_useless_rules(subject, new_rules, ruled))
+        if not useless:  # regions inside regions are meant, where each of them frees something
+            findings = [finding for finding in findings if _NESTED not in finding.message]
+        findings += useless
     return CheckReport(
         target=where.name,
         residual_bytes=(plain.residual_bytes, ruled.residual_bytes),
@@ -213,6 +222,17 @@ def check(
 
 
 @dataclasses.dataclass(frozen=True)
+class _Subject:
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    model: nnx.Module
+    target: Target
+    cache: Cache | str | os.PathLike[str] | None
+    sizes: DeviceSizes
+    differentiate: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class _ProgramMemory:
     residual_bytes: int
     host_bytes: int
@@ -220,27 +240,26 @@ class _ProgramMemory:
     measurement: Measurement
 
 
-def _measure_memory(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    target: Target,
-    cache: Cache | str | os.PathLike[str] | None,
-    *,
-    differentiate: bool,
-) -> _ProgramMemory:
-    if not differentiate:
-        walked = make_timeline(_trace_jaxpr(fn, args, differentiate=False), 0)
-        return _ProgramMemory(0, 0, walked.peak_bytes, measure(fn, *args, target=target, cache=cache))
-    call = pure_call.stage(pure_call.unwrap_jit(fn), args)
+def _measure_memory(subject: _Subject) -> _ProgramMemory:
+    return _ProgramMemory(*_trace_memory(subject), _measure_program(subject))
+
+
+def _measure_program(subject: _Subject) -> Measurement:
+    return measure(
+        subject.fn, *subject.args, target=subject.target, differentiate=subject.differentiate, cache=subject.cache
+    )
+
+
+def _trace_memory(subject: _Subject) -> tuple[int, int, int]:
+    """Return bytes on the device and in host memory that are saved, and the peak, of the traced program."""
+    if not subject.differentiate:
+        program = _trace_jaxpr(subject.fn, subject.args, differentiate=False)
+        return 0, 0, make_timeline(program, 0, subject.sizes).peak_bytes
+    call = pure_call.stage(pure_call.unwrap_jit(subject.fn), subject.args)
     pure_call.check_differentiable(call)
     program, count = linearize_call(call)
-    report = make_report(call, program, count)
-    return _ProgramMemory(
-        report.computed_bytes,
-        report.host_bytes,
-        make_timeline(program, count).peak_bytes,
-        measure(fn, *args, target=target, differentiate=True, cache=cache),
-    )
+    report = make_report(call, program, count, subject.sizes)
+    return report.computed_bytes, report.host_bytes, make_timeline(program, count, subject.sizes).peak_bytes
 
 
 def _find_problems(plain: _ProgramMemory, ruled: _ProgramMemory, regions: int, target: Target) -> Iterator[Finding]:
@@ -287,14 +306,15 @@ def _find_compiler_problems(plain: _ProgramMemory, ruled: _ProgramMemory, target
             code="undone",
             message=f"the rules should free {format_bytes(freed_at_peak)} at the peak, but {subject} on {target.name} "
             f"{change}: the compiler undid the recomputation. Check that prevent_cse=False is used only inside a scan, "
-            "and that jax is at least 0.11.2 (older CPU compilers remove the barrier between the two computations).",
+            "and that jax is at least 0.11.2 (older CPU compilers remove the barrier between the two computations)."
+            + _describe_peak(ruled.measurement),
         )
     elif freed_residuals > _NOISE * plain.residual_bytes and freed <= _NOISE * before:
         yield Finding(
             code="no_lower_peak",
             message=f"the rules save {format_bytes(freed_residuals)} less from forward to backward, but the memory on "
             f"{target.name} is not lower: recomputing a whole region needs the memory that it freed. Apply the rules "
-            "to smaller modules, such as the blocks instead of the model.",
+            "to smaller modules, such as the blocks instead of the model." + _describe_peak(ruled.measurement),
         )
     if ruled.host_bytes and not ruled.measurement.host_temp_bytes:
         yield Finding(
@@ -362,22 +382,43 @@ def _collect_warnings(model: nnx.Module) -> list[Finding]:
     ]
 
 
-def _find_useless_rules(fn: Any, args: tuple[Any, ...], model: nnx.Module, rules: Rules) -> Iterator[Finding]:
-    """Yield rules whose removal would save no more residuals; a single rule is judged by `nothing_freed`."""
+def _find_useless_rules(subject: _Subject, rules: Rules, ruled: _ProgramMemory) -> Iterator[Finding]:
+    """Yield rules whose removal makes no memory larger; a single rule is judged by `nothing_freed`.
+
+    The traced program clears most rules; where it says that one frees nothing, the compiled program decides.
+    """
     pairs = list(rules)
     remats = [number for number, (_, action) in enumerate(pairs) if isinstance(action, Remat)]
-    if len(remats) < 2:
+    if len(remats) < 2 or not ruled.measurement.fits:
         return
-    with use_rules(model, rules):
-        with_rule = residuals(fn, *args).computed_bytes
     for number in remats:
         others = Rules(pair for index, pair in enumerate(pairs) if index != number)
-        with use_rules(model, others):
-            without_rule = residuals(fn, *args).computed_bytes
-        if without_rule <= with_rule:
+        with use_rules(subject.model, others):
+            traced = _trace_memory(subject)
+            if traced[0] > ruled.residual_bytes or traced[2] > ruled.peak_bytes:
+                continue
+            without = _measure_program(subject)
+        on_chip = without.temporaries_on_chip or ruled.measurement.temporaries_on_chip
+        memory = "peak_bytes" if on_chip else "temp_bytes"
+        before, after = getattr(without, memory), getattr(ruled.measurement, memory)
+        if without.fits and before <= (1 + _NOISE) * after:
             yield Finding(
                 code="useless_rule",
-                message=f"the rule {pairs[number][0].text!r} frees nothing: {format_bytes(without_rule)} of residuals "
-                f"are saved without it, {format_bytes(with_rule)} with it. Its regions save at least as much as they "
-                "free; remove it.",
+                message=f"the rule {pairs[number][0].text!r} frees nothing: the program needs {format_bytes(before)} "
+                f"without it and {format_bytes(after)} with it on {subject.target.name}"
+                + (
+                    f", and {format_bytes(traced[0])} and {format_bytes(ruled.residual_bytes)} of residuals are saved"
+                    if subject.differentiate
+                    else ""
+                )
+                + ". Its regions save at least as much as they free; remove it.",
             )
+
+
+def _describe_peak(measurement: Measurement) -> str:
+    """Return the largest live buffers at the peak of a compiled program as a sentence."""
+    rows = measurement.live[:_MAX_LIVE_ROWS]
+    if not rows:
+        return ""
+    shown = ", ".join(f"{row.path} {row.operation} {row.shape}: {format_bytes(row.bytes)}" for row in rows)
+    return f" Live at the peak of the compiled program: {shown}."

@@ -83,7 +83,7 @@ def measure(
         check_runnable(where, call, repeats)
     program = lower(call, where, differentiate=differentiate)
     store = None if run else find_cache(cache)
-    key = compute_program_key(program, where) if store is not None else ""
+    key = compute_program_key(program.lowered, where) if store is not None else ""
     cached = store.get(key) if store is not None else None
     if cached is not None:
         return cached

@@ -5,8 +5,8 @@ Sits on `tracing`. The call is linearised as for a gradient; every value that th
 pass takes from the forward pass is a residual. Nothing is computed, so abstract models
 will do.
 
-These are JAX's residuals. What the compiler makes of them (fusing, merging, reordering) is
-in the report of `measure`.
+These are JAX's residuals, of the traced program, on one device. What the compiler makes of them (fusing, merging,
+reordering) is in the report of `measure`.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ from jax.extend import core
 from rich.table import Table
 from rich.text import Text
 
+from ..compiler.partition import WHOLE_ARRAYS, DeviceSizes, find_device_sizes
 from ..jaxpr import jaxprs
 from ..rules.fold_paths import format_paths, mask_path, mask_text
+from ..rules.paths import parse_path
 from ..text import format_bytes, make_table, render_text
 from ..tracing import pure_call
 from ..tracing.origins import (
@@ -42,9 +44,9 @@ class Residual:
     Attributes:
         path: Path of the module that computes it, or of the parameter or argument that it is.
         name: Primitive, or `@name` for a `checkpoint_name`; "" for parameters and arguments.
-        shape: Shape; inside a scan, with the scan's leading axis.
+        shape: Shape on one device; inside a scan, with the scan's leading axis.
         dtype: Name of the dtype.
-        bytes: Size of all `count` values.
+        bytes: Size of all `count` values on one device.
         kind: "computed", "parameter", "argument" or "constant".
         reason: Why it is saved.
         host: Whether it is in host memory (offloaded).
@@ -71,7 +73,7 @@ class Residual:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class ResidualReport:
-    """All residuals of one call; `str()` is a table of the largest, with equal layers in one row.
+    """All residuals of one call, per device; `str()` is a table of the largest, with equal layers in one row.
 
     Attributes:
         rows: One row per value, in the program's order.
@@ -175,7 +177,8 @@ def residuals(fn: Callable[..., Any], *args: Any) -> ResidualReport:
         *args: Its arguments, real or abstract.
 
     Returns:
-        One row per value, by module path. The totals equal those of the linearised program.
+        One row per value, by module path. The totals equal those of the linearised program, on one device: arguments
+        on a mesh with Auto axes are compiled for it, since only the compiler knows how it splits values.
 
     Raises:
         MeasureError: If there is nothing to differentiate, or `fn` takes the gradient itself.
@@ -189,21 +192,25 @@ def residuals(fn: Callable[..., Any], *args: Any) -> ResidualReport:
     """
     call = pure_call.stage(pure_call.unwrap_jit(fn), args)
     pure_call.check_differentiable(call)
-    return make_report(call, *linearize_call(call))
+    program = linearize_call(call)
+    return make_report(call, *program, find_device_sizes(call, differentiate=True))
 
 
-def make_report(call: pure_call.Call, jaxpr: Any, num_residuals: int) -> ResidualReport:
+def make_report(
+    call: pure_call.Call, jaxpr: Any, num_residuals: int, sizes: DeviceSizes = WHOLE_ARRAYS
+) -> ResidualReport:
     """Return the report on a program from `linearize_call`.
 
     Args:
         call: The call it was made from.
         jaxpr: The program; its first results are the residuals.
         num_residuals: How many of its results are residuals.
+        sizes: Sizes on one device.
     """
     origins = OriginFinder(jaxpr, call)
     saved = list(dict.fromkeys(v for v in origins.jaxpr.outvars[:num_residuals] if isinstance(v, core.Var)))
     consumers = _find_consumers(origins.jaxpr, saved)
-    return ResidualReport(rows=tuple(_make_row(var, origins, consumers.get(var)) for var in saved))
+    return ResidualReport(rows=tuple(_make_row(var, origins, consumers.get(var), sizes) for var in saved))
 
 
 def linearize_call(call: pure_call.Call) -> tuple[Any, int]:
@@ -241,8 +248,10 @@ def _find_consumers(jaxpr: Any, saved: Sequence[Any]) -> dict[Any, Any]:
     return consumers
 
 
-def _make_row(var: Any, origins: OriginFinder, consumer: Any) -> Residual:
+def _make_row(var: Any, origins: OriginFinder, consumer: Any, sizes: DeviceSizes) -> Residual:
     origin = origins.find_origin(var)
+    path = parse_path(origin.path) if origin.kind == "computed" else None
+    leaf = origins.leaves.get(var) if sizes.leaf_bytes else None
     if is_in_host_memory(var.aval) and origin.kind == "computed":
         reason = "offloaded to host memory"
     elif origin.kind != "computed":
@@ -258,9 +267,9 @@ def _make_row(var: Any, origins: OriginFinder, consumer: Any) -> Residual:
     return Residual(
         path=origin.path,
         name=origin.name,
-        shape=tuple(var.aval.shape),
+        shape=sizes.find_shape(var.aval, path, origin.name) if leaf is None else sizes.leaf_shapes[leaf],
         dtype=str(var.aval.dtype),
-        bytes=jaxprs.count_aval_bytes(var.aval),
+        bytes=sizes.count_any_bytes(var.aval, path, origin.name) if leaf is None else sizes.leaf_bytes[leaf],
         kind=cast(ResidualKind, origin.kind),
         reason=reason,
         host=is_in_host_memory(var.aval),

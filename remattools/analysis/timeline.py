@@ -16,12 +16,13 @@ from typing import Any
 from jax.extend import core
 
 from ..compiler.out_of_memory import Allocation
+from ..compiler.partition import WHOLE_ARRAYS, DeviceSizes, find_device_sizes
 from ..jaxpr import jaxprs
 from ..rules.fold_paths import format_paths, mask_path
 from ..rules.paths import format_path
 from ..text import format_bytes
 from ..tracing import pure_call
-from ..tracing.origins import is_backward, is_in_host_memory, locate, trace_with_paths
+from ..tracing.origins import is_backward, locate, trace_with_paths
 from . import plot
 from .residuals import linearize_call
 
@@ -30,7 +31,7 @@ _MAX_ROWS = 12
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Timeline:
-    """Bytes live on the device while a program runs, without its arguments; `str()` lists the peak.
+    """Bytes live on one device while a traced program runs, without its arguments; `str()` lists the peak.
 
     Attributes:
         bytes: Live bytes after each operation, in the program's order.
@@ -45,7 +46,7 @@ class Timeline:
         >>> timeline.bytes, timeline.argument_bytes
         ((32, 64, 36), 32)
         >>> print(timeline)
-        peak 64 B at operation 1 of 3 (forward), plus 32 B of arguments; live at the peak:
+        traced program: peak 64 B at operation 1 of 3 (forward), plus 32 B of arguments; live at the peak:
                32 B  .  sin  float32[8]
                32 B  .  mul  float32[8]
     """
@@ -75,8 +76,8 @@ class Timeline:
     def __str__(self) -> str:
         half = "forward" if self.backward is None or self.peak_index < self.backward else "backward"
         lines = [
-            f"peak {format_bytes(self.peak_bytes)} at operation {self.peak_index} of {len(self.bytes)} ({half}), "
-            f"plus {format_bytes(self.argument_bytes)} of arguments; live at the peak:"
+            f"traced program: peak {format_bytes(self.peak_bytes)} at operation {self.peak_index} of {len(self.bytes)} "
+            f"({half}), plus {format_bytes(self.argument_bytes)} of arguments; live at the peak:"
         ]
         lines += [
             f"{format_bytes(a.bytes):>11}  {a.path}  {a.name}  {a.shape}" + (f" x{a.count}" if a.count > 1 else "")
@@ -130,75 +131,98 @@ def timeline(fn: Callable[..., Any], *args: Any, differentiate: bool = False) ->
     call = pure_call.stage(pure_call.unwrap_jit(fn), args)
     if differentiate:
         pure_call.check_differentiable(call)
-        return make_timeline(*linearize_call(call))
-    return make_timeline(trace_with_paths(call, lambda evaluated: evaluated[1]), 0)
+        return make_timeline(*linearize_call(call), find_device_sizes(call, differentiate=True))
+    program = trace_with_paths(call, lambda evaluated: evaluated[1])
+    return make_timeline(program, 0, find_device_sizes(call, differentiate=False))
 
 
-def make_timeline(jaxpr: Any, num_residuals: int) -> Timeline:
+def make_timeline(jaxpr: Any, num_residuals: int, sizes: DeviceSizes = WHOLE_ARRAYS) -> Timeline:
     """Return the timeline of a program.
 
     Args:
         jaxpr: The program.
         num_residuals: How many of its first results are residuals, as from `linearize_call`. They need not live until
             the end.
+        sizes: Sizes on one device.
     """
     top = jaxprs.open_jaxpr(jaxpr)
     top = top.replace(outvars=top.outvars[num_residuals:], debug_info=top.debug_info._replace(result_paths=None))
-    points, peak = _LivenessWalk().walk(top)
+    points, peak = _LivenessWalk(sizes).walk(top, [])
     backward = next((i for i, e in enumerate(top.eqns) if is_backward(e)), None)
     return Timeline(
         bytes=tuple(points),
         backward=backward,
-        argument_bytes=sum(jaxprs.count_aval_bytes(var.aval) for var in top.invars),
-        largest=_merge_allocations([_make_allocation(aval, name, stacks) for aval, name, stacks in peak]),
+        argument_bytes=sum(sizes.leaf_bytes or (jaxprs.count_aval_bytes(var.aval) for var in top.invars)),
+        largest=_merge_allocations([_make_allocation(value, sizes) for value in peak]),
     )
 
 
-# A live value: its aval, the primitive that computes it, and the name stacks around that, outermost first.
-_LiveBuffer = tuple[Any, str, list[str]]
+@dataclasses.dataclass(frozen=True)
+class _LiveValue:
+    """A value with the primitive that computes it, the name stacks around that, outermost first, and its bytes."""
+
+    aval: Any
+    name: str
+    stacks: list[str]
+    bytes: int
 
 
 class _LivenessWalk:
     """Liveness of a program and the programs nested in it; a program that occurs twice is walked once."""
 
-    def __init__(self) -> None:
-        self.memo: dict[int, tuple[int, list[_LiveBuffer], Any]] = {}
+    def __init__(self, sizes: DeviceSizes) -> None:
+        self.sizes = sizes
+        self.memo: dict[int, tuple[int, list[_LiveValue], Any]] = {}
 
-    def walk(self, jaxpr: Any) -> tuple[list[int], list[_LiveBuffer]]:
-        """Return the bytes live after each equation, and the values live at the peak; inputs do not count."""
+    def count_bytes(self, aval: Any, name: str, stacks: list[str]) -> int:
+        """Return the bytes of a value on one device."""
+        path = locate(stacks)[0] if self.sizes.shapes else None
+        return self.sizes.count_bytes(aval, path, name)
+
+    def walk(self, jaxpr: Any, outer: list[str]) -> tuple[list[int], list[_LiveValue]]:
+        """Return the bytes live after each equation, and the values live at the peak; inputs do not count.
+
+        The stacks of these values begin inside the program.
+
+        Args:
+            jaxpr: The program.
+            outer: The name stacks around it.
+        """
         last_reads = _find_last_reads(jaxpr)
-        live: dict[Any, _LiveBuffer] = {}
+        live: dict[Any, _LiveValue] = {}
         total, peak = 0, -1
         points: list[int] = []
-        at_peak: list[_LiveBuffer] = []
+        at_peak: list[_LiveValue] = []
         for number, equation in enumerate(jaxpr.eqns):
-            stack = str(equation.source_info.name_stack)
+            stack, name = str(equation.source_info.name_stack), equation.primitive.name
+            stacks = [*outer, stack]
             for var in equation.outvars:
                 if not _is_dropped(var):
-                    live[var] = (var.aval, equation.primitive.name, [stack])
-                    total += _count_device_bytes(var.aval)
-            nested_bytes, nested = self.walk_nested(equation)
+                    live[var] = _LiveValue(var.aval, name, [stack], self.count_bytes(var.aval, name, stacks))
+                    total += live[var].bytes
+            nested_bytes, nested = self.walk_nested(equation, stacks)
             points.append(total + nested_bytes)
             if total + nested_bytes > peak:
                 peak = total + nested_bytes
-                at_peak = [*live.values(), *((aval, name, [stack, *stacks]) for aval, name, stacks in nested)]
+                at_peak = [*live.values(), *nested]
             for var in [*equation.invars, *equation.outvars]:
                 if isinstance(var, core.Var) and var in live and last_reads.get(var, -1) <= number:
-                    total -= _count_device_bytes(live.pop(var)[0])
+                    total -= live.pop(var).bytes
         return points, at_peak
 
-    def walk_nested(self, equation: Any) -> tuple[int, list[_LiveBuffer]]:
+    def walk_nested(self, equation: Any, stacks: list[str]) -> tuple[int, list[_LiveValue]]:
         """Return the bytes that an equation's nested programs need beyond its results, and those values."""
-        best: tuple[int, list[_LiveBuffer]] = (0, [])
+        best: tuple[int, list[_LiveValue]] = (0, [])
         for _, nested in jaxprs.find_subjaxprs(equation):
             inner = jaxprs.open_jaxpr(nested)
             if id(inner) not in self.memo:
-                points, at_peak = self.walk(inner)
+                points, at_peak = self.walk(inner, stacks)  # equal layers share a program, and their values' sizes
                 # A reference to the program, so that its id is not reused.
                 self.memo[id(inner)] = (max(points, default=0), at_peak, inner)
             peak, at_peak, _ = self.memo[id(inner)]
-            extra = peak - sum(_count_device_bytes(var.aval) for var in inner.outvars)
+            extra = peak - sum(self.count_bytes(var.aval, "", stacks) for var in inner.outvars)
             if extra > best[0]:
+                at_peak = [dataclasses.replace(value, stacks=[stacks[-1], *value.stacks]) for value in at_peak]
                 best = (extra, at_peak)
         return best
 
@@ -216,13 +240,14 @@ def _is_dropped(var: Any) -> bool:
     return type(var).__name__ == "DropVar"
 
 
-def _count_device_bytes(aval: Any) -> int:
-    return 0 if is_in_host_memory(aval) else jaxprs.count_aval_bytes(aval)
-
-
-def _make_allocation(aval: Any, name: str, stacks: list[str]) -> Allocation:
-    path, _ = locate(stacks)
-    return Allocation(path=format_path(path), name=name, shape=aval.str_short(), bytes=_count_device_bytes(aval))
+def _make_allocation(value: _LiveValue, sizes: DeviceSizes) -> Allocation:
+    path, _ = locate(value.stacks)
+    shape = value.aval.str_short()
+    if sizes.devices > 1 and jaxprs.is_array(value.aval):
+        whole = value.aval.shape
+        part = sizes.find_shape(value.aval, path, value.name)
+        shape = shape if part == whole else f"{value.aval.dtype}[{','.join(map(str, part))}]"
+    return Allocation(path=format_path(path), name=value.name, shape=shape, bytes=value.bytes)
 
 
 def _merge_allocations(allocations: list[Allocation]) -> tuple[Allocation, ...]:

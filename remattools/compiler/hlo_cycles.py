@@ -12,6 +12,8 @@ import re
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+# The compiler writes the largest integer where it has no estimate.
+_SENTINEL = 2**63 - 1
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(%?([\w.\-]+)\), condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -30,10 +32,13 @@ class Cycles:
     Attributes:
         total: Sum over all operations, loop bodies times their trip counts.
         unknown_loops: Names of the loops whose trip count cannot be read; their bodies count once.
+        unknown_operations: Names of the operations for which the compiler has no estimate. With any of them, the
+            program's cycles are unknown, and `total` is the sum of the others.
     """
 
     total: int
     unknown_loops: tuple[str, ...]
+    unknown_operations: tuple[str, ...] = ()
 
 
 def estimate_cycles(hlo: str) -> Cycles | None:
@@ -46,6 +51,7 @@ def estimate_cycles(hlo: str) -> Cycles | None:
         return None
     computations, entry = _split_computations(hlo)
     unknown: list[str] = []
+    unknown_operations: list[str] = []
     memo: dict[str, int] = {}
 
     def count_cycles(name: str) -> int:
@@ -55,19 +61,26 @@ def estimate_cycles(hlo: str) -> Cycles | None:
         return memo[name]
 
     def count_line_cycles(computation: str, line: str) -> int:
-        cycles = sum(map(int, _CYCLES.findall(line)))
+        estimates = [int(estimate) for estimate in _CYCLES.findall(line)]
+        cycles = sum(estimate for estimate in estimates if estimate < _SENTINEL)
+        if any(estimate >= _SENTINEL for estimate in estimates):
+            unknown_operations.append(_get_name(line))
         loop = _WHILE.search(line)
         if loop is not None:
             trips = _infer_trip_count(line, loop, computations, computation)
             if trips is None:
-                unknown.append(line.split("=")[0].strip().removeprefix("ROOT ").lstrip("%"))
+                unknown.append(_get_name(line))
             return cycles + (1 if trips is None else trips) * (count_cycles(loop[2]) + count_cycles(loop[3]))
         branches = _BRANCHES.search(line)
         if branches is not None:
             return cycles + max(count_cycles(name.strip().lstrip("%")) for name in branches[1].split(","))
         return cycles + sum(map(count_cycles, _CALLED.findall(line)))
 
-    return Cycles(count_cycles(entry), tuple(unknown))
+    return Cycles(count_cycles(entry), tuple(unknown), tuple(unknown_operations))
+
+
+def _get_name(line: str) -> str:
+    return line.split("=")[0].strip().removeprefix("ROOT ").lstrip("%")
 
 
 def _split_computations(hlo: str) -> tuple[dict[str, list[str]], str]:

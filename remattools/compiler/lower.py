@@ -2,7 +2,9 @@
 """Lower a call for a target: the program that a compiler takes, and its key in the cache."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import jax
 from .. import compat
 from ..jaxpr import jaxprs
 from ..tracing import pure_call
+from ..tracing.module_scopes import add_module_scopes
 from ..tracing.origins import check_no_gradient, select_loss_or_floats, trace_with_paths
 from ..transform.capture.rebuild import rebuild
 from .cache import compute_key
@@ -23,16 +26,24 @@ class LoweredCall:
     Attributes:
         lowered: The lowered stage of `jax.jit` or `nnx.jit`.
         make_inputs: Builds the compiled program's arguments from the call's leaves.
+        add_scopes: Opens a block in which these arguments are what the program was traced with, module paths included.
     """
 
     lowered: Any
     make_inputs: Callable[[list[Any]], tuple[Any, ...]]
+    add_scopes: Callable[[tuple[Any, ...]], AbstractContextManager[None]]
 
 
-def compute_program_key(program: LoweredCall, target: Target) -> str:
-    """Return the key of a lowered program in the cache."""
-    options = compat.get_compiler_options(program.lowered)
-    return compute_key(program.lowered.as_text(), target.name, target.devices[0], options)
+def compute_program_key(lowered: Any, target: Target, *, has_scopes: bool = True) -> str:
+    """Return the key of a lowered program in the cache.
+
+    Args:
+        lowered: The lowered stage of `jax.jit` or `nnx.jit`.
+        target: What it is compiled for.
+        has_scopes: Whether it was traced with module paths: the program is the same, the report has other names.
+    """
+    options = (*compat.get_compiler_options(lowered), *(() if has_scopes else ("no scopes",)))
+    return compute_key(lowered.as_text(), target.name, target.devices[0], options)
 
 
 def lower(call: pure_call.Call, target: Target, *, differentiate: bool) -> LoweredCall:
@@ -62,16 +73,25 @@ def lower(call: pure_call.Call, target: Target, *, differentiate: bool) -> Lower
     elif not differentiate and _is_plain(call):
         fn = jax.jit(call.fn)
     else:
-        fn, make_inputs = jax.jit(pure_call.make_pure(call, differentiate=differentiate)), lambda leaves: (leaves,)
-    with pure_call.explain_errors(call):
-        traced = fn.trace(*make_inputs(leaves))
+        fn = jax.jit(pure_call.make_pure(call, differentiate=differentiate, with_scopes=True))
+        make_inputs = lambda leaves: (leaves,)  # noqa: E731
+    inputs = make_inputs(leaves)
+    add_scopes = functools.partial(_add_scopes, call) if fn is call.fn else lambda _: nullcontext()
+    with pure_call.explain_errors(call), add_scopes(inputs):
+        traced = fn.trace(*inputs)
     if differentiate and _has_nested_gradient(traced.jaxpr):
         check_no_gradient(
             trace_with_paths(call, select_loss_or_floats),
             "differentiate=True takes the gradient of a loss; leave it out to measure a whole step (CLI: --as-is).",
         )
     lowered = traced.lower(lowering_platforms=(_get_lowering_platform(target),))
-    return LoweredCall(lowered, make_inputs)
+    return LoweredCall(lowered, make_inputs, add_scopes)
+
+
+def _add_scopes(call: pure_call.Call, inputs: tuple[Any, ...]) -> AbstractContextManager[None]:
+    """Put module paths into the trace of the user's jitted function; other functions are traced on rebuilt modules."""
+    values = (*inputs, *call.values[call.arity :])
+    return add_module_scopes([(path, values[position]) for path, position in call.roots])
 
 
 def _has_nested_gradient(jaxpr: Any, outer_stack: str = "") -> bool:

@@ -8,6 +8,8 @@ import dataclasses
 from typing import Any
 
 from ..text import format_bytes
+from .hlo.live_buffers import LiveBuffer, format_live_buffers, read_live_buffers
+from .hlo.program import parse_program
 from .hlo_cycles import estimate_cycles
 from .out_of_memory import Allocation, OutOfMemory
 from .targets import Target
@@ -39,6 +41,8 @@ class Measurement:
             as rounded by the compiler (0 if unknown), and the other costs are None.
         refusal: The compiler's message if it refused the program for another reason. Only in rows of `compare`, next
             to candidates that compiled.
+        live: The temporaries that are live at the peak of the compiled program, by module and operation, largest first.
+            `explained_share` says how much of `temp_bytes` they account for.
         notes: Caveats to read before relying on the numbers.
 
     Example:
@@ -67,7 +71,40 @@ class Measurement:
     allocator_peak_bytes: int | None = None
     out_of_memory: OutOfMemory | None = None
     refusal: str | None = None
+    live: tuple[LiveBuffer, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def explained_bytes(self) -> int:
+        """Bytes of the live buffers at the peak."""
+        return sum(row.bytes for row in self.live)
+
+    @property
+    def fragmentation_bytes(self) -> int:
+        """Bytes that lie unused between buffers: what the TPU compiler's temporaries take beyond its own peak.
+
+        0 for other targets, whose compilers do not say.
+        """
+        if not self.fits or not self.target.startswith("tpu"):
+            return 0
+        return min(max(self.total_bytes - self.peak_bytes, 0), self.temp_bytes)
+
+    @property
+    def unexplained_bytes(self) -> int:
+        """What `temp_bytes` is beyond live buffers and fragmentation; negative if these are too much."""
+        return self.temp_bytes - self.explained_bytes - self.fragmentation_bytes
+
+    @property
+    def explained_share(self) -> float | None:
+        """Share of `temp_bytes` that live buffers and fragmentation account for; None if the program did not compile.
+
+        Too much counts against it like too little.
+        """
+        if not self.fits:
+            return None
+        if not self.temp_bytes:
+            return 1.0 if not self.explained_bytes else 0.0
+        return max(1 - abs(self.unexplained_bytes) / self.temp_bytes, 0.0)
 
     @property
     def fits(self) -> bool:
@@ -84,7 +121,10 @@ class Measurement:
     @property
     def temporaries_in_peak(self) -> bool:
         """Whether `peak_bytes` counts the temporaries; the CPU compiler's never does."""
-        return not self.target.startswith("cpu") and self.peak_bytes >= self.temp_bytes
+        # The TPU compiler's peak has no gaps between buffers, so it may be below the temporaries.
+        return self.target.startswith("tpu") or (
+            not self.target.startswith("cpu") and self.peak_bytes >= self.temp_bytes
+        )
 
     @property
     def temporaries_on_chip(self) -> bool:
@@ -98,7 +138,8 @@ class Measurement:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Measurement":
         """Return the measurement whose `as_dict` gave `data`."""
-        data = dict(data, notes=tuple(data["notes"]))
+        live = tuple(LiveBuffer(**row) for row in data["live"])
+        data = dict(data, notes=tuple(data["notes"]), live=live)
         if data["out_of_memory"] is not None:
             refused = dict(data["out_of_memory"])
             refused["largest"] = tuple(Allocation(**item) for item in refused["largest"])
@@ -107,7 +148,8 @@ class Measurement:
 
     def __repr__(self) -> str:
         # Without the fields that are at their defaults, most of which say that something was not measured.
-        shown = [(field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self)]
+        fields = [field for field in dataclasses.fields(self) if field.name != "live"]  # as long as a program
+        shown = [(field.name, getattr(self, field.name), field.default) for field in fields]
         return f"Measurement({', '.join(f'{name}={value!r}' for name, value, default in shown if value != default)})"
 
     def __str__(self) -> str:
@@ -132,6 +174,8 @@ class Measurement:
             spread_ms = (self.step_spread_s or 0) * 1e3
             lines.append(f"{'step':<18}{self.step_s * 1e3:.3f} ms, interquartile range {spread_ms:.3f} ms")
         lines.append(f"{'compile':<18}{self.compile_s:.2f} s")
+        if self.live:
+            lines += format_live_buffers(self.live, self.temp_bytes, self.fragmentation_bytes)
         if self.out_of_memory is not None:
             lines += _format_out_of_memory(self.out_of_memory)
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
@@ -170,10 +214,15 @@ def read_measurement(compiled: Any, target: Target, compile_s: float) -> Measure
     """
     memory = compiled.memory_analysis()
     costs = _read_costs(compiled)
-    cycles = estimate_cycles(compiled.as_text()) if target.platform == "tpu" else None
+    text = compiled.as_text()
+    cycles = estimate_cycles(text) if target.platform == "tpu" else None
     notes: tuple[str, ...] = ()
     if cycles is not None and cycles.unknown_loops:
         notes = (f"the trip counts of the loops {', '.join(cycles.unknown_loops)} are unknown; each body counts once.",)
+    if cycles is not None and cycles.unknown_operations:
+        shown = ", ".join(cycles.unknown_operations[:3])
+        notes += (f"the compiler has no estimate for {len(cycles.unknown_operations)} operations, such as {shown}.",)
+        cycles = None
     return Measurement(
         target=target.name,
         argument_bytes=memory.argument_size_in_bytes,
@@ -186,6 +235,7 @@ def read_measurement(compiled: Any, target: Target, compile_s: float) -> Measure
         bytes_accessed=costs.get("bytes accessed"),
         estimated_cycles=None if cycles is None else cycles.total,
         compile_s=compile_s,
+        live=read_live_buffers(parse_program(text)),
         notes=notes,
     )
 

@@ -14,7 +14,7 @@ from .. import compat
 from ..errors import MeasureError
 from ..tracing.call_errors import is_compiled
 from .cache import Cache
-from .lower import LoweredCall, compute_program_key
+from .lower import compute_program_key
 from .refusal import is_out_of_memory, make_refusal
 from .report import Measurement, read_measurement
 from .targets import Target, find_target, make_target
@@ -39,7 +39,7 @@ def measure_stage(stage: Any, target: str | Target | jax.Device | None, cache: C
     where = _find_target(stage, target)
     if is_compiled(stage):
         return read_measurement(stage, where, 0.0)
-    key = compute_program_key(LoweredCall(stage, tuple), where) if cache is not None else ""
+    key = compute_program_key(stage, where, has_scopes=False) if cache is not None else ""
     measurement = cache.get(key) if cache is not None else None
     if measurement is not None:
         return measurement

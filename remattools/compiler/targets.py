@@ -102,7 +102,8 @@ class Target:
     def _move_mesh(self, mesh: Mesh | AbstractMesh) -> Mesh:
         if isinstance(mesh, Mesh) and not set(mesh.devices.flat) - set(self.devices):
             return mesh
-        return self.mesh(tuple(mesh.shape.values()), mesh.axis_names)
+        devices = np.array(self._take_devices(mesh.size)).reshape(tuple(mesh.shape.values()))
+        return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
     def _take_devices(self, count: int) -> list[jax.Device]:
         if count > len(self.devices):

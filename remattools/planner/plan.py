@@ -229,7 +229,7 @@ def _explore(
     loss_fn, model, batch = subject
     store = find_cache(cache)
     start = time.monotonic()
-    outline = build_outline(loss_fn, model, batch, get_rates(target.name), differentiate=differentiate)
+    outline = build_outline(loss_fn, model, batch, get_rates(target.name), differentiate=differentiate, target=target)
 
     def measure_rules(rules: Rules, rules_cache: Cache | None = store) -> Measurement:
         with application.applied(model, _REGIONS_OFF), application.applied(model, rules):

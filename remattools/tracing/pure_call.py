@@ -24,6 +24,7 @@ from ..transform.capture.rebuild import rebuild
 from ..transform.capture.walk import Capture, capture, get_node_content
 from ..transform.naming import scopes
 from . import bound_arguments, call_errors, closed_over
+from .module_scopes import add_module_scopes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,34 +129,38 @@ def unwrap_jit(fn: Any) -> Any:
     return getattr(fn, "__wrapped__", fn) if callable(getattr(fn, "lower", None)) else fn
 
 
-def make_pure(call: Call, *, differentiate: bool = False) -> Callable[[list[Any]], Any]:
+def make_pure(call: Call, *, differentiate: bool = False, with_scopes: bool = False) -> Callable[[list[Any]], Any]:
     """Return a function of the call's leaves that computes what the call computes.
 
     Args:
         call: From `stage`.
         differentiate: Replace the result, or the first of a tuple, by its gradients.
+        with_scopes: Put module paths into the scopes of the operations, which changes no operation.
     """
     indices = call.differentiable_indices
 
     def run_plain(leaves: list[Any]) -> Any:
-        return evaluate(call, leaves)[1]
+        return evaluate(call, leaves, with_scopes=with_scopes)[1]
 
     def compute_gradients(leaves: list[Any]) -> Any:
         def compute_loss(chosen: list[Any]) -> Any:
-            return split_loss(evaluate(call, replace_leaves(leaves, indices, chosen)))
+            return split_loss(evaluate(call, replace_leaves(leaves, indices, chosen), with_scopes=with_scopes))
 
         return jax.grad(compute_loss, has_aux=True)([leaves[i] for i in indices])
 
     return compute_gradients if differentiate else run_plain
 
 
-def evaluate(call: Call, leaves: list[Any], *, with_paths: bool = False) -> tuple[Any, list[Any]]:
+def evaluate(
+    call: Call, leaves: list[Any], *, with_paths: bool = False, with_scopes: bool = False
+) -> tuple[Any, list[Any]]:
     """Run the call on other leaves.
 
     Args:
         call: From `stage`.
         leaves: Arrays to use instead of the call's own, in the same order.
-        with_paths: Put module paths on the operations, also inside regions.
+        with_paths: Put module paths on the operations, also inside regions, and mark what modules return.
+        with_scopes: Put module paths on the operations and mark nothing.
 
     Returns:
         What the function returned, and every array that it returned or changed.
@@ -165,10 +170,13 @@ def evaluate(call: Call, leaves: list[Any], *, with_paths: bool = False) -> tupl
     before = effects.snapshot(objects)
     replacements = {id(old): new for old, new in zip(call.values[call.arity :], rebuilt[call.arity :], strict=True)}
     fn = closed_over.replace_models(call.fn, replacements)
+    roots = [(path, rebuilt[position]) for path, position in call.roots]
     with contextlib.ExitStack() as stack:
         if with_paths:
             stack.enter_context(region.record_region_paths())
-            stack.enter_context(scopes.record_paths((path, rebuilt[position]) for path, position in call.roots))
+            stack.enter_context(scopes.record_paths(roots))
+        elif with_scopes:
+            stack.enter_context(add_module_scopes(roots))
         stack.enter_context(explain_errors(call))
         out = fn(*rebuilt[: call.arity])
     return out, effects.collect_effects(objects, before, out)[0]

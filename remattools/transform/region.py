@@ -93,6 +93,7 @@ Replacement = Callable[[Callable[[Any], Any], Any, Path], Any]
 class _Mode(threading.local):
     disabled = False
     with_paths = False
+    with_scopes = False
     replacement: tuple[Policy, Replacement] | None = None
 
 
@@ -148,6 +149,16 @@ def record_region_paths() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def record_region_scopes() -> Iterator[None]:
+    """Put module paths on the operations of regions inside the block, and change nothing else in their programs."""
+    before, _mode.with_scopes = _mode.with_scopes, True
+    try:
+        yield
+    finally:
+        _mode.with_scopes = before
+
+
+@contextlib.contextmanager
 def replace_regions(policy: Policy, replacement: Replacement) -> Iterator[None]:
     """Compute each region under `policy` by `replacement` inside the block, to look at the program around them.
 
@@ -167,7 +178,7 @@ def is_disabled() -> bool:
 
 def is_recording_paths() -> bool:
     """Whether operations of regions get module paths in this thread."""
-    return _mode.with_paths
+    return _mode.with_paths or _mode.with_scopes
 
 
 def call(target: RegionTarget, action: Remat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -187,7 +198,8 @@ def call(target: RegionTarget, action: Remat, args: tuple[Any, ...], kwargs: dic
     captured = capture((args, kwargs))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in captured.leaves):
         return target(*args, **kwargs)
-    body: Callable[[_Inputs], _Outputs] = _run_with_paths if _mode.with_paths else _run
+    body: Callable[[_Inputs], _Outputs] = _run_with_scopes if _mode.with_scopes else _run
+    body = _run_with_paths if _mode.with_paths else body
     run: Callable[[_Inputs], _Outputs]
     token = None
     if captured.unshareable is not None:
@@ -227,6 +239,14 @@ def _run_with_paths(inputs: _Inputs) -> _Outputs:
         return _trace_body(inputs, with_paths=True)
 
 
+def _run_with_scopes(inputs: _Inputs) -> _Outputs:
+    """`_run` with module paths in the scopes alone, so that its program is the same."""
+    with jax.named_scope(scopes.REGION):
+        if names.is_naming_needed(inputs.static.action):
+            return _trace_body(inputs, with_paths=True)
+        return _run_body(inputs.leaves, inputs.static, with_paths=True, mark_outputs=False)
+
+
 def _trace_body(inputs: _Inputs, *, with_paths: bool) -> _Outputs:
     static = inputs.static
     if not with_paths:
@@ -243,12 +263,12 @@ def _trace_body(inputs: _Inputs, *, with_paths: bool) -> _Outputs:
     return _Outputs(leaves, recorded[0])
 
 
-def _run_body(leaves: list[Any], static: _StaticInputs, *, with_paths: bool) -> _Outputs:
+def _run_body(leaves: list[Any], static: _StaticInputs, *, with_paths: bool, mark_outputs: bool = True) -> _Outputs:
     objects: list[Any] = []
     args, kwargs = rebuild(static.spec, leaves, objects)
     before = effects.snapshot(objects)
     if with_paths:
-        with scopes.record_paths(_find_roots(args, kwargs)):
+        with scopes.record_paths(_find_roots(args, kwargs), mark_outputs=mark_outputs):
             out = static.target(*args, **kwargs)
     else:
         out = static.target(*args, **kwargs)

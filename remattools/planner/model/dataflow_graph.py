@@ -14,13 +14,25 @@ import jax
 from jax.extend import core
 
 from ... import compat
+from ...compiler.partition import WHOLE_ARRAYS, DeviceSizes
 from ...jaxpr import jaxprs
+from ...rules.paths import Path
+from ...tracing.origins import locate
 from ...transform.naming import names
-from .op_work import Work, estimate_work
+from .op_work import Work, divide_work, estimate_work
 
 # Equations of these hold one jaxpr and do nothing else.
 INLINED_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _CANDIDATE_PREFIX = "plan:"
+
+# Bytes of a value, from its type and the equation that computes it (None for an argument).
+CountBytes = Callable[[Any, Any], int]
+
+
+def count_whole_bytes(aval: Any, equation: Any) -> int:
+    """Return the bytes of a value on one device that has all of it."""
+    del equation
+    return jaxprs.count_aval_bytes(aval)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +218,7 @@ def build_graph(
     avals: Sequence[Any],
     labels: Mapping[str, str],
     gradient_mask: Sequence[bool] | None = None,
+    count_bytes: CountBytes = count_whole_bytes,
 ) -> Graph:
     """Return the graph of a function of arrays and of its gradient with respect to its floats.
 
@@ -214,6 +227,7 @@ def build_graph(
         avals: Shapes and dtypes of its arguments.
         labels: From the marks to the names that rules use.
         gradient_mask: For each float argument whether its gradient is computed; None for all.
+        count_bytes: Bytes of a value, from its type and the equation that computes it (None for an argument).
     """
     floats = [i for i, aval in enumerate(avals) if jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)]
     if gradient_mask is not None:
@@ -234,35 +248,53 @@ def build_graph(
         return residuals, out, backward([jax.numpy.ones_like(value) for value in out])
 
     shapes = list(map(compat.make_abstract, avals))
-    return _convert_jaxpr(jaxprs.open_jaxpr(jax.make_jaxpr(run_both_passes)(shapes)), counts[0], labels)
+    program = jaxprs.open_jaxpr(jax.make_jaxpr(run_both_passes)(shapes))
+    return _convert_jaxpr(program, counts[0], labels, count_bytes)
 
 
-def build_block_graph(jaxpr: Any, gradient_mask: Sequence[bool] | None = None) -> Graph:
+def build_block_graph(
+    jaxpr: Any,
+    gradient_mask: Sequence[bool] | None = None,
+    *,
+    path: Path = (),
+    sizes: DeviceSizes = WHOLE_ARRAYS,
+) -> Graph:
     """Return the graph of a block, with all values that a rule can name.
 
     Args:
         jaxpr: The block's forward pass, open or closed.
         gradient_mask: For each float argument whether its gradient is computed; None for all.
+        path: Path of a block with this forward pass.
+        sizes: Sizes on one device.
     """
     values = [value for value in names.find_named_values(jaxpr) if value.reachable and value.kind != "module"]
     marks = {position: f"{_CANDIDATE_PREFIX}{n}" for n, value in enumerate(values) for position in value.where}
     labels = {f"{_CANDIDATE_PREFIX}{n}": f"{value.label}[{value.index}]" for n, value in enumerate(values)}
     marked = names.mark_equations(jaxpr, marks)
     avals = [var.aval for var in jaxprs.open_jaxpr(jaxpr).invars]
-    return build_graph(lambda leaves: run_inlined(marked, leaves), avals, labels, gradient_mask)
+
+    def count_bytes(aval: Any, equation: Any) -> int:
+        if not sizes.shapes or equation is None:
+            return sizes.count_any_bytes(aval)
+        inside = locate([str(equation.source_info.name_stack)])[0]
+        return sizes.count_any_bytes(aval, (*path, *inside), equation.primitive.name)
+
+    return build_graph(lambda leaves: run_inlined(marked, leaves), avals, labels, gradient_mask, count_bytes)
 
 
-def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str]) -> Graph:
+def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str], count_bytes: CountBytes) -> Graph:
     numbers: dict[Any, int] = {}
     sizes: list[int] = []
+    whole_sizes: list[int] = []
     single: set[int] = set()
 
-    def get_number(var: Any) -> int:
+    def get_number(var: Any, equation: Any = None) -> int:
         if var not in numbers:
             numbers[var] = len(sizes)
             if is_float32(var.aval):
                 single.add(len(sizes))
-            sizes.append(jaxprs.count_aval_bytes(var.aval))
+            sizes.append(count_bytes(var.aval, equation))
+            whole_sizes.append(jaxprs.count_aval_bytes(var.aval))
         return numbers[var]
 
     inputs = frozenset(get_number(var) for var in jaxpr.invars)
@@ -278,12 +310,14 @@ def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str]) ->
             if isinstance(source, core.Var):
                 numbers[target] = get_number(source)
                 if name in labels:
-                    candidates.append(Candidate(labels[name], numbers[target], jaxprs.count_aval_bytes(target.aval)))
+                    candidates.append(Candidate(labels[name], numbers[target], sizes[numbers[target]]))
             continue
+        reads = tuple(dict.fromkeys(get_number(atom) for atom in equation.invars if isinstance(atom, core.Var)))
+        writes = tuple(get_number(var, equation) for var in equation.outvars)
         step = Step(
-            reads=tuple(dict.fromkeys(get_number(atom) for atom in equation.invars if isinstance(atom, core.Var))),
-            writes=tuple(get_number(var) for var in equation.outvars),
-            work=estimate_work(equation),
+            reads=reads,
+            writes=writes,
+            work=divide_work(estimate_work(equation), [(sizes[n], whole_sizes[n]) for n in (*reads, *writes)]),
             label=equation.primitive.name,
         )
         late = "transpose(" in str(equation.source_info.name_stack)

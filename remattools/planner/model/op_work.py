@@ -7,6 +7,7 @@ which values exist only inside fused operations.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -76,6 +77,18 @@ def estimate_work(equation: Any) -> Work:
     if name in _MATRIX_PRIMITIVES or name in _OTHER_PRIMITIVES:
         return Work("matrix" if name in _MATRIX_PRIMITIVES else "other", float(_count_elements(equation.outvars)))
     return Work("elementwise", float(_count_elements(equation.outvars)))
+
+
+def divide_work(work: Work, sizes: Iterable[tuple[int, int]]) -> Work:
+    """Return the part of an operation's work that one device of a mesh has.
+
+    Args:
+        work: Of the whole operation.
+        sizes: For each operand and result its bytes on one device and those of the whole array. The one that is split
+            most says how the operation is: a sum over a split axis has a whole result.
+    """
+    share = min((part / whole for part, whole in sizes if whole), default=1.0)
+    return work if share == 1.0 else dataclasses.replace(work, flops=work.flops * share)
 
 
 def _is_narrowing(equation: Any) -> bool:

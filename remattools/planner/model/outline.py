@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 from ... import compat
+from ...compiler.partition import DeviceSizes, find_device_sizes
+from ...compiler.targets import Target
 from ...errors import MeasureError
 from ...jaxpr import jaxprs
 from ...rules.paths import Path
@@ -68,7 +70,13 @@ class Outline:
 
 
 def build_outline(
-    fn: Callable[..., Any], model: Any, args: Sequence[Any], rates: Rates, *, differentiate: bool = True
+    fn: Callable[..., Any],
+    model: Any,
+    args: Sequence[Any],
+    rates: Rates,
+    *,
+    differentiate: bool = True,
+    target: Target | None = None,
 ) -> Outline:
     """Trace a loss or a whole step, and divide it into blocks and the program around them.
 
@@ -78,17 +86,19 @@ def build_outline(
         args: The other arguments.
         rates: Of the target.
         differentiate: Whether `fn` is a loss, whose gradient is planned; False for a whole step.
+        target: What sizes on a mesh are compiled for; None for the mesh's devices.
 
     Raises:
         MeasureError: If no block of the model runs in `fn`, or none has a backward pass.
     """
     patterns = find_members(model)
+    sizes = find_subject_sizes(fn, model, args, target, differentiate=differentiate)
     program = _trace_blocks(fn, model, args, patterns, differentiate=differentiate)
     better = find_blocks(model, find_loop_modules(program))
     if better != patterns:
         patterns = better
         program = _trace_blocks(fn, model, args, patterns, differentiate=differentiate)
-    around, calls = build_schedule(program)
+    around, calls = build_schedule(program, sizes)
     if not calls:
         raise _make_no_blocks_error(
             has_calls=any(step.label == BLOCK_LABEL for step in around.forward), differentiate=differentiate
@@ -106,7 +116,7 @@ def build_outline(
     problems = []
     for key, block in zip(kinds, firsts, strict=True):
         with compat.bind_axes(block.axes):  # a block inside a `shard_map` is differentiated there
-            graph = build_block_graph(block.jaxpr, gradient_masks[key])
+            graph = build_block_graph(block.jaxpr, gradient_masks[key], path=block.path, sizes=sizes)
         problems.append(BlockProblem(graph, rates, stacked=key[1]))
     visits = [(visit.block.path, kinds[key]) for visit, key in zip(calls, keys, strict=True)]
     return Outline(
@@ -117,6 +127,24 @@ def build_outline(
         around=around.fuse_products() if rates.fuses_products else around,
         rates=rates,
     )
+
+
+def find_subject_sizes(
+    fn: Callable[..., Any], model: Any, args: Sequence[Any], target: Target | None, *, differentiate: bool
+) -> DeviceSizes:
+    """Return the sizes on one device of the values of the plain program.
+
+    Args:
+        fn: A function of the model and the other arguments.
+        model: An nnx model, real or abstract.
+        args: The other arguments.
+        target: What to compile for on a mesh; None for the mesh's devices.
+        differentiate: Whether `fn` is a loss, whose gradient is planned.
+    """
+    with application.applied(model, Rules(((".", False), ("**", False)))):
+        call = pure_call.stage(pure_call.unwrap_jit(fn), (model, *args))
+        # Blocks are traced again by their shapes, without shardings.
+        return find_device_sizes(call, target, differentiate=differentiate, with_types=False)
 
 
 def _trace_blocks(

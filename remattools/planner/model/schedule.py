@@ -11,12 +11,14 @@ from typing import Any
 
 from jax.extend import core
 
+from ...compiler.partition import WHOLE_ARRAYS, DeviceSizes
 from ...errors import MeasureError
 from ...jaxpr import jaxprs
 from ...rules.paths import format_path
+from ...tracing.origins import locate
 from .block_primitive import BLOCK_PRIMITIVE, Block
 from .dataflow_graph import INLINED_PRIMITIVES, Graph, Step, is_float32
-from .op_work import Work, estimate_work
+from .op_work import Work, divide_work, estimate_work
 
 BLOCK_LABEL = "block"  # the label of the steps that are blocks
 
@@ -64,18 +66,21 @@ class _Call:
     in_region: bool
 
 
-def build_schedule(jaxpr: Any) -> tuple[Graph, tuple[Visit, ...]]:
+def build_schedule(jaxpr: Any, sizes: DeviceSizes = WHOLE_ARRAYS) -> tuple[Graph, tuple[Visit, ...]]:
     """Return the steps of a program with its blocks as single steps, and the calls of blocks with a backward pass.
 
     Args:
         jaxpr: The program, traced with a `BlockTracer`.
+        sizes: Sizes on one device.
 
     Raises:
         MeasureError: If a block runs inside a loop or a call that the planner has no model of.
     """
-    walk = _ScheduleBuilder()
+    walk = _ScheduleBuilder(sizes)
     inner = jaxprs.open_jaxpr(jaxpr)
     inputs = [walk.add_value(var.aval) for var in (*inner.constvars, *inner.invars)]
+    for value, count in zip(inputs[len(inner.constvars) :], sizes.leaf_bytes, strict=False):
+        walk.sizes[value] = count
     results = walk.walk(inner, inputs)
     visits = sorted((_make_visit(*pair) for pair in walk.pairs), key=lambda visit: visit.forward)
     used = {value for step in walk.steps for value in step.reads} | set(results)
@@ -101,9 +106,12 @@ def build_schedule(jaxpr: Any) -> tuple[Graph, tuple[Visit, ...]]:
 
 
 class _ScheduleBuilder:
-    def __init__(self) -> None:
+    def __init__(self, sizes: DeviceSizes) -> None:
+        self.device_sizes = sizes
+        self._stacks: tuple[str, ...] = ()
         self.steps: list[Step] = []
         self.sizes: list[int] = []
+        self.whole_sizes: list[int] = []
         self.float32_values: set[int] = set()
         self.pairs: list[tuple[_Call, _Call]] = []
         self._loops: tuple[_Loop, ...] = ()
@@ -113,9 +121,11 @@ class _ScheduleBuilder:
         # By the id of a jaxpr; the jaxprs are stored as well, so that no other one gets the same id.
         self._block_memo: dict[int, tuple[bool, Any]] = {}
 
-    def add_value(self, aval: Any) -> int:
-        """Return a number for a new value."""
-        self.sizes.append(jaxprs.count_aval_bytes(aval))
+    def add_value(self, aval: Any, operation: str = "") -> int:
+        """Return a number for a new value, the result of an operation in the equation that is walked."""
+        path = locate(list(self._stacks))[0] if self.device_sizes.shapes else None
+        self.sizes.append(self.device_sizes.count_any_bytes(aval, path, operation))
+        self.whole_sizes.append(jaxprs.count_aval_bytes(aval))
         if is_float32(aval):
             self.float32_values.add(len(self.sizes) - 1)
         return len(self.sizes) - 1
@@ -148,7 +158,9 @@ class _ScheduleBuilder:
                 values[atom] = self.add_value(atom.aval)
             return values[atom]
 
+        outer = self._stacks
         for equation in jaxpr.eqns:
+            self._stacks = (*outer, str(equation.source_info.name_stack))
             operands = [get_number(atom) for atom in equation.invars]
             if jaxprs.get_checkpoint_name(equation) is not None:  # another name of the value that it marks
                 results = operands
@@ -157,6 +169,7 @@ class _ScheduleBuilder:
             else:
                 results = self._walk_equation(equation, operands)
             values.update(zip(equation.outvars, results, strict=True))
+        self._stacks = outer
         return [get_number(atom) for atom in jaxpr.outvars]
 
     def _walk_equation(self, equation: Any, operands: list[int]) -> list[int]:
@@ -170,8 +183,9 @@ class _ScheduleBuilder:
             self._in_region = before
             return results
         if not with_blocks:
-            results = [self.add_value(var.aval) for var in equation.outvars]
-            self.add_step(operands, results, estimate_work(equation), name)
+            results = [self.add_value(var.aval, name) for var in equation.outvars]
+            sizes = [(self.sizes[value], self.whole_sizes[value]) for value in (*operands, *results)]
+            self.add_step(operands, results, divide_work(estimate_work(equation), sizes), name)
             return results
         if name == "scan":
             scan = jaxprs.parse_scan(equation)

@@ -4,6 +4,7 @@
 Sits on `space`, `next_compile` and `to_rules`. Each measurement corrects the predictions of all other assignments.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -31,7 +32,7 @@ class Exploration:
 
     Attributes:
         points: The compiled points by the numbers of their assignments, in the order of compiling.
-        others: Compiled points that are no assignment, by their rules.
+        others: Compiled points that are not an assignment, by their rules.
         rejected: Numbers of assignments that this program does not allow.
         measurements: All measurements by rules.
     """
@@ -118,10 +119,13 @@ class Exploration:
 
     def _add_point(self, number: int, rules: Rules, prediction: Prediction) -> None:
         self.points[number] = self._make_point(number, rules, prediction)
+        if self.points[number].measured.estimated_cycles is not None:
+            self._update_unknown_cycles()
 
     def _make_point(self, number: int, rules: Rules, prediction: Prediction) -> Point:
         measured = self.measurements[rules]
-        cycles = self.plain_cycles + self.space.cycles[number]
+        # Where the compiler has no estimate, what the other points say of this one.
+        cycles = self.compute_posterior().cycles[number]
         if measured.estimated_cycles is not None:
             cycles = float(measured.estimated_cycles) + self.space.link_cycles[number]
         elif not measured.fits:
@@ -135,6 +139,13 @@ class Exploration:
             link_cycles=float(self.space.link_cycles[number]),
         )
 
+    def _update_unknown_cycles(self) -> None:
+        """Set the cycles of the points for which the compiler has no estimate to what the others say of them."""
+        expected = self.compute_posterior().cycles
+        for number, point in self.points.items():
+            if point.measured.fits and point.measured.estimated_cycles is None:
+                self.points[number] = dataclasses.replace(point, cycles=float(expected[number]))
+
     def compute_posterior(self) -> Posterior:
         """Return what the predictions and all measurements say of each assignment."""
         compiled = {number: point for number, point in self.points.items() if point.measured.fits}
@@ -144,11 +155,10 @@ class Exploration:
         if not sized:
             return Posterior(self.space.bytes, no_std, cycles, no_std)
         size = self.space.correct_predictions("bytes", {n: float(p.bytes) for n, p in sized.items()})
-        if not compiled:
+        known = {n: p.cycles for n, p in compiled.items() if p.measured.estimated_cycles is not None}
+        if not known:
             return Posterior(*size, cycles, no_std)
-        if any(point.measured.estimated_cycles is None for point in compiled.values()):
-            return Posterior(*size, cycles, no_std)
-        return Posterior(*size, *self.space.correct_predictions("cycles", {n: p.cycles for n, p in compiled.items()}))
+        return Posterior(*size, *self.space.correct_predictions("cycles", known))
 
     def _find_open(self) -> np.ndarray:
         """Return whether each assignment may be compiled, shape (assignments,)."""

@@ -41,21 +41,24 @@ class _ScopeState(threading.local):
     def __init__(self) -> None:
         self.path: str | None = None
         self.calls: dict[str, int] | None = None
+        self.mark_outputs = True
 
 
 _scope_state = _ScopeState()
 
 
 @contextlib.contextmanager
-def record_paths(roots: Iterable[tuple[Path, Any]]) -> Iterator[None]:
+def record_paths(roots: Iterable[tuple[Path, Any]], *, mark_outputs: bool = True) -> Iterator[None]:
     """Put module paths on every operation that is traced inside the block.
 
     Args:
         roots: Pairs of a path and the module, or pytree of modules, at it.
+        mark_outputs: Whether modules also mark what they return. Without the marks the traced program is the same as
+            without this block, except for the names of its scopes.
     """
     scoped: list[tuple[Any, type]] = []
-    before = (_scope_state.path, _scope_state.calls)
-    _scope_state.path, _scope_state.calls = None, {}
+    before = (_scope_state.path, _scope_state.calls, _scope_state.mark_outputs)
+    _scope_state.path, _scope_state.calls, _scope_state.mark_outputs = None, {}, mark_outputs
     try:
         for prefix, root in roots:
             for entry in find_modules(root):
@@ -66,7 +69,7 @@ def record_paths(roots: Iterable[tuple[Path, Any]]) -> Iterator[None]:
                     object.__setattr__(entry.module, "__class__", _make_scoped_class(cls))
         yield
     finally:
-        _scope_state.path, _scope_state.calls = before
+        _scope_state.path, _scope_state.calls, _scope_state.mark_outputs = before
         for module, cls in scoped:
             object.__setattr__(module, "__class__", cls)
             vars(module).pop(SCOPE_KEY, None)
@@ -119,6 +122,8 @@ def _make_scoped_method(cls: type, name: str, value: Any) -> Callable[..., Any]:
         _scope_state.calls[path] = call + 1
         try:
             with jax.named_scope(_SCOPE_PREFIX + path):
+                if not _scope_state.mark_outputs:
+                    return _bind_method(value, self)(*args, **kwargs)
                 return _name_outputs(_bind_method(value, self)(*args, **kwargs), f"{_OUTPUT_PREFIX}{path}#{call}")
         finally:
             _scope_state.path = outer

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import remattools as rt
 from tests.remattools.models import MLP, Block, Tower, inputs, loss
@@ -170,3 +171,64 @@ def test_rules_that_still_run_out_of_memory_are_not_ok(tpu):
     report = rt.check(loss, model, x, rules={"layers.*": "nothing_saveable"}, target=tpu)
     assert [finding.code for finding in report.findings] == ["out_of_memory"]
     assert 'budget="fit"' in report.findings[0].message
+
+
+class _Step(nnx.Module):
+    def __init__(self):
+        self.p = nnx.Param(jnp.float32(0.8))
+
+    def __call__(self, x):
+        a = jnp.sin(self.p * x)
+        return x + a + jnp.cos(self.p * a)
+
+
+class _Scan(nnx.Module):
+    def __init__(self):
+        self.step = _Step()
+
+    def __call__(self, x):
+        axes = (nnx.StateAxes({...: None}), nnx.Carry)
+        return nnx.scan(lambda m, x: m(x), in_axes=axes, out_axes=nnx.Carry, length=20)(self.step, x)
+
+
+class _Sim(nnx.Module):
+    def __init__(self):
+        self.blocks = nnx.List([_Scan() for _ in range(3)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("inner", "is_ok"),
+    [
+        pytest.param("step", True, id="regions inside a loop inside a region"),
+        pytest.param("blocks.[0:1]", False, id="control, a rule without which nothing changes"),
+    ],
+)
+def test_a_rule_is_useless_only_if_the_peak_is_no_lower_with_it(inner, is_ok):
+    rules = {"blocks.*": "nothing_saveable", inner: "nothing_saveable"}
+    report = rt.check(lambda m, x: jnp.mean(m(x)), _Sim(), jnp.ones((300, 10)), rules=rules, target="cpu")
+    assert ("useless_rule" not in _get_codes(report)) is is_ok
+    assert report.ok is is_ok, str(report)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+def test_regions_that_work_on_a_mesh_are_ok(kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    model = _make_model()
+
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    nnx.update(model, jax.tree.map(place, nnx.state(model)))
+    x = jax.ShapeDtypeStruct(
+        (8 * X.shape[0], *X.shape[1:]), X.dtype, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
+    rules = {"layers.*": "nothing_saveable"}
+    alone, sharded = (rt.check(loss, *args, rules=rules, target="cpu") for args in ((_make_model(), X), (model, x)))
+    assert sharded.ok, str(sharded)
+    # Under Explicit axes constants of the traced program are whole on every device.
+    assert sharded.residual_bytes == pytest.approx(alone.residual_bytes, rel=0.0 if kind == AxisType.Auto else 0.1)

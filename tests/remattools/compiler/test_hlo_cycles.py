@@ -72,3 +72,16 @@ def test_a_loop_with_unknown_trip_count_counts_once():
 
 def test_hlo_without_estimates_has_none():
     assert estimate_cycles("HloModule m\nENTRY %main (x: f32[8]) -> f32[8] {\n}\n") is None
+
+
+@pytest.mark.parametrize(
+    ("estimate", "operations"),
+    [
+        pytest.param("9223372036854775807", ("r",), id="the compiler has no estimate"),
+        pytest.param("5", (), id="control"),
+    ],
+)
+def test_a_sentinel_is_unknown_and_not_summed(estimate, operations):
+    found = estimate_cycles(_make_hlo().replace('"estimated_cycles":"5"', f'"estimated_cycles":"{estimate}"'))
+    assert found.unknown_operations == operations
+    assert found.total == 630 + (0 if operations else 5)

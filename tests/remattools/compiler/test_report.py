@@ -6,10 +6,12 @@ import json
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import remattools as rt
+from remattools.compiler.hlo.live_buffers import LiveBuffer
 from remattools.compiler.out_of_memory import Allocation, OutOfMemory
-from remattools.compiler.report import Measurement
+from remattools.compiler.report import Measurement, read_measurement
 
 MEASUREMENT = Measurement(
     target="gpu", argument_bytes=4096, output_bytes=1024, alias_bytes=1024, temp_bytes=2048, peak_bytes=6144
@@ -68,3 +70,40 @@ def test_temporaries_in_on_chip_memory_are_reported(tpu):
     assert not large.temporaries_on_chip
     assert large.temp_bytes > 0
     assert "on-chip" not in str(large)
+
+
+class _FakeCompiled:
+    def __init__(self, compiled, estimate):
+        self.compiled, self.estimate = compiled, estimate
+
+    def as_text(self):
+        return self.compiled.as_text().replace("ROOT", f'cost = f32[] "estimated_cycles":"{self.estimate}"\n  ROOT', 1)
+
+    def __getattr__(self, name):
+        return getattr(self.compiled, name)
+
+
+@pytest.mark.parametrize(("estimate", "cycles"), [(2**63 - 1, None), (7, 7)], ids=["sentinel", "control"])
+def test_cycles_with_a_sentinel_are_unknown(estimate, cycles):
+    compiled = jax.jit(jnp.sin).lower(jnp.ones(8)).compile()
+    target = rt.find_target("cpu")
+    measured = read_measurement(
+        _FakeCompiled(compiled, estimate), dataclasses.replace(target, platform="tpu", name="tpu:v5e:2x2"), 0.0
+    )
+    assert measured.estimated_cycles == cycles
+    assert ("no estimate" in str(measured)) is (cycles is None)
+    assert str(2**63 - 1) not in str(measured)
+
+
+def test_fragmentation_is_what_a_tpu_counts_beyond_its_peak():
+    tpu = dataclasses.replace(MEASUREMENT, target="tpu:v5e:2x2", peak_bytes=5644)
+    assert (tpu.total_bytes, tpu.fragmentation_bytes, tpu.unexplained_bytes) == (6144, 500, 1548)
+    assert MEASUREMENT.fragmentation_bytes == 0
+
+
+def test_too_many_live_buffers_count_against_the_share():
+    def share(size):
+        row = LiveBuffer(path=".", operation="sin", phase="forward", shape="f32[1]", bytes=size)
+        return dataclasses.replace(MEASUREMENT, live=(row,)).explained_share
+
+    assert (share(2048), share(1024), share(3072)) == (1.0, 0.5, 0.5)
