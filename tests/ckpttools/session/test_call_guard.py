@@ -51,6 +51,11 @@ def save(ckpt):
     except ct.RunInUseError:
         os._exit(7)
 
+def outlive():
+    os.close(1)  # whoever reads the parent's output must not wait for this process
+    os.close(2)
+    time.sleep(60)
+
 if __name__ == "__main__":
     with ct.open(ct.CheckpointSpec(directory=sys.argv[1])) as ckpt:
         ckpt.save(1, {"w": np.ones(2)})
@@ -67,9 +72,9 @@ if __name__ == "__main__":
         sleeper.terminate()
         sleeper.join(10)
         print(sleeper.exitcode)
-        sleeper = fork.Process(target=time.sleep, args=(60,))
-        sleeper.start()
-        print(sleeper.pid, flush=True)
+        orphan = fork.Process(target=outlive)
+        orphan.start()
+        print(orphan.pid, flush=True)
         os.kill(os.getpid(), 9)
 """
 
@@ -80,6 +85,7 @@ def test_a_forked_process_neither_saves_nor_holds_the_lock(tmp_path):
     refused, terminated, orphan = ended.stdout.split()
     try:
         assert (refused, terminated) == ("7", "-15"), ended.stderr
+        os.kill(int(orphan), 0)  # it lives
         with ct.open(spec_for(tmp_path / "run")) as ckpt:
             assert ckpt.restore({"w": np.ones(2)}).step == 1
             ckpt.save(2, {"w": np.ones(2)})
