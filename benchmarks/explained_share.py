@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of the compiler's temporaries the live buffers at the peak account for, for twelve programs.
+"""How much of the compiler's temporaries the live buffers at the peak account for: 26 programs.
 
 python benchmarks/explained_share.py --write docs/benchmarks/explained_share.md
+
+The models of `remat_subjects` need tunix.
 """
 
 import argparse
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +22,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import jax.numpy as jnp
 import optax
+import remat_subjects
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -135,6 +140,25 @@ def measure(program: Program, cache: pathlib.Path | None) -> rt.Measurement:
     return rt.measure(loss, model, batch, target=target, differentiate=True, cache=cache)
 
 
+def measure_subjects(cache: pathlib.Path | None, only: str) -> Iterator[tuple[str, rt.Measurement]]:
+    """Yield names and measurements of the models that plans are measured on, without rules and saving nothing."""
+    for key, make_subject in remat_subjects.SUBJECTS.items():
+        for suffix in ("", ", nothing saved"):
+            name = f"{key}{suffix}, {remat_subjects.TARGET}"
+            if only not in name:
+                continue
+            subject = make_subject()
+            model = subject.build()
+            if suffix:
+                rt.apply(model, dict.fromkeys(subject.blocks, "nothing_saveable"))
+            yield (
+                name,
+                rt.measure(
+                    subject.loss, model, *subject.batch, target=remat_subjects.TARGET, differentiate=True, cache=cache
+                ),
+            )
+
+
 def format_cells(measured: rt.Measurement) -> list[str]:
     """Return the cells of one row."""
     temp, live, between = measured.temp_bytes, measured.explained_bytes, measured.fragmentation_bytes
@@ -166,10 +190,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only programs with this in their name")
     args = parser.parse_args()
     lines = []
-    for name, program in PROGRAMS.items():
-        if args.only not in name:
-            continue
-        measured = measure(program, args.cache)
+    own = ((name, measure(program, args.cache)) for name, program in PROGRAMS.items() if args.only in name)
+    for name, measured in itertools.chain(own, measure_subjects(args.cache, args.only)):
         lines.append(f"| {name} | {' | '.join(format_cells(measured))} |")
         print(lines[-1], flush=True)
     table = "\n".join(lines)
@@ -177,7 +199,8 @@ def main() -> None:
     page = f"""# What the live buffers explain
 
 Measured {datetime.date.today().isoformat()} with {versions}, by `benchmarks/explained_share.py`: a GPT of {DEPTH}
-blocks of width {WIDTH}, its gradient or a whole adamw step. Live buffers are those at the peak of the compiled program.
+blocks of width {WIDTH}, its gradient or a whole adamw step; then the models that plans are measured on (Llama and Qwen
+are tunix's, cut to 4 and 2 blocks). Live buffers are those at the peak of the compiled program.
 "Between" is what the TPU compiler's temporaries take beyond its own peak: memory that lies unused between buffers. A
 share is one minus the distance to `temp_bytes`, whether the buffers are too few or too many.
 
