@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interrupt the calls of a session at random moments, and count what is left wrong.
 
-    python benchmarks/ckpt_interrupts.py [--trials 2000] [--control 200] [--python PATH ...] [--write]
+    python benchmarks/ckpt_interrupts.py [--trials 2000] [--control 200] [--python PATH ...] [--jobs 2] [--write]
 
 Each trial is one run with one interrupt (`tests/ckpttools/behaviour/interrupts.py` says which and what is checked).
 The control waits for saves with `Thread.join`. `--python` names further interpreters that have the dependencies;
@@ -10,6 +10,7 @@ The control waits for saves with `Thread.join`. `--python` names further interpr
 
 import argparse
 import collections
+import concurrent.futures
 import datetime
 import json
 import os
@@ -55,20 +56,24 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--control", type=int, default=200)
     parser.add_argument("--python", nargs="*", default=[])
+    parser.add_argument("--jobs", type=int, default=1, help="how many interpreters run at a time")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
+    variants: list[tuple[str, str, int, tuple[str, ...]]] = [
+        (python, "", options.trials, ()) for python in (sys.executable, *options.python)
+    ]
+    variants.insert(1, (sys.executable, ", waiting with `Thread.join` (the control)", options.control, ("--control",)))
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        seeds = [100 * (number + 1) for number in range(len(variants))]
+        sums = pool.map(lambda seed, each: run(each[0], each[2], seed, *each[3]), seeds, variants)
+        results = list(zip(variants, sums, strict=True))
     rows, details = [], []
-    for number, python in enumerate([sys.executable, *options.python]):
-        variants = [("", options.trials, ())]
-        if number == 0:
-            variants.append((", waiting with `Thread.join` (the control)", options.control, ("--control",)))
-        for name, trials, flags in variants:
-            found = run(python, trials, 100 * (number + 1), *flags)
-            versions = describe_python(python)
-            rows.append(f"| {versions}{name} | {found['trials']} | {found['raised']} | {len(found['failures'])} |")
-            places = ", ".join(f"`{place}` {count}" for place, count in found["places"].most_common(12))
-            details.append(f"- {versions}{name}: interrupted in {places}.")
-            details += [f"    - failure: {failure.splitlines()[0][:300]}" for failure in found["failures"][:10]]
+    for (python, name, _, _), found in results:
+        versions = describe_python(python)
+        rows.append(f"| {versions}{name} | {found['trials']} | {found['raised']} | {len(found['failures'])} |")
+        places = ", ".join(f"`{place}` {count}" for place, count in found["places"].most_common(12))
+        details.append(f"- {versions}{name}: interrupted in {places}.")
+        details += [f"    - failure: {failure.splitlines()[0][:300]}" for failure in found["failures"][:10]]
     page = "\n".join(
         [
             "# Interrupts",

@@ -113,9 +113,12 @@ class TrainingLoop:
         return other if other is not self and other is not None and other._resources.run.lock.is_held else None
 
     def wait_for_other_writer(self) -> None:
-        """Wait for the save in progress of an earlier session of this process, so that a restore finds its step."""
+        """Wait for the save in progress of an earlier session of this process, so that a restore finds its step.
+
+        Also if that session is closed: its `close` may have been interrupted while it waited.
+        """
         other = self._get_other_writer()
-        if other is not None and not other._is_closed and other._resources.guard.current_call is None:
+        if other is not None and other._resources.guard.current_call is None:
             try:
                 other.saver.wait()
             except CheckpointError as failure:

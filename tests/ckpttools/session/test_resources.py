@@ -3,12 +3,15 @@
 
 import subprocess
 import sys
+import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ckpttools as ct
+from ckpttools.save.worker import Worker
+from ckpttools.store import orbax
 from ckpttools.tree import snapshot
 
 from .runs import spec_for
@@ -52,6 +55,31 @@ def test_a_later_session_of_the_process_replaces_an_earlier_one(tmp_path):
         with pytest.raises(ct.RunInUseError, match="a later session"):
             earlier.save(3, params)
         assert later.all_steps() == (1, 2)
+
+
+def test_a_restore_finds_the_step_of_an_interrupted_close(tmp_path, monkeypatch):
+    params, real = {"params": jnp.ones(2)}, orbax.write
+    is_interrupted = threading.Event()
+
+    def write(*args, **options):
+        is_interrupted.wait(20)
+        real(*args, **options)
+
+    def interrupt(*_args):
+        is_interrupted.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(orbax, "write", write)
+    earlier = ct.open(spec_for(tmp_path))
+    earlier.save(1, params)
+    real_wait = Worker.wait
+    monkeypatch.setattr(Worker, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        earlier.close()
+    monkeypatch.setattr(Worker, "wait", real_wait)
+    with ct.open(spec_for(tmp_path)) as later:
+        assert later.restore(params).step == 1
+        assert isinstance(later.save(2, params), ct.Started)
 
 
 def test_a_session_in_a_call_is_not_replaced(tmp_path, monkeypatch):
