@@ -4,8 +4,10 @@
 import argparse
 import pathlib
 
-EXIT_OK, EXIT_NO, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 130
-"""0: done; 1: the answer is no; 2: failed, also argparse's code for bad usage; 130: Ctrl-C."""
+EXIT_OK, EXIT_NO, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 0, 1, 2, 130, 141
+"""0: done; 1: the answer is no; 2: failed, also argparse's code for bad usage; 130: Ctrl-C; 141: the reader of the
+output left before the end, as in `| head -1`. The last two are what a shell reports for the signals SIGINT and SIGPIPE.
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -13,7 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ckpttools",
         description="List, verify, compare, repair and copy the checkpoints of a run.",
-        epilog="Exit codes: 0 done; 1 damaged, different or beyond repair; 2 failed.",
+        epilog="Exit codes: 0 done; 1 damaged, different or beyond repair; 2 failed; "
+        "141 the reader of the output left before its end.",
     )
     of_step = "directory of a run or of one step (runs/exp1/500), or the address of a mirror"
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
