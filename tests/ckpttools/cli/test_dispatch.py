@@ -99,7 +99,6 @@ def test_errors_and_output_that_nobody_can_read_leave_no_traceback(run):
     assert run_without_reader("ls", "--help") == (parser.EXIT_OK, ""), "help is not an answer about a run"
 
 
-
 def test_the_module_is_the_command(run, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ckpttools", "verify", str(run)])
     with pytest.raises(SystemExit) as ended:
