@@ -125,7 +125,8 @@ class Pad(Operation):
     """Pad stored arrays that are smaller than those of the state along some axes, such as an embedding of fewer words.
 
     Attributes:
-        fill: Values of the rest: a number, or "template" for those of the state.
+        fill: Values of the rest: a number, or "template" for those of the state. Typed random keys are always filled
+            with those of the state: keys of one number would all draw the same values.
         start: Where the stored block begins, for each axis; 0 for axes not given.
 
     Examples:

@@ -15,6 +15,7 @@ from . import catalogue, commit, late_metrics, layout, lock, path_kinds
 from .catalogue import Catalogue, Entry
 from .formats import foreign_layouts
 from .manifest import Lineage, read_sealed
+from .manifest import read as read_manifest
 
 
 def require_run_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
@@ -89,9 +90,28 @@ class RunDirectory:
             commit.require_writable(self.directory)
             self.lock.acquire()
             with commit.wrap_os_errors(f"what a killed process left in {self.directory} cannot be removed"):
+                self._put_back_kept_steps()
                 commit.sweep(self.directory)
                 lock.sweep_pins(self.directory)
             self.invalidate()
+
+    def _put_back_kept_steps(self) -> None:
+        """Move whole steps from the trash back if they are pinned, or metrics were recorded for them.
+
+        Another process may have done that right before the step was moved; a writer that was killed could not put it
+        back. The next save decides again what is kept.
+        """
+        trash, pins = layout.get_control_path(self.directory, "trash"), catalogue.read_pins(self.directory)
+        files = late_metrics.read_files(self.directory, late_metrics.list_names(self.directory))
+        for path in sorted(trash.iterdir()) if trash.is_dir() and (pins or files) else ():
+            with contextlib.suppress(StepDamagedError, VersionError):
+                summary = read_manifest(path).summary
+                if summary.step in pins or late_metrics.merge(summary, files) is not summary:
+                    place = layout.get_step_directory(self.directory, summary.step)
+                    if os.path.lexists(place):
+                        aside = layout.get_control_path(self.directory, "superseded")
+                        place = layout.find_free_path(aside, str(summary.step))
+                    commit.move(path, place)
 
     @contextlib.contextmanager
     def hold_for_writing(self) -> Iterator[None]:

@@ -15,11 +15,12 @@ from ..spec.operations import Operation
 from ..spec.state import Exclude, find_exclusion, find_exclusion_of_all
 from ..tree.flatten import FlatItem
 from ..tree.leaf_paths import Names, Path, to_names
-from ..tree.leaves import Leaf, describe, is_array
+from ..tree.leaves import Leaf, describe, is_array, is_key
 from ..tree.match import Difference, add_closest_names, compare, mask_numbers
-from ..tree.records import Kind, Record
+from ..tree.records import Kind, Record, get_host_shape
 from .array_operations import require_values
 from .plan import Changes, PlacedLeaf, RestorePlan, SourceLeaf
+from .recomputed import find_recomputed
 from .renaming import Parts, find_outermost_depth
 from .resize import compute_shape
 from .stored_leaves import StoredItem, StoredLeaves, make_unmatched_error
@@ -116,6 +117,7 @@ class _LeafMatcher:
             excluded_leaves=tuple(excluded),
             sources=tuple(self._table.sources),
             state_records=self._describe_state() if differences else {},
+            recomputed_paths=self._find_recomputed() if differences else frozenset(),
         )
 
     def _is_excluded(self, source: SourceLeaf) -> bool:
@@ -133,6 +135,10 @@ class _LeafMatcher:
     def _is_state(self, path: Names) -> bool:
         """Return whether the state has a leaf of that name, which may also have a name that no rule leaves out."""
         return path in self._leaf_names or (path[-1] == "value" and path[:-1] in self._leaf_names)
+
+    def _find_recomputed(self) -> frozenset[Names]:
+        types = {name for rule in self._rules for name in rule.types}
+        return find_recomputed([source.path for source in self._table.sources], self._leaf_names, self._excluded, types)
 
     def _describe_state(self) -> dict[Names, Record]:
         leaves = ((item, leaf) for item, flat in self._templates.items() for leaf in flat.leaves)
@@ -178,7 +184,7 @@ class _LeafMatcher:
                 Difference(kind="missing", path=path, text="not on disk", expected=_make_record(leaf))
             )
             return PlacedLeaf(path=path, source=None, target=None, template=leaf.value)
-        target = _make_target_record(source, leaf)
+        target = _convert_keys(_make_target_record(source, leaf), leaf)
         difference = compare(item, leaf, target)
         if difference is not None:
             self._differences.append(difference)
@@ -212,6 +218,22 @@ def _add_hints(differences: list[Difference]) -> tuple[Difference, ...]:
 def _make_record(leaf: Leaf) -> Record:
     """Return a leaf of the state as a record, for messages."""
     return describe("", leaf) if is_array(leaf.value) else Record(path=leaf.path, kind="value")
+
+
+def _convert_keys(target: Record, leaf: Leaf) -> Record:
+    """Return the record of key data on disk as typed keys, if the state has typed ones there; or the reverse.
+
+    Flax's msgpack files and `jax.random.PRNGKey` hold the data of a key as an ordinary array: its bits are the same.
+    """
+    if not is_array(leaf.value) or is_key(leaf.value) == (target.kind == "key"):
+        return target
+    here = _make_record(leaf)
+    forms = [(*get_host_shape(record),) for record in (target, here) if record.kind != "value"]
+    if len(forms) < 2 or forms[0] != forms[1] or 0 in here.shape:
+        return target
+    return dataclasses.replace(
+        target, kind=here.kind, shape=here.shape, dtype=here.dtype, digest="", slices=(), scalar="", weak_type=False
+    )
 
 
 def _make_target_record(source: SourceLeaf, leaf: Leaf) -> Record:

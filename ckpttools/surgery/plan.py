@@ -156,6 +156,8 @@ class RestorePlan:
         skeletons: Containers of stateful objects, by item of the state and path.
         sources: All leaves on disk that are not dropped, under the names that they have after the operations.
         state_records: Every leaf of the state as a record; empty if nothing differs.
+        recomputed_paths: Those of `sources` that are not state although nothing on disk says so; empty if nothing
+            differs.
     """
 
     placed_leaves: tuple[PlacedLeaf, ...]
@@ -165,6 +167,7 @@ class RestorePlan:
     excluded_leaves: tuple[SourceLeaf, ...] = ()
     sources: tuple[SourceLeaf, ...] = ()
     state_records: Mapping[Names, Record] = dataclasses.field(default_factory=dict)
+    recomputed_paths: frozenset[Names] = frozenset()
 
     def collect_records(self) -> dict[str, tuple[Record, ...]]:
         """Return the leaves to read, by the item they are stored under."""
@@ -192,7 +195,7 @@ class RestorePlan:
                 continue
             source, target, item = leaf.source, leaf.target, items[leaf.path[0]]
             array = source.assemble(read)
-            if source.is_changed and source.record.kind in ("array", "empty"):
+            if source.is_changed and source.record.kind != "value":
                 resizing = [each for each in source.operations if isinstance(each, Operation)]
                 array = array_operations.apply(
                     ".".join(leaf.path), resizing, source.record, array, target, leaf.template

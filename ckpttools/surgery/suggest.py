@@ -22,7 +22,7 @@ from ..errors import CheckpointError, StructureError
 from ..spec.operations import DTYPES, Cast, Drop, Operation, Pad, Reinit, Slice, Transpose, as_code
 from ..tree.leaf_paths import Names
 from ..tree.match import Difference, mask_numbers
-from ..tree.records import Record, count_host_bytes, parse_dtype
+from ..tree.records import Kind, Record, count_host_bytes, parse_dtype
 from .plan import PlacedLeaf, RestorePlan, SourceLeaf
 from .resize import needs_pad, needs_slice
 from .source_tracing.patterns import find_covering_patterns, make_patterns
@@ -46,9 +46,12 @@ class Suggestion:
         operations: The operations.
         fresh_leaves: Leaves of the state that would keep their values, wholly or in part.
         fresh_bytes: Bytes of those values.
+        fresh_keys: The typed random keys among `fresh_leaves`; where an array of keys grows, the stored ones stay.
         lost_leaves: Leaves on disk that would not be used, wholly or in part.
         lost_bytes: Bytes of the unused values.
-        stored_bytes: Bytes of all leaves on disk of the state's items.
+        stored_bytes: Bytes of all leaves on disk of the state's items, without recomputed ones.
+        ignored_leaves: Leaves on disk that are likely recomputed variables, such as attention caches: they are dropped,
+            which is not a loss.
         reason: Why nothing is suggested, if nothing is.
         assumptions: What the names do not say and the caller has to check, each as a clause.
     """
@@ -56,9 +59,11 @@ class Suggestion:
     operations: tuple[Operation, ...] = ()
     fresh_leaves: tuple[str, ...] = ()
     fresh_bytes: int = 0
+    fresh_keys: tuple[str, ...] = ()
     lost_leaves: tuple[str, ...] = ()
     lost_bytes: int = 0
     stored_bytes: int = 0
+    ignored_leaves: tuple[str, ...] = ()
     reason: str = ""
     assumptions: tuple[str, ...] = ()
 
@@ -81,7 +86,11 @@ class Suggestion:
                 f"leaves {format_bytes(self.fresh_bytes)} of the state as initialised, in "
                 f"{_list_names(self.fresh_leaves)}"
             )
-        check = "".join(f"; check {each}" for each in self.assumptions)
+            if self.fresh_keys:
+                losses[-1] += f", with fresh random keys in {_list_names(self.fresh_keys)}"
+        ignored = _list_names(self.ignored_leaves) if self.ignored_leaves else ""
+        check = f"; recomputed variables are not state: {ignored}" if ignored else ""
+        check += "".join(f"; check {each}" for each in self.assumptions)
         if not losses:
             rounded = [each for each in self.operations if isinstance(each, Cast) and _rounds(each)]
             note = (
@@ -255,7 +264,7 @@ def _write_array_operations(
             record, shape = records[path], source.shape
             if trace.axes:
                 transposed.setdefault(trace.axes if len(trace.axes) > 2 else (), []).append(path)
-            if record.kind not in ("array", "empty"):
+            if record.kind == "value":
                 continue
             if record.dtype != source.dtype and {record.dtype, source.dtype} <= set(DTYPES):
                 cast.setdefault((source.dtype, record.dtype), []).append(path)
@@ -322,8 +331,10 @@ def _weigh(plan: RestorePlan, after: RestorePlan, operations: tuple[Operation, .
         if leaf.source is not None and old_bytes:
             lost.append(".".join(leaf.source.stored_path))
             lost_bytes += old_bytes
+    recomputed = {source.stored_path for source in plan.sources if source.path in plan.recomputed_paths}
+    ignored = [source for source in after.dropped_leaves if source.stored_path in recomputed]
     for source in after.dropped_leaves:
-        if source.stored_path not in given_up and source.record.digest not in digests:
+        if source.stored_path not in given_up | recomputed and source.record.digest not in digests:
             lost.append(".".join(source.stored_path))
             lost_bytes += count_host_bytes([source.record])
     kept = {leaf.path[0] for leaf in after.placed_leaves if leaf.source is not None}
@@ -331,14 +342,19 @@ def _weigh(plan: RestorePlan, after: RestorePlan, operations: tuple[Operation, .
     if emptied:
         reason = f"no leaf on disk is a likely source of {' or '.join(map(repr, sorted(emptied)))}"
         return Suggestion(reason=reason)
-    stored = {each.stored_path: each.record for each in (*used, *after.dropped_leaves)}
+    keys = {".".join(path) for path, record in plan.state_records.items() if record.kind == "key"}
+    stored = {
+        each.stored_path: each.record for each in (*used, *after.dropped_leaves) if each.stored_path not in recomputed
+    }
     return Suggestion(
         operations=operations,
         fresh_leaves=tuple(fresh),
         fresh_bytes=fresh_bytes,
+        fresh_keys=tuple(name for name in fresh if name in keys),
         lost_leaves=tuple(lost),
         lost_bytes=lost_bytes,
         stored_bytes=count_host_bytes(stored.values()),
+        ignored_leaves=tuple(".".join(source.stored_path) for source in ignored),
     )
 
 
@@ -357,4 +373,5 @@ def _weigh_leaf(leaf: PlacedLeaf, record: Record) -> tuple[int, int]:
 
 
 def _scale(record: Record, count: int) -> int:
-    return count * count_host_bytes([dataclasses.replace(record, kind="array", shape=(1,), value=None)])
+    kind: Kind = "key" if record.kind == "key" else "array"
+    return count * count_host_bytes([dataclasses.replace(record, kind=kind, shape=(1,), value=None)])
