@@ -103,10 +103,11 @@ class RunDirectory:
         """
         trash, pins = layout.get_control_path(self.directory, "trash"), catalogue.read_pins(self.directory)
         files = late_metrics.read_files(self.directory, late_metrics.list_names(self.directory))
-        for path in sorted(trash.iterdir()) if trash.is_dir() and (pins or files) else ():
-            with contextlib.suppress(StepDamagedError, VersionError):
+        recorded = {each.key for each in files.values()}
+        for path in sorted(trash.iterdir()) if trash.is_dir() and (pins or recorded) else ():
+            with contextlib.suppress(StepDamagedError, VersionError, NotADirectoryError):
                 summary = read_manifest(path).summary
-                if summary.step in pins or late_metrics.merge(summary, files) is not summary:
+                if summary.step in pins or late_metrics.get_key(summary) in recorded:
                     place = layout.get_step_directory(self.directory, summary.step)
                     if os.path.lexists(place):
                         aside = layout.get_control_path(self.directory, "superseded")
