@@ -48,7 +48,8 @@ class Entry:
         spare_summary: The summary in the second copy of a damaged step; None if there is none.
         error: What is wrong with it; None if committed.
         fetch: Fetches a copy from the mirror to `path`; None for a local step.
-        inode: Of the directory when it was examined: another one may have got its name since. None if not known.
+        identity: Inode of the directory and when its entries last changed: another one may have got its name since, and
+            even its inode. None if not known.
     """
 
     step: int
@@ -59,7 +60,7 @@ class Entry:
     spare_summary: Summary | None = None
     error: CheckpointError | None = None
     fetch: Callable[[], None] | None = None
-    inode: int | None = None
+    identity: tuple[int, int] | None = None
 
     @property
     def lineage(self) -> Lineage:
@@ -220,11 +221,17 @@ def is_still_damaged(entry: Entry) -> bool:
     found = _examine_path(entry.path, entry.step)
     if found is None or found.manifest is None:
         return found is not None and found.state in ("incomplete", "corrupt")
-    if entry.manifest is None or entry.inode != found.inode:
+    if entry.manifest is None or entry.identity != found.identity:
         return False
     # Bytes can be damaged under an intact manifest. Metrics do not count: they may have been recorded since.
     before, now = (dataclasses.replace(each.manifest.summary, metrics={}) for each in (entry, found) if each.manifest)
     return before == now
+
+
+def is_intact_again(entry: Entry) -> bool:
+    """Return whether a step that was found damaged has been repaired or replaced by another one since."""
+    found = _examine_path(entry.path, entry.step)
+    return found is not None and found.manifest is not None and not is_still_damaged(entry)
 
 
 def _scan_directory(directory: pathlib.Path, *, allow_suffix: bool = False) -> list[Entry]:
@@ -284,8 +291,9 @@ def _examine_path(path: pathlib.Path, step: int) -> Entry | None:
 
 def _examine_directory(path: pathlib.Path, step: int) -> Entry:
     try:
-        inode = path.stat().st_ino  # Before the manifest: if the directory is replaced in between, they do not fit.
-        return Entry(step=step, path=path, state="committed", manifest=read_manifest(path), inode=inode)
+        status = path.stat()  # Before the manifest: if the directory is replaced in between, they do not fit.
+        identity = (status.st_ino, status.st_mtime_ns)
+        return Entry(step=step, path=path, state="committed", manifest=read_manifest(path), identity=identity)
     except IncompleteStepError as error:
         lacks_manifest = not (path / layout.MANIFEST).exists()
         if lacks_manifest and foreign_layouts.recognize(path) and not _has_spare_manifest(path.parent, step):
