@@ -22,11 +22,11 @@ def require_run_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
     """Return the absolute path of a run's directory.
 
     Raises:
-        NotARunError: If it does not exist, or is a file, a step or part of one: a misspelt path must not be mistaken
-            for an intact or empty run.
+        NotARunError: If it does not exist, or is a file, a step or part of one, or contains runs: a misspelt path must
+            not be mistaken for an intact or empty run.
     """
     found = path_kinds.identify(directory)
-    if found.kind in ("missing", "file", "step", "inside"):
+    if found.kind in ("missing", "file", "step", "inside", "parent"):
         raise path_kinds.make_not_a_run_error(found, "a run is a directory with a numbered directory for each step.")
     return found.path
 
