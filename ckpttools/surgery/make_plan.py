@@ -6,7 +6,7 @@ Without surgery, leaves of equal names are paired, and whatever does not fit is 
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -54,7 +54,12 @@ class _LeafMatcher:
     """Pairs the leaves of a state with the leaves on disk."""
 
     def __init__(self, table: StoredLeaves, templates: Mapping[str, FlatItem], changes: Changes) -> None:
-        self._table, self._templates, only = table, _leave_out(templates, changes.exclude), changes.only
+        shared = {
+            source.path
+            for source in table.sources
+            if not source.opaque and find_exclusion(changes.stored_exclude, source.stored_path)
+        }
+        self._table, self._templates, only = table, _leave_out(templates, changes.exclude, shared), changes.only
         self._rules = changes.exclude
         self._excluded = frozenset(
             to_names((item, *path)) for item, flat in self._templates.items() for path, _ in flat.excluded
@@ -191,14 +196,25 @@ class _LeafMatcher:
         return PlacedLeaf(path=path, source=source, target=target, template=leaf.value)
 
 
-def _leave_out(templates: Mapping[str, FlatItem], rules: Sequence[Exclude]) -> dict[str, FlatItem]:
-    """Return the items of the state without the excluded leaves, which keep their values."""
+def _leave_out(
+    templates: Mapping[str, FlatItem], rules: Sequence[Exclude], shared: Collection[Names]
+) -> dict[str, FlatItem]:
+    """Return the items of the state without the excluded leaves, which keep their values.
+
+    Args:
+        templates: The items.
+        rules: What is excluded.
+        shared: Names of leaves on disk that no pattern excludes, because their variable had another name, too.
+    """
     found = {}
     for item, flat in templates.items():
         reasons = {
             leaf.path: find_exclusion_of_all(rules, [(item, *path) for path in (leaf.path, *leaf.aliases)], leaf.types)
             for leaf in flat.leaves
         }
+        for path, reason in reasons.items() if shared else ():
+            is_pattern = bool(reason) and any(reason in rule.paths for rule in rules)
+            reasons[path] = "" if is_pattern and to_names((item, *path)) in shared else reason
         roots = {root: find_exclusion(rules, (item, *root)) for root in flat.skeletons}
         found[item] = FlatItem(
             [leaf for leaf in flat.leaves if not reasons[leaf.path]],

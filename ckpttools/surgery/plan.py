@@ -33,12 +33,15 @@ class Changes:
         surgery: Surgery that the caller requested; each operation must match something.
         only: Patterns of the leaves to restore; all others keep their values. Empty for all leaves.
         exclude: Which variables are not state: those of the state keep their values, those on disk are ignored.
+        stored_exclude: The rules that the step was saved with. A leaf that it has although one of their patterns names
+            it is a variable that also had a name outside; a functional state does not know that name.
     """
 
     migrations: tuple[Surgery, ...] = ()
     surgery: Surgery = dataclasses.field(default_factory=Surgery)
     only: tuple[str, ...] = ()
     exclude: tuple[Exclude, ...] = DEFAULT_RULES
+    stored_exclude: tuple[Exclude, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
