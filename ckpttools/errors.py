@@ -299,7 +299,7 @@ class NotARunError(StorageError, StepNotFoundError):
     Attributes:
         path: The path, absolute.
         kind: What the path is: "missing", "file", "empty", "step", "inside" (part of a step or a run), "foreign run",
-            "foreign step", "mirror" or "unknown".
+            "foreign step", "mirror", "parent" or "unknown".
     """
 
     path: Any = None

@@ -16,15 +16,15 @@ from ..tools.diff import diff
 from ..tools.export_safetensors import export_safetensors
 from ..tools.import_run import import_run
 from . import output
-from .arguments import find_other_step, parse_pairs, require_whole_run
+from .arguments import parse_pair_of_steps, parse_pairs, require_whole_run
 from .parser import EXIT_NO, EXIT_OK
 
 
 def run_diff(args: argparse.Namespace) -> int:
     """Compare two steps."""
-    other, number = find_other_step(args.run, args.other)
+    first, second = parse_pair_of_steps(args.run, args.other)
     with output.show_progress("comparing") as progress:
-        report = diff(args.run, other, steps=(None, number), progress=progress)
+        report = diff(first.location, second.location, steps=(first.step, second.step), progress=progress)
     output.print_report(args, report.as_dict(), str(report))
     return EXIT_OK if report.same else EXIT_NO
 

@@ -3,13 +3,12 @@
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Callable
 
 from ..errors import CheckpointError, StepDamagedError, UntrustedStepError
 from . import output
-from .parser import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
+from .parser import EXIT_FAILED, EXIT_INTERRUPTED
 
 _MODULES = {
     "run_commands": ("ls", "show", "verify", "prune", "pin", "unpin", "record", "repair"),
@@ -25,6 +24,9 @@ def run_command(args: argparse.Namespace) -> int:
 
     Returns:
         One of the exit codes in `parser`.
+
+    Raises:
+        BrokenPipeError: If the reader of the output has left.
     """
     try:
         code = load_command(args.command)(args)
@@ -42,11 +44,9 @@ def run_command(args: argparse.Namespace) -> int:
     except CheckpointError as error:
         output.print_error(str(error))
         return EXIT_FAILED
+    except BrokenPipeError:
+        raise  # It is the output: what a mirror's store raises is a `MirrorError`.
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            # `ckpttools show run | head`: the reader has left. What is still buffered must not raise at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return EXIT_OK
         output.print_error(f"{error.filename or args.run} cannot be read or written: {error.strerror or error}.")
         return EXIT_FAILED
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .parser import build_parser
+from .parser import EXIT_PIPE_CLOSED, build_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,9 +23,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         One of the exit codes in `parser`.
     """
     _replace_closed_streams()
-    args = build_parser().parse_args(argv)
-    code: int = importlib.import_module("ckpttools.cli.dispatch").run_command(args)
-    return code
+    try:
+        args = build_parser().parse_args(argv)
+        code: int = importlib.import_module("ckpttools.cli.dispatch").run_command(args)
+        return code
+    except BrokenPipeError:
+        # `ckpttools verify run | head -1`: whether all is well was not reported completely, so the code is not 0.
+        return EXIT_PIPE_CLOSED
+    finally:
+        _discard_unwritten_output()
+
+
+def _discard_unwritten_output() -> None:
+    """Drop what could not be written: Python would try again at exit, print an error and exit with another code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            descriptor = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(descriptor, stream.fileno())
+            os.close(descriptor)
 
 
 def _replace_closed_streams() -> None:

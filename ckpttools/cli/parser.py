@@ -3,9 +3,28 @@
 
 import argparse
 import pathlib
+from typing import Any
 
-EXIT_OK, EXIT_NO, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 130
-"""0: done; 1: the answer is no; 2: failed, also argparse's code for bad usage; 130: Ctrl-C."""
+EXIT_OK, EXIT_NO, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 0, 1, 2, 130, 141
+"""0: done; 1: the answer is no; 2: failed, also argparse's code for bad usage; 130: Ctrl-C; 141: the reader of the
+output left before the end, as in `| head -1`. The last two are what a shell reports for the signals SIGINT and SIGPIPE.
+"""
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """The parser of one command: options may stand between its arguments, also before an optional one."""
+
+    _is_parsing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments after the command's name; called by the parser of the whole line."""
+        if self._is_parsing:  # `parse_known_intermixed_args` calls this method for each of its two passes.
+            return super().parse_known_args(args, namespace)
+        self._is_parsing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_parsing = False
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -13,24 +32,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ckpttools",
         description="List, verify, compare, repair and copy the checkpoints of a run.",
-        epilog="Exit codes: 0 done; 1 damaged, different or beyond repair; 2 failed.",
+        epilog="Exit codes: 0 done; 1 damaged, different or beyond repair; 2 failed; "
+        "141 the reader of the output left before its end.",
     )
     of_step = "directory of a run or of one step (runs/exp1/500), or the address of a mirror"
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    of_local_step = "directory of the run or of one step (runs/exp1/500)"
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_CommandParser)
 
     def add_command(name: str, summary: str, run_help: str = "directory of the run") -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        added.add_argument("run", type=_parse_location if run_help == of_step else pathlib.Path, help=run_help)
+        added.add_argument("run", type=parse_location if run_help == of_step else pathlib.Path, help=run_help)
         added.add_argument("--json", action="store_true", help="machine-readable output")
         return added
 
     listed = add_command("ls", "list the steps with metrics, sizes and branches", of_step)
     listed.add_argument("--verify", action="store_true", help="read every byte and report which steps are intact")
-    add_command("show", "show the tree of a step (default: the newest) with shapes, dtypes and bytes", of_step)
-    add_command("verify", "read every byte and name what is damaged; change nothing", of_step)
+    for name, text in (
+        ("show", "show the tree of a step (default: the newest) with shapes, dtypes and bytes"),
+        ("verify", "read every byte and name what is damaged; change nothing"),
+    ):
+        add_command(name, text, of_step).add_argument("step", nargs="*", help="number of a step of the run")
     differing = add_command("diff", "compare the structure and values of two steps", of_step)
     differing.add_argument(
-        "other", type=_parse_location, help="directory of another run or step, or the number of a step of this run"
+        "other", nargs="+", help="numbers of one or two steps of the run, or directory of another run or step"
     )
     pruned = add_command("prune", "delete the steps that a retention does not keep")
     pruned.add_argument("--dry-run", action="store_true", help="only print what would be deleted, and why")
@@ -48,10 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="delete the damaged steps in quarantine, too; alone, delete only those",
     )
     for name, text in (("pin", "protect steps from retention"), ("unpin", "let retention delete pinned steps again")):
-        add_command(name, text).add_argument("steps", type=int, nargs="+")
-    recorded = add_command("record", "add metrics to a committed step, even while another process trains")
-    recorded.add_argument("step", type=int, help="number of the step")
-    recorded.add_argument("metrics", nargs="+", metavar="NAME=VALUE", help="a metric, such as val_loss=0.5")
+        add_command(name, text, of_local_step).add_argument(
+            "steps", nargs="*", metavar="step", help="number of a step of the run, or directory of one"
+        )
+    recorded = add_command(
+        "record", "add metrics to a committed step, even while another process trains", of_local_step
+    )
+    recorded.add_argument(
+        "metrics",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="a metric, such as val_loss=0.5; before it the number of the step, if the directory is that of the run",
+    )
     recorded.add_argument("--overwrite", action="store_true", help="replace recorded values")
     repaired = add_command("repair", "restore damaged manifests and metadata from their second copies")
     repaired.add_argument("--dry-run", action="store_true", help="only print what would be done")
@@ -85,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse_location(text: str) -> str | pathlib.Path:
+def parse_location(text: str) -> str | pathlib.Path:
     """Return a path, or the unchanged address of a mirror, since `Path` would remove one of its slashes."""
     return text if "://" in text else pathlib.Path(text)
 

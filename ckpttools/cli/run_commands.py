@@ -8,6 +8,7 @@ files, to read each leaf back.
 
 import argparse
 import dataclasses
+import itertools
 
 from ..errors import SpecError
 from ..spec.retention import Best, EveryNSteps, Latest, Retention, Union
@@ -20,7 +21,7 @@ from ..tools.repair import repair
 from ..tools.show import show
 from ..tools.verify import verify
 from . import output
-from .arguments import parse_pairs, require_whole_run
+from .arguments import locate_steps, parse_one_address, parse_pairs, require_whole_run
 from .parser import EXIT_NO, EXIT_OK
 
 
@@ -50,7 +51,8 @@ def run_ls(args: argparse.Namespace) -> int:
 
 def run_show(args: argparse.Namespace) -> int:
     """Show the tree of one step."""
-    shown = show(args.run)
+    address = parse_one_address(args.run, args.step)
+    shown = show(address.location, address.step)
     if args.json:
         output.print_json(shown.as_dict())
     else:
@@ -60,8 +62,9 @@ def run_show(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Read every byte of a run or step and name what is damaged."""
+    address = parse_one_address(args.run, args.step)
     with output.show_progress("verifying") as progress:
-        report = verify(args.run, progress=progress)
+        report = verify(address.location, address.step, progress=progress)
     output.print_report(args, report.as_dict(), str(report))
     return EXIT_OK if report.ok else EXIT_NO
 
@@ -114,20 +117,29 @@ def _parse_retention(args: argparse.Namespace) -> Retention | None:
 
 def run_pin(args: argparse.Namespace) -> int:
     """Protect steps from retention, or with `unpin` no longer."""
-    run, pinned = RunDirectory(require_whole_run(args.run).absolute()), args.command == "pin"
-    run.pin(*args.steps, pinned=pinned)
+    root, steps = locate_steps(args.run, args.steps)
+    pinned = args.command == "pin"
+    RunDirectory(root.absolute()).pin(*steps, pinned=pinned)
     output.print_report(
-        args, {"steps": args.steps, "pinned": pinned}, f"{args.command}ned {', '.join(map(str, args.steps))}"
+        args, {"steps": list(steps), "pinned": pinned}, f"{args.command}ned {', '.join(map(str, steps))}"
     )
     return EXIT_OK
 
 
 def run_record(args: argparse.Namespace) -> int:
     """Record metrics of a committed step."""
-    given = {name: _parse_number(name, value) for name, value in parse_pairs(args.metrics).items()}
-    metrics = record(require_whole_run(args.run), args.step, given, overwrite=args.overwrite)
+    words = list(itertools.takewhile(lambda word: "=" not in word, args.metrics))
+    given = {name: _parse_number(name, value) for name, value in parse_pairs(args.metrics[len(words) :]).items()}
+    root, (step, *others) = locate_steps(args.run, words)
+    if others or not given:
+        raise SpecError(
+            what=f"{len(others) + 1} step(s) and {len(given)} metric(s) were given.",
+            why="metrics are recorded for one step.",
+            fix=f"ckpttools record {root} {step} val_loss=0.5",
+        )
+    metrics = record(root, step, given, overwrite=args.overwrite)
     shown = ", ".join(f"{name}={value:.6g}" for name, value in metrics.items())
-    output.print_report(args, {"step": args.step, "metrics": metrics}, f"step {args.step}: {shown}")
+    output.print_report(args, {"step": step, "metrics": metrics}, f"step {step}: {shown}")
     return EXIT_OK
 
 

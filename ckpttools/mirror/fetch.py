@@ -59,7 +59,7 @@ class Fetcher:
         self._run, self._mirror, self._store, self._progress = run, mirror, store, progress
         self._staging_directories: list[pathlib.Path] = []
         self._marks = contextlib.ExitStack()
-        self._listed_inodes: frozenset[int | None] = frozenset()
+        self._listed_identities: frozenset[tuple[int, int] | None] = frozenset()
         self.error: MirrorError | None = None
 
     def list_candidates(self, selector: Selector) -> list[Entry]:
@@ -115,7 +115,7 @@ class Fetcher:
 
     def _list_local_steps(self) -> Catalogue:
         steps = self._run.refresh_steps()
-        self._listed_inodes = frozenset(entry.inode for entry in steps.committed_entries)
+        self._listed_identities = frozenset(entry.identity for entry in steps.committed_entries)
         return steps
 
     def _make_entry(self, copy: Copy) -> Entry:
@@ -196,7 +196,7 @@ class Fetcher:
                 self._run.lock.acquire()
                 self._run.invalidate()
                 live = [each for each in self._run.get_steps().live_entries if each.step == entry.step]
-                if any(each.inode not in self._listed_inodes for each in live):
+                if any(each.identity not in self._listed_identities for each in live):
                     return  # Saved or fetched since by another process: the copy must not supersede it.
                 commit.commit_step(root, entry.path, entry.step, replaces=replaces and bool(live))
         finally:

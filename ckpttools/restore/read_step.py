@@ -119,9 +119,9 @@ def pair_leaves(
     entry: Entry, templates: Mapping[str, flatten.FlatItem], changes: Changes
 ) -> tuple[RestorePlan, Replan]:
     """Return the plan for one step, and a function that plans with more surgery."""
-    stored = (
-        entry.manifest.contents.get_process_items(*messages.get_process_index_and_count()) if entry.manifest else {}
-    )
+    contents = entry.manifest and entry.manifest.contents
+    stored = contents.get_process_items(*messages.get_process_index_and_count()) if contents else {}
+    changes = dataclasses.replace(changes, stored_exclude=contents.exclude if contents else ())
 
     def replan(more: Sequence[Operation]) -> RestorePlan:
         return make_restore_plan(stored, templates, dataclasses.replace(changes, surgery=changes.surgery + more))

@@ -103,6 +103,14 @@ class TrainingLoop:
                 why="going on from the older state would supersede them.",
                 fix="report = ckpt.restore(state) continues from them; ckpt.restore(state, step=...) begins a branch.",
             )
+        if unforeseen := self.progress.list_unforeseen_steps():
+            self._resources.run.lock.release()
+            names = ", ".join(map(str, unforeseen))
+            raise NotRestoredError(
+                what=f"the restore passed over step {names} of {self._resources.directory}, which is in its place now.",
+                why="it was repaired or saved again, or could not be moved; going on would supersede it.",
+                fix="report = ckpt.restore(state) tries it again; ckpt.restore(state, step=...) begins a branch.",
+            )
         self.progress.branch()
         # Copy the steps that an earlier session could not copy.
         self._resources.update_mirror()

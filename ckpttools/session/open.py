@@ -32,8 +32,8 @@ def open(
         The run, for a `with` statement.
 
     Raises:
-        NotARunError: If the directory is a step, is inside one, or contains another program's checkpoints that were
-            not adopted.
+        NotARunError: If the directory is a step, is inside one, contains other runs, or contains another program's
+            checkpoints that were not adopted.
         StorageError: If the directory cannot be written.
         SpecError: If `spec` is not a `CheckpointSpec`, or cannot be honoured, such as a mirror inside the run's
             directory, or a signal does not exist.

@@ -7,7 +7,7 @@ is known. The position changes in one assignment, so an interrupt leaves either 
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
@@ -39,6 +39,8 @@ class Position:
         memory: Memory of the triggers.
         surgery: Operations that were applied in this run, as code.
         next_sequence: The number of the run's next commit when it was decided to continue from the origin.
+        superseded_steps: The steps that its next save may supersede: not those that were passed over because they were
+            damaged.
         previous_run_s: Seconds of training up to the origin.
         start_time: `time.monotonic()` at the origin.
     """
@@ -50,6 +52,7 @@ class Position:
     memory: Memory
     surgery: tuple[str, ...]
     next_sequence: int
+    superseded_steps: frozenset[int]
     previous_run_s: float
     start_time: float
 
@@ -111,6 +114,7 @@ class RunProgress:
         run_s: float = 0.0,
         surgery: tuple[str, ...] = (),
         next_sequence: int | None = None,
+        passed_over: Set[int] = frozenset(),
     ) -> None:
         """Continue from a restored step, or start from scratch.
 
@@ -121,6 +125,7 @@ class RunProgress:
             run_s: Seconds of training up to it.
             surgery: Operations that were applied in this run, as code.
             next_sequence: The number of the run's next commit when its steps were listed; None for now.
+            passed_over: Steps that were not restored because they were damaged.
         """
         if next_sequence is None:
             next_sequence = self._run.refresh_steps().next_sequence
@@ -132,9 +137,20 @@ class RunProgress:
             memory=memory,
             surgery=surgery,
             next_sequence=next_sequence,
+            superseded_steps=frozenset(self._run.list_superseded_by(step, lineage)) - passed_over,
             previous_run_s=run_s,
             start_time=time.monotonic(),
         )
+
+    def list_unforeseen_steps(self) -> tuple[int, ...]:
+        """Return the steps that the next save would supersede although a restore now would try them first.
+
+        They were damaged when the run was restored, and have been repaired, fetched or saved again since.
+        """
+        if self._position is None:
+            return ()
+        superseded = self._run.list_superseded_by(*self._position.origin)
+        return tuple(step for step in superseded if step not in self._position.superseded_steps)
 
     def branch(self) -> None:
         """Derive the lineage again: another process may have continued the run since the restore."""

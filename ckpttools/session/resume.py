@@ -7,8 +7,9 @@ function, versions of the state, and surgery.
 
 import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..mirror.fetch import Fetcher
@@ -19,7 +20,7 @@ from ..restore.select import BestStep, BranchStep, Selector, resolve_mode
 from ..spec.operations import Operation, as_code
 from ..spec.surgery import Surgery
 from ..spec.trigger_memory import decode_memory
-from ..store.catalogue import MAX_LISTINGS, Entry, were_deleted
+from ..store.catalogue import MAX_LISTINGS, Entry, is_intact_again, were_deleted
 from ..surgery import migrations
 from ..surgery.altered_leaves import list_altered_leaves
 from ..tree.items import require_items
@@ -83,7 +84,8 @@ def restore(
         altered=list_altered_leaves(loaded.plan),
     )
     # Last: a caller that is interrupted before has no report, and so lacks the arrays to continue with.
-    loop.progress.begin(summary.step, summary.lineage, memory, summary.run_s, surgery_codes, next_sequence)
+    passed_over = {each.step for each in report.candidates if each.verdict in ("incomplete", "corrupt")}
+    loop.progress.begin(summary.step, summary.lineage, memory, summary.run_s, surgery_codes, next_sequence, passed_over)
     return report
 
 
@@ -114,13 +116,19 @@ def _load(
         for _ in range(MAX_LISTINGS):
             candidates = multiprocess_restore.list_candidates(group, run, step)
             loaded, tried = load_from(candidates)
-            if loaded is not None or group.count > 1 or not were_deleted(candidates):
+            is_outdated = were_deleted(candidates) if loaded is None else _was_replaced(candidates, loaded)
+            if group.count > 1 or not is_outdated:
                 break
         mirror_error = ""
     else:
         fetcher = Fetcher(run, resources.uploader.mirror, resources.uploader.store)
         loaded, tried, mirror_error = _load_nearest(fetcher, step, load_from)
     return loaded, RestoreReport(step=None, state=dict(state), candidates=tuple(tried), mirror_error=mirror_error)
+
+
+def _was_replaced(candidates: Sequence[Entry], loaded: LoadedStep) -> bool:
+    """Return whether another process replaced a step, or repaired it, after this one had passed over it."""
+    return any(map(is_intact_again, itertools.takewhile(lambda entry: entry is not loaded.entry, candidates)))
 
 
 def _load_nearest(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The object that `ct.open` returns: what a training loop calls.
 
-Each step is decided in `loop`, saved by `saver`, and restored by `resume`; `resources` holds what is open.
-Two rules hold them together: a step that is reported as latest is on the disk, and an error of a background save is
-raised by the very next call.
+Each step is decided in `loop`, saved by `saver`, and restored by `resume`; `resources` holds what is open, and
+`closing` releases it. Two rules hold them together: a step that is reported as latest is on the disk, and an error of a
+background save is raised by the very next call.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +21,7 @@ from ..spec.spec import CheckpointSpec
 from ..spec.state import as_rules
 from . import resume
 from .advice import warn
+from .closing import Closing, save_last_step
 from .last_step import LastStep
 from .loop import TrainingLoop
 from .resources import RunResources
@@ -71,6 +72,7 @@ class Session:
         self.directory = self._resources.directory
         self._loop = TrainingLoop(self._resources, self.close, stop_signals)
         self._saver = self._loop.saver
+        self._closing = Closing(self._resources, self._loop)
         self._last_step = LastStep(as_rules(spec.exclude)) if save_on_exception else None
 
     def __enter__(self) -> Self:
@@ -81,9 +83,10 @@ class Session:
     ) -> None:
         obstacle = ""
         try:
-            obstacle = self._save_last_step(error)
+            if error is not None and self._last_step is not None:
+                obstacle = save_last_step(self._resources, self._loop, self._last_step, error)
         finally:
-            self._close(raise_errors=error is None)
+            self._closing.close(raise_errors=error is None)
         warn(self._loop.describe_unsaved(error, obstacle))
 
     def close(self, *, raise_errors: bool = True) -> None:
@@ -99,60 +102,8 @@ class Session:
             CheckpointError: If the save in progress failed.
             StepOrderError: If it is called in the middle of another call of this session.
         """
-        self._close(raise_errors=raise_errors)
+        self._closing.close(raise_errors=raise_errors)
         warn(self._loop.describe_unsaved())
-
-    def _close(self, *, raise_errors: bool) -> None:
-        guard = self._resources.guard
-        if guard.is_forked:
-            return  # The save, its thread and the lock are the parent's.
-        try:
-            guard.run(lambda: self._wait_and_release(raise_errors=raise_errors))
-        finally:
-            # Also if this was interrupted: a save in progress goes on by itself and keeps the lock until it has ended.
-            if guard.current_call is None:
-                self._release()
-
-    def _wait_and_release(self, *, raise_errors: bool) -> None:
-        waits = not self._loop.stop_request.is_repeated
-        try:
-            try:
-                if waits:
-                    self._saver.wait()
-            finally:
-                if waits:
-                    self._resources.close_mirror()
-        except CheckpointError as failure:
-            if raise_errors:
-                raise
-            # Another error is being raised; this one must neither hide it nor be lost.
-            warn(f"the save in progress failed: {failure}")
-        finally:
-            self._release()
-
-    def _release(self) -> None:
-        self._loop.close()
-        self._resources.group.close()
-        self._saver.close()
-
-    def _save_last_step(self, error: BaseException | None) -> str:
-        """Save the last completed step, if `save_on_exception`; return why it was not saved, as a sentence."""
-        last = self._last_step
-        if error is None or last is None or last.step <= self._loop.progress.saved_step:
-            return ""
-        if self._loop.stop_request.is_repeated:
-            return "A second signal arrived."
-        if self._resources.group.count > 1:
-            return "With several processes, an exception in one of them saves nothing."
-        try:
-            changed = last.find_changed_leaf()
-            if changed:
-                return f"{changed} has changed since step {last.step}."
-            self.save(last.step, last.state, last.metrics, reason=f"{type(error).__name__} ended the loop")
-        except Exception as failure:
-            # Whatever the state's own code raises must not hide the error that ended the loop.
-            return f"The save raised {type(failure).__name__}: {failure}"
-        return ""
 
     @property
     def preempted(self) -> bool:

@@ -25,6 +25,7 @@ from ..store.catalogue import MAX_LISTINGS, Entry, were_deleted
 from ..surgery import migrations, suggest
 from ..surgery.altered_leaves import AlteredLeaf, list_altered_leaves, list_leaves
 from ..surgery.plan import Changes
+from ..surgery.suggestion import Suggestion
 from ..tree import flatten
 from ..tree.items import require_items
 from ..tree.match import Difference
@@ -210,7 +211,7 @@ def preview(
     requested = get_changes(entry)
     plan, replan = pair_leaves(entry, templates, requested)
     differences: Sequence[Difference] = plan.differences
-    suggestion = suggest.find_suggestion(plan, replan) if differences else suggest.Suggestion()
+    suggestion = suggest.find_suggestion(plan, replan) if differences else Suggestion()
     unfit_names = {".".join(each.path) for each in differences}
     return Preview(
         step=entry.step,

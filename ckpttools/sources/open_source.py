@@ -95,7 +95,10 @@ def _read_directory(found: Contents) -> Source:
         single = _find_in_run(found) or catalogue.examine_step(found.path, found.step or 0)
     elif found.kind == "foreign step":
         single = catalogue.make_foreign_entry(found.path, found.step or 0)
-    steps = catalogue.scan(found.path) if single is None else Catalogue((single,))
+    if found.kind == "parent":
+        steps = Catalogue(())  # A run whose name is a number is not a step.
+    else:
+        steps = catalogue.scan(found.path) if single is None else Catalogue((single,))
     return Source(
         name=str(found.path),
         text=found.text,

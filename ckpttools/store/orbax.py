@@ -16,7 +16,6 @@ import dataclasses
 import gc
 import logging
 import pathlib
-import re
 import sys
 import threading
 import types
@@ -34,8 +33,9 @@ from ..errors import StorageError
 from ..threads import run_outside_main_thread
 from ..tree.leaf_paths import Path
 from ..tree.records import Record, get_host_shape
-from ..tree.snapshot import Snapshot, SnapshotLeaf
+from ..tree.snapshot import Snapshot
 from .formats import foreign_layouts
+from .formats.orbax_trees import build_trees, get_leaf, has_sequences, match_stored_containers, put_leaf
 
 _PACKAGE = str(pathlib.Path(str(v0.__file__)).parent)
 
@@ -47,9 +47,6 @@ the main thread, which an exception of a signal handler could keep from releasin
 _DATA_FILE_BYTES = 128 << 20
 """Orbax's default is 2 GB. Smaller files are written in parallel (524 MB on 2 cores: 0.26 s instead of 0.42), and an
 interrupted copy to a mirror has less to repeat."""
-
-_SEQUENCE = 1
-"""Orbax's type code for the key of a list or tuple entry; 2 is that of a dict."""
 
 type HostArrays = dict[str, dict[Path, np.ndarray[Any, Any]]]
 """Arrays on the host by item and path; key data for typed keys."""
@@ -64,7 +61,7 @@ def write(directory: pathlib.Path, snapshot: Snapshot, *, compression: bool) -> 
         compression: Whether to compress with zstd.
     """
     with _allow_transfers():
-        items = _build_trees(snapshot, lambda leaf: leaf.array)
+        items = build_trees(snapshot, lambda leaf: leaf.array)
     if not items:
         directory.mkdir(parents=True)
         return
@@ -96,19 +93,6 @@ def _require_index(directory: pathlib.Path, items: Iterable[str]) -> None:
         )
 
 
-def _build_trees(snapshot: Snapshot, get_array: Callable[[SnapshotLeaf], Any]) -> dict[str, Any]:
-    """Return the leaves to write as nested dicts, for each item that has any."""
-    items: dict[str, Any] = {}
-    for name, item in snapshot.items.items():
-        tree: dict[str, Any] = {}
-        for leaf in item.leaves:
-            if (array := get_array(leaf)) is not None:
-                _put(tree, leaf.record.path, _to_native(leaf.record, array))
-        if tree:
-            items[name] = tree
-    return items
-
-
 def write_shards(directory: pathlib.Path, snapshot: Snapshot, *, is_leader: bool, compression: bool) -> None:
     """Write the shards that this process holds; waits for no other process.
 
@@ -119,7 +103,7 @@ def write_shards(directory: pathlib.Path, snapshot: Snapshot, *, is_leader: bool
         compression: Whether to compress with zstd.
     """
     with _allow_transfers():
-        trees = _build_trees(snapshot, lambda leaf: leaf.array if is_leader else leaf.sharded_array)
+        trees = build_trees(snapshot, lambda leaf: leaf.array if is_leader else leaf.sharded_array)
         for item, tree in trees.items():
             args = v0.args.PyTreeSave(tree, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
             with _saving:
@@ -168,7 +152,7 @@ def read(directory: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> 
         for record in leaves:
             # Also for keys, whose data Orbax reads as a host array: no device is needed.
             if record.is_in_orbax:
-                _put(tree, record.path, np.empty(*get_host_shape(record)))
+                put_leaf(tree, record.path, np.empty(*get_host_shape(record)))
         if tree:
             items[item] = tree
     if not items:
@@ -177,50 +161,21 @@ def read(directory: pathlib.Path, records: Mapping[str, tuple[Record, ...]]) -> 
         loaded = _load(_make_read_context(is_partial=True), directory, items)
     except ReadError:
         # We write dicts only. An adopted step may hold lists and tuples, which Orbax does not treat as dicts.
-        if not _has_sequences(directory, items) or not (shaped := _match_stored_containers(directory, items)):
+        if not has_sequences(directory, items) or not (shaped := _match_stored_containers(directory, items)):
             raise
         loaded = _load(_make_read_context(is_partial=True), directory, shaped)
     return {
-        item: {
-            record.path: _to_host(record, _get(loaded[item], record.path)) for record in leaves if record.is_in_orbax
-        }
+        item: {each.path: _to_host(each, get_leaf(loaded[item], each.path)) for each in leaves if each.is_in_orbax}
         for item, leaves in records.items()
     }
 
 
-def _has_sequences(directory: pathlib.Path, items: Iterable[str]) -> bool:
-    """Return whether Orbax's metadata mentions lists or tuples; read without Orbax, since the step may be damaged."""
-    for item in items:
-        try:
-            place = directory if foreign_layouts.is_bare(directory) else directory / item
-            text = (place / "_METADATA").read_text(errors="replace")
-        except OSError:
-            continue
-        if re.search(rf'"key_type":\s*{_SEQUENCE}\b', text):
-            return True
-    return False
-
-
 def _match_stored_containers(directory: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same trees with lists and tuples where the file has them; empty if it has none."""
-
-    def match_containers(stored: Any, target: Any) -> Any:
-        if isinstance(stored, list | tuple):
-            entries = [match_containers(each, target.get(str(at), {})) for at, each in enumerate(stored)]
-            found.append(True)
-            return entries if isinstance(stored, list) else tuple(entries)
-        if isinstance(stored, Mapping) and isinstance(target, dict):
-            return {name: match_containers(stored[name], each) for name, each in target.items()}
-        # Orbax reads a sequence as a whole, so entries that were not asked for are read, too.
-        return np.empty(stored.shape, stored.dtype) if isinstance(target, dict) else target
-
-    found: list[bool] = []
     try:
         described = _read_metadata(directory)
-        trees = {name: match_containers(described[name], tree) for name, tree in items.items()}
-    except (ReadError, KeyError, TypeError, AttributeError):
+    except ReadError:
         return {}
-    return trees if found else {}
+    return match_stored_containers(described, items)
 
 
 def read_foreign(directory: pathlib.Path) -> dict[str, Any]:
@@ -343,30 +298,10 @@ def _mute_leftovers() -> Iterator[None]:
         logger.disabled, sys.unraisablehook = disabled, hook
 
 
-def _to_native(record: Record, array: Any) -> Any:
-    """Return the array in the form that Orbax stores natively, so that plain Orbax reads typed keys as such."""
-    if record.kind != "key":
-        return array
-    return jax.random.wrap_key_data(array if isinstance(array, jax.Array) else jax.device_put(array), impl=record.dtype)
-
-
 def _to_host(record: Record, loaded: Any) -> np.ndarray[Any, Any]:
     if isinstance(loaded, jax.ShapeDtypeStruct):  # requested by a name that the step's metadata does not have
         raise ReadError(KeyError(f"Orbax did not find {'.'.join(map(str, record.path))}"))
     return np.asarray(jax.random.key_data(loaded) if isinstance(loaded, jax.Array) and record.kind == "key" else loaded)
-
-
-def _put(tree: dict[str, Any], path: Path, value: Any) -> None:
-    *parents, last = map(str, path or ("value",))
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[last] = value
-
-
-def _get(tree: Any, path: Path) -> Any:
-    for name in map(str, path or ("value",)):
-        tree = tree[int(name) if isinstance(tree, list | tuple) else name]
-    return tree
 
 
 policies = v0.checkpoint_managers

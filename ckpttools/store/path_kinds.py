@@ -17,7 +17,7 @@ from . import catalogue, commit, layout, manifest
 from .formats import foreign_layouts
 
 type Kind = Literal[
-    "missing", "file", "empty", "run", "step", "inside", "foreign run", "foreign step", "mirror", "unknown"
+    "missing", "file", "empty", "run", "step", "inside", "foreign run", "foreign step", "mirror", "parent", "unknown"
 ]
 
 _COPY = re.compile(r"(0|[1-9][0-9]{0,17})-[0-9a-f]{8}")
@@ -31,8 +31,8 @@ class Contents:
     Attributes:
         path: The path, absolute.
         kind: "inside" for an item or a deeper part of a step, and for a run's control directory; "foreign step" for one
-            checkpoint of another program and "foreign run" for a directory of them; "unknown" for a directory without
-            steps.
+            checkpoint of another program and "foreign run" for a directory of them; "parent" for a directory of runs
+            that is not one itself; "unknown" for any other directory without steps.
         text: A sentence that begins with the path.
         use: The path that was probably meant; for a foreign run or step the path itself.
         step: Number of the step; None if it is not a step or has no number.
@@ -104,6 +104,12 @@ def _identify_directory(place: pathlib.Path) -> Contents:
     left = foreign_layouts.find_foreign_files(place)
     if text := _describe_foreign_run(place, numbered, left):
         return Contents(path=place, kind="foreign run", text=text, use=place)
+    has_step = any((place / name / layout.MANIFEST).exists() for name in numbered)
+    runs = [] if has_step else sorted(name for name in names if _is_run(place / name))
+    if runs and not layout.get_control_path(place).is_dir():
+        shown = ", ".join(runs[:_SHOWN_STEPS]) + (", ..." if len(runs) > _SHOWN_STEPS else "")
+        text = f"{place} is not a run, but contains {len(runs)} run(s): {shown}."
+        return Contents(path=place, kind="parent", text=text, use=place / runs[0])
     if numbered or (place / layout.CONTROL_DIRECTORY / "superseded").is_dir():
         return Contents(path=place, kind="run", text=f"{place} is a run.", use=place)
     if any(_COPY.fullmatch(name) and (place / name / layout.MANIFEST).exists() for name in names):
@@ -114,6 +120,16 @@ def _identify_directory(place: pathlib.Path) -> Contents:
     shown = ", ".join(sorted(names)[:_SHOWN_STEPS]) + (", ..." if len(names) > _SHOWN_STEPS else "")
     text = f"{place} contains no steps, only {shown}."
     return Contents(path=place, kind="unknown", text=text, use=place)
+
+
+def _is_run(directory: pathlib.Path) -> bool:
+    """Return whether a directory directly contains steps, of ours or of another program; False if it is unreadable."""
+    with contextlib.suppress(OSError):
+        if directory.is_dir() and foreign_layouts.recognize(directory) is None:
+            numbered = (path for path in directory.iterdir() if layout.parse_step_number(path.name) is not None)
+            steps = ((path / layout.MANIFEST).exists() or foreign_layouts.recognize(path) for path in numbered)
+            return any(steps) or bool(foreign_layouts.find_foreign_files(directory).steps)
+    return False
 
 
 def _describe_foreign_run(place: pathlib.Path, numbered: set[str], left: foreign_layouts.ForeignFiles) -> str:
@@ -171,6 +187,9 @@ def suggest_fix(found: Contents) -> str:
             return f"the run is {parent}; start a new run in a directory outside it."
         case "inside":
             return f"use {path}."
+        case "parent":
+            own = layout.get_control_path(parent)
+            return f"{path} is one of the runs; if another one is to begin beside them here: mkdir {own}"
         case "foreign run" if foreign_layouts.find_foreign_files(path).unfinished and not _has_checkpoints(path):
             return "delete it if no process is writing it, or use another directory."
         case "foreign run" if not catalogue.scan(path).entries:

@@ -15,17 +15,18 @@ from . import catalogue, commit, late_metrics, layout, lock, path_kinds
 from .catalogue import Catalogue, Entry
 from .formats import foreign_layouts
 from .manifest import Lineage, read_sealed
+from .manifest import read as read_manifest
 
 
 def require_run_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
     """Return the absolute path of a run's directory.
 
     Raises:
-        NotARunError: If it does not exist, or is a file, a step or part of one: a misspelt path must not be mistaken
-            for an intact or empty run.
+        NotARunError: If it does not exist, or is a file, a step or part of one, or contains runs: a misspelt path must
+            not be mistaken for an intact or empty run.
     """
     found = path_kinds.identify(directory)
-    if found.kind in ("missing", "file", "step", "inside"):
+    if found.kind in ("missing", "file", "step", "inside", "parent"):
         raise path_kinds.make_not_a_run_error(found, "a run is a directory with a numbered directory for each step.")
     return found.path
 
@@ -89,9 +90,29 @@ class RunDirectory:
             commit.require_writable(self.directory)
             self.lock.acquire()
             with commit.wrap_os_errors(f"what a killed process left in {self.directory} cannot be removed"):
+                self._put_back_kept_steps()
                 commit.sweep(self.directory)
                 lock.sweep_pins(self.directory)
             self.invalidate()
+
+    def _put_back_kept_steps(self) -> None:
+        """Move whole steps from the trash back if they are pinned, or metrics were recorded for them.
+
+        Another process may have done that right before the step was moved; a writer that was killed could not put it
+        back. The next save decides again what is kept.
+        """
+        trash, pins = layout.get_control_path(self.directory, "trash"), catalogue.read_pins(self.directory)
+        files = late_metrics.read_files(self.directory, late_metrics.list_names(self.directory))
+        recorded = {each.key for each in files.values()}
+        for path in sorted(trash.iterdir()) if trash.is_dir() and (pins or recorded) else ():
+            with contextlib.suppress(StepDamagedError, VersionError, NotADirectoryError):
+                summary = read_manifest(path).summary
+                if summary.step in pins or late_metrics.get_key(summary) in recorded:
+                    place = layout.get_step_directory(self.directory, summary.step)
+                    if os.path.lexists(place):
+                        aside = layout.get_control_path(self.directory, "superseded")
+                        place = layout.find_free_path(aside, str(summary.step))
+                    commit.move(path, place)
 
     @contextlib.contextmanager
     def hold_for_writing(self) -> Iterator[None]:

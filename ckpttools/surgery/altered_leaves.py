@@ -21,8 +21,9 @@ class AlteredLeaf:
 
     Attributes:
         name: Its name in the state; "" for a leaf on disk that is dropped or excluded.
-        action: "renamed", "copied", "stacked", "unstacked", "merged", "split", "transposed", "cast", "sliced" and
-            "padded", joined by commas, or "kept", "dropped" or "excluded" (on disk, but not state); "" if it is
+        action: "renamed", "copied", "stacked", "unstacked", "merged", "split", "transposed", "cast", "sliced",
+            "padded", "wrapped" (key data on disk, typed keys in the state) and "unwrapped" (the reverse), joined by
+            commas, or "kept", "dropped" or "excluded" (on disk, but not state); "" if it is
             restored unchanged.
         source: Its name on disk; for a joined leaf, the name of the first part; "" if the state keeps its value.
         before: Dtype and shape on disk.
@@ -68,12 +69,14 @@ def _describe_leaf(leaf: PlacedLeaf) -> AlteredLeaf:
     actions = ["renamed"] if source.path != source.stored_path and not source.actions else []
     # One leaf may be transposed in each of the parts that are joined.
     actions += dict.fromkeys(action for each in (*source.parts, source) for action in each.actions)
-    if source.record.kind in ("array", "empty"):
+    if source.record.kind != "value":
         changes = (*source.operations, *(each for part in source.parts for each in part.operations))
         actions += ["cast"] if any(isinstance(each, Cast) for each in changes) else []
         if len(source.shape) == len(target.shape):
             actions += ["sliced"] if needs_slice(source.shape, target.shape) else []
             actions += ["padded"] if needs_pad(source.shape, target.shape) else []
+    if "key" in (source.record.kind, target.kind) and source.record.kind != target.kind:
+        actions.append("wrapped" if target.kind == "key" else "unwrapped")
     stored = list(source.iterate_stored())
     more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
     return AlteredLeaf(

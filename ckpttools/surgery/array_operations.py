@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import StructureError
 from ..spec.operations import Cast, Join, Operation, Pad, Slice, Stack, as_code
+from ..tree.leaves import is_key
 from ..tree.records import Record, get_host_shape, parse_dtype
 from .resize import Shape, compute_resized_shape, locate_block, needs_slice
 
@@ -86,20 +87,23 @@ def apply(
         StructureError: If the new dtype cannot hold a value, or the state has no values to fill with.
     """
     found = np.zeros(*get_host_shape(record)) if array is None else array
+    target_shape = get_host_shape(target)[0]  # The data of keys has one more axis, which no operation changes.
     for operation in operations:
         if isinstance(operation, Cast):
             found = cast(name, operation, found)
-    if len(found.shape) != len(target.shape):
+    if len(found.shape) != len(target_shape):
         return found
     # Slices come first, so that the padded array has its final shape. The two never change the same axis.
     for operation in operations:
-        if isinstance(operation, Slice) and needs_slice(found.shape, target.shape):
-            resized = compute_resized_shape(operation, found.shape, target.shape)
+        if isinstance(operation, Slice) and needs_slice(found.shape, target_shape):
+            resized = compute_resized_shape(operation, found.shape, target_shape)
             found = found[locate_block(operation, found.shape, resized)]
     for operation in operations:
-        if isinstance(operation, Pad) and found.shape != target.shape:
-            padded = _make_filled_array(name, operation, target.shape, found.dtype, template)
-            padded[locate_block(operation, found.shape, target.shape)] = found
+        if isinstance(operation, Pad) and found.shape != target_shape:
+            # Keys that are all one number would draw the same values: whatever `fill` is, they come from the state.
+            padding = Pad(operation.pattern, start=operation.start) if target.kind == "key" else operation
+            padded = _make_filled_array(name, padding, target_shape, found.dtype, template)
+            padded[locate_block(operation, found.shape, target_shape)] = found
             found = padded
     return np.ascontiguousarray(found) if found.ndim else found
 
@@ -133,7 +137,7 @@ def require_values(name: str, template: Any, code: str) -> Array:
             why="this process cannot read the values that would be kept.",
             fix="ct.Pad(..., fill=0.0), or apply the surgery in a single process first.",
         )
-    return np.asarray(template)
+    return np.asarray(jax.random.key_data(template) if is_key(template) else template)
 
 
 def _make_fill_value(name: str, operation: Pad, dtype: np.dtype[Any]) -> Array:

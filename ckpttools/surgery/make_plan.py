@@ -6,7 +6,7 @@ Without surgery, leaves of equal names are paired, and whatever does not fit is 
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,11 +15,12 @@ from ..spec.operations import Operation
 from ..spec.state import Exclude, find_exclusion, find_exclusion_of_all
 from ..tree.flatten import FlatItem
 from ..tree.leaf_paths import Names, Path, to_names
-from ..tree.leaves import Leaf, describe, is_array
+from ..tree.leaves import Leaf, describe, is_array, is_key
 from ..tree.match import Difference, add_closest_names, compare, mask_numbers
-from ..tree.records import Kind, Record
+from ..tree.records import Kind, Record, get_host_shape
 from .array_operations import require_values
 from .plan import Changes, PlacedLeaf, RestorePlan, SourceLeaf
+from .recomputed import find_recomputed
 from .renaming import Parts, find_outermost_depth
 from .resize import compute_shape
 from .stored_leaves import StoredItem, StoredLeaves, make_unmatched_error
@@ -53,7 +54,12 @@ class _LeafMatcher:
     """Pairs the leaves of a state with the leaves on disk."""
 
     def __init__(self, table: StoredLeaves, templates: Mapping[str, FlatItem], changes: Changes) -> None:
-        self._table, self._templates, only = table, _leave_out(templates, changes.exclude), changes.only
+        shared = {
+            source.path
+            for source in table.sources
+            if not source.opaque and find_exclusion(changes.stored_exclude, source.stored_path)
+        }
+        self._table, self._templates, only = table, _leave_out(templates, changes.exclude, shared), changes.only
         self._rules = changes.exclude
         self._excluded = frozenset(
             to_names((item, *path)) for item, flat in self._templates.items() for path, _ in flat.excluded
@@ -116,6 +122,7 @@ class _LeafMatcher:
             excluded_leaves=tuple(excluded),
             sources=tuple(self._table.sources),
             state_records=self._describe_state() if differences else {},
+            recomputed_paths=self._find_recomputed() if differences else frozenset(),
         )
 
     def _is_excluded(self, source: SourceLeaf) -> bool:
@@ -133,6 +140,10 @@ class _LeafMatcher:
     def _is_state(self, path: Names) -> bool:
         """Return whether the state has a leaf of that name, which may also have a name that no rule leaves out."""
         return path in self._leaf_names or (path[-1] == "value" and path[:-1] in self._leaf_names)
+
+    def _find_recomputed(self) -> frozenset[Names]:
+        types = {name for rule in self._rules for name in rule.types}
+        return find_recomputed([source.path for source in self._table.sources], self._leaf_names, self._excluded, types)
 
     def _describe_state(self) -> dict[Names, Record]:
         leaves = ((item, leaf) for item, flat in self._templates.items() for leaf in flat.leaves)
@@ -178,21 +189,32 @@ class _LeafMatcher:
                 Difference(kind="missing", path=path, text="not on disk", expected=_make_record(leaf))
             )
             return PlacedLeaf(path=path, source=None, target=None, template=leaf.value)
-        target = _make_target_record(source, leaf)
+        target = _convert_keys(_make_target_record(source, leaf), leaf)
         difference = compare(item, leaf, target)
         if difference is not None:
             self._differences.append(difference)
         return PlacedLeaf(path=path, source=source, target=target, template=leaf.value)
 
 
-def _leave_out(templates: Mapping[str, FlatItem], rules: Sequence[Exclude]) -> dict[str, FlatItem]:
-    """Return the items of the state without the excluded leaves, which keep their values."""
+def _leave_out(
+    templates: Mapping[str, FlatItem], rules: Sequence[Exclude], shared: Collection[Names]
+) -> dict[str, FlatItem]:
+    """Return the items of the state without the excluded leaves, which keep their values.
+
+    Args:
+        templates: The items.
+        rules: What is excluded.
+        shared: Names of leaves on disk that no pattern excludes, because their variable had another name, too.
+    """
     found = {}
     for item, flat in templates.items():
         reasons = {
             leaf.path: find_exclusion_of_all(rules, [(item, *path) for path in (leaf.path, *leaf.aliases)], leaf.types)
             for leaf in flat.leaves
         }
+        for path, reason in reasons.items() if shared else ():
+            is_pattern = bool(reason) and any(reason in rule.paths for rule in rules)
+            reasons[path] = "" if is_pattern and to_names((item, *path)) in shared else reason
         roots = {root: find_exclusion(rules, (item, *root)) for root in flat.skeletons}
         found[item] = FlatItem(
             [leaf for leaf in flat.leaves if not reasons[leaf.path]],
@@ -212,6 +234,22 @@ def _add_hints(differences: list[Difference]) -> tuple[Difference, ...]:
 def _make_record(leaf: Leaf) -> Record:
     """Return a leaf of the state as a record, for messages."""
     return describe("", leaf) if is_array(leaf.value) else Record(path=leaf.path, kind="value")
+
+
+def _convert_keys(target: Record, leaf: Leaf) -> Record:
+    """Return the record of key data on disk as typed keys, if the state has typed ones there; or the reverse.
+
+    Flax's msgpack files and `jax.random.PRNGKey` hold the data of a key as an ordinary array: its bits are the same.
+    """
+    if not is_array(leaf.value) or is_key(leaf.value) == (target.kind == "key"):
+        return target
+    here = _make_record(leaf)
+    forms = [(*get_host_shape(record),) for record in (target, here) if record.kind != "value"]
+    if len(forms) < 2 or forms[0] != forms[1] or 0 in here.shape:
+        return target
+    return dataclasses.replace(
+        target, kind=here.kind, shape=here.shape, dtype=here.dtype, digest="", slices=(), scalar="", weak_type=False
+    )
 
 
 def _make_target_record(source: SourceLeaf, leaf: Leaf) -> Record:

@@ -33,12 +33,15 @@ class Changes:
         surgery: Surgery that the caller requested; each operation must match something.
         only: Patterns of the leaves to restore; all others keep their values. Empty for all leaves.
         exclude: Which variables are not state: those of the state keep their values, those on disk are ignored.
+        stored_exclude: The rules that the step was saved with. A leaf that it has although one of their patterns names
+            it is a variable that also had a name outside; a functional state does not know that name.
     """
 
     migrations: tuple[Surgery, ...] = ()
     surgery: Surgery = dataclasses.field(default_factory=Surgery)
     only: tuple[str, ...] = ()
     exclude: tuple[Exclude, ...] = DEFAULT_RULES
+    stored_exclude: tuple[Exclude, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +159,8 @@ class RestorePlan:
         skeletons: Containers of stateful objects, by item of the state and path.
         sources: All leaves on disk that are not dropped, under the names that they have after the operations.
         state_records: Every leaf of the state as a record; empty if nothing differs.
+        recomputed_paths: Those of `sources` that are not state although nothing on disk says so; empty if nothing
+            differs.
     """
 
     placed_leaves: tuple[PlacedLeaf, ...]
@@ -165,6 +170,7 @@ class RestorePlan:
     excluded_leaves: tuple[SourceLeaf, ...] = ()
     sources: tuple[SourceLeaf, ...] = ()
     state_records: Mapping[Names, Record] = dataclasses.field(default_factory=dict)
+    recomputed_paths: frozenset[Names] = frozenset()
 
     def collect_records(self) -> dict[str, tuple[Record, ...]]:
         """Return the leaves to read, by the item they are stored under."""
@@ -192,7 +198,7 @@ class RestorePlan:
                 continue
             source, target, item = leaf.source, leaf.target, items[leaf.path[0]]
             array = source.assemble(read)
-            if source.is_changed and source.record.kind in ("array", "empty"):
+            if source.is_changed and source.record.kind != "value":
                 resizing = [each for each in source.operations if isinstance(each, Operation)]
                 array = array_operations.apply(
                     ".".join(leaf.path), resizing, source.record, array, target, leaf.template

@@ -115,7 +115,8 @@ class StoredLeaves:
 
 def _add_operation(source: SourceLeaf, operation: Operation, matches: frozenset[Names]) -> SourceLeaf:
     """Return the leaf with an operation appended, if the operation applies to it."""
-    if source.opaque or source.record.kind not in ("array", "empty") or not find_outermost_depth(source.path, matches):
+    kinds = ("array", "empty") if isinstance(operation, Cast) else ("array", "empty", "key")
+    if source.opaque or source.record.kind not in kinds or not find_outermost_depth(source.path, matches):
         return source
     if isinstance(operation, Cast):
         if source.dtype != operation.from_dtype:

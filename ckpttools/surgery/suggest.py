@@ -2,7 +2,7 @@
 """Report differences by leaf path, and suggest the surgery that would remove them, with what it would lose.
 
 The suggestion is a guess and is never applied without a request. Each leaf of the state without a match on disk is
-traced to its likely source (`suggestion.tracing`), and the traces are written as few operations. A leaf without a
+traced to its likely source (`source_tracing.tracing`), and the traces are written as few operations. A leaf without a
 source keeps its value in the state, a leaf on disk without a target is dropped, and the first line of the suggestion
 counts both.
 
@@ -14,98 +14,23 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import jax.numpy as jnp
-
-from remattools.text import format_bytes
-
 from ..errors import CheckpointError, StructureError
 from ..spec.operations import DTYPES, Cast, Drop, Operation, Pad, Reinit, Slice, Transpose, as_code
 from ..tree.leaf_paths import Names
 from ..tree.match import Difference, mask_numbers
-from ..tree.records import Record, count_host_bytes, parse_dtype
+from ..tree.records import Kind, Record, count_host_bytes
 from .plan import PlacedLeaf, RestorePlan, SourceLeaf
 from .resize import needs_pad, needs_slice
 from .source_tracing.patterns import find_covering_patterns, make_patterns
 from .source_tracing.tracing import Trace, trace_leaves
 from .source_tracing.write_moves import MAX_OPERATIONS, TooManyOperationsError, write_moves
+from .suggestion import Suggestion, list_leaf_names
 
 type Replan = Callable[[Sequence[Operation]], RestorePlan]
 """Returns the plan with more operations after the requested ones."""
 
 _MAX_LINES = 100
 """Above this number, leaves are grouped by kind."""
-_MAX_NAMES = 4
-"""Names of lost leaves in the first line of a suggestion."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Suggestion:
-    """Operations that would make a step fit, and what they lose; falsy if there are none.
-
-    Attributes:
-        operations: The operations.
-        fresh_leaves: Leaves of the state that would keep their values, wholly or in part.
-        fresh_bytes: Bytes of those values.
-        lost_leaves: Leaves on disk that would not be used, wholly or in part.
-        lost_bytes: Bytes of the unused values.
-        stored_bytes: Bytes of all leaves on disk of the state's items.
-        reason: Why nothing is suggested, if nothing is.
-        assumptions: What the names do not say and the caller has to check, each as a clause.
-    """
-
-    operations: tuple[Operation, ...] = ()
-    fresh_leaves: tuple[str, ...] = ()
-    fresh_bytes: int = 0
-    lost_leaves: tuple[str, ...] = ()
-    lost_bytes: int = 0
-    stored_bytes: int = 0
-    reason: str = ""
-    assumptions: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.operations)
-
-    @property
-    def verdict(self) -> str:
-        """Return what the operations lose, as a clause that follows "this surgery"."""
-        if not self.operations:
-            return ""
-        losses = []
-        if self.lost_leaves:
-            losses.append(
-                f"throws away {format_bytes(self.lost_bytes)} of the {format_bytes(self.stored_bytes)} on disk, in "
-                f"{_list_names(self.lost_leaves)}"
-            )
-        if self.fresh_leaves:
-            losses.append(
-                f"leaves {format_bytes(self.fresh_bytes)} of the state as initialised, in "
-                f"{_list_names(self.fresh_leaves)}"
-            )
-        check = "".join(f"; check {each}" for each in self.assumptions)
-        if not losses:
-            rounded = [each for each in self.operations if isinstance(each, Cast) and _rounds(each)]
-            note = (
-                f", but values are rounded to {', '.join(sorted({each.to_dtype for each in rounded}))}"
-                if rounded
-                else ""
-            )
-            return f"fixes it: nothing on disk is lost and nothing in the state stays as initialised{note}{check}"
-        kept = "" if self.lost_leaves else "keeps everything on disk and "
-        return kept + " and ".join(losses) + check
-
-
-def _rounds(cast: Cast) -> bool:
-    try:
-        before, after = (jnp.finfo(parse_dtype(name)) for name in (cast.from_dtype, cast.to_dtype))  # type: ignore[no-untyped-call]
-    except ValueError:
-        return False  # Between integers, or from one to the other: a value that does not fit is an error.
-    return bool(before.nmant > after.nmant)
-
-
-def _list_names(names: Sequence[str]) -> str:
-    rest = len(names) - _MAX_NAMES
-    shown = ", ".join(names[:_MAX_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")
-    return f"{len(names):,} {'leaf' if len(names) == 1 else 'leaves'} ({shown})"
 
 
 def require_match(step: int, plan: RestorePlan, replan: Replan, requested_operations: Sequence[Operation] = ()) -> None:
@@ -188,12 +113,12 @@ def _list_assumptions(traces: Sequence[Trace]) -> tuple[str, ...]:
             ".".join(path) for trace in fused for path in (trace.targets if trace.how == "merge" else trace.sources)
         ]
         pieces = "{" + ",".join(fused[0].pieces) + "}"
-        found.append(f"that {pieces} is the order of the pieces in {_list_names(names)}: the name does not say it")
+        found.append(f"that {pieces} is the order of the pieces in {list_leaf_names(names)}: the name does not say it")
     squares = [".".join(path) for trace in traces if trace.assumption == "square" for path in trace.sources]
     if squares:
         found.append(
-            f"whether {_list_names(squares)} must be transposed: PyTorch stores a weight as (out, in), and a square "
-            f"one fits either way"
+            f"whether {list_leaf_names(squares)} must be transposed: PyTorch stores a weight as (out, in), and a "
+            f"square one fits either way"
         )
     return tuple(found)
 
@@ -255,7 +180,7 @@ def _write_array_operations(
             record, shape = records[path], source.shape
             if trace.axes:
                 transposed.setdefault(trace.axes if len(trace.axes) > 2 else (), []).append(path)
-            if record.kind not in ("array", "empty"):
+            if record.kind == "value":
                 continue
             if record.dtype != source.dtype and {record.dtype, source.dtype} <= set(DTYPES):
                 cast.setdefault((source.dtype, record.dtype), []).append(path)
@@ -322,8 +247,10 @@ def _weigh(plan: RestorePlan, after: RestorePlan, operations: tuple[Operation, .
         if leaf.source is not None and old_bytes:
             lost.append(".".join(leaf.source.stored_path))
             lost_bytes += old_bytes
+    recomputed = {source.stored_path for source in plan.sources if source.path in plan.recomputed_paths}
+    ignored = [source for source in after.dropped_leaves if source.stored_path in recomputed]
     for source in after.dropped_leaves:
-        if source.stored_path not in given_up and source.record.digest not in digests:
+        if source.stored_path not in given_up | recomputed and source.record.digest not in digests:
             lost.append(".".join(source.stored_path))
             lost_bytes += count_host_bytes([source.record])
     kept = {leaf.path[0] for leaf in after.placed_leaves if leaf.source is not None}
@@ -331,14 +258,19 @@ def _weigh(plan: RestorePlan, after: RestorePlan, operations: tuple[Operation, .
     if emptied:
         reason = f"no leaf on disk is a likely source of {' or '.join(map(repr, sorted(emptied)))}"
         return Suggestion(reason=reason)
-    stored = {each.stored_path: each.record for each in (*used, *after.dropped_leaves)}
+    keys = {".".join(path) for path, record in plan.state_records.items() if record.kind == "key"}
+    stored = {
+        each.stored_path: each.record for each in (*used, *after.dropped_leaves) if each.stored_path not in recomputed
+    }
     return Suggestion(
         operations=operations,
         fresh_leaves=tuple(fresh),
         fresh_bytes=fresh_bytes,
+        fresh_keys=tuple(name for name in fresh if name in keys),
         lost_leaves=tuple(lost),
         lost_bytes=lost_bytes,
         stored_bytes=count_host_bytes(stored.values()),
+        ignored_leaves=tuple(".".join(source.stored_path) for source in ignored),
     )
 
 
@@ -357,4 +289,5 @@ def _weigh_leaf(leaf: PlacedLeaf, record: Record) -> tuple[int, int]:
 
 
 def _scale(record: Record, count: int) -> int:
-    return count * count_host_bytes([dataclasses.replace(record, kind="array", shape=(1,), value=None)])
+    kind: Kind = "key" if record.kind == "key" else "array"
+    return count * count_host_bytes([dataclasses.replace(record, kind=kind, shape=(1,), value=None)])

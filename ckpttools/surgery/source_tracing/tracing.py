@@ -18,8 +18,9 @@ from typing import Literal
 
 from ...tree.leaf_paths import Names
 from ...tree.match import is_transposed
-from ...tree.records import Record
+from ...tree.records import Record, get_host_shape
 from ..plan import RestorePlan, SourceLeaf
+from ..resize import Shape
 from .arrangements import find_order, list_fused, list_plain, list_stacked, list_transposed
 from .kinds import Arrangement, Candidate, Form, find_slots, list_numbers, mask_path, pair_candidates, split_words
 
@@ -81,10 +82,17 @@ def trace_leaves(plan: RestorePlan) -> list[Trace]:
             tracer.transpose()
         for stage in (tracer.rename, tracer.stack, tracer.unstack, tracer.split, tracer.merge, tracer.transpose):
             stage()
+    tracer.convert_keys()
     tracer.match_same_names(lambda old, new: _can_resize(old.shape, new.shape))
     tracer.resize()
     tracer.copy()
     return tracer.finish()
+
+
+def _get_data_form(record: Record, shape: Shape) -> Form:
+    """Return the form of an array, or of the data of typed keys, which is stored in that of an array."""
+    host_shape, dtype = get_host_shape(dataclasses.replace(record, shape=shape))
+    return ("array", dtype.name, host_shape)
 
 
 def _can_resize(old: Sequence[int], new: Sequence[int]) -> bool:
@@ -98,7 +106,11 @@ class _Tracer:
         self.exact, self.strict = True, True
         unfit = {each.path for each in plan.differences}
         self._records = dict(plan.state_records)
-        self._sources = {source.path: source for source in plan.sources if not source.opaque}
+        self._sources = {
+            source.path: source
+            for source in plan.sources
+            if not source.opaque and source.path not in plan.recomputed_paths
+        }
         # A whole item that is missing has one difference.
         lacking = {path for path in self._records if path in unfit or path[:1] in unfit}
         placed = {leaf.path: leaf.source for leaf in plan.placed_leaves if leaf.source is not None}
@@ -168,7 +180,9 @@ class _Tracer:
         """Pair leaves of equal names that differ in dtype or size."""
         for path in [path for path in self.wanted if path in self.stored]:
             old, new = self.stored[path], self.wanted[path]
-            if {old.record.kind, new.kind} <= {"array", "empty"} and is_alike(old, new):
+            are_arrays = {old.record.kind, new.kind} <= {"array", "empty"}
+            are_keys = old.record.kind == new.kind == "key" and old.dtype == new.dtype
+            if (are_arrays or are_keys) and is_alike(old, new):
                 self._add(Trace(how="rename", old=path, new=path, sources=(path,), targets=(path,)))
 
     def has_other_dtypes(self) -> bool:
@@ -191,6 +205,21 @@ class _Tracer:
     def transpose(self) -> None:
         """Pair leaves with those whose axes are in another order."""
         self._pair("rename", list_transposed(self._list_stored()), list_plain(self._list_wanted()))
+
+    def convert_keys(self) -> None:
+        """Pair typed keys with arrays of their data, and the reverse: `compare` accepts both."""
+        for stored_kind, wanted_kind in (("array", "key"), ("key", "array")):
+            stored = [
+                Candidate(path, _get_data_form(source.record, source.shape), (path,))
+                for path, source in self.stored.items()
+                if source.record.kind == stored_kind and source.dtype == source.record.dtype
+            ]
+            wanted = [
+                Candidate(path, _get_data_form(record, record.shape), (path,))
+                for path, record in self.wanted.items()
+                if record.kind == wanted_kind
+            ]
+            self._pair("rename", stored, wanted)
 
     def stack(self) -> None:
         """Pair arrays with the layers that they consist of."""
@@ -223,7 +252,11 @@ class _Tracer:
         changes = {_get_change(trace.old, trace.new) for trace in self._traces if trace.how == "rename"}
 
         def make_candidates(leaves: Iterable[tuple[Names, Form]]) -> list[Candidate]:
-            return [Candidate(path, (kind, "", (len(shape),)), (path,)) for path, (kind, _, shape) in leaves if shape]
+            return [
+                Candidate(path, (kind, dtype if kind == "key" else "", (len(shape),)), (path,))
+                for path, (kind, dtype, shape) in leaves
+                if shape
+            ]
 
         for old, new in pair_candidates(make_candidates(self._list_stored()), make_candidates(self._list_wanted())):
             shapes = self._sources[old.path].shape, self._records[new.path].shape

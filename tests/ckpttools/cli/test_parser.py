@@ -23,11 +23,11 @@ def test_each_command_takes_a_run_and_json(command):
     assert parse(command, "runs/exp1", *rest).json is False, "control"
 
 
-def test_steps_to_pin_are_numbers():
-    assert parse("pin", "run", "10", "20").steps == [10, 20]
-    with pytest.raises(SystemExit) as ended:
-        parse("pin", "run", "newest")
-    assert ended.value.code == parser.EXIT_FAILED
+def test_options_may_stand_between_the_arguments():
+    for argv in (["run", "10", "20", "--json"], ["run", "--json", "10", "20"], ["--json", "run", "10", "20"]):
+        args = parse("pin", *argv)
+        assert (args.steps, args.json) == (["10", "20"], True)
+    assert parse("pin", "run/10").steps == []
 
 
 def test_fetch_without_a_step_means_the_newest():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import ckpttools as ct
+from ckpttools.cli.main import main
 from ckpttools.store import path_kinds
 from tests.ckpttools.restore.test_first_intact import spec_for
 from tests.ckpttools.store.writers import RUNS, SINGLES, write, write_unfinished
@@ -146,3 +147,52 @@ def test_runs_may_be_named_by_numbers(golden, tmp_path):
     for name in ("1", "2"):
         with ct.open(ct.CheckpointSpec(directory=tmp_path / "runs" / name)):
             pass
+
+
+@pytest.fixture(params=["named", "numbered", "foreign"])
+def runs(request, tmp_path):
+    """A directory of runs, and the name of the first."""
+    names = ("1", "2") if request.param == "numbered" else ("exp1", "exp2")
+    place = tmp_path / "runs"
+    (place / "logs").mkdir(parents=True)
+    for name in names:
+        if request.param == "foreign":
+            write(RUNS["manager"], place / name)
+        else:
+            with ct.open(spec_for(place / name)) as ckpt:
+                ckpt.save(10, {"model": {"w": np.zeros(3)}})
+    return place, names
+
+
+def test_a_run_does_not_begin_in_a_directory_of_runs(runs, capsys):
+    place, names = runs
+    before = snapshot_of(place)
+    with pytest.raises(ct.NotARunError) as caught:
+        ct.open(ct.CheckpointSpec(directory=place))
+    assert caught.value.kind == "parent"
+    assert f"contains 2 run(s): {', '.join(names)}" in caught.value.what
+    assert str(place / names[0]) in caught.value.fix
+    for command in ("ls", "verify", "show", "repair"):
+        assert main([command, str(place)]) != 0
+        assert "contains 2 run(s)" in "".join(capsys.readouterr())
+    assert snapshot_of(place) == before
+
+
+def test_a_run_beside_others_begins_where_that_is_meant(run):
+    place = run.parent
+    with pytest.raises(ct.NotARunError):
+        ct.open(spec_for(place))
+    (place / ".ckpttools").mkdir()
+    for step in (1, 2):
+        with ct.open(spec_for(place)) as ckpt:
+            ckpt.restore({"a": 0})
+            ckpt.save(1000 + step, {"a": step})
+    assert 1002 in [row.step for row in ct.ls(place)]
+
+
+def test_a_second_run_inside_the_directory_of_an_open_one_is_no_obstacle(tmp_path):
+    """A run and its EMA: the outer one may be interrupted before its first step."""
+    with ct.open(spec_for(tmp_path / "exp")), ct.open(spec_for(tmp_path / "exp" / "ema")) as ema:
+        ema.save(1, {"a": 1})
+    with ct.open(spec_for(tmp_path / "exp")) as ckpt:
+        assert ckpt.restore({"a": 0}).step is None

@@ -22,7 +22,8 @@ import ckpttools as ct
 from ckpttools.spec.operations import Operation, as_code
 from ckpttools.surgery.make_plan import make_restore_plan
 from ckpttools.surgery.plan import Changes, RestorePlan
-from ckpttools.surgery.suggest import Suggestion, find_suggestion
+from ckpttools.surgery.suggest import find_suggestion
+from ckpttools.surgery.suggestion import Suggestion
 from ckpttools.tree import flatten, snapshot
 from ckpttools.tree.write_back import fill_state
 

@@ -198,6 +198,51 @@ def test_a_variable_with_a_name_outside_the_rule_is_state(tmp_path):
     assert names(tmp_path / "plain") == ["model.head.kernel"]
 
 
+def test_a_functional_state_gets_a_variable_with_a_name_outside_the_rule(tmp_path):
+    """`nnx.split` keeps the first name of a shared variable only; the step knows that it had another one."""
+    rule = ct.Exclude(paths=("model.debug",))
+    save(tmp_path, {"model": Tied(5.0)}, exclude=rule)
+    for read in (lambda state: restore(tmp_path, state, exclude=rule), lambda state: ct.load(tmp_path, state)):
+        report = read({"model": nnx.split(Tied())[1]})
+        assert report.state["model"]["debug"]["last"]["kernel"][0, 0] == 5.0
+        assert not report.altered
+    save(tmp_path / "plain", {"model": Tied(5.0, is_shared=False)}, exclude=rule)  # control: not shared, so not state
+    state = restore(tmp_path / "plain", {"model": nnx.state(Tied(is_shared=False))}, exclude=rule).state["model"]
+    fresh = nnx.state(Tied(is_shared=False))
+    assert jnp.array_equal(state["debug"]["last"]["kernel"], fresh["debug"]["last"]["kernel"])
+    assert state["head"]["kernel"][0, 0] == 5.0
+
+
+class Normed(nnx.Module):
+    def __init__(self, value=0.0):
+        self.w = nnx.Param(jnp.full(2, value))
+        self.layer = nnx.Dict(mean=nnx.BatchStat(jnp.full(2, value)), hits=nnx.Cache(jnp.full(2, value)))
+
+
+FORMS = {
+    "live": (lambda model: model, "model.{}"),
+    "state": (nnx.state, "model.{}"),
+    "state in a dict": (lambda model: {"net": nnx.state(model)}, "model.net.{}"),
+    "graph definition and state": (nnx.split, "model.1.{}"),
+    "flat state": (lambda model: dict(enumerate(nnx.to_flat_state(nnx.state(model)).leaves)), ""),
+    "variables": (lambda model: {"w": model.w, "layer": dict(model.layer)}, "model.{}"),
+}
+
+
+@pytest.mark.parametrize(("form", "name"), FORMS.values(), ids=list(FORMS))
+@pytest.mark.parametrize(("types", "left_out"), [(("BatchStat",), "layer.mean"), (("Cache",), "layer.hits")], ids=str)
+def test_a_type_excludes_variables_in_every_form_of_a_state(tmp_path, form, name, types, left_out):
+    rule = ct.Exclude(types=types)
+    save(tmp_path, {"model": form(Normed(5.0))}, exclude=rule)
+    ((excluded, reason),) = ct.show(tmp_path).excluded
+    assert reason == types[0]
+    assert not name or excluded == name.format(left_out)
+    assert len(names(tmp_path)) == 2, "control: the other two are saved"
+    state = restore(tmp_path, {"model": form(Normed(1.0))}, exclude=rule).state
+    values = [float(leaf[0]) for leaf in jax.tree.leaves(state)]
+    assert sorted(values) == [1.0, 5.0, 5.0]
+
+
 class Buffered(Source):
     def get_state(self):
         return {"position": self.position, "buffer": [jnp.ones(2)]}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import ckpttools as ct
-from ckpttools.store import catalogue, digest, layout
+from ckpttools.store import digest, layout
 
 
 def state(value=0.0):
@@ -102,22 +102,6 @@ def test_opening_a_thousand_steps_reads_summaries_and_no_leaf(tmp_path, monkeypa
         assert ckpt.latest_step() == 1000
     assert 1000 <= len(parsed) <= 4010  # seal and summary of each step, at the opening and at the question
     assert max(parsed) < len(lines[2])  # the leaves are in the third line
-
-
-@pytest.mark.parametrize("damage", ["{", "[" * 100_000, '{"steps": [30], "digest": "xxh3:0"}', "[1e400]"])
-def test_damaged_pins_are_read_from_their_second_copy(run, damage):
-    assert catalogue.has_intact_pins(run)
-    catalogue.write_pins(run, frozenset({20}))
-    layout.get_control_path(run, "pins.json").write_text(damage)
-    assert catalogue.read_pins(run) == frozenset({20})
-    assert not catalogue.has_intact_pins(run)
-
-
-def test_without_a_whole_list_of_pins_the_run_still_opens(run):
-    layout.get_control_path(run, "pins.json").write_text("{")
-    assert catalogue.read_pins(run) == frozenset()
-    with ct.open(spec_for(run)) as ckpt:
-        assert ckpt.latest_step() == 100
 
 
 @pytest.mark.filterwarnings("ignore:.*damaged step.*were passed over")
