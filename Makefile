@@ -17,11 +17,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
 # The same regions under JAX's coming implementation of remat, which is off by default.
 test-remat3: $(VENV)/.installed
-	JAX_REMAT3=1 $(BIN)/python -m pytest -n 2 -m "not long" tests/remattools/transform
+	JAX_REMAT3=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" tests/remattools/transform
 
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -m long
