@@ -163,5 +163,5 @@ def _classify_results(equation: Any, operands: Sequence[_Kind]) -> list[_Kind]:
 
 
 def _is_mask(equation: Any, operands: Sequence[_Kind]) -> bool:
-    is_discrete = equation.primitive.name in _ROUNDINGS or equation.outvars[0].aval.dtype == bool
-    return _Kind.RANDOM in operands and is_discrete
+    is_bool = any(getattr(var.aval, "dtype", None) == bool for var in equation.outvars)
+    return _Kind.RANDOM in operands and (is_bool or equation.primitive.name in _ROUNDINGS)

@@ -63,6 +63,11 @@ def draw(key: Any, x: Any) -> Any:
             id="scan",
         ),
         pytest.param(lambda k, x: jax.lax.cond(x[0, 0] > 0, draw, lambda k, x: x, k, x), ["lt bool[4,8]"], id="branch"),
+        pytest.param(
+            lambda k, x: (jax.debug.print("{}", jax.random.uniform(k, x.shape)), draw(k, x))[1],
+            ["lt bool[4,8]"],
+            id="print",
+        ),
         # Not masks: data compared with data, random floats, what is computed from a mask.
         pytest.param(lambda k, x: jnp.where(x > 0, x, 0), [], id="no-random"),
         pytest.param(lambda k, x: jnp.maximum(x + jax.random.normal(k, x.shape), 0), [], id="noise"),
