@@ -68,13 +68,17 @@ def find_random_bits(jaxpr: Any, iterations: int = 1, stacks: tuple[str, ...] = 
         if equation.primitive.name in _DRAWING_PRIMITIVES:
             aval = equation.outvars[-1].aval
             size = sum(jaxprs.count_aval_bytes(var.aval) for var in equation.outvars)
-            yield RandomBits(_find_implementation(equation), tuple(aval.shape), size, iterations, equation, inside)
+            implementation = find_implementation(equation) or ""
+            yield RandomBits(implementation, tuple(aval.shape), size, iterations, equation, inside)
         length = equation.params["length"] if equation.primitive.name == "scan" else 1
         for _, nested in jaxprs.find_subjaxprs(equation):
             yield from find_random_bits(nested, iterations * length, inside)
 
 
-def _find_implementation(equation: Any) -> str:
+def find_implementation(equation: Any) -> str | None:
+    """Return the implementation of the keys that an equation draws bits from; None if it draws none."""
+    if equation.primitive.name not in _DRAWING_PRIMITIVES:
+        return None
     if equation.primitive.name == "threefry2x32":
         return "threefry"
     dtype = str(equation.invars[0].aval.dtype) if equation.primitive.name == "random_bits" else "key<rbg>"
@@ -163,5 +167,5 @@ def _classify_results(equation: Any, operands: Sequence[_Kind]) -> list[_Kind]:
 
 
 def _is_mask(equation: Any, operands: Sequence[_Kind]) -> bool:
-    is_bool = any(getattr(var.aval, "dtype", None) == bool for var in equation.outvars)
+    is_bool = any(str(getattr(var.aval, "dtype", "")) == "bool" for var in equation.outvars)
     return _Kind.RANDOM in operands and (is_bool or equation.primitive.name in _ROUNDINGS)

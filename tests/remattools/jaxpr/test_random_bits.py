@@ -48,7 +48,11 @@ def draw(key: Any, x: Any) -> Any:
             lambda k, x: x * (jax.random.bits(k, x.shape, jnp.uint8) < 230).astype(x.dtype), ["lt bool[4,8]"], id="bits"
         ),
         pytest.param(lambda k, x: x * jnp.floor(0.9 + jax.random.uniform(k, (4, 1))), ["floor f32[4,1]"], id="floor"),
-        pytest.param(lambda k, x: x * jax.random.randint(k, x.shape, 0, 2).astype(bool), ["convert_element_type bool[4,8]"], id="ints"),
+        pytest.param(
+            lambda k, x: x * jax.random.randint(k, x.shape, 0, 2).astype(bool),
+            ["convert_element_type bool[4,8]"],
+            id="ints",
+        ),
         pytest.param(
             lambda k, x: x * (jax.random.uniform(k, x.shape) < jnp.linspace(0, 1, 4)[:, None]),
             ["lt bool[4,8]"],
