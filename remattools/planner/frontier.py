@@ -155,7 +155,13 @@ class Frontier:
             )
         assert limit is not None  # a time limit alone was met or missed above
         return make_unreachable_error(
-            self.points, limit, self.of, self.ended, self.program, skipped=not self.has_minimum
+            self.points,
+            limit,
+            self.of,
+            self.ended,
+            self.program,
+            skipped=not self.has_minimum,
+            notes=self.notes,
         )
 
 

@@ -7,6 +7,7 @@ Sits on `analysis.random_cost` and the outline.
 from collections.abc import Callable, Iterable, Iterator
 
 from ..analysis.random_cost import CHANGE_KEYS, Redrawn, describe_cost, may_be_costly
+from ..rules.fold_paths import format_paths, mask_path
 from ..rules.paths import format_path
 from ..text import format_bytes
 from .model.outline import Outline
@@ -27,18 +28,22 @@ def collect_notes(
 
 
 def _note_saved_masks(outline: Outline) -> Iterator[str]:
-    for kind, problem in enumerate(outline.problems):
-        if problem.saved_masks:
-            path = next(format_path(path) for path, number in outline.visits if number == kind)
-            masks = sum(problem.bytes[name] for name in problem.saved_masks)
-            drawn = problem.make_choice(()).backward_bytes - problem.make_choice(problem.saved_masks).backward_bytes
-            yield (
-                f"the rules save the dropout masks of {path} and its like ({format_bytes(masks)} a block; policy "
-                "dropout_masks_saveable): to draw their random bits again from threefry keys would take "
-                f"{format_bytes(drawn)}, by the planner's memory model. Other keys make the masks cheap to draw: "
-                f"{CHANGE_KEYS}."
-            )
-            return
+    masked = {kind: problem for kind, problem in enumerate(outline.problems) if problem.saved_masks}
+    if not masked:
+        return
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for path in dict.fromkeys(format_path(path) for path, kind in outline.visits if kind in masked):
+        groups.setdefault(mask_path(path), []).append(path)
+    size = max(sum(problem.bytes[name] for name in problem.saved_masks) for problem in masked.values())
+    drawn = max(
+        problem.make_choice(()).backward_bytes - problem.make_choice(problem.saved_masks).backward_bytes
+        for problem in masked.values()
+    )
+    yield (
+        f"in {', '.join(map(format_paths, groups.values()))} the rules save the dropout masks, {format_bytes(size)} a "
+        "block (policy dropout_masks_saveable): to draw their random bits again from threefry keys can take up to "
+        f"{format_bytes(drawn)} on a TPU. Other keys make masks cheap to draw again: {CHANGE_KEYS}."
+    )
 
 
 def _note_redrawn(points: Iterable[Point], find_redrawn: Callable[[Point], tuple[Redrawn, ...]]) -> Iterator[str]:

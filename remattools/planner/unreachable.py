@@ -72,7 +72,14 @@ def collect_facts(
 
 
 def make_unreachable_error(
-    points: Iterable[Point], limit: int, of: BudgetKind, ended: EndReason, facts: ProgramFacts, skipped: bool
+    points: Iterable[Point],
+    limit: int,
+    of: BudgetKind,
+    ended: EndReason,
+    facts: ProgramFacts,
+    *,
+    skipped: bool,
+    notes: Iterable[str] = (),
 ) -> BudgetError:
     """Return the error for a budget that no compiled point is within.
 
@@ -83,6 +90,7 @@ def make_unreachable_error(
         ended: What ended the search.
         facts: What else is known of the program.
         skipped: Whether the search ended before saving nothing on every block was compiled.
+        notes: What else to know of the points.
     """
     points = tuple(points)
     smallest = min(points, key=lambda point: (not point.measured.fits, point.bytes))
@@ -94,6 +102,7 @@ def make_unreachable_error(
         f"saving nothing on {', '.join(facts.patterns)} was "
         + ("not compiled yet." if skipped else "among the rules that were compiled:"),
         *format_points(points, of, None).splitlines(),
+        *notes,
         *_describe_peak(smallest, of, facts),
     ]
     fixes = list(_suggest_fixes(points, smallest, limit, of, ended, facts))
