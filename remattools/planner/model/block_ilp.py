@@ -67,8 +67,8 @@ class BlockProblem:
         names: For each name that a rule can use, the numbers of its values.
         bytes: For each name, the bytes that saving it takes.
         masks: The names of dropout masks.
-        saved_masks: Those that every choice saves but the one that saves nothing, since drawing the bits again takes
-            many times their memory.
+        saved_masks: Those that choices save unless told otherwise, since drawing their bits again can take many times
+            their memory.
     """
 
     def __init__(self, graph: Graph, rates: Rates, *, stacked: bool = False) -> None:
@@ -146,27 +146,31 @@ class BlockProblem:
             ),
         )
 
-    def find_cheapest(self, price: float, limit_bytes: float = np.inf) -> Choice:
+    def find_cheapest(self, price: float, limit_bytes: float = np.inf, *, draws_masks: bool = False) -> Choice:
         """Return the choice that minimises recomputation cycles plus `price` times the saved bytes.
 
         Args:
             price: Cycles that a saved byte is worth.
-            limit_bytes: The most bytes that may be saved; no limit by default.
+            limit_bytes: The most bytes that may be saved beside `saved_masks`; no limit by default.
+            draws_masks: Whether it may draw `saved_masks` again.
         """
-        return self.make_choice((*self.saved_masks, *self._find_cheapest_names(self.costs, price, limit_bytes)))
+        saved = () if draws_masks else self.saved_masks
+        return self.make_choice((*saved, *self._find_cheapest_names(self.costs, price, limit_bytes, saved)))
 
     def _find_redrawn_bytes(self, steps: Iterable[int]) -> int:
         """Return the bytes of the largest draw of random bits from threefry keys among these forward steps."""
         drawn = (self.graph.forward[number] for number in steps)
         return max((self.graph.count_bytes(step.writes) for step in drawn if step.work.kind == "random"), default=0)
 
-    def _find_cheapest_names(self, costs: Sequence[float], price: float, limit_bytes: float) -> list[str]:
+    def _find_cheapest_names(
+        self, costs: Sequence[float], price: float, limit_bytes: float, saved: Sequence[str] = ()
+    ) -> list[str]:
         names, steps = list(self.names), list(self.steps)
         if not names or not steps:
             return []
         rows = self._build_constraints(names, steps)
         # What is saved in any case costs nothing more.
-        sizes = np.array([0 if name in self.saved_masks else self.bytes[name] for name in names], float)
+        sizes = np.array([0 if name in saved else self.bytes[name] for name in names], float)
         # Cycles and bytes differ by orders of magnitude between models; the solver's tolerances do not.
         scale = max(max(costs[number] for number in steps), 1.0)
         weights = np.concatenate([price * sizes + 1e-6 * scale, [costs[number] for number in steps]]) / scale

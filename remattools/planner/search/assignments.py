@@ -68,6 +68,14 @@ def make_levels(outline: Outline) -> list[Level]:
         levels.append(
             tuple(problem.find_cheapest(0.0, limit) for problem, limit in zip(outline.problems, limits, strict=True))
         )
+        if any(problem.saved_masks for problem in outline.problems):
+            # Whether drawing masks again takes more memory depends on the compiler's fusions: a compile may find out.
+            levels.append(
+                tuple(
+                    problem.find_cheapest(0.0, limit, draws_masks=True)
+                    for problem, limit in zip(outline.problems, limits, strict=True)
+                )
+            )
     exhaustive = is_exhaustive(outline.problems)
     if exhaustive:  # every subset, the same positions for each kind of block
         for mask in itertools.product((False, True), repeat=_MAX_EXHAUSTIVE_NAMES):
