@@ -31,6 +31,7 @@ from ..transform import apply as application
 from ..transform import explain as explaining
 from ..transform.modules import find_modules
 from ..transform.naming import scopes
+from . import random_cost
 from .measure import measure
 from .residuals import linearize_call, make_report
 from .ruled_call import find_model, make_rules, use_rules
@@ -54,6 +55,7 @@ FindingCode = Literal[
     "useless_rule",
     "repeated",
     "out_of_memory",
+    "random_bits",
     "warning",
 ]
 
@@ -199,10 +201,13 @@ def check(
         regions = list(_find_regions(_trace_jaxpr(fn, args, differentiate=differentiate)))
         has_actions = any(application.get_active_actions(find_modules(model)))
         warnings = _collect_warnings(model)
+        random = list(_find_random_problem(subject, ruled.measurement))
     if has_actions or regions:
         # In a step each region stands twice: in the forward and in the backward pass.
         repeated = _find_repeated_regions(regions) if differentiate else ()
         findings = [*_find_problems(plain, ruled, len(regions), where), *repeated, *warnings]
+        if random:
+            findings = [*random, *_drop_consequences(findings, plain.measurement, ruled.measurement)]
     else:
         findings = [*_NO_RULES_FINDINGS, *warnings]
     if new_rules is not None and regions:
@@ -322,6 +327,22 @@ def _find_compiler_problems(plain: _ProgramMemory, ruled: _ProgramMemory, target
             message=f"the rules offload {format_bytes(ruled.host_bytes)} to host memory, but the program compiled for "
             f"{target.name} uses no host memory: offloading has no effect on this target.",
         )
+
+
+def _find_random_problem(subject: _Subject, measurement: Measurement) -> Iterator[Finding]:
+    """Yield what the regions in force draw again, if that costs memory."""
+    if random_cost.may_be_costly(measurement):
+        redrawn = random_cost.find_redrawn_in_call(subject.fn, subject.args, differentiate=subject.differentiate)
+        message = random_cost.describe_cost(measurement, redrawn)
+        if message:
+            yield Finding(code="random_bits", message=f"{message} To free it, {random_cost.describe_cures()}")
+
+
+def _drop_consequences(findings: list[Finding], plain: Measurement, ruled: Measurement) -> list[Finding]:
+    """Return the findings without those that only say that the memory is not lower, if it is without random bits."""
+    if not ruled.fits or ruled.temp_bytes - random_cost.count_random_bytes(ruled) > plain.temp_bytes:
+        return findings
+    return [finding for finding in findings if finding.code not in ("undone", "no_lower_peak")]
 
 
 def _trace_jaxpr(fn: Any, args: tuple[Any, ...], *, differentiate: bool) -> Any:

@@ -27,7 +27,7 @@ from ..text import format_bytes, make_table, render_text
 from ..tracing import pure_call
 from ..tracing.origins import has_gradient, trace_with_paths
 from ..transform import apply as application
-from . import plot
+from . import plot, random_cost
 from .measure import measure
 from .ruled_call import find_model, is_bare_action, make_rules, use_rules
 
@@ -254,6 +254,7 @@ def compare(
             application.decide(model, rules)
     measurements: dict[str, Measurement] = {}
     refusals: dict[str, Exception] = {}
+    random_notes: list[str] = []
     for number, (name, rules) in enumerate(rules_by_name.items()):
         if progress is not None:
             progress(name, number, len(rules_by_name))
@@ -263,11 +264,15 @@ def compare(
             except jax.errors.JaxRuntimeError as error:  # one refusal must not lose the other measurements
                 refusals[name] = error
                 measurements[name] = _make_refusal(str(error), where)
+            random_notes += _note_random_cost(name, fn, args, measurements[name], differentiate=differentiate)
+    if random_notes:
+        random_notes.append(random_cost.describe_cures())
     if len(refusals) == len(rules_by_name):
         raise next(iter(refusals.values()))
     notes = (
         *(f"{name} does not compile: {str(error).splitlines()[0]}" for name, error in refusals.items()),
         *_collect_notes(fn, args, candidates, rules_by_name, differentiate=differentiate),
+        *random_notes,
     )
     return _build_comparison(measurements, notes)
 
@@ -304,6 +309,17 @@ def _collect_notes(
     if bare:
         patterns = ", ".join(pattern.text for pattern, _ in rules_by_name[bare[0]] or ())
         yield f"{', '.join(bare)} {'applies' if len(bare) == 1 else 'apply'} to {patterns}."
+
+
+def _note_random_cost(
+    name: str, fn: Any, args: tuple[Any, ...], measurement: Measurement, *, differentiate: bool
+) -> Iterator[str]:
+    """Yield a note on a candidate whose regions draw random bits again, if that costs memory."""
+    if random_cost.may_be_costly(measurement):
+        redrawn = random_cost.find_redrawn_in_call(fn, args, differentiate=differentiate)
+        message = random_cost.describe_cost(measurement, redrawn)
+        if message:
+            yield f"{name}: {message}"
 
 
 def _has_gradient(fn: Any, args: Any) -> bool:

@@ -25,7 +25,7 @@ from ..errors import CacheWarning
 from .report import Measurement
 
 # Increased whenever the meaning of a stored field changes.
-_FORMAT_VERSION = "3"
+_FORMAT_VERSION = "4"
 _FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # JAX's settings that change how a compiler treats the same program; all others change the program itself.
 _CONFIG_NAMES = (

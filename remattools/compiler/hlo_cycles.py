@@ -12,8 +12,9 @@ import re
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-# The compiler writes the largest integer where it has no estimate.
-_SENTINEL = 2**63 - 1
+# Where the compiler has no estimate it writes the largest integer, or adds 2^60 to a part of one. No operation takes
+# that many cycles: these are more than ten days.
+_SENTINEL = 2**50
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(%?([\w.\-]+)\), condition=%?([\w.\-]+), body=%?([\w.\-]+)")

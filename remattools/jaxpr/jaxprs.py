@@ -20,6 +20,8 @@ _TRANSPARENT_PRIMITIVES = frozenset(
 _REGION_PRIMITIVES = frozenset({"remat2", "checkpoint", "remat", "remat3"})
 
 Place = tuple[str, int]  # a parameter's name, and the index in it if the parameter is a tuple of jaxprs, else -1
+# Where an equation is: its index in each nested program from the outside in, with the place of that program.
+Position = tuple[tuple[int, Place] | int, ...]
 
 
 def is_jaxpr(value: Any) -> bool:

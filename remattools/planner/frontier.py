@@ -31,6 +31,7 @@ class Frontier:
         has_minimum: Whether saving nothing on every block, also in groups, was compiled.
         ended: What ended the search: "max_compiles", "converged" (nothing promised an improvement), "time_limit" or
             "interrupted" (Ctrl-C).
+        notes: What else to know, such as the cost of random bits.
 
     Example:
         >>> import jax, jax.numpy as jnp, remattools as rt
@@ -58,6 +59,7 @@ class Frontier:
     program: ProgramFacts = dataclasses.field(repr=False)
     ended: EndReason = "converged"
     has_minimum: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def best(self) -> tuple[Point, ...]:
@@ -103,12 +105,19 @@ class Frontier:
             time_by=self.time_by,
             subject=self.subject,
             ended=self.ended,
+            notes=self.notes,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         points = [point.as_dict() for point in self.points]
-        return {"of": self.of, "time_by": self.time_by, "ended": self.ended, "points": points}
+        return {
+            "of": self.of,
+            "time_by": self.time_by,
+            "ended": self.ended,
+            "notes": list(self.notes),
+            "points": points,
+        }
 
     def table(self) -> str:
         """Return a table of all points by memory; those that no other point beats are marked."""
@@ -126,7 +135,7 @@ class Frontier:
         plot_points(self.points, path, of=self.of, time_by=self.time_by, budget_bytes=None)
 
     def __str__(self) -> str:
-        return f"{self.table()}\n{format_footer(self.points, self.time_by, self.ended)}"
+        return f"{self.table()}\n{format_footer(self.points, self.time_by, self.ended, self.notes)}"
 
     def _make_unreachable_error(self, limit: int | None, max_cycles: float | None) -> BudgetError:
         within = [point for point in self.points if limit is None or point.bytes <= limit]
@@ -146,7 +155,13 @@ class Frontier:
             )
         assert limit is not None  # a time limit alone was met or missed above
         return make_unreachable_error(
-            self.points, limit, self.of, self.ended, self.program, skipped=not self.has_minimum
+            self.points,
+            limit,
+            self.of,
+            self.ended,
+            self.program,
+            skipped=not self.has_minimum,
+            notes=self.notes,
         )
 
 

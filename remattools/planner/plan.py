@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from ..analysis.measure import measure
+from ..analysis.random_cost import Redrawn, find_redrawn_in_call
 from ..analysis.timeline import timeline
 from ..compiler.cache import Cache, find_cache
 from ..compiler.out_of_memory import Allocation
@@ -25,6 +26,7 @@ from .budget import BudgetKind, compute_budget_bytes, require_positive
 from .frontier import Frontier, check_limits
 from .model.outline import build_outline
 from .model.time import get_rates
+from .notes import collect_notes
 from .result import EndReason, Plan, Point
 from .search.exploration import Exploration
 from .search.history import RuleHistory
@@ -281,6 +283,10 @@ def _explore(
         with application.applied(model, _REGIONS_OFF), application.applied(model, point.rules):
             return timeline(loss_fn, model, *batch, differentiate=differentiate).largest
 
+    def find_redrawn_bits(point: Point) -> tuple[Redrawn, ...]:
+        with application.applied(model, _REGIONS_OFF), application.applied(model, point.rules):
+            return find_redrawn_in_call(loss_fn, (model, *batch), differentiate=differentiate)
+
     points = search.all_points
     no_cycles = any(point.measured.estimated_cycles is None for point in points if point.measured.fits)
     return Frontier(
@@ -292,6 +298,7 @@ def _explore(
         program=collect_facts(outline, model, batch, find_live, is_step=not differentiate),
         ended=ended,
         has_minimum=minimum.is_compiled,
+        notes=collect_notes(outline, points, find_redrawn_bits),
     )
 
 

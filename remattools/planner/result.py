@@ -79,6 +79,7 @@ class Plan:
         subject: The model and the batch, for people.
         ended: What ended the search: "max_compiles", "converged" (nothing promised an improvement), "time_limit" or
             "interrupted" (Ctrl-C).
+        notes: What else to know, such as the cost of random bits.
 
     Example:
         >>> import jax, jax.numpy as jnp, remattools as rt
@@ -107,6 +108,7 @@ class Plan:
     time_by: TimeSource
     subject: str
     ended: EndReason = "converged"
+    notes: tuple[str, ...] = ()
 
     @property
     def frontier(self) -> tuple[Point, ...]:
@@ -142,6 +144,7 @@ class Plan:
             "of": self.of,
             "time_by": self.time_by,
             "ended": self.ended,
+            "notes": list(self.notes),
             "points": points,
         }
 
@@ -161,7 +164,7 @@ class Plan:
         plot_points(self.points, path, of=self.of, time_by=self.time_by, budget_bytes=self.budget_bytes)
 
     def __str__(self) -> str:
-        return f"{self.table()}\n{format_footer(self.points, self.time_by, self.ended)}"
+        return f"{self.table()}\n{format_footer(self.points, self.time_by, self.ended, self.notes)}"
 
 
 def describe_early_end(ended: EndReason) -> str:
@@ -172,7 +175,7 @@ def describe_early_end(ended: EndReason) -> str:
     )
 
 
-def format_footer(points: Iterable[Point], time_by: TimeSource, ended: EndReason) -> str:
+def format_footer(points: Iterable[Point], time_by: TimeSource, ended: EndReason, notes: Iterable[str] = ()) -> str:
     """Return what stands below a table of points."""
     points = tuple(points)
     below = f"time by {time_by}; target {points[0].measured.target}{describe_early_end(ended)}"
@@ -182,7 +185,7 @@ def format_footer(points: Iterable[Point], time_by: TimeSource, ended: EndReason
             f"\ntemporaries of {on_chip} of {len(points)} points are in on-chip memory (VMEM), which is not counted "
             "above: for programs this small the memory column says little"
         )
-    return below
+    return "\n".join([below, *(f"note: {note}" for note in notes)])
 
 
 def find_frontier(points: Iterable[Point]) -> tuple[Point, ...]:
@@ -246,5 +249,7 @@ def plot_points(
 
 def _format_rule(pattern: str, action: Any) -> str:
     verb, names = ("offload", action.offload) if action.offload else ("save", action.save)
-    what = f"{len(names)} name{'s' * (len(names) != 1)}" if names else "nothing"
+    parts = ["dropout masks"] if action.policy is not None and action.policy.has_dropout_masks else []
+    parts += [f"{len(names)} name{'s' * (len(names) != 1)}"] if names else []
+    what = " and ".join(parts) or "nothing"
     return f"{pattern}: {verb} {what}" + (f", {action.group} in a region" if action.group != 1 else "")

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ..analysis.random_cost import CHANGE_KEYS, SAVE_MASKS
 from ..compiler.out_of_memory import Allocation
 from ..errors import BudgetError
 from ..text import format_bytes
@@ -71,7 +72,14 @@ def collect_facts(
 
 
 def make_unreachable_error(
-    points: Iterable[Point], limit: int, of: BudgetKind, ended: EndReason, facts: ProgramFacts, skipped: bool
+    points: Iterable[Point],
+    limit: int,
+    of: BudgetKind,
+    ended: EndReason,
+    facts: ProgramFacts,
+    *,
+    skipped: bool,
+    notes: Iterable[str] = (),
 ) -> BudgetError:
     """Return the error for a budget that no compiled point is within.
 
@@ -82,6 +90,7 @@ def make_unreachable_error(
         ended: What ended the search.
         facts: What else is known of the program.
         skipped: Whether the search ended before saving nothing on every block was compiled.
+        notes: What else to know of the points.
     """
     points = tuple(points)
     smallest = min(points, key=lambda point: (not point.measured.fits, point.bytes))
@@ -93,6 +102,7 @@ def make_unreachable_error(
         f"saving nothing on {', '.join(facts.patterns)} was "
         + ("not compiled yet." if skipped else "among the rules that were compiled:"),
         *format_points(points, of, None).splitlines(),
+        *notes,
         *_describe_peak(smallest, of, facts),
     ]
     fixes = list(_suggest_fixes(points, smallest, limit, of, ended, facts))
@@ -171,10 +181,9 @@ def _suggest_fixes(
         else:
             yield f"shorter sequences: in proportion to this measurement, 1 row instead of {facts.rows} takes more;"
     if facts.has_threefry:
-        yield (
-            'keys whose random bits are cheap to recompute: jax.config.update("jax_default_prng_impl", "rbg") before '
-            "the model is built (other random numbers);"
-        )
+        yield f"{CHANGE_KEYS};"
+        if not any(_is_saving_masks(point) for point in points):
+            yield f"dropout masks saved in rules of your own, 1 byte for each element: {SAVE_MASKS};"
     undonated = min(measured.argument_bytes, measured.output_bytes) - measured.alias_bytes
     if of == "peak" and facts.is_step and undonated > 0.01 * smallest.bytes:
         yield (
@@ -186,6 +195,10 @@ def _suggest_fixes(
     elif ended == "max_compiles":
         yield f"more compiles than these {len(points)} points (max_compiles=, --max-compiles);"
     yield "a loss that computes its largest values in pieces."
+
+
+def _is_saving_masks(point: Point) -> bool:
+    return any(action and action.policy and action.policy.has_dropout_masks for _, action in point.rules)
 
 
 def _find_rows(batch: tuple[Any, ...]) -> int | None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policies as values: what a region saves, combined by `|`, `&` and `~`.
 
-All of JAX's policies under their names. Where JAX's object does what its name says,
+All of JAX's policies under their names, and `dropout_masks_saveable`. Where JAX's object does what its name says,
 `lower` returns exactly that object, so that the program is that of hand-written
 `jax.checkpoint`; where it does not (`save_anything_except_these_names` saves
 everything; `save_from_both_policies` raises on offloading), ours does.
@@ -21,6 +21,7 @@ from ..errors import PolicyError, suggest_names
 from .policy_types import (
     AllExceptNames,
     CallablePolicy,
+    DropoutMasks,
     JaxPolicy,
     LoweredPolicy,
     NamePolicy,
@@ -51,6 +52,8 @@ everything_saveable = JaxPolicy("everything_saveable")
 nothing_saveable = JaxPolicy("nothing_saveable")
 dots_saveable = checkpoint_dots = JaxPolicy("dots_saveable")
 dots_with_no_batch_dims_saveable = checkpoint_dots_with_no_batch_dims = JaxPolicy("dots_with_no_batch_dims_saveable")
+# Not one of JAX's: only the regions of this package know which values are masks.
+dropout_masks_saveable = DropoutMasks()
 
 
 def save_only_these_names(*names: str) -> Policy:
@@ -158,6 +161,7 @@ _POLICIES: dict[str, Policy] = {
     "checkpoint_dots": dots_saveable,
     "dots_with_no_batch_dims_saveable": dots_with_no_batch_dims_saveable,
     "checkpoint_dots_with_no_batch_dims": dots_with_no_batch_dims_saveable,
+    "dropout_masks_saveable": dropout_masks_saveable,
 }
 _FACTORIES: dict[str, Callable[..., Policy]] = {
     "offload_dot_with_no_batch_dims": offload_dot_with_no_batch_dims,
@@ -200,7 +204,7 @@ def resolve(value: PolicyLike) -> Policy:
         return parse_policy(value)
     if callable(value):
         for name, policy in _POLICIES.items():
-            if getattr(_JAX_POLICIES, name) is value:
+            if getattr(_JAX_POLICIES, name, None) is value:
                 return policy
         if any(value is factory or value is getattr(_JAX_POLICIES, name) for name, factory in _FACTORIES.items()):
             raise _make_no_arguments_error(value.__name__)

@@ -17,6 +17,8 @@ import jax
 from .. import compat
 
 _JAX_POLICIES = jax.checkpoint_policies
+# The `checkpoint_name` that regions put on dropout masks for a policy that saves them.
+DROPOUT_MASK = "remattools:dropout_mask"
 
 
 class Decision(enum.IntEnum):
@@ -52,6 +54,11 @@ class Policy:
     def is_lowered_to_names(self) -> bool:
         """Whether jax_remat3 ignores it: that supports JAX's own policies over names and matrix products only."""
         return True
+
+    @property
+    def has_dropout_masks(self) -> bool:
+        """Whether it decides on dropout masks, which regions then name."""
+        return False
 
     def __or__(self, other: "Policy") -> "Policy":
         return _combine(Union, self, other)
@@ -169,6 +176,32 @@ class NamePolicy(Policy):
 
 
 @dataclasses.dataclass(frozen=True)
+class DropoutMasks(Policy):
+    """Saves the masks that are computed from random bits; the regions of this package find and name them."""
+
+    def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
+        is_mask = primitive is compat.NAME_PRIMITIVE and params["name"] == DROPOUT_MASK
+        return (Decision.SAVE if is_mask else Decision.RECOMPUTE), None
+
+    def lower(self) -> Callable[..., Any]:
+        """Return JAX's policy over the name of the masks."""
+        return _make_jax_policy("save_only_these_names", (DROPOUT_MASK,), ())
+
+    @property
+    def is_lowered_to_names(self) -> bool:
+        """False, as jax_remat3 supports policies over names."""
+        return False
+
+    @property
+    def has_dropout_masks(self) -> bool:
+        """True."""
+        return True
+
+    def __str__(self) -> str:
+        return "dropout_masks_saveable"
+
+
+@dataclasses.dataclass(frozen=True)
 class AllExceptNames(Policy):
     """Saves everything except the values of some names.
 
@@ -261,6 +294,11 @@ class Union(Policy):
     def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
         return max((part._classify(primitive, *avals, **params) for part in self.parts), key=_get_strength)
 
+    @property
+    def has_dropout_masks(self) -> bool:
+        """Whether one of its parts decides on dropout masks."""
+        return any(part.has_dropout_masks for part in self.parts)
+
     def __str__(self) -> str:
         return " | ".join(map(str, self.parts))
 
@@ -273,6 +311,11 @@ class Intersection(Policy):
 
     def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
         return min((part._classify(primitive, *avals, **params) for part in self.parts), key=_get_strength)
+
+    @property
+    def has_dropout_masks(self) -> bool:
+        """Whether one of its parts decides on dropout masks."""
+        return any(part.has_dropout_masks for part in self.parts)
 
     def __str__(self) -> str:
         return " & ".join(f"({part})" if isinstance(part, Union) else str(part) for part in self.parts)
@@ -287,6 +330,11 @@ class Complement(Policy):
     def _classify(self, primitive: Any, *avals: Any, **params: Any) -> tuple[Decision, tuple[str, str] | None]:
         is_recomputed = self.policy._classify(primitive, *avals, **params)[0] is Decision.RECOMPUTE
         return (Decision.SAVE if is_recomputed else Decision.RECOMPUTE), None
+
+    @property
+    def has_dropout_masks(self) -> bool:
+        """Whether the other policy decides on dropout masks."""
+        return self.policy.has_dropout_masks
 
     def __str__(self) -> str:
         inner = str(self.policy)

@@ -4,6 +4,7 @@
 An ordered, hashable value, built from a mapping, pairs or TOML, and written as TOML.
 """
 
+import dataclasses
 import difflib
 import os
 import pathlib
@@ -13,6 +14,8 @@ from typing import Any
 from ..errors import RuleError
 from . import rule_file
 from .paths import Pattern
+from .policies import PolicyLike, nothing_saveable, resolve
+from .policy_types import Policy
 from .rule import Action, Remat, coerce_action
 
 _PRESETS = pathlib.Path(__file__).with_name("presets")
@@ -166,6 +169,29 @@ class Rules:
         """
         return rule_file.dumps((pattern.text, action) for pattern, action in self)
 
+    def add_policy(self, policy: PolicyLike) -> "Rules":
+        """Return the rules with a policy added to each action: its regions also save what the policy saves.
+
+        Args:
+            policy: A policy as `Remat` takes it. Modules that a rule takes out stay out.
+
+        Raises:
+            PolicyError: If `policy` does not stand for a policy.
+
+        Example:
+            >>> rules = Rules({"layers.*": "dots_saveable", "layers.[-1]": False})
+            >>> print(rules.add_policy("dropout_masks_saveable").to_toml(), end="")
+            [[remat.rule]]
+            pattern = "layers.*"
+            policy = "dots_saveable | dropout_masks_saveable"
+            <BLANKLINE>
+            [[remat.rule]]
+            pattern = "layers.[-1]"
+            off = true
+        """
+        added = resolve(policy)
+        return Rules((pattern, action and _add_policy(action, added)) for pattern, action in self)
+
     def __or__(self, other: Any) -> "Rules":
         return Rules((*self._pairs, *Rules.coerce(other)._pairs))
 
@@ -186,3 +212,9 @@ class Rules:
 
     def __repr__(self) -> str:
         return f"Rules([{', '.join(f'({pattern.text!r}, {action!r})' for pattern, action in self._pairs)}])"
+
+
+def _add_policy(action: Remat, added: Policy) -> Remat:
+    policy = action.policy
+    # A union is written and compared part by part: what saves nothing is left out.
+    return dataclasses.replace(action, policy=added if policy is None or policy == nothing_saveable else policy | added)

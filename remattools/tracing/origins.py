@@ -17,13 +17,14 @@ from jax.extend import core
 from ..errors import MeasureError
 from ..jaxpr import jaxprs
 from ..rules.paths import Path, format_path
+from ..rules.policy_types import DROPOUT_MASK
 from ..transform.naming import names, scopes
 from . import pure_call
 
 # Skipped in the search for a producer: these move, round or mark a value and compute nothing.
 _TRANSPARENT_PRIMITIVES = frozenset({"reduce_precision", "optimization_barrier", "copy", "copy_p", "device_put"})
 _ROOT_MARKS = re.compile(f"({scopes.REGION}|{scopes.RELATIVE})")
-_REGION_MARKS = frozenset({names.SAVED, names.OFFLOADED})
+_REGION_MARKS = frozenset({names.SAVED, names.OFFLOADED, DROPOUT_MASK})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

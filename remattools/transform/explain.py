@@ -205,7 +205,9 @@ def _add_contents(
     rows = list(rows)
     for i, view in zip(regions, views, strict=True):
         values = view.values if names else ()
-        notes = rows[i].warnings + view.warnings + _find_stacked_warnings(rows[i].action, view)
+        random = region_contents.describe_random(view.values, rows[i].action or Remat())
+        notes = rows[i].warnings + view.warnings + ((random,) if random else ())
+        notes += _find_stacked_warnings(rows[i].action, view)
         rows[i] = dataclasses.replace(rows[i], values=values, warnings=notes)
     return _add_useless_warnings(rows, dict(zip(regions, views, strict=True)))
 

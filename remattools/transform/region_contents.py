@@ -11,8 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..jaxpr import jaxprs
-from ..rules.paths import Path
+from ..rules.paths import NamePattern, Path
 from ..rules.rule import Remat
+from ..text import format_bytes
 from .capture.walk import capture
 from .naming import names, scopes
 
@@ -26,7 +27,7 @@ class RegionContents:
 
     Attributes:
         values: Its named values, with paths relative to the region.
-        warnings: Sentences on side effects and random operations inside.
+        warnings: Sentences on side effects inside.
         is_stacked: Whether a scan calls it, so that one module stands for many layers.
         has_activations: Whether it computes any floating-point value besides what it returns.
     """
@@ -90,13 +91,40 @@ def _is_floating(aval: Any) -> bool:
 
 def _describe_effects(values: Sequence[names.NamedValue]) -> list[str]:
     callbacks = _format_labels(values, _CALLBACKS)
-    random = _format_labels(values, _RANDOM)
-    notes = []
-    if callbacks:
-        notes.append(f"calls back to Python in {callbacks}: under remat the callback runs twice, or not at all.")
-    if random:
-        notes.append(f"draws random numbers in {random}: recomputed from the same key, so equal, but at a cost.")
-    return notes
+    if not callbacks:
+        return []
+    return [f"calls back to Python in {callbacks}: under remat the callback runs twice, or not at all."]
+
+
+def describe_random(values: Sequence[names.NamedValue], action: Remat) -> str:
+    """Return a sentence on the random operations of a region under an action; "" if there is nothing to say.
+
+    Args:
+        values: The region's named values.
+        action: What it saves.
+    """
+    if not values:  # it is not called
+        return ""
+    drawn = _format_labels(values, _RANDOM)
+    masks = [value for value in values if value.is_dropout_mask and value.reachable]
+    labels = ", ".join(dict.fromkeys(value.label for value in masks))
+    size = format_bytes(sum(value.bytes for value in masks))
+    if action.policy is not None and action.policy.has_dropout_masks:
+        if not masks:
+            return (
+                f"{f'computes no mask from random numbers ({drawn})' if drawn else 'draws no random numbers'}, so "
+                "dropout_masks_saveable saves nothing in it: the rule is equal to the one without that policy."
+            )
+        return f"draws random numbers in {drawn} once: the masks {labels} ({size}) are saved."
+    if not drawn or (masks and all(_is_saved(mask, action) for mask in masks)):
+        return ""
+    cure = f" The policy dropout_masks_saveable saves the masks {labels} ({size}) instead." if masks else ""
+    return f"draws random numbers in {drawn}: recomputed from the same key, so equal, but at a cost.{cure}"
+
+
+def _is_saved(value: names.NamedValue, action: Remat) -> bool:
+    patterns = map(NamePattern.parse, (*action.save, *action.offload))
+    return any(one.is_match(value.kind, value.path, value.primitive, value.index) for one in patterns)
 
 
 def _format_labels(values: Sequence[names.NamedValue], kinds: tuple[str, ...]) -> str:

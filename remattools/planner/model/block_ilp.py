@@ -66,6 +66,9 @@ class BlockProblem:
         steps: Numbers of the forward steps that a backward pass could have to recompute.
         names: For each name that a rule can use, the numbers of its values.
         bytes: For each name, the bytes that saving it takes.
+        masks: The names of dropout masks.
+        saved_masks: Those that choices save unless told otherwise, since drawing their bits again can take many times
+            their memory.
     """
 
     def __init__(self, graph: Graph, rates: Rates, *, stacked: bool = False) -> None:
@@ -82,6 +85,10 @@ class BlockProblem:
             if candidate.value in used:
                 self.names.setdefault(candidate.name, []).append(candidate.value)
                 self.bytes[candidate.name] = self.bytes.get(candidate.name, 0) + candidate.bytes
+        masks = dict.fromkeys(candidate.name for candidate in graph.candidates if candidate.is_dropout_mask)
+        self.masks = tuple(name for name in masks if name in self.names)
+        self._redraw_buffers = rates.redraw_buffers
+        self.saved_masks = self.masks if rates.redraw_buffers and self._find_redrawn_bytes(self.steps) else ()
 
     @functools.cached_property
     def plain_choice(self) -> Choice:
@@ -129,7 +136,8 @@ class BlockProblem:
             names=saved_names,
             saved_bytes=sum(self.bytes[name] for name in saved_names),
             forward_bytes=self._compute_forward_bytes(saved),
-            backward_bytes=max(compute_live_bytes(graph, self._order_backward(saved), live_at_start=saved), default=0),
+            backward_bytes=max(compute_live_bytes(graph, self._order_backward(saved), live_at_start=saved), default=0)
+            + self._redraw_buffers * self._find_redrawn_bytes(recomputed),
             cycles=tuple(cycles.values()),
             output_cycles=sum(
                 self.costs[number]
@@ -138,21 +146,31 @@ class BlockProblem:
             ),
         )
 
-    def find_cheapest(self, price: float, limit_bytes: float = np.inf) -> Choice:
+    def find_cheapest(self, price: float, limit_bytes: float = np.inf, *, draws_masks: bool = False) -> Choice:
         """Return the choice that minimises recomputation cycles plus `price` times the saved bytes.
 
         Args:
             price: Cycles that a saved byte is worth.
-            limit_bytes: The most bytes that may be saved; no limit by default.
+            limit_bytes: The most bytes that may be saved beside `saved_masks`; no limit by default.
+            draws_masks: Whether it may draw `saved_masks` again.
         """
-        return self.make_choice(self._find_cheapest_names(self.costs, price, limit_bytes))
+        saved = () if draws_masks else self.saved_masks
+        return self.make_choice((*saved, *self._find_cheapest_names(self.costs, price, limit_bytes, saved)))
 
-    def _find_cheapest_names(self, costs: Sequence[float], price: float, limit_bytes: float) -> list[str]:
+    def _find_redrawn_bytes(self, steps: Iterable[int]) -> int:
+        """Return the bytes of the largest draw of random bits from threefry keys among these forward steps."""
+        drawn = (self.graph.forward[number] for number in steps)
+        return max((self.graph.count_bytes(step.writes) for step in drawn if step.work.kind == "random"), default=0)
+
+    def _find_cheapest_names(
+        self, costs: Sequence[float], price: float, limit_bytes: float, saved: Sequence[str] = ()
+    ) -> list[str]:
         names, steps = list(self.names), list(self.steps)
         if not names or not steps:
             return []
         rows = self._build_constraints(names, steps)
-        sizes = np.array([self.bytes[name] for name in names], float)
+        # What is saved in any case costs nothing more.
+        sizes = np.array([0 if name in saved else self.bytes[name] for name in names], float)
         # Cycles and bytes differ by orders of magnitude between models; the solver's tolerances do not.
         scale = max(max(costs[number] for number in steps), 1.0)
         weights = np.concatenate([price * sizes + 1e-6 * scale, [costs[number] for number in steps]]) / scale

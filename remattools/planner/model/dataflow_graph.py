@@ -64,11 +64,13 @@ class Candidate:
         name: As a rule names it, with its index.
         value: Its number.
         bytes: What saving it takes.
+        is_dropout_mask: Whether it is a mask that is computed from random bits.
     """
 
     name: str
     value: int
     bytes: int
+    is_dropout_mask: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,7 +281,10 @@ def build_block_graph(
         inside = locate([str(equation.source_info.name_stack)])[0]
         return sizes.count_any_bytes(aval, (*path, *inside), equation.primitive.name)
 
-    return build_graph(lambda leaves: run_inlined(marked, leaves), avals, labels, gradient_mask, count_bytes)
+    graph = build_graph(lambda leaves: run_inlined(marked, leaves), avals, labels, gradient_mask, count_bytes)
+    masks = {labels[marks[value.where[0]]] for value in values if value.is_dropout_mask}
+    candidates = (dataclasses.replace(one, is_dropout_mask=one.name in masks) for one in graph.candidates)
+    return dataclasses.replace(graph, candidates=tuple(candidates))
 
 
 def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str], count_bytes: CountBytes) -> Graph:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import jax
 
-from ...jaxpr import jaxprs
+from ...jaxpr import jaxprs, random_bits
 
-WorkKind = Literal["matrix", "reduction", "elementwise", "free", "other"]
+WorkKind = Literal["matrix", "reduction", "elementwise", "free", "random", "other"]
 
 # Shape changes that the compilers fold into the operations that read them.
 _FREE_PRIMITIVES = frozenset(
@@ -32,6 +32,8 @@ _OTHER_PRIMITIVES = frozenset(
         *("random_bits", "threefry2x32", "rng_bit_generator", "plan_block"),
     }
 )
+# Operations for 32 bits of threefry: 20 rounds of an addition, a rotation and an exclusive or, and the key's schedule.
+_THREEFRY_FLOPS = 110.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Work:
 
     Attributes:
         kind: "matrix" (a product or convolution), "reduction", "elementwise" (fused where possible), "free" (a change
-            of shape) or "other" (never fused).
+            of shape), "random" (bits drawn from threefry keys) or "other" (never fused).
         flops: Floating-point operations; one for each element where the primitive has no formula.
         is_narrowing: Whether it is a product that leaves the precision of its operands to the target.
     """
@@ -74,6 +76,8 @@ def estimate_work(equation: Any) -> Work:
         return Work("other", iterations * sum(inside))
     if name in _REDUCTION_PRIMITIVES:
         return Work("reduction", float(_count_elements(equation.invars)))
+    if random_bits.find_implementation(equation) == "threefry":
+        return Work("random", _THREEFRY_FLOPS * _count_elements(equation.outvars))
     if name in _MATRIX_PRIMITIVES or name in _OTHER_PRIMITIVES:
         return Work("matrix" if name in _MATRIX_PRIMITIVES else "other", float(_count_elements(equation.outvars)))
     return Work("elementwise", float(_count_elements(equation.outvars)))

@@ -58,7 +58,7 @@ def is_exhaustive(problems: Sequence[BlockProblem]) -> bool:
 
 def make_levels(outline: Outline) -> list[Level]:
     """Return the levels of an outline: from saving nothing, by rising saved bytes, to no region at all."""
-    levels: list[Level] = [tuple(problem.make_choice(()) for problem in outline.problems)]
+    levels: list[Level] = [tuple(problem.make_choice(()) for problem in outline.problems), make_least_level(outline)]
     for price in _PRICES:
         # A byte that all blocks save costs as much per block as it costs once in memory.
         levels.append(tuple(problem.find_cheapest(price) for problem in outline.problems))
@@ -68,6 +68,14 @@ def make_levels(outline: Outline) -> list[Level]:
         levels.append(
             tuple(problem.find_cheapest(0.0, limit) for problem, limit in zip(outline.problems, limits, strict=True))
         )
+        if any(problem.saved_masks for problem in outline.problems):
+            # Whether drawing masks again takes more memory depends on the compiler's fusions: a compile may find out.
+            levels.append(
+                tuple(
+                    problem.find_cheapest(0.0, limit, draws_masks=True)
+                    for problem, limit in zip(outline.problems, limits, strict=True)
+                )
+            )
     exhaustive = is_exhaustive(outline.problems)
     if exhaustive:  # every subset, the same positions for each kind of block
         for mask in itertools.product((False, True), repeat=_MAX_EXHAUSTIVE_NAMES):
@@ -78,6 +86,11 @@ def make_levels(outline: Outline) -> list[Level]:
         return [*levels, plain]
     # A region that saves more than the plain block would only cost time.
     return [*(level for level in levels if _count_saved_bytes(level) < _count_saved_bytes(plain)), plain]
+
+
+def make_least_level(outline: Outline) -> Level:
+    """Return the level that saves least: nothing, or the dropout masks alone where drawing them again takes more."""
+    return tuple(problem.make_choice(problem.saved_masks) for problem in outline.problems)
 
 
 def make_assignments(outline: Outline, levels: Sequence[Level], grouping: Grouping, depth: int) -> list[Assignment]:
@@ -91,7 +104,7 @@ def make_assignments(outline: Outline, levels: Sequence[Level], grouping: Groupi
     """
     return [
         *_make_split_assignments(len(levels), depth),
-        *_make_grouped_assignments(len(levels), depth, grouping),
+        *_make_grouped_assignments(levels, depth, grouping, get_number(levels, make_least_level(outline))),
         *_make_offload_assignments(outline, levels),
     ]
 
@@ -104,8 +117,14 @@ def _make_split_assignments(count: int, depth: int) -> list[Assignment]:
     return uniform + mixed
 
 
-def _make_grouped_assignments(count: int, depth: int, grouping: Grouping) -> list[Assignment]:
-    few = sorted({round(x) for x in np.linspace(0, count - 2, min(count - 1, _GROUPED_LEVELS))})
+def get_number(levels: Sequence[Level], level: Level) -> int:
+    """Return the number of the level that saves the same names."""
+    return list(map(_make_level_key, levels)).index(_make_level_key(level))
+
+
+def _make_grouped_assignments(levels: Sequence[Level], depth: int, grouping: Grouping, least: int) -> list[Assignment]:
+    count = len(levels)
+    few = sorted({least, *(round(x) for x in np.linspace(least, count - 2, min(count - 1, _GROUPED_LEVELS)))})
     splits = sorted({round(x) for x in np.linspace(depth, 0, _GROUPED_SPLITS, endpoint=False)})
     assignments = []
     ends = {

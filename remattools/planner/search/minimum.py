@@ -8,8 +8,10 @@ sequences of the model where the planner chose other modules as its blocks.
 from typing import Any
 
 from ...errors import RuleError
+from ...rules.policies import dropout_masks_saveable
 from ...rules.ruleset import Rules
 from ...transform import apply as application
+from .assignments import Assignment
 from .exploration import Exploration
 from .to_rules import write_rules
 
@@ -26,11 +28,16 @@ class Minimum:
         self._search = search
         space = search.space
         depth = len(space.members)
-        groups = [a for a in space.assignments if a.group > 1 and a.first == a.rest == 0 and a.split == depth]
+        least = space.full_remat.first
+        groups = [a for a in space.assignments if a.group > 1 and a.first == a.rest == least and a.split == depth]
         # Large groups save least where a model is deep, so they come first.
         ordered = [space.full_remat, *sorted(groups, key=lambda assignment: -assignment.group)]
+        # Where masks are kept, the model may be so deep that to draw them again takes less.
+        ordered += [Assignment(0, 0, 0)] if least else []
         self._numbers = [space.assignments.index(assignment) for assignment in ordered]
         natural = Rules(dict.fromkeys(application.find_outermost_sequences(model), "nothing_saveable"))
+        if any(problem.saved_masks for problem in space.outline.problems):
+            natural = natural.add_policy(dropout_masks_saveable)
         known = _get_patterns(write_rules(space, space.full_remat))
         self._rules = natural if len(natural) and _get_patterns(natural) != known else None
 

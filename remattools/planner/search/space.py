@@ -12,7 +12,7 @@ import numpy as np
 from ...rules.paths import Path
 from ..model.block_groups import Grouping
 from ..model.outline import Outline
-from .assignments import Assignment, Level, make_assignments, make_levels
+from .assignments import Assignment, Level, get_number, make_assignments, make_least_level, make_levels
 from .predictions import predict_assignments
 from .surrogate import Surrogate
 
@@ -61,8 +61,9 @@ class Space:
 
     @property
     def full_remat(self) -> Assignment:
-        """The assignment that saves nothing anywhere."""
-        return Assignment(0, 0, 0)
+        """The assignment that saves nothing anywhere, or only dropout masks where they cost less than to draw them."""
+        least = get_number(self.levels, make_least_level(self.outline))
+        return Assignment(least, least, 0)
 
     @property
     def plain(self) -> Assignment:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...rules.paths import Path, format_path
+from ...rules.policies import dropout_masks_saveable
 from ...rules.rule import Remat
 from ...rules.ruleset import Rules
 from ..model.block_ilp import BlockProblem
@@ -27,18 +28,30 @@ def write_rules(space: Space, assignment: Assignment) -> Rules:
     for number, path in enumerate(space.members):
         choice = space.levels[assignment.get_level(number)][kinds[path]]
         pattern = _find_pattern(path, methods)
-        names = None if choice.names is None else _shorten_names(space.outline.problems[kinds[path]], choice.names)
+        saved = _write_saved(space.outline.problems[kinds[path]], choice.names, offload=assignment.offload)
         group = assignment.group if number < assignment.split and path[:-1] in space.groupable_paths else 1
-        groups.setdefault((pattern, names, group), []).append(path)
+        groups.setdefault((pattern, saved, group), []).append(path)
     pairs: list[tuple[str, Any]] = []
-    for (pattern, names, group), paths in groups.items():
-        if names is not None:
+    for (pattern, saved, group), paths in groups.items():
+        if saved is not None:
             all_paths = [path for path in space.members if _find_pattern(path, methods) == pattern]
-            stacked = space.outline.problems[kinds[paths[0]]].stacked
-            saved: dict[str, Any] = {"offload" if assignment.offload and stacked else "save": names}
-            action = Remat(methods=methods[pattern], group=group, **saved)
+            action = Remat(methods=methods[pattern], group=group, **dict(saved))
             pairs.append((_format_pattern(pattern, paths, all_paths), action))
     return Rules(pairs)
+
+
+def _write_saved(
+    problem: BlockProblem, names: Sequence[str] | None, *, offload: bool
+) -> tuple[tuple[str, Any], ...] | None:
+    """Return the fields of an action that say what a block saves; None for a block without a region."""
+    if names is None:
+        return None
+    if offload and problem.stacked:
+        return (("offload", _shorten_names(problem, names)),)
+    if problem.masks and set(problem.masks) <= set(names):
+        others = [name for name in names if name not in problem.masks]
+        return (("policy", dropout_masks_saveable), ("save", _shorten_names(problem, others)))
+    return (("save", _shorten_names(problem, names)),)
 
 
 def _find_pattern(path: Path, methods: dict[str, tuple[str, ...]]) -> str:

@@ -23,18 +23,16 @@ from jax.extend import core
 
 from ... import compat
 from ...errors import UnmatchedRuleError, suggest_names
-from ...jaxpr import jaxprs, result_derivatives
+from ...jaxpr import jaxprs, random_bits, result_derivatives
 from ...rules import policies
 from ...rules.paths import NamePattern, Path, format_path
-from ...rules.policy_types import Decision, Policy
+from ...rules.policy_types import DROPOUT_MASK, Decision, Policy
 from ...rules.rule import Remat
 from . import scopes
 
 SAVED, OFFLOADED = "remattools:save", "remattools:offload"
 
-# Where an equation is: its index in each nested program from the outside in, with the place of that program among the
-# equation's parameters.
-Position = tuple[tuple[int, tuple[str, int]] | int, ...]
+Position = jaxprs.Position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +47,7 @@ class NamedValue:
         avals: Shape and dtype of each of its arrays.
         reachable: Whether a policy can save it; False inside custom derivatives and kernels.
         where: Positions of its equations in the traced program.
+        is_dropout_mask: Whether it is a mask that is computed from random bits.
     """
 
     kind: str
@@ -58,6 +57,7 @@ class NamedValue:
     avals: tuple[Any, ...]
     reachable: bool = True
     where: tuple[Position, ...] = ()
+    is_dropout_mask: bool = False
 
     @property
     def label(self) -> str:
@@ -75,7 +75,8 @@ class NamedValue:
 
 def is_naming_needed(action: Remat) -> bool:
     """Whether a region under `action` needs the names of its values."""
-    return bool(action.save or action.offload) or _is_policy_by_names(action)
+    is_by_masks = action.policy is not None and action.policy.has_dropout_masks
+    return bool(action.save or action.offload) or is_by_masks or _is_policy_by_names(action)
 
 
 def _is_policy_by_names(action: Remat) -> bool:
@@ -87,7 +88,7 @@ def _is_policy_by_names(action: Remat) -> bool:
 
 def lower_policy(action: Remat) -> Callable[..., Any] | None:
     """Return the JAX policy of `action`: JAX's own object if there is one, for the same program as `jax.checkpoint`."""
-    if not is_naming_needed(action):
+    if not (action.save or action.offload or _is_policy_by_names(action)):
         return None if action.policy is None else action.policy.lower()
     marks: Policy = policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[SAVED],
@@ -124,13 +125,13 @@ def select_marks(find_values: Callable[..., Iterable[NamedValue]], action: Remat
         action: What is saved and offloaded.
 
     Returns:
-        `SAVED` or `OFFLOADED` by the equation's position.
+        `SAVED`, `OFFLOADED` or `DROPOUT_MASK` by the equation's position.
 
     Raises:
         UnmatchedRuleError: If a pattern matches no value that can be saved.
     """
     values = list(find_values())
-    marks: dict[Position, str] = {}
+    chosen: dict[str, list[NamedValue]] = {OFFLOADED: [], DROPOUT_MASK: [], SAVED: []}  # later ones win
     for patterns, mark in ((action.offload, OFFLOADED), (action.save, SAVED)):
         for text in patterns:
             pattern = NamePattern.parse(text)
@@ -138,8 +139,17 @@ def select_marks(find_values: Callable[..., Iterable[NamedValue]], action: Remat
             reachable = [v for v in matches if v.reachable]
             if not reachable:
                 raise _make_unmatched_error(pattern, matches, values, list(find_values(deeper=True)))
-            marks.update({position: mark for value in reachable for position in value.where})
-    return marks
+            chosen[mark] += reachable
+    if _is_saving_dropout_masks(action):
+        mark = SAVED if _is_policy_by_names(action) else DROPOUT_MASK
+        chosen[mark] += [value for value in values if value.is_dropout_mask and value.reachable]
+    return {position: mark for mark, group in chosen.items() for value in group for position in value.where}
+
+
+def _is_saving_dropout_masks(action: Remat) -> bool:
+    if action.policy is None or not action.policy.has_dropout_masks:
+        return False
+    return action.policy.decide(compat.NAME_PRIMITIVE, name=DROPOUT_MASK) is Decision.SAVE
 
 
 def _make_unmatched_error(
@@ -169,6 +179,7 @@ def _make_unmatched_error(
 
 def find_named_values(jaxpr: Any, *, deeper: bool = False) -> Iterator[NamedValue]:
     """Yield the named values of a traced program in trace order, with `deeper` also those in regions inside it."""
+    masks = random_bits.find_dropout_masks(jaxpr, deeper=deeper)
     counts: dict[tuple[str, Path, str], int] = {}
     outputs: dict[tuple[Path, int], NamedValue] = {}
     for position, equation, path, reachable in _walk_equations(jaxpr, (), (), True, deeper=deeper):
@@ -199,6 +210,7 @@ def find_named_values(jaxpr: Any, *, deeper: bool = False) -> Iterator[NamedValu
             avals=avals,
             reachable=reachable,
             where=(position,),
+            is_dropout_mask=position in masks,
         )
     yield from (value for (path, _), value in outputs.items() if path)
 

@@ -78,6 +78,7 @@ def test_hlo_without_estimates_has_none():
     ("estimate", "operations"),
     [
         pytest.param("9223372036854775807", ("r",), id="the compiler has no estimate"),
+        pytest.param("1152921504608797013", ("r",), id="a part of an estimate plus 2^60"),
         pytest.param("5", (), id="control"),
     ],
 )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The error of a budget that nothing meets: the whole table, what no rule reaches, and fixes that work when pasted."""
 
+import dataclasses
 import pathlib
 import re
 from typing import Any
@@ -103,6 +104,19 @@ def test_other_keys_are_suggested_where_random_bits_are_drawn(implementation: st
     model = nnx.eval_shape(lambda: Keyed(implementation))
     error = _fail(loss, model, X, budget=1000, of="temp")
     assert ('"jax_default_prng_impl", "rbg"' in error.fix) is is_suggested
+
+
+def test_masks_are_suggested_and_the_notes_are_in_the_reason() -> None:
+    curve = rt.frontier(loss, nnx.eval_shape(lambda: Keyed("threefry2x32")), X, of="temp", target="cpu", max_compiles=2)
+    curve = dataclasses.replace(curve, notes=("bits are drawn again",), points=curve.points[:1])
+    with pytest.raises(rt.BudgetError) as caught:
+        curve.plan(1000)
+    assert "bits are drawn again" in caught.value.why
+    assert 'rules.add_policy("dropout_masks_saveable")' in caught.value.fix
+    kept = dataclasses.replace(curve.points[0], rules=rt.Rules({"layers.*": "dropout_masks_saveable"}))
+    with pytest.raises(rt.BudgetError) as caught:
+        dataclasses.replace(curve, points=(*curve.points, kept)).plan(1000)
+    assert "add_policy" not in caught.value.fix  # control: the planner saved them already
 
 
 def _step(model: Any, optimizer: Any, x: Any) -> Any:

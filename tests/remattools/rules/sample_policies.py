@@ -24,6 +24,7 @@ LEAVES = [
     policies.nothing_saveable,
     policies.dots_saveable,
     policies.dots_with_no_batch_dims_saveable,
+    policies.dropout_masks_saveable,
     policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     policies.save_only_these_names("first"),
     policies.save_any_names_but_these("first"),

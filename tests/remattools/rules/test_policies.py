@@ -6,15 +6,17 @@ import pytest
 from hypothesis import given
 
 import remattools as rt
+from remattools import compat
 from remattools.rules import policies
 from remattools.rules.policies import parse_policy, resolve
-from remattools.rules.policy_types import Decision
+from remattools.rules.policy_types import DROPOUT_MASK, Decision
 from tests.remattools.rules.sample_policies import EQUATIONS, decide_all, trees
 
 
 def test_all_of_jaxs_names_are_there():
     # Some releases list their classes next to the functions.
-    assert set(policies.names()) == {name for name in vars(jax.checkpoint_policies) if name.islower()}
+    ours = {"dropout_masks_saveable"}
+    assert set(policies.names()) - ours == {name for name in vars(jax.checkpoint_policies) if name.islower()}
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,28 @@ def test_all_of_jaxs_names_are_there():
 def test_named_policies_are_jaxs_own_objects(name):
     assert resolve(name).lower() is getattr(jax.checkpoint_policies, name)
     assert resolve(getattr(jax.checkpoint_policies, name)) == resolve(name)
+
+
+def test_dropout_masks_are_saved_by_their_name_alone():
+    masks = policies.dropout_masks_saveable
+    assert masks.lower() == policies.save_only_these_names(DROPOUT_MASK).lower()
+    assert set(decide_all(masks)) == {Decision.RECOMPUTE}
+    assert masks.decide(compat.NAME_PRIMITIVE, name=DROPOUT_MASK) is Decision.SAVE
+
+
+@pytest.mark.parametrize(
+    ("policy", "has_masks"),
+    [
+        ("dropout_masks_saveable", True),
+        ("dots_saveable | dropout_masks_saveable", True),
+        ("everything_saveable & dropout_masks_saveable", True),
+        ("~dropout_masks_saveable", True),
+        ("dots_saveable | nothing_saveable", False),
+        ("save_only_these_names('a')", False),
+    ],
+)
+def test_a_combination_knows_whether_it_decides_on_masks(policy, has_masks):
+    assert resolve(policy).has_dropout_masks is has_masks
 
 
 @given(trees)

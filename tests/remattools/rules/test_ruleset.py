@@ -62,3 +62,28 @@ def test_what_is_not_a_set_of_rules_raises(make):
         make()
     assert caught.value.why
     assert caught.value.fix
+
+
+def test_a_policy_is_added_to_every_action_and_to_nothing_else():
+    rules = rt.Rules(
+        {
+            "a": "nothing_saveable",
+            "b": rt.Remat(save=("q",), every_n=2),
+            "c": False,
+            "d": "dots_saveable",
+        }
+    )
+    masks = "dropout_masks_saveable"
+    added = rules.add_policy(masks)
+    assert added == rt.Rules(
+        {
+            "a": masks,
+            "b": rt.Remat(masks, save=("q",), every_n=2),
+            "c": False,
+            "d": f"dots_saveable | {masks}",
+        }
+    )
+    assert added.add_policy(masks) == added
+    assert len(rt.Rules().add_policy(masks)) == 0
+    with pytest.raises(rt.PolicyError, match="dropout_masks_saveable"):
+        rules.add_policy("dropout_mask_saveable")

@@ -97,7 +97,10 @@ def test_callbacks_and_random_operations_are_warned_of():
 
     rows = rt.explain(Tower(block=Noisy), {"layers.*": "nothing_saveable"}, args=(inputs(),)).regions
     assert any("back to Python" in warning for warning in rows[0].warnings)
-    assert any("random" in warning for warning in rows[0].warnings)
+    assert any("recomputed from the same key" in warning for warning in rows[0].warnings)
+    rows = rt.explain(Tower(block=Noisy), {"layers.*": "dropout_masks_saveable"}, args=(inputs(),)).regions
+    assert any("masks dropout:lt" in warning for warning in rows[0].warnings)
+    assert not any("recomputed from the same key" in warning for warning in rows[0].warnings)
 
 
 class Stacked(nnx.Module):
