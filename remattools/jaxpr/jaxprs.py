@@ -76,13 +76,24 @@ def add_checkpoint_name(equation: Any, name: str, results: Sequence[Any] | None 
         results: Variables for the named results; None to reuse those of the equation, so that every later reader
             reads the named value.
     """
+    return add_checkpoint_names(equation, dict.fromkeys(range(len(equation.outvars)), name), results)
+
+
+def add_checkpoint_names(equation: Any, names: Mapping[int, str], results: Sequence[Any] | None = None) -> list[Any]:
+    """Return an equation followed by `checkpoint_name`s for some of its array results.
+
+    Args:
+        equation: The equation.
+        names: Names by the number of the result.
+        results: Variables for the named results; None to reuse those of the equation.
+    """
     targets = equation.outvars if results is None else results
-    fresh = [core.Var(var.aval) if is_array(var.aval) else var for var in equation.outvars]
+    named = {index for index in names if is_array(equation.outvars[index].aval)}
+    fresh = [core.Var(var.aval) if index in named else var for index, var in enumerate(equation.outvars)]
     marks = [
         mark
-        for inner, outer in zip(fresh, targets, strict=True)
-        if is_array(inner.aval)
-        for mark in _make_name_equations(inner, outer, name, equation)
+        for index in sorted(named)
+        for mark in make_name_equations(fresh[index], targets[index], names[index], equation)
     ]
     return [equation.replace(outvars=fresh), *marks]
 
@@ -90,10 +101,18 @@ def add_checkpoint_name(equation: Any, name: str, results: Sequence[Any] | None 
 def replace_checkpoint_name(equation: Any, name: str) -> list[Any]:
     """Return the equations of a `checkpoint_name` with another name."""
     (source,), (target,) = equation.invars, equation.outvars
-    return _make_name_equations(source, target, name, equation)
+    return make_name_equations(source, target, name, equation)
 
 
-def _make_name_equations(source: Any, target: Any, name: str, like: Any) -> list[Any]:
+def make_name_equations(source: Any, target: Any, name: str, like: Any) -> list[Any]:
+    """Return the equations of a `checkpoint_name`.
+
+    Args:
+        source: The variable to name.
+        target: The variable for the named value.
+        name: The name.
+        like: An equation whose place in the source code they take.
+    """
     aval = target.aval
     # JAX cannot save complex values by name, so their real and imaginary parts are named, which costs no memory.
     in_parts = jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating) and not is_placed(aval)

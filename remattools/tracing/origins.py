@@ -17,7 +17,7 @@ from jax.extend import core
 from ..errors import MeasureError
 from ..jaxpr import jaxprs
 from ..rules.paths import Path, format_path
-from ..transform.naming import names, scopes
+from ..transform.naming import marking, names, scopes
 from . import pure_call
 
 # Skipped in the search for a producer: these move, round or mark a value and compute nothing.
@@ -59,7 +59,7 @@ def trace_with_paths(call: pure_call.Call, select: Callable[[Any], Any]) -> Any:
     def run_selected(leaves: list[Any]) -> Any:
         return select(pure_call.evaluate(call, leaves, with_paths=True))
 
-    return names.mark_equations(jax.make_jaxpr(run_selected)(call.abstractify_leaves()), {})
+    return marking.mark_equations(jax.make_jaxpr(run_selected)(call.abstractify_leaves()), {})
 
 
 def select_loss_or_floats(result: tuple[Any, list[Any]]) -> list[Any]:

@@ -26,7 +26,7 @@ from . import region
 from .capture import effects
 from .capture.rebuild import rebuild
 from .capture.walk import capture
-from .naming import names, scopes
+from .naming import marking, names, scopes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _require_found(groups: Sequence[Group], first: dict[tuple[int, int], int]) -
 
 
 def _make_plain_call(piece: Any) -> Callable[..., Any]:
-    return lambda *leaves: _run_with_mark(scopes.RELATIVE, names.mark_equations(piece, {}), leaves)
+    return lambda *leaves: _run_with_mark(scopes.RELATIVE, marking.mark_equations(piece, {}), leaves)
 
 
 def _begin_scope(mark: str) -> contextlib.AbstractContextManager[Any]:
@@ -182,7 +182,7 @@ def _checkpoint_piece(group: Group, piece: Any) -> Callable[..., Any]:
     marks = {}
     if names.is_naming_needed(action):
         marks = names.select_marks(functools.partial(_find_relative_values, group, piece), action)
-    marked = names.mark_equations(piece, marks)
+    marked = marking.mark_equations(piece, marks)
     return jax.checkpoint(
         lambda *leaves: _run_with_mark(scopes.REGION, marked, leaves),
         policy=names.lower_policy(action),
@@ -223,7 +223,7 @@ def _make_checkpointed_body(group: Group, scan: jaxprs.Scan) -> Callable[..., An
     marks = {}
     if names.is_naming_needed(group.action):
         marks = names.select_marks(functools.partial(_find_relative_values, group, scan.body), group.action)
-    marked = names.mark_equations(scan.body, marks)
+    marked = marking.mark_equations(scan.body, marks)
 
     def run_body(consts: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         out = jaxprs.run(marked, [*consts, *carry, *x])

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..jaxpr import jaxprs
+from ..jaxpr import forward_rules, jaxprs
 from ..rules.paths import Path
 from ..rules.rule import Remat
 from .capture.walk import capture
@@ -81,7 +81,10 @@ def _find_equations(jaxpr: Any, position: names.Position) -> Iterator[Any]:
         equation = jaxprs.open_jaxpr(jaxpr).eqns[number]
         yield equation
         if place is not None:
-            jaxpr = dict(jaxprs.find_subjaxprs(equation))[place]
+            is_rule = place == forward_rules.FORWARD_RULE
+            jaxpr = (
+                forward_rules.trace_forward_rule(equation) if is_rule else dict(jaxprs.find_subjaxprs(equation))[place]
+            )
 
 
 def _is_floating(aval: Any) -> bool:

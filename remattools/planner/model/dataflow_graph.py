@@ -18,7 +18,7 @@ from ...compiler.partition import WHOLE_ARRAYS, DeviceSizes
 from ...jaxpr import jaxprs
 from ...rules.paths import Path
 from ...tracing.origins import locate
-from ...transform.naming import names
+from ...transform.naming import marking, names
 from .op_work import Work, divide_work, estimate_work
 
 # Equations of these hold one jaxpr and do nothing else.
@@ -270,7 +270,7 @@ def build_block_graph(
     values = [value for value in names.find_named_values(jaxpr) if value.reachable and value.kind != "module"]
     marks = {position: f"{_CANDIDATE_PREFIX}{n}" for n, value in enumerate(values) for position in value.where}
     labels = {f"{_CANDIDATE_PREFIX}{n}": f"{value.label}[{value.index}]" for n, value in enumerate(values)}
-    marked = names.mark_equations(jaxpr, marks)
+    marked = marking.mark_equations(jaxpr, marks)
     avals = [var.aval for var in jaxprs.open_jaxpr(jaxpr).invars]
 
     def count_bytes(aval: Any, equation: Any) -> int:
