@@ -19,6 +19,11 @@ from . import jaxprs
 FORWARD_RULE: jaxprs.Place = ("fwd_jaxpr_thunk", -1)
 
 
+def has_forward_rule(equation: Any) -> bool:
+    """Return whether an equation is a custom_vjp."""
+    return FORWARD_RULE[0] in equation.params
+
+
 def trace_forward_rule(equation: Any) -> Any:
     """Return the forward rule of a custom_vjp; None for other equations, or if nothing can be differentiated.
 
@@ -31,7 +36,7 @@ def trace_forward_rule(equation: Any) -> Any:
         An open jaxpr: its arguments are those of the equation without its constants, its results the residuals that are
         computed, and then the results of the equation.
     """
-    if FORWARD_RULE[0] not in equation.params:
+    if not has_forward_rule(equation):
         return None
     operands = equation.invars[equation.params.get("num_consts", 0) :]
     is_differentiated = [

@@ -6,7 +6,7 @@ returns a new one that shares the equations it did not change.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -181,6 +181,38 @@ def replace_subjaxprs(equation: Any, subjaxprs: dict[Place, Any]) -> Any:
         else:
             params[key] = (*params[key][:index], program, *params[key][index + 1 :])
     return equation.replace(params=params)
+
+
+def inline_calls(jaxpr: Any, primitives: Container[str]) -> Any:
+    """Return an open jaxpr with the equations of calls, such as jits, in place of the calls.
+
+    Args:
+        jaxpr: An open jaxpr.
+        primitives: Names of the primitives to inline: those whose equations hold one jaxpr and do nothing else.
+    """
+    equations: list[Any] = []
+    same: dict[Any, Any] = {}
+
+    def resolve(atom: Any) -> Any:
+        return same.get(atom, atom) if isinstance(atom, core.Var) else atom
+
+    for equation in jaxpr.eqns:
+        equation = equation.replace(invars=[resolve(atom) for atom in equation.invars])
+        nested = [below for _, below in find_subjaxprs(equation)]
+        inner = open_jaxpr(nested[0]) if equation.primitive.name in primitives and len(nested) == 1 else None
+        if inner is None or inner.constvars:
+            equations.append(equation)
+            continue
+        inner = inline_calls(inner, primitives)
+        # A function that is called twice has one jaxpr, so its variables are renamed.
+        local: dict[Any, Any] = dict(zip(inner.invars, equation.invars, strict=True))
+        for one in inner.eqns:
+            local.update((var, core.Var(var.aval)) for var in one.outvars)
+            invars = [local[atom] if isinstance(atom, core.Var) else atom for atom in one.invars]
+            equations.append(one.replace(invars=invars, outvars=[local[var] for var in one.outvars]))
+        results = [local[atom] if isinstance(atom, core.Var) else atom for atom in inner.outvars]
+        same.update(zip(equation.outvars, results, strict=True))
+    return jaxpr.replace(eqns=equations, outvars=[resolve(atom) for atom in jaxpr.outvars]) if same else jaxpr
 
 
 def run(jaxpr: Any, leaves: list[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from jax.extend import core
 
 from ... import compat
 from ...compiler.partition import WHOLE_ARRAYS, DeviceSizes
-from ...jaxpr import jaxprs
+from ...jaxpr import forward_rules, jaxprs
 from ...rules.paths import Path
 from ...tracing.origins import locate
 from ...transform.naming import marking, names
@@ -196,6 +196,9 @@ def run_inlined(jaxpr: Any, leaves: Sequence[Any]) -> list[Any]:
     values.update(zip(inner.invars, leaves, strict=True))
     for equation in inner.eqns:
         args = [jaxprs.read_atom(atom, values) for atom in equation.invars]
+        if forward_rules.has_forward_rule(equation):  # traced when it is differentiated
+            inline = functools.partial(jaxprs.inline_calls, primitives=INLINED_PRIMITIVES)
+            equation = forward_rules.replace_forward_rule(equation, inline)
         nested = [below for _, below in jaxprs.find_subjaxprs(equation)]
         if equation.primitive.name in INLINED_PRIMITIVES and len(nested) == 1:
             out = run_inlined(nested[0], args)
@@ -333,9 +336,18 @@ def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str], co
         inputs=inputs,
         outputs=frozenset(outputs),
         residuals=frozenset(needed & (read_back | outputs)) if backward else frozenset(),
-        candidates=tuple(candidates),
+        candidates=_prefer_authors_names(candidates),
         float32_values=frozenset(single),
     )
+
+
+def _prefer_authors_names(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Return the candidates without those that name the same values as a `checkpoint_name` in the model does."""
+    values: dict[str, tuple[int, ...]] = {}
+    for each in candidates:
+        values[each.name] = (*values.get(each.name, ()), each.value)
+    named = {numbers for name, numbers in values.items() if name.startswith("@")}
+    return tuple(each for each in candidates if each.name.startswith("@") or values[each.name] not in named)
 
 
 def is_float32(aval: Any) -> bool:

@@ -122,9 +122,7 @@ def _is_result_in_derivative(equation: Any, *, in_rule: bool) -> bool:
 
 
 def _has_marks_in_rule(equation: Any, marks: Marks, start: names.Position) -> bool:
-    if _RULE[0] not in equation.params:
-        return False
-    return any(position[: len(start)] == start for position in marks)
+    return forward_rules.has_forward_rule(equation) and any(position[: len(start)] == start for position in marks)
 
 
 def _mark_forward_rule(
