@@ -32,6 +32,7 @@ from ..transform import explain as explaining
 from ..transform.modules import find_modules
 from ..transform.naming import scopes
 from .measure import measure
+from .offloads import IdleOffload, find_idle_offloads, save_instead
 from .residuals import linearize_call, make_report
 from .ruled_call import find_model, make_rules, use_rules
 from .timeline import make_timeline
@@ -88,8 +89,8 @@ class CheckReport:
         residual_bytes: Computed residuals, without and with the rules; 0 for a whole step, which has none.
         planned_peak_bytes: Peak of the traced program as `timeline` walks it, without and with the rules.
         temp_bytes: The compiler's temporaries, without and with the rules.
-        compiled_peak_bytes: The compiler's peak, without and with the rules. On a TPU it counts on-chip memory, which
-            `temp_bytes` does not.
+        compiled_peak_bytes: The compiler's peak on the device, without and with the rules. On a TPU it counts on-chip
+            memory, which `temp_bytes` does not.
         host_bytes: Residuals that the rules offload to host memory.
         findings: What does not work; empty if everything does.
 
@@ -199,10 +200,15 @@ def check(
         regions = list(_find_regions(_trace_jaxpr(fn, args, differentiate=differentiate)))
         has_actions = any(application.get_active_actions(find_modules(model)))
         warnings = _collect_warnings(model)
+        idle = find_idle_offloads(model, ruled.host_bytes, lambda: _trace_memory(subject)[1]) if differentiate else []
+        copied = list(_find_copied_offload(subject, ruled))
     if has_actions or regions:
         # In a step each region stands twice: in the forward and in the backward pass.
         repeated = _find_repeated_regions(regions) if differentiate else ()
-        findings = [*_find_problems(plain, ruled, len(regions), where), *repeated, *warnings]
+        problems = list(_find_problems(plain, ruled, len(regions), where))
+        if copied:  # the reason for the memory that is not freed
+            problems = [finding for finding in problems if finding.code != "undone"]
+        findings = [*problems, *copied, *map(_describe_idle_offload, idle), *repeated, *warnings]
     else:
         findings = [*_NO_RULES_FINDINGS, *warnings]
     if new_rules is not None and regions:
@@ -215,7 +221,7 @@ def check(
         residual_bytes=(plain.residual_bytes, ruled.residual_bytes),
         planned_peak_bytes=(plain.peak_bytes, ruled.peak_bytes),
         temp_bytes=(plain.measurement.temp_bytes, ruled.measurement.temp_bytes),
-        compiled_peak_bytes=(plain.measurement.peak_bytes, ruled.measurement.peak_bytes),
+        compiled_peak_bytes=(plain.measurement.device_peak_bytes, ruled.measurement.device_peak_bytes),
         host_bytes=ruled.host_bytes,
         findings=tuple(findings),
     )
@@ -293,14 +299,13 @@ def _find_compiler_problems(plain: _ProgramMemory, ruled: _ProgramMemory, target
         )
     if not plain.measurement.fits or not ruled.measurement.fits:
         return
-    on_chip = plain.measurement.temporaries_on_chip or ruled.measurement.temporaries_on_chip
-    memory = "peak" if on_chip else "temp"
-    before = getattr(plain.measurement, f"{memory}_bytes")
-    freed = before - getattr(ruled.measurement, f"{memory}_bytes")
+    memory = _choose_memory(plain.measurement, ruled.measurement)
+    before = getattr(plain.measurement, memory)
+    freed = before - getattr(ruled.measurement, memory)
     freed_at_peak = plain.peak_bytes - ruled.peak_bytes
     freed_residuals = plain.residual_bytes - ruled.residual_bytes
     if freed_at_peak > _NOISE * plain.peak_bytes and freed < _MIN_FREED_SHARE * freed_at_peak:
-        subject = "the peak" if on_chip else "the size of the temporaries"
+        subject = "the peak" if memory == "device_peak_bytes" else "the size of the temporaries"
         change = f"{'fell' if freed >= 0 else 'rose'} by {format_bytes(abs(freed))}"
         yield Finding(
             code="undone",
@@ -322,6 +327,39 @@ def _find_compiler_problems(plain: _ProgramMemory, ruled: _ProgramMemory, target
             message=f"the rules offload {format_bytes(ruled.host_bytes)} to host memory, but the program compiled for "
             f"{target.name} uses no host memory: offloading has no effect on this target.",
         )
+
+
+def _describe_idle_offload(idle: IdleOffload) -> Finding:
+    return Finding(
+        code="offload_ignored",
+        message=f"{idle.name!r} is offloaded in {idle.path}, but puts nothing into host memory: the backward pass "
+        "reads no such value. What a region returns is the input of the next one, and inputs are saved on the device: "
+        'offload=(".:input",) offloads them. explain(..., names=True) lists the names inside a region.',
+    )
+
+
+def _find_copied_offload(subject: _Subject, ruled: _ProgramMemory) -> Iterator[Finding]:
+    """Yield a finding if offloading takes as much memory on the device as saving the same values there."""
+    if not (ruled.host_bytes and ruled.measurement.host_temp_bytes and ruled.measurement.fits):
+        return
+    with save_instead(subject.model):
+        saved = _measure_program(subject)
+    memory = _choose_memory(saved, ruled.measurement)
+    before, after = getattr(saved, memory), getattr(ruled.measurement, memory)
+    if saved.fits and after >= (1 - _NOISE) * before:
+        yield Finding(
+            code="offload_ignored",
+            message=f"the rules put {format_bytes(ruled.measurement.host_temp_bytes)} into host memory, but need "
+            f"{format_bytes(after)} on {subject.target.name}, and {format_bytes(before)} if the same values are saved "
+            "there: the compiler keeps copies on the device. Save these values or recompute them; the values of layers "
+            "that a scan runs do leave the device." + _describe_peak(ruled.measurement),
+        )
+
+
+def _choose_memory(*measurements: Measurement) -> str:
+    """Return the attribute that counts all temporaries of these programs on the device."""
+    on_chip = any(measurement.temporaries_on_chip for measurement in measurements)
+    return "device_peak_bytes" if on_chip else "temp_bytes"
 
 
 def _trace_jaxpr(fn: Any, args: tuple[Any, ...], *, differentiate: bool) -> Any:
@@ -398,8 +436,7 @@ def _find_useless_rules(subject: _Subject, rules: Rules, ruled: _ProgramMemory) 
             if traced[0] > ruled.residual_bytes or traced[2] > ruled.peak_bytes:
                 continue
             without = _measure_program(subject)
-        on_chip = without.temporaries_on_chip or ruled.measurement.temporaries_on_chip
-        memory = "peak_bytes" if on_chip else "temp_bytes"
+        memory = _choose_memory(without, ruled.measurement)
         before, after = getattr(without, memory), getattr(ruled.measurement, memory)
         if without.fits and before <= (1 + _NOISE) * after:
             yield Finding(

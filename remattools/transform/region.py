@@ -268,6 +268,8 @@ def _run_body(leaves: list[Any], static: _StaticInputs, *, with_paths: bool, mar
     args, kwargs = rebuild(static.spec, leaves, objects)
     before = effects.snapshot(objects)
     if with_paths:
+        if mark_outputs:
+            args, kwargs = scopes.name_inputs(args, kwargs, ".")
         with scopes.record_paths(_find_roots(args, kwargs), mark_outputs=mark_outputs):
             out = static.target(*args, **kwargs)
     else:

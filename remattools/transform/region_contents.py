@@ -44,7 +44,7 @@ def find_contents(jaxpr: Any, paths: Sequence[Path]) -> list[RegionContents]:
 
 
 def _find_region_contents(jaxpr: Any, values: Sequence[names.NamedValue], path: Path) -> RegionContents:
-    inside = [value for value in values if value.path[: len(path)] == path]
+    inside = [v for v in values if v.path[: len(path)] == path and (v.kind != "input" or v.path == path)]
     if not path:  # what a loss computes around the model has the root's path too, and is in no region
         inside = [value for value in inside if any(_is_in_module(jaxpr, position) for position in value.where)]
     counts: dict[Any, int] = {}

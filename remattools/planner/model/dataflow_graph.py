@@ -270,7 +270,7 @@ def build_block_graph(
         path: Path of a block with this forward pass.
         sizes: Sizes on one device.
     """
-    values = [value for value in names.find_named_values(jaxpr) if value.reachable and value.kind != "module"]
+    values = [value for value in names.find_named_values(jaxpr) if value.reachable and value.kind in ("op", "user")]
     marks = {position: f"{_CANDIDATE_PREFIX}{n}" for n, value in enumerate(values) for position in value.where}
     labels = {f"{_CANDIDATE_PREFIX}{n}": f"{value.label}[{value.index}]" for n, value in enumerate(values)}
     marked = marking.mark_equations(jaxpr, marks)

@@ -58,7 +58,7 @@ def mark_equations(jaxpr: Any, marks: Marks, prefix: names.Position = (), *, in_
             equations.extend(result_derivatives.name_with_derivative(equation, str(mark)))
         elif name is not None and mark is not None:
             equations.extend(jaxprs.replace_checkpoint_name(equation, mark))
-        elif name is not None and scopes.parse_output(name) is not None:
+        elif name is not None and scopes.is_mark(name):
             same[equation.outvars[0]] = equation.invars[0]
         elif mark is not None:
             equations.extend(jaxprs.add_checkpoint_name(equation, mark))
@@ -179,7 +179,7 @@ def _decide_marks(jaxpr: Any, policy: Policy) -> Marks:
     marks = {}
     for position, equation, _, reachable in names.walk_equations(jaxpr, (), (), True):
         name = jaxprs.get_checkpoint_name(equation)
-        if not reachable or (name is not None and scopes.parse_output(name) is not None):
+        if not reachable or (name is not None and scopes.is_mark(name)):
             continue
         avals = [atom.aval for atom in equation.invars]
         if name is None:

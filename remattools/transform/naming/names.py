@@ -6,6 +6,7 @@ Sits on `scopes` (module paths on operations). The name of a value inside a regi
 -   `attn.q_proj`: the output of a submodule; `norm[1]` the output of its second call;
 -   `mlp:dot_general`: the result of an operation in `mlp`; `mlp:dot_general[1]` of the second such operation there, in
     trace order;
+-   `mlp:input`: an array that is passed to a submodule; `.:input` one that is passed to the region itself;
 -   `@qkv`: a `checkpoint_name` in the user's model.
 
 Each selected value is wrapped in a `checkpoint_name`, and the policy saves that name: a structured policy, known before
@@ -40,9 +41,10 @@ class NamedValue:
     """A value that a region can save or offload.
 
     Attributes:
-        kind: "module" (a submodule's output), "op" (the result of an operation) or "user" (a `checkpoint_name`).
+        kind: "module" (a submodule's output), "input" (an array passed to a module), "op" (the result of an operation)
+            or "user" (a `checkpoint_name`).
         path: Path of its module, relative to the region; `()` for the region's module.
-        primitive: Name of the JAX primitive, or the `checkpoint_name`; "" for kind "module".
+        primitive: Name of the JAX primitive, "input", or the `checkpoint_name`; "" for kind "module".
         index: Number among the values of equal kind, path and primitive, in trace order.
         avals: Shape and dtype of each of its arrays.
         reachable: Whether a policy can save it; False inside custom derivatives and kernels.
@@ -178,6 +180,9 @@ def find_named_values(jaxpr: Any, *, deeper: bool = False, in_rule: bool = False
             )
             continue
         kind, primitive = ("op", equation.primitive.name) if name is None else ("user", name)
+        passed_to = scopes.parse_input(name) if name is not None else None
+        if passed_to is not None:
+            kind, primitive, path = "input", "input", passed_to
         key = (kind, path, primitive)
         index = counts.get(key, 0)
         counts[key] = index + 1
