@@ -31,6 +31,7 @@ from ..transform import apply as application
 from ..transform import explain as explaining
 from ..transform.modules import find_modules
 from ..transform.naming import scopes
+from .explain_call import trace_call
 from .measure import measure
 from .offloads import IdleOffload, find_idle_offloads, save_instead
 from .residuals import linearize_call, make_report
@@ -55,6 +56,7 @@ FindingCode = Literal[
     "useless_rule",
     "repeated",
     "out_of_memory",
+    "author_region",
     "warning",
 ]
 
@@ -202,13 +204,16 @@ def check(
         warnings = _collect_warnings(model)
         idle = find_idle_offloads(model, ruled.host_bytes, lambda: _trace_memory(subject)[1]) if differentiate else []
         copied = list(_find_copied_offload(subject, ruled))
+        authored = list(_find_author_regions(subject))
     if has_actions or regions:
         # In a step each region stands twice: in the forward and in the backward pass.
         repeated = _find_repeated_regions(regions) if differentiate else ()
         problems = list(_find_problems(plain, ruled, len(regions), where))
+        if authored:  # the reason why the rules free nothing
+            problems = [finding for finding in problems if finding.code in ("out_of_memory", "offload_ignored")]
         if copied:  # the reason for the memory that is not freed
             problems = [finding for finding in problems if finding.code != "undone"]
-        findings = [*problems, *copied, *map(_describe_idle_offload, idle), *repeated, *warnings]
+        findings = [*authored, *problems, *copied, *map(_describe_idle_offload, idle), *repeated, *warnings]
     else:
         findings = [*_NO_RULES_FINDINGS, *warnings]
     if new_rules is not None and regions:
@@ -327,6 +332,17 @@ def _find_compiler_problems(plain: _ProgramMemory, ruled: _ProgramMemory, target
             message=f"the rules offload {format_bytes(ruled.host_bytes)} to host memory, but the program compiled for "
             f"{target.name} uses no host memory: offloading has no effect on this target.",
         )
+
+
+def _find_author_regions(subject: _Subject) -> Iterator[Finding]:
+    """Yield the modules with rules that run inside a `jax.checkpoint` of the model's code."""
+    if not subject.differentiate:  # a step shows no names: its regions run in both passes
+        return
+    program = trace_call(pure_call.stage(pure_call.unwrap_jit(subject.fn), subject.args))
+    for row in explaining.explain_model(subject.model, program=program).rows:
+        if row.author_regions:
+            message = f"{row.path} {explaining.describe_author_regions(row.author_regions)}"
+            yield Finding(code="author_region", message=message)
 
 
 def _describe_idle_offload(idle: IdleOffload) -> Finding:

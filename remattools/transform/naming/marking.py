@@ -160,7 +160,8 @@ def _transfer_marks(known: Any, rule: Any, marks: Marks, start: names.Position) 
 
 
 def _mark_nested(equation: Any, marks: Marks, prefix: names.Position, number: int, *, in_rule: bool) -> Any:
-    if jaxprs.is_region(equation) or jaxprs.is_opaque(equation):
+    # Regions in the model's code may hold marks of `scopes`; under jax_remat3 their programs cannot be replaced.
+    if jaxprs.is_opaque(equation) or "_prim" in equation.params:
         return equation
     new = {
         place: (below, mark_equations(below, marks, (*prefix, (number, place)), in_rule=in_rule))
