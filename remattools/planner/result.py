@@ -247,4 +247,5 @@ def plot_points(
 def _format_rule(pattern: str, action: Any) -> str:
     verb, names = ("offload", action.offload) if action.offload else ("save", action.save)
     what = f"{len(names)} name{'s' * (len(names) != 1)}" if names else "nothing"
-    return f"{pattern}: {verb} {what}" + (f", {action.group} in a region" if action.group != 1 else "")
+    group = f", {action.group} in a region" if action.group != 1 else ""
+    return f"{pattern}: {verb} {what}{group}" + (" of regions" if action.nested else "")

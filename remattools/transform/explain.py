@@ -132,7 +132,7 @@ def describe(action: Remat) -> str:
         parts = []
     parts += [f"save {name}" for name in action.save] + [f"offload {name}" for name in action.offload]
     if action.group != 1:
-        parts.append(f"group {action.group}")
+        parts.append(f"group {action.group}" + (" nested" if action.nested else ""))
     if action.methods != ("__call__",):
         parts.append("in " + ", ".join(action.methods))
     return ", ".join(parts)
