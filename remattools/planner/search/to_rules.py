@@ -28,7 +28,8 @@ def write_rules(space: Space, assignment: Assignment) -> Rules:
         choice = space.levels[assignment.get_level(number)][kinds[path]]
         pattern = _find_pattern(path, methods)
         names = None if choice.names is None else _shorten_names(space.outline.problems[kinds[path]], choice.names)
-        group = assignment.group if number < assignment.split and path[:-1] in space.groupable_paths else 1
+        is_grouped = path[:-1] in space.groupable_paths or (assignment.nested and path in space.stacked_paths)
+        group = assignment.group if number < assignment.split and is_grouped else 1
         groups.setdefault((pattern, names, group), []).append(path)
     pairs: list[tuple[str, Any]] = []
     for (pattern, names, group), paths in groups.items():
@@ -36,7 +37,8 @@ def write_rules(space: Space, assignment: Assignment) -> Rules:
             all_paths = [path for path in space.members if _find_pattern(path, methods) == pattern]
             stacked = space.outline.problems[kinds[paths[0]]].stacked
             saved: dict[str, Any] = {"offload" if assignment.offload and stacked else "save": names}
-            action = Remat(methods=methods[pattern], group=group, **saved)
+            nested = assignment.nested and group > 1
+            action = Remat(methods=methods[pattern], group=group, nested=nested, **saved)
             pairs.append((_format_pattern(pattern, paths, all_paths), action))
     return Rules(pairs)
 
