@@ -29,11 +29,12 @@ from ..tracing import pure_call
 from ..tracing.origins import locate, select_loss_or_floats, trace_with_paths
 from ..transform import apply as application
 from ..transform import explain as explaining
+from ..transform.author_regions import has_author_region
 from ..transform.modules import find_modules
 from ..transform.naming import scopes
 from .explain_call import trace_call
 from .measure import measure
-from .offloads import IdleOffload, find_idle_offloads, save_instead
+from .offloads import IdleOffload, describe_idle_offload, find_idle_offloads, save_instead
 from .residuals import linearize_call, make_report
 from .ruled_call import find_model, make_rules, use_rules
 from .timeline import make_timeline
@@ -95,6 +96,7 @@ class CheckReport:
             memory, which `temp_bytes` does not.
         host_bytes: Residuals that the rules offload to host memory.
         findings: What does not work; empty if everything does.
+        notes: What has no effect beside something that does, such as one of several offloaded names.
 
     Example:
         >>> import jax, jax.numpy as jnp, remattools as rt
@@ -114,6 +116,7 @@ class CheckReport:
     compiled_peak_bytes: tuple[int, int]
     host_bytes: int
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -149,7 +152,8 @@ class CheckReport:
             rows.append(("in host memory", "", format_bytes(self.host_bytes)))
         lines = [format_table(("", "plain", "with rules"), rows, numeric=("plain", "with rules"))]
         lines += [f"{finding.code}: {finding.message}" for finding in self.findings]
-        return "\n".join([*lines, "ok: the rules free what they should." if self.ok else ""]).rstrip()
+        lines += ["ok: the rules free what they should."] * self.ok
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def check(
@@ -199,12 +203,13 @@ def check(
         plain = _measure_memory(subject)
     with use_rules(model, new_rules):
         ruled = _measure_memory(subject)
-        regions = list(_find_regions(_trace_jaxpr(fn, args, differentiate=differentiate)))
+        program = _trace_jaxpr(fn, args, differentiate=differentiate)
+        regions = list(_find_regions(program))
         has_actions = any(application.get_active_actions(find_modules(model)))
         warnings = _collect_warnings(model)
         idle = find_idle_offloads(model, ruled.host_bytes, lambda: _trace_memory(subject)[1]) if differentiate else []
         copied = list(_find_copied_offload(subject, ruled))
-        authored = list(_find_author_regions(subject))
+        authored = list(_find_author_regions(subject)) if has_author_region(program) else []
     if has_actions or regions:
         # In a step each region stands twice: in the forward and in the backward pass.
         repeated = _find_repeated_regions(regions) if differentiate else ()
@@ -213,7 +218,7 @@ def check(
             problems = [finding for finding in problems if finding.code in ("out_of_memory", "offload_ignored")]
         if copied:  # the reason for the memory that is not freed
             problems = [finding for finding in problems if finding.code != "undone"]
-        findings = [*authored, *problems, *copied, *map(_describe_idle_offload, idle), *repeated, *warnings]
+        findings = [*authored, *problems, *copied, *_find_idle_names(idle), *repeated, *warnings]
     else:
         findings = [*_NO_RULES_FINDINGS, *warnings]
     if new_rules is not None and regions:
@@ -229,6 +234,7 @@ def check(
         compiled_peak_bytes=(plain.measurement.device_peak_bytes, ruled.measurement.device_peak_bytes),
         host_bytes=ruled.host_bytes,
         findings=tuple(findings),
+        notes=tuple(describe_idle_offload(each) for each in idle if each.has_others),
     )
 
 
@@ -345,13 +351,11 @@ def _find_author_regions(subject: _Subject) -> Iterator[Finding]:
             yield Finding(code="author_region", message=message)
 
 
-def _describe_idle_offload(idle: IdleOffload) -> Finding:
-    return Finding(
-        code="offload_ignored",
-        message=f"{idle.name!r} is offloaded in {idle.path}, but puts nothing into host memory: the backward pass "
-        "reads no such value. What a region returns is the input of the next one, and inputs are saved on the device: "
-        'offload=(".:input",) offloads them. explain(..., names=True) lists the names inside a region.',
-    )
+def _find_idle_names(idle: list[IdleOffload]) -> Iterator[Finding]:
+    """Yield the offloaded names that put nothing into host memory, where no other name of the same rule does."""
+    for each in idle:
+        if not each.has_others:
+            yield Finding(code="offload_ignored", message=describe_idle_offload(each))
 
 
 def _find_copied_offload(subject: _Subject, ruled: _ProgramMemory) -> Iterator[Finding]:

@@ -26,10 +26,12 @@ class IdleOffload:
     Attributes:
         path: Path of the first module whose action has it.
         name: The name, as in `offload=`.
+        has_others: Whether other names of the same action do offload.
     """
 
     path: str
     name: str
+    has_others: bool = False
 
 
 def find_idle_offloads(model: Any, host_bytes: int, count_host_bytes: Callable[[], int]) -> list[IdleOffload]:
@@ -48,13 +50,24 @@ def find_idle_offloads(model: Any, host_bytes: int, count_host_bytes: Callable[[
     found = [IdleOffload(path, name) for action, path in paths.items() for name in action.offload]
     if not host_bytes or len(found) < 2:
         return found if not host_bytes else []
-    idle = []
+    found = []
     for action, path in paths.items():
+        idle = []
         for name in action.offload:
             with _replace_actions(model, functools.partial(_remove_name, action, name)):
                 if count_host_bytes() >= host_bytes:
-                    idle.append(IdleOffload(path, name))
-    return idle
+                    idle.append(name)
+        found += [IdleOffload(path, name, has_others=len(idle) < len(action.offload)) for name in idle]
+    return found
+
+
+def describe_idle_offload(idle: IdleOffload) -> str:
+    """Return what a name that offloads nothing does, and what to do, as a sentence for a reader."""
+    return (
+        f"{idle.name!r} is offloaded in {idle.path}, but puts nothing into host memory: the backward pass "
+        "reads no such value. What a region returns is the input of the next one, and inputs are saved on the device: "
+        'offload=(".:input",) offloads them. explain(..., names=True) lists the names inside a region.'
+    )
 
 
 def _remove_name(action: Remat, name: str, current: Remat) -> Remat:

@@ -59,6 +59,18 @@ def describe_region(equation: Any, path: Path) -> AuthorRegion:
     return AuthorRegion(path, _find_location(equation), name)
 
 
+def has_author_region(jaxpr: Any) -> bool:
+    """Return whether a program may have regions of the model's code; those of rules are marked."""
+    for equation in jaxprs.open_jaxpr(jaxpr).eqns:
+        nested = [jaxprs.open_jaxpr(inner) for _, inner in jaxprs.find_subjaxprs(equation)]
+        stacks = [str(inside.source_info.name_stack) for inner in nested for inside in inner.eqns]
+        if jaxprs.is_region(equation) and not any(scopes.REGION in stack for stack in stacks):
+            return True
+        if any(map(has_author_region, nested)):
+            return True
+    return False
+
+
 def find_author_regions(
     jaxpr: Any, prefix: names.Position = (), outer: Path = ()
 ) -> dict[names.Position, AuthorRegion]:

@@ -73,6 +73,7 @@ def test_names_without_effect_are_found(make, path, offload, idle, values):
     assert host_bytes == values * LAYERS * CARRY
     found = find_idle_offloads(model, host_bytes, lambda: _count_host_bytes(model))
     assert [each.name for each in found] == idle
+    assert all(each.has_others is (values > 0) for each in found)
     assert nnx.graphdef(model) == before
 
 
