@@ -29,10 +29,13 @@ from ..tracing import pure_call
 from ..tracing.origins import locate, select_loss_or_floats, trace_with_paths
 from ..transform import apply as application
 from ..transform import explain as explaining
+from ..transform.author_regions import has_author_region
 from ..transform.modules import find_modules
 from ..transform.naming import scopes
 from . import random_cost
+from .explain_call import trace_call
 from .measure import measure
+from .offloads import IdleOffload, describe_idle_offload, find_idle_offloads, save_instead
 from .residuals import linearize_call, make_report
 from .ruled_call import find_model, make_rules, use_rules
 from .timeline import make_timeline
@@ -56,6 +59,7 @@ FindingCode = Literal[
     "repeated",
     "out_of_memory",
     "random_bits",
+    "author_region",
     "warning",
 ]
 
@@ -90,10 +94,11 @@ class CheckReport:
         residual_bytes: Computed residuals, without and with the rules; 0 for a whole step, which has none.
         planned_peak_bytes: Peak of the traced program as `timeline` walks it, without and with the rules.
         temp_bytes: The compiler's temporaries, without and with the rules.
-        compiled_peak_bytes: The compiler's peak, without and with the rules. On a TPU it counts on-chip memory, which
-            `temp_bytes` does not.
+        compiled_peak_bytes: The compiler's peak on the device, without and with the rules. On a TPU it counts on-chip
+            memory, which `temp_bytes` does not.
         host_bytes: Residuals that the rules offload to host memory.
         findings: What does not work; empty if everything does.
+        notes: What has no effect beside something that does, such as one of several offloaded names.
 
     Example:
         >>> import jax, jax.numpy as jnp, remattools as rt
@@ -113,6 +118,7 @@ class CheckReport:
     compiled_peak_bytes: tuple[int, int]
     host_bytes: int
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -148,7 +154,8 @@ class CheckReport:
             rows.append(("in host memory", "", format_bytes(self.host_bytes)))
         lines = [format_table(("", "plain", "with rules"), rows, numeric=("plain", "with rules"))]
         lines += [f"{finding.code}: {finding.message}" for finding in self.findings]
-        return "\n".join([*lines, "ok: the rules free what they should." if self.ok else ""]).rstrip()
+        lines += ["ok: the rules free what they should."] * self.ok
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def check(
@@ -198,16 +205,25 @@ def check(
         plain = _measure_memory(subject)
     with use_rules(model, new_rules):
         ruled = _measure_memory(subject)
-        regions = list(_find_regions(_trace_jaxpr(fn, args, differentiate=differentiate)))
+        program = _trace_jaxpr(fn, args, differentiate=differentiate)
+        regions = list(_find_regions(program))
         has_actions = any(application.get_active_actions(find_modules(model)))
         warnings = _collect_warnings(model)
         random = list(_find_random_problem(subject, ruled.measurement))
+        idle = find_idle_offloads(model, ruled.host_bytes, lambda: _trace_memory(subject)[1]) if differentiate else []
+        copied = list(_find_copied_offload(subject, ruled))
+        authored = list(_find_author_regions(subject)) if has_author_region(program) else []
     if has_actions or regions:
         # In a step each region stands twice: in the forward and in the backward pass.
         repeated = _find_repeated_regions(regions) if differentiate else ()
-        findings = [*_find_problems(plain, ruled, len(regions), where), *repeated, *warnings]
+        problems = list(_find_problems(plain, ruled, len(regions), where))
+        if authored:  # the reason why the rules free nothing
+            problems = [finding for finding in problems if finding.code in ("out_of_memory", "offload_ignored")]
+        if copied:  # the reason for the memory that is not freed
+            problems = [finding for finding in problems if finding.code != "undone"]
         if random:
-            findings = [*random, *_drop_consequences(findings, plain.measurement, ruled.measurement)]
+            problems = [*random, *_drop_consequences(problems, plain.measurement, ruled.measurement)]
+        findings = [*authored, *problems, *copied, *_find_idle_names(idle), *repeated, *warnings]
     else:
         findings = [*_NO_RULES_FINDINGS, *warnings]
     if new_rules is not None and regions:
@@ -220,9 +236,10 @@ def check(
         residual_bytes=(plain.residual_bytes, ruled.residual_bytes),
         planned_peak_bytes=(plain.peak_bytes, ruled.peak_bytes),
         temp_bytes=(plain.measurement.temp_bytes, ruled.measurement.temp_bytes),
-        compiled_peak_bytes=(plain.measurement.peak_bytes, ruled.measurement.peak_bytes),
+        compiled_peak_bytes=(plain.measurement.device_peak_bytes, ruled.measurement.device_peak_bytes),
         host_bytes=ruled.host_bytes,
         findings=tuple(findings),
+        notes=tuple(describe_idle_offload(each) for each in idle if each.has_others),
     )
 
 
@@ -298,14 +315,13 @@ def _find_compiler_problems(plain: _ProgramMemory, ruled: _ProgramMemory, target
         )
     if not plain.measurement.fits or not ruled.measurement.fits:
         return
-    on_chip = plain.measurement.temporaries_on_chip or ruled.measurement.temporaries_on_chip
-    memory = "peak" if on_chip else "temp"
-    before = getattr(plain.measurement, f"{memory}_bytes")
-    freed = before - getattr(ruled.measurement, f"{memory}_bytes")
+    memory = _choose_memory(plain.measurement, ruled.measurement)
+    before = getattr(plain.measurement, memory)
+    freed = before - getattr(ruled.measurement, memory)
     freed_at_peak = plain.peak_bytes - ruled.peak_bytes
     freed_residuals = plain.residual_bytes - ruled.residual_bytes
     if freed_at_peak > _NOISE * plain.peak_bytes and freed < _MIN_FREED_SHARE * freed_at_peak:
-        subject = "the peak" if on_chip else "the size of the temporaries"
+        subject = "the peak" if memory == "device_peak_bytes" else "the size of the temporaries"
         change = f"{'fell' if freed >= 0 else 'rose'} by {format_bytes(abs(freed))}"
         yield Finding(
             code="undone",
@@ -343,6 +359,48 @@ def _drop_consequences(findings: list[Finding], plain: Measurement, ruled: Measu
     if not ruled.fits or ruled.temp_bytes - random_cost.count_random_bytes(ruled) > plain.temp_bytes:
         return findings
     return [finding for finding in findings if finding.code not in ("undone", "no_lower_peak")]
+
+
+def _find_author_regions(subject: _Subject) -> Iterator[Finding]:
+    """Yield the modules with rules that run inside a `jax.checkpoint` of the model's code."""
+    if not subject.differentiate:  # a step shows no names: its regions run in both passes
+        return
+    program = trace_call(pure_call.stage(pure_call.unwrap_jit(subject.fn), subject.args))
+    for row in explaining.explain_model(subject.model, program=program).rows:
+        if row.author_regions:
+            message = f"{row.path} {explaining.describe_author_regions(row.author_regions)}"
+            yield Finding(code="author_region", message=message)
+
+
+def _find_idle_names(idle: list[IdleOffload]) -> Iterator[Finding]:
+    """Yield the offloaded names that put nothing into host memory, where no other name of the same rule does."""
+    for each in idle:
+        if not each.has_others:
+            yield Finding(code="offload_ignored", message=describe_idle_offload(each))
+
+
+def _find_copied_offload(subject: _Subject, ruled: _ProgramMemory) -> Iterator[Finding]:
+    """Yield a finding if offloading takes as much memory on the device as saving the same values there."""
+    if not (ruled.host_bytes and ruled.measurement.host_temp_bytes and ruled.measurement.fits):
+        return
+    with save_instead(subject.model):
+        saved = _measure_program(subject)
+    memory = _choose_memory(saved, ruled.measurement)
+    before, after = getattr(saved, memory), getattr(ruled.measurement, memory)
+    if saved.fits and after >= (1 - _NOISE) * before:
+        yield Finding(
+            code="offload_ignored",
+            message=f"the rules put {format_bytes(ruled.measurement.host_temp_bytes)} into host memory, but need "
+            f"{format_bytes(after)} on {subject.target.name}, and {format_bytes(before)} if the same values are saved "
+            "there: the compiler keeps copies on the device. Save these values or recompute them; the values of layers "
+            "that a scan runs do leave the device." + _describe_peak(ruled.measurement),
+        )
+
+
+def _choose_memory(*measurements: Measurement) -> str:
+    """Return the attribute that counts all temporaries of these programs on the device."""
+    on_chip = any(measurement.temporaries_on_chip for measurement in measurements)
+    return "device_peak_bytes" if on_chip else "temp_bytes"
 
 
 def _trace_jaxpr(fn: Any, args: tuple[Any, ...], *, differentiate: bool) -> Any:
@@ -419,8 +477,7 @@ def _find_useless_rules(subject: _Subject, rules: Rules, ruled: _ProgramMemory) 
             if traced[0] > ruled.residual_bytes or traced[2] > ruled.peak_bytes:
                 continue
             without = _measure_program(subject)
-        on_chip = without.temporaries_on_chip or ruled.measurement.temporaries_on_chip
-        memory = "peak_bytes" if on_chip else "temp_bytes"
+        memory = _choose_memory(without, ruled.measurement)
         before, after = getattr(without, memory), getattr(ruled.measurement, memory)
         if without.fits and before <= (1 + _NOISE) * after:
             yield Finding(

@@ -69,7 +69,7 @@ def explain(
         >>> x = jax.ShapeDtypeStruct((8, 2), jnp.float32)
         >>> explanation = rt.explain(loss, model, x, rules={".": "dots_saveable"}, names=True)
         >>> [value.label for value in explanation.rows[0].values]
-        ['.:dot_general', '.:reshape', '.:add']
+        ['.:input', '.:dot_general', '.:reshape', '.:add']
     """
     is_function = call_errors.is_stage(model) or (callable(model) and not isinstance(model, nnx.Module))
     if not is_function or args is not None:

@@ -27,7 +27,7 @@ class Measurement:
         temp_bytes: Size of everything in between, which is what remat changes. The TPU compiler counts main memory
             only: temporaries in on-chip memory (VMEM) are in `peak_bytes` alone.
         peak_bytes: Most bytes in use at once, as the compiler counts them. The CPU compiler leaves temporaries out (use
-            `total_bytes`); the TPU compiler includes on-chip memory.
+            `total_bytes`); the TPU compiler includes on-chip memory and `host_temp_bytes`.
         host_temp_bytes: Size of the temporaries in host memory, where offloading puts them.
         flops: Floating-point operations in the compiler's cost model; None if it has none.
         bytes_accessed: Bytes read and written in the compiler's cost model; None if it has none.
@@ -129,7 +129,15 @@ class Measurement:
     @property
     def temporaries_on_chip(self) -> bool:
         """Whether some temporaries are in a TPU's on-chip memory, which only `peak_bytes` counts."""
-        return self.fits and self.target.startswith("tpu") and self.peak_bytes > self.total_bytes
+        return self.fits and self.target.startswith("tpu") and self.device_peak_bytes > self.total_bytes
+
+    @property
+    def device_peak_bytes(self) -> int:
+        """`peak_bytes` without temporaries in host memory, which the TPU compiler counts."""
+        if not self.host_temp_bytes or not self.target.startswith("tpu"):
+            return self.peak_bytes
+        # The host's temporaries are not live all the time: at another moment the device may hold more.
+        return max(self.peak_bytes - self.host_temp_bytes, min(self.peak_bytes, self.total_bytes))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; `from_dict` is the inverse."""

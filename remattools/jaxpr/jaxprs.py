@@ -6,7 +6,7 @@ returns a new one that shares the equations it did not change.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,13 +78,24 @@ def add_checkpoint_name(equation: Any, name: str, results: Sequence[Any] | None 
         results: Variables for the named results; None to reuse those of the equation, so that every later reader
             reads the named value.
     """
+    return add_checkpoint_names(equation, dict.fromkeys(range(len(equation.outvars)), name), results)
+
+
+def add_checkpoint_names(equation: Any, names: Mapping[int, str], results: Sequence[Any] | None = None) -> list[Any]:
+    """Return an equation followed by `checkpoint_name`s for some of its array results.
+
+    Args:
+        equation: The equation.
+        names: Names by the number of the result.
+        results: Variables for the named results; None to reuse those of the equation.
+    """
     targets = equation.outvars if results is None else results
-    fresh = [core.Var(var.aval) if is_array(var.aval) else var for var in equation.outvars]
+    named = {index for index in names if is_array(equation.outvars[index].aval)}
+    fresh = [core.Var(var.aval) if index in named else var for index, var in enumerate(equation.outvars)]
     marks = [
         mark
-        for inner, outer in zip(fresh, targets, strict=True)
-        if is_array(inner.aval)
-        for mark in _make_name_equations(inner, outer, name, equation)
+        for index in sorted(named)
+        for mark in make_name_equations(fresh[index], targets[index], names[index], equation)
     ]
     return [equation.replace(outvars=fresh), *marks]
 
@@ -92,10 +103,18 @@ def add_checkpoint_name(equation: Any, name: str, results: Sequence[Any] | None 
 def replace_checkpoint_name(equation: Any, name: str) -> list[Any]:
     """Return the equations of a `checkpoint_name` with another name."""
     (source,), (target,) = equation.invars, equation.outvars
-    return _make_name_equations(source, target, name, equation)
+    return make_name_equations(source, target, name, equation)
 
 
-def _make_name_equations(source: Any, target: Any, name: str, like: Any) -> list[Any]:
+def make_name_equations(source: Any, target: Any, name: str, like: Any) -> list[Any]:
+    """Return the equations of a `checkpoint_name`.
+
+    Args:
+        source: The variable to name.
+        target: The variable for the named value.
+        name: The name.
+        like: An equation whose place in the source code they take.
+    """
     aval = target.aval
     # JAX cannot save complex values by name, so their real and imaginary parts are named, which costs no memory.
     in_parts = jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating) and not is_placed(aval)
@@ -164,6 +183,38 @@ def replace_subjaxprs(equation: Any, subjaxprs: dict[Place, Any]) -> Any:
         else:
             params[key] = (*params[key][:index], program, *params[key][index + 1 :])
     return equation.replace(params=params)
+
+
+def inline_calls(jaxpr: Any, primitives: Container[str]) -> Any:
+    """Return an open jaxpr with the equations of calls, such as jits, in place of the calls.
+
+    Args:
+        jaxpr: An open jaxpr.
+        primitives: Names of the primitives to inline: those whose equations hold one jaxpr and do nothing else.
+    """
+    equations: list[Any] = []
+    same: dict[Any, Any] = {}
+
+    def resolve(atom: Any) -> Any:
+        return same.get(atom, atom) if isinstance(atom, core.Var) else atom
+
+    for equation in jaxpr.eqns:
+        equation = equation.replace(invars=[resolve(atom) for atom in equation.invars])
+        nested = [below for _, below in find_subjaxprs(equation)]
+        inner = open_jaxpr(nested[0]) if equation.primitive.name in primitives and len(nested) == 1 else None
+        if inner is None or inner.constvars:
+            equations.append(equation)
+            continue
+        inner = inline_calls(inner, primitives)
+        # A function that is called twice has one jaxpr, so its variables are renamed.
+        local: dict[Any, Any] = dict(zip(inner.invars, equation.invars, strict=True))
+        for one in inner.eqns:
+            local.update((var, core.Var(var.aval)) for var in one.outvars)
+            invars = [local[atom] if isinstance(atom, core.Var) else atom for atom in one.invars]
+            equations.append(one.replace(invars=invars, outvars=[local[var] for var in one.outvars]))
+        results = [local[atom] if isinstance(atom, core.Var) else atom for atom in inner.outvars]
+        same.update(zip(equation.outvars, results, strict=True))
+    return jaxpr.replace(eqns=equations, outvars=[resolve(atom) for atom in jaxpr.outvars]) if same else jaxpr
 
 
 def run(jaxpr: Any, leaves: list[Any]) -> list[Any]:

@@ -252,4 +252,5 @@ def _format_rule(pattern: str, action: Any) -> str:
     parts = ["dropout masks"] if action.policy is not None and action.policy.has_dropout_masks else []
     parts += [f"{len(names)} name{'s' * (len(names) != 1)}"] if names else []
     what = " and ".join(parts) or "nothing"
-    return f"{pattern}: {verb} {what}" + (f", {action.group} in a region" if action.group != 1 else "")
+    group = f", {action.group} in a region" if action.group != 1 else ""
+    return f"{pattern}: {verb} {what}{group}" + (" of regions" if action.nested else "")

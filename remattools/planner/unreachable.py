@@ -16,6 +16,7 @@ from ..analysis.random_cost import CHANGE_KEYS, SAVE_MASKS
 from ..compiler.out_of_memory import Allocation
 from ..errors import BudgetError
 from ..text import format_bytes
+from ..transform.author_regions import AuthorRegion
 from .budget import BudgetKind
 from .model.outline import Outline
 from .result import EndReason, Point, format_points
@@ -35,6 +36,7 @@ class ProgramFacts:
         is_step: Whether it is a whole step, whose arguments it could overwrite.
         has_threefry: Whether its blocks draw random bits from keys of the default implementation.
         find_live: Returns the values live at the peak of the traced program under the rules of a point.
+        author_regions: Regions in the model's own code that blocks run in.
     """
 
     patterns: tuple[str, ...]
@@ -42,6 +44,7 @@ class ProgramFacts:
     is_step: bool
     has_threefry: bool
     find_live: Callable[[Point], tuple[Allocation, ...]]
+    author_regions: tuple[AuthorRegion, ...] = ()
 
 
 def collect_facts(
@@ -68,6 +71,7 @@ def collect_facts(
         is_step=is_step,
         has_threefry=bool(labels & _RANDOM_LABELS) and _has_threefry_keys((model, *batch)),
         find_live=find_live,
+        author_regions=tuple(dict.fromkeys(c.author_region for c in outline.calls if c.author_region is not None)),
     )
 
 
@@ -104,6 +108,7 @@ def make_unreachable_error(
         *format_points(points, of, None).splitlines(),
         *notes,
         *_describe_peak(smallest, of, facts),
+        *(f"blocks run inside {region}, which decides what they save;" for region in facts.author_regions),
     ]
     fixes = list(_suggest_fixes(points, smallest, limit, of, ended, facts))
     return BudgetError(
@@ -190,6 +195,8 @@ def _suggest_fixes(
             "donation: nnx.jit(step, donate_argnums=(0, 1)) of model and optimizer reuses up to "
             f"{format_bytes(undonated)} of arguments for results;"
         )
+    if facts.author_regions:
+        yield "the model's own rematerialisation switched off (such as remat_policy), so that rules take its place;"
     if ended == "time_limit":
         yield "more time than time_limit_s (--time-limit), which ended the search;"
     elif ended == "max_compiles":

@@ -204,7 +204,8 @@ class NamePattern:
     """A pattern over the names of values inside a region.
 
     `path`, `path[i]`: the output of a submodule; `path:primitive`, `path:primitive[i]`:
-    the result of an operation there; `@name`: a `checkpoint_name` of the model's author.
+    the result of an operation there; `path:input`, `path:input[i]`: an array passed to it;
+    `@name`: a `checkpoint_name` of the model's author.
     The path is a `Pattern` relative to the region; an empty one means the region itself.
 
     Attributes:
@@ -236,10 +237,10 @@ class NamePattern:
         """Return whether the pattern matches a value.
 
         Args:
-            kind: "module" for the output of a module, "op" for the result of an operation, "user" for a
-                `checkpoint_name`.
+            kind: "module" for the output of a module, "input" for an array passed to one, "op" for the result of an
+                operation, "user" for a `checkpoint_name`.
             path: Module of the value, relative to the region.
-            primitive: Name of the primitive or of the `checkpoint_name`; "" for a module's output.
+            primitive: Name of the primitive or of the `checkpoint_name`, or "input"; "" for a module's output.
             index: Position in trace order among the values of equal name.
         """
         expected_kind, path_pattern, glob, expected_index = _compile_name(self.text)
@@ -265,7 +266,9 @@ def _compile_name(text: str) -> tuple[str, Pattern | None, re.Pattern[str] | Non
         raise _make_pattern_error(
             text, "nothing follows the colon", f'"{path}:*" for every operation in {path or "."}.'
         )
-    return "op", Pattern(path or "."), _compile_glob(primitive, text), number
+    # Inputs match this word alone: what a region is passed is saved anyway, so `.:*` does not mean it.
+    kind = "input" if primitive == "input" else "op"
+    return kind, Pattern(path or "."), _compile_glob(primitive, text), number
 
 
 @functools.lru_cache(maxsize=4096)

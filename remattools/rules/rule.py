@@ -34,6 +34,9 @@ class Remat:
         offset: Index of the first module that `every_n` selects; an int below `every_n`.
         group: How many consecutive modules of a sequence share one region; an int of at least 1, or "sqrt" for about
             the square root of the sequence's length.
+        nested: Whether each module of a group is a region of its own inside the group's. Then the backward pass holds
+            the inputs of one group's modules and what one module recomputes, rather than what the whole group
+            recomputes, for one more forward pass. What `save` and `offload` name is stored once, by both.
         methods: Names of the methods that become regions.
         prevent_cse: As in `jax.checkpoint`; False only inside a scan.
 
@@ -57,6 +60,7 @@ class Remat:
     every_n: int = 1
     offset: int = 0
     group: int | Literal["sqrt"] = 1
+    nested: bool = False
     methods: tuple[str, ...] = ("__call__",)
     prevent_cse: bool = True
 
@@ -70,6 +74,7 @@ class Remat:
         every_n: int = 1,
         offset: int = 0,
         group: int | Literal["sqrt"] = 1,
+        nested: bool = False,
         methods: Names = ("__call__",),
         prevent_cse: bool = True,
     ) -> None:
@@ -80,6 +85,7 @@ class Remat:
             "every_n": every_n,
             "offset": offset,
             "group": group,
+            "nested": nested,
             "methods": _require_strings("methods", methods),
             "prevent_cse": prevent_cse,
         }
@@ -132,6 +138,12 @@ class Remat:
                 what=f"group={self.group!r} is not a number of modules.",
                 why="that many consecutive modules share one region.",
                 fix='an int of 1 or more, or "sqrt".',
+            )
+        if type(self.nested) is not bool or (self.nested and self.group == 1):
+            raise RuleError(
+                what=f"nested={self.nested!r} with group={self.group!r} does not nest regions.",
+                why="nested=True puts a region into the region of a group, for each of its modules.",
+                fix='Remat(group="sqrt", nested=True).',
             )
 
     def __repr__(self) -> str:

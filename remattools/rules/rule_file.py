@@ -30,7 +30,7 @@ from .paths import Pattern
 from .policy_types import CallablePolicy, Complement, Intersection, Policy, Union
 from .rule import Action, Remat
 
-_FIELDS = ("policy", "save", "offload", "every_n", "offset", "group", "methods", "prevent_cse")
+_FIELDS = ("policy", "save", "offload", "every_n", "offset", "group", "nested", "methods", "prevent_cse")
 _HEADER = re.compile(r"\s*\[\[\s*remat\s*\.\s*rule\s*\]\]")
 
 

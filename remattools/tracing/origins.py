@@ -18,7 +18,7 @@ from ..errors import MeasureError
 from ..jaxpr import jaxprs
 from ..rules.paths import Path, format_path
 from ..rules.policy_types import DROPOUT_MASK
-from ..transform.naming import names, scopes
+from ..transform.naming import marking, names, scopes
 from . import pure_call
 
 # Skipped in the search for a producer: these move, round or mark a value and compute nothing.
@@ -60,7 +60,7 @@ def trace_with_paths(call: pure_call.Call, select: Callable[[Any], Any]) -> Any:
     def run_selected(leaves: list[Any]) -> Any:
         return select(pure_call.evaluate(call, leaves, with_paths=True))
 
-    return names.mark_equations(jax.make_jaxpr(run_selected)(call.abstractify_leaves()), {})
+    return marking.mark_equations(jax.make_jaxpr(run_selected)(call.abstractify_leaves()), {})
 
 
 def select_loss_or_floats(result: tuple[Any, list[Any]]) -> list[Any]:
@@ -170,7 +170,7 @@ class OriginFinder:
         if found is None:
             return self._find_input_origin(atom)
         equation, index = found
-        if equation.primitive.name in _TRANSPARENT_PRIMITIVES or jaxprs.get_checkpoint_name(equation) in _REGION_MARKS:
+        if _is_transparent(equation):
             return self._find_origin(jaxpr, equation.invars[index], stacks, iterations)
         stacks = [*stacks, str(equation.source_info.name_stack)]
         inner = self._find_nested_origin(jaxpr, equation, index, stacks, iterations)
@@ -206,7 +206,7 @@ class OriginFinder:
         scan = jaxprs.parse_scan(equation)
         if scan is not None and index >= scan.num_carry:
             iterations *= scan.length
-        result = inner.outvars[index]
+        result = self._skip_transparent(inner, inner.outvars[index])
         if isinstance(result, core.Var) and result in inner.invars:
             position = list(inner.invars).index(result)
             if len(inner.invars) == len(equation.invars):
@@ -216,12 +216,23 @@ class OriginFinder:
             return None
         return self._find_origin(inner, result, stacks, iterations)
 
+    def _skip_transparent(self, jaxpr: Any, atom: Any) -> Any:
+        """Return what a value is moved, rounded or marked from."""
+        found = self._find_producer(jaxpr, atom) if isinstance(atom, core.Var) else None
+        if found is None or not _is_transparent(found[0]):
+            return atom
+        return self._skip_transparent(jaxpr, found[0].invars[found[1]])
+
     def _find_producer(self, jaxpr: Any, var: Any) -> tuple[Any, int] | None:
         table = self.producers.get(id(jaxpr))
         if table is None:
             table = {out: (equation, index) for equation in jaxpr.eqns for index, out in enumerate(equation.outvars)}
             self.producers[id(jaxpr)] = table
         return table.get(var)
+
+
+def _is_transparent(equation: Any) -> bool:
+    return equation.primitive.name in _TRANSPARENT_PRIMITIVES or jaxprs.get_checkpoint_name(equation) in _REGION_MARKS
 
 
 def is_in_host_memory(aval: Any) -> bool:

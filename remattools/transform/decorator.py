@@ -57,6 +57,7 @@ def remat[T: Callable[..., Any]](
     every_n: int = 1,
     offset: int = 0,
     group: int | Literal["sqrt"] = 1,
+    nested: bool = False,
     methods: Names = ("__call__",),
     prevent_cse: bool = True,
     rules: Any = None,
@@ -72,6 +73,7 @@ def remat(
     every_n: int = 1,
     offset: int = 0,
     group: int | Literal["sqrt"] = 1,
+    nested: bool = False,
     methods: Names = ("__call__",),
     prevent_cse: bool = True,
     rules: Any = None,
@@ -86,6 +88,7 @@ def remat(
     every_n: int = 1,
     offset: int = 0,
     group: int | Literal["sqrt"] = 1,
+    nested: bool = False,
     methods: Names = ("__call__",),
     prevent_cse: bool = True,
     rules: Any = None,
@@ -106,6 +109,7 @@ def remat(
         every_n: Take every n-th module of each sequence; an int, at least 1.
         offset: Index of the first module taken, below `every_n`.
         group: How many consecutive modules share one region, or "sqrt" to choose the number.
+        nested: Make each module of a group a region inside the group's region, too.
         methods: Methods that become regions; classes only.
         prevent_cse: Keep the compiler from merging the recomputation with the first
             computation, as in `jax.checkpoint`; False only inside a scan.
@@ -137,6 +141,7 @@ def remat(
         every_n=every_n,
         offset=offset,
         group=group,
+        nested=nested,
         methods=methods,
         prevent_cse=prevent_cse,
     )

@@ -19,6 +19,7 @@ from ..rules.ruleset import Rules
 from ..text import make_table, render_text
 from . import apply as application
 from . import region_contents
+from .author_regions import AuthorRegion, format_regions
 from .derive import get_base_class
 from .modules import ModuleEntry, find_modules
 from .naming.names import NamedValue
@@ -39,6 +40,7 @@ class ExplanationRow:
             separately, 0 without an action.
         values: Values inside the region that `save` and `offload` can name, in trace order (`names=True`).
         warnings: Sentences on side effects, repeated recomputation and rules without effect.
+        author_regions: The regions in the model's own code that it runs in; only with a call.
     """
 
     path: str
@@ -50,6 +52,7 @@ class ExplanationRow:
     shares: int = 0
     values: tuple[NamedValue, ...] = ()
     warnings: tuple[str, ...] = ()
+    author_regions: tuple[AuthorRegion, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,7 @@ def describe(action: Remat) -> str:
         parts = []
     parts += [f"save {name}" for name in action.save] + [f"offload {name}" for name in action.offload]
     if action.group != 1:
-        parts.append(f"group {action.group}")
+        parts.append(f"group {action.group}" + (" nested" if action.nested else ""))
     if action.methods != ("__call__",):
         parts.append("in " + ", ".join(action.methods))
     return ", ".join(parts)
@@ -207,8 +210,8 @@ def _add_contents(
         values = view.values if names else ()
         random = region_contents.describe_random(view.values, rows[i].action or Remat())
         notes = rows[i].warnings + view.warnings + ((random,) if random else ())
-        notes += _find_stacked_warnings(rows[i].action, view)
-        rows[i] = dataclasses.replace(rows[i], values=values, warnings=notes)
+        notes += _find_stacked_warnings(rows[i].action, view) + _find_author_warnings(view)
+        rows[i] = dataclasses.replace(rows[i], values=values, warnings=notes, author_regions=view.around)
     return _add_useless_warnings(rows, dict(zip(regions, views, strict=True)))
 
 
@@ -219,6 +222,28 @@ def _find_stacked_warnings(action: Remat | None, view: region_contents.RegionCon
     return (
         f"is run by a scan over stacked layers, which are one module: every_n={action.every_n} takes all layers or "
         "none; group= puts several layers of a scan into one region.",
+    )
+
+
+def _find_author_warnings(view: region_contents.RegionContents) -> tuple[str, ...]:
+    """Warn of `jax.checkpoint` and `nnx.remat` in the model's code, around a region or inside it."""
+    notes = []
+    if view.around:
+        notes.append(describe_author_regions(view.around))
+    if view.inside:
+        notes.append(
+            f"holds {format_regions(view.inside)}: the backward pass recomputes its inside with this region, and then "
+            "again by itself; names inside it are out of reach. Switch one of the two off."
+        )
+    return tuple(notes)
+
+
+def describe_author_regions(regions: Sequence[AuthorRegion]) -> str:
+    """Describe to a reader the regions of the model's code that a module runs in, and what to do."""
+    return (
+        f"runs inside {format_regions(regions)}, which decides what is saved: a rule here frees nothing and recomputes "
+        "once more. Switch it off in the model (a setting such as remat_policy, or the line), and the rule takes its "
+        "place; or remove the rule."
     )
 
 

@@ -5,7 +5,8 @@ Sits on `capture`, `naming` and `jaxprs`. A region around several calls must inc
 method of the module that holds the sequence is traced with module paths on its operations; the program is cut where
 the first module of each group begins, and every segment is checkpointed, including the code between the blocks. A
 sequence that is one stacked module run by a scan of length L becomes an outer scan of floor(L / k) iterations over
-checkpointed inner scans of length k, and a remainder; only every k-th carry is saved.
+checkpointed inner scans of length k, and a remainder; only every k-th carry is saved. With `nested=True` each module is
+a region again inside its group's: `remat(scan(remat(layer)))` for a scan.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from . import region
 from .capture import effects
 from .capture.rebuild import rebuild
 from .capture.walk import capture
-from .naming import names, scopes
+from .naming import marking, names, scopes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +93,13 @@ def call(target: Callable[..., Any], groups: Sequence[Group], module: Any, args:
 
 
 def _run(jaxpr: Any, groups: Sequence[Group], leaves: list[Any]) -> list[Any]:
-    results: list[Any] = jaxprs.run_segments(jaxpr, leaves, _split_segments(jaxpr, groups))
+    results: list[Any] = jaxprs.run_segments(jaxpr, leaves, _split_segments(jaxpr, groups, _make_region))
     return results
 
 
-def _split_segments(jaxpr: Any, groups: Sequence[Group]) -> list[tuple[range, Callable[[Any], Any]]]:
+def _split_segments(
+    jaxpr: Any, groups: Sequence[Group], make_region: Callable[[Group, Any], Any]
+) -> list[tuple[range, Callable[[Any], Any]]]:
     """Cut all equations, in order, into regions and the code between them."""
     equations = jaxprs.open_jaxpr(jaxpr).eqns
     labels = [_label_equation(equation, groups) for equation in equations]
@@ -118,7 +121,7 @@ def _split_segments(jaxpr: Any, groups: Sequence[Group]) -> list[tuple[range, Ca
         stop = first[following] if following and following[0] == label[0] else last[label] + 1
         if following:
             stop = min(stop, first[following])
-        pieces += [(range(done, start), _make_plain_call), (range(start, stop), functools.partial(_make_region, group))]
+        pieces += [(range(done, start), _make_plain_call), (range(start, stop), functools.partial(make_region, group))]
         done = stop
     return [*pieces, (range(done, len(equations)), _make_plain_call)]
 
@@ -157,7 +160,7 @@ def _require_found(groups: Sequence[Group], first: dict[tuple[int, int], int]) -
 
 
 def _make_plain_call(piece: Any) -> Callable[..., Any]:
-    return lambda *leaves: _run_with_mark(scopes.RELATIVE, names.mark_equations(piece, {}), leaves)
+    return lambda *leaves: _run_with_mark(scopes.RELATIVE, marking.mark_equations(piece, {}), leaves)
 
 
 def _begin_scope(mark: str) -> contextlib.AbstractContextManager[Any]:
@@ -182,12 +185,28 @@ def _checkpoint_piece(group: Group, piece: Any) -> Callable[..., Any]:
     marks = {}
     if names.is_naming_needed(action):
         marks = names.select_marks(functools.partial(_find_relative_values, group, piece), action)
-    marked = names.mark_equations(piece, marks)
-    return jax.checkpoint(
-        lambda *leaves: _run_with_mark(scopes.REGION, marked, leaves),
-        policy=names.lower_policy(action),
-        prevent_cse=action.prevent_cse,
-    )
+    marked = marking.mark_equations(piece, marks)
+    run = functools.partial(_run_nested if action.nested else _run_marked, group, marked)
+    return jax.checkpoint(run, policy=names.lower_policy(action), prevent_cse=action.prevent_cse)
+
+
+def _run_marked(group: Group, marked: Any, *leaves: Any) -> list[Any]:
+    del group
+    return _run_with_mark(scopes.REGION, marked, leaves)
+
+
+def _run_nested(group: Group, marked: Any, *leaves: Any) -> list[Any]:
+    """Run the piece of a group with each of its modules as a region."""
+    single = dataclasses.replace(group, action=dataclasses.replace(group.action, group=1, nested=False))
+    results: list[Any] = jaxprs.run_segments(marked, leaves, _split_segments(marked, [single], _make_inner_region))
+    return results
+
+
+def _make_inner_region(group: Group, piece: Any) -> Callable[..., Any]:
+    """Make a piece, whose values have their names already, one region."""
+    action = group.action
+    run = functools.partial(_run_marked, group, piece)
+    return jax.checkpoint(run, policy=names.lower_policy(action), prevent_cse=action.prevent_cse)
 
 
 def _find_relative_values(group: Group, piece: Any, *, deeper: bool = False) -> Iterator[names.NamedValue]:
@@ -212,7 +231,10 @@ def _make_grouped_scan(group: Group, piece: Any) -> Callable[..., Any]:
         consts, rest = operands[: scan.num_consts], operands[scan.num_consts :]
         carry, xs = rest[: scan.num_carry], rest[scan.num_carry :]
         policy = names.lower_policy(group.action)
-        carry, ys = _run_nested_scan(functools.partial(body, consts), carry, xs, scan, size, policy)
+        step: Callable[..., Any] = functools.partial(body, consts)
+        if group.action.nested:
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        carry, ys = _run_nested_scan(step, carry, xs, scan, size, policy)
         produced = dict(zip(equation.outvars, [*carry, *ys], strict=True))
         return [produced[var] for var in jaxprs.open_jaxpr(piece).outvars]
 
@@ -223,7 +245,7 @@ def _make_checkpointed_body(group: Group, scan: jaxprs.Scan) -> Callable[..., An
     marks = {}
     if names.is_naming_needed(group.action):
         marks = names.select_marks(functools.partial(_find_relative_values, group, scan.body), group.action)
-    marked = names.mark_equations(scan.body, marks)
+    marked = marking.mark_equations(scan.body, marks)
 
     def run_body(consts: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         out = jaxprs.run(marked, [*consts, *carry, *x])

@@ -30,7 +30,7 @@ from ..rules.rule import Remat
 from .capture import effects
 from .capture.rebuild import rebuild
 from .capture.walk import SCOPE_KEY, capture
-from .naming import names, scopes
+from .naming import marking, names, scopes
 
 # The code that a region runs, as `target(*args, **kwargs)`; the first of `args` may be the rebuilt module. It must be
 # hashable and compare by value.
@@ -259,7 +259,7 @@ def _trace_body(inputs: _Inputs, *, with_paths: bool) -> _Outputs:
         recorded.append(outputs.call_effects)
         return outputs.leaves
 
-    leaves = names.evaluate(run_body, inputs.leaves, static.action)
+    leaves = marking.evaluate(run_body, inputs.leaves, static.action)
     return _Outputs(leaves, recorded[0])
 
 
@@ -268,6 +268,8 @@ def _run_body(leaves: list[Any], static: _StaticInputs, *, with_paths: bool, mar
     args, kwargs = rebuild(static.spec, leaves, objects)
     before = effects.snapshot(objects)
     if with_paths:
+        if mark_outputs:
+            args, kwargs = scopes.name_inputs(args, kwargs, ".")
         with scopes.record_paths(_find_roots(args, kwargs), mark_outputs=mark_outputs):
             out = static.target(*args, **kwargs)
     else:

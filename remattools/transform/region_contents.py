@@ -10,10 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..jaxpr import jaxprs
+from ..jaxpr import forward_rules, jaxprs
 from ..rules.paths import NamePattern, Path
 from ..rules.rule import Remat
 from ..text import format_bytes
+from .author_regions import AuthorRegion, find_author_regions, find_region_around
 from .capture.walk import capture
 from .naming import names, scopes
 
@@ -30,28 +31,42 @@ class RegionContents:
         warnings: Sentences on side effects inside.
         is_stacked: Whether a scan calls it, so that one module stands for many layers.
         has_activations: Whether it computes any floating-point value besides what it returns.
+        around: The author's regions that it runs in.
+        inside: The author's regions that it holds.
     """
 
     values: tuple[names.NamedValue, ...]
     warnings: tuple[str, ...]
     is_stacked: bool
     has_activations: bool
+    around: tuple[AuthorRegion, ...] = ()
+    inside: tuple[AuthorRegion, ...] = ()
 
 
 def find_contents(jaxpr: Any, paths: Sequence[Path]) -> list[RegionContents]:
     """Return what regions at `paths` would contain, from a trace of a call of the model."""
-    values = list(names.find_named_values(jaxpr))
-    return [_find_region_contents(jaxpr, values, path) for path in paths]
+    values = list(names.find_named_values(jaxpr, deeper=True))
+    regions = find_author_regions(jaxpr)
+    return [_find_region_contents(jaxpr, values, regions, path) for path in paths]
 
 
-def _find_region_contents(jaxpr: Any, values: Sequence[names.NamedValue], path: Path) -> RegionContents:
-    inside = [value for value in values if value.path[: len(path)] == path]
+def _find_region_contents(
+    jaxpr: Any, values: Sequence[names.NamedValue], regions: dict[names.Position, AuthorRegion], path: Path
+) -> RegionContents:
+    inside = [v for v in values if v.path[: len(path)] == path and (v.kind != "input" or v.path == path)]
     if not path:  # what a loss computes around the model has the root's path too, and is in no region
         inside = [value for value in inside if any(_is_in_module(jaxpr, position) for position in value.where)]
     counts: dict[Any, int] = {}
     relative = []
     stacked = False
+    around: dict[AuthorRegion, None] = {}
+    held: dict[AuthorRegion, None] = {}
     for value in inside:
+        found = find_region_around(value.where[0], regions) if regions else None
+        if found is not None:
+            is_held = found[1].path[: len(path)] == path
+            (held if is_held else around)[found[1]] = None
+            value = dataclasses.replace(value, reachable=value.reachable and not is_held)
         if value.kind == "module" and value.path == path:
             stacked = any(_is_in_scan(jaxpr, position) for position in value.where)
             continue  # what the region returns is outside of it
@@ -62,7 +77,12 @@ def _find_region_contents(jaxpr: Any, values: Sequence[names.NamedValue], path: 
     floating = [v for v in relative if v.kind == "op" and any(_is_floating(aval) for aval in v.avals)]
     # The last operation computes what the region returns, which is saved outside of it.
     return RegionContents(
-        tuple(relative), tuple(_describe_effects(relative)), is_stacked=stacked, has_activations=len(floating) > 1
+        tuple(relative),
+        tuple(_describe_effects(relative)),
+        is_stacked=stacked,
+        has_activations=len(floating) > 1,
+        around=tuple(around),
+        inside=tuple(held),
     )
 
 
@@ -82,7 +102,10 @@ def _find_equations(jaxpr: Any, position: names.Position) -> Iterator[Any]:
         equation = jaxprs.open_jaxpr(jaxpr).eqns[number]
         yield equation
         if place is not None:
-            jaxpr = dict(jaxprs.find_subjaxprs(equation))[place]
+            is_rule = place == forward_rules.FORWARD_RULE
+            jaxpr = (
+                forward_rules.trace_forward_rule(equation) if is_rule else dict(jaxprs.find_subjaxprs(equation))[place]
+            )
 
 
 def _is_floating(aval: Any) -> bool:

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 
 from ...rules.paths import Path
 from .outline import Outline
+from .schedule import Visit
 
 _GROUP_SIZES = (2, 4)
+# Regions inside regions cost one more forward pass: worth trying where a sequence is long.
+_MIN_NESTED_LENGTH = 12
 
 
 class Grouping:
@@ -33,6 +36,39 @@ class Grouping:
         return tuple(sorted({size for size in (*_GROUP_SIZES, round(math.sqrt(longest))) if 2 <= size <= longest // 2}))
 
     @property
+    def nested_sizes(self) -> tuple[int, ...]:
+        """Blocks per group that are worth trying with a region for each block; empty where no sequence is long."""
+        longest = max([*map(len, self._sequences), *(call.copies for call in self._get_stacks().values())], default=0)
+        return (_find_balanced_divisor(longest),) if longest >= _MIN_NESTED_LENGTH else ()
+
+    @property
+    def stacked_paths(self) -> frozenset[Path]:
+        """Paths of the layers that a loop runs, which are groups of iterations."""
+        return frozenset(self._outline.visits[visit][0] for visit in self._get_stacks())
+
+    def count_stack_boundaries(self, size: int) -> dict[int, tuple[float, float]]:
+        """Return for each visit of stacked layers what groups of `size` iterations change, in bytes.
+
+        Args:
+            size: Iterations per group.
+
+        Returns:
+            The inputs of iterations that are no longer saved, and those that a group holds during its backward pass.
+        """
+        found = {}
+        for visit, call in self._get_stacks().items():
+            carry = self._outline.around.count_bytes(self._outline.around.forward[call.forward].writes)
+            found[visit] = float(carry * (call.copies - math.ceil(call.copies / size))), float(carry * size)
+        return found
+
+    def _get_stacks(self) -> dict[int, Visit]:
+        return {
+            number: call
+            for number, call in enumerate(self._outline.calls)
+            if call.copies >= _MIN_NESTED_LENGTH and call.copies == call.iterations
+        }
+
+    @property
     def groupable_paths(self) -> frozenset[Path]:
         """Paths of the sequences whose blocks can be grouped."""
         return frozenset(self._outline.visits[row[0]][0][:-1] for row in self._sequences)
@@ -44,6 +80,13 @@ class Grouping:
             grouped = [visit for visit in row if self._positions[self._outline.visits[visit][0]] < split]
             groups += [grouped[first : first + size] for first in range(0, len(grouped), size)]
         return [group for group in groups if len(group) > 1]
+
+
+def _find_balanced_divisor(length: int) -> int:
+    """Return the divisor nearest the square root, since what remains would be a region of its own; or the root."""
+    root = math.sqrt(length)
+    divisors = [size for size in range(2, length // 2 + 1) if length % size == 0 and root / 2 <= size <= 2 * root]
+    return min(divisors, key=lambda size: (max(size, length // size), size), default=round(root))
 
 
 def _find_sequences(outline: Outline) -> list[list[int]]:

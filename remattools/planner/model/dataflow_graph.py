@@ -15,10 +15,10 @@ from jax.extend import core
 
 from ... import compat
 from ...compiler.partition import WHOLE_ARRAYS, DeviceSizes
-from ...jaxpr import jaxprs
+from ...jaxpr import forward_rules, jaxprs
 from ...rules.paths import Path
 from ...tracing.origins import locate
-from ...transform.naming import names
+from ...transform.naming import marking, names
 from .op_work import Work, divide_work, estimate_work
 
 # Equations of these hold one jaxpr and do nothing else.
@@ -198,6 +198,9 @@ def run_inlined(jaxpr: Any, leaves: Sequence[Any]) -> list[Any]:
     values.update(zip(inner.invars, leaves, strict=True))
     for equation in inner.eqns:
         args = [jaxprs.read_atom(atom, values) for atom in equation.invars]
+        if forward_rules.has_forward_rule(equation):  # traced when it is differentiated
+            inline = functools.partial(jaxprs.inline_calls, primitives=INLINED_PRIMITIVES)
+            equation = forward_rules.replace_forward_rule(equation, inline)
         nested = [below for _, below in jaxprs.find_subjaxprs(equation)]
         if equation.primitive.name in INLINED_PRIMITIVES and len(nested) == 1:
             out = run_inlined(nested[0], args)
@@ -269,10 +272,10 @@ def build_block_graph(
         path: Path of a block with this forward pass.
         sizes: Sizes on one device.
     """
-    values = [value for value in names.find_named_values(jaxpr) if value.reachable and value.kind != "module"]
+    values = [value for value in names.find_named_values(jaxpr) if value.reachable and value.kind in ("op", "user")]
     marks = {position: f"{_CANDIDATE_PREFIX}{n}" for n, value in enumerate(values) for position in value.where}
     labels = {f"{_CANDIDATE_PREFIX}{n}": f"{value.label}[{value.index}]" for n, value in enumerate(values)}
-    marked = names.mark_equations(jaxpr, marks)
+    marked = marking.mark_equations(jaxpr, marks)
     avals = [var.aval for var in jaxprs.open_jaxpr(jaxpr).invars]
 
     def count_bytes(aval: Any, equation: Any) -> int:
@@ -338,9 +341,18 @@ def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str], co
         inputs=inputs,
         outputs=frozenset(outputs),
         residuals=frozenset(needed & (read_back | outputs)) if backward else frozenset(),
-        candidates=tuple(candidates),
+        candidates=_prefer_authors_names(candidates),
         float32_values=frozenset(single),
     )
+
+
+def _prefer_authors_names(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Return the candidates without those that name the same values as a `checkpoint_name` in the model does."""
+    values: dict[str, tuple[int, ...]] = {}
+    for each in candidates:
+        values[each.name] = (*values.get(each.name, ()), each.value)
+    named = {numbers for name, numbers in values.items() if name.startswith("@")}
+    return tuple(each for each in candidates if each.name.startswith("@") or values[each.name] not in named)
 
 
 def is_float32(aval: Any) -> bool:

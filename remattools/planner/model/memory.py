@@ -19,7 +19,7 @@ Offloading moves what a block has saved out of the device; while a block runs, i
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -177,10 +177,13 @@ class GroupMemory:
     Attributes:
         dropped_bytes: Bytes of inputs of inner blocks that are not live at each moment, shape (moments,).
         held_mask: 1 where a group holds what a visit's backward pass needs, shape (moments, visits).
+        held_bytes: What a group of nested regions holds of each visit, shape (visits,): its input. None where the
+            blocks of a group are no regions, so that it holds all that the plain blocks would save.
     """
 
     dropped_bytes: np.ndarray
     held_mask: np.ndarray
+    held_bytes: np.ndarray | None = None
 
 
 def compute_group_memory(
@@ -208,6 +211,29 @@ def compute_group_memory(
         for visit in group[1:]:
             dropped[(time > forward_moments[visit]) & (time < start)] += boundary_bytes[visit]
     return GroupMemory(dropped_bytes=dropped, held_mask=held)
+
+
+def nest_groups(
+    timetable: Timetable,
+    groups: GroupMemory,
+    boundary_bytes: Sequence[int],
+    stacks: Mapping[int, tuple[float, float]],
+) -> GroupMemory:
+    """Return what groups change whose blocks are regions too, groups of the iterations of loops included.
+
+    Args:
+        timetable: Of the program.
+        groups: From `compute_group_memory`, the groups of blocks in lists.
+        boundary_bytes: Of each visit, from `compute_boundary_bytes`.
+        stacks: For visits inside loops the bytes of inputs that are not saved, and that a group holds while it runs
+            backward.
+    """
+    dropped, mask, held = groups.dropped_bytes.copy(), groups.held_mask.copy(), np.array(boundary_bytes, float)
+    for visit, (dropped_bytes, held_bytes) in stacks.items():
+        dropped[timetable.saved_copies[:, visit] > 0] += dropped_bytes
+        mask[:, visit] = timetable.runs_backward[:, visit]
+        held[visit] = held_bytes
+    return GroupMemory(dropped_bytes=dropped, held_mask=mask, held_bytes=held)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,6 +266,7 @@ def predict_peak(timetable: Timetable, visits: VisitMemory, groups: GroupMemory 
     if groups is None:
         return Peak(bytes=float(live_bytes.max()), held_bytes=0.0)
     # A recomputed block holds what the plain block would save, minus what it has saved anyway.
-    held_bytes = groups.held_mask @ np.maximum(visits.plain_saved_bytes - visits.saved_bytes, 0.0)
+    each = np.maximum(visits.plain_saved_bytes - visits.saved_bytes, 0.0)
+    held_bytes = groups.held_mask @ (each if groups.held_bytes is None else groups.held_bytes)
     live_bytes = live_bytes - groups.dropped_bytes + held_bytes
     return Peak(bytes=float(live_bytes.max()), held_bytes=float(held_bytes.max()))

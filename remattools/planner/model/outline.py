@@ -26,7 +26,7 @@ from ...rules.ruleset import Rules
 from ...tracing import pure_call
 from ...transform import apply as application
 from ...transform import region
-from ...transform.naming import names
+from ...transform.naming import marking
 from .block_detection import BlockPattern, find_blocks, find_loop_modules, find_members
 from .block_ilp import BlockProblem
 from .block_primitive import BlockTracer, make_differentiation_error
@@ -170,7 +170,7 @@ def _trace_blocks(
             if "custom_vjp" in str(error) or "custom_lin" in str(error):  # JAX refuses forward mode
                 raise make_differentiation_error(()) from error
             raise
-    return names.mark_equations(program, {})
+    return marking.mark_equations(program, {})
 
 
 def _make_pure_with_paths(call: pure_call.Call, *, differentiate: bool) -> Callable[[list[Any]], Any]:

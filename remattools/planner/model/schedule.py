@@ -16,6 +16,7 @@ from ...errors import MeasureError
 from ...jaxpr import jaxprs
 from ...rules.paths import format_path
 from ...tracing.origins import locate
+from ...transform.author_regions import AuthorRegion, describe_region
 from .block_primitive import BLOCK_PRIMITIVE, Block
 from .dataflow_graph import INLINED_PRIMITIVES, Graph, Step, is_float32
 from .op_work import Work, divide_work, estimate_work
@@ -37,6 +38,7 @@ class Visit:
             that the user's code makes.
         iterations: How often the backward pass runs.
         gradient_mask: For each float argument of the block, whether anything reads its gradient.
+        author_region: The region in the model's code that its backward pass runs in; None outside of all.
     """
 
     block: Block
@@ -47,6 +49,7 @@ class Visit:
     copies: int
     iterations: int
     gradient_mask: tuple[bool, ...] = ()
+    author_region: AuthorRegion | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,7 +66,7 @@ class _Call:
     block: Block
     step: int
     loops: tuple[_Loop, ...]
-    in_region: bool
+    region: AuthorRegion | None
 
 
 def build_schedule(jaxpr: Any, sizes: DeviceSizes = WHOLE_ARRAYS) -> tuple[Graph, tuple[Visit, ...]]:
@@ -115,7 +118,7 @@ class _ScheduleBuilder:
         self.float32_values: set[int] = set()
         self.pairs: list[tuple[_Call, _Call]] = []
         self._loops: tuple[_Loop, ...] = ()
-        self._in_region = False
+        self._region: AuthorRegion | None = None
         # Calls without their backward pass yet; the last call that ran has the first backward pass.
         self._open_calls: dict[int, list[_Call]] = {}
         # By the id of a jaxpr; the jaxprs are stored as well, so that no other one gets the same id.
@@ -178,9 +181,11 @@ class _ScheduleBuilder:
         with_blocks = [inside for inside in nested if self.has_blocks(inside)]
         is_call = len(nested) == 1 and len(nested[0].constvars) + len(nested[0].invars) == len(operands)
         if is_call and name != "scan" and (with_blocks or name in INLINED_PRIMITIVES):
-            before, self._in_region = self._in_region, self._in_region or jaxprs.is_region(equation)
+            before = self._region
+            if before is None and jaxprs.is_region(equation):
+                self._region = describe_region(equation, locate(list(self._stacks))[0])
             results = self.walk(nested[0], operands)
-            self._in_region = before
+            self._region = before
             return results
         if not with_blocks:
             results = [self.add_value(var.aval, name) for var in equation.outvars]
@@ -235,9 +240,9 @@ class _ScheduleBuilder:
         self.add_step(operands, results, Work("other", 0.0), BLOCK_LABEL)
         open_calls = self._open_calls.setdefault(block.number, [])
         if not is_backward:
-            open_calls.append(_Call(block, here, self._loops, self._in_region))
+            open_calls.append(_Call(block, here, self._loops, self._region))
         elif open_calls:
-            self.pairs.append((open_calls.pop(), _Call(block, here, self._loops, self._in_region)))
+            self.pairs.append((open_calls.pop(), _Call(block, here, self._loops, self._region)))
         return results
 
     def _find_block_path(self, jaxpr: Any) -> str:
@@ -260,6 +265,7 @@ def _make_visit(forward: _Call, backward: _Call) -> Visit:
         first=there[0].first if there else forward.step,
         last=back[0].last if back else backward.step,
         # Inside the user's own remat no rule saves anything.
-        copies=0 if backward.in_region else math.prod(loop.iterations for loop in there),
+        copies=0 if backward.region is not None else math.prod(loop.iterations for loop in there),
         iterations=math.prod(loop.iterations for loop in backward.loops),
+        author_region=backward.region,
     )

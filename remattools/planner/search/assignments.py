@@ -38,6 +38,7 @@ class Assignment:
         split: How many blocks have the level `first`.
         group: How many of these blocks share one region.
         offload: Whether what the layers of loops save is stored in the host's memory.
+        nested: Whether each block of a group is a region inside the group's; layers of loops are grouped then too.
     """
 
     first: int
@@ -45,6 +46,7 @@ class Assignment:
     split: int
     group: int = 1
     offload: bool = False
+    nested: bool = False
 
     def get_level(self, member: int) -> int:
         """Return the number of the level of a block, by the block's position."""
@@ -105,6 +107,7 @@ def make_assignments(outline: Outline, levels: Sequence[Level], grouping: Groupi
     return [
         *_make_split_assignments(len(levels), depth),
         *_make_grouped_assignments(levels, depth, grouping, get_number(levels, make_least_level(outline))),
+        *_make_nested_assignments(outline, levels, depth, grouping),
         *_make_offload_assignments(outline, levels),
     ]
 
@@ -138,6 +141,20 @@ def _make_grouped_assignments(levels: Sequence[Level], depth: int, grouping: Gro
         rests = [first] if split == depth else [level for level in (*few, count - 1) if level >= first]
         assignments += [Assignment(first, rest, split, size) for rest in rests]
     return assignments
+
+
+def _make_nested_assignments(
+    outline: Outline, levels: Sequence[Level], depth: int, grouping: Grouping
+) -> list[Assignment]:
+    """Return assignments of regions inside regions.
+
+    They free inputs of blocks, so blocks that save more than their inputs are not worth the second recomputation.
+    """
+    sizes = [outline.around.count_bytes(outline.around.forward[call.forward].writes) for call in outline.calls]
+    limits = {kind: size for (_, kind), size in zip(outline.visits, sizes, strict=True)}
+    cheap = [n for n, level in enumerate(levels[:-1]) if all(level[k].saved_bytes <= limits[k] for k in limits)]
+    few = sorted({cheap[round(x)] for x in np.linspace(0, len(cheap) - 1, min(len(cheap), _GROUPED_LEVELS))})
+    return [Assignment(n, n, depth, size, nested=True) for size in grouping.nested_sizes for n in few]
 
 
 def _make_offload_assignments(outline: Outline, levels: Sequence[Level]) -> list[Assignment]:

@@ -177,9 +177,11 @@ class Exploration:
 
     def propose_for_frontier(self) -> int | None:
         """Return the assignment that promises most over all budgets, or None if none promises an improvement."""
+        is_open = self._find_open()
+        ends = [self.space.assignments.index(assignment) for assignment in self.space.smallest]
         return choose_for_frontier(
             self.compute_posterior(),
-            self._find_open(),
+            is_open,
             self.points.values(),
-            full_remat=self.space.assignments.index(self.space.full_remat),
+            full_remat=next((number for number in ends if is_open[number]), ends[0]),
         )

@@ -19,6 +19,7 @@ from ..model.memory import (
     build_timetable,
     compute_boundary_bytes,
     compute_group_memory,
+    nest_groups,
     predict_peak,
 )
 from ..model.outline import Outline
@@ -150,10 +151,15 @@ class _Predictor:
         self.backward_cycles = outline.iterations * np.array([problem.backward_cycles for problem in problems], float)
         self.get_group = functools.cache(self._compute_group)
 
-    def _compute_group(self, size: int, split: int) -> tuple[GroupMemory, np.ndarray]:
+    def _compute_group(self, size: int, split: int, nested: bool) -> tuple[GroupMemory, np.ndarray]:
         groups = self.grouping.divide(size, split)
         memory = compute_group_memory(self.timetable, groups, self.boundary_bytes)
-        return memory, mark_recomputed_outputs(groups, len(self.members))
+        outputs_mask = mark_recomputed_outputs(groups, len(self.members))
+        if nested:
+            stacks = self.grouping.count_stack_boundaries(size)
+            memory = nest_groups(self.timetable, memory, self.boundary_bytes, stacks)
+            outputs_mask[list(stacks)] = 1.0
+        return memory, outputs_mask
 
     def predict(self, assignment: Assignment) -> _Row:
         """Predict one assignment."""
@@ -173,10 +179,15 @@ class _Predictor:
                 moved_bytes, self.forward_cycles, self.backward_cycles, costs["recompute_cycles"], self.rates
             )
         group_memory, outputs_mask = (
-            self.get_group(assignment.group, assignment.split) if assignment.group > 1 else (None, None)
+            self.get_group(assignment.group, assignment.split, assignment.nested)
+            if assignment.group > 1
+            else (None, None)
         )
         peak = predict_peak(self.timetable, visits, group_memory)
-        recomputed = predict_recompute_cycles(costs["recompute_cycles"], costs["output_cycles"], outputs_mask)
+        output_cycles = costs["output_cycles"]
+        if assignment.nested:  # the group runs its blocks once more, and each of them again for its own backward pass
+            output_cycles = output_cycles + costs["recompute_cycles"].sum(axis=1)
+        recomputed = predict_recompute_cycles(costs["recompute_cycles"], output_cycles, outputs_mask)
         by_kind = costs["recompute_cycles"].sum(axis=0)
         matrix, reduction, elementwise, other = by_kind
         features = _Features(

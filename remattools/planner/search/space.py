@@ -16,6 +16,9 @@ from .assignments import Assignment, Level, get_number, make_assignments, make_l
 from .predictions import predict_assignments
 from .surrogate import Surrogate
 
+# Regions inside regions cost a forward pass: a frontier ends with them only if they take less than this share.
+_MAX_NESTED_SHARE = 0.8
+
 
 class Space:
     """All assignments of one outline.
@@ -60,10 +63,26 @@ class Space:
         return self._grouping.groupable_paths
 
     @property
+    def stacked_paths(self) -> frozenset[Path]:
+        """Paths of the layers of loops, whose iterations can be grouped."""
+        return self._grouping.stacked_paths
+
+    @property
     def full_remat(self) -> Assignment:
         """The assignment that saves nothing anywhere, or only dropout masks where they cost less than to draw them."""
         least = get_number(self.levels, make_least_level(self.outline))
         return Assignment(least, least, 0)
+
+    @property
+    def smallest(self) -> tuple[Assignment, ...]:
+        """The assignments that save nothing, and that nothing between them and the plain model is smaller than.
+
+        Regions inside regions are among them where a loop runs many layers, and their inputs are what it saves most.
+        """
+        nested = [a for a in self.assignments if a.nested and a.first == a.rest == 0] if self.stacked_paths else []
+        predicted = {a: self.bytes[self.assignments.index(a)] for a in (self.full_remat, *nested)}
+        limit = _MAX_NESTED_SHARE * predicted[self.full_remat]
+        return (self.full_remat, *(a for a in nested if predicted[a] < limit))
 
     @property
     def plain(self) -> Assignment:

@@ -29,13 +29,15 @@ def write_rules(space: Space, assignment: Assignment) -> Rules:
         choice = space.levels[assignment.get_level(number)][kinds[path]]
         pattern = _find_pattern(path, methods)
         saved = _write_saved(space.outline.problems[kinds[path]], choice.names, offload=assignment.offload)
-        group = assignment.group if number < assignment.split and path[:-1] in space.groupable_paths else 1
+        is_grouped = path[:-1] in space.groupable_paths or (assignment.nested and path in space.stacked_paths)
+        group = assignment.group if number < assignment.split and is_grouped else 1
         groups.setdefault((pattern, saved, group), []).append(path)
     pairs: list[tuple[str, Any]] = []
     for (pattern, saved, group), paths in groups.items():
         if saved is not None:
             all_paths = [path for path in space.members if _find_pattern(path, methods) == pattern]
-            action = Remat(methods=methods[pattern], group=group, **dict(saved))
+            nested = assignment.nested and group > 1
+            action = Remat(methods=methods[pattern], group=group, nested=nested, **dict(saved))
             pairs.append((_format_pattern(pattern, paths, all_paths), action))
     return Rules(pairs)
 

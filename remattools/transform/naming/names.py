@@ -6,24 +6,24 @@ Sits on `scopes` (module paths on operations). The name of a value inside a regi
 -   `attn.q_proj`: the output of a submodule; `norm[1]` the output of its second call;
 -   `mlp:dot_general`: the result of an operation in `mlp`; `mlp:dot_general[1]` of the second such operation there, in
     trace order;
+-   `mlp:input`: an array that is passed to a submodule; `.:input` one that is passed to the region itself;
 -   `@qkv`: a `checkpoint_name` in the user's model.
 
 Each selected value is wrapped in a `checkpoint_name`, and the policy saves that name: a structured policy, known before
-the trace, which `jax_remat3` supports too. The operations do not change, also inside jits, scans and branches. No
-policy reaches the values inside a custom derivative or a kernel; these are listed with `reachable=False`.
+the trace, which `jax_remat3` supports too. The operations do not change, also inside jits, scans and branches. Of a
+`custom_vjp` the values of its forward rule are named, since that is what runs; the residuals of kernels are there. No
+policy reaches the values inside another custom derivative or a kernel; these are listed with `reachable=False`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core
 
 from ... import compat
 from ...errors import UnmatchedRuleError, suggest_names
-from ...jaxpr import jaxprs, random_bits, result_derivatives
+from ...jaxpr import forward_rules, jaxprs, random_bits
 from ...rules import policies
 from ...rules.paths import NamePattern, Path, format_path
 from ...rules.policy_types import DROPOUT_MASK, Decision, Policy
@@ -40,9 +40,10 @@ class NamedValue:
     """A value that a region can save or offload.
 
     Attributes:
-        kind: "module" (a submodule's output), "op" (the result of an operation) or "user" (a `checkpoint_name`).
+        kind: "module" (a submodule's output), "input" (an array passed to a module), "op" (the result of an operation)
+            or "user" (a `checkpoint_name`).
         path: Path of its module, relative to the region; `()` for the region's module.
-        primitive: Name of the JAX primitive, or the `checkpoint_name`; "" for kind "module".
+        primitive: Name of the JAX primitive, "input", or the `checkpoint_name`; "" for kind "module".
         index: Number among the values of equal kind, path and primitive, in trace order.
         avals: Shape and dtype of each of its arrays.
         reachable: Whether a policy can save it; False inside custom derivatives and kernels.
@@ -76,10 +77,10 @@ class NamedValue:
 def is_naming_needed(action: Remat) -> bool:
     """Whether a region under `action` needs the names of its values."""
     is_by_masks = action.policy is not None and action.policy.has_dropout_masks
-    return bool(action.save or action.offload) or is_by_masks or _is_policy_by_names(action)
+    return bool(action.save or action.offload) or is_by_masks or is_policy_by_names(action)
 
 
-def _is_policy_by_names(action: Remat) -> bool:
+def is_policy_by_names(action: Remat) -> bool:
     """Whether the policy itself becomes names: `jax_remat3` calls neither combined policies nor bare callables."""
     if action.policy is None or not _is_remat3():
         return False
@@ -88,7 +89,7 @@ def _is_policy_by_names(action: Remat) -> bool:
 
 def lower_policy(action: Remat) -> Callable[..., Any] | None:
     """Return the JAX policy of `action`: JAX's own object if there is one, for the same program as `jax.checkpoint`."""
-    if not (action.save or action.offload or _is_policy_by_names(action)):
+    if not (action.save or action.offload or is_policy_by_names(action)):
         return None if action.policy is None else action.policy.lower()
     marks: Policy = policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[SAVED],
@@ -98,23 +99,9 @@ def lower_policy(action: Remat) -> Callable[..., Any] | None:
     )
     if not action.offload:
         marks = policies.save_only_these_names(SAVED)
-    if action.policy is None or _is_policy_by_names(action):
+    if action.policy is None or is_policy_by_names(action):
         return marks.lower()
     return (action.policy | marks).lower()
-
-
-def evaluate(fn: Callable[[list[Any]], list[Any]], leaves: list[Any], action: Remat) -> list[Any]:
-    """Compute `fn(leaves)` with the values that `action` saves or offloads marked for its policy.
-
-    Raises:
-        UnmatchedRuleError: If a pattern of `save` or `offload` matches no value that can be saved.
-    """
-    program = jax.make_jaxpr(fn)(leaves)
-    marks = select_marks(functools.partial(find_named_values, program), action)
-    if action.policy is not None and _is_policy_by_names(action):
-        marks = {**_decide_marks(program, action.policy), **marks}
-    results: list[Any] = jaxprs.run(mark_equations(program, marks), leaves)
-    return results
 
 
 def select_marks(find_values: Callable[..., Iterable[NamedValue]], action: Remat) -> dict[Position, str]:
@@ -141,7 +128,7 @@ def select_marks(find_values: Callable[..., Iterable[NamedValue]], action: Remat
                 raise _make_unmatched_error(pattern, matches, values, list(find_values(deeper=True)))
             chosen[mark] += reachable
     if _is_saving_dropout_masks(action):
-        mark = SAVED if _is_policy_by_names(action) else DROPOUT_MASK
+        mark = SAVED if is_policy_by_names(action) else DROPOUT_MASK
         chosen[mark] += [value for value in values if value.is_dropout_mask and value.reachable]
     return {position: mark for mark, group in chosen.items() for value in group for position in value.where}
 
@@ -177,12 +164,18 @@ def _make_unmatched_error(
     )
 
 
-def find_named_values(jaxpr: Any, *, deeper: bool = False) -> Iterator[NamedValue]:
-    """Yield the named values of a traced program in trace order, with `deeper` also those in regions inside it."""
+def find_named_values(jaxpr: Any, *, deeper: bool = False, in_rule: bool = False) -> Iterator[NamedValue]:
+    """Yield the named values of a traced program in trace order.
+
+    Args:
+        jaxpr: The program.
+        deeper: Whether values in regions inside it are included.
+        in_rule: Whether it is the forward rule of a custom_vjp.
+    """
     masks = random_bits.find_dropout_masks(jaxpr, deeper=deeper)
     counts: dict[tuple[str, Path, str], int] = {}
     outputs: dict[tuple[Path, int], NamedValue] = {}
-    for position, equation, path, reachable in _walk_equations(jaxpr, (), (), True, deeper=deeper):
+    for position, equation, path, reachable in walk_equations(jaxpr, (), (), True, deeper=deeper, in_rule=in_rule):
         name = jaxprs.get_checkpoint_name(equation)
         avals = tuple(var.aval for var in equation.outvars)
         output = scopes.parse_output(name) if name is not None else None
@@ -199,6 +192,9 @@ def find_named_values(jaxpr: Any, *, deeper: bool = False) -> Iterator[NamedValu
             )
             continue
         kind, primitive = ("op", equation.primitive.name) if name is None else ("user", name)
+        passed_to = scopes.parse_input(name) if name is not None else None
+        if passed_to is not None:
+            kind, primitive, path = "input", "input", passed_to
         key = (kind, path, primitive)
         index = counts.get(key, 0)
         counts[key] = index + 1
@@ -215,8 +211,8 @@ def find_named_values(jaxpr: Any, *, deeper: bool = False) -> Iterator[NamedValu
     yield from (value for (path, _), value in outputs.items() if path)
 
 
-def _walk_equations(
-    jaxpr: Any, prefix: Position, outer: Path, reachable: bool, *, deeper: bool = False
+def walk_equations(
+    jaxpr: Any, prefix: Position, outer: Path, reachable: bool, *, deeper: bool = False, in_rule: bool = False
 ) -> Iterator[tuple[Position, Any, Path, bool]]:
     """Yield the equations that compute something, depth first, without the wrappers around nested programs."""
     for number, equation in enumerate(jaxprs.open_jaxpr(jaxpr).eqns):
@@ -228,94 +224,16 @@ def _walk_equations(
             yield (*prefix, number), equation, path, reachable
         if jaxprs.is_region(equation) and not deeper:
             continue  # an inner region has its own names
+        # A custom_vjp inside a forward rule is not differentiated: its function runs, and no policy sees into that.
+        rule = forward_rules.trace_forward_rule(equation) if reachable and not in_rule else None
+        if rule is not None:
+            start = (*prefix, (number, forward_rules.FORWARD_RULE))
+            yield from walk_equations(rule, start, path, True, deeper=deeper, in_rule=True)
+            continue
         for place, inner in nested:
-            yield from _walk_equations(inner, (*prefix, (number, place)), path, reachable and not opaque, deeper=deeper)
-
-
-def mark_equations(jaxpr: Any, marks: dict[Position, str], prefix: Position = ()) -> Any:
-    """Return the program with a `checkpoint_name` after every marked equation, and without the marks of `scopes`."""
-    equations: list[Any] = []
-    same: dict[Any, Any] = {}  # result of a removed mark -> the value it marked
-    inner = jaxprs.open_jaxpr(jaxpr)
-    placed = _place_marks(inner, marks, prefix)
-    for number, equation in enumerate(inner.eqns):
-        if same:
-            equation = equation.replace(invars=[_resolve_atom(same, atom) for atom in equation.invars])
-        name, mark = jaxprs.get_checkpoint_name(equation), placed.get(number)
-        equation = _mark_nested(equation, marks, prefix, number)
-        if mark in (SAVED, OFFLOADED) and name is None and result_derivatives.is_result_in_derivative(equation):
-            equations.extend(result_derivatives.name_with_derivative(equation, mark))
-        elif name is not None and mark is not None:
-            equations.extend(jaxprs.replace_checkpoint_name(equation, mark))
-        elif name is not None and scopes.parse_output(name) is not None:
-            same[equation.outvars[0]] = equation.invars[0]
-        elif mark is not None:
-            equations.extend(jaxprs.add_checkpoint_name(equation, mark))
-        else:
-            equations.append(equation)
-    if all(new is old for new, old in zip(equations, inner.eqns, strict=False)) and len(equations) == len(inner.eqns):
-        return jaxpr  # the same object, so that JAX lowers a function called twice only once
-    return jaxprs.replace_equations(jaxpr, equations, [_resolve_atom(same, atom) for atom in inner.outvars])
-
-
-def _place_marks(inner: Any, marks: dict[Position, str], prefix: Position) -> dict[int, str]:
-    """Marks by equation number in one program.
-
-    The mark of a `checkpoint_name` moves to the equation that computes the value, if only there it can be saved.
-    """
-    found = {number: marks[*prefix, number] for number in range(len(inner.eqns)) if (*prefix, number) in marks}
-    if not found:
-        return found
-    producers: dict[Any, int] = {}
-    for number, equation in enumerate(inner.eqns):
-        name = jaxprs.get_checkpoint_name(equation)
-        if name is None:
-            producers.update(dict.fromkeys(equation.outvars, number))
-            continue
-        producer = producers.get(equation.invars[0]) if isinstance(equation.invars[0], core.Var) else None
-        if producer is None:
-            continue
-        producers[equation.outvars[0]] = producer
-        if (
-            found.get(number) in (SAVED, OFFLOADED)
-            and len(inner.eqns[producer].outvars) == 1
-            and result_derivatives.is_result_in_derivative(inner.eqns[producer])
-        ):
-            mark = found.pop(number)
-            found[producer] = SAVED if found.get(producer) == SAVED else mark
-    return found
-
-
-def _mark_nested(equation: Any, marks: dict[Position, str], prefix: Position, number: int) -> Any:
-    if jaxprs.is_region(equation) or jaxprs.is_opaque(equation):
-        return equation
-    new = {
-        place: (below, mark_equations(below, marks, (*prefix, (number, place))))
-        for place, below in jaxprs.find_subjaxprs(equation)
-    }
-    changed = {place: rewritten for place, (below, rewritten) in new.items() if rewritten is not below}
-    return jaxprs.replace_subjaxprs(equation, changed) if changed else equation
-
-
-def _resolve_atom(same: dict[Any, Any], atom: Any) -> Any:
-    return same.get(atom, atom) if isinstance(atom, core.Var) else atom
-
-
-def _decide_marks(jaxpr: Any, policy: Policy) -> dict[Position, str]:
-    """Marks for a policy that `jax_remat3` would not call."""
-    marks = {}
-    for position, equation, _, reachable in _walk_equations(jaxpr, (), (), True):
-        name = jaxprs.get_checkpoint_name(equation)
-        if not reachable or (name is not None and scopes.parse_output(name) is not None):
-            continue
-        avals = [atom.aval for atom in equation.invars]
-        if name is None:
-            verdict = policy.decide(equation.primitive, *avals, **equation.params)
-        else:
-            verdict = policy.decide(compat.NAME_PRIMITIVE, *avals, name=name)
-        if verdict is not Decision.RECOMPUTE:
-            marks[position] = SAVED if verdict is Decision.SAVE else OFFLOADED
-    return marks
+            position = (*prefix, (number, place))
+            visible = reachable and not opaque
+            yield from walk_equations(inner, position, path, visible, deeper=deeper, in_rule=in_rule)
 
 
 def _is_remat3() -> bool:

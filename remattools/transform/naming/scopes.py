@@ -2,9 +2,9 @@
 """Module paths on traced operations, without editing the model.
 
 nnx does not put module names into a trace. While a function is traced under `record_paths`, its modules have a
-temporary subclass whose methods open a `jax.named_scope` with the module's path and mark what they return. Paths are
-relative to the region, since equal blocks share one trace. They are metadata of the operations, so the compiled program
-is the same.
+temporary subclass whose methods open a `jax.named_scope` with the module's path and mark what they are passed and what
+they return. Paths are relative to the region, since equal blocks share one trace. They are metadata of the operations,
+so the compiled program is the same.
 
 Works on the modules that a region rebuilt, or on a user's model during one trace; the classes are restored afterwards.
 """
@@ -27,6 +27,7 @@ from ..modules import find_modules
 
 _SCOPE_PREFIX = "rt:"
 _OUTPUT_PREFIX = "rt-out:"
+_INPUT_PREFIX = "rt-in:"
 _SCOPE_PATTERN = re.compile(r"rt:([^/()]*)")
 # In the name stack where a region begins; the module paths after it are relative to the region.
 REGION = "rt-region"
@@ -53,8 +54,8 @@ def record_paths(roots: Iterable[tuple[Path, Any]], *, mark_outputs: bool = True
 
     Args:
         roots: Pairs of a path and the module, or pytree of modules, at it.
-        mark_outputs: Whether modules also mark what they return. Without the marks the traced program is the same as
-            without this block, except for the names of its scopes.
+        mark_outputs: Whether modules also mark what they are passed and return. Without the marks the traced program is
+            the same as without this block, except for the names of its scopes.
     """
     scoped: list[tuple[Any, type]] = []
     before = (_scope_state.path, _scope_state.calls, _scope_state.mark_outputs)
@@ -92,6 +93,16 @@ def parse_output(name: str) -> tuple[Path, int] | None:
     return (parse_path(found[1]), int(found[2])) if found else None
 
 
+def parse_input(name: str) -> Path | None:
+    """Return the module path of a marked input, or None for any other `checkpoint_name`."""
+    return parse_path(name.removeprefix(_INPUT_PREFIX)) if name.startswith(_INPUT_PREFIX) else None
+
+
+def is_mark(name: str) -> bool:
+    """Whether a `checkpoint_name` is a mark of this file rather than one in the user's model."""
+    return parse_output(name) is not None or parse_input(name) is not None
+
+
 @functools.cache
 def _make_scoped_class(cls: type) -> type:
     methods = {name: _make_scoped_method(cls, name, value) for name, value in _collect_methods(cls).items()}
@@ -124,11 +135,33 @@ def _make_scoped_method(cls: type, name: str, value: Any) -> Callable[..., Any]:
             with jax.named_scope(_SCOPE_PREFIX + path):
                 if not _scope_state.mark_outputs:
                     return _bind_method(value, self)(*args, **kwargs)
+                args, kwargs = name_inputs(args, kwargs, path)
                 return _name_outputs(_bind_method(value, self)(*args, **kwargs), f"{_OUTPUT_PREFIX}{path}#{call}")
         finally:
             _scope_state.path = outer
 
     return call_in_scope
+
+
+def name_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Name the floating-point arrays that are passed to a module, except in lists and dicts.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        path: Path of the module.
+    """
+    # Code may ask whether two arguments are the same array (`query is key`), so each array is named once.
+    named: dict[int, Any] = {}
+
+    def name_value(value: Any) -> Any:
+        if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.numpy.inexact):
+            if id(value) not in named:
+                named[id(value)] = checkpoint_name(value, f"{_INPUT_PREFIX}{path}")
+            return named[id(value)]
+        return tuple(map(name_value, value)) if type(value) is tuple else value
+
+    return tuple(map(name_value, args)), {key: name_value(value) for key, value in kwargs.items()}
 
 
 def _name_outputs(value: Any, name: str) -> Any:

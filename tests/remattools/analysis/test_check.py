@@ -232,3 +232,27 @@ def test_regions_that_work_on_a_mesh_are_ok(kind):
     assert sharded.ok, str(sharded)
     # Under Explicit axes constants of the traced program are whole on every device.
     assert sharded.residual_bytes == pytest.approx(alone.residual_bytes, rel=0.0 if kind == AxisType.Auto else 0.1)
+
+
+class _Stack(nnx.Module):
+    """Layers that a scan runs."""
+
+    def __init__(self):
+        make = nnx.split_rngs(splits=6)(nnx.vmap(lambda rngs: MLP(256, rngs)))
+        self.layers = make(nnx.Rngs(0))
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: x + layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+def test_offloads_are_judged_by_what_leaves_the_device(tpu):
+    model, x = nnx.eval_shape(_Stack), jax.ShapeDtypeStruct((16384, 256), jnp.float32)
+    works = rt.check(loss, model, x, rules={"layers": rt.Remat(offload=("up",))}, target=tpu)
+    assert works.ok, str(works)
+    assert works.notes == ()
+    idle = rt.check(loss, model, x, rules={"layers": rt.Remat(offload=("down",))}, target=tpu)
+    assert [finding.code for finding in idle.findings] == ["offload_ignored"], str(idle)
+    assert "'down' is offloaded in layers" in str(idle)
+    both = rt.check(loss, model, x, rules={"layers": rt.Remat(offload=("up", "down"))}, target=tpu)
+    assert both.ok, str(both)
+    assert "note: 'down' is offloaded in layers" in str(both)

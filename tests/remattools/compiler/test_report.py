@@ -107,3 +107,25 @@ def test_too_many_live_buffers_count_against_the_share():
         return dataclasses.replace(MEASUREMENT, live=(row,)).explained_share
 
     assert (share(2048), share(1024), share(3072)) == (1.0, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("target", "peak", "host", "device"),
+    [
+        pytest.param("tpu:v5e:2x2", 184, 128, 56, id="host-at-the-peak"),
+        pytest.param("tpu:v5e:2x2", 130, 128, 42, id="device-peak-at-another-moment"),
+        pytest.param("tpu:v5e:2x2", 88, 0, 88, id="control-nothing-on-the-host"),
+        pytest.param("gpu", 88, 20, 88, id="control-other-target"),
+    ],
+)
+def test_the_device_peak_leaves_host_memory_out(target, peak, host, device):
+    measurement = Measurement(
+        target=target,
+        argument_bytes=12,
+        output_bytes=12,
+        alias_bytes=0,
+        temp_bytes=18,
+        peak_bytes=peak,
+        host_temp_bytes=host,
+    )
+    assert measurement.device_peak_bytes == device

@@ -265,3 +265,43 @@ def test_blocks_that_are_differentiated_otherwise_are_refused() -> None:
         outlined(Listed, derived)
     with pytest.raises(rt.MeasureError, match="differentiated twice, or in forward mode"):
         outlined(Listed, lambda model, x: jnp.sum(jax.jvp(model, (x,), (x,))[1]))
+
+
+class Deep(nnx.Module):
+    """Layers whose inputs, one for each iteration, are most of what a loop saves without names."""
+
+    def __init__(self, length: int) -> None:
+        self.stack = stacked(MLP, length)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return run(x, self.stack)
+
+
+def test_regions_inside_regions_are_found_where_inputs_are_the_peak(tmp_path: pathlib.Path) -> None:
+    x = jax.ShapeDtypeStruct((2048, WIDTH), jnp.float32)
+    model = nnx.eval_shape(lambda: Deep(64))
+    with rt.applied(model, {"stack": "nothing_saveable"}):
+        single = rt.measure(loss, model, x, differentiate=True, target="cpu", cache=tmp_path).temp_bytes
+    found = rt.plan(loss, model, x, budget=int(0.6 * single), of="temp", target="cpu", max_compiles=4, cache=tmp_path)
+    ((pattern, action),) = found.rules
+    assert pattern.text == "stack"
+    assert action == rt.Remat(group=8, nested=True)
+    assert "8 in a region of regions" in str(found)
+    curve = rt.frontier(loss, model, x, of="temp", target="cpu", max_compiles=3, cache=tmp_path)
+    assert any(point.rules == found.rules for point in curve.points)
+
+
+@pytest.mark.parametrize(
+    ("length", "size"), [(64, 8), (48, 6), (28, 4), (61, 8), (96, 8), (6, None)], ids=lambda value: str(value)
+)
+def test_nested_groups_have_a_size_that_divides_the_loop(length: int, size: int | None) -> None:
+    x = jax.ShapeDtypeStruct((64, WIDTH), jnp.float32)
+    model = nnx.eval_shape(lambda: Deep(length))
+    space = Space(build_outline(loss, model, (x,), get_rates("cpu")))
+    nested = [assignment for assignment in space.assignments if assignment.nested]
+    assert {assignment.group for assignment in nested} == ({size} if size else set())
+    for assignment in nested:
+        number = space.assignments.index(assignment)
+        single = space.assignments.index(Assignment(assignment.first, assignment.first, 0))
+        assert space.bytes[number] < space.bytes[single]
+        assert space.cycles[number] > space.cycles[single]

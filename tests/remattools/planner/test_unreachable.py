@@ -149,3 +149,26 @@ def test_a_time_limit_says_what_was_not_compiled(directory: pathlib.Path) -> Non
 def test_a_budget_to_paste_is_never_below_the_bytes(count: int) -> None:
     meant = compute_budget_bytes(format_budget(count), target=rt.find_target("cpu"), plain_bytes=1)
     assert count <= meant <= 1.11 * count
+
+
+class _Rematerialised(nnx.Module):
+    """Blocks that the model's own code rematerialises, or not."""
+
+    def __init__(self, has_remat: bool) -> None:
+        self.layers = nnx.List([MLP(32, nnx.Rngs(i)) for i in range(3)])
+        self.has_remat = has_remat
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def run_layers(x: jax.Array) -> jax.Array:
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+        return (jax.checkpoint(run_layers) if self.has_remat else run_layers)(x)
+
+
+@pytest.mark.parametrize("has_remat", [True, False], ids=["remat", "control"])
+def test_the_models_own_checkpoint_is_named(has_remat: bool) -> None:
+    error = _fail(loss, nnx.eval_shape(lambda: _Rematerialised(has_remat)), X, budget=1000, of="temp")
+    assert ("model's own jax.checkpoint of run_layers at" in error.why) is has_remat
+    assert ("rematerialisation switched off" in error.fix) is has_remat

@@ -63,3 +63,13 @@ def test_a_copy_with_changes_is_checked_too():
 def test_only_what_differs_from_the_default_is_shown():
     assert repr(rt.Remat()) == "Remat()"
     assert repr(rt.Remat("dots_saveable", group="sqrt")) == "Remat(policy='dots_saveable', group='sqrt')"
+
+
+@pytest.mark.parametrize(
+    "options", [{"nested": True}, {"nested": 1, "group": 2}, {"nested": True, "group": 1}], ids=["alone", "int", "one"]
+)
+def test_nested_needs_a_group(options):
+    with pytest.raises(rt.RuleError) as caught:
+        rt.Remat(**options)
+    assert "nested=True" in caught.value.fix
+    assert rt.Remat(group=2, nested=True).nested is True  # control

@@ -9,7 +9,7 @@ from flax import nnx
 import remattools as rt
 from remattools.jaxpr import jaxprs
 from tests.remattools.exactness import assert_exact
-from tests.remattools.models import Block, Tower, inputs, loss
+from tests.remattools.models import MLP, Block, Tower, inputs, loss
 
 
 def regions(model, x):
@@ -156,3 +156,69 @@ def test_group_outside_of_a_sequence_says_so():
     with pytest.raises(rt.RuleError) as caught:
         jax.grad(lambda x: loss(model, x))(inputs())
     assert "neither in a list of modules" in caught.value.what
+
+
+NESTED = [
+    pytest.param(lambda: Tower(depth=7), "layers.*", id="list"),
+    pytest.param(lambda: Between(depth=7), "layers.*", id="code-between"),
+    pytest.param(Stacked, "layers", id="scan"),
+    pytest.param(Reversed, "layers", id="reversed-scan"),
+]
+
+
+@pytest.mark.parametrize(("make", "pattern"), NESTED)
+@pytest.mark.parametrize("save", [(), ("attention.qkv",)], ids=["nothing", "a-name"])
+def test_nested_groups_are_exact(make, pattern, save):
+    rules = {pattern: rt.Remat(group=3, nested=True, save=save)}
+    assert rt.Rules.from_toml(rt.Rules(rules).to_toml()) == rt.Rules(rules)
+    assert_exact(loss, make(), rt.apply(make(), rules), inputs())
+
+
+def _count_regions(jaxpr):
+    equations = jaxprs.open_jaxpr(jaxpr).eqns
+    inside = (below for equation in equations for _, below in jaxprs.find_subjaxprs(equation))
+    return sum(map(jaxprs.is_region, equations)) + sum(map(_count_regions, inside))
+
+
+@pytest.mark.parametrize(("make", "pattern"), NESTED)
+def test_each_module_of_a_nested_group_is_a_region(make, pattern):
+    counts = []
+    for nested in (False, True):
+        model = rt.apply(make(), {pattern: rt.Remat(group=3, nested=nested)})
+        graphdef, state = nnx.split(model)
+        program = jax.make_jaxpr(lambda s, x: loss(nnx.merge(graphdef, s, copy=True), x))(state, inputs())  # noqa: B023
+        counts.append(_count_regions(program))
+    assert counts[1] > counts[0]
+
+
+class Deep(nnx.Module):
+    """Many narrow layers with wide insides, in a scan."""
+
+    def __init__(self):
+        make = nnx.split_rngs(splits=16)(nnx.vmap(lambda rngs: MLP(32, rngs)))
+        self.layers = make(nnx.Rngs(0))
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: x + layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+def _run_by_hand(model, x):
+    """As a person writes `remat(scan(remat(layer)))`."""
+    graphdef, state = nnx.split(model.layers)
+    state = jax.tree.map(lambda leaf: leaf.reshape(4, 4, *leaf.shape[1:]), state)
+    layer = jax.checkpoint(lambda x, s: (x + nnx.merge(graphdef, s)(x), None))
+    block = jax.checkpoint(lambda x, s: (jax.lax.scan(layer, x, s)[0], None))
+    return jax.lax.scan(block, x, state)[0]
+
+
+def test_a_nested_group_takes_the_memory_of_nested_scans_by_hand():
+    x = jax.random.normal(jax.random.key(0), (512, 32))
+
+    def measure(fn, model):
+        return rt.measure(fn, model, x, differentiate=True, target="cpu").temp_bytes
+
+    by_hand = measure(lambda model, x: jnp.mean(_run_by_hand(model, x) ** 2), Deep())
+    actions = {"nested": rt.Remat(group=4, nested=True), "grouped": rt.Remat(group=4), "single": rt.Remat()}
+    found = {name: measure(loss, rt.apply(Deep(), {"layers": action})) for name, action in actions.items()}
+    assert found["nested"] <= by_hand * 1.001
+    assert found["nested"] < 0.8 * min(found["grouped"], found["single"])  # controls

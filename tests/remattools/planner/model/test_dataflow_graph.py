@@ -5,8 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
+from jax.ad_checkpoint import checkpoint_name
 
+from remattools.planner.model.block_ilp import WORK_KINDS, BlockProblem
 from remattools.planner.model.dataflow_graph import Graph, build_block_graph
+from remattools.planner.model.time import get_rates
 
 ROWS, WIDTH = 64, 32
 VALUE = ROWS * WIDTH * 4
@@ -52,3 +56,42 @@ def test_fused_products_halve_what_only_products_read() -> None:
     assert {candidate.bytes for candidate in plain.candidates} == {VALUE}
     assert sizes[".:sin[0]"] == VALUE // 2
     assert sizes[".:dot_general[0]"] == VALUE  # element-wise operations read it as well
+
+
+def _make_kernel_block(*, in_jit: bool, named: bool) -> Any:
+    """Return a block around a custom_vjp whose forward rule computes two products, the second its result."""
+
+    def compute(x: jax.Array, up: jax.Array, down: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden = x @ up
+        out = hidden @ down
+        return (checkpoint_name(out, "context") if named else out), hidden.sum(-1)
+
+    run = jax.jit(compute) if in_jit else compute
+
+    @jax.custom_vjp
+    def kernel(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        return compute(x, up, down)[0]
+
+    def forward(x: jax.Array, up: jax.Array, down: jax.Array) -> Any:
+        out, total = run(x, up, down)
+        return out, (out, total, up, down)
+
+    def backward(saved: Any, g: jax.Array) -> Any:
+        out, total, up, down = saved
+        return g * out * total[:, None], up * g.sum(), down * g.sum()
+
+    kernel.defvjp(forward, backward)
+    return lambda x, up, down: jnp.sin(kernel(x, up, down)) @ down
+
+
+@pytest.mark.parametrize("in_jit", [False, True])
+@pytest.mark.parametrize(("named", "result"), [(True, "@context[0]"), (False, ".:custom_vjp_call[0]")])
+def test_a_custom_vjp_is_priced_by_its_forward_rule(in_jit: bool, named: bool, result: str) -> None:
+    problem = BlockProblem(graph_of(_make_kernel_block(in_jit=in_jit, named=named)), get_rates("cpu"))
+    nothing, one, both = (
+        problem.make_choice(names).cycles[WORK_KINDS.index("matrix")]
+        for names in ((), (result,), (result, ".:reduce_sum[0]"))
+    )
+    # The result alone spares its own product; the other residual needs the first one again.
+    assert nothing > one > both == 0
+    assert (".:custom_vjp_call[0]" in problem.names) is not named
