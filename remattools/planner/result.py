@@ -36,7 +36,8 @@ class Point:
 
     Attributes:
         rules: The rules; empty for the plain model.
-        predicted: What the planner expected of them.
+        predicted: What the planner expected of them; None for the plain model, which is compiled first: only
+            measurements make predictions good enough to show.
         measured: What the compiler measured.
         bytes: The measured bytes that the budget is about.
         cycles: Cycles of a whole step: the compiler's estimate plus `link_cycles`; where the compiler gives none, the
@@ -46,7 +47,7 @@ class Point:
     """
 
     rules: Rules
-    predicted: Prediction
+    predicted: Prediction | None
     measured: Measurement
     bytes: int
     cycles: float
@@ -59,7 +60,7 @@ class Point:
             "bytes": self.bytes,
             "cycles": self.cycles,
             "link_cycles": self.link_cycles,
-            "predicted": dataclasses.asdict(self.predicted),
+            "predicted": None if self.predicted is None else dataclasses.asdict(self.predicted),
             "measured": self.measured.as_dict(),
         }
 
@@ -70,7 +71,7 @@ class Plan:
 
     Attributes:
         rules: The rules, for `apply`, or for a file by `to_toml`.
-        predicted: What the planner expected of them.
+        predicted: What the planner expected of them; None where the plain model is the plan.
         measured: What the compiler measured for them.
         points: Every set of rules that was compiled, in the order of compiling.
         budget_bytes: The budget in bytes; None if there was only a time limit.
@@ -99,7 +100,7 @@ class Plan:
     """
 
     rules: Rules
-    predicted: Prediction
+    predicted: Prediction | None
     measured: Measurement
     points: tuple[Point, ...]
     budget_bytes: int | None
@@ -200,7 +201,7 @@ def format_points(points: Iterable[Point], of: BudgetKind, chosen: Rules | None)
     frontier = find_frontier(points)
     rows = []
     for point in sorted(points, key=lambda p: p.bytes):
-        rules = "; ".join(_format_rule(pattern.text, action) for pattern, action in point.rules) or "plain"
+        rules = describe_rules(point.rules)
         if point.link_cycles:
             rules += f" (transfers by the planner's time model: {format_count(point.link_cycles)} cycles)"
         rows.append(
@@ -208,8 +209,11 @@ def format_points(points: Iterable[Point], of: BudgetKind, chosen: Rules | None)
                 "->" if point.rules == chosen else "*" if point in frontier else "",
                 format_bytes(point.bytes) if point.measured.fits else f"OOM {_format_needed(point)}".rstrip(),
                 format_count(point.cycles if math.isfinite(point.cycles) else None),
-                format_bytes(point.predicted.bytes),
-                format_count(point.predicted.cycles),
+                *(
+                    ("-", "-")
+                    if point.predicted is None
+                    else (format_bytes(point.predicted.bytes), format_count(point.predicted.cycles))
+                ),
                 rules,
             )
         )
@@ -242,6 +246,11 @@ def plot_points(
             axes.axvline(budget_bytes / 2**20, linestyle=":", color="black")
         axes.set_xlabel(f"{of}, MiB")
         axes.set_ylabel("million cycles" + (" by the planner's time model" if time_by == "model" else ""))
+
+
+def describe_rules(rules: Rules) -> str:
+    """Return rules on one line, with the number of their names."""
+    return "; ".join(_format_rule(pattern.text, action) for pattern, action in rules) or "plain"
 
 
 def _format_rule(pattern: str, action: Any) -> str:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from ..compiler.out_of_memory import Allocation
 from ..errors import BudgetError
+from ..jaxpr import jaxprs
 from ..text import format_bytes
 from .budget import BudgetKind
 from .model.outline import Outline
@@ -60,7 +61,7 @@ def collect_facts(
         find_live: Returns the values live at the peak under the rules of a point.
         is_step: Whether the function is a whole step.
     """
-    labels = {step.label for problem in outline.problems for step in problem.graph.forward}
+    labels = {label for kind in outline.kinds for label in _find_operations(kind.block.jaxpr)}
     return ProgramFacts(
         patterns=tuple(pattern for pattern, _ in outline.rules),
         rows=_find_rows(batch),
@@ -186,6 +187,13 @@ def _suggest_fixes(
     elif ended == "max_compiles":
         yield f"more compiles than these {len(points)} points (max_compiles=, --max-compiles);"
     yield "a loss that computes its largest values in pieces."
+
+
+def _find_operations(jaxpr: Any) -> Iterator[str]:
+    for equation in jaxprs.open_jaxpr(jaxpr).eqns:
+        yield equation.primitive.name
+        for _, inner in jaxprs.find_subjaxprs(equation):
+            yield from _find_operations(inner)
 
 
 def _find_rows(batch: tuple[Any, ...]) -> int | None:

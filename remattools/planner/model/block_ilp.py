@@ -12,7 +12,9 @@ from collections.abc import Container, Iterable, Sequence
 import numpy as np
 import scipy  # loads its submodules on first use: importing the solver takes a second
 
+from ...native_output import redirect_native_stdout
 from .dataflow_graph import Graph, Step
+from .dominated_names import find_undominated_names
 from .memory import compute_live_bytes, find_materialized_residuals
 from .time import Rates, count_cycles, count_total_cycles
 
@@ -82,6 +84,7 @@ class BlockProblem:
             if candidate.value in used:
                 self.names.setdefault(candidate.name, []).append(candidate.value)
                 self.bytes[candidate.name] = self.bytes.get(candidate.name, 0) + candidate.bytes
+        self._choices: dict[tuple[str, ...], Choice] = {}
 
     @functools.cached_property
     def plain_choice(self) -> Choice:
@@ -114,7 +117,13 @@ class BlockProblem:
         Args:
             names: Keys of `self.names`.
         """
-        graph, requested = self.graph, tuple(dict.fromkeys(names))
+        requested = tuple(dict.fromkeys(names))
+        if requested not in self._choices:  # many prices and limits lead to the same names
+            self._choices[requested] = self._make_choice(requested)
+        return self._choices[requested]
+
+    def _make_choice(self, requested: tuple[str, ...]) -> Choice:
+        graph = self.graph
         saved = {value for name in requested for value in self.names[name]}
         recomputed = self._find_recomputed_steps(saved)
         # JAX does not save what nothing reads, whatever the rule says.
@@ -148,10 +157,10 @@ class BlockProblem:
         return self.make_choice(self._find_cheapest_names(self.costs, price, limit_bytes))
 
     def _find_cheapest_names(self, costs: Sequence[float], price: float, limit_bytes: float) -> list[str]:
-        names, steps = list(self.names), list(self.steps)
+        names, steps = self._undominated_names, list(self.steps)
         if not names or not steps:
             return []
-        rows = self._build_constraints(names, steps)
+        rows = self._constraints
         sizes = np.array([self.bytes[name] for name in names], float)
         # Cycles and bytes differ by orders of magnitude between models; the solver's tolerances do not.
         scale = max(max(costs[number] for number in steps), 1.0)
@@ -162,21 +171,26 @@ class BlockProblem:
             budget = np.concatenate([sizes / total, np.zeros(len(steps))])[None]
             budget_row = scipy.sparse.csr_array(budget)
             constraints.append(scipy.optimize.LinearConstraint(budget_row, ub=[limit_bytes / total]))
-        found = scipy.optimize.milp(
-            weights,
-            constraints=constraints,
-            integrality=np.concatenate([np.ones(len(names)), np.zeros(len(steps))]),
-            bounds=scipy.optimize.Bounds(0, 1),
-            options={"node_limit": _NODES, "time_limit": _SOLVER_S, "mip_rel_gap": 1e-4},
-        )
+        with redirect_native_stdout():  # HiGHS prints to it now and then, and has no switch
+            found = scipy.optimize.milp(
+                weights,
+                constraints=constraints,
+                integrality=np.concatenate([np.ones(len(names)), np.zeros(len(steps))]),
+                bounds=scipy.optimize.Bounds(0, 1),
+                options={"node_limit": _NODES, "time_limit": _SOLVER_S, "mip_rel_gap": 1e-4},
+            )
         if found.x is None:  # stopped without a solution: saving nothing is one
             return []
         return [name for name, taken in zip(names, found.x, strict=False) if taken > 0.5]
 
-    def _build_constraints(
-        self, names: Sequence[str], steps: Sequence[int]
-    ) -> "tuple[scipy.sparse.csr_array, list[float]]":
-        """Return rows that say: if a step runs, each value that it reads is saved or recomputed."""
+    @functools.cached_property
+    def _undominated_names(self) -> list[str]:
+        return find_undominated_names(self.graph, self.steps, self.costs, self.names)
+
+    @functools.cached_property
+    def _constraints(self) -> "tuple[scipy.sparse.csr_array, list[float]]":
+        """Rows that say: if a step runs, each value that it reads is saved or recomputed."""
+        names, steps = self._undominated_names, self.steps
         by_value: dict[int, list[int]] = {}
         for column, name in enumerate(names):
             for value in self.names[name]:
