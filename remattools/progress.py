@@ -27,35 +27,50 @@ class CompileLog:
         clock: Returns the time in seconds.
 
     Example:
-        >>> log = CompileLog(print, clock=iter((0.0, 2.5, 3.0, 4.0)).__next__)
+        >>> log = CompileLog(print, clock=iter((0.0, 2.5, 3.0)).__next__)
         >>> with log.compile("the plain model", remaining=7):
         ...     pass
         compile 1: the plain model (at most 7 more)
-        >>> with log.compile("layers.*: save nothing", remaining=6):
-        ...     pass
+        >>> log.start("layers.*: save nothing", remaining=6)
         compile 2: layers.*: save nothing (the last took 2.5 s, at most 6 more)
     """
 
     def __init__(self, show: Progress, clock: Callable[[], float] = time.monotonic) -> None:
         self.show, self._clock = show, clock
         self._count = 0
+        self._start: float | None = None
         self._last_s: float | None = None
 
+    def start(self, what: str, *, remaining: int | None = None) -> None:
+        """Show a line before a compile; the one before it, if there was one, has ended.
+
+        Args:
+            what: What is compiled.
+            remaining: The most compiles that follow this one; None if that is unknown.
+        """
+        self._stop()
+        self._count += 1
+        notes = [f"the last took {self._last_s:.1f} s"] if self._last_s is not None else []
+        notes += [f"at most {remaining} more" if remaining else "no more follow"] if remaining is not None else []
+        self.show(f"compile {self._count}: {what}" + (f" ({', '.join(notes)})" if notes else ""))
+        self._start = self._clock()
+
+    def _stop(self) -> None:
+        if self._start is not None:
+            self._last_s = self._clock() - self._start
+            self._start = None
+
     @contextlib.contextmanager
-    def compile(self, what: str, *, remaining: int | None) -> Iterator[None]:
+    def compile(self, what: str, *, remaining: int | None = None) -> Iterator[None]:
         """Show a line before a compile, and measure the time that the block takes.
 
         Args:
             what: What is compiled.
             remaining: The most compiles that follow this one; None if that is unknown.
         """
-        self._count += 1
-        notes = [f"the last took {self._last_s:.1f} s"] if self._last_s is not None else []
-        notes += [f"at most {remaining} more"] if remaining is not None else []
-        self.show(f"compile {self._count}: {what}" + (f" ({', '.join(notes)})" if notes else ""))
-        start = self._clock()
+        self.start(what, remaining=remaining)
         yield
-        self._last_s = self._clock() - start
+        self._stop()
 
 
 @contextlib.contextmanager
@@ -79,6 +94,23 @@ def open_progress(progress: Progress | bool | None) -> Iterator[Progress]:
             yield line.show
         finally:
             line.clear()
+
+
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Print the records of the logger to the standard error inside the block, for a command."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("remattools: %(message)s"))
+    level, propagate = LOGGER.level, LOGGER.propagate
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False  # the user's own code may have configured the root logger
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+        LOGGER.propagate = propagate
 
 
 def _find_stream() -> Any:

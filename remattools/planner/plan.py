@@ -260,7 +260,7 @@ def _explore(
         plain = _make_plain_point(outline, measured, of)
         try:
             if not is_enough(plain):
-                show_step(f"choosing what to save, for {len(outline.kinds)} kinds of blocks")
+                show_step(f"choosing what to save, for {len(outline.kinds)} different blocks")
                 search = Exploration(
                     space=Space(outline),
                     measure_rules=measure_rules,
