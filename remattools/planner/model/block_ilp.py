@@ -147,6 +147,20 @@ class BlockProblem:
             ),
         )
 
+    def find_unread_names(self, names: Iterable[str]) -> list[str]:
+        """Return the names of values that nothing reads once these names are saved: JAX does not save them.
+
+        Args:
+            names: Keys of `self.names`.
+        """
+        graph = self.graph
+        recomputed = self._find_recomputed_steps({value for name in names for value in self.names[name]})
+        read = graph.residuals.union(*(graph.forward[number].reads for number in recomputed))
+        values: dict[str, list[int]] = {}
+        for candidate in graph.candidates:
+            values.setdefault(candidate.name, []).append(candidate.value)
+        return [name for name, numbers in values.items() if read.isdisjoint(numbers)]
+
     def find_cheapest(self, price: float, limit_bytes: float = np.inf) -> Choice:
         """Return the choice that minimises recomputation cycles plus `price` times the saved bytes.
 

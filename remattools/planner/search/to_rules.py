@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules for an assignment, as a person would write them.
 
-Sits on `space`. Rules have slices rather than lists of layers, and names without an index where all values of that name
-are saved.
+Sits on `space`. Rules have slices rather than lists of layers, and the few names of `short_names`.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from ...rules.paths import Path, format_path
 from ...rules.rule import Remat
 from ...rules.ruleset import Rules
-from ..model.block_ilp import BlockProblem
 from .assignments import Assignment
 from .space import Space
-
-_INDEXED = re.compile(r"(.*)\[\d+\]\Z", re.DOTALL)
 
 
 def write_rules(space: Space, assignment: Assignment) -> Rules:
@@ -24,10 +19,17 @@ def write_rules(space: Space, assignment: Assignment) -> Rules:
     kinds = dict(space.outline.visits)
     methods = dict(space.outline.rules)
     groups: dict[Any, list[Path]] = {}
+    known: dict[str, list[tuple[str, ...]]] = {}
     for number, path in enumerate(space.members):
         choice = space.levels[assignment.get_level(number)][kinds[path]]
         pattern = _find_pattern(path, methods)
-        names = None if choice.names is None else _shorten_names(space.outline.problems[kinds[path]], choice.names)
+        names = choice.names
+        if names is not None:
+            block = space.block_names[kinds[path]]
+            # What was written for another kind of block may mean the same for this one: then one rule serves both.
+            same = (short for short in known.setdefault(pattern, []) if block.is_equal(short, names))
+            names = next(same, None) or block.shorten(names)
+            known[pattern] = list(dict.fromkeys((*known[pattern], names)))
         group = assignment.group if number < assignment.split and path[:-1] in space.groupable_paths else 1
         groups.setdefault((pattern, names, group), []).append(path)
     pairs: list[tuple[str, Any]] = []
@@ -73,21 +75,3 @@ def _format_slice(indices: list[int], length: int) -> str:
         left = "" if start == 0 or (start < step and start == 0) else str(start)
         return f"[{left}:{'' if stop is None else stop}{f':{step}' if step > 1 else ''}]"
     return "{" + ",".join(map(str, indices)) + "}"
-
-
-def _shorten_names(problem: BlockProblem, names: Sequence[str]) -> tuple[str, ...]:
-    """Return names in the program's order, without the index where every value of that name is saved."""
-    all_names = [candidate.name for candidate in problem.graph.candidates]
-    stems: dict[str, set[str]] = {}
-    for name in all_names:
-        stems.setdefault(_strip_index(name), set()).add(name)
-    chosen = set(names)
-    short = [
-        _strip_index(name) if stems[_strip_index(name)] <= chosen else name for name in all_names if name in chosen
-    ]
-    return tuple(dict.fromkeys(short))
-
-
-def _strip_index(name: str) -> str:
-    found = _INDEXED.match(name)
-    return found[1] if found else name
