@@ -178,10 +178,8 @@ def _run_plan(args: argparse.Namespace, subject: Subject) -> CommandResult:
         time_limit_s=args.time_limit,
         cache=_open_cache(args),
     )
-    toml = result.to_toml()
-    rules = (args.out, lambda path: path.write_text(toml))
-    files = _select_files(rules, (args.plot, result.plot))
-    return CommandResult(EXIT_OK, result.as_dict(), result, toml if args.out is None else "", files)
+    files = _select_files((args.out, result.write), (args.plot, result.plot))
+    return CommandResult(EXIT_OK, result.as_dict(), result, result.to_toml() if args.out is None else "", files)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace, Subject], CommandResult]] = {

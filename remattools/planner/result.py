@@ -4,10 +4,12 @@
 import dataclasses
 import math
 import os
+import pathlib
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from ..analysis import plot
+from ..compiler.cache import get_version
 from ..compiler.report import Measurement, format_count
 from ..rules.ruleset import Rules
 from ..text import format_bytes, format_table
@@ -121,10 +123,9 @@ class Plan:
             f"target {self.measured.target}, budget {format_bytes(self.budget_bytes)} of {self.of}"
             if self.budget_bytes is not None
             else f"target {self.measured.target}, the minimum {self.of} within a time limit",
-            f"measured: temp {self.measured.temp_bytes} B, total {self.measured.total_bytes} B"
-            + (
-                "" if self.measured.estimated_cycles is None else f", {self.measured.estimated_cycles} estimated cycles"
-            ),
+            f"compiled with {', '.join(_list_versions(self.measured.target))}",
+            f"measured: {_format_measurement(self.measured)}",
+            f"the plain model: {_format_measurement(self.points[0].measured)}",
         ]
         if any(action and action.offload for _, action in self.rules):
             beyond = next(point.link_cycles for point in self.points if point.rules == self.rules)
@@ -134,6 +135,14 @@ class Plan:
         if not len(self.rules):
             lines.append("the plain model is within the budget: no rule is needed")
         return "\n".join([*(f"# {line}" for line in lines), "", self.rules.to_toml()])
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the rules as a rule file, which `Rules.load` reads.
+
+        Args:
+            path: The file; one that exists is replaced.
+        """
+        pathlib.Path(path).write_text(self.to_toml(), encoding="utf-8")
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -163,6 +172,20 @@ class Plan:
 
     def __str__(self) -> str:
         return f"{self.table()}\n{format_footer(self.points, self.time_by, self.ended)}"
+
+
+def _list_versions(target: str) -> list[str]:
+    """Return what the measurements depend on, each with its version; the compiler of a TPU is in libtpu."""
+    names = ["nnx-checkpointing", "jax", "flax", *(["libtpu"] if target.startswith("tpu") else [])]
+    versions = {"remattools" if name == "nnx-checkpointing" else name: get_version(name) for name in names}
+    return [f"{name} {version}" for name, version in versions.items() if version]
+
+
+def _format_measurement(measured: Measurement) -> str:
+    if not measured.fits:
+        return "runs out of memory"
+    cycles = "" if measured.estimated_cycles is None else f", {measured.estimated_cycles} estimated cycles"
+    return f"temp {measured.temp_bytes} B, total {measured.total_bytes} B{cycles}"
 
 
 def describe_early_end(ended: EndReason) -> str:
