@@ -257,7 +257,12 @@ class BlockProblem:
                     found.add(number)
                     needed += graph.forward[number].reads
             order += [*(graph.forward[number] for number in sorted(found)), step]
-        return [dataclasses.replace(step, writes=tuple(v for v in step.writes if v not in saved)) for step in order]
+        return [
+            dataclasses.replace(step, writes=tuple(v for v in step.writes if v not in saved))
+            if any(v in saved for v in step.writes)
+            else step
+            for step in order
+        ]
 
     def _compute_forward_bytes(self, saved: Iterable[int]) -> int:
         return max(compute_live_bytes(self.graph, self.graph.forward, live_at_end=saved), default=0)
