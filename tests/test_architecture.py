@@ -20,6 +20,8 @@ ROOMS = {
         "compat",
         "text",
         "toml",
+        "native_output",
+        "progress",
         "jaxpr",
         "rules",
         "transform",

@@ -24,9 +24,11 @@ from ..analysis.ruled_call import find_model, make_rules, use_rules
 from ..analysis.timeline import timeline
 from ..compiler.cache import Cache, open_user_cache
 from ..errors import MeasureError, RematError
+from ..native_output import redirect_native_stdout
 from ..planner.plan import plan
+from ..progress import CompileLog, log_to_stderr, open_progress
 from ..transform.explain import ExplanationRow, describe
-from .output import CommandResult, print_result, show_progress
+from .output import CommandResult, print_result
 from .parser import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO, EXIT_OK
 from .subject import Subject, load_subject
 
@@ -35,8 +37,8 @@ def run_command(args: argparse.Namespace) -> int:
     """Run a parsed command, print its result and return its exit code."""
     try:
         _check_outputs(args)
-        # What the user's own code prints is not part of the answer, which a script reads.
-        with contextlib.redirect_stdout(sys.stderr):
+        # What the user's own code and native libraries print is not part of the answer, which a script reads.
+        with redirect_native_stdout(), contextlib.redirect_stdout(sys.stderr), log_to_stderr():
             subject = load_subject(args.factory, allow_model=_is_static(args))
             result = _COMMANDS[args.command](args, subject)
         print_result(result, as_json=args.json)
@@ -100,7 +102,8 @@ def _run_timeline(args: argparse.Namespace, subject: Subject) -> CommandResult:
 
 
 def _run_measure(args: argparse.Namespace, subject: Subject) -> CommandResult:
-    with _apply_rules(args, subject), show_progress(f"compiling for {args.target or 'the default device'}"):
+    with _apply_rules(args, subject), open_progress(None) as show:
+        show(f"compiling for {args.target or 'the default device'}")
         measurement = measure(
             subject.fn,
             *subject.args,
@@ -114,7 +117,8 @@ def _run_measure(args: argparse.Namespace, subject: Subject) -> CommandResult:
 
 def _run_compare(args: argparse.Namespace, subject: Subject) -> CommandResult:
     candidates = _parse_candidates(args.rules)
-    with show_progress("comparing") as status:
+    with open_progress(None) as show:
+        log = CompileLog(show)
         result = compare(
             subject.fn,
             *subject.args,
@@ -123,7 +127,7 @@ def _run_compare(args: argparse.Namespace, subject: Subject) -> CommandResult:
             differentiate=not args.as_is,
             run=args.run,
             cache=_open_cache(args),
-            progress=lambda name, number, count: status.update(f"{name} ({number + 1} of {count})"),
+            progress=lambda name, number, count: log.start(name, remaining=count - number - 1),
         )
     code = EXIT_OK if all(row.measurement.fits for row in result.rows) else EXIT_NO
     csv = (args.csv, lambda path: path.write_text(result.to_csv()))
@@ -148,7 +152,8 @@ def _parse_candidates(specs: Sequence[str]) -> dict[str, str | None]:
 
 
 def _run_check(args: argparse.Namespace, subject: Subject) -> CommandResult:
-    with show_progress("compiling with and without the rules"):
+    with open_progress(None) as show:
+        show("compiling with and without the rules")
         report = check(
             subject.fn,
             *subject.args,
@@ -161,24 +166,20 @@ def _run_check(args: argparse.Namespace, subject: Subject) -> CommandResult:
 
 
 def _run_plan(args: argparse.Namespace, subject: Subject) -> CommandResult:
-    with show_progress("tracing") as status:
-        result = plan(
-            subject.fn,
-            *subject.args,
-            budget=_parse_budget(args.budget),
-            of=args.of,
-            max_cycles=args.max_cycles,
-            differentiate=not args.as_is,
-            target=args.target,
-            max_compiles=args.max_compiles,
-            time_limit_s=args.time_limit,
-            cache=_open_cache(args),
-            progress=status.update,
-        )
-    toml = result.to_toml()
-    rules = (args.out, lambda path: path.write_text(toml))
-    files = _select_files(rules, (args.plot, result.plot))
-    return CommandResult(EXIT_OK, result.as_dict(), result, toml if args.out is None else "", files)
+    result = plan(
+        subject.fn,
+        *subject.args,
+        budget=_parse_budget(args.budget),
+        of=args.of,
+        max_cycles=args.max_cycles,
+        differentiate=not args.as_is,
+        target=args.target,
+        max_compiles=args.max_compiles,
+        time_limit_s=args.time_limit,
+        cache=_open_cache(args),
+    )
+    files = _select_files((args.out, result.write), (args.plot, result.plot))
+    return CommandResult(EXIT_OK, result.as_dict(), result, result.to_toml() if args.out is None else "", files)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace, Subject], CommandResult]] = {

@@ -8,11 +8,9 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.console import Console
-from rich.status import Status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +57,3 @@ def replace_nonfinite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [replace_nonfinite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def show_progress(message: str) -> AbstractContextManager[Status]:
-    """Show a spinner on stderr while a compiler works; nothing where stderr is not a terminal."""
-    return Console(stderr=True).status(message)

@@ -106,7 +106,7 @@ def compute_key(program: str, target: str, device: jax.Device, options: tuple[An
         device: One of the target's devices.
         options: The compiler options of the program's `jax.jit`.
     """
-    versions = [f"{name}={_get_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
+    versions = [f"{name}={get_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
     # On a GPU this names the driver and the toolkit; the devices of a topology have no client.
     versions.append(str(getattr(getattr(device, "client", None), "platform_version", "")))
     flags = [f"{name}={os.environ.get(name, '')}" for name in _FLAG_VARIABLES]
@@ -116,7 +116,8 @@ def compute_key(program: str, target: str, device: jax.Device, options: tuple[An
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _get_version(distribution: str) -> str:
+def get_version(distribution: str) -> str:
+    """Return the version of an installed distribution; "" if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -6,6 +6,7 @@ returns a new one that shares the equations it did not change.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -118,15 +119,10 @@ def make_name_equations(source: Any, target: Any, name: str, like: Any) -> list[
     aval = target.aval
     # JAX cannot save complex values by name, so their real and imaginary parts are named, which costs no memory.
     in_parts = jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating) and not is_placed(aval)
-
-    def add_name(x: Any) -> Any:
-        if in_parts:
-            return jax.lax.complex(checkpoint_name(jax.lax.real(x), name), checkpoint_name(jax.lax.imag(x), name))
-        return checkpoint_name(x, name)
-
-    # JAX builds the equations, because their form differs under jax_remat3; only the variables are replaced.
-    template = open_jaxpr(jax.make_jaxpr(add_name)(jax.ShapeDtypeStruct(aval.shape, aval.dtype)))
+    template = _trace_name(aval.shape, aval.dtype, name, in_parts, bool(getattr(jax.config, "jax_remat3", False)))
     same = {template.invars[0]: source, template.outvars[0]: target}
+    # The template serves every value of this type: what lies between its equations gets variables of its own.
+    same |= {var: core.Var(var.aval) for one in template.eqns for var in one.outvars if var not in same}
     made = []
     for one in template.eqns:
         params = one.params
@@ -143,6 +139,19 @@ def make_name_equations(source: Any, target: Any, name: str, like: Any) -> list[
             )
         )
     return made
+
+
+@functools.lru_cache(maxsize=4096)
+def _trace_name(shape: tuple[int, ...], dtype: Any, name: str, in_parts: bool, is_remat3: bool) -> Any:
+    """Return a jaxpr that names its argument; JAX builds it, because its form differs under jax_remat3."""
+    del is_remat3  # a part of the key
+
+    def add_name(x: Any) -> Any:
+        if in_parts:
+            return jax.lax.complex(checkpoint_name(jax.lax.real(x), name), checkpoint_name(jax.lax.imag(x), name))
+        return checkpoint_name(x, name)
+
+    return open_jaxpr(jax.make_jaxpr(add_name)(jax.ShapeDtypeStruct(shape, dtype)))
 
 
 def is_placed(aval: Any) -> bool:

@@ -20,11 +20,12 @@ from ..compiler.out_of_memory import Allocation
 from ..compiler.report import Measurement
 from ..compiler.targets import Target, find_target
 from ..errors import BudgetError
+from ..progress import CompileLog, Progress, open_progress
 from ..rules.ruleset import Rules
 from ..transform import apply as application
-from .budget import BudgetKind, compute_budget_bytes, require_positive
+from .budget import BudgetKind, compute_budget_bytes, require_positive, select_bytes
 from .frontier import Frontier, check_limits
-from .model.outline import build_outline
+from .model.outline import Outline, build_outline
 from .model.time import get_rates
 from .notes import collect_notes
 from .result import EndReason, Plan, Point
@@ -32,14 +33,13 @@ from .search.exploration import Exploration
 from .search.history import RuleHistory
 from .search.minimum import Minimum
 from .search.next_compile import find_best_point
+from .search.run_search import Limits, ProposeNext, run_search
 from .search.space import Space
 from .unreachable import collect_facts
 
 _REGIONS_OFF = Rules(((".", False), ("**", False)))
 # For arguments with more arrays a rule file says how many there are, not which.
 _MAX_LISTED_ARRAYS = 8
-Progress = Callable[[str], None]
-_ProposeNext = Callable[[Exploration], int | None]
 
 
 def plan(
@@ -54,7 +54,7 @@ def plan(
     max_compiles: int = 8,
     time_limit_s: float | None = None,
     cache: Cache | str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Plan:
     """Find rules within a memory budget that recompute as little as possible.
 
@@ -78,7 +78,9 @@ def plan(
         time_limit_s: Seconds after which no further compile starts; None for no limit.
         cache: A directory or `Cache` for measurements; by default the one of the environment variable
             REMATTOOLS_CACHE, or none.
-        progress: Called with a line of text before each compile.
+        progress: A function that is called with a line of text before each compile. By default the line is shown in
+            place at a terminal or in a notebook, and is otherwise a record of the logger "remattools" at level INFO;
+            False for nowhere.
 
     Returns:
         The fastest compiled point within the budget. After Ctrl-C, the best one so far.
@@ -107,21 +109,22 @@ def plan(
     check_limits(budget, max_cycles)
     where = find_target(target)
 
-    def find_limit(search: Exploration) -> int | None:
-        plain = search.all_points[0]
+    def find_limit(plain: Point) -> int | None:
         return None if budget is None else compute_budget_bytes(budget, target=where, plain_bytes=plain.bytes)
 
+    def is_enough(plain: Point) -> bool:
+        return max_cycles is None and find_best_point([plain], find_limit(plain), None) is not None
+
     def choose(search: Exploration) -> int | None:
-        limit, plain = find_limit(search), search.all_points[0]
-        if max_cycles is None and find_best_point([plain], limit, None) is not None:
-            return None  # no rule is needed
-        return search.propose(limit, max_cycles)
+        return search.propose(find_limit(search.all_points[0]), max_cycles)
 
     def is_within(search: Exploration) -> bool:
-        return find_best_point(search.all_points, find_limit(search), max_cycles) is not None
+        points = search.all_points
+        return find_best_point(points, find_limit(points[0]), max_cycles) is not None
 
     found = _explore(
         (loss_fn, model, batch),
+        is_enough,
         choose,
         is_within,
         count_cached=False,
@@ -151,7 +154,7 @@ def frontier(
     max_compiles: int = 8,
     time_limit_s: float | None = None,
     cache: Cache | str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Frontier:
     """Compile the memory-time curve of a model once; `Frontier.plan` then answers every budget.
 
@@ -170,7 +173,9 @@ def frontier(
         time_limit_s: Seconds after which no further compile starts; None for no limit.
         cache: A directory or `Cache` for measurements; by default the one of the environment variable
             REMATTOOLS_CACHE, or none.
-        progress: Called with a line of text before each compile.
+        progress: A function that is called with a line of text before each compile. By default the line is shown in
+            place at a terminal or in a notebook, and is otherwise a record of the logger "remattools" at level INFO;
+            False for nowhere.
 
     Returns:
         All compiled points. After Ctrl-C, those compiled so far.
@@ -195,6 +200,7 @@ def frontier(
     """
     return _explore(
         (loss_fn, model, batch),
+        lambda _: False,
         Exploration.propose_for_frontier,
         lambda _: True,
         count_cached=True,
@@ -210,7 +216,8 @@ def frontier(
 
 def _explore(
     subject: tuple[Callable[..., Any], Any, tuple[Any, ...]],
-    choose: _ProposeNext,
+    is_enough: Callable[[Point], bool],
+    choose: ProposeNext,
     is_within: Callable[[Exploration], bool],
     *,
     count_cached: bool,
@@ -220,64 +227,21 @@ def _explore(
     max_compiles: int,
     time_limit_s: float | None,
     cache: Cache | str | os.PathLike[str] | None,
-    progress: Progress | None,
+    progress: Progress | bool | None,
 ) -> Frontier:
     """Compile what `choose` proposes until it proposes nothing or a limit is reached.
 
-    Before the result is without a point that `is_within` accepts, everything that saves nothing is compiled, beyond
-    `max_compiles` if need be.
+    The plain model is compiled first: if `is_enough` accepts it, nothing else is computed. Before the result is without
+    a point that `is_within` accepts, everything that saves nothing is compiled, beyond `max_compiles` if need be.
     """
     _check_options(of, max_compiles, time_limit_s)
     loss_fn, model, batch = subject
     store = find_cache(cache)
     start = time.monotonic()
-    outline = build_outline(loss_fn, model, batch, get_rates(target.name), differentiate=differentiate, target=target)
 
     def measure_rules(rules: Rules, rules_cache: Cache | None = store) -> Measurement:
         with application.applied(model, _REGIONS_OFF), application.applied(model, rules):
             return measure(loss_fn, model, *batch, target=target, differentiate=differentiate, cache=rules_cache)
-
-    search = Exploration(
-        space=Space(outline),
-        measure_rules=measure_rules,
-        of=of,
-        plain_cycles=outline.count_plain_cycles(),
-        progress=progress or (lambda _: None),
-    )
-    history = RuleHistory(store, outline, target.name)
-    earlier = history.load_measurements(measure_rules)
-    compiled = 0
-    ended: EndReason = "converged"
-
-    minimum = Minimum(search, model)
-
-    def is_late() -> bool:
-        return time_limit_s is not None and time.monotonic() - start > time_limit_s
-
-    def find_stop_reason() -> EndReason | None:
-        if (len(search.points) if count_cached else compiled) >= max_compiles:
-            return "max_compiles"
-        return "time_limit" if is_late() else None
-
-    try:
-        search.compile_assignment(search.space.assignments.index(search.space.plain))
-        compiled = 1
-        search.add_measurements(earlier)
-        history.save(point.rules for point in search.points.values())
-        while True:
-            number = choose(search)
-            reason = None if number is None else find_stop_reason()
-            if number is not None and reason is None:
-                search.compile_assignment(number)
-            elif is_within(search) or is_late() or not minimum.compile_next():
-                ended = "time_limit" if is_late() and not is_within(search) else reason or ended
-                break
-            compiled += 1
-            history.save(point.rules for point in search.points.values())
-    except KeyboardInterrupt:
-        if not search.points:
-            raise
-        ended = "interrupted"
 
     def find_live(point: Point) -> tuple[Allocation, ...]:
         with application.applied(model, _REGIONS_OFF), application.applied(model, point.rules):
@@ -287,7 +251,38 @@ def _explore(
         with application.applied(model, _REGIONS_OFF), application.applied(model, point.rules):
             return find_redrawn_in_call(loss_fn, (model, *batch), differentiate=differentiate)
 
-    points = search.all_points
+    search: Exploration | None = None
+    minimum: Minimum | None = None
+    ended: EndReason = "converged"
+    with open_progress(progress) as show:
+        # A function of the user's is called before compiles only; the other steps are for people who wait.
+        show_step = (lambda _: None) if callable(progress) else show
+        show_step("tracing the model")
+        rates = get_rates(target.name)
+        outline = build_outline(loss_fn, model, batch, rates, differentiate=differentiate, target=target)
+        log = CompileLog(show)
+        with log.compile("the plain model", remaining=max_compiles - 1):
+            measured = measure_rules(Rules())
+        plain = _make_plain_point(outline, measured, of)
+        try:
+            if not is_enough(plain):
+                show_step(f"choosing what to save, for {len(outline.kinds)} different blocks")
+                search = Exploration(
+                    space=Space(outline),
+                    measure_rules=measure_rules,
+                    of=of,
+                    plain_cycles=outline.count_plain_cycles(),
+                    log=log,
+                )
+                minimum = Minimum(search, model)
+                history = RuleHistory(store, outline, target.name)
+                search.add_plain(measured)
+                search.add_measurements(history.load_measurements(measure_rules))
+                limits = Limits(max_compiles, count_cached, None if time_limit_s is None else start + time_limit_s)
+                ended = run_search(search, minimum, history, choose, is_within, limits)
+        except KeyboardInterrupt:
+            ended = "interrupted"
+    points = (search.all_points if search is not None else ()) or (plain,)
     no_cycles = any(point.measured.estimated_cycles is None for point in points if point.measured.fits)
     return Frontier(
         points=points,
@@ -297,8 +292,19 @@ def _explore(
         target=target,
         program=collect_facts(outline, model, batch, find_live, is_step=not differentiate),
         ended=ended,
-        has_minimum=minimum.is_compiled,
+        has_minimum=minimum is not None and minimum.is_compiled,
         notes=collect_notes(outline, points, find_redrawn_bits),
+    )
+
+
+def _make_plain_point(outline: Outline, measured: Measurement, of: BudgetKind) -> Point:
+    cycles = measured.estimated_cycles
+    return Point(
+        rules=Rules(),
+        predicted=None,
+        measured=measured,
+        bytes=select_bytes(measured, of),
+        cycles=float("inf" if not measured.fits else outline.count_plain_cycles() if cycles is None else cycles),
     )
 
 

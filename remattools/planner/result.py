@@ -4,10 +4,12 @@
 import dataclasses
 import math
 import os
+import pathlib
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from ..analysis import plot
+from ..compiler.cache import get_version
 from ..compiler.report import Measurement, format_count
 from ..rules.ruleset import Rules
 from ..text import format_bytes, format_table
@@ -36,7 +38,8 @@ class Point:
 
     Attributes:
         rules: The rules; empty for the plain model.
-        predicted: What the planner expected of them.
+        predicted: What the planner expected of them; None for the plain model, which is compiled first: only
+            measurements make predictions good enough to show.
         measured: What the compiler measured.
         bytes: The measured bytes that the budget is about.
         cycles: Cycles of a whole step: the compiler's estimate plus `link_cycles`; where the compiler gives none, the
@@ -46,7 +49,7 @@ class Point:
     """
 
     rules: Rules
-    predicted: Prediction
+    predicted: Prediction | None
     measured: Measurement
     bytes: int
     cycles: float
@@ -59,7 +62,7 @@ class Point:
             "bytes": self.bytes,
             "cycles": self.cycles,
             "link_cycles": self.link_cycles,
-            "predicted": dataclasses.asdict(self.predicted),
+            "predicted": None if self.predicted is None else dataclasses.asdict(self.predicted),
             "measured": self.measured.as_dict(),
         }
 
@@ -70,7 +73,7 @@ class Plan:
 
     Attributes:
         rules: The rules, for `apply`, or for a file by `to_toml`.
-        predicted: What the planner expected of them.
+        predicted: What the planner expected of them; None where the plain model is the plan.
         measured: What the compiler measured for them.
         points: Every set of rules that was compiled, in the order of compiling.
         budget_bytes: The budget in bytes; None if there was only a time limit.
@@ -100,7 +103,7 @@ class Plan:
     """
 
     rules: Rules
-    predicted: Prediction
+    predicted: Prediction | None
     measured: Measurement
     points: tuple[Point, ...]
     budget_bytes: int | None
@@ -122,10 +125,9 @@ class Plan:
             f"target {self.measured.target}, budget {format_bytes(self.budget_bytes)} of {self.of}"
             if self.budget_bytes is not None
             else f"target {self.measured.target}, the minimum {self.of} within a time limit",
-            f"measured: temp {self.measured.temp_bytes} B, total {self.measured.total_bytes} B"
-            + (
-                "" if self.measured.estimated_cycles is None else f", {self.measured.estimated_cycles} estimated cycles"
-            ),
+            f"compiled with {', '.join(_list_versions(self.measured.target))}",
+            f"measured: {_format_measurement(self.measured)}",
+            f"the plain model: {_format_measurement(self.points[0].measured)}",
         ]
         if any(action and action.offload for _, action in self.rules):
             beyond = next(point.link_cycles for point in self.points if point.rules == self.rules)
@@ -135,6 +137,14 @@ class Plan:
         if not len(self.rules):
             lines.append("the plain model is within the budget: no rule is needed")
         return "\n".join([*(f"# {line}" for line in lines), "", self.rules.to_toml()])
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the rules as a rule file, which `Rules.load` reads.
+
+        Args:
+            path: The file; one that exists is replaced.
+        """
+        pathlib.Path(path).write_text(self.to_toml(), encoding="utf-8")
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -165,6 +175,20 @@ class Plan:
 
     def __str__(self) -> str:
         return f"{self.table()}\n{format_footer(self.points, self.time_by, self.ended, self.notes)}"
+
+
+def _list_versions(target: str) -> list[str]:
+    """Return what the measurements depend on, each with its version; the compiler of a TPU is in libtpu."""
+    names = ["nnx-checkpointing", "jax", "flax", *(["libtpu"] if target.startswith("tpu") else [])]
+    versions = {"remattools" if name == "nnx-checkpointing" else name: get_version(name) for name in names}
+    return [f"{name} {version}" for name, version in versions.items() if version]
+
+
+def _format_measurement(measured: Measurement) -> str:
+    if not measured.fits:
+        return "runs out of memory"
+    cycles = "" if measured.estimated_cycles is None else f", {measured.estimated_cycles} estimated cycles"
+    return f"temp {measured.temp_bytes} B, total {measured.total_bytes} B{cycles}"
 
 
 def describe_early_end(ended: EndReason) -> str:
@@ -203,7 +227,7 @@ def format_points(points: Iterable[Point], of: BudgetKind, chosen: Rules | None)
     frontier = find_frontier(points)
     rows = []
     for point in sorted(points, key=lambda p: p.bytes):
-        rules = "; ".join(_format_rule(pattern.text, action) for pattern, action in point.rules) or "plain"
+        rules = describe_rules(point.rules)
         if point.link_cycles:
             rules += f" (transfers by the planner's time model: {format_count(point.link_cycles)} cycles)"
         rows.append(
@@ -211,8 +235,11 @@ def format_points(points: Iterable[Point], of: BudgetKind, chosen: Rules | None)
                 "->" if point.rules == chosen else "*" if point in frontier else "",
                 format_bytes(point.bytes) if point.measured.fits else f"OOM {_format_needed(point)}".rstrip(),
                 format_count(point.cycles if math.isfinite(point.cycles) else None),
-                format_bytes(point.predicted.bytes),
-                format_count(point.predicted.cycles),
+                *(
+                    ("-", "-")
+                    if point.predicted is None
+                    else (format_bytes(point.predicted.bytes), format_count(point.predicted.cycles))
+                ),
                 rules,
             )
         )
@@ -245,6 +272,11 @@ def plot_points(
             axes.axvline(budget_bytes / 2**20, linestyle=":", color="black")
         axes.set_xlabel(f"{of}, MiB")
         axes.set_ylabel("million cycles" + (" by the planner's time model" if time_by == "model" else ""))
+
+
+def describe_rules(rules: Rules) -> str:
+    """Return rules on one line, with the number of their names."""
+    return "; ".join(_format_rule(pattern.text, action) for pattern, action in rules) or "plain"
 
 
 def _format_rule(pattern: str, action: Any) -> str:

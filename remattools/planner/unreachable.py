@@ -15,6 +15,7 @@ from flax import nnx
 from ..analysis.random_cost import CHANGE_KEYS, SAVE_MASKS
 from ..compiler.out_of_memory import Allocation
 from ..errors import BudgetError
+from ..jaxpr import jaxprs
 from ..text import format_bytes
 from ..transform.author_regions import AuthorRegion
 from .budget import BudgetKind
@@ -64,7 +65,7 @@ def collect_facts(
         find_live: Returns the values live at the peak under the rules of a point.
         is_step: Whether the function is a whole step.
     """
-    labels = {step.label for problem in outline.problems for step in problem.graph.forward}
+    labels = {label for kind in outline.kinds for label in _find_operations(kind.block.jaxpr)}
     return ProgramFacts(
         patterns=tuple(pattern for pattern, _ in outline.rules),
         rows=_find_rows(batch),
@@ -206,6 +207,13 @@ def _suggest_fixes(
 
 def _is_saving_masks(point: Point) -> bool:
     return any(action and action.policy and action.policy.has_dropout_masks for _, action in point.rules)
+
+
+def _find_operations(jaxpr: Any) -> Iterator[str]:
+    for equation in jaxprs.open_jaxpr(jaxpr).eqns:
+        yield equation.primitive.name
+        for _, inner in jaxprs.find_subjaxprs(equation):
+            yield from _find_operations(inner)
 
 
 def _find_rows(batch: tuple[Any, ...]) -> int | None:

@@ -76,16 +76,18 @@ def resolve(rules: Rules, nodes: Sequence[ModuleNode], *, strict: bool = True) -
     class_names = [nodes[index].class_names for _, index in universe]
     path_index = PathIndex(paths, class_names)
     selecting: list[list[tuple[int, Path]]] = [[] for _ in nodes]
+    errors: dict[str, UnmatchedRuleError] = {}
     for number, (pattern, action) in enumerate(rules):
         hits = path_index.match(pattern)
         matches = {universe[hit][1]: paths[hit] for hit in reversed(hits)}
         callable_matches = {i: path for i, path in matches.items() if _has_methods(nodes[i], action)}
         if not callable_matches:
-            _report_unmatched(pattern.text, action, matches, nodes, paths, strict=strict)
+            errors[pattern.text] = _make_unmatched_error(pattern.text, action, matches, nodes, paths)
         for index, path in callable_matches.items():
             if isinstance(action, Remat) and not _is_counted(action, pattern.text, path, paths):
                 continue
             selecting[index].append((number, path))
+    _report_unmatched(errors, strict=strict)
     return [_decide(rules, matches) for matches in selecting]
 
 
@@ -104,28 +106,37 @@ def _has_methods(node: ModuleNode, action: Remat | bool) -> bool:
     return set(action.methods) <= node.methods
 
 
-def _report_unmatched(
+def _report_unmatched(errors: dict[str, UnmatchedRuleError], *, strict: bool) -> None:
+    """Raise one error for all rules that match nothing, by their patterns, or warn of each."""
+    if not strict:
+        for error in errors.values():
+            # The warning points at the caller of the public function: apply -> resolve -> here.
+            warnings.warn(UnmatchedRuleWarning(str(error)), stacklevel=4)
+    elif len(errors) == 1:
+        raise next(iter(errors.values()))
+    elif errors:
+        raise UnmatchedRuleError(
+            what=f"{len(errors)} rules match nothing in this model: {', '.join(map(repr, errors))}.",
+            why="they would silently do nothing, and memory would not change.",
+            fix="\n    ".join(f"{text!r}: {error.fix}" for text, error in errors.items()),
+        )
+
+
+def _make_unmatched_error(
     text: str,
     action: Remat | bool,
     matches: dict[int, Path],
     nodes: Sequence[ModuleNode],
     paths: Sequence[Path],
-    *,
-    strict: bool,
-) -> None:
+) -> UnmatchedRuleError:
     if matches:
-        error = _make_no_method_error(text, action, matches, nodes)
-    else:
-        near = _suggest_anywhere(text, paths) or format_closest(text, paths)
-        error = UnmatchedRuleError(
-            what=f"the rule {text!r} matches no module of this model.",
-            why="it would silently do nothing, and memory would not change.",
-            fix=near or "`remattools.explain(model)` lists all paths.",
-        )
-    if strict:
-        raise error
-    # The warning points at the caller of the public function: apply -> resolve -> here.
-    warnings.warn(UnmatchedRuleWarning(str(error)), stacklevel=4)
+        return _make_no_method_error(text, action, matches, nodes)
+    near = _suggest_anywhere(text, paths) or format_closest(text, paths)
+    return UnmatchedRuleError(
+        what=f"the rule {text!r} matches no module of this model.",
+        why="it would silently do nothing, and memory would not change.",
+        fix=near or "`remattools.explain(model)` lists all paths.",
+    )
 
 
 def _make_no_method_error(

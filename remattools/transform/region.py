@@ -209,13 +209,17 @@ def call(target: RegionTarget, action: Remat, args: tuple[Any, ...], kwargs: dic
         run = _shared.get(body)
     static = _StaticInputs(target, action, captured.spec, token)
     inputs = _Inputs(captured.leaves, static)
-    if _mode.replacement is not None and _mode.replacement[0] == action.policy:
+    if _mode.replacement is not None and _is_replaced(action):
         outputs = _mode.replacement[1](run, inputs, _find_path(args))
     else:
         outputs = _checkpoint(run, action)(inputs)
     if outputs.call_effects.is_single_use:
         _shared.forget(body)
     return effects.replay(outputs.call_effects, outputs.leaves, captured.objects)
+
+
+def _is_replaced(action: Remat) -> bool:
+    return _mode.replacement is not None and _mode.replacement[0] == action.policy
 
 
 def _checkpoint(run: Callable[[_Inputs], _Outputs], action: Remat) -> Callable[[_Inputs], _Outputs]:
@@ -236,6 +240,8 @@ def _run(inputs: _Inputs) -> _Outputs:
 def _run_with_paths(inputs: _Inputs) -> _Outputs:
     """`_run` with module paths; a separate function, since the function is the key of JAX's trace cache."""
     with jax.named_scope(scopes.REGION):
+        if _is_replaced(inputs.static.action):  # its program is looked at, with the marks of `scopes`, and never run
+            return _run_body(inputs.leaves, inputs.static, with_paths=True)
         return _trace_body(inputs, with_paths=True)
 
 

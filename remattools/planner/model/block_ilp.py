@@ -12,7 +12,9 @@ from collections.abc import Container, Iterable, Sequence
 import numpy as np
 import scipy  # loads its submodules on first use: importing the solver takes a second
 
+from ...native_output import redirect_native_stdout
 from .dataflow_graph import Graph, Step
+from .dominated_names import find_undominated_names
 from .memory import compute_live_bytes, find_materialized_residuals
 from .time import Rates, count_cycles, count_total_cycles
 
@@ -89,6 +91,7 @@ class BlockProblem:
         self.masks = tuple(name for name in masks if name in self.names)
         self._redraw_buffers = rates.redraw_buffers
         self.saved_masks = self.masks if rates.redraw_buffers and self._find_redrawn_bytes(self.steps) else ()
+        self._choices: dict[tuple[str, ...], Choice] = {}
 
     @functools.cached_property
     def plain_choice(self) -> Choice:
@@ -121,7 +124,13 @@ class BlockProblem:
         Args:
             names: Keys of `self.names`.
         """
-        graph, requested = self.graph, tuple(dict.fromkeys(names))
+        requested = tuple(dict.fromkeys(names))
+        if requested not in self._choices:  # many prices and limits lead to the same names
+            self._choices[requested] = self._make_choice(requested)
+        return self._choices[requested]
+
+    def _make_choice(self, requested: tuple[str, ...]) -> Choice:
+        graph = self.graph
         saved = {value for name in requested for value in self.names[name]}
         recomputed = self._find_recomputed_steps(saved)
         # JAX does not save what nothing reads, whatever the rule says.
@@ -146,6 +155,20 @@ class BlockProblem:
             ),
         )
 
+    def find_unread_names(self, names: Iterable[str]) -> list[str]:
+        """Return the names of values that nothing reads once these names are saved: JAX does not save them.
+
+        Args:
+            names: Keys of `self.names`.
+        """
+        graph = self.graph
+        recomputed = self._find_recomputed_steps({value for name in names for value in self.names[name]})
+        read = graph.residuals.union(*(graph.forward[number].reads for number in recomputed))
+        values: dict[str, list[int]] = {}
+        for candidate in graph.candidates:
+            values.setdefault(candidate.name, []).append(candidate.value)
+        return [name for name, numbers in values.items() if read.isdisjoint(numbers)]
+
     def find_cheapest(self, price: float, limit_bytes: float = np.inf, *, draws_masks: bool = False) -> Choice:
         """Return the choice that minimises recomputation cycles plus `price` times the saved bytes.
 
@@ -165,10 +188,10 @@ class BlockProblem:
     def _find_cheapest_names(
         self, costs: Sequence[float], price: float, limit_bytes: float, saved: Sequence[str] = ()
     ) -> list[str]:
-        names, steps = list(self.names), list(self.steps)
+        names, steps = self._undominated_names, list(self.steps)
         if not names or not steps:
             return []
-        rows = self._build_constraints(names, steps)
+        rows = self._constraints
         # What is saved in any case costs nothing more.
         sizes = np.array([0 if name in saved else self.bytes[name] for name in names], float)
         # Cycles and bytes differ by orders of magnitude between models; the solver's tolerances do not.
@@ -180,21 +203,27 @@ class BlockProblem:
             budget = np.concatenate([sizes / total, np.zeros(len(steps))])[None]
             budget_row = scipy.sparse.csr_array(budget)
             constraints.append(scipy.optimize.LinearConstraint(budget_row, ub=[limit_bytes / total]))
-        found = scipy.optimize.milp(
-            weights,
-            constraints=constraints,
-            integrality=np.concatenate([np.ones(len(names)), np.zeros(len(steps))]),
-            bounds=scipy.optimize.Bounds(0, 1),
-            options={"node_limit": _NODES, "time_limit": _SOLVER_S, "mip_rel_gap": 1e-4},
-        )
+        with redirect_native_stdout():  # HiGHS prints to it now and then, and has no switch
+            found = scipy.optimize.milp(
+                weights,
+                constraints=constraints,
+                integrality=np.concatenate([np.ones(len(names)), np.zeros(len(steps))]),
+                bounds=scipy.optimize.Bounds(0, 1),
+                options={"node_limit": _NODES, "time_limit": _SOLVER_S, "mip_rel_gap": 1e-4},
+            )
         if found.x is None:  # stopped without a solution: saving nothing is one
             return []
         return [name for name, taken in zip(names, found.x, strict=False) if taken > 0.5]
 
-    def _build_constraints(
-        self, names: Sequence[str], steps: Sequence[int]
-    ) -> "tuple[scipy.sparse.csr_array, list[float]]":
-        """Return rows that say: if a step runs, each value that it reads is saved or recomputed."""
+    @functools.cached_property
+    def _undominated_names(self) -> list[str]:
+        found = {*find_undominated_names(self.graph, self.steps, self.costs, self.names), *self.masks}
+        return [name for name in self.names if name in found]
+
+    @functools.cached_property
+    def _constraints(self) -> "tuple[scipy.sparse.csr_array, list[float]]":
+        """Rows that say: if a step runs, each value that it reads is saved or recomputed."""
+        names, steps = self._undominated_names, self.steps
         by_value: dict[int, list[int]] = {}
         for column, name in enumerate(names):
             for value in self.names[name]:
@@ -247,7 +276,12 @@ class BlockProblem:
                     found.add(number)
                     needed += graph.forward[number].reads
             order += [*(graph.forward[number] for number in sorted(found)), step]
-        return [dataclasses.replace(step, writes=tuple(v for v in step.writes if v not in saved)) for step in order]
+        return [
+            dataclasses.replace(step, writes=tuple(v for v in step.writes if v not in saved))
+            if any(v in saved for v in step.writes)
+            else step
+            for step in order
+        ]
 
     def _compute_forward_bytes(self, saved: Iterable[int]) -> int:
         return max(compute_live_bytes(self.graph, self.graph.forward, live_at_end=saved), default=0)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from ... import compat
-from ...compiler.partition import DeviceSizes, find_device_sizes
+from ...compiler.partition import WHOLE_ARRAYS, DeviceSizes, find_device_sizes
 from ...compiler.targets import Target
 from ...errors import MeasureError
 from ...jaxpr import jaxprs
@@ -29,10 +29,25 @@ from ...transform import region
 from ...transform.naming import marking
 from .block_detection import BlockPattern, find_blocks, find_loop_modules, find_members
 from .block_ilp import BlockProblem
-from .block_primitive import BlockTracer, make_differentiation_error
+from .block_primitive import Block, BlockTracer, make_differentiation_error
 from .dataflow_graph import Graph, build_block_graph
 from .schedule import BLOCK_LABEL, Visit, build_schedule
 from .time import Rates, count_plain_cycles
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockKind:
+    """Blocks that compute the same.
+
+    Attributes:
+        block: One of them.
+        gradient_mask: For each of its float arguments, whether anything reads the gradient that one of them computes.
+        stacked: Whether a loop stacks what they save.
+    """
+
+    block: Block
+    gradient_mask: tuple[bool, ...]
+    stacked: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,19 +56,32 @@ class Outline:
 
     Attributes:
         rules: Patterns of the blocks, each with the methods that are regions.
-        problems: The choices of each kind of block.
+        kinds: The distinct blocks.
         visits: For each call of a block that has a backward pass, in order, its path and its number in `problems`.
         calls: The same calls, as positions in `around`.
         around: The program with its blocks as single steps.
         rates: Of the target.
+        sizes: Sizes on one device.
     """
 
     rules: tuple[BlockPattern, ...]
-    problems: tuple[BlockProblem, ...]
+    kinds: tuple[BlockKind, ...]
     visits: tuple[tuple[Path, int], ...]
     calls: tuple[Visit, ...]
     around: Graph
     rates: Rates
+    sizes: DeviceSizes = WHOLE_ARRAYS
+
+    @functools.cached_property
+    def problems(self) -> tuple[BlockProblem, ...]:
+        """The choices of each kind of block; made on first use, because differentiating a block takes a while."""
+        problems = []
+        for kind in self.kinds:
+            block = kind.block
+            with compat.bind_axes(block.axes):  # a block inside a `shard_map` is differentiated there
+                graph = build_block_graph(block.jaxpr, kind.gradient_mask, path=block.path, sizes=self.sizes)
+            problems.append(BlockProblem(graph, self.rates, stacked=kind.stacked))
+        return tuple(problems)
 
     @property
     def iterations(self) -> np.ndarray:
@@ -106,26 +134,22 @@ def build_outline(
     signatures = {
         id(inner): _compute_signature(inner) for inner in {id(v.block.jaxpr): v.block.jaxpr for v in calls}.values()
     }
-    # Equal blocks are one problem: a gradient that one of them computes counts for all.
     keys = [(signatures[id(visit.block.jaxpr)], visit.copies > 1) for visit in calls]
+    # Equal blocks are one kind: a gradient that one of them computes counts for all.
     gradient_masks: dict[Any, tuple[bool, ...]] = {}
     for key, visit in zip(keys, calls, strict=True):
         gradient_masks[key] = tuple(map(max, gradient_masks.get(key, visit.gradient_mask), visit.gradient_mask))
-    kinds = {key: number for number, key in enumerate(gradient_masks)}
-    firsts = [calls[keys.index(key)].block for key in kinds]
-    problems = []
-    for key, block in zip(kinds, firsts, strict=True):
-        with compat.bind_axes(block.axes):  # a block inside a `shard_map` is differentiated there
-            graph = build_block_graph(block.jaxpr, gradient_masks[key], path=block.path, sizes=sizes)
-        problems.append(BlockProblem(graph, rates, stacked=key[1]))
-    visits = [(visit.block.path, kinds[key]) for visit, key in zip(calls, keys, strict=True)]
+    numbers = {key: number for number, key in enumerate(gradient_masks)}
+    kinds = tuple(BlockKind(calls[keys.index(key)].block, mask, key[1]) for key, mask in gradient_masks.items())
+    visits = [(visit.block.path, numbers[key]) for visit, key in zip(calls, keys, strict=True)]
     return Outline(
         rules=tuple(patterns),
-        problems=tuple(problems),
+        kinds=kinds,
         visits=tuple(visits),
         calls=calls,
         around=around.fuse_products() if rates.fuses_products else around,
         rates=rates,
+        sizes=sizes,
     )
 
 

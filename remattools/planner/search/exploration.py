@@ -11,10 +11,11 @@ import numpy as np
 
 from ...compiler.report import Measurement, format_count
 from ...errors import RuleError
+from ...progress import CompileLog
 from ...rules.ruleset import Rules
 from ...text import format_bytes
 from ..budget import BudgetKind, select_bytes
-from ..result import Point, Prediction
+from ..result import Point, Prediction, describe_rules
 from .next_compile import Posterior, choose_for_frontier, choose_for_limits
 from .space import Space
 from .to_rules import write_rules
@@ -28,7 +29,7 @@ class Exploration:
         measure_rules: Compiles a set of rules.
         of: What budgets are about.
         plain_cycles: Cycles of the plain model by the planner's time model.
-        progress: Called with a line of text before each compile.
+        log: Says what is compiled.
 
     Attributes:
         points: The compiled points by the numbers of their assignments, in the order of compiling.
@@ -44,11 +45,11 @@ class Exploration:
         measure_rules: Callable[[Rules], Measurement],
         of: BudgetKind,
         plain_cycles: float,
-        progress: Callable[[str], None],
+        log: CompileLog,
     ) -> None:
         self.space, self.measure_rules = space, measure_rules
         self.of: BudgetKind = of
-        self.plain_cycles, self.progress = plain_cycles, progress
+        self.plain_cycles, self.log = plain_cycles, log
         self.points: dict[int, Point] = {}
         self.others: dict[Rules, Point] = {}
         self.rejected: set[int] = set()
@@ -59,24 +60,27 @@ class Exploration:
         """All compiled points, the plain model first."""
         return (*self.points.values(), *self.others.values())
 
-    def compile_assignment(self, number: int) -> None:
+    def add_plain(self, measured: Measurement) -> None:
+        """Add the plain model, which was compiled before the assignments were known."""
+        number, rules = self.space.assignments.index(self.space.plain), Rules()
+        self.measurements[rules] = measured
+        self._add_point(number, rules, None)  # nothing was measured yet that predictions could be corrected by
+
+    def compile_assignment(self, number: int, *, remaining: int | None = None) -> None:
         """Compile and measure an assignment.
 
         Args:
             number: The number of the assignment.
+            remaining: The most compiles that follow it.
 
         Raises:
             RuleError: If the program does not allow its rules; groups are then rejected without an error.
         """
         rules = write_rules(self.space, self.space.assignments[number])
         predicted = self._predict(number)
-        self.progress(
-            f"compile {len(self.points) + 1}: expecting {format_bytes(predicted.bytes)}, "
-            f"{format_count(predicted.cycles)} cycles"
-        )
         if rules not in self.measurements:
             try:
-                self.measurements[rules] = self.measure_rules(rules)
+                self._measure(rules, predicted, remaining)
             except RuleError:
                 if self.space.assignments[number].group == 1:
                     raise
@@ -85,7 +89,7 @@ class Exploration:
                 return
         self._add_point(number, rules, predicted)
 
-    def compile_rules(self, rules: Rules) -> None:
+    def compile_rules(self, rules: Rules, *, remaining: int | None = None) -> None:
         """Compile and measure rules that save nothing, but on other modules than those of the assignments.
 
         Raises:
@@ -93,10 +97,18 @@ class Exploration:
         """
         like = self.space.assignments.index(self.space.full_remat)
         predicted = self._predict(like)
-        self.progress(f"compile {len(self.all_points) + 1}: saving nothing on {', '.join(p.text for p, _ in rules)}")
         if rules not in self.measurements:
-            self.measurements[rules] = self.measure_rules(rules)
+            self._measure(rules, predicted, remaining)
         self.others[rules] = self._make_point(like, rules, predicted)
+
+    def _measure(self, rules: Rules, predicted: Prediction | None, remaining: int | None) -> None:
+        expected = (
+            ""
+            if predicted is None
+            else f"; expecting {format_bytes(predicted.bytes)}, {format_count(predicted.cycles)} cycles"
+        )
+        with self.log.compile(describe_rules(rules) + expected, remaining=remaining):
+            self.measurements[rules] = self.measure_rules(rules)
 
     def add_measurements(self, measurements: Iterable[tuple[Rules, Measurement]]) -> None:
         """Add points that were compiled earlier, as far as they are assignments of this space."""
@@ -112,17 +124,19 @@ class Exploration:
                 self.measurements[rules] = measured
                 self._add_point(numbers[rules], rules, predicted)
 
-    def _predict(self, number: int) -> Prediction:
+    def _predict(self, number: int) -> Prediction | None:
+        if not self.points:
+            return None
         expected = self.compute_posterior()
         # The correction may be larger than the prediction; nothing takes less than 0 bytes.
         return Prediction(bytes=max(int(expected.bytes[number]), 0), cycles=float(expected.cycles[number]))
 
-    def _add_point(self, number: int, rules: Rules, prediction: Prediction) -> None:
+    def _add_point(self, number: int, rules: Rules, prediction: Prediction | None) -> None:
         self.points[number] = self._make_point(number, rules, prediction)
         if self.points[number].measured.estimated_cycles is not None:
             self._update_unknown_cycles()
 
-    def _make_point(self, number: int, rules: Rules, prediction: Prediction) -> Point:
+    def _make_point(self, number: int, rules: Rules, prediction: Prediction | None) -> Point:
         measured = self.measurements[rules]
         # Where the compiler has no estimate, what the other points say of this one.
         cycles = self.compute_posterior().cycles[number]

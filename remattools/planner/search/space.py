@@ -4,6 +4,7 @@
 Sits on `assignments`, `predictions` and `surrogate`.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -14,6 +15,7 @@ from ..model.block_groups import Grouping
 from ..model.outline import Outline
 from .assignments import Assignment, Level, get_number, make_assignments, make_least_level, make_levels
 from .predictions import predict_assignments
+from .short_names import BlockNames
 from .surrogate import Surrogate
 
 # Regions inside regions cost a forward pass: a frontier ends with them only if they take less than this share.
@@ -56,6 +58,12 @@ class Space:
         self.link_cycles: np.ndarray = predicted.link_cycles
         self.features: np.ndarray = predicted.features
         self._surrogate = Surrogate(predicted.features, predicted.name_shares)
+
+    @functools.cached_property
+    def block_names(self) -> tuple[BlockNames, ...]:
+        """The names of each kind of block."""
+        outline = self.outline
+        return tuple(map(BlockNames, outline.problems, (kind.block.jaxpr for kind in outline.kinds)))
 
     @property
     def groupable_paths(self) -> frozenset[Path]:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules for an assignment, as a person would write them.
 
-Sits on `space`. Rules have slices rather than lists of layers, and names without an index where all values of that name
-are saved.
+Sits on `space`. Rules have slices rather than lists of layers, and the few names of `short_names`.
 """
 
-import re
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...rules.paths import Path, format_path
@@ -15,9 +14,10 @@ from ...rules.rule import Remat
 from ...rules.ruleset import Rules
 from ..model.block_ilp import BlockProblem
 from .assignments import Assignment
+from .short_names import BlockNames
 from .space import Space
 
-_INDEXED = re.compile(r"(.*)\[\d+\]\Z", re.DOTALL)
+type _Shorten = Callable[[tuple[str, ...]], tuple[str, ...]]
 
 
 def write_rules(space: Space, assignment: Assignment) -> Rules:
@@ -25,10 +25,13 @@ def write_rules(space: Space, assignment: Assignment) -> Rules:
     kinds = dict(space.outline.visits)
     methods = dict(space.outline.rules)
     groups: dict[Any, list[Path]] = {}
+    known: dict[str, list[tuple[str, ...]]] = {}
     for number, path in enumerate(space.members):
         choice = space.levels[assignment.get_level(number)][kinds[path]]
         pattern = _find_pattern(path, methods)
-        saved = _write_saved(space.outline.problems[kinds[path]], choice.names, offload=assignment.offload)
+        problem, block = space.outline.problems[kinds[path]], space.block_names[kinds[path]]
+        shorten = functools.partial(_shorten_names, block, known.setdefault(pattern, []))
+        saved = _write_saved(problem, choice.names, shorten, offload=assignment.offload)
         is_grouped = path[:-1] in space.groupable_paths or (assignment.nested and path in space.stacked_paths)
         group = assignment.group if number < assignment.split and is_grouped else 1
         groups.setdefault((pattern, saved, group), []).append(path)
@@ -43,17 +46,25 @@ def write_rules(space: Space, assignment: Assignment) -> Rules:
 
 
 def _write_saved(
-    problem: BlockProblem, names: Sequence[str] | None, *, offload: bool
+    problem: BlockProblem, names: tuple[str, ...] | None, shorten: _Shorten, *, offload: bool
 ) -> tuple[tuple[str, Any], ...] | None:
     """Return the fields of an action that say what a block saves; None for a block without a region."""
     if names is None:
         return None
     if offload and problem.stacked:
-        return (("offload", _shorten_names(problem, names)),)
+        return (("offload", shorten(names)),)
     if problem.masks and set(problem.masks) <= set(names):
-        others = [name for name in names if name not in problem.masks]
-        return (("policy", dropout_masks_saveable), ("save", _shorten_names(problem, others)))
-    return (("save", _shorten_names(problem, names)),)
+        others = tuple(name for name in names if name not in problem.masks)
+        return (("policy", dropout_masks_saveable), ("save", shorten(others)))
+    return (("save", shorten(names)),)
+
+
+def _shorten_names(block: BlockNames, known: list[tuple[str, ...]], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return few names for a block; those known from another kind of block if they mean the same: one rule for both."""
+    short = next((each for each in known if block.is_equal(each, names)), None) or block.shorten(names)
+    if short not in known:
+        known.append(short)
+    return short
 
 
 def _find_pattern(path: Path, methods: dict[str, tuple[str, ...]]) -> str:
@@ -88,21 +99,3 @@ def _format_slice(indices: list[int], length: int) -> str:
         left = "" if start == 0 or (start < step and start == 0) else str(start)
         return f"[{left}:{'' if stop is None else stop}{f':{step}' if step > 1 else ''}]"
     return "{" + ",".join(map(str, indices)) + "}"
-
-
-def _shorten_names(problem: BlockProblem, names: Sequence[str]) -> tuple[str, ...]:
-    """Return names in the program's order, without the index where every value of that name is saved."""
-    all_names = [candidate.name for candidate in problem.graph.candidates]
-    stems: dict[str, set[str]] = {}
-    for name in all_names:
-        stems.setdefault(_strip_index(name), set()).add(name)
-    chosen = set(names)
-    short = [
-        _strip_index(name) if stems[_strip_index(name)] <= chosen else name for name in all_names if name in chosen
-    ]
-    return tuple(dict.fromkeys(short))
-
-
-def _strip_index(name: str) -> str:
-    found = _INDEXED.match(name)
-    return found[1] if found else name

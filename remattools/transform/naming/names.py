@@ -16,6 +16,7 @@ policy reaches the values inside another custom derivative or a kernel; these ar
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -119,14 +120,24 @@ def select_marks(find_values: Callable[..., Iterable[NamedValue]], action: Remat
     """
     values = list(find_values())
     chosen: dict[str, list[NamedValue]] = {OFFLOADED: [], DROPOUT_MASK: [], SAVED: []}  # later ones win
+    errors: dict[str, UnmatchedRuleError] = {}
     for patterns, mark in ((action.offload, OFFLOADED), (action.save, SAVED)):
         for text in patterns:
             pattern = NamePattern.parse(text)
             matches = [v for v in values if pattern.is_match(v.kind, v.path, v.primitive, v.index)]
             reachable = [v for v in matches if v.reachable]
             if not reachable:
-                raise _make_unmatched_error(pattern, matches, values, list(find_values(deeper=True)))
+                errors[text] = _make_unmatched_error(pattern, matches, values, list(find_values(deeper=True)))
             chosen[mark] += reachable
+    if len(errors) == 1:
+        raise next(iter(errors.values()))
+    if errors:
+        raise UnmatchedRuleError(
+            what=f"{len(errors)} names match no value of this region that can be saved: "
+            f"{', '.join(map(repr, errors))}.",
+            why="nothing would be saved for them; names are relative to the region.",
+            fix="\n    ".join(f"{text!r}: {error.fix}" for text, error in errors.items()),
+        )
     if _is_saving_dropout_masks(action):
         mark = SAVED if is_policy_by_names(action) else DROPOUT_MASK
         chosen[mark] += [value for value in values if value.is_dropout_mask and value.reachable]
@@ -157,10 +168,14 @@ def _make_unmatched_error(
             fix="save the output of the module around it instead.",
         )
     labels = list(dict.fromkeys(value.label for value in values if value.reachable))
+    stem = re.sub(r"\[\d+\]$", "", text)
+    same = [value.index for value in values if value.reachable and value.label == stem]
     return UnmatchedRuleError(
         what=f"the name {text!r} matches no value of this region.",
         why="nothing would be saved; names are relative to the region.",
-        fix=suggest_names(text, labels),
+        fix=f"{stem!r} without an index; the last of these is '{stem}[{max(same)}]'."
+        if same
+        else suggest_names(text, labels),
     )
 
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`remattools plan`: rules in a file that `measure` takes, points as JSON, failures with exit code 2."""
 
+import contextlib
+import ctypes
 import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import scipy
 
 import remattools as rt
 from remattools.cli import parser
@@ -85,15 +88,34 @@ def test_as_is_plans_a_whole_step(
 def test_an_interrupt_before_a_plan_has_its_exit_code(
     run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compiles: list[int] = []
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
 
-    def interrupt_the_second(self: Exploration, number: int) -> None:
-        compiles.append(number)
-        if len(compiles) == 2:
-            raise KeyboardInterrupt
-        compile_assignment(self, number)
-
-    compile_assignment = Exploration.compile_assignment
-    monkeypatch.setattr(Exploration, "compile_assignment", interrupt_the_second)
+    monkeypatch.setattr(Exploration, "compile_assignment", interrupt)
     assert run("plan", "training", "--budget", "0.3", "--of", "temp") == parser.EXIT_INTERRUPTED
     assert "before any compiled" in capsys.readouterr().err
+
+
+def test_only_the_json_is_on_stdout_whatever_a_solver_prints(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    solve, libc = scipy.optimize.milp, ctypes.CDLL(None)
+
+    def print_and_solve(*args: Any, **options: Any) -> Any:
+        libc.puts(b"a line of the solver")  # as HiGHS does now and then, and libraries under JAX may do
+        return solve(*args, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", print_and_solve)
+    monkeypatch.setattr("remattools.planner.model.block_ilp.redirect_native_stdout", contextlib.nullcontext)
+    assert run("plan", "training", "--budget", "0.7", "--json", "--max-compiles", 2) == parser.EXIT_OK
+    libc.fflush(None)
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["points"]
+    assert "a line of the solver" in captured.err  # control: it was printed
+
+
+def test_a_piped_plan_logs_what_is_compiled(run: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "training", "--budget", "0.7", "--json", "--max-compiles", 2) == parser.EXIT_OK
+    lines = capfd.readouterr().err.splitlines()
+    assert "remattools: compile 1: the plain model (at most 1 more)" in lines
+    assert any("compile 2: layers" in line and "the last took" in line for line in lines)

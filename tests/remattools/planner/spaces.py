@@ -11,6 +11,7 @@ from remattools.planner.model.outline import build_outline
 from remattools.planner.model.time import get_rates
 from remattools.planner.search.exploration import Exploration
 from remattools.planner.search.space import Space
+from remattools.progress import CompileLog
 
 from ..models import Tower, loss
 
@@ -53,5 +54,5 @@ def exploration(space: Space, measured_by: Any) -> Exploration:
         measure_rules=measured_by,
         of="temp",
         plain_cycles=space.outline.count_plain_cycles(),
-        progress=lambda _: None,
+        log=CompileLog(lambda _: None),
     )

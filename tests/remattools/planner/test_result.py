@@ -2,6 +2,8 @@
 """Tables, frontiers and rule files of compiled points."""
 
 import dataclasses
+import pathlib
+from importlib.metadata import version
 
 import jax.numpy as jnp
 import pytest
@@ -68,8 +70,43 @@ def test_a_rule_file_says_where_it_comes_from(measured: rt.Measurement) -> None:
     text = plan.to_toml()
     assert "# made by remattools.plan for Tower\n# target cpu, budget 1.0 MiB of temp" in text
     assert "its time limit" in text
+    assert f"# compiled with remattools {version('nnx-checkpointing')}, jax {version('jax')}, flax" in text
+    assert "libtpu" not in text
+    assert f"# measured: temp {measured.temp_bytes} B, total {measured.total_bytes} B" in text
+    assert f"# the plain model: temp {measured.temp_bytes} B" in text
     assert rt.Rules.from_toml(text) == plan.rules
     assert "# target cpu, the minimum temp" in dataclasses.replace(plan, budget_bytes=None).to_toml()
+
+
+def test_a_plan_is_written_as_a_rule_file(measured: rt.Measurement, tmp_path: pathlib.Path) -> None:
+    point = make_point(measured, 10, 5.0, {"layers.*": rt.Remat(save=("a",))})
+    plan = Plan(
+        rules=point.rules,
+        predicted=None,
+        measured=dataclasses.replace(measured, target="tpu:v5e:2x2"),
+        points=(point,),
+        budget_bytes=1,
+        of="temp",
+        time_by="model",
+        subject="Tower",
+    )
+    plan.write(tmp_path / "rules.toml")
+    assert rt.Rules.load(tmp_path / "rules.toml") == plan.rules
+
+
+def test_a_plain_point_has_no_prediction(measured: rt.Measurement) -> None:
+    point = dataclasses.replace(make_point(measured, 2**20, 1e6), predicted=None)
+    assert format_points([point], "temp", None).splitlines()[1].split() == [
+        "*",
+        "1.0",
+        "MiB",
+        "1",
+        "M",
+        "-",
+        "-",
+        "plain",
+    ]
+    assert point.as_dict()["predicted"] is None
 
 
 def test_only_an_early_end_is_remarked_on() -> None:

@@ -10,6 +10,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import remattools as rt
+from remattools.planner.model.outline import build_outline
+from remattools.planner.model.time import get_rates
+from remattools.planner.search.space import Space
 
 from ..models import MLP, Tower
 
@@ -90,8 +93,9 @@ def test_predictions_are_those_of_one_device() -> None:
     mesh = _make_mesh(AxisType.Auto)
     model = nnx.eval_shape(lambda: Tower(3, 16, block=MLP))
     curve = rt.frontier(_split_loss(mesh), model, _make_batch(mesh), of="temp", target="cpu", max_compiles=2)
-    plain = curve.points[0]
-    assert 0.5 * plain.bytes < plain.predicted.bytes < 2 * plain.bytes
+    space = Space(build_outline(_split_loss(mesh), model, (_make_batch(mesh),), get_rates("cpu")))
+    predicted = space.bytes[space.assignments.index(space.plain)]
+    assert 0.5 * curve.plain_bytes < predicted < 2 * curve.plain_bytes
 
 
 def test_the_axes_are_free_again_after_a_plan() -> None:

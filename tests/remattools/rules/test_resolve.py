@@ -71,6 +71,20 @@ def test_a_rule_that_selects_nothing_raises_with_a_hint(rule, modules, fix):
     assert {decision.rule for decision in decisions} == {None}
 
 
+def test_all_rules_that_select_nothing_are_in_one_error():
+    modules = nodes("blocks.0.attention", "blocks.0.mlp")
+    rules = rt.Rules({"layers.*": "nothing_saveable", "mlp": "nothing_saveable", "atention": "nothing_saveable"})
+    with pytest.raises(rt.UnmatchedRuleError) as caught:
+        resolve(rules, modules)
+    assert "2 rules match nothing in this model: 'layers.*', 'atention'" in caught.value.what
+    assert "'atention': the closest paths are blocks.0.attention" in caught.value.fix
+    assert "'layers.*': " in caught.value.fix
+    with pytest.warns(rt.UnmatchedRuleWarning) as warned:
+        decisions = resolve(rules, modules, strict=False)
+    assert len(warned) == 2
+    assert [decision.rule for decision in decisions] == [None, 1]  # control: the rule that matches is in force
+
+
 def test_closest_paths_are_a_sentence_or_nothing():
     paths = [("layers", 0, "attn"), ("head",)]
     assert "layers.0.attn" in format_closest("layers.*.atn", paths)

@@ -43,7 +43,7 @@ def choose_rules(model: Model, x: jax.Array) -> Model:
     plan = frontier.plan("16 GiB")
     assert_type(plan, rt.Plan)
     assert_type(plan.rules, rt.Rules)
-    assert_type(plan.predicted.bytes, int)
+    assert_type(plan.predicted.bytes if plan.predicted else None, int | None)
     assert_type(plan.measured.fits, bool)
     assert_type(plan.points[0].link_cycles, float)
     assert_type(plan.budget_bytes, int | None)

@@ -76,6 +76,23 @@ def test_an_unknown_name_is_an_error_with_suggestions():
     assert "attention.qkv" in caught.value.fix
 
 
+def test_all_unknown_names_are_in_one_error():
+    model = rt.apply(Tower(), {"layers.*": rt.Remat(save=("attention.qvk", "attention:exp", "mpl.up:add", "mlp"))})
+    with pytest.raises(rt.UnmatchedRuleError) as caught:
+        jax.grad(lambda x: loss(model, x))(inputs())
+    assert "'attention.qvk', 'mpl.up:add'" in caught.value.what
+    assert "'mlp'" not in caught.value.what  # control: this one matches
+    assert "'attention.qvk': did you mean 'attention.qkv'" in caught.value.fix
+    assert "'mpl.up:add': did you mean 'mlp.up:add'" in caught.value.fix
+
+
+def test_a_name_with_an_index_too_large_is_told_apart():
+    model = rt.apply(Tower(), {"layers.*": rt.Remat(save=("attention:exp[7]",))})
+    with pytest.raises(rt.UnmatchedRuleError) as caught:
+        jax.grad(lambda x: loss(model, x))(inputs())
+    assert "'attention:exp' without an index; the last of these is 'attention:exp[0]'" in caught.value.fix
+
+
 def test_names_reach_into_jits_scans_and_branches():
     class Deep(nnx.Module):
         def __init__(self, rngs):
