@@ -108,10 +108,10 @@ def _find_location(equation: Any) -> str:
     nested = [jaxprs.open_jaxpr(inner) for _, inner in jaxprs.find_subjaxprs(equation)]
     name, _, place = str(nested[0].debug_info.func_src_info).partition(" at ")
     if place and not _is_library(place):
-        return f"{name} at {_shorten(place)}"
+        return f"{name} at {_abbreviate_path(place)}"
     for frame in getattr(equation.source_info.traceback, "frames", ()):
         if not _is_library(frame.file_name):
-            return f"{frame.function_name} at {_shorten(frame.file_name)}:{frame.line_num}"
+            return f"{frame.function_name} at {_abbreviate_path(frame.file_name)}:{frame.line_num}"
     return ""
 
 
@@ -122,6 +122,6 @@ def _is_library(file_name: str) -> bool:
     return in_standard or file_name.startswith(_LIBRARIES) or file_name.startswith("<frozen")
 
 
-def _shorten(file_name: str) -> str:
+def _abbreviate_path(file_name: str) -> str:
     path, here = pathlib.Path(file_name), pathlib.Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else file_name

@@ -53,7 +53,7 @@ class Grouping:
             size: Iterations per group.
 
         Returns:
-            The inputs of iterations that are no longer saved, and those that a group holds during its backward pass.
+            The inputs of iterations that are not saved any more, and those that a group holds during its backward pass.
         """
         found = {}
         for visit, call in self._get_stacks().items():

@@ -178,7 +178,7 @@ class GroupMemory:
         dropped_bytes: Bytes of inputs of inner blocks that are not live at each moment, shape (moments,).
         held_mask: 1 where a group holds what a visit's backward pass needs, shape (moments, visits).
         held_bytes: What a group of nested regions holds of each visit, shape (visits,): its input. None where the
-            blocks of a group are no regions, so that it holds all that the plain blocks would save.
+            blocks of a group are not regions, so that it holds all that the plain blocks would save.
     """
 
     dropped_bytes: np.ndarray

@@ -15,7 +15,7 @@ from typing import Any
 
 from jax.extend import core
 
-from ...jaxpr import jaxprs, result_derivatives
+from ...jaxpr import forward_rules, jaxprs, result_derivatives
 from ...rules.paths import NamePattern, Path, Pattern, format_path
 from ...transform.naming import names as naming
 from ..model.block_ilp import BlockProblem
@@ -60,7 +60,7 @@ class BlockNames:
         self.find_limits = functools.cache(self._find_limits)
         self.is_equal = functools.cache(self._is_equal)
 
-    def shorten(self, chosen: tuple[str, ...]) -> tuple[str, ...]:
+    def abbreviate(self, chosen: tuple[str, ...]) -> tuple[str, ...]:
         """Return few patterns that save what these names save.
 
         Args:
@@ -75,7 +75,7 @@ class BlockNames:
         """Return whether patterns save what the chosen names save, and each of them matches something.
 
         Args:
-            patterns: What `shorten` returned, for this block or another.
+            patterns: What `abbreviate` returned, for this block or another.
             chosen: Keys of `BlockProblem.names`.
         """
         needed, allowed = self.find_limits(chosen)
@@ -137,7 +137,7 @@ class BlockNames:
         return tuple(sorted(found, key=lambda text: first[text]))
 
     def _match(self, kind: str, path: str, primitive: str, index: int | None) -> frozenset[int] | None:
-        """Return the results that a pattern names; None if it names an output that is no single operation's result."""
+        """Return the results that a pattern names; None if an output that it names is not one operation's result."""
         pattern = Pattern.parse(path)
         glob = re.compile(re.escape(primitive).replace(r"\*", ".*"))
         found: set[int] = set()
@@ -164,13 +164,13 @@ def _list_patterns(value: naming.NamedValue) -> Iterator[tuple[float, str, _Key]
         for index in indices:
             yield _make_option(base, "user", ".", value.primitive, index)
         return
-    primitives = (value.primitive, "*") if value.kind == "op" else ("",)
+    primitives = (value.primitive, "*") if value.kind == "op" else (value.primitive,)
     for path, primitive, index in itertools.product(_generalize_path(value.path), primitives, indices):
         yield _make_option(base, value.kind, path, primitive, index)
 
 
 def _make_option(base: float, kind: str, path: str, primitive: str, index: int | None) -> tuple[float, str, _Key]:
-    text = {"module": path, "op": f"{path}:{primitive}", "user": f"@{primitive}"}[kind]
+    text = {"module": path, "user": f"@{primitive}"}.get(kind, f"{path}:{primitive}")
     text += "" if index is None else f"[{index}]"
     cost = base + _INDEX * (index is not None) + _WILDCARD * text.count("*")
     return cost, text, (kind, path, primitive, index)
@@ -183,7 +183,9 @@ def _parse(text: str) -> _Key:
     if body.startswith("@"):
         return "user", ".", body[1:], index
     path, colon, primitive = body.rpartition(":")
-    return ("op", path, primitive, index) if colon else ("module", body, "", index)
+    if not colon:
+        return "module", body, "", index
+    return "input" if primitive == "input" else "op", path, primitive, index
 
 
 @functools.lru_cache(maxsize=4096)
@@ -223,6 +225,8 @@ def find_marked_operation(jaxpr: Any, position: naming.Position) -> naming.Posit
     *outer, number = position
     for step in outer:
         assert isinstance(step, tuple)  # only the last step of a position is a number
+        if step[1] == forward_rules.FORWARD_RULE:
+            return None
         level = jaxprs.open_jaxpr(dict(jaxprs.find_subjaxprs(level.eqns[step[0]]))[step[1]])
     assert isinstance(number, int)
     return _follow(level, tuple(outer), level.eqns[number].invars[0], is_outer=True)

@@ -61,7 +61,7 @@ def _write_saved(
 
 def _shorten_names(block: BlockNames, known: list[tuple[str, ...]], names: tuple[str, ...]) -> tuple[str, ...]:
     """Return few names for a block; those known from another kind of block if they mean the same: one rule for both."""
-    short = next((each for each in known if block.is_equal(each, names)), None) or block.shorten(names)
+    short = next((each for each in known if block.is_equal(each, names)), None) or block.abbreviate(names)
     if short not in known:
         known.append(short)
     return short

@@ -69,7 +69,7 @@ def test_few_names_save_the_same(block: Any) -> None:
     names, saved = space.block_names[0], 0
     choices = {level[0].names for level in space.levels if level[0].names}
     for chosen in sorted(choices, key=len)[:: max(len(choices) // 6, 1)]:
-        short = names.shorten(chosen)
+        short = names.abbreviate(chosen)
         assert len(short) <= len(chosen)
         assert _collect_residuals(model, short) == _collect_residuals(model, chosen)
         saved += len(chosen) - len(short)
@@ -78,7 +78,7 @@ def test_few_names_save_the_same(block: Any) -> None:
 
 def _shorten(block: Any, *chosen: str) -> tuple[str, ...]:
     names: BlockNames = _make(block)[1].block_names[0]
-    return names.shorten(chosen)
+    return names.abbreviate(chosen)
 
 
 @pytest.mark.parametrize(
