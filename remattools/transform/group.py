@@ -48,7 +48,8 @@ class Group:
         """Return the number of modules per region in a sequence of `length`."""
         if isinstance(self.action.group, int):
             return self.action.group
-        return max(1, round(math.sqrt(length)))  # balances the saved boundaries against the modules recomputed at once
+        # Balances the saved boundaries against the modules recomputed at once.
+        return max(1, round(math.sqrt(length))) if self.members else find_balanced_size(length)
 
     def find_chunk(self, path: Path) -> int | None:
         """Return the number of the region that an operation at `path` belongs to, or None."""
@@ -68,6 +69,16 @@ class Group:
             chunks[index] = chunk
             filled, previous = filled + 1, index
         return chunks
+
+
+def find_balanced_size(length: int) -> int:
+    """Return the divisor of a loop's length nearest its square root; the rounded root if no divisor is near.
+
+    A remainder would be a region of its own after the loop, with its own memory.
+    """
+    root = math.sqrt(length)
+    divisors = [size for size in range(2, length // 2 + 1) if length % size == 0 and root / 2 <= size <= 2 * root]
+    return min(divisors, key=lambda size: (max(size, length // size), size), default=max(1, round(root)))
 
 
 def call(target: Callable[..., Any], groups: Sequence[Group], module: Any, args: Any, kwargs: Any) -> Any:

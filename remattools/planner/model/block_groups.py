@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from ...rules.paths import Path
+from ...transform.group import find_balanced_size
 from .outline import Outline
 from .schedule import Visit
 
@@ -39,7 +40,7 @@ class Grouping:
     def nested_sizes(self) -> tuple[int, ...]:
         """Blocks per group that are worth trying with a region for each block; empty where no sequence is long."""
         longest = max([*map(len, self._sequences), *(call.copies for call in self._get_stacks().values())], default=0)
-        return (_find_balanced_divisor(longest),) if longest >= _MIN_NESTED_LENGTH else ()
+        return (find_balanced_size(longest),) if longest >= _MIN_NESTED_LENGTH else ()
 
     @property
     def stacked_paths(self) -> frozenset[Path]:
@@ -80,13 +81,6 @@ class Grouping:
             grouped = [visit for visit in row if self._positions[self._outline.visits[visit][0]] < split]
             groups += [grouped[first : first + size] for first in range(0, len(grouped), size)]
         return [group for group in groups if len(group) > 1]
-
-
-def _find_balanced_divisor(length: int) -> int:
-    """Return the divisor nearest the square root, since what remains would be a region of its own; or the root."""
-    root = math.sqrt(length)
-    divisors = [size for size in range(2, length // 2 + 1) if length % size == 0 and root / 2 <= size <= 2 * root]
-    return min(divisors, key=lambda size: (max(size, length // size), size), default=round(root))
 
 
 def _find_sequences(outline: Outline) -> list[list[int]]:

@@ -8,6 +8,7 @@ from flax import nnx
 
 import remattools as rt
 from remattools.jaxpr import jaxprs
+from remattools.transform.group import find_balanced_size
 from tests.remattools.exactness import assert_exact
 from tests.remattools.models import MLP, Block, Tower, inputs, loss
 
@@ -222,3 +223,10 @@ def test_a_nested_group_takes_the_memory_of_nested_scans_by_hand():
     found = {name: measure(loss, rt.apply(Deep(), {"layers": action})) for name, action in actions.items()}
     assert found["nested"] <= by_hand * 1.001
     assert found["nested"] < 0.8 * min(found["grouped"], found["single"])  # controls
+
+
+@pytest.mark.parametrize(
+    ("length", "size"), [(1, 1), (7, 3), (12, 3), (28, 4), (48, 6), (61, 8), (64, 8), (62, 8)], ids=str
+)
+def test_a_balanced_size_divides_the_loop_if_it_can(length, size):
+    assert find_balanced_size(length) == size
