@@ -39,6 +39,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "benchmarks" / "plan_start.m
 SECONDS = ("start_cpu_s", "choice_cpu_s")
 PLANS = ("compiles", "plan_cpu_s")
 FIELDS = ("model", "blocks", *SECONDS, *PLANS)
+_TITLES = ("until the first compile, s", "choosing what to save, s", "compiles", "whole plan, s")
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
@@ -274,8 +275,8 @@ def _loss(model: Any, *args: Any) -> jax.Array:
     return jnp.mean(model(*args) ** 2)
 
 
-def measure_start(name: str) -> dict[str, Any]:
-    """Return what `plan` takes before its first and its second compile, without the compiler."""
+def measure_start(name: str, *, with_choice: bool) -> dict[str, Any]:
+    """Return what `plan` takes before its first compile and, `with_choice`, before its second, without the compiler."""
     model, batch = MODELS[name]()
     some = dataclasses.replace(rt.measure(jnp.sin, jnp.ones(3), target="cpu"), temp_bytes=2**40)
     planning = sys.modules[rt.plan.__module__]
@@ -283,7 +284,7 @@ def measure_start(name: str) -> dict[str, Any]:
 
     def mark(_: str) -> None:
         times.append(time.process_time())
-        if len(times) == 3:
+        if len(times) == (3 if with_choice else 1):
             raise _Stop
 
     def leave_out(*_: Any, **__: Any) -> rt.Measurement:
@@ -295,7 +296,8 @@ def measure_start(name: str) -> dict[str, Any]:
     with contextlib.suppress(_Stop):
         rt.plan(_loss, model, *batch, budget=2**30, target="cpu", progress=mark)
     blocks = sum(isinstance(m, SingleStream | DoubleStream | CrossBlock) for _, m in nnx.iter_modules(model))
-    return {"blocks": blocks, "start_cpu_s": times[0] - start, "choice_cpu_s": times[2] - times[1]}
+    choice = {"choice_cpu_s": times[2] - times[1]} if with_choice else {}
+    return {"blocks": blocks, "start_cpu_s": times[0] - start, **choice}
 
 
 def measure_plan(name: str) -> dict[str, Any]:
@@ -337,17 +339,21 @@ def format_page(rows: list[dict[str, Any]], before: dict[str, dict[str, str]]) -
         "abstract model, in a new process: until the first compile starts (tracing the model), and from its end to the",
         "start of the second (choosing what to save). The compiler is left out. JAX traces each of these blocks by",
         "itself: in flux, wan and z-image they differ in their index; in stages they differ in their width, so that",
-        "each is also a problem of its own for the search. The last two columns are a whole plan for 0.6 of the plain",
-        "model's memory on the CPU, compiles included; empty where it was not compiled."
+        "each is also a problem of its own for the search. A whole plan, where it was compiled, is for 0.6 of the",
+        "plain model's memory on the CPU; cells without a value were not measured."
         + (" Before each arrow: the version that chose what to save before the first compile." if before else ""),
         "",
         f"**The first compile starts after at most {slowest:.1f} CPU seconds.**",
         "",
-        "| model | blocks | until the first compile, s | choosing what to save, s | compiles | whole plan, s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    titles = dict(zip((*SECONDS, *PLANS), _TITLES, strict=True))
+    shown = [field for field in titles if any(field in row for row in rows)]
+    lines += [
+        f"| model | blocks | {' | '.join(titles[field] for field in shown)} |",
+        f"| --- | ---: |{' ---: |' * len(shown)}",
     ]
     for row in rows:
-        cells = (row["model"], str(row["blocks"]), *(show(row, field) for field in (*SECONDS, *PLANS)))
+        cells = (row["model"], str(row["blocks"]), *(show(row, field) for field in shown))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -360,14 +366,19 @@ def main() -> None:
     parser.add_argument("--csv", type=pathlib.Path, help="where to store the values")
     parser.add_argument("--before", type=pathlib.Path, help="values of an earlier version, from --csv")
     parser.add_argument("--write", action="store_true", help="write the page")
-    parser.add_argument("--measure", choices=("start", "plan"), help=argparse.SUPPRESS)
+    parser.add_argument("--start-only", action="store_true", help="leave out the choice of what to save")
+    parser.add_argument("--measure", choices=("start", "choice", "plan"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps((measure_start if args.measure == "start" else measure_plan)(args.models[0])))
+        name = args.models[0]
+        values = (
+            measure_plan(name) if args.measure == "plan" else measure_start(name, with_choice=args.measure == "choice")
+        )
+        print(json.dumps(values))
         return
     rows: list[dict[str, Any]] = []
     for name in args.models:
-        rows.append({"model": name, **run_process(name, "start")})
+        rows.append({"model": name, **run_process(name, "start" if args.start_only else "choice")})
         if name in args.plans:
             rows[-1] |= run_process(name, "plan")
         print(rows[-1], flush=True)
