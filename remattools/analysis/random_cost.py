@@ -3,8 +3,8 @@
 
 Sits on `jaxpr.random_bits` (the traced program) and `compiler.report` (the compiled one). Two facts shaped this file:
 
--   The TPU compiler holds about 30 buffers of the size of the bits while a region draws them again from threefry keys,
-    since it merges parts of that computation with the first one. Bits of rbg keys come from the hardware.
+-   The TPU compiler can hold about 30 buffers of the size of the bits while a region draws them again from threefry
+    keys. Whether it does depends on its fusions, so only the compiled program tells. Bits of rbg keys take one buffer.
 -   In the compiled program, some of those buffers are named after operations of the first pass, so all phases count.
 """
 

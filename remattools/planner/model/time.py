@@ -29,8 +29,8 @@ class Rates:
         link_bytes: Bytes to the host's memory, and as many from it at the same time; 0 without host memory.
         fuses_products: Whether the compiler computes what a single product reads within that product, and stores in
             half the bytes what only products read, as the matrix units take float32 as bfloat16 by default.
-        redraw_buffers: How many buffers of the size of random bits the compiler holds while a region draws them again
-            from threefry keys.
+        redraw_buffers: How many buffers of the size of random bits the compiler may hold while a region draws them
+            again from threefry keys.
     """
 
     matrix_flops: float
@@ -44,7 +44,7 @@ class Rates:
 
 # Peak rates of one chip from the vendors' data sheets, divided by its clock. They do not give the link to the host:
 # assumed is PCIe 3.0 (TPUs) and 5.0 (GPUs) with 16 lanes, 15.75e9 and 63e9 bytes a second.
-# The buffers are measured: 28 to 30 of the bits of one region, v5e.
+# The buffers are the most that was measured (v5e): of the bits of one region. Other programs had none.
 _make_tpu_rates = functools.partial(Rates, overhead=300, fuses_products=True, redraw_buffers=30)
 _TPU_RATES = {
     "v4": _make_tpu_rates(matrix_flops=262_144, vector_flops=8_192, traffic_bytes=1_143, link_bytes=15.0),
