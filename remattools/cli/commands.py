@@ -24,9 +24,9 @@ from ..analysis.ruled_call import find_model, make_rules, use_rules
 from ..analysis.timeline import timeline
 from ..compiler.cache import Cache, open_user_cache
 from ..errors import MeasureError, RematError
-from ..native_output import redirect_native_stdout
 from ..planner.plan import plan
-from ..progress import CompileLog, log_to_stderr, open_progress
+from ..terminal.native_output import redirect_native_stdout
+from ..terminal.progress import CompileLog, log_to_stderr, open_progress
 from ..transform.explain import ExplanationRow, describe
 from .output import CommandResult, print_result
 from .parser import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO, EXIT_OK

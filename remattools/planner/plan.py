@@ -20,8 +20,8 @@ from ..compiler.out_of_memory import Allocation
 from ..compiler.report import Measurement
 from ..compiler.targets import Target, find_target
 from ..errors import BudgetError
-from ..progress import CompileLog, Progress, open_progress
 from ..rules.ruleset import Rules
+from ..terminal.progress import CompileLog, Progress, open_progress
 from ..transform import apply as application
 from .budget import BudgetKind, compute_budget_bytes, require_positive, select_bytes
 from .frontier import Frontier, check_limits

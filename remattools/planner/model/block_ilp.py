@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Sequence
 import numpy as np
 import scipy  # loads its submodules on first use: importing the solver takes a second
 
-from ...native_output import redirect_native_stdout
+from ...terminal.native_output import redirect_native_stdout
 from .dataflow_graph import Graph, Step
 from .dominated_names import find_undominated_names
 from .memory import compute_live_bytes, find_materialized_residuals

@@ -11,8 +11,8 @@ import numpy as np
 
 from ...compiler.report import Measurement, format_count
 from ...errors import RuleError
-from ...progress import CompileLog
 from ...rules.ruleset import Rules
+from ...terminal.progress import CompileLog
 from ...text import format_bytes
 from ..budget import BudgetKind, select_bytes
 from ..result import Point, Prediction, describe_rules

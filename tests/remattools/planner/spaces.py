@@ -11,7 +11,7 @@ from remattools.planner.model.outline import build_outline
 from remattools.planner.model.time import get_rates
 from remattools.planner.search.exploration import Exploration
 from remattools.planner.search.space import Space
-from remattools.progress import CompileLog
+from remattools.terminal.progress import CompileLog
 
 from ..models import Tower, loss
 

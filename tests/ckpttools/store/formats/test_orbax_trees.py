@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1
 
-from ckpttools.store.formats.orbax_trees import (
-    build_trees,
-    get_leaf,
-    has_sequences,
-    match_stored_containers,
-    put_leaf,
-)
+from ckpttools.store.formats.orbax_trees import build_trees, get_leaf, has_sequences, match_stored_containers, put_leaf
 from ckpttools.tree import snapshot
 
 

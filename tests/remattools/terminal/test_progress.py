@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from remattools.progress import CompileLog, log_to_stderr, open_progress
+from remattools.terminal.progress import CompileLog, log_to_stderr, open_progress
 
 
 class Terminal(io.StringIO):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from remattools.native_output import redirect_native_stdout
+from remattools.terminal.native_output import redirect_native_stdout
 
 LIBC = ctypes.CDLL(None)
 
