@@ -85,6 +85,8 @@ bench-compiled:
 	.venv-bench/bin/python benchmarks/remat_groups.py --cache .bench --write docs/benchmarks/remat_groups.md
 	.venv-bench/bin/python benchmarks/remat_optimum.py --cache .bench --write docs/benchmarks/remat_optimum.md
 	.venv-bench/bin/python benchmarks/plan_budgets.py --write
+	.venv-bench/bin/python benchmarks/plan_meshes.py --write
+	.venv-bench/bin/python benchmarks/plan_start.py --write
 	.venv-bench/bin/python benchmarks/explained_share.py --cache .bench --write docs/benchmarks/explained_share.md
 	.venv-bench/bin/python benchmarks/remat_frontier.py --out docs/benchmarks --cache .bench
 
