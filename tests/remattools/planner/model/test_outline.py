@@ -47,6 +47,8 @@ def test_planning_time_hardly_grows_with_depth() -> None:
         return time.process_time() - start
 
     seconds(2)  # what JAX sets up once
-    small, large = seconds(4), seconds(32)
+    small, large = (
+        min(seconds(depth) for _ in range(2)) for depth in (4, 32)
+    )  # a collection may fall into one of them
     assert large < 10
     assert large < 6 * small  # eight times as deep
