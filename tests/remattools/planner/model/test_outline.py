@@ -47,8 +47,6 @@ def test_planning_time_hardly_grows_with_depth() -> None:
         return time.process_time() - start
 
     seconds(2)  # what JAX sets up once
-    small, large = (
-        min(seconds(depth) for _ in range(2)) for depth in (4, 32)
-    )  # a collection may fall into one of them
+    small, large = (min(seconds(depth) for _ in range(2)) for depth in (4, 32))
     assert large < 10
     assert large < 6 * small  # eight times as deep
