@@ -131,7 +131,7 @@ def _fits(spec: Spec, rules: list[tuple[str, Any]]) -> bool:
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=SLOW, derandomize=True)
+@settings(max_examples=5, deadline=None, suppress_health_check=SLOW, derandomize=True)
 @given(specs(2), pairs)
 def test_random_trees_and_rules(spec, rules):
     check(spec, rules)
