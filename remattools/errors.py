@@ -73,7 +73,7 @@ class PolicyError(RematError, ValueError):
         ...     print(error)
         the policy 'dots_savable' does not exist.
           why: a misspelt policy would otherwise save nothing, or everything.
-          fix: did you mean 'dots_saveable', 'nothing_saveable', 'everything_saveable'?
+          fix: did you mean 'dots_saveable', 'nothing_saveable', 'dropout_masks_saveable'?
     """
 
 

@@ -18,7 +18,7 @@ from jax.extend import core
 _TRANSPARENT_PRIMITIVES = frozenset(
     {"jit", "pjit", "closed_call", "core_call", "scan", "cond", "shard_map", "while", "xla_call"}
 )
-_REGION_PRIMITIVES = frozenset({"remat2", "checkpoint", "remat", "remat3"})
+REGION_PRIMITIVES = frozenset({"remat2", "checkpoint", "remat", "remat3"})
 
 Place = tuple[str, int]  # a parameter's name, and the index in it if the parameter is a tuple of jaxprs, else -1
 # Where an equation is: its index in each nested program from the outside in, with the place of that program.
@@ -45,7 +45,7 @@ def find_subjaxprs(equation: Any) -> Iterator[tuple[Place, Any]]:
 
 def is_region(equation: Any) -> bool:
     """Return whether an equation is a rematerialised region: a `jax.checkpoint` under either implementation."""
-    return equation.primitive.name in _REGION_PRIMITIVES or type(equation.params.get("_prim")).__name__ == "RematTraced"
+    return equation.primitive.name in REGION_PRIMITIVES or type(equation.params.get("_prim")).__name__ == "RematTraced"
 
 
 def is_opaque(equation: Any) -> bool:

@@ -146,9 +146,12 @@ def _describe_peak(point: Point, of: BudgetKind, facts: ProgramFacts) -> Iterato
         yield _format_value(
             results, "results" + (" that no donated argument holds" if facts.is_step else ": gradients")
         )
-    outside = [value for value in live if not _is_in_block(value.path, facts.patterns)]
+    # The outermost region of a group has no module of its own; what it returns lies between blocks.
+    inside = [
+        value for value in live if value.name in jaxprs.REGION_PRIMITIVES or _is_in_block(value.path, facts.patterns)
+    ]
+    outside = [value for value in live if value not in inside]
     yield from map(_format_allocation, outside[:_MAX_BUFFERS])
-    inside = [value for value in live if _is_in_block(value.path, facts.patterns)]
     if inside:
         yield "and of the blocks, these are live:"
         yield from map(_format_allocation, inside[:_MAX_BUFFERS])
