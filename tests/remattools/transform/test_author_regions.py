@@ -122,6 +122,10 @@ def test_rules_of_the_library_are_not_the_models_own():
     assert "jax.checkpoint" not in str(rt.explain(_loss, model, X))
 
 
+@pytest.mark.skipif(
+    bool(getattr(jax.config, "jax_remat3", False)),
+    reason="the programs of jax_remat3's regions cannot be replaced; the marks change names in explanations only",
+)
 @pytest.mark.parametrize("make", [Stack, Row])
 def test_marks_do_not_stay_inside_the_models_own_regions(make):
     report = rt.residuals(functools.partial(_loss), make(), X)

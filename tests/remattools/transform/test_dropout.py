@@ -204,21 +204,35 @@ def test_without_random_numbers_the_program_is_that_of_the_other_policy(policy: 
     assert lower(f"{policy} | {MASKS}") == lower(policy)
 
 
-def test_masks_are_kept_under_the_new_remat() -> None:
+def _make_stacked() -> nnx.Module:
+    return Stacked(nnx.Rngs(0))
+
+
+def _make_list() -> nnx.Module:
+    return build(Dropped)
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern", "group"),
+    [(_make_list, "layers.*", 1), (_make_list, "layers.*", 2), (_make_stacked, "layers", 1)],
+)
+def test_masks_are_kept_under_the_new_remat(make: Any, pattern: str, group: int) -> None:
     x = inputs()
 
     def count_draws(policy: str) -> int:
-        graphdef, params, rest = nnx.split(rt.apply(build(Dropped), {"layers.*": policy}), nnx.Param, ...)
+        rules = {pattern: rt.Remat(policy, group=group)}
+        graphdef, params, rest = nnx.split(rt.apply(make(), rules), nnx.Param, ...)
         gradient = jax.grad(lambda params: loss(nnx.merge(graphdef, params, rest, copy=True), x))
-        return jax.jit(gradient).lower(params).as_text().count("threefry")
+        return jax.jit(gradient).lower(params).compile().as_text().count("threefry")
 
+    before = jax.config.jax_remat3
     jax.config.update("jax_remat3", True)
     try:
         least = count_draws("everything_saveable")
         assert [count_draws(policy) for policy in (MASKS, f"dots_saveable | {MASKS}")] == [least, least]
         assert count_draws("dots_saveable") > least  # control
     finally:
-        jax.config.update("jax_remat3", False)
+        jax.config.update("jax_remat3", before)
 
 
 def test_a_rule_file_holds_the_policy() -> None:
