@@ -20,12 +20,10 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
 # The same regions under JAX's coming implementation of remat, which is off by default. It does not save names in the
-# forward rule of a custom_vjp, and leaves dead draws of random numbers in the trace: what relies on either is left out,
-# and so is what runs before a region is made (capture).
+# forward rule of a custom_vjp, and leaves dead draws of random numbers in the trace: what relies on either is left out.
+REMAT3 := test_region.py test_region_contents.py test_group.py test_author_regions.py naming/test_names.py
 test-remat3: $(VENV)/.installed
-	JAX_REMAT3=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" tests/remattools/transform \
-		--ignore tests/remattools/transform/capture --ignore tests/remattools/transform/test_dropout.py \
-		--ignore tests/remattools/transform/naming/test_marking.py
+	JAX_REMAT3=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" $(addprefix tests/remattools/transform/,$(REMAT3))
 
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -m long
