@@ -8,9 +8,9 @@ import dataclasses
 from typing import Any
 
 from ..text import format_bytes
+from .hlo.cycles import estimate_cycles
 from .hlo.live_buffers import LiveBuffer, format_live_buffers, read_live_buffers
 from .hlo.program import parse_program
-from .hlo_cycles import estimate_cycles
 from .out_of_memory import Allocation, OutOfMemory
 from .targets import Target
 
@@ -222,8 +222,8 @@ def read_measurement(compiled: Any, target: Target, compile_s: float) -> Measure
     """
     memory = compiled.memory_analysis()
     costs = _read_costs(compiled)
-    text = compiled.as_text()
-    cycles = estimate_cycles(text) if target.platform == "tpu" else None
+    program = parse_program(compiled.as_text())
+    cycles = estimate_cycles(program) if target.platform == "tpu" else None
     notes: tuple[str, ...] = ()
     if cycles is not None and cycles.unknown_loops:
         notes = (f"the trip counts of the loops {', '.join(cycles.unknown_loops)} are unknown; each body counts once.",)
@@ -243,7 +243,7 @@ def read_measurement(compiled: Any, target: Target, compile_s: float) -> Measure
         bytes_accessed=costs.get("bytes accessed"),
         estimated_cycles=None if cycles is None else cycles.total,
         compile_s=compile_s,
-        live=read_live_buffers(parse_program(text)),
+        live=read_live_buffers(program),
         notes=notes,
     )
 

@@ -27,6 +27,7 @@ _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"(\w+)\[([^\]]*)\](?:\{([^}]*)\})?")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _OPERAND = re.compile(r"%([\w.\-]+)")
+_INTEGER = re.compile(r"-?\d+")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 # "/*index=5*/" between the items of a long tuple.
@@ -74,6 +75,7 @@ class Instruction:
         attributes: The rest of the line.
         number: For a parameter, its number.
         is_root: Whether it is the computation's result.
+        value: For an integer constant, its value.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Instruction:
     attributes: str
     number: int
     is_root: bool
+    value: int | None = None
 
     @property
     def op_name(self) -> str:
@@ -147,9 +150,11 @@ def _parse_instruction(name: str, rest: str, *, is_root: bool) -> Instruction:
     kind, end = _parse_type(rest, 0)
     opcode, _, rest = rest[end:].strip().partition("(")
     inside, attributes = _split_at_close(rest)
-    number = int(inside) if opcode == "parameter" and inside.isdigit() else -1
+    integer = int(inside) if _INTEGER.fullmatch(inside) else None
+    number = integer if opcode == "parameter" and integer is not None else -1
+    value = integer if opcode == "constant" else None
     operands = () if opcode == "constant" else tuple(_OPERAND.findall(inside))
-    return Instruction(name, opcode, kind, operands, attributes, number, is_root)
+    return Instruction(name, opcode, kind, operands, attributes, number, is_root, value)
 
 
 def _split_at_close(text: str) -> tuple[str, str]:

@@ -3,7 +3,8 @@
 
 import pytest
 
-from remattools.compiler.hlo_cycles import estimate_cycles
+from remattools.compiler.hlo.cycles import estimate_cycles
+from remattools.compiler.hlo.program import parse_program
 
 HLO = """HloModule jit_f, is_scheduled=true
 
@@ -61,17 +62,17 @@ def _make_hlo(step="1", direction="LT", trips=""):
     ],
 )
 def test_bodies_count_per_trip_and_branches_by_the_costliest(hlo, trips):
-    found = estimate_cycles(hlo)
+    found = estimate_cycles(parse_program(hlo))
     assert (found.total, found.unknown_loops) == (trips * 100 + 30 + 5, ())
 
 
 def test_a_loop_with_unknown_trip_count_counts_once():
-    found = estimate_cycles(_make_hlo(direction="NE"))
+    found = estimate_cycles(parse_program(_make_hlo(direction="NE")))
     assert (found.total, found.unknown_loops) == (135, ("loop",))
 
 
 def test_hlo_without_estimates_has_none():
-    assert estimate_cycles("HloModule m\nENTRY %main (x: f32[8]) -> f32[8] {\n}\n") is None
+    assert estimate_cycles(parse_program("HloModule m\nENTRY %main (x: f32[8]) -> f32[8] {\n}\n")) is None
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,7 @@ def test_hlo_without_estimates_has_none():
     ],
 )
 def test_a_sentinel_is_unknown_and_not_summed(estimate, operations):
-    found = estimate_cycles(_make_hlo().replace('"estimated_cycles":"5"', f'"estimated_cycles":"{estimate}"'))
+    hlo = _make_hlo().replace('"estimated_cycles":"5"', f'"estimated_cycles":"{estimate}"')
+    found = estimate_cycles(parse_program(hlo))
     assert found.unknown_operations == operations
     assert found.total == 630 + (0 if operations else 5)
