@@ -15,7 +15,7 @@ from typing import Any
 from ..compiler.report import Measurement
 from ..jaxpr import jaxprs
 from ..jaxpr.random_bits import RandomBits, find_random_bits
-from ..rules.fold_paths import format_paths, mask_path
+from ..rules.fold_paths import merge_rows
 from ..rules.paths import format_path
 from ..text import format_bytes
 from ..tracing import pure_call
@@ -57,21 +57,23 @@ def find_redrawn(program: Any) -> tuple[Redrawn, ...]:
     Args:
         program: A program with both passes, traced with module paths.
     """
-    groups: dict[Any, list[tuple[str, RandomBits]]] = {}
-    for bits in _walk_regions(program):
-        if bits.implementation == "threefry":
-            path = format_path(locate(list(bits.stacks))[0])
-            groups.setdefault((mask_path(path), str(bits.equation.outvars[-1].aval)), []).append((path, bits))
     rows = [
         Redrawn(
-            path=format_paths(list(dict.fromkeys(path for path, _ in group))),
-            shape=group[0][1].equation.outvars[-1].aval.str_short(short_dtypes=True),
-            bytes=group[0][1].bytes,
-            count=sum(bits.iterations for _, bits in group),
+            path=format_path(locate(list(bits.stacks))[0]),
+            shape=bits.equation.outvars[-1].aval.str_short(short_dtypes=True),
+            bytes=bits.bytes,
+            count=bits.iterations,
         )
-        for group in groups.values()
+        for bits in _walk_regions(program)
+        if bits.implementation == "threefry"
     ]
-    return tuple(sorted(rows, key=lambda row: -row.bytes))
+    merged = merge_rows(
+        rows,
+        lambda row: row.shape,
+        bytes=lambda group: group[0].bytes,  # of one draw: they may follow each other
+        count=lambda group: sum(row.count for row in group),
+    )
+    return tuple(merged)
 
 
 def find_redrawn_in_call(fn: Any, args: tuple[Any, ...], *, differentiate: bool) -> tuple[Redrawn, ...]:

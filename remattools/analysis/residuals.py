@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ..compiler.partition import WHOLE_ARRAYS, DeviceSizes, find_device_sizes
 from ..jaxpr import jaxprs
-from ..rules.fold_paths import format_paths, mask_path, mask_text
+from ..rules.fold_paths import mask_text, merge_rows
 from ..rules.paths import parse_path
 from ..text import format_bytes, make_table, render_text
 from ..tracing import pure_call
@@ -110,21 +110,12 @@ class ResidualReport:
 
     def fold(self) -> tuple[Residual, ...]:
         """Return rows with equal layers merged into one (`layers.[0:32].mlp`), largest first."""
-        groups: dict[Any, list[Residual]] = {}
-        for row in self.rows:
-            key = (mask_path(row.path), row.name, row.shape, row.dtype, row.kind, row.host, mask_text(row.reason))
-            groups.setdefault(key, []).append(row)
-        rows = [
-            dataclasses.replace(
-                group[0],
-                path=format_paths(list(dict.fromkeys(row.path for row in group))),
-                bytes=sum(row.bytes for row in group),
-                count=len(group),
-                reason=_merge_reasons([row.reason for row in group]),
-            )
-            for group in groups.values()
-        ]
-        return tuple(sorted(rows, key=lambda row: -row.bytes))
+        rows = merge_rows(
+            self.rows,
+            lambda row: (row.name, row.shape, row.dtype, row.kind, row.host, mask_text(row.reason)),
+            reason=lambda group: _merge_reasons([row.reason for row in group]),
+        )
+        return tuple(rows)
 
     def by_module(self) -> tuple[tuple[str, int], ...]:
         """Return computed bytes on the device by module path, equal layers merged, largest first."""

@@ -18,7 +18,7 @@ from jax.extend import core
 from ..compiler.out_of_memory import Allocation
 from ..compiler.partition import WHOLE_ARRAYS, DeviceSizes, find_device_sizes
 from ..jaxpr import jaxprs
-from ..rules.fold_paths import format_paths, mask_path
+from ..rules.fold_paths import merge_rows
 from ..rules.paths import format_path
 from ..text import format_bytes
 from ..tracing import pure_call
@@ -251,16 +251,5 @@ def _make_allocation(value: _LiveValue, sizes: DeviceSizes) -> Allocation:
 
 
 def _merge_allocations(allocations: list[Allocation]) -> tuple[Allocation, ...]:
-    groups: dict[Any, list[Allocation]] = {}
-    for item in allocations:
-        groups.setdefault((mask_path(item.path), item.name, item.shape), []).append(item)
-    rows = [
-        dataclasses.replace(
-            group[0],
-            path=format_paths(list(dict.fromkeys(item.path for item in group))),
-            bytes=sum(item.bytes for item in group),
-            count=len(group),
-        )
-        for group in groups.values()
-    ]
-    return tuple(sorted((row for row in rows if row.bytes), key=lambda row: -row.bytes))
+    rows = merge_rows(allocations, lambda item: (item.name, item.shape))
+    return tuple(row for row in rows if row.bytes)

@@ -35,14 +35,11 @@ def _note_saved_masks(outline: Outline) -> Iterator[str]:
     for path in dict.fromkeys(format_path(path) for path, kind in outline.visits if kind in masked):
         groups.setdefault(mask_path(path), []).append(path)
     size = max(sum(problem.bytes[name] for name in problem.saved_masks) for problem in masked.values())
-    drawn = max(
-        problem.make_choice(()).backward_bytes - problem.make_choice(problem.saved_masks).backward_bytes
-        for problem in masked.values()
-    )
+    paths = ", ".join(map(format_paths, groups.values()))
     yield (
-        f"in {', '.join(map(format_paths, groups.values()))} the rules save the dropout masks, {format_bytes(size)} a "
-        "block (policy dropout_masks_saveable): to draw their random bits again from threefry keys can take up to "
-        f"{format_bytes(drawn)} on a TPU. Other keys make masks cheap to draw again: {CHANGE_KEYS}."
+        f"regions of {paths} that save the dropout masks ({format_bytes(size)} a "
+        "block, policy dropout_masks_saveable) do not draw their random bits again, which from threefry keys may take "
+        f"many times as much on a TPU. Other keys make masks cheap to draw again: {CHANGE_KEYS}."
     )
 
 

@@ -6,8 +6,10 @@ end of a name. A folded path is a pattern that matches these paths and no others
 it can be pasted into a rule.
 """
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, ClassVar, Protocol
 
 _INDEX = re.compile(r"\d+$")
 _INDEX_IN_SENTENCE = re.compile(r"\d+(?=[.:,;\s]|$)")
@@ -45,6 +47,46 @@ def format_paths(paths: Sequence[str]) -> str:
             merged[others] = merged.get(others, frozenset()) | block[column]
         blocks = [(*others[:column], values, *others[column:]) for others, values in merged.items()]
     return ", ".join(".".join(map(_format_indices, block)) for block in blocks)
+
+
+class Row(Protocol):
+    """A frozen dataclass that stands for one or several equal values of modules."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def path(self) -> str:
+        """Path of the module, or a pattern for several."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of all values."""
+
+
+def merge_rows[R: Row](
+    rows: Iterable[R], get_key: Callable[[R], Hashable], **changes: Callable[[list[R]], Any]
+) -> list[R]:
+    """Return one row for rows whose paths differ in indices only, largest first.
+
+    Args:
+        rows: Rows with the fields `path`, `bytes` and `count`. A merged row has a pattern for the paths, the sum of the
+            bytes and the number of rows.
+        get_key: Returns what else must be equal.
+        changes: Other values of a merged row's fields, each computed from the rows that it stands for.
+    """
+    groups: dict[Hashable, list[R]] = {}
+    for row in rows:
+        groups.setdefault((mask_path(row.path), get_key(row)), []).append(row)
+    merged = []
+    for group in groups.values():
+        fields = {
+            "path": format_paths(list(dict.fromkeys(row.path for row in group))),
+            "bytes": sum(row.bytes for row in group),
+            "count": len(group),
+        }
+        fields.update({name: change(group) for name, change in changes.items()})
+        merged.append(dataclasses.replace(group[0], **fields))
+    return sorted(merged, key=lambda row: -row.bytes)
 
 
 def _format_indices(parts: frozenset[str]) -> str:

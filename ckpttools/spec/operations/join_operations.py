@@ -3,10 +3,10 @@
 
 import dataclasses
 
-from ...errors import SpecError
 from .operation import (
     Operation,
     find_wildcards,
+    make_field_error,
     make_wildcard_error,
     require_axis,
     require_flag,
@@ -132,11 +132,9 @@ class Split(Operation):
         require_flag(self, self.interleaved)
         legal = isinstance(self.sizes, tuple) and all(type(size) is int and size > 0 for size in self.sizes)
         if not legal or (self.sizes and (len(self.sizes) != len(names) or self.interleaved)):
-            raise SpecError(
-                what=f"ct.Split({self.pattern!r}, {self.new!r}, sizes={self.sizes!r}) cannot be honoured.",
-                why=f"sizes holds a positive int for each of {len(names)} pieces; interleaved pieces are equal.",
-                fix=f"ct.Split({self.pattern!r}, {self.new!r}, sizes={(8,) * len(names)})",
-            )
+            why = f"sizes holds a positive int for each of {len(names)} pieces; interleaved pieces are equal."
+            fix = f"{self.pattern!r}, {self.new!r}, sizes={(8,) * len(names)}"
+            raise make_field_error(self, f"{self.new!r}, sizes={self.sizes!r}", why, fix)
 
     @property
     def piece_names(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import dataclasses
 from typing import Literal
 
 from ...errors import SpecError, suggest_names
-from .operation import Operation, require_same_wildcards, require_start
+from .operation import Operation, make_field_error, require_same_wildcards, require_start
 
 DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -109,11 +109,8 @@ class Pad(Operation):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fill != "template" and (isinstance(self.fill, bool) or not isinstance(self.fill, int | float)):
-            raise SpecError(
-                what=f"ct.Pad({self.pattern!r}, fill={self.fill!r}) cannot be honoured.",
-                why='fill is a number, or "template" for the values of the state.',
-                fix=f"ct.Pad({self.pattern!r}, fill=0.0)",
-            )
+            why = 'fill is a number, or "template" for the values of the state.'
+            raise make_field_error(self, f"fill={self.fill!r}", why, f"{self.pattern!r}, fill=0.0")
         require_start(self, self.start)
 
 
@@ -174,8 +171,5 @@ class Transpose(Operation):
         super().__post_init__()
         legal = isinstance(self.axes, tuple) and all(type(axis) is int for axis in self.axes)
         if not legal or sorted(self.axes) != list(range(len(self.axes))):
-            raise SpecError(
-                what=f"ct.Transpose({self.pattern!r}, axes={self.axes!r}) cannot be honoured.",
-                why="axes is a tuple that contains each axis of the array once.",
-                fix=f"ct.Transpose({self.pattern!r}, axes=(0, 2, 1))",
-            )
+            why = "axes is a tuple that contains each axis of the array once."
+            raise make_field_error(self, f"axes={self.axes!r}", why, f"{self.pattern!r}, axes=(0, 2, 1)")

@@ -119,35 +119,37 @@ def require_joined(operation: Operation, new: str, axis: object, old_example: st
     require_axis(operation, axis)
 
 
+def make_field_error(operation: Operation, fields: str, why: str, fix: str) -> SpecError:
+    """Return the error for a field with a wrong value.
+
+    Args:
+        operation: The operation.
+        fields: The fields as given, such as "axis='x'".
+        why: What the field means.
+        fix: The same field with a right value.
+    """
+    kind = type(operation).__name__
+    return SpecError(
+        what=f"ct.{kind}({operation.pattern!r}, {fields}) cannot be honoured.", why=why, fix=f"ct.{kind}({fix})"
+    )
+
+
 def require_axis(operation: Operation, axis: object) -> None:
     """Raise `SpecError` unless an axis is an int."""
     if type(axis) is not int:
-        kind = type(operation).__name__
-        raise SpecError(
-            what=f"ct.{kind}({operation.pattern!r}, axis={axis!r}) cannot be honoured.",
-            why="an axis is an int; negative values count from the last axis.",
-            fix=f"ct.{kind}(..., axis=0)",
-        )
+        why = "an axis is an int; negative values count from the last axis."
+        raise make_field_error(operation, f"axis={axis!r}", why, "..., axis=0")
 
 
 def require_flag(operation: Operation, interleaved: object) -> None:
     """Raise `SpecError` unless `interleaved` is True or False."""
     if type(interleaved) is not bool:
-        kind = type(operation).__name__
-        raise SpecError(
-            what=f"ct.{kind}({operation.pattern!r}, interleaved={interleaved!r}) cannot be honoured.",
-            why="interleaved is True or False.",
-            fix=f"ct.{kind}(..., interleaved=True)",
-        )
+        why = "interleaved is True or False."
+        raise make_field_error(operation, f"interleaved={interleaved!r}", why, "..., interleaved=True")
 
 
 def require_start(operation: Operation, start: object) -> None:
     """Raise `SpecError` unless `start` is a tuple of ints of 0 or more."""
-    legal = isinstance(start, tuple) and all(type(size) is int and size >= 0 for size in start)
-    if not legal:
-        kind = type(operation).__name__
-        raise SpecError(
-            what=f"ct.{kind}({operation.pattern!r}, start={start!r}) cannot be honoured.",
-            why="start is a tuple of ints, each 0 or more: one for each axis, from the first.",
-            fix=f"ct.{kind}({operation.pattern!r}, start=(0, 0))",
-        )
+    if not (isinstance(start, tuple) and all(type(size) is int and size >= 0 for size in start)):
+        why = "start is a tuple of ints, each 0 or more: one for each axis, from the first."
+        raise make_field_error(operation, f"start={start!r}", why, f"{operation.pattern!r}, start=(0, 0)")

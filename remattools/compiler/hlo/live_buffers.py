@@ -8,9 +8,9 @@ Equal buffers of equal layers are one row.
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
-from ...rules.fold_paths import format_paths, mask_path
+from ...rules.fold_paths import merge_rows
 from ...rules.paths import format_path
 from ...text import format_bytes
 from ...tracing.origins import locate
@@ -62,7 +62,10 @@ def read_live_buffers(program: HloProgram) -> tuple[LiveBuffer, ...]:
         program: The compiled program.
     """
     sources = {one.name: one.op_name for lines in program.computations.values() for one in lines}
-    rows = _merge_rows([_describe_buffer(buffer, sources) for buffer in find_live_buffers(program)])
+    rows = merge_rows(
+        [_describe_buffer(buffer, sources) for buffer in find_live_buffers(program)],
+        lambda one: (one.operation, one.phase, one.shape),
+    )
     if len(rows) <= _MAX_ROWS:
         return tuple(rows)
     rest = rows[_MAX_ROWS:]
@@ -124,22 +127,6 @@ def find_phase(op_name: str) -> Phase:
     if "rematted_computation" in op_name:
         return "recomputed"
     return "backward" if "transpose(" in op_name else "forward"
-
-
-def _merge_rows(buffers: Iterable[LiveBuffer]) -> list[LiveBuffer]:
-    groups: dict[Any, list[LiveBuffer]] = {}
-    for one in buffers:
-        groups.setdefault((mask_path(one.path), one.operation, one.phase, one.shape), []).append(one)
-    rows = [
-        dataclasses.replace(
-            group[0],
-            path=format_paths(list(dict.fromkeys(one.path for one in group))),
-            bytes=sum(one.bytes for one in group),
-            count=len(group),
-        )
-        for group in groups.values()
-    ]
-    return sorted(rows, key=lambda row: -row.bytes)
 
 
 def format_live_buffers(live: Iterable[LiveBuffer], temp_bytes: int, fragmentation_bytes: int = 0) -> list[str]:

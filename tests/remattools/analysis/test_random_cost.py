@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.analysis import check as checking
 from remattools.analysis import compare as comparing
+from remattools.analysis import findings
 from remattools.analysis.random_cost import (
     count_random_bytes,
     describe_cost,
@@ -133,7 +133,7 @@ def _fake_measure(fn: Any, model: Any, *_: Any, **__: Any) -> rt.Measurement:
     ],
 )
 def test_check_names_random_bits_with_both_cures(monkeypatch: Any, tpu: str, policy: str, is_named: bool) -> None:
-    monkeypatch.setattr(checking, "measure", _fake_measure)
+    monkeypatch.setattr(findings, "measure", _fake_measure)
     report = rt.check(loss, build(), inputs(), rules={"layers.*": policy}, target=tpu)
     named = [finding for finding in report.findings if finding.code == "random_bits"]
     assert bool(named) is is_named

@@ -115,7 +115,7 @@ def test_notes_name_the_cause_and_both_cures() -> None:
 
     saved, drawn = collect_notes(_make_space()[1].outline, points, find_redrawn)
     assert MASKS in saved
-    assert saved.startswith("in layers.[0:3] ")
+    assert saved.startswith("regions of layers.[0:3] ")
     assert '"jax_default_prng_impl", "rbg"' in saved
     assert "layers.[0:3].drop" in drawn
     # Control: with keys of another kind there is nothing to say.

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paths that differ in indices only become one pattern, which matches these paths and no others."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remattools.rules.fold_paths import format_paths, mask_path, mask_text
+from remattools.rules.fold_paths import format_paths, mask_path, mask_text, merge_rows
 from remattools.rules.paths import Pattern, format_path, match, parse_path
 
 
@@ -44,3 +46,22 @@ def test_indices_in_a_sentence_are_masked():
     assert mask_text("shares parameters with layers.12, layers.3.") == "shares parameters with layers.#, layers.#."
     assert mask_text("float32x is unchanged") == "float32x is unchanged"
     assert mask_text("h0: 7 values", mark="N") == "hN: N values"
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    path: str
+    name: str
+    bytes: int
+    count: int = 1
+
+
+def test_equal_layers_become_one_row_and_others_stay_apart():
+    rows = [Value("a.0", "x", 2), Value("a.0", "y", 5), Value("a.1", "x", 2), Value("b", "x", 1)]
+    assert merge_rows(rows, lambda row: row.name) == [
+        Value("a.0", "y", 5),
+        Value("a.[0:2]", "x", 4, 2),
+        Value("b", "x", 1),
+    ]
+    largest = merge_rows(rows, lambda row: row.name, bytes=lambda group: max(row.bytes for row in group))
+    assert Value("a.[0:2]", "x", 2, 2) in largest
