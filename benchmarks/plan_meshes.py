@@ -163,7 +163,7 @@ def plan_budget(case: Case, target: rt.Target, share: float, least: int) -> str:
         plan = rt.plan(fn, model, x, budget=share, of="temp", target=target)
     except rt.BudgetError:
         plain = measure_rules(case, rt.Rules(()), target).temp_bytes
-        return f"out of reach: the least of all compiled is {least / plain:.2f}"
+        return f"out of reach: the least of the assignments is {least / plain:.2f}"
     plain = next(point.bytes for point in plan.points if not len(point.rules))
     return f"{plan.measured.temp_bytes / plain:.2f} in {len(plan.points)} compiles"
 
