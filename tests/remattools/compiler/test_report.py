@@ -77,7 +77,8 @@ class _FakeCompiled:
         self.compiled, self.estimate = compiled, estimate
 
     def as_text(self):
-        return self.compiled.as_text().replace("ROOT", f'cost = f32[] "estimated_cycles":"{self.estimate}"\n  ROOT', 1)
+        cost = f'%cost = f32[] constant(0), backend_config={{"estimated_cycles":"{self.estimate}"}}'
+        return self.compiled.as_text().replace("ROOT", f"{cost}\n  ROOT", 1)
 
     def __getattr__(self, name):
         return getattr(self.compiled, name)
