@@ -29,6 +29,7 @@ __all__ = [
     "Rules",
     "Target",
     "TargetError",
+    "Tile",
     "Timeline",
     "UnmatchedRuleError",
     "UnmatchedRuleWarning",
@@ -45,6 +46,7 @@ __all__ = [
     "remat",
     "residuals",
     "revert",
+    "tile",
     "timeline",
 ]
 

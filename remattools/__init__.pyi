@@ -33,8 +33,10 @@ from .planner.result import Plan as Plan
 from .rules import policies as policies
 from .rules.rule import Remat as Remat
 from .rules.ruleset import Rules as Rules
+from .rules.tile import Tile as Tile
 from .transform.apply import applied as applied
 from .transform.apply import apply as apply
 from .transform.apply import revert as revert
 from .transform.decorator import remat as remat
 from .transform.explain import Explanation as Explanation
+from .transform.loss import tile as tile

@@ -130,3 +130,10 @@ def make_abstract(aval: Any) -> Any:
 def get_current_trace() -> weakref.ref[Any]:
     """Return the trace that runs the caller's code; `jit`, `grad` and `vmap` make a new one for each call."""
     return weakref.ref(core.trace_ctx.trace)
+
+
+def make_zeros(aval: Any, dtype: Any) -> Any:
+    """Return zeros with the shape of an aval; inside `shard_map` they differ along the same axes of the mesh."""
+    zeros = jax.lax.full(aval.shape, 0, dtype)
+    varying = tuple(getattr(aval, "vma", ()) or ())
+    return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros

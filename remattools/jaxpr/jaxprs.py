@@ -197,6 +197,8 @@ def replace_subjaxprs(equation: Any, subjaxprs: dict[Place, Any]) -> Any:
 def inline_calls(jaxpr: Any, primitives: Container[str]) -> Any:
     """Return an open jaxpr with the equations of calls, such as jits, in place of the calls.
 
+    Equations keep the scopes of the calls around them. A call that also places its arguments or results stays.
+
     Args:
         jaxpr: An open jaxpr.
         primitives: Names of the primitives to inline: those whose equations hold one jaxpr and do nothing else.
@@ -211,7 +213,7 @@ def inline_calls(jaxpr: Any, primitives: Container[str]) -> Any:
         equation = equation.replace(invars=[resolve(atom) for atom in equation.invars])
         nested = [below for _, below in find_subjaxprs(equation)]
         inner = open_jaxpr(nested[0]) if equation.primitive.name in primitives and len(nested) == 1 else None
-        if inner is None or inner.constvars:
+        if inner is None or inner.constvars or _is_placing(equation):
             equations.append(equation)
             continue
         inner = inline_calls(inner, primitives)
@@ -220,10 +222,20 @@ def inline_calls(jaxpr: Any, primitives: Container[str]) -> Any:
         for one in inner.eqns:
             local.update((var, core.Var(var.aval)) for var in one.outvars)
             invars = [local[atom] if isinstance(atom, core.Var) else atom for atom in one.invars]
-            equations.append(one.replace(invars=invars, outvars=[local[var] for var in one.outvars]))
+            scopes = equation.source_info.name_stack + one.source_info.name_stack
+            source = one.source_info.replace(name_stack=scopes)
+            equations.append(
+                one.replace(invars=invars, outvars=[local[var] for var in one.outvars], source_info=source)
+            )
         results = [local[atom] if isinstance(atom, core.Var) else atom for atom in inner.outvars]
         same.update(zip(equation.outvars, results, strict=True))
     return jaxpr.replace(eqns=equations, outvars=[resolve(atom) for atom in jaxpr.outvars]) if same else jaxpr
+
+
+def _is_placing(equation: Any) -> bool:
+    """Whether a jit has shardings of its own."""
+    shardings = (*equation.params.get("in_shardings", ()), *equation.params.get("out_shardings", ()))
+    return any(type(sharding).__name__ != "UnspecifiedValue" for sharding in shardings)
 
 
 def run(jaxpr: Any, leaves: list[Any]) -> list[Any]:

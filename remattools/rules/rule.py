@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from ..errors import RuleError
 from .paths import NamePattern
-from .policies import PolicyLike, resolve
+from .policies import PolicyLike, everything_saveable, resolve
 from .policy_types import Policy
+from .tile import Tile
 
 # Not Iterable[str]: a lone string is one, and type checkers should refuse it as the constructor does.
 type Names = tuple[str, ...] | list[str]
@@ -39,6 +40,8 @@ class Remat:
             recomputes, for one more forward pass. What `save` and `offload` name is stored once, by both.
         methods: Names of the methods that become regions.
         prevent_cse: As in `jax.checkpoint`; False only inside a scan.
+        tile: Compute the region's largest values in pieces; also written `Remat(...) & Tile(...)`. With the policy
+            "everything_saveable" nothing else is recomputed: that is what a `Tile` alone means as an action.
 
     Raises:
         PolicyError: If `policy` does not stand for a policy.
@@ -63,6 +66,7 @@ class Remat:
     nested: bool = False
     methods: tuple[str, ...] = ("__call__",)
     prevent_cse: bool = True
+    tile: Tile | None = None
 
     # Not the generated one: it would take the types of the attributes, which are narrower.
     def __init__(
@@ -77,6 +81,7 @@ class Remat:
         nested: bool = False,
         methods: Names = ("__call__",),
         prevent_cse: bool = True,
+        tile: Tile | None = None,
     ) -> None:
         values = {
             "policy": None if policy is None else resolve(policy),
@@ -88,12 +93,39 @@ class Remat:
             "nested": nested,
             "methods": _require_strings("methods", methods),
             "prevent_cse": prevent_cse,
+            "tile": tile,
         }
         for field, value in values.items():
             object.__setattr__(self, field, value)
         self._check_names()
         self._check_counts()
         self._check_methods()
+        self._check_tile()
+
+    @property
+    def is_tile_alone(self) -> bool:
+        """Whether nothing is recomputed but what is computed in pieces."""
+        return self.tile is not None and self.policy == everything_saveable
+
+    def __and__(self, other: Any) -> "Remat":
+        if not isinstance(other, Tile):
+            return NotImplemented
+        return dataclasses.replace(self, tile=other)
+
+    __rand__ = __and__
+
+    def _check_tile(self) -> None:
+        if self.tile is not None and not isinstance(self.tile, Tile):
+            raise RuleError(
+                what=f"tile={self.tile!r} is not a Tile.", why="it says into how many pieces.", fix="Tile(8), or None."
+            )
+        if self.tile is not None and self.group != 1:
+            raise RuleError(
+                what=f"tile={self.tile!r} with group={self.group!r} is not possible.",
+                why="a group's region is several modules, and what is computed in pieces lies in one.",
+                fix='name the modules inside in a rule of their own, such as {"layers.*": Remat(group=4), '
+                '"layers.*.attn": Tile()}.',
+            )
 
     def _check_names(self) -> None:
         for name in (*self.save, *self.offload):
@@ -150,9 +182,11 @@ class Remat:
         parts = [] if self.policy is None else [f"policy={str(self.policy)!r}"]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("policy", "_") and value != field.default:
+            if field.name not in ("policy", "_", "tile") and value != field.default:
                 parts.append(f"{field.name}={value!r}")
-        return f"Remat({', '.join(parts)})"
+        if self.is_tile_alone and len(parts) == 1:
+            return repr(self.tile)
+        return f"Remat({', '.join(parts)})" + ("" if self.tile is None else f" & {self.tile!r}")
 
 
 def _require_strings(field: str, value: Any) -> tuple[str, ...]:
@@ -174,7 +208,7 @@ Action = Remat | Literal[False]
 
 
 def coerce_action(value: Any) -> Action:
-    """Return an action from a policy (name, value or callable), a `Remat`, or False.
+    """Return an action from a policy (name, value or callable), a `Remat`, a `Tile`, or False.
 
     Raises:
         RuleError: If it is none of these.
@@ -182,6 +216,8 @@ def coerce_action(value: Any) -> Action:
     """
     if value is False or isinstance(value, Remat):
         return value
+    if isinstance(value, Tile):
+        return Remat(everything_saveable, tile=value)
     if isinstance(value, bool) or value is None:
         raise RuleError(
             what=f"{value!r} is not an action.",

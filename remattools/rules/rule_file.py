@@ -14,10 +14,12 @@ A plain table is shorter, and its rules apply in the order in which they appear:
     "layers.*" = "nothing_saveable"
     "layers.[-1]" = false
     "attention*" = { save = ["qkv"] }
+    "layers.*.attn" = { tile = { pieces = 8 } }
 
 Other tables of the file are ignored, so that one file can describe a whole run.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -28,9 +30,11 @@ from .. import toml
 from ..errors import RematError, RuleError, RuleFileError, suggest_names
 from .paths import Pattern
 from .policy_types import CallablePolicy, Complement, Intersection, Policy, Union
-from .rule import Action, Remat
+from .rule import Action, Remat, coerce_action
+from .tile import Tile
 
-_FIELDS = ("policy", "save", "offload", "every_n", "offset", "group", "nested", "methods", "prevent_cse")
+_FIELDS = ("policy", "save", "offload", "every_n", "offset", "group", "nested", "methods", "prevent_cse", "tile")
+_SAVING = ("policy", "save", "offload")
 _HEADER = re.compile(r"\s*\[\[\s*remat\s*\.\s*rule\s*\]\]")
 
 
@@ -146,7 +150,31 @@ def _parse_action(value: Any) -> Action:
                 fix="off = true alone.",
             )
         return False
-    return Remat(**value)
+    if "tile" not in value:
+        return Remat(**value)
+    tile = _parse_tile(value["tile"])
+    if any(key in value for key in _SAVING):
+        return Remat(**{**value, "tile": tile})
+    return dataclasses.replace(coerce_action(tile), **{key: item for key, item in value.items() if key != "tile"})
+
+
+def _parse_tile(value: Any) -> Tile:
+    fields = [field.name for field in dataclasses.fields(Tile) if field.name != "_"]
+    if not isinstance(value, dict):
+        raise RuleError(
+            what=f"tile = {value!r} is not a table.", why="it says how to cut.", fix="tile = { pieces = 8 }."
+        )
+    for key in value:
+        if key not in fields:
+            raise RuleError(
+                what=f"tile has no entry {key!r}.",
+                why="a misspelt entry would silently do nothing.",
+                fix=suggest_names(key, fields),
+            )
+    # A file has no null: what is not to be widened says so.
+    if value.get("accumulate") == "as is":
+        value = {**value, "accumulate": None}
+    return Tile(**value)
 
 
 def _find_line(text: str, key: str, start: int = 1) -> int:
@@ -183,15 +211,29 @@ def _encode_rule(pattern: str, action: Action) -> dict[str, Any]:
     if action is False:
         return {"pattern": pattern, "off": True}
     entries: dict[str, Any] = {}
-    if action.policy is not None:
+    if action.policy is not None and not (action.is_tile_alone and not (action.save or action.offload)):
         _check_writable(action.policy, pattern)
         entries["policy"] = str(action.policy)
     default = Remat()
     entries |= {
-        field: getattr(action, field) for field in _FIELDS[1:] if getattr(action, field) != getattr(default, field)
+        field: getattr(action, field)
+        for field in _FIELDS[1:]
+        if field != "tile" and getattr(action, field) != getattr(default, field)
     }
+    if action.tile is not None:
+        if not action.is_tile_alone and not any(key in entries for key in _SAVING):
+            entries["save"] = ()  # without it, the tile would be alone
+        entries["tile"] = _encode_tile(action.tile)
     # A rule needs an action, and Remat() differs from a policy that saves nothing: this entry restates a default.
     return {"pattern": pattern, **(entries or {"every_n": 1})}
+
+
+def _encode_tile(tile: Tile) -> dict[str, Any]:
+    fields = [field for field in dataclasses.fields(Tile) if field.name != "_"]
+    entries = {f.name: getattr(tile, f.name) for f in fields if getattr(tile, f.name) != f.default}
+    if tile.accumulate is None:
+        entries["accumulate"] = "as is"
+    return entries
 
 
 def _check_writable(policy: Policy, pattern: str) -> None:

@@ -21,6 +21,10 @@ from .rule import Action, Remat, coerce_action
 _PRESETS = pathlib.Path(__file__).with_name("presets")
 
 
+# The pattern for what a loss computes around its model; no module has such a path.
+LOSS = "@loss"
+
+
 class Rules:
     """Ordered rules; the last that matches a module wins.
 

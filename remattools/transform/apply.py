@@ -14,10 +14,11 @@ from ..errors import RuleError
 from ..rules.paths import Path, format_path
 from ..rules.resolve import ModuleDecision, ModuleNode, resolve
 from ..rules.rule import Remat
-from ..rules.ruleset import Rules
+from ..rules.ruleset import LOSS, Rules
 from . import swap
 from .derive import get_base_class
 from .group import Group
+from .loss import apply_loss_rules, remove_action
 from .modules import ModuleEntry, find_modules
 
 
@@ -29,14 +30,14 @@ def apply[M](model: M, rules: Any, *, on: str | None = None, strict: bool = True
     keeps its action. Nothing is copied, so abstract models (`nnx.eval_shape`) work too.
 
     Args:
-        model: An nnx module, or a pytree of modules; concrete or abstract.
+        model: An nnx module, or a pytree of modules; concrete or abstract. Or a loss function, for the rule "@loss".
         rules: `Rules`, a mapping of patterns to actions, or the path of a rule file; with `on`,
-            a single action (a policy or a `Remat`).
+            a single action (a policy, a `Remat` or a `Tile`).
         on: Pattern of the modules that the single action is for.
         strict: Raise if a rule matches nothing; otherwise warn.
 
     Returns:
-        `model` itself.
+        `model` itself; for a function, one that computes the same.
 
     Raises:
         UnmatchedRuleError: If `strict` and a rule matches no module that can be called.
@@ -52,15 +53,36 @@ def apply[M](model: M, rules: Any, *, on: str | None = None, strict: bool = True
         True
         >>> _ = rt.apply(model, "dots_saveable", on="layers.[0]")
     """
+    if not find_modules(model) and callable(model) and not isinstance(model, type):
+        tiled: M = apply_loss_rules(model, coerce_rules(rules, on))
+        return tiled
     entries, decisions = decide(model, rules, on=on, strict=strict)
     plan = _plan_modules(entries, decisions)
     for entry, (action, _) in zip(entries, plan, strict=True):
         if action is not None:
             swap.check_class(type(entry.module), action)
-    for entry, (action, groups) in zip(entries, plan, strict=True):
-        if (action, groups) != (swap.get_action(entry.module), swap.get_groups(entry.module)):
-            swap.swap(entry.module, action, groups)
+    holders = _find_tile_holders(entries, [action for action, _ in plan])
+    for index, (entry, (action, groups)) in enumerate(zip(entries, plan, strict=True)):
+        holds_tiles = index in holders and action is not None
+        if (action, groups, holds_tiles) != _get_state(entry.module):
+            swap.swap(entry.module, action, groups, holds_tiles=holds_tiles)
     return model
+
+
+def _get_state(module: Any) -> tuple[Remat | None, tuple[Group, ...], bool]:
+    return swap.get_action(module), swap.get_groups(module), swap.has_tiles_inside(module)
+
+
+def _find_tile_holders(entries: list[ModuleEntry], actions: list[Remat | None]) -> set[int]:
+    """Indices of the modules inside which a module is computed in pieces."""
+    above = {
+        path[:depth]
+        for entry, action in zip(entries, actions, strict=True)
+        if action is not None and action.tile is not None
+        for path in entry.paths
+        for depth in range(len(path))
+    }
+    return {index for index, entry in enumerate(entries) if above.intersection(entry.paths)}
 
 
 type _ModuleAssignment = tuple[Remat | None, tuple[Group, ...]]
@@ -127,10 +149,10 @@ def revert[M](model: M) -> M:
     """Remove every action from `model`, in place; each module gets its own class back.
 
     Args:
-        model: An nnx module, or a pytree of modules.
+        model: An nnx module, or a pytree of modules. Or a function that `tile` or `apply` returned.
 
     Returns:
-        `model` itself.
+        `model` itself; for a function, the function as it was.
 
     Example:
         >>> from flax import nnx
@@ -141,7 +163,8 @@ def revert[M](model: M) -> M:
     """
     for entry in find_modules(model):
         swap.unswap(entry.module)
-    return model
+    plain: M = remove_action(model)
+    return plain
 
 
 @contextlib.contextmanager
@@ -172,13 +195,13 @@ def applied[M](model: M, rules: Any, *, on: str | None = None, strict: bool = Tr
         >>> len(rt.explain(model).regions)
         0
     """
-    before = [(e.module, swap.get_action(e.module), swap.get_groups(e.module)) for e in find_modules(model)]
+    before = [(entry.module, _get_state(entry.module)) for entry in find_modules(model)]
     apply(model, rules, on=on, strict=strict)
     try:
         yield model
     finally:
-        for module, action, groups in before:
-            swap.swap(module, action, groups)
+        for module, (action, groups, holds_tiles) in before:
+            swap.swap(module, action, groups, holds_tiles=holds_tiles)
 
 
 def decide(
@@ -188,7 +211,20 @@ def decide(
     entries = find_modules(model)
     if not entries:
         raise _make_no_model_error(model)
-    return entries, resolve(coerce_rules(rules, on), [_make_node(entry) for entry in entries], strict=strict)
+    module_rules = _drop_loss_rules(coerce_rules(rules, on))
+    return entries, resolve(module_rules, [_make_node(entry) for entry in entries], strict=strict)
+
+
+def _drop_loss_rules(rules: Rules) -> Rules:
+    """Rules without those for the loss; a rule file holds both, and each is applied where it belongs."""
+    remaining = Rules((pattern, action) for pattern, action in rules if pattern.text != LOSS)
+    if len(rules) and not len(remaining):
+        raise RuleError(
+            what=f"all rules are for {LOSS!r}, but they were applied to a model.",
+            why="that rule is for what a loss computes around its model.",
+            fix="loss = rt.apply(loss, rules).",
+        )
+    return remaining
 
 
 def _make_no_model_error(value: Any) -> RuleError:

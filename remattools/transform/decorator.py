@@ -17,6 +17,7 @@ from ..rules.policies import PolicyLike
 from ..rules.rule import Names, Remat
 from . import region, swap
 from .apply import apply, coerce_rules, find_outermost_sequences
+from .function_target import FunctionTarget
 
 
 class Decorator(Protocol):
@@ -25,24 +26,6 @@ class Decorator(Protocol):
     def __call__[T: Callable[..., Any]](self, target: T, /) -> T:
         """Decorate `target`."""
         ...
-
-
-class _FunctionTarget:
-    """Region target of a decorated function; equal for two decorations of one function, so that they share a trace."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _FunctionTarget) and self.function is other.function
-
-    def __hash__(self) -> int:
-        return hash(self.function)
 
 
 # One TypeVar for classes, methods and functions: parameter names, generics and overloads of `target` survive.
@@ -169,7 +152,7 @@ def remat(
 
 
 def _decorate_function(function: Callable[..., Any], action: Remat) -> Callable[..., Any]:
-    target = _FunctionTarget(function)
+    target = FunctionTarget(function)
 
     @functools.wraps(function)
     def call_as_region(*args: Any, **kwargs: Any) -> Any:

@@ -192,13 +192,19 @@ def _make_region(group: Group, piece: Any) -> Callable[..., Any]:
 
 def _checkpoint_piece(group: Group, piece: Any) -> Callable[..., Any]:
     """Make a piece one region; names in `save` and `offload` are relative to each of its modules."""
-    action = group.action
-    marks = {}
-    if names.is_naming_needed(action):
-        marks = names.select_marks(functools.partial(_find_relative_values, group, piece), action)
-    marked = marking.mark_equations(piece, marks)
+    action, marked = group.action, _mark(group, piece)
     run = functools.partial(_run_nested if action.nested else _run_marked, group, marked)
-    return jax.checkpoint(run, policy=names.lower_policy(action), prevent_cse=action.prevent_cse)
+    policy = names.lower_policy(action, holds_tiles=marking.has_tiles(piece))
+    return jax.checkpoint(run, policy=policy, prevent_cse=action.prevent_cse)
+
+
+def _mark(group: Group, program: Any) -> Any:
+    """Return a program with the values marked that its group saves or offloads."""
+    find_values = functools.partial(_find_relative_values, group, program)
+    holds_tiles = marking.has_tiles(program)
+    if not names.is_naming_needed(group.action, holds_tiles=holds_tiles):
+        return marking.mark_equations(program, {})
+    return marking.mark_program(program, group.action, holds_tiles=holds_tiles, find_values=find_values)
 
 
 def _run_marked(group: Group, marked: Any, *leaves: Any) -> list[Any]:
@@ -215,9 +221,9 @@ def _run_nested(group: Group, marked: Any, *leaves: Any) -> list[Any]:
 
 def _make_inner_region(group: Group, piece: Any) -> Callable[..., Any]:
     """Make a piece, whose values have their names already, one region."""
-    action = group.action
     run = functools.partial(_run_marked, group, piece)
-    return jax.checkpoint(run, policy=names.lower_policy(action), prevent_cse=action.prevent_cse)
+    policy = names.lower_policy(group.action, holds_tiles=marking.has_tiles(piece))
+    return jax.checkpoint(run, policy=policy, prevent_cse=group.action.prevent_cse)
 
 
 def _find_relative_values(group: Group, piece: Any, *, deeper: bool = False) -> Iterator[names.NamedValue]:
@@ -241,7 +247,7 @@ def _make_grouped_scan(group: Group, piece: Any) -> Callable[..., Any]:
         operands = [jaxprs.read_atom(atom, values) for atom in equation.invars]
         consts, rest = operands[: scan.num_consts], operands[scan.num_consts :]
         carry, xs = rest[: scan.num_carry], rest[scan.num_carry :]
-        policy = names.lower_policy(group.action)
+        policy = names.lower_policy(group.action, holds_tiles=marking.has_tiles(scan.body))
         step: Callable[..., Any] = functools.partial(body, consts)
         if group.action.nested:
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
@@ -253,10 +259,7 @@ def _make_grouped_scan(group: Group, piece: Any) -> Callable[..., Any]:
 
 
 def _make_checkpointed_body(group: Group, scan: jaxprs.Scan) -> Callable[..., Any]:
-    marks = {}
-    if names.is_naming_needed(group.action):
-        marks = names.select_marks(functools.partial(_find_relative_values, group, scan.body), group.action)
-    marked = marking.mark_equations(scan.body, marks)
+    marked = _mark(group, scan.body)
 
     def run_body(consts: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         out = jaxprs.run(marked, [*consts, *carry, *x])

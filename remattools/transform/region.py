@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from .. import compat
+from ..jaxpr import jaxprs
 from ..rules.paths import Path, parse_path
 from ..rules.policy_types import Policy
 from ..rules.rule import Remat
@@ -31,6 +32,7 @@ from .capture import effects
 from .capture.rebuild import rebuild
 from .capture.walk import SCOPE_KEY, capture
 from .naming import marking, names, scopes
+from .tiling import evaluate as tiling
 
 # The code that a region runs, as `target(*args, **kwargs)`; the first of `args` may be the rebuilt module. It must be
 # hashable and compare by value.
@@ -43,13 +45,15 @@ class _StaticInputs:
 
     target: RegionTarget
     action: Remat
+    holds_tiles: bool
+    is_loss: bool
     spec: Any
     # A new object if the trace must not be shared, else None.
     token: object
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.target, self.action, self.spec, self.token))
+        return hash((self.target, self.action, self.holds_tiles, self.is_loss, self.spec, self.token))
 
     def __hash__(self) -> int:
         return self._hash
@@ -181,14 +185,24 @@ def is_recording_paths() -> bool:
     return _mode.with_paths or _mode.with_scopes
 
 
-def call(target: RegionTarget, action: Remat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call(
+    target: RegionTarget,
+    action: Remat,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    holds_tiles: bool = False,
+    is_loss: bool = False,
+) -> Any:
     """Run `target(*args, **kwargs)` as one rematerialised region.
 
     Args:
         target: Hashable callable that compares by value.
-        action: What is saved, offloaded and recomputed.
+        action: What is saved, offloaded, recomputed and computed in pieces.
         args: Any values; arrays and nnx objects in them are traced, everything else is static.
         kwargs: Any values, treated like `args`.
+        holds_tiles: Whether modules inside are computed in pieces by actions of their own.
+        is_loss: Whether stretches that lie in modules altogether stay whole.
 
     Returns:
         What the plain call would return; objects that it changes are changed in the same way.
@@ -207,12 +221,12 @@ def call(target: RegionTarget, action: Remat, args: tuple[Any, ...], kwargs: dic
         run, token = functools.partial(body), object()
     else:
         run = _shared.get(body)
-    static = _StaticInputs(target, action, captured.spec, token)
+    static = _StaticInputs(target, action, holds_tiles or action.tile is not None, is_loss, captured.spec, token)
     inputs = _Inputs(captured.leaves, static)
     if _mode.replacement is not None and _is_replaced(action):
         outputs = _mode.replacement[1](run, inputs, _find_path(args))
     else:
-        outputs = _checkpoint(run, action)(inputs)
+        outputs = _make_region(run, static)(inputs)
     if outputs.call_effects.is_single_use:
         _shared.forget(body)
     return effects.replay(outputs.call_effects, outputs.leaves, captured.objects)
@@ -222,8 +236,11 @@ def _is_replaced(action: Remat) -> bool:
     return _mode.replacement is not None and _mode.replacement[0] == action.policy
 
 
-def _checkpoint(run: Callable[[_Inputs], _Outputs], action: Remat) -> Callable[[_Inputs], _Outputs]:
-    policy = names.lower_policy(action)
+def _make_region(run: Callable[[_Inputs], _Outputs], static: _StaticInputs) -> Callable[[_Inputs], _Outputs]:
+    action = static.action
+    if action.is_tile_alone:  # the pieces are regions; a jit gives equal blocks one trace
+        return jax.jit(run)
+    policy = names.lower_policy(action, holds_tiles=static.holds_tiles)
     return jax.checkpoint(run, policy=policy, prevent_cse=action.prevent_cse)
 
 
@@ -234,7 +251,7 @@ def _find_path(args: tuple[Any, ...]) -> Path:
 
 def _run(inputs: _Inputs) -> _Outputs:
     """The body of every region; JAX traces it once for each distinct structure."""
-    return _trace_body(inputs, with_paths=names.is_naming_needed(inputs.static.action))
+    return _trace_body(inputs, with_paths=_is_naming_needed(inputs.static))
 
 
 def _run_with_paths(inputs: _Inputs) -> _Outputs:
@@ -248,25 +265,39 @@ def _run_with_paths(inputs: _Inputs) -> _Outputs:
 def _run_with_scopes(inputs: _Inputs) -> _Outputs:
     """`_run` with module paths in the scopes alone, so that its program is the same."""
     with jax.named_scope(scopes.REGION):
-        if names.is_naming_needed(inputs.static.action):
+        if _is_naming_needed(inputs.static) or inputs.static.action.tile is not None:
             return _trace_body(inputs, with_paths=True)
         return _run_body(inputs.leaves, inputs.static, with_paths=True, mark_outputs=False)
 
 
 def _trace_body(inputs: _Inputs, *, with_paths: bool) -> _Outputs:
     static = inputs.static
-    if not with_paths:
+    if not with_paths and static.action.tile is None:
         return _run_body(inputs.leaves, static, with_paths=False)
     # Names are added to the traced program, where patterns see all operations.
     recorded: list[effects.CallEffects] = []
 
+    # Whether a stretch lies in modules is read from the scopes of its equations.
+    with_scopes = with_paths or (static.is_loss and static.action.tile is not None)
+
     def run_body(leaves: list[Any]) -> list[Any]:
-        outputs = _run_body(leaves, static, with_paths=True)
+        outputs = _run_body(leaves, static, with_paths=with_scopes, mark_outputs=with_paths)
         recorded.append(outputs.call_effects)
         return outputs.leaves
 
-    leaves = marking.evaluate(run_body, inputs.leaves, static.action)
+    program = jax.make_jaxpr(run_body)(inputs.leaves)
+    if with_paths:
+        holds_tiles = static.holds_tiles and not static.action.is_tile_alone
+        program = marking.mark_program(program, static.action, holds_tiles=holds_tiles)
+    if static.action.tile is None:
+        return _Outputs(jaxprs.run(program, inputs.leaves), recorded[0])
+    leaves = tiling.run_tiled(program, inputs.leaves, static.action.tile, is_loss=static.is_loss)
     return _Outputs(leaves, recorded[0])
+
+
+def _is_naming_needed(static: _StaticInputs) -> bool:
+    is_by_names = not static.action.is_tile_alone
+    return is_by_names and names.is_naming_needed(static.action, holds_tiles=static.holds_tiles)
 
 
 def _run_body(leaves: list[Any], static: _StaticInputs, *, with_paths: bool, mark_outputs: bool = True) -> _Outputs:

@@ -30,16 +30,18 @@ from .group import Group
 # nnx's containers skip attributes of this prefix when they iterate over themselves.
 _ACTION = "_pytree__remattools"
 _GROUPS = "_pytree__remattools_groups"
+_HOLDS_TILES = "_pytree__remattools_holds_tiles"
 _METHODS = "_remattools_methods"
 
 
-def swap(module: Any, action: Remat | None, groups: tuple[Group, ...] = ()) -> None:
+def swap(module: Any, action: Remat | None, groups: tuple[Group, ...] = (), *, holds_tiles: bool = False) -> None:
     """Put an action and groups on `module`, in place, in place of those it has.
 
     Args:
         module: An nnx module.
         action: The methods that it names become regions; None for no action.
         groups: Sequences held by the module whose modules share regions.
+        holds_tiles: Whether modules inside it are computed in pieces.
 
     Raises:
         RuleError: If the module lacks a method that the action names.
@@ -51,7 +53,8 @@ def swap(module: Any, action: Remat | None, groups: tuple[Group, ...] = ()) -> N
     if groups:
         methods += find_holder_methods(get_base_class(type(module)))
     # Bypasses nnx's __setattr__, which rejects changes from other trace levels and classifies attributes.
-    for key, value in ((_ACTION, action), (_GROUPS, groups or None)):
+    holds_tiles = holds_tiles and action is not None
+    for key, value in ((_ACTION, action), (_GROUPS, groups or None), (_HOLDS_TILES, holds_tiles or None)):
         if value is None:
             vars(module).pop(key, None)
         else:
@@ -76,7 +79,7 @@ def unswap(module: Any) -> None:
     """Remove the action and groups of `module`, and give it its own class back."""
     if is_swapped(type(module)):
         object.__setattr__(module, "__class__", get_base_class(type(module)))
-    for key in (_ACTION, _GROUPS):
+    for key in (_ACTION, _GROUPS, _HOLDS_TILES):
         vars(module).pop(key, None)
 
 
@@ -89,6 +92,11 @@ def get_groups(module: Any) -> tuple[Group, ...]:
 def get_action(module: Any) -> Remat | None:
     """Return the action that is in force on `module`, or None."""
     return vars(module).get(_ACTION) if is_swapped(type(module)) else None
+
+
+def has_tiles_inside(module: Any) -> bool:
+    """Whether modules inside a region's module are computed in pieces."""
+    return is_swapped(type(module)) and bool(vars(module).get(_HOLDS_TILES))
 
 
 _LAZY_FUNCTION_CHECKS = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
@@ -193,6 +201,6 @@ def _make_region_method(owner: type, name: str) -> Callable[..., Any]:
         target = _OriginalMethod(owner, name)
         if action is None or name not in action.methods:
             return target(self, *args, **kwargs)
-        return region.call(target, action, (self, *args), kwargs)
+        return region.call(target, action, (self, *args), kwargs, holds_tiles=bool(vars(self).get(_HOLDS_TILES)))
 
     return call_as_region

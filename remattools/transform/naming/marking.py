@@ -8,10 +8,9 @@ derivative's reader.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 from jax.extend import core
 
 from ... import compat
@@ -26,18 +25,38 @@ _KEPT = (names.SAVED, names.OFFLOADED)
 _RULE = forward_rules.FORWARD_RULE
 
 
-def evaluate(fn: Callable[[list[Any]], list[Any]], leaves: list[Any], action: Remat) -> list[Any]:
-    """Compute `fn(leaves)` with the values that `action` saves or offloads marked for its policy.
+def mark_program(
+    program: Any,
+    action: Remat,
+    *,
+    holds_tiles: bool = False,
+    find_values: Callable[..., Iterable[names.NamedValue]] | None = None,
+) -> Any:
+    """Return a region's traced program with the values that `action` saves or offloads marked for its policy.
+
+    Args:
+        program: The closed jaxpr.
+        action: What is saved and offloaded.
+        holds_tiles: Whether something inside is computed in pieces.
+        find_values: Returns the values that patterns can name, if not those of the program; as in `select_marks`.
 
     Raises:
         UnmatchedRuleError: If a pattern of `save` or `offload` matches no value that can be saved.
     """
-    program = jax.make_jaxpr(fn)(leaves)
-    marks = names.select_marks(functools.partial(names.find_named_values, program), action)
-    if action.policy is not None and names.is_policy_by_names(action):
+    find_values = find_values or functools.partial(names.find_named_values, program)
+    marks = names.select_marks(find_values, action, holds_tiles=holds_tiles)
+    if action.policy is not None and names.is_policy_by_names(action, holds_tiles=holds_tiles):
         marks = {**_decide_marks(program, action.policy), **marks}
-    results: list[Any] = jaxprs.run(mark_equations(program, marks), leaves)
-    return results
+    return mark_equations(program, marks)
+
+
+def has_tiles(jaxpr: Any) -> bool:
+    """Whether something in a program is computed in pieces."""
+    return any(
+        jaxprs.get_checkpoint_name(equation) == names.TILE_RESULT or any(has_tiles(below) for _, below in nested)
+        for equation in jaxprs.open_jaxpr(jaxpr).eqns
+        for nested in [list(jaxprs.find_subjaxprs(equation))]
+    )
 
 
 def mark_equations(jaxpr: Any, marks: Marks, prefix: names.Position = (), *, in_rule: bool = False) -> Any:

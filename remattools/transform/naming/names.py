@@ -32,6 +32,9 @@ from ...rules.rule import Remat
 from . import scopes
 
 SAVED, OFFLOADED = "remattools:save", "remattools:offload"
+# What a stretch that is computed in pieces returns, and the reductions of its rows: what its pieces read and compute
+# otherwise is not for policies, so a region around it saves by names.
+TILE_RESULT, TILE_ROW = "remattools:tile", "remattools:tile-row"
 
 Position = jaxprs.Position
 
@@ -75,42 +78,56 @@ class NamedValue:
         return sum(jaxprs.count_aval_bytes(aval) for aval in self.avals)
 
 
-def is_naming_needed(action: Remat) -> bool:
-    """Whether a region under `action` needs the names of its values."""
+def is_naming_needed(action: Remat, *, holds_tiles: bool = False) -> bool:
+    """Whether a region under `action` needs the names of its values.
+
+    Args:
+        action: What is saved and offloaded.
+        holds_tiles: Whether something inside is computed in pieces.
+    """
     is_by_masks = action.policy is not None and action.policy.has_dropout_masks
-    return bool(action.save or action.offload) or is_by_masks or is_policy_by_names(action)
+    return bool(action.save or action.offload) or is_by_masks or is_policy_by_names(action, holds_tiles=holds_tiles)
 
 
-def is_policy_by_names(action: Remat) -> bool:
-    """Whether the policy itself becomes names: `jax_remat3` calls neither combined policies nor bare callables."""
-    if action.policy is None or not _is_remat3():
-        return False
-    return action.policy.is_lowered_to_names or bool(action.save or action.offload)
+def is_policy_by_names(action: Remat, *, holds_tiles: bool = False) -> bool:
+    """Whether the policy itself becomes names.
+
+    `jax_remat3` calls neither combined policies nor bare callables; and a policy would also decide about the inside of
+    pieces, where "save the matrix products" would bring back the values that are computed in pieces.
+    """
+    if action.policy is None or holds_tiles:
+        return action.policy is not None
+    return _is_remat3() and (action.policy.is_lowered_to_names or bool(action.save or action.offload))
 
 
-def lower_policy(action: Remat) -> Callable[..., Any] | None:
+def lower_policy(action: Remat, *, holds_tiles: bool = False) -> Callable[..., Any] | None:
     """Return the JAX policy of `action`: JAX's own object if there is one, for the same program as `jax.checkpoint`."""
-    if not (action.save or action.offload or is_policy_by_names(action)):
+    is_by_names = is_policy_by_names(action, holds_tiles=holds_tiles)
+    if not (action.save or action.offload or is_by_names or holds_tiles):
         return None if action.policy is None else action.policy.lower()
+    saved = [SAVED, TILE_RESULT, TILE_ROW] if holds_tiles else [SAVED]
     marks: Policy = policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[SAVED],
+        names_which_can_be_saved=saved,
         names_which_can_be_offloaded=[OFFLOADED],
         offload_src="device",
         offload_dst="pinned_host",
     )
     if not action.offload:
-        marks = policies.save_only_these_names(SAVED)
-    if action.policy is None or is_policy_by_names(action):
+        marks = policies.save_only_these_names(*saved)
+    if action.policy is None or is_by_names:
         return marks.lower()
     return (action.policy | marks).lower()
 
 
-def select_marks(find_values: Callable[..., Iterable[NamedValue]], action: Remat) -> dict[Position, str]:
+def select_marks(
+    find_values: Callable[..., Iterable[NamedValue]], action: Remat, *, holds_tiles: bool = False
+) -> dict[Position, str]:
     """Select the equations whose results are saved or offloaded; a value named for both is saved.
 
     Args:
         find_values: Returns the named values; with `deeper=True`, also those in inner regions.
         action: What is saved and offloaded.
+        holds_tiles: Whether something inside is computed in pieces.
 
     Returns:
         `SAVED`, `OFFLOADED` or `DROPOUT_MASK` by the equation's position.
@@ -139,7 +156,7 @@ def select_marks(find_values: Callable[..., Iterable[NamedValue]], action: Remat
             fix="\n    ".join(f"{text!r}: {error.fix}" for text, error in errors.items()),
         )
     if _is_saving_dropout_masks(action):
-        mark = SAVED if is_policy_by_names(action) else DROPOUT_MASK
+        mark = SAVED if is_policy_by_names(action, holds_tiles=holds_tiles) else DROPOUT_MASK
         chosen[mark] += [value for value in values if value.is_dropout_mask and value.reachable]
     return {position: mark for mark, group in chosen.items() for value in group for position in value.where}
 
