@@ -9,11 +9,11 @@ another one, but cannot say whether that one still exists.
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax._src import config, core
+from jax._src import config, core, source_info_util
 from jax._src import mesh as mesh_lib
 from jax._src.ad_checkpoint import name_p
 from jax._src.interpreters import partial_eval
@@ -137,3 +137,33 @@ def make_zeros(aval: Any, dtype: Any) -> Any:
     zeros = jax.lax.full(aval.shape, 0, dtype)
     varying = tuple(getattr(aval, "vma", ()) or ())
     return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
+
+
+@contextlib.contextmanager
+def enter_equation(equation: Any) -> Iterator[None]:
+    """Run a block as if it were an equation: its names joined to the current ones, its source lines, its compute type.
+
+    Args:
+        equation: An equation of a jaxpr.
+    """
+    source = equation.source_info
+    name_stack = source_info_util.current_name_stack() + source.name_stack
+    with source_info_util.user_context(source.traceback, name_stack=name_stack), equation.ctx.manager:
+        yield
+
+
+def bind(equation: Any, operands: Sequence[Any], params: Mapping[str, Any]) -> list[Any]:
+    """Run an equation's primitive under the current trace.
+
+    Args:
+        equation: The equation whose primitive, names, source lines and compute type are used.
+        operands: Values of its operands, which may differ in shape from those of the equation.
+        params: Parameters, in the form of `equation.params`.
+
+    Returns:
+        The values of the results, a list also for one result.
+    """
+    primitive = equation.primitive
+    with enter_equation(equation):
+        results = primitive.bind(*operands, **primitive.get_bind_params(dict(params)))
+    return list(results) if primitive.multiple_results else [results]

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cut each equation of a program along each factor and compare with the whole equation: values and gradients."""
+
+import contextlib
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from remattools import compat
+from remattools.jaxpr import jaxprs
+from remattools.jaxpr.axes.factor import Piece
+from remattools.jaxpr.axes.pieces import run_piece
+from remattools.jaxpr.axes.rules import find_factors
+
+TOLERANCE = 1e-12
+
+
+def run_equations(program, arguments):
+    """Yield each equation of a closed jaxpr with the values of its operands; `jit`s are inlined."""
+    inner = jaxprs.open_jaxpr(program)
+    values = dict(zip(inner.constvars, program.consts)) | dict(zip(inner.invars, arguments))
+    for equation in inner.eqns:
+        operands = [jaxprs.read_atom(atom, values) for atom in equation.invars]
+        if equation.primitive.name == "jit":
+            results = yield from run_equations(equation.params["jaxpr"], operands)
+        else:
+            yield equation, operands
+            results = compat.bind(equation, operands, equation.params)
+        values.update(zip(equation.outvars, results))
+    return [jaxprs.read_atom(atom, values) for atom in inner.outvars]
+
+
+def find_equation(function, *arguments, name):
+    """Return the first equation of a primitive in a traced function, and the values of its operands."""
+    program = jax.make_jaxpr(function)(*arguments)
+    return next(found for found in run_equations(program, arguments) if found[0].primitive.name == name)
+
+
+def measure_axes(equation, factor):
+    """Return the smallest length of the axes of a factor."""
+    atoms = (*equation.invars, *equation.outvars)
+    places = (*factor.operands, *factor.results)
+    return min(atom.aval.shape[axis] for atom, axis in zip(atoms, places) if axis is not None)
+
+
+def cut_rows(value, axis, piece):
+    """Return the rows of a piece; beyond the end copies of the last row of `piece.size`."""
+    length = value.shape[axis]
+    per_row = length // piece.size
+    rows = np.minimum(np.arange(piece.rows) + piece.index * piece.rows, piece.size - 1)
+    places = (rows[:, None] * per_row + np.arange(per_row)).reshape(-1)
+    return jax.lax.concatenate([jax.lax.slice_in_dim(value, place, place + 1, axis=axis) for place in places], axis)
+
+
+def run_in_pieces(equation, factor, operands, rows, run=run_piece):
+    """Compute all pieces of an equation and join or add them."""
+    size = measure_axes(equation, factor)
+    parts = []
+    for index in range(-(-size // rows)):
+        piece = Piece(index, rows, size)
+        cut = [
+            value if axis is None else cut_rows(value, axis, piece) for value, axis in zip(operands, factor.operands)
+        ]
+        parts.append(run(equation, factor, cut, Piece(jnp.int32(index), rows, size)))
+    joined = []
+    for values, axis, var in zip(zip(*parts), factor.results, equation.outvars):
+        if axis is None:
+            total = values[0]
+            for value in values[1:]:
+                total = total + value
+            joined.append(total)
+        else:
+            whole = jax.lax.concatenate(list(values), axis)
+            joined.append(jax.lax.slice_in_dim(whole, 0, var.aval.shape[axis], axis=axis))
+    return joined
+
+
+def list_rows(size):
+    """Return numbers of rows of a piece: one that divides the axis and one that does not."""
+    divisors = [rows for rows in range(1, size) if size % rows == 0]
+    others = [rows for rows in range(2, size) if size % rows]
+    return [divisors[-1], *others[-1:]]
+
+
+def check_equation(equation, operands, *, gradients=True, run=run_piece, find=find_factors):
+    """Check that an equation in pieces is the whole equation, along each of its factors.
+
+    Returns:
+        The number of factors.
+    """
+    factors = find(equation)
+    for factor in factors:
+        for rows in list_rows(measure_axes(equation, factor)):
+            _check_pieces(equation, factor, operands, rows, gradients, run)
+    return len(factors)
+
+
+def _check_pieces(equation, factor, operands, rows, gradients, run):
+    place = f"{equation.primitive.name} {factor} rows={rows} {[str(atom.aval) for atom in equation.invars]}"
+    is_input = [
+        jnp.issubdtype(atom.aval.dtype, jnp.inexact) and not isinstance(atom, core.Literal) for atom in equation.invars
+    ]
+
+    def call(function):
+        def run_with(*inputs):
+            rest = iter(inputs)
+            values = [next(rest) if use else value for use, value in zip(is_input, operands)]
+            return [result for result in function(values) if jnp.issubdtype(result.dtype, jnp.inexact)]
+
+        return run_with
+
+    def whole(values):
+        return compat.bind(equation, values, equation.params)
+
+    def pieces(values):
+        return run_in_pieces(equation, factor, values, rows, run)
+
+    compare(whole(operands), jax.jit(pieces)(operands), place)
+    inputs = [value for use, value in zip(is_input, operands) if use]
+    if gradients and inputs:
+        with contextlib.suppress(NotImplementedError):  # a primitive that JAX itself cannot differentiate
+            results, pull = jax.vjp(call(whole), *inputs)
+            if results:
+                cotangents = [make_like(result, number) for number, result in enumerate(results)]
+                expected = pull(cotangents)
+                compare(
+                    expected,
+                    jax.jit(lambda *args: jax.vjp(call(pieces), *args)[1](cotangents))(*inputs),
+                    place + " vjp",
+                )
+
+
+def make_like(value, seed):
+    """Return a random array of the shape and dtype of a value."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=value.shape), value.dtype)
+
+
+def compare(expected, actual, place):
+    """Assert that values are equal: floating-point ones within 1e-12, others exactly."""
+    assert len(expected) == len(actual), place
+    for one, other in zip(expected, actual):
+        assert one.shape == other.shape, (place, one.shape, other.shape)
+        assert one.dtype == other.dtype, (place, one.dtype, other.dtype)
+        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)
+        one, other = np.asarray(one), np.asarray(other)
+        if not np.issubdtype(one.dtype, np.inexact):
+            np.testing.assert_array_equal(one, other, err_msg=place)
+        else:
+            scale = max(1.0, float(np.max(np.abs(one), initial=0, where=np.isfinite(one))))
+            np.testing.assert_allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE * scale, err_msg=place)
+
+
+def draw(shape, seed=0):
+    """Return a float64 array."""
+    return jnp.asarray(np.random.default_rng(seed + math.prod(shape)).normal(size=shape))
