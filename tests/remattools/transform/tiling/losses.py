@@ -82,7 +82,7 @@ def odd_length(w, x, y):
 def preference(w, x, y):
     """DPO: two sequences, their summed log probabilities, a logistic loss of the difference."""
     chosen = -_compute_nll(x @ w, y).sum(-1)
-    rejected = -_compute_nll(x[:, ::-1] @ w, y[:, ::-1]).sum(-1)
+    rejected = -_compute_nll(jnp.cos(x) @ w, (y * 7) % VOCABULARY).sum(-1)
     return -jax.nn.log_sigmoid(0.1 * (chosen - rejected)).mean()
 
 
