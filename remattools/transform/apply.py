@@ -53,9 +53,11 @@ def apply[M](model: M, rules: Any, *, on: str | None = None, strict: bool = True
         True
         >>> _ = rt.apply(model, "dots_saveable", on="layers.[0]")
     """
-    if not find_modules(model) and callable(model) and not isinstance(model, type):
-        tiled: M = apply_loss_rules(model, coerce_rules(rules, on))
-        return tiled
+    if callable(model) and not isinstance(model, type) and not find_modules(model):
+        loss_rules = coerce_rules(rules, on)
+        if LOSS in [pattern.text for pattern, _ in loss_rules]:
+            changed: M = apply_loss_rules(model, loss_rules)
+            return changed
     entries, decisions = decide(model, rules, on=on, strict=strict)
     plan = _plan_modules(entries, decisions)
     for entry, (action, _) in zip(entries, plan, strict=True):
@@ -238,7 +240,7 @@ def _make_no_model_error(value: Any) -> RuleError:
     return RuleError(
         what=f"{subject} contains no nnx module.",
         why="rules apply to the modules of a model; a function, a state or an optimizer has none.",
-        fix="pass the model itself, or a dict or list of models.",
+        fix='pass the model itself, or a dict or list of models. The rule "@loss" is for functions.',
     )
 
 

@@ -129,19 +129,8 @@ def apply_to_function(function: Any, *, action: Any) -> Any:
 
 
 def apply_loss_rules(function: Any, rules: Rules) -> Any:
-    """Return a function with the action that the rules have for "@loss".
-
-    Raises:
-        RuleError: If the rules have none.
-    """
-    actions = [action for pattern, action in rules if pattern.text == LOSS]
-    if not actions:
-        raise RuleError(
-            what=f"the rules say nothing about {LOSS!r}, but they were applied to a function.",
-            why="the other patterns match modules of a model.",
-            fix='apply them to the model, or add a rule such as {"@loss": rt.Tile(8)}.',
-        )
-    return apply_to_function(function, action=actions[-1])
+    """Return a function with the action that the last rule for "@loss" gives."""
+    return apply_to_function(function, action=[action for pattern, action in rules if pattern.text == LOSS][-1])
 
 
 def get_function_action(function: Any) -> Remat | None:

@@ -95,11 +95,13 @@ type _Found = tuple[Stretch, frozenset[int]]
 
 
 def _choose(found: Sequence[_Found]) -> _Found:
-    """Return the stretch along the best axis.
+    """Return the stretch along the best axis: one that is long enough for all pieces and where most bytes vanish.
 
     The leading axis is mostly the batch, which is sharded or short, and pieces along heads are slower than along
     positions: of equally good axes the longest is taken, and the leading one last.
     """
+    most = max(made[0].pieces for made in found)
+    found = [made for made in found if made[0].pieces == most]
     saved = {id(made): sum(map(count_bytes, made[0].vanished)) for made in found}
     best = max(saved.values())
     good = [made for made in found if saved[id(made)] >= (1 - _EQUAL) * best]
