@@ -75,6 +75,7 @@ _ELEMENTWISE = (
     "polynomial",
     "population_count",
     "pow",
+    "pvary",
     "real",
     "reduce_precision",
     "regularized_incomplete_beta",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of primitives that work on each matrix or vector of a batch alone: decompositions, solvers, Fourier transforms."""
+"""Rules of primitives that work on each matrix or vector of a batch alone: decompositions, solvers, transforms."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -55,7 +55,7 @@ def cut_rows(value, axis, piece):
     return jax.lax.concatenate([rows, *[last] * missing], axis) if missing else rows
 
 
-def run_in_pieces(equation, factor, operands, rows, run=run_piece):
+def run_in_pieces(equation, factor, operands, rows):
     """Compute all pieces of an equation and join or add them."""
     size = measure_axes(equation, factor)
     parts = []
@@ -64,7 +64,7 @@ def run_in_pieces(equation, factor, operands, rows, run=run_piece):
         cut = [
             value if axis is None else cut_rows(value, axis, piece) for value, axis in zip(operands, factor.operands)
         ]
-        parts.append(run(equation, factor, cut, Piece(jnp.int32(index), rows, size)))
+        parts.append(run_piece(equation, factor, cut, Piece(jnp.int32(index), rows, size)))
     joined = []
     for values, axis, var in zip(zip(*parts), factor.results, equation.outvars):
         if axis is None:
@@ -85,21 +85,20 @@ def list_rows(size):
     return [divisors[-1], *others[-1:]]
 
 
-def check_equation(equation, operands, *, gradients=True, run=run_piece, find=find_factors):
+def check_equation(equation, operands, *, gradients=True, choose=list_rows):
     """Check that an equation in pieces is the whole equation, along each of its factors.
 
     Args:
         equation: The equation.
         operands: Values of its operands.
         gradients: Whether to compare gradients, too.
-        run: Computes a piece, as `run_piece`.
-        find: Returns the factors, as `find_factors`.
+        choose: Returns for the length of an axis the numbers of rows of a piece to try.
 
     Returns:
         The number of factors.
     """
-    factors = find(equation)
-    cuts = [(factor, rows) for factor in factors for rows in list_rows(measure_axes(equation, factor))]
+    factors = find_factors(equation)
+    cuts = [(factor, rows) for factor in factors for rows in choose(measure_axes(equation, factor))]
     is_input = [
         jnp.issubdtype(atom.aval.dtype, jnp.inexact) and not isinstance(atom, core.Literal) for atom in equation.invars
     ]
@@ -121,8 +120,7 @@ def check_equation(equation, operands, *, gradients=True, run=run_piece, find=fi
     def evaluate_all(values):
         whole = evaluate(lambda values: compat.bind(equation, values, equation.params), values)
         return whole, [
-            evaluate(lambda values, cut=cut: run_in_pieces(equation, cut[0], values, cut[1], run), values)
-            for cut in cuts
+            evaluate(lambda values, cut=cut: run_in_pieces(equation, cut[0], values, cut[1]), values) for cut in cuts
         ]
 
     # One program for all cuts of an equation: compiling takes most of the time.
@@ -178,3 +176,26 @@ def compare(expected, actual, place):
 def draw(shape, seed=0):
     """Return a float64 array."""
     return jnp.asarray(np.random.default_rng(seed + math.prod(shape)).normal(size=shape))
+
+
+def describe(factor):
+    """Return a factor as a string: "0 . -> 0" is a map of the first operand's axis 0, with the second operand whole."""
+    operands, results = (
+        " ".join("." if axis is None else str(axis) for axis in places) for places in (factor.operands, factor.results)
+    )
+    return f"{operands} -> {'sum' if factor.kind == 'sum' else results}".strip()
+
+
+def check(function, *arguments, name, expected, gradients=True):
+    """Check the factors of the first equation of a primitive in a function, and that its pieces are the whole.
+
+    Args:
+        function: A function of arrays.
+        arguments: Its arguments.
+        name: The name of the primitive.
+        expected: The factors, as by `describe`.
+        gradients: Whether to compare gradients, too.
+    """
+    equation, operands = find_equation(function, *arguments, name=name)
+    assert [describe(factor) for factor in find_factors(equation)] == expected
+    check_equation(equation, operands, gradients=gradients)
