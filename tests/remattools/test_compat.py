@@ -56,3 +56,44 @@ def test_each_call_of_a_transformation_has_its_own_trace():
     jax.make_jaxpr(lambda x: function(x) + function(x))(1.0)
     assert traces[1] == traces[2]
     assert traces[1] is not traces[0]
+
+
+def test_a_bound_equation_has_the_names_of_its_place_and_its_own():
+    @jax.named_scope("inner")
+    def function(x):
+        return jnp.sin(x)
+
+    (equation,) = jax.make_jaxpr(function)(1.0).eqns
+
+    @jax.named_scope("outer")
+    def bind(x):
+        return compat.bind(equation, [x], equation.params)
+
+    (bound,) = jax.make_jaxpr(bind)(jnp.ones(3)).eqns
+    assert str(bound.source_info.name_stack) == "outer/inner"
+    assert str(bound.source_info.traceback) == str(equation.source_info.traceback)
+
+
+@pytest.mark.parametrize(
+    ("function", "count"),
+    [
+        pytest.param(jnp.sin, 1, id="one-result"),
+        pytest.param(lambda x: jax.lax.split(x, (1, 2)), 2, id="several-results"),
+        pytest.param(jax.nn.relu, 1, id="custom-derivative"),
+    ],
+)
+def test_results_of_a_bound_equation_are_a_list(function, count):
+    (equation,) = jax.make_jaxpr(function)(jnp.ones(3)).eqns
+    results = compat.bind(equation, [jnp.ones(3)], equation.params)
+    assert isinstance(results, list)
+    assert len(results) == count
+
+
+def test_a_bound_equation_keeps_its_own_configuration():
+    with jax.threefry_partitionable(False):
+        equations = jax.make_jaxpr(lambda key: jax.random.bits(key, (3,)))(jax.random.key(0)).eqns
+        expected = jax.random.bits(jax.random.key(0), (3,))
+    (equation,) = [each for each in equations if each.primitive.name == "random_bits"]
+    (bits,) = compat.bind(equation, [jax.random.key(0)], equation.params)
+    assert bits.tolist() == expected.tolist()
+    assert bits.tolist() != jax.random.bits(jax.random.key(0), (3,)).tolist(), "control"

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ... import compat
+from .custom_cuts import PRIMITIVES
+from .custom_derivatives import run_custom_piece
 from .factor import Factor, Piece
 from .rule import is_padded, mask_rows
-from .rules import RULES
+from .rules import RULES, find_factors
 
 
 def run_piece(equation: Any, factor: Factor, operands: Sequence[Any], piece: Piece) -> list[Any]:
@@ -33,6 +35,9 @@ def run_piece(equation: Any, factor: Factor, operands: Sequence[Any], piece: Pie
         >>> run_piece(equation, factor, [jnp.zeros(2)], Piece(index=1, rows=2, size=6))
         [Array([0., 0.], dtype=float32)]
     """
+    if equation.primitive.name in PRIMITIVES:
+        with compat.enter_equation(equation):
+            return run_custom_piece(equation, factor, operands, piece, find_factors, run_piece)
     rule = RULES[equation.primitive.name]
     if factor.kind == "sum" and is_padded(piece):
         operands = _mask_operands(equation, factor, operands, piece)

@@ -4,18 +4,21 @@
 A primitive without a rule has no factors: what is not known is needed whole.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from jax.extend import core
 
+from .custom_cuts import PRIMITIVES, find_custom_cuts
 from .factor import Axis, Factor
-from .primitives import contractions, elementwise, indexing, random, reductions, shapes
+from .primitives import contractions, elementwise, indexing, linear_algebra, random, reductions, shapes
 from .rule import Rule
 
 RULES: dict[str, Rule] = {
     **contractions.RULES,
     **elementwise.RULES,
     **indexing.RULES,
+    **linear_algebra.RULES,
     **random.RULES,
     **reductions.RULES,
     **shapes.RULES,
@@ -41,15 +44,19 @@ def find_factors(equation: Any) -> tuple[Factor, ...]:
         (None, 1) (1,) map
         (1, 0) (None,) sum
     """
-    rule = RULES.get(equation.primitive.name)
-    if equation.effects or rule is None:
+    name = equation.primitive.name
+    if equation.effects:
         return ()
-    return tuple(factor for factor in rule.find(equation) if _is_possible(equation, factor))
+    if name in PRIMITIVES:
+        found: Iterable[Factor] = find_custom_cuts(equation, find_factors)
+    else:
+        found = RULES[name].find(equation) if name in RULES else ()
+    return tuple(factor for factor in found if _is_possible(equation, factor))
 
 
 def _is_possible(equation: Any, factor: Factor) -> bool:
     atoms = (*equation.invars, *equation.outvars)
-    lengths = []
+    lengths: list[int] = []
     for atom, axis in zip(atoms, (*factor.operands, *factor.results), strict=True):
         if axis is None:
             continue

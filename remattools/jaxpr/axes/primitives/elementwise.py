@@ -75,6 +75,7 @@ _ELEMENTWISE = (
     "polynomial",
     "population_count",
     "pow",
+    "pvary",
     "real",
     "reduce_precision",
     "regularized_incomplete_beta",
@@ -117,4 +118,25 @@ def _find_bitcast(equation: Any) -> Iterator[Factor]:
         yield Factor((axis,), (axis,))
 
 
-RULES = {name: Rule(_find_elementwise) for name in _ELEMENTWISE} | {"bitcast_convert_type": Rule(_find_bitcast)}
+def _find_barrier(equation: Any) -> Iterator[Factor]:
+    """Yield the axes of a barrier's operands if all have the same shape: the barrier holds them back together."""
+    shapes = get_operand_shapes(equation)
+    if len(set(shapes)) == 1:
+        yield from _find_elementwise(equation)
+
+
+def _find_constraint(equation: Any) -> Iterator[Factor]:
+    """Yield the axes that a sharding constraint leaves whole on each device."""
+    spec = getattr(equation.params["sharding"], "spec", None)
+    if spec is None or equation.params.get("layout") is not None:
+        return
+    for axis in range(len(equation.outvars[0].aval.shape)):
+        if axis >= len(spec) or spec[axis] is None:
+            yield Factor((axis,), (axis,))
+
+
+RULES = {name: Rule(_find_elementwise) for name in _ELEMENTWISE} | {
+    "bitcast_convert_type": Rule(_find_bitcast),
+    "optimization_barrier": Rule(_find_barrier),
+    "sharding_constraint": Rule(_find_constraint),
+}

@@ -115,16 +115,42 @@ def _find_other_axes(equation: Any) -> Iterator[Factor]:
             yield Factor((axis,) * len(equation.invars), (axis,) * len(equation.outvars))
 
 
+def _find_tile(equation: Any) -> Iterator[Factor]:
+    for axis, repetitions in enumerate(equation.params["reps"]):
+        if repetitions == 1:
+            yield Factor((axis,), (axis,))
+
+
+def _find_stack(equation: Any) -> Iterator[Factor]:
+    """Yield all axes but the one that `jnp.stack` adds or `jnp.unstack` removes."""
+    several, one = equation.invars, equation.outvars
+    if equation.primitive.name == "unstack":
+        several, one = one, several
+    rank = len(one[0].aval.shape)
+    for place, axis in enumerate(axis for axis in range(rank) if axis != equation.params["axis"] % rank):
+        inside, around = (place,) * len(several), (axis,)
+        yield Factor(inside, around) if several is equation.invars else Factor(around, inside)
+
+
+def _find_empty(equation: Any) -> Iterator[Factor]:
+    for axis in range(len(equation.params["shape"])):
+        yield Factor((), (axis,))
+
+
 RULES = {
     "broadcast_in_dim": Rule(_find_broadcast, adjust=_cut_param("shape")),
     "concatenate": Rule(_find_other_axes),
     "dynamic_slice": Rule(_find_dynamic_slice, adjust=_cut_param("slice_sizes")),
     "dynamic_update_slice": Rule(_find_dynamic_update_slice),
+    "empty": Rule(_find_empty, adjust=_cut_param("shape")),
     "pad": Rule(_find_pad),
     "reshape": Rule(_find_reshape, adjust=_cut_param("new_sizes")),
     "rev": Rule(_find_other_axes),
     "slice": Rule(_find_slice, adjust=_cut_param("limit_indices")),
     "split": Rule(_find_other_axes),
     "squeeze": Rule(_find_squeeze),
+    "stack": Rule(_find_stack),
+    "tile": Rule(_find_tile),
     "transpose": Rule(_find_transpose),
+    "unstack": Rule(_find_stack),
 }

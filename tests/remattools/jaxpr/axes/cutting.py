@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cut each equation of a program along each factor and compare with the whole equation: values and gradients."""
 
-import contextlib
 import math
 
 import jax
@@ -48,14 +47,15 @@ def measure_axes(equation, factor):
 
 def cut_rows(value, axis, piece):
     """Return the rows of a piece; beyond the end copies of the last row of `piece.size`."""
-    length = value.shape[axis]
-    per_row = length // piece.size
-    rows = np.minimum(np.arange(piece.rows) + piece.index * piece.rows, piece.size - 1)
-    places = (rows[:, None] * per_row + np.arange(per_row)).reshape(-1)
-    return jax.lax.concatenate([jax.lax.slice_in_dim(value, place, place + 1, axis=axis) for place in places], axis)
+    per_row = value.shape[axis] // piece.size
+    start, stop = piece.index * piece.rows, min((piece.index + 1) * piece.rows, piece.size)
+    rows = jax.lax.slice_in_dim(value, start * per_row, stop * per_row, axis=axis)
+    last = jax.lax.slice_in_dim(value, (piece.size - 1) * per_row, piece.size * per_row, axis=axis)
+    missing = piece.rows - (stop - start)
+    return jax.lax.concatenate([rows, *[last] * missing], axis) if missing else rows
 
 
-def run_in_pieces(equation, factor, operands, rows, run=run_piece):
+def run_in_pieces(equation, factor, operands, rows):
     """Compute all pieces of an equation and join or add them."""
     size = measure_axes(equation, factor)
     parts = []
@@ -64,7 +64,7 @@ def run_in_pieces(equation, factor, operands, rows, run=run_piece):
         cut = [
             value if axis is None else cut_rows(value, axis, piece) for value, axis in zip(operands, factor.operands)
         ]
-        parts.append(run(equation, factor, cut, Piece(jnp.int32(index), rows, size)))
+        parts.append(run_piece(equation, factor, cut, Piece(jnp.int32(index), rows, size)))
     joined = []
     for values, axis, var in zip(zip(*parts), factor.results, equation.outvars):
         if axis is None:
@@ -85,52 +85,71 @@ def list_rows(size):
     return [divisors[-1], *others[-1:]]
 
 
-def check_equation(equation, operands, *, gradients=True, run=run_piece, find=find_factors):
+def check_equation(equation, operands, *, gradients=True, choose=list_rows):
     """Check that an equation in pieces is the whole equation, along each of its factors.
+
+    Args:
+        equation: The equation.
+        operands: Values of its operands.
+        gradients: Whether to compare gradients, too.
+        choose: Returns for the length of an axis the numbers of rows of a piece to try.
 
     Returns:
         The number of factors.
     """
-    factors = find(equation)
-    for factor in factors:
-        for rows in list_rows(measure_axes(equation, factor)):
-            _check_pieces(equation, factor, operands, rows, gradients, run)
-    return len(factors)
-
-
-def _check_pieces(equation, factor, operands, rows, gradients, run):
-    place = f"{equation.primitive.name} {factor} rows={rows} {[str(atom.aval) for atom in equation.invars]}"
+    factors = find_factors(equation)
+    cuts = [(factor, rows) for factor in factors for rows in choose(measure_axes(equation, factor))]
     is_input = [
         jnp.issubdtype(atom.aval.dtype, jnp.inexact) and not isinstance(atom, core.Literal) for atom in equation.invars
     ]
+    is_differentiable = gradients and any(is_input) and _has_gradient(equation, operands, is_input)
 
-    def call(function):
+    def evaluate(function, values):
+        """Return the results, and the gradients with respect to floating-point operands."""
+
         def run_with(*inputs):
             rest = iter(inputs)
-            values = [next(rest) if use else value for use, value in zip(is_input, operands)]
-            return [result for result in function(values) if jnp.issubdtype(result.dtype, jnp.inexact)]
+            results = function([next(rest) if use else value for use, value in zip(is_input, values)])
+            return [result for result in results if jnp.issubdtype(result.dtype, jnp.inexact)]
 
-        return run_with
+        if not is_differentiable:
+            return function(values), ()
+        results, pull = jax.vjp(run_with, *[value for use, value in zip(is_input, values) if use])
+        return function(values), pull([make_like(result, number) for number, result in enumerate(results)])
 
-    def whole(values):
-        return compat.bind(equation, values, equation.params)
+    def evaluate_all(values):
+        whole = evaluate(lambda values: compat.bind(equation, values, equation.params), values)
+        return whole, [
+            evaluate(lambda values, cut=cut: run_in_pieces(equation, cut[0], values, cut[1]), values) for cut in cuts
+        ]
 
-    def pieces(values):
-        return run_in_pieces(equation, factor, values, rows, run)
+    # One program for all cuts of an equation: compiling takes most of the time.
+    arrays = [None if isinstance(atom, core.Literal) else value for atom, value in zip(equation.invars, operands)]
+    (expected, pulled), actual = jax.jit(
+        lambda given: evaluate_all([value if new is None else new for new, value in zip(given, operands)])
+    )(arrays)
+    for (factor, rows), (values, gradients_) in zip(cuts, actual):
+        place = f"{equation.primitive.name} {factor} rows={rows} {[str(atom.aval) for atom in equation.invars]}"
+        compare(expected, values, place)
+        compare(pulled, gradients_, f"{place} gradients")
+    return len(factors)
 
-    compare(whole(operands), jax.jit(pieces)(operands), place)
+
+def _has_gradient(equation, operands, is_input):
+    """Return whether JAX can differentiate an equation."""
     inputs = [value for use, value in zip(is_input, operands) if use]
-    if gradients and inputs:
-        with contextlib.suppress(NotImplementedError):  # a primitive that JAX itself cannot differentiate
-            results, pull = jax.vjp(call(whole), *inputs)
-            if results:
-                cotangents = [make_like(result, number) for number, result in enumerate(results)]
-                expected = pull(cotangents)
-                compare(
-                    expected,
-                    jax.jit(lambda *args: jax.vjp(call(pieces), *args)[1](cotangents))(*inputs),
-                    place + " vjp",
-                )
+
+    def run_with(*inputs):
+        rest = iter(inputs)
+        values = [next(rest) if use else value for use, value in zip(is_input, operands)]
+        results = compat.bind(equation, values, equation.params)
+        return sum(jnp.sum(jnp.abs(result)) for result in results if jnp.issubdtype(result.dtype, jnp.inexact))
+
+    try:
+        jax.eval_shape(jax.grad(run_with, argnums=tuple(range(len(inputs)))), *inputs)
+    except (NotImplementedError, TypeError, ValueError):  # no rule, or results that are all integers
+        return False
+    return True
 
 
 def make_like(value, seed):
@@ -157,3 +176,26 @@ def compare(expected, actual, place):
 def draw(shape, seed=0):
     """Return a float64 array."""
     return jnp.asarray(np.random.default_rng(seed + math.prod(shape)).normal(size=shape))
+
+
+def describe(factor):
+    """Return a factor as a string: "0 . -> 0" is a map of the first operand's axis 0, with the second operand whole."""
+    operands, results = (
+        " ".join("." if axis is None else str(axis) for axis in places) for places in (factor.operands, factor.results)
+    )
+    return f"{operands} -> {'sum' if factor.kind == 'sum' else results}".strip()
+
+
+def check(function, *arguments, name, expected, gradients=True):
+    """Check the factors of the first equation of a primitive in a function, and that its pieces are the whole.
+
+    Args:
+        function: A function of arrays.
+        arguments: Its arguments.
+        name: The name of the primitive.
+        expected: The factors, as by `describe`.
+        gradients: Whether to compare gradients, too.
+    """
+    equation, operands = find_equation(function, *arguments, name=name)
+    assert [describe(factor) for factor in find_factors(equation)] == expected
+    check_equation(equation, operands, gradients=gradients)
