@@ -11,13 +11,23 @@ from jax.extend import core
 
 from .custom_cuts import PRIMITIVES, find_custom_cuts
 from .factor import Axis, Factor
-from .primitives import contractions, elementwise, indexing, linear_algebra, random, reductions, shapes
+from .primitives import (
+    contractions,
+    elementwise,
+    indexing,
+    kernels,
+    linear_algebra,
+    random,
+    reductions,
+    shapes,
+)
 from .rule import Rule
 
 RULES: dict[str, Rule] = {
     **contractions.RULES,
     **elementwise.RULES,
     **indexing.RULES,
+    **kernels.RULES,
     **linear_algebra.RULES,
     **random.RULES,
     **reductions.RULES,

@@ -38,16 +38,14 @@ def _compute_iota(equation: Any, factor: Factor, operands: Sequence[Any], piece:
 
 
 def _find_random_bits(equation: Any) -> Iterator[Factor]:
-    if not _is_by_index(equation):
+    if not _is_threefry(equation):
         return
     (keys,), (result,) = get_operand_shapes(equation), get_result_shapes(equation)
     for axis in range(len(result)):
-        yield Factor((axis if axis < len(keys) else None,), (axis,))
-
-
-def _is_by_index(equation: Any) -> bool:
-    """Return whether equations that draw from these keys compute each element from its flat index."""
-    return _is_threefry(equation) and bool(equation.ctx.threefry_partitionable)
+        if axis < len(keys):
+            yield Factor((axis,), (axis,))
+        elif equation.ctx.threefry_partitionable:
+            yield Factor((None,), (axis,))
 
 
 def _is_threefry(equation: Any) -> bool:

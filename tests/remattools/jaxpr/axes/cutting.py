@@ -55,9 +55,17 @@ def cut_rows(value, axis, piece):
     return jax.lax.concatenate([rows, *[last] * missing], axis) if missing else rows
 
 
-def run_in_pieces(equation, factor, operands, rows):
-    """Compute all pieces of an equation and join or add them."""
-    size = measure_axes(equation, factor)
+def run_in_pieces(equation, factor, operands, rows, size=None):
+    """Compute all pieces of an equation and join or add them.
+
+    Args:
+        equation: The equation.
+        factor: One of its factors.
+        operands: Values of its operands.
+        rows: Rows in a piece.
+        size: Rows in all pieces, a divisor of the lengths of all axes; None for the shortest.
+    """
+    size = measure_axes(equation, factor) if size is None else size
     parts = []
     for index in range(-(-size // rows)):
         piece = Piece(index, rows, size)
@@ -79,26 +87,42 @@ def run_in_pieces(equation, factor, operands, rows):
 
 
 def list_rows(size):
-    """Return numbers of rows of a piece: one that divides the axis and one that does not."""
+    """Return numbers of rows of a piece: one that divides all rows and one that does not, if there is one."""
     divisors = [rows for rows in range(1, size) if size % rows == 0]
     others = [rows for rows in range(2, size) if size % rows]
     return [divisors[-1], *others[-1:]]
 
 
-def check_equation(equation, operands, *, gradients=True, choose=list_rows):
+def list_cuts(length):
+    """Return rows of a piece and of all pieces for an axis of a length."""
+    return [(rows, length) for rows in list_rows(length)]
+
+
+def choose_cut(rng):
+    """Return a function that returns one random cut, also with rows that stand for several rows of the axis."""
+
+    def choose(length):
+        sizes = [size for size in range(2, length) if length % size == 0]
+        cuts = [*list_cuts(length), *((1, size) for size in sizes)]
+        return [cuts[rng.integers(len(cuts))]]
+
+    return choose
+
+
+def check_equation(equation, operands, *, gradients=True, choose=list_cuts):
     """Check that an equation in pieces is the whole equation, along each of its factors.
 
     Args:
         equation: The equation.
         operands: Values of its operands.
         gradients: Whether to compare gradients, too.
-        choose: Returns for the length of an axis the numbers of rows of a piece to try.
+        choose: Returns for the length of an axis pairs to try: rows of a piece, and of all pieces.
 
     Returns:
         The number of factors.
     """
     factors = find_factors(equation)
-    cuts = [(factor, rows) for factor in factors for rows in choose(measure_axes(equation, factor))]
+    cuts = [(factor, *cut) for factor in factors for cut in choose(measure_axes(equation, factor))]
     is_input = [
         jnp.issubdtype(atom.aval.dtype, jnp.inexact) and not isinstance(atom, core.Literal) for atom in equation.invars
     ]
@@ -120,7 +144,7 @@ def check_equation(equation, operands, *, gradients=True, choose=list_rows):
     def evaluate_all(values):
         whole = evaluate(lambda values: compat.bind(equation, values, equation.params), values)
         return whole, [
-            evaluate(lambda values, cut=cut: run_in_pieces(equation, cut[0], values, cut[1]), values) for cut in cuts
+            evaluate(lambda values, cut=cut: run_in_pieces(equation, cut[0], values, *cut[1:]), values) for cut in cuts
         ]
 
     # One program for all cuts of an equation: compiling takes most of the time.
@@ -128,8 +152,8 @@ def check_equation(equation, operands, *, gradients=True, choose=list_rows):
     (expected, pulled), actual = jax.jit(
         lambda given: evaluate_all([value if new is None else new for new, value in zip(given, operands)])
     )(arrays)
-    for (factor, rows), (values, gradients_) in zip(cuts, actual):
-        place = f"{equation.primitive.name} {factor} rows={rows} {[str(atom.aval) for atom in equation.invars]}"
+    for (factor, rows, size), (values, gradients_) in zip(cuts, actual):
+        place = f"{equation.primitive.name} {factor} {rows} of {size} {[str(atom.aval) for atom in equation.invars]}"
         compare(expected, values, place)
         compare(pulled, gradients_, f"{place} gradients")
     return len(factors)
@@ -153,8 +177,10 @@ def _has_gradient(equation, operands, is_input):
 
 
 def make_like(value, seed):
-    """Return a random array of the shape and dtype of a value."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=value.shape), value.dtype)
+    """Return a random array of the shape, dtype and sharding of a value."""
+    array = jnp.asarray(np.random.default_rng(seed).normal(size=value.shape), value.dtype)
+    sharding = jax.typeof(value).sharding
+    return jax.sharding.reshard(array, sharding) if any(sharding.spec) else array
 
 
 def compare(expected, actual, place):

@@ -5,14 +5,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from remattools import compat
 from remattools.jaxpr import jaxprs
 from remattools.jaxpr.axes import pieces
 from remattools.jaxpr.axes.factor import Piece
 from remattools.jaxpr.axes.pieces import run_piece
 from remattools.jaxpr.axes.rules import find_factors
 
-from .cutting import check_equation, draw, find_equation
+from .cutting import (
+    check_equation,
+    choose_cut,
+    compare,
+    draw,
+    find_equation,
+    list_rows,
+    measure_axes,
+    run_equations,
+    run_in_pieces,
+)
+from .drawing import normalize
 
 
 def _trace_pieces(function, *arguments, name):
@@ -71,3 +84,48 @@ def test_sums_would_count_rows_beyond_the_end_without_a_mask(monkeypatch, name):
     monkeypatch.setattr(pieces, "_mask_operands", lambda equation, factor, operands, piece: operands)
     with pytest.raises(AssertionError):
         check_equation(equation, operands)
+
+
+def _attend(x, w):
+    """Return rows of an attention by position, after a norm with weights."""
+    h = normalize(x, w)
+    scores = jnp.einsum("btd,bsd->bts", h, h)
+    is_late = jax.lax.broadcasted_iota(jnp.int32, (6, 6), 0) < jax.lax.broadcasted_iota(jnp.int32, (6, 6), 1)
+    return jnp.where(is_late, jnp.exp(scores), 0).sum(1)
+
+
+def test_sharded_axes_stay_whole_and_the_others_are_cut():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(draw((4, 6, 2)), NamedSharding(mesh, PartitionSpec("data")))
+        program = jax.make_jaxpr(_attend)(x, draw((2,)))
+        rng = np.random.default_rng(0)
+        counts = [check_equation(*found, choose=choose_cut(rng)) for found in run_equations(program, (x, draw((2,))))]
+    assert sum(counts) > 15
+
+
+def test_pieces_inside_a_shard_map():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def compute(x, w, is_cut):
+        w = jax.lax.pcast(w, "data", to="varying")
+        program = jax.make_jaxpr(_attend)(*(compat.make_abstract(jax.typeof(value)) for value in (x, w)))
+        totals = []
+        for equation, operands in run_equations(program, (x, w)):
+            for factor in find_factors(equation):
+                rows = list_rows(measure_axes(equation, factor))[-1]
+                results = compat.bind(equation, operands, equation.params)
+                if is_cut:
+                    results = run_in_pieces(equation, factor, operands, rows)
+                totals += [
+                    (result * jnp.cos(jnp.arange(result.size).reshape(result.shape))).sum() for result in results
+                ]
+        return jnp.stack([total + 0 * x[0, 0, 0] for total in totals])
+
+    def differentiate(is_cut):
+        specs = {"in_specs": (PartitionSpec("data"), PartitionSpec()), "out_specs": PartitionSpec("data")}
+        function = jax.shard_map(lambda x, w: compute(x, w, is_cut), mesh=mesh, **specs)
+        values, pull = jax.vjp(jax.jit(function), draw((4, 6, 2)), draw((2,)))
+        return [values, *pull(jnp.sin(jnp.arange(values.size, dtype=values.dtype)))]
+
+    compare(differentiate(False), differentiate(True), "shard_map")

@@ -50,9 +50,14 @@ def test_bits_that_depend_on_all_others_have_no_factor(draw):
     assert find_factors(equation) == ()
 
 
-def _draw_without_positions():
+def _draw_without_positions(key=None):
     with jax.threefry_partitionable(False):
-        return jax.random.bits(jax.random.key(0), (6,))
+        return jax.random.bits(jax.random.key(0) if key is None else key, (6,))
+
+
+def test_keys_of_a_vector_are_independent_even_where_bits_of_one_are_not():
+    keys = jax.random.split(jax.random.key(3), 4)
+    check(jax.vmap(_draw_without_positions), keys, name="random_bits", expected=["0 -> 0"])
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2**20, 2**13), (2**31, 2**20), (5, 2**33 + 7)])
