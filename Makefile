@@ -10,6 +10,8 @@ WILD := wrapt tensorboardX jaxtyping tqdm huggingface_hub sentencepiece pillow p
 WILD_ALONE := google-tunix qwix google-metrax clu
 # The accelerators of a development machine are no part of the tests.
 export JAX_PLATFORMS ?= cpu
+# The tests' machine code is not optimized (tests/conftest.py), except where this stands before them.
+OPTIMIZED := XLA_FLAGS=--xla_backend_optimization_level=3
 
 .PHONY: demo test test-remat3 test-long test-floor test-py313 test-wild package docs bench bench-timed bench-faults bench-compiled lint clean
 
@@ -23,10 +25,10 @@ test: $(VENV)/.installed
 # forward rule of a custom_vjp, and leaves dead draws of random numbers in the trace: what relies on either is left out.
 REMAT3 := test_region.py test_region_contents.py test_group.py test_author_regions.py naming/test_names.py
 test-remat3: $(VENV)/.installed
-	JAX_REMAT3=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" $(addprefix tests/remattools/transform/,$(REMAT3))
+	JAX_REMAT3=1 $(OPTIMIZED) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" $(addprefix tests/remattools/transform/,$(REMAT3))
 
 test-long: $(VENV)/.installed
-	$(BIN)/python -m pytest -m long
+	$(OPTIMIZED) $(BIN)/python -m pytest -m long
 
 # The oldest supported releases of everything that pyproject names.
 test-floor:
@@ -45,7 +47,7 @@ test-wild:
 	.venv-wild/bin/uv pip install --quiet --python .venv-wild/bin/python -c constraints.txt -e . --group test $(WILD)
 	.venv-wild/bin/uv pip install --quiet --python .venv-wild/bin/python --no-deps $(WILD_ALONE) \
 		mamba2-jax mamba3-jax jraphx canvit-nnx canvit-core
-	.venv-wild/bin/python -m pytest -m wild tests/wild
+	$(OPTIMIZED) .venv-wild/bin/python -m pytest -m wild tests/wild
 
 # The site in site/; any warning is an error.
 docs: $(VENV)/.installed

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight host devices for the sharded tests, and quick machine code; must stand before JAX starts.
 
-Half of the suite's time went into optimizing machine code that runs once. The level changes no program of XLA's: fusions,
-schedules and buffers are the same. Where optimized code matters (`make test-remat3`, `test-long`), the flag is set.
+Half of the suite's time went into optimizing machine code that runs once. The level changes no program of XLA's:
+fusions, schedules and buffers are the same. Where optimized code matters (`make test-remat3`, `test-long`), the flag is
+set.
 """
 
 import os

@@ -164,7 +164,8 @@ def check(
         sizes = find_device_sizes(pure_call.stage(pure_call.unwrap_jit(fn), args), where, differentiate=differentiate)
         subject = Subject(fn, args, model, where, cache, sizes, differentiate)
         plain = measure_memory(subject)
-    with use_rules(model, new_rules):
+    with use_rules(model, new_rules, fn) as fn:
+        subject = dataclasses.replace(subject, fn=fn)
         ruled = measure_memory(subject)
         program = trace_jaxpr(fn, args, differentiate=differentiate)
         regions = list(find_regions(program))

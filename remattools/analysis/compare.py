@@ -258,13 +258,15 @@ def compare(
     for number, (name, rules) in enumerate(rules_by_name.items()):
         if progress is not None:
             progress(name, number, len(rules_by_name))
-        with use_rules(model, rules):
+        with use_rules(model, rules, fn) as ruled_fn:
             try:
-                measurements[name] = measure(fn, *args, target=where, differentiate=differentiate, run=run, cache=cache)
+                measurements[name] = measure(
+                    ruled_fn, *args, target=where, differentiate=differentiate, run=run, cache=cache
+                )
             except jax.errors.JaxRuntimeError as error:  # one refusal must not lose the other measurements
                 refusals[name] = error
                 measurements[name] = _make_refusal(str(error), where)
-            random_notes += _note_random_cost(name, fn, args, measurements[name], differentiate=differentiate)
+            random_notes += _note_random_cost(name, ruled_fn, args, measurements[name], differentiate=differentiate)
     if random_notes:
         random_notes.append(random_cost.describe_cures())
     if len(refusals) == len(rules_by_name):

@@ -5,6 +5,7 @@ Sits on `transform.explain` (the table) and `tracing` (the call). Without a call
 one, such as a loss and its arguments, the call is traced once, but not run.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +15,17 @@ import jax
 from flax import nnx
 
 from ..errors import MeasureError, RuleError
+from ..rules.ruleset import Rules
 from ..tracing import call_errors, pure_call
 from ..tracing.origins import check_no_gradient, has_gradient, select_loss_or_floats, trace_with_paths
-from ..transform import region
+from ..transform import loss, region
 from ..transform.capture import effects
 from ..transform.capture.walk import capture
 from ..transform.derive import get_base_class
 from ..transform.explain import Explanation, explain_model
-from .ruled_call import find_model
+from ..transform.tiling import evaluate
+from ..transform.tiling.report import TiledStretch, UncutValue, describe_programs
+from .ruled_call import find_model, use_rules
 
 
 def explain(
@@ -112,7 +116,28 @@ def _bind(fn: Callable[..., Any], kwargs: Mapping[str, Any] | None) -> Callable[
 def _explain_call(fn: Any, args: tuple[Any, ...], rules: Any, *, names: bool) -> Explanation:
     call = pure_call.stage(pure_call.unwrap_jit(fn), args)
     model = find_model(fn, args)
-    return explain_model(model, rules, program=trace_call(call), names=names)
+    explanation = explain_model(model, rules, program=trace_call(call), names=names)
+    tiles, uncut = _explain_tiles(fn, args, model, rules, explanation)
+    return dataclasses.replace(explanation, tiles=tiles, uncut=uncut)
+
+
+def _explain_tiles(
+    fn: Any, args: tuple[Any, ...], model: Any, rules: Any, explanation: Explanation
+) -> tuple[tuple[TiledStretch, ...], tuple[UncutValue, ...]]:
+    """Trace a call under its rules, and describe what is computed in pieces."""
+    coerced = None if rules is None else Rules.coerce(rules)
+    with use_rules(model, coerced, fn) as ruled_fn:
+        is_tiled = loss.get_function_action(ruled_fn) is not None
+        if not is_tiled and not any(row.action is not None and row.action.tile is not None for row in explanation.rows):
+            return (), ()
+        call = pure_call.stage(pure_call.unwrap_jit(ruled_fn), args)
+
+        def run(leaves: list[Any]) -> list[Any]:
+            return pure_call.evaluate(call, leaves, with_paths=True)[1]
+
+        with effects.restore_objects(capture(call.values).objects), evaluate.record_tiles() as programs:
+            jax.make_jaxpr(run)(call.abstractify_leaves())
+        return describe_programs(programs)
 
 
 def trace_call(call: pure_call.Call) -> Any:

@@ -26,6 +26,7 @@ from ..text import format_bytes
 from ..tracing import pure_call
 from ..tracing.origins import locate, select_loss_or_floats, trace_with_paths
 from ..transform import explain as explaining
+from ..transform.loss import remove_action
 from ..transform.naming import scopes
 from . import random_cost
 from .explain_call import trace_call
@@ -338,11 +339,12 @@ def find_useless_rules(subject: Subject, rules: Rules, ruled: ProgramMemory) -> 
         return
     for number in remats:
         others = Rules(pair for index, pair in enumerate(pairs) if index != number)
-        with use_rules(subject.model, others):
-            traced = trace_memory(subject)
+        with use_rules(subject.model, others, remove_action(subject.fn)) as fn:
+            reduced = dataclasses.replace(subject, fn=fn)
+            traced = trace_memory(reduced)
             if traced[0] > ruled.residual_bytes or traced[2] > ruled.peak_bytes:
                 continue
-            without = _measure_program(subject)
+            without = _measure_program(reduced)
         memory = _choose_memory(without, ruled.measurement)
         before, after = getattr(without, memory), getattr(ruled.measurement, memory)
         if without.fits and before <= (1 + _NOISE) * after:

@@ -11,9 +11,10 @@ from ..errors import MeasureError
 from ..rules.paths import format_path
 from ..rules.policy_types import Policy
 from ..rules.rule import Remat
-from ..rules.ruleset import Rules
+from ..rules.ruleset import LOSS, Rules
 from ..tracing import pure_call
 from ..transform import apply as application
+from ..transform.loss import apply_loss_rules
 from ..transform.modules import find_modules
 
 
@@ -68,10 +69,24 @@ def _find_first_child(model: nnx.Module) -> str:
 
 
 @contextmanager
-def use_rules(model: Any, rules: Rules | None) -> Iterator[None]:
-    """Apply rules to a model for the duration of a block; None leaves the model as it is."""
+def use_rules(model: Any, rules: Rules | None, fn: Any = None) -> Iterator[Any]:
+    """Apply rules for the duration of a block; None leaves everything as it is.
+
+    Args:
+        model: The model; the rules for its modules are applied in place.
+        rules: The rules.
+        fn: The function that is called, for the rule "@loss".
+
+    Yields:
+        The function to call in the block.
+    """
     if rules is None:
-        yield
+        yield fn
         return
-    with application.applied(model, rules):
-        yield
+    of_modules = Rules((pattern, action) for pattern, action in rules if pattern.text != LOSS)
+    ruled_fn = fn if len(of_modules) == len(rules) else apply_loss_rules(fn, rules)
+    if not len(of_modules):
+        yield ruled_fn
+        return
+    with application.applied(model, of_modules):
+        yield ruled_fn

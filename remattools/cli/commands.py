@@ -7,6 +7,7 @@ file is executed.
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import pathlib
 import sys
@@ -90,19 +91,19 @@ def _run_explain(args: argparse.Namespace, subject: Subject) -> CommandResult:
 
 
 def _run_residuals(args: argparse.Namespace, subject: Subject) -> CommandResult:
-    with _apply_rules(args, subject):
+    with _apply_rules(args, subject) as subject:
         report = residuals(subject.fn, *subject.args)
     return CommandResult(EXIT_OK, report.as_dict(), report)
 
 
 def _run_timeline(args: argparse.Namespace, subject: Subject) -> CommandResult:
-    with _apply_rules(args, subject):
+    with _apply_rules(args, subject) as subject:
         result = timeline(subject.fn, *subject.args, differentiate=not args.as_is)
     return CommandResult(EXIT_OK, result.as_dict(), result, files=_select_files((args.plot, result.plot)))
 
 
 def _run_measure(args: argparse.Namespace, subject: Subject) -> CommandResult:
-    with _apply_rules(args, subject), open_progress(None) as show:
+    with _apply_rules(args, subject) as subject, open_progress(None) as show:
         show(f"compiling for {args.target or 'the default device'}")
         measurement = measure(
             subject.fn,
@@ -210,13 +211,13 @@ def _parse_budget(text: str | None) -> float | int | str | None:
 
 
 @contextlib.contextmanager
-def _apply_rules(args: argparse.Namespace, subject: Subject) -> Iterator[None]:
+def _apply_rules(args: argparse.Namespace, subject: Subject) -> Iterator[Subject]:
     if args.rules is None:
-        yield
+        yield subject
         return
     model = find_model(subject.fn, subject.args)
-    with use_rules(model, make_rules(model, args.rules)):
-        yield
+    with use_rules(model, make_rules(model, args.rules), subject.fn) as fn:
+        yield dataclasses.replace(subject, fn=fn)
 
 
 def _open_cache(args: argparse.Namespace) -> Cache | None:

@@ -30,7 +30,7 @@ from .. import toml
 from ..errors import RematError, RuleError, RuleFileError, suggest_names
 from .paths import Pattern
 from .policy_types import CallablePolicy, Complement, Intersection, Policy, Union
-from .rule import Action, Remat, coerce_action
+from .rule import Action, Remat
 from .tile import Tile
 
 _FIELDS = ("policy", "save", "offload", "every_n", "offset", "group", "nested", "methods", "prevent_cse", "tile")
@@ -155,7 +155,7 @@ def _parse_action(value: Any) -> Action:
     tile = _parse_tile(value["tile"])
     if any(key in value for key in _SAVING):
         return Remat(**{**value, "tile": tile})
-    return dataclasses.replace(coerce_action(tile), **{key: item for key, item in value.items() if key != "tile"})
+    return Remat(**{**value, "policy": "everything_saveable", "tile": tile})
 
 
 def _parse_tile(value: Any) -> Tile:

@@ -24,9 +24,9 @@ class Tile:
     Args:
         pieces: Number of pieces; an int of at least 2, 8 if neither `pieces` nor `rows` is given.
         rows: Length of a piece along the axis, instead of `pieces`; an int of at least 1.
-        axis: Axis, as a position in the arrays that the module or function is passed; None to choose the one along
-            which most bytes vanish; "batch" to compute everything in pieces along the leading axis, which for a loss is
-            gradient accumulation.
+        axis: Axis of the large values, as a position in their shape; None to choose the one along which most bytes
+            vanish; "batch" to compute everything in pieces along the leading axis of the arrays that are passed, which
+            for a loss is gradient accumulation.
         accumulate: Dtype in which gradients of values that all pieces read, such as weights, are added: "float32",
             "float64", or None for their own. Never narrower than their own.
         keep_rows: Whether each row's maximum, sum and the like are kept for the backward pass rather than computed
@@ -83,7 +83,7 @@ class Tile:
         if self.axis is not None and self.axis != "batch" and (type(self.axis) is not int or self.axis < 0):
             raise RuleError(
                 what=f"axis={self.axis!r} is not an axis.",
-                why="it is a position in the shape of the arrays that are passed, counted from 0.",
+                why="it is a position in the shape of the large values, counted from 0.",
                 fix='an int such as 1, "batch", or None to choose it by the bytes that vanish.',
             )
         if self.accumulate is not None and self.accumulate not in _DTYPES:

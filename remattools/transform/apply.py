@@ -58,6 +58,7 @@ def apply[M](model: M, rules: Any, *, on: str | None = None, strict: bool = True
         if LOSS in [pattern.text for pattern, _ in loss_rules]:
             changed: M = apply_loss_rules(model, loss_rules)
             return changed
+    _check_module_rules(coerce_rules(rules, on))
     entries, decisions = decide(model, rules, on=on, strict=strict)
     plan = _plan_modules(entries, decisions)
     for entry, (action, _) in zip(entries, plan, strict=True):
@@ -85,6 +86,15 @@ def _find_tile_holders(entries: list[ModuleEntry], actions: list[Remat | None]) 
         for depth in range(len(path))
     }
     return {index for index, entry in enumerate(entries) if above.intersection(entry.paths)}
+
+
+def _check_module_rules(rules: Rules) -> None:
+    if len(rules) and all(pattern.text == LOSS for pattern, _ in rules):
+        raise RuleError(
+            what=f"all rules are for {LOSS!r}, but they were applied to a model.",
+            why="that rule is for what a loss computes around its model.",
+            fix="loss = rt.apply(loss, rules).",
+        )
 
 
 type _ModuleAssignment = tuple[Remat | None, tuple[Group, ...]]
@@ -213,20 +223,9 @@ def decide(
     entries = find_modules(model)
     if not entries:
         raise _make_no_model_error(model)
-    module_rules = _drop_loss_rules(coerce_rules(rules, on))
+    # A rule file may hold rules for the loss too, and each is applied where it belongs.
+    module_rules = Rules((pattern, action) for pattern, action in coerce_rules(rules, on) if pattern.text != LOSS)
     return entries, resolve(module_rules, [_make_node(entry) for entry in entries], strict=strict)
-
-
-def _drop_loss_rules(rules: Rules) -> Rules:
-    """Rules without those for the loss; a rule file holds both, and each is applied where it belongs."""
-    remaining = Rules((pattern, action) for pattern, action in rules if pattern.text != LOSS)
-    if len(rules) and not len(remaining):
-        raise RuleError(
-            what=f"all rules are for {LOSS!r}, but they were applied to a model.",
-            why="that rule is for what a loss computes around its model.",
-            fix="loss = rt.apply(loss, rules).",
-        )
-    return remaining
 
 
 def _make_no_model_error(value: Any) -> RuleError:

@@ -6,24 +6,15 @@ a region that region decides what is saved: a rule there frees nothing and recom
 """
 
 import dataclasses
-import functools
-import pathlib
-import sysconfig
 from collections.abc import Iterable
 from typing import Any
-
-import flax
-import jax
 
 from ..jaxpr import jaxprs
 from ..rules.paths import Path, format_path
 from .naming import names, scopes
+from .source_lines import abbreviate_path, find_source_line, is_library
 
 # Frames of these are not where a model calls `jax.checkpoint`.
-_LIBRARIES = (
-    *(str(pathlib.Path(str(package.__file__)).parent) for package in (jax, flax)),
-    str(pathlib.Path(__file__).parents[1]),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,21 +98,6 @@ def _find_location(equation: Any) -> str:
     """Return the function of a region, or else the line that calls it, wherever that is in a user's code."""
     nested = [jaxprs.open_jaxpr(inner) for _, inner in jaxprs.find_subjaxprs(equation)]
     name, _, place = str(nested[0].debug_info.func_src_info).partition(" at ")
-    if place and not _is_library(place):
-        return f"{name} at {_abbreviate_path(place)}"
-    for frame in getattr(equation.source_info.traceback, "frames", ()):
-        if not _is_library(frame.file_name):
-            return f"{frame.function_name} at {_abbreviate_path(frame.file_name)}:{frame.line_num}"
-    return ""
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_library(file_name: str) -> bool:
-    standard = sysconfig.get_path("stdlib")
-    in_standard = file_name.startswith(standard) and "site-packages" not in file_name
-    return in_standard or file_name.startswith(_LIBRARIES) or file_name.startswith("<frozen")
-
-
-def _abbreviate_path(file_name: str) -> str:
-    path, here = pathlib.Path(file_name), pathlib.Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else file_name
+    if place and not is_library(place):
+        return f"{name} at {abbreviate_path(place)}"
+    return find_source_line(equation, with_function=True)

@@ -23,6 +23,7 @@ from .author_regions import AuthorRegion, format_regions
 from .derive import get_base_class
 from .modules import ModuleEntry, find_modules
 from .naming.names import NamedValue
+from .tiling.report import TiledStretch, UncutValue, make_stretch_table, make_uncut_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class Explanation:
 
     Attributes:
         rows: One for each module in model order, without containers (`nnx.List`, `nnx.Dict`).
+        tiles: What is computed in pieces; with a call only.
+        uncut: Large values that stay whole under a `Tile`, with the reason; with a call only.
 
     Example:
         >>> from flax import nnx
@@ -71,6 +74,8 @@ class Explanation:
     """
 
     rows: tuple[ExplanationRow, ...]
+    tiles: tuple[TiledStretch, ...] = ()
+    uncut: tuple[UncutValue, ...] = ()
 
     @property
     def regions(self) -> tuple[ExplanationRow, ...]:
@@ -80,7 +85,9 @@ class Explanation:
     def __str__(self) -> str:
         warnings = [f"{path}: {warning}" for path, warning in _merge_warnings(self.rows)]
         values = [render_text(_make_values_table(row)) for row in self.rows if row.values]
-        return "\n".join([render_text(self.__rich__()), *warnings, *values])
+        tiles = [render_text(make_stretch_table(self.tiles))] if self.tiles else []
+        tiles += [render_text(make_uncut_table(self.uncut))] if self.uncut else []
+        return "\n".join([render_text(self.__rich__()), *warnings, *tiles, *values])
 
     def __rich__(self) -> Table:
         titles = ["module", "class", "action", "shared by"]
@@ -128,11 +135,13 @@ def explain_model(model: Any, rules: Any = None, *, program: Any = None, names: 
 def describe(action: Remat) -> str:
     """Describe an action in a few words, such as `dots_saveable, save attn.qkv`."""
     parts = ["nothing_saveable" if action.policy is None else str(action.policy)]
-    if action.policy is None and (action.save or action.offload):
+    if (action.policy is None and (action.save or action.offload)) or action.is_tile_alone:
         parts = []
     parts += [f"save {name}" for name in action.save] + [f"offload {name}" for name in action.offload]
     if action.group != 1:
         parts.append(f"group {action.group}" + (" nested" if action.nested else ""))
+    if action.tile is not None:
+        parts.append(f"{action.tile.pieces} pieces" if action.tile.rows is None else f"pieces of {action.tile.rows}")
     if action.methods != ("__call__",):
         parts.append("in " + ", ".join(action.methods))
     return ", ".join(parts)
@@ -188,7 +197,8 @@ def _add_shares(entries: list[ModuleEntry], rows: list[ExplanationRow]) -> list[
     for i, entry in regions.items():
         notes = list(rows[i].warnings)
         outer = _find_enclosing_region(entry, regions, i)
-        if outer is not None:
+        action = rows[i].action
+        if outer is not None and not (action is not None and action.is_tile_alone):
             notes.append(
                 f"is inside the region {format_path(outer)}: the backward pass recomputes it with that region, and "
                 "then again by itself; save its output there, or exclude one of the two with False."

@@ -14,6 +14,7 @@ class FunctionTarget:
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
         return self.function(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:

@@ -70,8 +70,9 @@ def tile(
         target: The function to decorate: arrays and nnx objects in, usually a scalar out.
         pieces: Number of pieces, at least 2; 8 if neither `pieces` nor `rows` is given.
         rows: Length of a piece, instead of `pieces`.
-        axis: Position of the axis in the arrays that are passed; None to choose the one along which most bytes vanish;
-            "batch" to compute the whole function in pieces of the batch (gradient accumulation).
+        axis: Position of the axis in the shape of the large values; None to choose the one along which most bytes
+            vanish; "batch" to compute the whole function in pieces of the batch (gradient accumulation): of all arrays
+            outside of nnx objects, or of all arguments but the first if there are no nnx objects.
         accumulate: Dtype in which the gradients of weights are added over the pieces; None for their own.
         keep_rows: Keep each row's maximum and sum for the backward pass.
 

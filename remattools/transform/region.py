@@ -22,15 +22,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from flax import nnx
 
 from .. import compat
 from ..jaxpr import jaxprs
-from ..rules.paths import Path, parse_path
+from ..rules.paths import Path, format_path, parse_path
 from ..rules.policy_types import Policy
 from ..rules.rule import Remat
+from ..rules.ruleset import LOSS
 from .capture import effects
 from .capture.rebuild import rebuild
-from .capture.walk import SCOPE_KEY, capture
+from .capture.walk import SCOPE_KEY, Capture, capture
 from .naming import marking, names, scopes
 from .tiling import evaluate as tiling
 
@@ -47,13 +49,14 @@ class _StaticInputs:
     action: Remat
     holds_tiles: bool
     is_loss: bool
+    batch: tuple[int, ...]
     spec: Any
     # A new object if the trace must not be shared, else None.
     token: object
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.target, self.action, self.holds_tiles, self.is_loss, self.spec, self.token))
+        return hash((self.target, self.action, self.holds_tiles, self.is_loss, self.batch, self.spec, self.token))
 
     def __hash__(self) -> int:
         return self._hash
@@ -221,12 +224,14 @@ def call(
         run, token = functools.partial(body), object()
     else:
         run = _shared.get(body)
-    static = _StaticInputs(target, action, holds_tiles or action.tile is not None, is_loss, captured.spec, token)
+    batch = _find_batch(args, captured) if action.tile is not None and action.tile.axis == "batch" else ()
+    static = _StaticInputs(target, action, holds_tiles or action.tile is not None, is_loss, batch, captured.spec, token)
     inputs = _Inputs(captured.leaves, static)
     if _mode.replacement is not None and _is_replaced(action):
         outputs = _mode.replacement[1](run, inputs, _find_path(args))
     else:
-        outputs = _make_region(run, static)(inputs)
+        with tiling.name_program(LOSS if is_loss else format_path(_find_path(args))):
+            outputs = _make_region(run, static)(inputs)
     if outputs.call_effects.is_single_use:
         _shared.forget(body)
     return effects.replay(outputs.call_effects, outputs.leaves, captured.objects)
@@ -242,6 +247,14 @@ def _make_region(run: Callable[[_Inputs], _Outputs], static: _StaticInputs) -> C
         return jax.jit(run)
     policy = names.lower_policy(action, holds_tiles=static.holds_tiles)
     return jax.checkpoint(run, policy=policy, prevent_cse=action.prevent_cse)
+
+
+def _find_batch(args: tuple[Any, ...], captured: Capture) -> tuple[int, ...]:
+    """Indices of the arrays outside of nnx objects; without such objects, of those outside of the first argument."""
+    held = {id(item.get_raw_value()) for item in captured.objects if isinstance(item, nnx.Variable)}
+    if not held and args:
+        held = set(map(id, capture(args[0]).leaves))
+    return tuple(index for index, leaf in enumerate(captured.leaves) if id(leaf) not in held)
 
 
 def _find_path(args: tuple[Any, ...]) -> Path:
@@ -291,7 +304,7 @@ def _trace_body(inputs: _Inputs, *, with_paths: bool) -> _Outputs:
         program = marking.mark_program(program, static.action, holds_tiles=holds_tiles)
     if static.action.tile is None:
         return _Outputs(jaxprs.run(program, inputs.leaves), recorded[0])
-    leaves = tiling.run_tiled(program, inputs.leaves, static.action.tile, is_loss=static.is_loss)
+    leaves = tiling.run_tiled(program, inputs.leaves, static.action.tile, is_loss=static.is_loss, batch=static.batch)
     return _Outputs(leaves, recorded[0])
 
 

@@ -150,9 +150,7 @@ def _solve(program: Program, spread: Spread, candidates: set[int], seed: Any, si
     return frozenset(number for number in numbers if index[number] in reached)
 
 
-def _find_required(
-    program: Program, number: int, candidates: set[int], seed_number: int, sides: _Sides
-) -> list[int]:
+def _find_required(program: Program, number: int, candidates: set[int], seed_number: int, sides: _Sides) -> list[int]:
     """Return the candidates that are in the stretch if this one is."""
     if number in sides.before:
         return [r for r in program.find_readers(number) if r in candidates and (r in sides.before or r == seed_number)]

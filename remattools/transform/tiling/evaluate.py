@@ -4,13 +4,18 @@
 Sits on `normal_form`, `stretches` and `run_stretch`; regions and `tile` call it.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ... import compat
 from ...jaxpr import jaxprs
+from ...rules.ruleset import LOSS
 from ...rules.tile import Tile
 from ..naming import scopes
+from .batch import make_batch_stretch
 from .normal_form import normalize
 from .program import Program, Stretch
 from .run_stretch import run_stretch
@@ -18,23 +23,28 @@ from .stretches import Uncut, find_stretches, measure_floor
 
 
 def tile_program(
-    jaxpr: Any, tile: Tile, *, is_wanted: Callable[[Stretch], bool] | None = None
+    jaxpr: Any,
+    tile: Tile,
+    *,
+    is_wanted: Callable[[Stretch], bool] | None = None,
+    batch: Sequence[int] = (),
 ) -> tuple[Program, list[Uncut]]:
-    """Return a traced program with stretches around its large values.
+    """Return a traced program with stretches around its large values, and the large values that stay whole.
 
     Args:
         jaxpr: An open jaxpr.
         tile: Number of pieces, axis, and what is kept.
         is_wanted: Whether a stretch that was found is kept; None to keep all.
+        batch: Indices of the arguments that hold the batch, for `axis="batch"`.
     """
     inlined = Program(jaxpr, jaxpr.eqns)
     program = normalize(jaxpr, measure_floor(inlined))
+    if tile.axis == "batch":
+        return make_batch_stretch(program, tile, [program.jaxpr.invars[index] for index in batch]), []
     return find_stretches(program, tile, measure_floor(program), is_wanted=is_wanted)
 
 
-def run_program(
-    program: Program, consts: Sequence[Any], leaves: Sequence[Any], tile: Tile
-) -> list[Any]:
+def run_program(program: Program, consts: Sequence[Any], leaves: Sequence[Any], tile: Tile) -> list[Any]:
     """Evaluate a program with stretches.
 
     Args:
@@ -54,7 +64,9 @@ def run_program(
     return [jaxprs.read_atom(atom, values) for atom in program.jaxpr.outvars]
 
 
-def run_tiled(program: Any, leaves: Sequence[Any], tile: Tile, *, is_loss: bool = False) -> list[Any]:
+def run_tiled(
+    program: Any, leaves: Sequence[Any], tile: Tile, *, is_loss: bool = False, batch: Sequence[int] = ()
+) -> list[Any]:
     """Evaluate a closed jaxpr on its flat arguments, its largest values in pieces.
 
     Args:
@@ -62,15 +74,71 @@ def run_tiled(program: Any, leaves: Sequence[Any], tile: Tile, *, is_loss: bool 
         leaves: Its flat arguments.
         tile: How values are cut.
         is_loss: Whether stretches that lie in modules altogether stay whole.
+        batch: Indices of the arguments that hold the batch, for `axis="batch"`.
     """
     is_wanted = _is_outside_modules if is_loss else None
-    tiled, _ = tile_program(jaxprs.open_jaxpr(program), tile, is_wanted=is_wanted)
+    tiled, uncut = tile_program(jaxprs.open_jaxpr(program), tile, is_wanted=is_wanted, batch=batch)
+    if is_loss:  # what lies in modules is not the loss's to cut
+        uncut = [value for value in uncut if not _is_in_module(tiled.nodes[tiled.producers[value.var]])]
+    if _recorder.found is not None:
+        _recorder.found.append(TiledProgram(_recorder.path, tile, tiled, tuple(uncut)))
     return run_program(tiled, program.consts, leaves, tile)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TiledProgram:
+    """A program that was cut while `record_tiles` was active.
+
+    Attributes:
+        path: Path of its module, or "@loss".
+        tile: The action.
+        program: The program with its stretches.
+        uncut: Large values that stay whole.
+    """
+
+    path: str
+    tile: Tile
+    program: Program
+    uncut: tuple[Uncut, ...]
+
+
+class _Recorder(threading.local):
+    found: list[TiledProgram] | None = None
+    path = "."
+
+
+_recorder = _Recorder()
+
+
+@contextlib.contextmanager
+def record_tiles() -> Iterator[list[TiledProgram]]:
+    """Yield a list that gets every program that is cut inside the block; equal blocks share one."""
+    before, _recorder.found = _recorder.found, []
+    try:
+        yield _recorder.found
+    finally:
+        _recorder.found = before
+
+
+@contextlib.contextmanager
+def name_program(path: str) -> Iterator[None]:
+    """Say which module or function the programs that are cut inside the block belong to."""
+    before = _recorder.path
+    # Paths in a region are relative to it; those in a loss start at the model.
+    _recorder.path = path if before in (".", LOSS) or path == LOSS else f"{before}.{path}"
+    try:
+        yield
+    finally:
+        _recorder.path = before
 
 
 def _is_outside_modules(stretch: Stretch) -> bool:
     """Whether a stretch holds equations that belong to no module."""
     return any(
-        factor is not None and scopes.find_path(str(equation.source_info.name_stack)) is None
+        factor is not None and not _is_in_module(equation)
         for equation, factor in zip(stretch.members, stretch.factors, strict=True)
     )
+
+
+def _is_in_module(node: Any) -> bool:
+    return not isinstance(node, Stretch) and scopes.find_path(str(node.source_info.name_stack)) is not None

@@ -8,7 +8,7 @@ equations as one node, so that what is found later cannot depend on it in both d
 import dataclasses
 import heapq
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final, Literal
 
 from jax.extend import core
 
@@ -18,8 +18,8 @@ from ...jaxpr.axes.rules import find_factors
 
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 # In place of an axis: the pieces' results are added.
-SUM = "sum"
-type Place = int | str | None
+SUM: Final = "sum"
+type Place = int | Literal["sum"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Stretch:
     members: tuple[Any, ...]
     factors: tuple[Factor | None, ...]
     inputs: tuple[tuple[Any, int | None], ...]
-    outputs: tuple[tuple[Any, int | str], ...]
+    outputs: tuple[tuple[Any, Place], ...]
     vanished: tuple[Any, ...]
     seed: Any
     axis: int

@@ -34,13 +34,13 @@ def run_stretch(stretch: Stretch, values: Mapping[Any, Any], tile: Tile) -> list
         tile: How gradients are added, and whether rows are kept.
     """
     whole = [var for var, axis in stretch.inputs if axis is None]
-    cut = [(var, axis) for var, axis in stretch.inputs if axis is not None]
+    cut: list[tuple[Any, int]] = [(var, axis) for var, axis in stretch.inputs if axis is not None]
     consts = [_prepare_whole(values[var], tile) for var in whole]
     slices = [_split(values[var], axis, stretch) for var, axis in cut]
     sums = [var for var, place in stretch.outputs if place == SUM]
 
     def compute(consts: list[Any], index: Any, slices: list[Any]) -> tuple[list[Any], list[Any]]:
-        known = {(var, None): _get_whole(value) for var, value in zip(whole, consts, strict=True)}
+        known: dict[Any, Any] = {(var, None): _get_whole(value) for var, value in zip(whole, consts, strict=True)}
         known.update(zip(cut, slices, strict=True))
         results = _run_members(stretch, known, index, tile)
         return (
@@ -84,13 +84,14 @@ def _run_members(stretch: Stretch, known: dict[Any, Any], index: Any, tile: Tile
             results = compat.bind(equation, operands, equation.params)
         else:
             results = run_piece(equation, factor, operands, piece)
-            if tile.keep_rows and factor.kind == "map" and _is_row_reduction(equation):
+            if tile.keep_rows and factor.kind == "map" and is_row_reduction(equation):
                 results = [checkpoint_name(result, TILE_ROW) for result in results]
         made.update(zip(equation.outvars, results, strict=True))
     return made
 
 
-def _is_row_reduction(equation: Any) -> bool:
+def is_row_reduction(equation: Any) -> bool:
+    """Whether an equation reduces long rows, such as the maximum or the sum of a softmax."""
     if equation.primitive.name not in _ROW_REDUCTIONS:
         return False
     source, result = (jaxprs.count_aval_bytes(atom.aval) for atom in (equation.invars[0], equation.outvars[0]))
@@ -154,4 +155,3 @@ def _take_gradient_of(value: Any, wide: Any) -> Any:
 def _differentiate(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     value, _ = primals
     return value, tangents[1].astype(value.dtype)
-

@@ -63,7 +63,7 @@ def spread_axis(program: Program, seeds: Sequence[tuple[Any, int]], excluded: Co
 def choose_factor(program: Program, number: int, places: dict[Any, Place], var: Any) -> Factor | None:
     """Return the factor of an equation that agrees with what is placed, and cuts `var`; None if there is none."""
     node = program.nodes[number]
-    fitting = []
+    fitting: list[tuple[bool, int, int, Factor]] = []
     for factor in program.find_factors(number):
         operands = list(zip(node.invars, factor.operands, strict=True))
         cut = {atom for atom, axis in operands if axis is not None and is_variable(atom)}
@@ -83,9 +83,7 @@ def _is_consistent(node: Any, factor: Factor, places: dict[Any, Place]) -> bool:
 
 
 def _place_values(node: Any, factor: Factor) -> list[tuple[Any, Place]]:
-    found: list[tuple[Any, Place]] = [
-        (atom, axis)
-        for atom, axis in zip(node.invars, factor.operands, strict=True)
-        if axis is not None and is_variable(atom)
-    ]
-    return [*found, *((var, SUM if factor.kind == "sum" else axis) for var, axis in zip(node.outvars, factor.results))]
+    atoms = [*zip(node.invars, factor.operands, strict=True)]
+    results = [*zip(node.outvars, factor.results, strict=True)]
+    found: list[tuple[Any, Place]] = [(atom, axis) for atom, axis in atoms if axis is not None and is_variable(atom)]
+    return found + [(var, SUM if factor.kind == "sum" or axis is None else axis) for var, axis in results]

@@ -11,7 +11,7 @@ from typing import Any
 from ...jaxpr import jaxprs
 from ...rules.tile import Tile
 from .border import find_vanished, select_members
-from .program import SUM, Program, Stretch, count_bytes, is_variable
+from .program import SUM, Place, Program, Stretch, count_bytes, is_variable
 from .spread import Spread, spread_axis
 
 # A value is large if it takes more than this many times what the program returns, or else this share of its largest.
@@ -63,6 +63,7 @@ def find_stretches(
             made
             for axis, length in enumerate(seed.aval.shape)
             if length > 1
+            and tile.axis in (None, axis)
             and (made := _make_stretch(program, tile, seed, axis)) is not None
             and (is_wanted is None or is_wanted(made[0]))
         ]
@@ -125,6 +126,7 @@ def _make_stretch(program: Program, tile: Tile, seed: Any, axis: int) -> _Found 
 
 def _keep_whole_rows(program: Program, spread: Spread, size: int, rows: int) -> Spread:
     """Leave out equations with an axis that pieces of whole rows do not divide, such as heads times their width."""
+
     def is_divisible(number: int, factor: Any) -> bool:
         node = program.nodes[number]
         lengths = [
@@ -146,8 +148,21 @@ def build_stretch(
     seed: Any,
     axis: int,
     pieces: int,
+    *,
+    size: int | None = None,
 ) -> Stretch:
-    """Return the stretch of these members, with its inputs and outputs and the views it makes itself."""
+    """Return the stretch of these members, with its inputs and outputs and the views it makes itself.
+
+    Args:
+        program: The program.
+        spread: The factor of each member.
+        members: Numbers of its equations.
+        vanished: Variables that no longer exist whole.
+        seed: The largest of them.
+        axis: The axis of the seed.
+        pieces: Number of pieces.
+        size: Length of the axis, if it is not that of the seed.
+    """
     order = sorted(members)
     made = {var for number in order for var in program.nodes[number].outvars}
     inputs: dict[tuple[Any, int | None], None] = {}
@@ -155,15 +170,15 @@ def build_stretch(
         for atom, place in zip(program.nodes[number].invars, spread.factors[number].operands, strict=True):
             if is_variable(atom) and atom not in made:
                 inputs[atom, place] = None
-    outputs = [
-        (var, SUM if spread.factors[number].kind == "sum" else place)
+    outputs: list[tuple[Any, Place]] = [
+        (var, SUM if place is None else place)
         for number in order
         for var, place in zip(program.nodes[number].outvars, spread.factors[number].results, strict=True)
         if var in program.results or not members.issuperset(program.readers.get(var, ()))
     ]
     views = _pull_views(program, inputs)
     return Stretch(
-        size=seed.aval.shape[axis],
+        size=seed.aval.shape[axis] if size is None else size,
         pieces=pieces,
         members=(*(program.nodes[number] for number in views), *(program.nodes[number] for number in order)),
         factors=(*(None for _ in views), *(spread.factors[number] for number in order)),

@@ -86,7 +86,8 @@ def test_a_short_rule_reads_as_written():
 
 
 @pytest.mark.parametrize(
-    ("entry", "message"), [("8", "tile = 8 is not a table"), ("{ piece = 8 }", "pieces"), ("{ pieces = 1 }", "pieces=1")]
+    ("entry", "message"),
+    [("8", "tile = 8 is not a table"), ("{ piece = 8 }", "pieces"), ("{ pieces = 1 }", "pieces=1")],
 )
 def test_a_file_with_a_wrong_tile_names_the_line(entry, message):
     with pytest.raises(RuleFileError, match="line 2") as error:
