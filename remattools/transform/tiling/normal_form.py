@@ -56,7 +56,8 @@ def _move_slice(program: Program, producer: int, slicing: Any) -> list[Any] | No
     whole, part = slicing.invars[0].aval.shape, slicing.outvars[0].aval.shape
     axes = [axis for axis, length in enumerate(whole) if part[axis] != length]
     equation = program.nodes[producer]
-    if len(axes) != 1 or slicing.params["strides"] is not None or len(equation.outvars) != 1 or not part[axes[0]]:
+    is_dense = all(stride == 1 for stride in slicing.params["strides"] or ())
+    if len(axes) != 1 or not is_dense or len(equation.outvars) != 1 or not part[axes[0]]:
         return None
     axis = axes[0]
     factor = next((f for f in program.find_factors(producer) if f.kind == "map" and f.results == (axis,)), None)

@@ -4,6 +4,7 @@
 Sits on `border` and `spread`.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -221,11 +222,19 @@ def _is_view(program: Program, number: int) -> bool:
 
 
 def _explain_uncut(program: Program, seed: Any) -> Uncut:
+    """Return why there is no stretch around a value: the nearest operation that cannot be cut."""
     number = program.producers[seed]
     equation = program.nodes[number]
     if not program.find_factors(number):
         return Uncut(seed, f"{equation.primitive.name} has no axis along which it can be cut", equation)
-    blocking = next((program.nodes[r] for r in program.readers[seed] if not program.find_factors(r)), None)
-    if blocking is not None and not isinstance(blocking, Stretch):
-        return Uncut(seed, f"{blocking.primitive.name} needs it whole", blocking)
-    return Uncut(seed, "everything that reads it needs more than its rows", None)
+    remaining, seen = collections.deque(program.readers[seed]), set[int]()
+    while remaining:
+        reader = remaining.popleft()
+        node = program.nodes[reader]
+        if reader in seen or isinstance(node, Stretch):
+            continue
+        if not program.find_factors(reader):
+            return Uncut(seed, f"{node.primitive.name} needs it, or what is computed from it, whole", node)
+        seen.add(reader)
+        remaining.extend(program.find_readers(reader))
+    return Uncut(seed, "what is computed from its rows is needed whole by the next operation")
