@@ -21,7 +21,6 @@ def test_each_stretch_has_its_axis_its_bytes_and_its_line():
     assert f"f32[8,{VOCABULARY}]" in one.whole
     assert "test_evaluate.py" in one.source
     assert one.kept == ("f32[32]", "f32[32]")
-    assert one.summed == ("f32[]",)
 
 
 def test_the_table_names_module_value_and_what_is_computed_again():
