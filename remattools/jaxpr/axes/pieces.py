@@ -29,7 +29,7 @@ def run_piece(equation: Any, factor: Factor, operands: Sequence[Any], piece: Pie
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from rematjaxpr.axes.rules import find_factors
+        >>> from remattools.jaxpr.axes.rules import find_factors
         >>> equation = jax.make_jaxpr(jnp.sin)(jnp.ones(6)).eqns[0]
         >>> (factor,) = find_factors(equation)
         >>> run_piece(equation, factor, [jnp.zeros(2)], Piece(index=1, rows=2, size=6))

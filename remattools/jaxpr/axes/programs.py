@@ -94,27 +94,24 @@ def _inline(opened: Any, same: dict[Any, Any], call: Any, equations: list[Any], 
     def resolve(atom: Any) -> Any:
         return same.get(atom, atom) if isinstance(atom, core.Var) else atom
 
-    for equation in opened.eqns:
-        source = equation.source_info
-        if call is not None:  # a function that is called twice has one jaxpr, so its variables are renamed
+    for original in opened.eqns:
+        source = original.source_info
+        if call is not None:
             source = source.replace(name_stack=call.source_info.name_stack + source.name_stack)
-            same.update((var, core.Var(var.aval)) for var in equation.outvars)
-        equation = equation.replace(
-            invars=[resolve(atom) for atom in equation.invars],
-            outvars=[resolve(var) for var in equation.outvars],
-            source_info=source,
-        )
-        if equation.primitive.name != "jit":
-            equations.append(equation)
+        equation = original.replace(invars=[resolve(atom) for atom in original.invars], source_info=source)
+        if equation.primitive.name == "jit":
+            nested = equation.params["jaxpr"]
+            inner = jaxprs.open_jaxpr(nested)
+            local = dict(zip(inner.invars, equation.invars, strict=True))
+            for var, value in zip(inner.constvars, nested.consts, strict=True):
+                local[var] = core.Var(var.aval)
+                consts[local[var]] = value
+            results = _inline(inner, local, equation, equations, consts)
+            same.update(zip(original.outvars, results, strict=True))
             continue
-        nested = equation.params["jaxpr"]
-        inner = jaxprs.open_jaxpr(nested)
-        local = dict(zip(inner.invars, equation.invars, strict=True))
-        for var, value in zip(inner.constvars, nested.consts, strict=True):
-            local[var] = core.Var(var.aval)
-            consts[local[var]] = value
-        results = _inline(inner, local, equation, equations, consts)
-        same.update(zip(equation.outvars, results, strict=True))
+        if call is not None:  # a function that is called twice has one jaxpr, so its variables are renamed
+            same.update((var, core.Var(var.aval)) for var in original.outvars)
+        equations.append(equation.replace(outvars=[resolve(var) for var in original.outvars]))
     return [resolve(atom) for atom in opened.outvars]
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A piece is computed as its equation would be: under the current trace, with the equation's names."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from remattools import compat
 from remattools.jaxpr import jaxprs
-from remattools.jaxpr.axes import pieces
+from remattools.jaxpr.axes import pieces, rules
 from remattools.jaxpr.axes.factor import Piece
 from remattools.jaxpr.axes.pieces import run_piece
 from remattools.jaxpr.axes.rules import find_factors
@@ -129,3 +131,11 @@ def test_pieces_inside_a_shard_map():
         return [values, *pull(jnp.sin(jnp.arange(values.size, dtype=values.dtype)))]
 
     compare(differentiate(False), differentiate(True), "shard_map")
+
+
+@pytest.mark.parametrize("module", [rules, pieces])
+def test_examples_of_the_docstrings_run(module):
+    with jax.enable_x64(False):
+        results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An axis goes through a whole program, or there is no cut."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ from remattools.jaxpr.axes.pieces import run_piece
 from remattools.jaxpr.axes.programs import find_cut, flatten, run_cut
 from remattools.jaxpr.axes.rules import find_factors
 
-from .cutting import draw
+from .cutting import compare, cut_rows, draw, list_rows, make_like
+from .drawing import draw_program
 
 
 def _flatten(function, *arguments):
@@ -36,6 +39,15 @@ def test_jits_are_inlined_with_their_names_and_constants():
     assert [equation.primitive.name for equation in program.equations] == ["sin", "mul", "sin", "mul"]
     assert str(program.equations[2].source_info.name_stack).endswith("outside/inside")
     assert len({var for equation in program.equations for var in equation.outvars}) == 4
+
+
+def test_results_of_jits_in_jits_are_read_by_what_follows():
+    inner = jax.jit(lambda x: (jnp.sin(x), x))
+    outer = jax.jit(lambda x: inner(x)[0] * 2 + inner(inner(x)[1])[0])
+    program = _flatten(lambda x: outer(outer(x)), draw((4,)))
+    cut = find_cut(program, {program.outputs[0]: 0}, find_factors)
+    (rows,) = run_cut(program, cut, [draw((4,))[2:]], Piece(1, 2, 4), run_piece)
+    np.testing.assert_allclose(rows, outer(outer(draw((4,))))[2:], rtol=1e-12)
 
 
 def test_the_axis_reaches_arguments_and_leaves_the_others_whole():
@@ -90,3 +102,42 @@ def test_what_is_linear_in_a_sum_can_be_added_later(function, is_sum):
         x, w = draw((6, 4)), draw((3,))
         parts = [run_cut(program, cut, [x[2 * i : 2 * i + 2], w], Piece(i, 2, 6), run_piece)[0] for i in range(3)]
         np.testing.assert_allclose(sum(parts), function(x, w), rtol=1e-6)
+
+
+def _find_pieces(seed):
+    """Return for each axis that goes through a random program a function that computes its last result in pieces."""
+    function, inputs = draw_program(seed)
+    program = _flatten(function, *inputs)
+    last = program.outputs[-1]
+    found = []
+    for axis, size in enumerate(last.aval.shape):
+        cut = find_cut(program, {last: axis}, find_factors)
+        if cut is not None and size > 2:
+            places = [cut.get_place(var) for var in program.inputs]
+            shortest = min(var.aval.shape[place] for var, place in cut.places.items() if isinstance(place, int))
+            found.append(functools.partial(_run_pieces, program, cut, places, axis, shortest))
+    return function, inputs, found
+
+
+def _run_pieces(program, cut, places, axis, size, *inputs):
+    rows = list_rows(size)[-1]
+    parts = []
+    for index in range(-(-size // rows)):
+        piece = Piece(index, rows, size)
+        values = [x if place is None else cut_rows(x, place, piece) for x, place in zip(inputs, places)]
+        parts.append(run_cut(program, cut, values, Piece(jnp.int32(index), rows, size), run_piece)[-1])
+    return jax.lax.slice_in_dim(jnp.concatenate(parts, axis), 0, program.outputs[-1].aval.shape[axis], axis=axis)
+
+
+def test_axes_go_through_random_programs():
+    count = 0
+    for seed in range(20):
+        function, inputs, found = _find_pieces(seed)
+        for pieces in found[:1]:
+            expected, pull = jax.vjp(lambda *args, f=function: f(*args)[-1], *inputs)
+            actual, pull_pieces = jax.vjp(jax.jit(pieces), *inputs)
+            if jnp.issubdtype(expected.dtype, jnp.inexact):
+                cotangent = make_like(expected, seed)
+                compare([expected, *pull(cotangent)], [actual, *pull_pieces(cotangent)], f"program {seed}")
+                count += 1
+    assert count > 3
