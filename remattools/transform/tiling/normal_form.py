@@ -79,7 +79,7 @@ def _move_slice(program: Program, producer: int, slicing: Any) -> list[Any] | No
 
 
 def _move_reshape(program: Program, producer: int, reshaping: Any) -> list[Any] | None:
-    """Return the equations of `f(x.reshape(...))` for `f(x).reshape(...)` where axes merge; None if that is not equal."""
+    """Return the equations of `f(x.reshape(...))` for `f(x).reshape(...)` where axes merge; None if they differ."""
     whole, merged = reshaping.invars[0].aval.shape, tuple(reshaping.outvars[0].aval.shape)
     equation = program.nodes[producer]
     if reshaping.params.get("dimensions") is not None or not _is_merging(whole, merged) or len(equation.outvars) != 1:
