@@ -135,7 +135,8 @@ def get_current_trace() -> weakref.ref[Any]:
 def make_zeros(aval: Any, dtype: Any) -> Any:
     """Return zeros with the shape of an aval; inside `shard_map` they differ along the same axes of the mesh."""
     zeros = jax.lax.full(aval.shape, 0, dtype)
-    varying = tuple(getattr(aval, "vma", ()) or ())
+    kinds = getattr(aval, "mat", None)  # before jax 0.12 the aval itself had the axes
+    varying = tuple(getattr(aval, "vma", ()) if kinds is None else kinds.varying)
     return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
 
 
