@@ -147,7 +147,7 @@ What `explain` says of "attention and loss"; a value counts as if it existed, al
 
 Gradients of weights are added over the pieces in float32 unless `accumulate=None`: for weights in bfloat16 that is a
 float32 copy of the largest one (the tied table, {config.vocabulary * config.width * 4 / 1e6:,.0f} MB). With weights in
-float32 nothing is added to the memory.
+float32 the memory stays the same.
 """
     print(page)
     if args.write is not None:

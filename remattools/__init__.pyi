@@ -39,4 +39,4 @@ from .transform.apply import apply as apply
 from .transform.apply import revert as revert
 from .transform.decorator import remat as remat
 from .transform.explain import Explanation as Explanation
-from .transform.loss import tile as tile
+from .transform.functions import tile as tile

@@ -18,7 +18,7 @@ from ..errors import MeasureError, RuleError
 from ..rules.ruleset import Rules
 from ..tracing import call_errors, pure_call
 from ..tracing.origins import check_no_gradient, has_gradient, select_loss_or_floats, trace_with_paths
-from ..transform import loss, region
+from ..transform import functions, region
 from ..transform.capture import effects
 from ..transform.capture.walk import capture
 from ..transform.derive import get_base_class
@@ -127,7 +127,7 @@ def _explain_tiles(
     """Trace a call under its rules, and describe what is computed in pieces."""
     coerced = None if rules is None else Rules.coerce(rules)
     with use_rules(model, coerced, fn) as ruled_fn:
-        is_tiled = loss.get_function_action(ruled_fn) is not None
+        is_tiled = functions.get_function_action(ruled_fn) is not None
         if not is_tiled and not any(row.action is not None and row.action.tile is not None for row in explanation.rows):
             return (), ()
         call = pure_call.stage(pure_call.unwrap_jit(ruled_fn), args)

@@ -26,7 +26,7 @@ from ..text import format_bytes
 from ..tracing import pure_call
 from ..tracing.origins import locate, select_loss_or_floats, trace_with_paths
 from ..transform import explain as explaining
-from ..transform.loss import remove_action
+from ..transform.functions import remove_action
 from ..transform.naming import scopes
 from . import random_cost
 from .explain_call import trace_call

@@ -14,7 +14,7 @@ from ..rules.rule import Remat
 from ..rules.ruleset import LOSS, Rules
 from ..tracing import pure_call
 from ..transform import apply as application
-from ..transform.loss import apply_loss_rules
+from ..transform.functions import apply_loss_rules
 from ..transform.modules import find_modules
 
 

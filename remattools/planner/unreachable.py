@@ -205,7 +205,7 @@ def _suggest_fixes(
         yield "more time than time_limit_s (--time-limit), which ended the search;"
     elif ended == "max_compiles":
         yield f"more compiles than these {len(points)} points (max_compiles=, --max-compiles);"
-    yield "a loss that computes its largest values in pieces."
+    yield "logits and the like in pieces, so that they never exist whole: rt.plan(rt.tile(loss), ...)."
 
 
 def _is_saving_masks(point: Point) -> bool:

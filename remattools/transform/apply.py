@@ -17,8 +17,8 @@ from ..rules.rule import Remat
 from ..rules.ruleset import LOSS, Rules
 from . import swap
 from .derive import get_base_class
+from .functions import apply_loss_rules, remove_action
 from .group import Group
-from .loss import apply_loss_rules, remove_action
 from .modules import ModuleEntry, find_modules
 
 

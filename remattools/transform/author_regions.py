@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..jaxpr import jaxprs
+from ..jaxpr.source_lines import abbreviate_path, find_source_line, is_library
 from ..rules.paths import Path, format_path
 from .naming import names, scopes
-from .source_lines import abbreviate_path, find_source_line, is_library
 
 # Frames of these are not where a model calls `jax.checkpoint`.
 

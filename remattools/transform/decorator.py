@@ -17,7 +17,7 @@ from ..rules.policies import PolicyLike
 from ..rules.rule import Names, Remat
 from . import region, swap
 from .apply import apply, coerce_rules, find_outermost_sequences
-from .function_target import FunctionTarget
+from .functions import FunctionTarget
 
 
 class Decorator(Protocol):

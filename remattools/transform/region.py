@@ -259,7 +259,7 @@ def _find_batch(args: tuple[Any, ...], captured: Capture) -> tuple[int, ...]:
 
 def _find_path(args: tuple[Any, ...]) -> Path:
     """The path of the called module while paths are recorded, else the root."""
-    return parse_path(vars(args[0]).get(SCOPE_KEY, "."))
+    return parse_path(getattr(args[0], SCOPE_KEY, ".") if args and isinstance(args[0], nnx.Module) else ".")
 
 
 def _run(inputs: _Inputs) -> _Outputs:

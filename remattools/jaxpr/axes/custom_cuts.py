@@ -22,7 +22,7 @@ from jax.extend import core
 
 from ... import compat
 from .factor import Axis, Factor
-from .programs import Cut, FindFactors, Program, find_cut, flatten
+from .programs import Cut, FindFactors, Program, find_cut, flatten_program
 
 PRIMITIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
@@ -105,7 +105,7 @@ class _Search:
         if equation.primitive.name not in PRIMITIVES or equation.effects:
             return self.find_factors(equation)
         if _identify(equation) in self.assumed:
-            return [factor for factor, _ in _find_cuts(flatten(equation.params["call_jaxpr"]), self)]
+            return [factor for factor, _ in _find_cuts(flatten_program(equation.params["call_jaxpr"]), self)]
         return tuple(_analyse(equation, self))
 
     def assume(self, equation: Any) -> "_Search":
@@ -139,7 +139,7 @@ def _analyse(equation: Any, search: _Search) -> Mapping[Factor, Analysis]:
 # The rules of a function are traced once: the same jaxpr is found in each block and looked at again for each piece.
 @functools.lru_cache(maxsize=256)
 def _analyse_jvp(call: Any, thunk: Any, search: _Search) -> Mapping[Factor, Analysis]:
-    program = flatten(call)
+    program = flatten_program(call)
     cuts = list(_find_cuts(program, search))
     if not cuts:
         return {}
@@ -148,7 +148,7 @@ def _analyse_jvp(call: Any, thunk: Any, search: _Search) -> Mapping[Factor, Anal
         jaxpr, consts, zeros = _call_thunk(thunk, *(not use for use in is_differentiable))
     except Exception:  # a user's rule that fails only where it is used, which it may never be
         return {}
-    pushing = flatten(jaxpr, consts)
+    pushing = flatten_program(jaxpr, consts)
     if _has_tracers(pushing):
         return {}
     found = {}
@@ -163,14 +163,14 @@ def _analyse_jvp(call: Any, thunk: Any, search: _Search) -> Mapping[Factor, Anal
 
 @functools.lru_cache(maxsize=256)
 def _analyse_vjp(call: Any, thunk: Any, bwd: Any, out_trees: Any, search: _Search) -> Mapping[Factor, Analysis]:
-    program = flatten(call)
+    program = flatten_program(call)
     cuts = list(_find_cuts(program, search))
     operands = [var.aval for var in program.inputs]
     if not cuts or not all(is_inexact(atom.aval) for atom in program.outputs):
         return {}
     try:
         jaxpr, consts = _call_thunk(thunk, *map(is_inexact, operands))
-        forward = flatten(jaxpr, consts)
+        forward = flatten_program(jaxpr, consts)
         residuals = tuple(out_trees()[2])
         computed = iter(forward.outputs)
         saved = [next(computed).aval if number is None else operands[number] for number in residuals]
@@ -204,7 +204,7 @@ def _trace_backward(
         return [each for each, has in zip(cotangents, has_cotangent, strict=True) if has]
 
     avals = [compat.make_abstract(aval) for aval in (*residuals, *results)]
-    return flatten(jax.make_jaxpr(pull_back)(*avals)), tuple(has_cotangent)
+    return flatten_program(jax.make_jaxpr(pull_back)(*avals)), tuple(has_cotangent)
 
 
 def _find_cuts(program: Program, find_factors: FindFactors) -> Iterator[tuple[Factor, Cut]]:

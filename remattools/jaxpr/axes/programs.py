@@ -74,7 +74,7 @@ class Cut:
         return self.places.get(atom) if isinstance(atom, core.Var) else None
 
 
-def flatten(jaxpr: Any, consts: Sequence[Any] | None = None) -> Program:
+def flatten_program(jaxpr: Any, consts: Sequence[Any] | None = None) -> Program:
     """Return a jaxpr with the equations of its jits in place of the calls.
 
     Args:

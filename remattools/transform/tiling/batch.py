@@ -10,8 +10,8 @@ from typing import Any
 
 from ...errors import RuleError
 from ...jaxpr import jaxprs
+from ...jaxpr.source_lines import find_source_line
 from ...rules.tile import Tile
-from ..source_lines import find_source_line
 from .program import SUM, Program, Stretch, count_bytes
 from .spread import Spread, spread_axis
 from .stretches import build_stretch

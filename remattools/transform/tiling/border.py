@@ -21,9 +21,13 @@ from scipy.sparse.csgraph import maximum_flow
 from .program import SUM, Program, count_bytes, is_variable
 from .spread import Spread
 
-# A value counts by its bytes times its share of the seed's: values that are small beside the largest one are the
-# business of regions, and not worth a matrix product that is computed again. Work is in bytes of results.
-_WORK = {"dot_general": 0.25, "conv_general_dilated": 0.25, "ragged_dot_general": 0.25}
+# A value counts by its bytes if it has at least this share of the seed's, and else quadratically less: values that are
+# small beside the largest one are the business of regions, and not worth a matrix product that is computed again. Work
+# is in bytes of results.
+_FULL_SHARE = 0.25
+# Small ones still count enough for what costs next to nothing, such as a norm before the logits or a sum after them.
+_LEAST_WORTH = 1 / 100
+_WORK = {"dot_general": 0.5, "conv_general_dilated": 0.5, "ragged_dot_general": 0.5}
 _LIGHT_WORK = 1 / 512
 # Capacities of the flow are int32.
 _RESOLUTION = 2**20
@@ -138,7 +142,7 @@ def _solve(program: Program, spread: Spread, candidates: set[int], seed: Any, si
             add_edge(index[number], index[required], infinite)
     values = find_vanished(program, spread, candidates)
     for place, var in enumerate(values, start=len(numbers) + 2):
-        add_edge(0, place, count_bytes(var) * min(1.0, count_bytes(var) / count_bytes(seed)) * scale)
+        add_edge(0, place, estimate_worth(var, seed) * scale)
         for number in {program.producers[var], *program.readers[var]}:
             add_edge(place, index[number], infinite)
     size = len(numbers) + 2 + len(values)
@@ -157,6 +161,12 @@ def _find_required(program: Program, number: int, candidates: set[int], seed_num
     if number == seed_number:
         return []
     return [p for p in program.find_producers(number) if p in candidates and p in sides.after]
+
+
+def estimate_worth(var: Any, seed: Any) -> float:
+    """Return what it is worth, in bytes, that a variable does not exist whole."""
+    share = count_bytes(var) / (_FULL_SHARE * count_bytes(seed))
+    return count_bytes(var) * max(min(1.0, share * share), _LEAST_WORTH)
 
 
 def _estimate_work(node: Any) -> float:

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ...jaxpr.source_lines import find_source_line
 from ...text import format_bytes, make_table
-from ..source_lines import find_source_line
 from .evaluate import TiledProgram
 from .program import SUM, Stretch, count_bytes
 from .run_stretch import is_row_reduction
@@ -88,7 +88,11 @@ def describe_programs(programs: Iterable[TiledProgram]) -> tuple[tuple[TiledStre
 def _describe_stretch(program: TiledProgram, stretch: Stretch) -> TiledStretch:
     equations = [e for e, factor in zip(stretch.members, stretch.factors, strict=True) if factor is not None]
     heavy = collections.Counter(e.primitive.name for e in equations if e.primitive.name in _HEAVY)
-    rows = [e.outvars[0] for e in equations if program.tile.keep_rows and is_row_reduction(e)]
+    rows = [
+        equation.outvars[0]
+        for equation, factor in zip(stretch.members, stretch.factors, strict=True)
+        if factor is not None and factor.kind == "map" and program.tile.keep_rows and is_row_reduction(equation)
+    ]
     return TiledStretch(
         module=program.path,
         largest=_format_type(stretch.seed),

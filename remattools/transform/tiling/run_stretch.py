@@ -45,7 +45,7 @@ def run_stretch(stretch: Stretch, values: Mapping[Any, Any], tile: Tile) -> list
         results = _run_members(stretch, known, index, tile)
         return (
             [results[var] for var, place in stretch.outputs if place != SUM],
-            [results[var].astype(_widen(var.aval.dtype)) for var in sums],
+            [results[var].astype(_choose_sum_dtype(var.aval.dtype)) for var in sums],
         )
 
     policy = jax.checkpoint_policies.save_only_these_names(TILE_ROW) if tile.keep_rows else None
@@ -55,7 +55,7 @@ def run_stretch(stretch: Stretch, values: Mapping[Any, Any], tile: Tile) -> list
         rows, parts = compute(consts, *inputs)
         return [total + part for total, part in zip(carry, parts, strict=True)], rows
 
-    zeros = [compat.make_zeros(var.aval, _widen(var.aval.dtype)) for var in sums]
+    zeros = [compat.make_zeros(var.aval, _choose_sum_dtype(var.aval.dtype)) for var in sums]
     totals, rows = jax.lax.scan(step, zeros, (jnp.arange(stretch.pieces, dtype=jnp.int32), slices))
     found = iter(rows)
     added = dict(zip(sums, totals, strict=True))
@@ -98,7 +98,7 @@ def is_row_reduction(equation: Any) -> bool:
     return result * _ROW_SHARE <= source
 
 
-def _widen(dtype: Any) -> Any:
+def _choose_sum_dtype(dtype: Any) -> Any:
     """The dtype in which parts of a sum are added."""
     return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 

@@ -25,7 +25,7 @@ _VIEWS = ("transpose", "reshape", "squeeze", "broadcast_in_dim", "convert_elemen
 
 @dataclasses.dataclass(frozen=True)
 class Uncut:
-    """A large value for which there is no stretch, with the reason.
+    """A large value that stays whole, with the reason.
 
     Attributes:
         var: The variable.
@@ -222,7 +222,7 @@ def _is_view(program: Program, number: int) -> bool:
 
 
 def _explain_uncut(program: Program, seed: Any) -> Uncut:
-    """Return why there is no stretch around a value: the nearest operation that cannot be cut."""
+    """Return why a value stays whole: the nearest operation that cannot be cut."""
     number = program.producers[seed]
     equation = program.nodes[number]
     if not program.find_factors(number):

@@ -10,7 +10,7 @@ import pytest
 
 from remattools.jaxpr.axes.factor import Piece
 from remattools.jaxpr.axes.pieces import run_piece
-from remattools.jaxpr.axes.programs import find_cut, flatten, run_cut
+from remattools.jaxpr.axes.programs import find_cut, flatten_program, run_cut
 from remattools.jaxpr.axes.rules import find_factors
 
 from .cutting import compare, cut_rows, draw, list_rows, make_like
@@ -18,7 +18,7 @@ from .drawing import draw_program
 
 
 def _flatten(function, *arguments):
-    return flatten(jax.make_jaxpr(function)(*arguments))
+    return flatten_program(jax.make_jaxpr(function)(*arguments))
 
 
 def _cut(function, *arguments, result=0):

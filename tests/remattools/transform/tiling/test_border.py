@@ -42,10 +42,7 @@ def _select(fn, axis=0, shapes=SHAPES):
 
 
 def _score(program, spread, seed, members):
-    worth = sum(
-        count_bytes(var) * min(1.0, count_bytes(var) / count_bytes(seed))
-        for var in border.find_vanished(program, spread, members)
-    )
+    worth = sum(border.estimate_worth(var, seed) for var in border.find_vanished(program, spread, members))
     return worth - sum(border._estimate_work(program.nodes[number]) for number in members)
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tile`: the largest values of a loss in pieces, such as the logits between a model and its scalar.
+"""Functions under an action: `tile`, the rule "@loss", and what decorators of functions share.
 
-Sits on `region`. The whole call is traced, so that a stretch may begin inside the model, at the matrix product that
+Sits on `region`. `tile` computes the largest values of a loss in pieces, such as the logits between a model and its
+scalar. The whole call is traced, so that a stretch may begin inside the model, at the matrix product that
 makes the logits; but stretches that lie in modules altogether are the business of rules on these modules.
 """
 
@@ -14,7 +15,26 @@ from ..rules.rule import Remat, coerce_action
 from ..rules.ruleset import LOSS, Rules
 from ..rules.tile import Tile
 from . import region
-from .function_target import FunctionTarget
+
+
+class FunctionTarget:
+    """Region target of a decorated function; equal for two decorations of one function, so that they share a trace."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionTarget) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
 
 # Under this attribute a tiled function keeps its action.
 _ACTION = "_remattools_action"
@@ -72,7 +92,7 @@ def tile(
         rows: Length of a piece, instead of `pieces`.
         axis: Position of the axis in the shape of the large values; None to choose the one along which most bytes
             vanish; "batch" to compute the whole function in pieces of the batch (gradient accumulation): of all arrays
-            outside of nnx objects, or of all arguments but the first if there are no nnx objects.
+            outside of nnx objects, or of all arguments but the first if none is passed.
         accumulate: Dtype in which the gradients of weights are added over the pieces; None for their own.
         keep_rows: Keep each row's maximum and sum for the backward pass.
 

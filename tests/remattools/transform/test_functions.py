@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tile` as a wrapper, a decorator and a rule for the loss."""
+"""Functions under an action: `tile` as a wrapper, a decorator and a rule for the loss."""
 
 import inspect
 
@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import remattools as rt
-from remattools.transform.loss import get_function_action
+from remattools.transform.functions import FunctionTarget, get_function_action
 
 
 def loss(w, x):
@@ -70,3 +70,10 @@ def test_without_a_transform_the_plain_function_runs():
 
     f(jnp.ones(64))
     assert not issubclass(seen[0], jax.core.Tracer)
+
+
+def test_two_targets_of_one_function_are_equal():
+    assert FunctionTarget(len) == FunctionTarget(len)
+    assert hash(FunctionTarget(len)) == hash(FunctionTarget(len))
+    assert FunctionTarget(len) != FunctionTarget(abs)
+    assert FunctionTarget(max)(1, 2) == 2

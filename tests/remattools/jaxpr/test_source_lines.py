@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 
-from remattools.transform.source_lines import abbreviate_path, find_source_line, is_library
+from remattools.jaxpr.source_lines import abbreviate_path, find_source_line, is_library
 
 
 def _compute(x):
