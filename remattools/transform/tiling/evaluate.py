@@ -26,7 +26,7 @@ def tile_program(
     jaxpr: Any,
     tile: Tile,
     *,
-    is_wanted: Callable[[Stretch], bool] | None = None,
+    is_wanted: Callable[[Any], bool] | None = None,
     batch: Sequence[int] = (),
 ) -> tuple[Program, list[Uncut]]:
     """Return a traced program with stretches around its large values, and the large values that stay whole.
@@ -34,7 +34,7 @@ def tile_program(
     Args:
         jaxpr: An open jaxpr.
         tile: Number of pieces, axis, and what is kept.
-        is_wanted: Whether a stretch that was found is kept; None to keep all.
+        is_wanted: Which equations a stretch must hold one of; None for any.
         batch: Indices of the arguments that hold the batch, for `axis="batch"`.
     """
     inlined = Program(jaxpr, jaxpr.eqns)
@@ -132,12 +132,9 @@ def name_program(path: str) -> Iterator[None]:
         _recorder.path = before
 
 
-def _is_outside_modules(stretch: Stretch) -> bool:
-    """Whether a stretch holds equations that belong to no module."""
-    return any(
-        factor is not None and not _is_in_module(equation)
-        for equation, factor in zip(stretch.members, stretch.factors, strict=True)
-    )
+def _is_outside_modules(equation: Any) -> bool:
+    """Whether an equation belongs to no module."""
+    return not _is_in_module(equation)
 
 
 def _is_in_module(node: Any) -> bool:

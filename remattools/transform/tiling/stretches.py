@@ -20,6 +20,8 @@ LARGE_TO_RESULT = 2
 _LARGE_TO_LARGEST = 1 / 16
 # Two axes are equally good if what vanishes differs by less than this share; then the longer axis is taken.
 _EQUAL = 0.1
+# Values of at least this share of another are near it.
+_NEAR_SHARE = 1 / 4
 _VIEWS = ("transpose", "reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "name", "copy")
 
 
@@ -43,7 +45,7 @@ def find_stretches(
     tile: Tile,
     floor: int,
     *,
-    is_wanted: Callable[[Stretch], bool] | None = None,
+    is_wanted: Callable[[Any], bool] | None = None,
 ) -> tuple[Program, list[Uncut]]:
     """Return the program with its stretches, and the large values that stay whole.
 
@@ -51,7 +53,7 @@ def find_stretches(
         program: In normal form.
         tile: Number of pieces and axis.
         floor: Smallest size in bytes of a value from which a stretch is sought.
-        is_wanted: Whether a stretch that was found is kept; None to keep all.
+        is_wanted: Which equations a stretch must hold one of; None for any.
     """
     uncut: list[Uncut] = []
     tried: set[Any] = set()
@@ -60,19 +62,48 @@ def find_stretches(
         if seed is None:
             return program, uncut
         tried.add(seed)
+        if is_wanted is not None and not _has_wanted_neighbour(program, seed, is_wanted):
+            continue
         found = [
             made
             for axis, length in enumerate(seed.aval.shape)
             if length > 1
             and tile.axis in (None, axis)
             and (made := _make_stretch(program, tile, seed, axis)) is not None
-            and (is_wanted is None or is_wanted(made[0]))
+            and (is_wanted is None or any(map(is_wanted, _list_cut(made[0]))))
         ]
         if not found:
             uncut.append(_explain_uncut(program, seed))
             continue
         stretch, members = _choose(found)
         program = program.replace_by_stretch(stretch, members)
+
+
+def _list_cut(stretch: Stretch) -> list[Any]:
+    """Return the equations of a stretch without the views that it makes."""
+    return [e for e, factor in zip(stretch.members, stretch.factors, strict=True) if factor is not None]
+
+
+def _has_wanted_neighbour(program: Program, seed: Any, is_wanted: Callable[[Any], bool]) -> bool:
+    """Whether a wanted equation is near a value: connected by values that are not much smaller.
+
+    A stretch seldom reaches further, and a search from each large value of a deep model would take quadratic time.
+    """
+    least = count_bytes(seed) * _NEAR_SHARE
+    remaining, seen = [program.producers[seed]], set[int]()
+    while remaining:
+        number = remaining.pop()
+        node = program.nodes[number]
+        if number in seen or isinstance(node, Stretch):
+            continue
+        seen.add(number)
+        if is_wanted(node):
+            return True
+        for var in (*jaxprs.collect_variables(node.invars), *node.outvars):
+            if count_bytes(var) >= least:
+                remaining += [program.producers[var]] if var in program.producers else []
+                remaining += program.readers.get(var, ())
+    return False
 
 
 def _find_largest(program: Program, floor: int, tried: set[Any]) -> Any:

@@ -50,7 +50,7 @@ def test_equal_parts_become_stretches_of_their_own():
 
 
 def test_what_is_not_wanted_stays():
-    stretches, _ = _find(_attend, HEADS, HEADS, HEADS, is_wanted=lambda stretch: False)
+    stretches, _ = _find(_attend, HEADS, HEADS, HEADS, is_wanted=lambda equation: False)
     assert stretches == []
 
 
