@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions and plans on meshes of 8 devices, against what the compiler says of each device.
 
-    python benchmarks/plan_meshes.py [--targets cpu tpu:v5e:2x4] [--assignments 40] [--write]
+    python benchmarks/plan_meshes.py [--target cpu] [--assignments 40] [--rows 4] [--no-budgets] [--write]
 
 For each model, assignments spread evenly over the predicted sizes are compiled, and the predictions made before the
-first compile are set against `temp_bytes` per device. Then budgets are planned. `--write` writes
-docs/benchmarks/plan_meshes.md.
+first compile are set against `temp_bytes` per device. Then budgets are planned. `--write` writes one section of
+docs/benchmarks/plan_meshes.md. A TPU's compiler needs a minute for each program, and what fits into on-chip memory is
+not counted, so that `--target tpu:v5e:2x4` wants few assignments, many rows and no budgets.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import datetime
 import importlib.metadata
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -116,11 +118,11 @@ def make_tensor_parallel(devices: list[Any], rows: int) -> Case:
     return compute_loss, place_model(Attention, place), shard(x, mesh, "data")
 
 
-def make_cases(devices: list[Any]) -> dict[str, Case]:
+def make_cases(devices: list[Any], rows: int) -> dict[str, Case]:
     return {
-        "GPT, data 8": make_data_parallel(devices, 4, AxisType.Auto, Attention, 256),
-        "GPT, data 4 x model 2": make_tensor_parallel(devices, 4),
-        "gated MLP, data 8, Explicit": make_data_parallel(devices, 4, AxisType.Explicit, Gated, 512),
+        "GPT, data 8": make_data_parallel(devices, rows, AxisType.Auto, Attention, 256),
+        "GPT, data 4 x model 2": make_tensor_parallel(devices, rows),
+        "gated MLP, data 8, Explicit": make_data_parallel(devices, rows, AxisType.Explicit, Gated, 512),
     }
 
 
@@ -168,39 +170,52 @@ def plan_budget(case: Case, target: rt.Target, share: float, least: int) -> str:
     return f"{plan.measured.temp_bytes / plain:.2f} in {len(plan.points)} compiles"
 
 
+def measure_case(label: str, case: Case, target: rt.Target, options: argparse.Namespace) -> str:
+    """Return a row of the table."""
+    correlation, error, compiled = compare_predictions(case, target, options.assignments)
+    cells = [] if options.no_budgets else [plan_budget(case, target, share, int(compiled.min())) for share in BUDGETS]
+    sizes = f"{compiled.min() / 1e6:.1f} to {compiled.max() / 1e6:.1f}"
+    return f"| {' | '.join([label, str(len(compiled)), sizes, f'{correlation:.3f}', f'{100 * error:.1f} %', *cells])} |"
+
+
+def write_section(target: rt.Target, rows: list[str], options: argparse.Namespace) -> None:
+    """Write one target's section of the page, and keep the others'."""
+    packages = ["jax", "flax", *(["libtpu"] if target.platform == "tpu" else [])]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    budgets = [] if options.no_budgets else list(map(str, BUDGETS))
+    columns = ["model", "assignments", "compiled MB", "rank correlation", "median error", *budgets]
+    table = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * 4}{' --- |' * len(budgets)}", *rows]
+    about = f"Measured {datetime.date.today()} with {versions}, {options.rows} rows for each part of the batch."
+    sections = re.findall(r"^## (\S+)\n\n(.*?)(?=^## |\Z)", PAGE.read_text() if PAGE.exists() else "", re.M | re.S)
+    bodies = {name: body.strip() for name, body in sections} | {target.name: "\n".join([about, "", *table])}
+    PAGE.write_text(HEAD + "".join(f"\n## {name}\n\n{body}\n" for name, body in bodies.items()))
+
+
+HEAD = f"""# Predictions and budgets on meshes
+
+By `benchmarks/plan_meshes.py`: the gradient of a loss of {DEPTH} blocks of width {WIDTH} on 8 devices. The compiled
+column has the smallest and the largest temporaries of the compiled assignments in MB on one device. Predictions are
+those made before the first compile. Columns of budgets have what `plan` reaches for them, as shares of the plain
+program's temporaries.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", default=["cpu", "tpu:v5e:2x4"])
+    parser.add_argument("--target", default="cpu")
     parser.add_argument("--assignments", type=int, default=40)
+    parser.add_argument("--rows", type=int, default=4, help="rows of the batch for each device of the data axis")
+    parser.add_argument("--no-budgets", action="store_true", help="compare predictions only")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
+    target = rt.find_target(options.target)
+    devices = list(target.devices)[:8] if target.platform != "cpu" else jax.devices("cpu")[:8]
     rows = []
-    for name in options.targets:
-        target = rt.find_target(name)
-        devices = list(target.devices)[:8] if name != "cpu" else jax.devices("cpu")[:8]
-        for label, case in make_cases(devices).items():
-            correlation, error, compiled = compare_predictions(case, target, options.assignments)
-            cells = [plan_budget(case, target, share, int(compiled.min())) for share in BUDGETS]
-            rows.append(
-                f"| {label} | {target.name} | {len(compiled)} | {compiled.min() / 1e6:.1f} to "
-                f"{compiled.max() / 1e6:.1f} | {correlation:.3f} | {100 * error:.1f} % | {' | '.join(cells)} |"
-            )
-            print(rows[-1], flush=True)
-    names = [n for n in ("jax", "flax", "libtpu") if n != "libtpu" or any("tpu" in t for t in options.targets)]
-    versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
-    page = f"""# Predictions and budgets on meshes
-
-Measured {datetime.date.today()} with {versions}, by `benchmarks/plan_meshes.py`: the gradient of a loss of {DEPTH}
-blocks of width {WIDTH} on 8 devices. The compiled column has the smallest and the largest temporaries of the compiled
-assignments in MB on one device. Predictions are those made before the first compile. The last columns are what `plan`
-reaches for budgets of the plain program's temporaries, as a share of them.
-
-| model | target | assignments | compiled MB | rank correlation | median error | {" | ".join(map(str, BUDGETS))} |
-| --- | --- | ---: | ---: | ---: | ---: | {" | ".join(["---"] * len(BUDGETS))} |
-{chr(10).join(rows)}
-"""
+    for label, case in make_cases(devices, options.rows).items():
+        rows.append(measure_case(label, case, target, options))
+        print(rows[-1], flush=True)
     if options.write:
-        PAGE.write_text(page)
+        write_section(target, rows, options)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import numpy as np
 import scipy  # loads its submodules on first use: importing the solver takes a second
 
 from ...terminal.native_output import redirect_native_stdout
-from .dataflow_graph import Graph, Step
+from .dataflow_graph import Graph
 from .dominated_names import find_undominated_names
 from .memory import compute_live_bytes, find_materialized_residuals
+from .op_work import Step
 from .time import Rates, count_cycles, count_total_cycles
 
 WORK_KINDS = ("matrix", "reduction", "elementwise", "other")
@@ -60,7 +61,7 @@ class BlockProblem:
         stacked: Whether a loop stacks what the block saves.
 
     Attributes:
-        graph: The graph, as the target's compiler fuses it.
+        graph: The graph, as the target's compiler runs it.
         stacked: Whether a loop stacks what the block saves.
         costs: Cycles of each forward step.
         backward_cycles: Cycles of the whole backward pass.
@@ -74,7 +75,8 @@ class BlockProblem:
     """
 
     def __init__(self, graph: Graph, rates: Rates, *, stacked: bool = False) -> None:
-        self.graph = graph = graph.fuse_products() if rates.fuses_products else graph
+        graph = graph.fuse_products() if rates.fuses_products else graph
+        self.graph = graph = graph.use_cpu_kernels() if rates.has_cpu_kernels else graph
         self.stacked = stacked
         self.costs = [count_cycles(graph, step, rates) for step in graph.forward]
         self.backward_cycles = sum(count_cycles(graph, step, rates) for step in graph.backward)
@@ -99,7 +101,7 @@ class BlockProblem:
         graph = self.graph
         if self.stacked:  # compilers recompute nothing across two loops
             return self._make_plain_choice(graph.residuals)
-        if graph.fuses_products:
+        if graph.fuses_products or graph.has_cpu_kernels:
             return self._make_plain_choice(find_materialized_residuals(graph))
         # A compiler recomputes fused values from others rather than save them, but never a matrix product.
         fusible = [graph.forward[number].work.kind in ("elementwise", "free") for number in range(len(self.costs))]

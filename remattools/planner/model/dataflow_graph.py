@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dataflow graph of a function and its gradient: operations over numbered values, and which of these are fused.
 
-Sits on `op_work`; `memory` and `time` count on it. A compiler computes some values only inside the operations that read
-them: those take no memory and cause no traffic. Values are numbers, so that JAX is not needed once a graph is built.
+Sits on `cpu_kernels`; `memory` and `time` count on it. A compiler computes some values only inside the operations that
+read them: those take no memory and cause no traffic. Values are numbers, so that JAX is not needed once a graph is
+built.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from ...jaxpr import forward_rules, jaxprs
 from ...rules.paths import Path
 from ...tracing.origins import locate
 from ...transform.naming import marking, names
-from .op_work import Work, divide_work, estimate_work
+from . import cpu_kernels
+from .op_work import Step, divide_work, estimate_work
 
 # Equations of these hold one jaxpr and do nothing else.
 INLINED_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -33,27 +35,6 @@ def count_whole_bytes(aval: Any, equation: Any) -> int:
     """Return the bytes of a value on one device that has all of it."""
     del equation
     return jaxprs.count_aval_bytes(aval)
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One operation.
-
-    Attributes:
-        reads: Numbers of the values that it takes.
-        writes: Numbers of the values that it computes.
-        work: Its kind and arithmetic.
-        tag: For a block with a backward pass, "forward" or "backward" and the number of the visit; else None.
-        label: Its name for people.
-        iterations: How often it runs: the product of the lengths of the loops around it.
-    """
-
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    work: Work
-    tag: Any = None
-    label: str = ""
-    iterations: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +69,7 @@ class Graph:
         float32_values: Values of dtype float32.
         fuses_products: Whether the compiler fuses a product, and what is computed between two products, into the one
             product that reads it.
+        has_cpu_kernels: Whether `cpu_kernels` says what is fused, and in which order the steps run.
     """
 
     forward: tuple[Step, ...]
@@ -99,6 +81,7 @@ class Graph:
     candidates: tuple[Candidate, ...] = ()
     float32_values: frozenset[int] = frozenset()
     fuses_products: bool = False
+    has_cpu_kernels: bool = False
 
     @functools.cached_property
     def producers(self) -> dict[int, int]:
@@ -116,7 +99,10 @@ class Graph:
     @functools.cached_property
     def fused_values(self) -> frozenset[int]:
         """Return the values that exist only inside fused operations, if nothing is recomputed."""
-        return self.find_fused_values((*self.forward, *self.backward))
+        order = (*self.forward, *self.backward)
+        if self.has_cpu_kernels:
+            return cpu_kernels.find_fused_values(order, self.bytes, self.outputs, num_forward=len(self.forward))
+        return self.find_fused_values(order)
 
     def find_fused_values(self, order: Sequence[Step], materialized: Iterable[int] = ()) -> frozenset[int]:
         """Return the values that exist only inside fused operations when these steps run.
@@ -126,6 +112,8 @@ class Graph:
             materialized: Values that are in memory in any case.
         """
         materialized = self.outputs.union(materialized)
+        if self.has_cpu_kernels:
+            return cpu_kernels.find_fused_values(order, self.bytes, materialized)
         readers: dict[int, list[int]] = {}
         for number, step in enumerate(order):
             for value in step.reads:
@@ -167,6 +155,14 @@ class Graph:
         sizes = tuple(size // 2 if value in narrow else size for value, size in enumerate(self.bytes))
         candidates = tuple(dataclasses.replace(one, bytes=sizes[one.value]) for one in self.candidates)
         return dataclasses.replace(self, bytes=sizes, candidates=candidates, fuses_products=True)
+
+    def use_cpu_kernels(self) -> "Graph":
+        """Return the graph as XLA's CPU compiler runs it, with the copies that it makes."""
+        sizes, broadcasts = list(self.bytes), dict[tuple[int, int], int]()
+        forward, backward = (
+            tuple(cpu_kernels.add_copies(steps, sizes, broadcasts)) for steps in (self.forward, self.backward)
+        )
+        return dataclasses.replace(self, forward=forward, backward=backward, bytes=tuple(sizes), has_cpu_kernels=True)
 
     def count_bytes(self, values: Iterable[int]) -> int:
         """Return the bytes of these values together."""
@@ -327,6 +323,8 @@ def _convert_jaxpr(jaxpr: Any, num_residuals: int, labels: Mapping[str, str], co
             writes=writes,
             work=divide_work(estimate_work(equation), [(sizes[n], whole_sizes[n]) for n in (*reads, *writes)]),
             label=equation.primitive.name,
+            copied=tuple(map(get_number, cpu_kernels.find_copied_operands(equation))),
+            broadcast=tuple(map(get_number, cpu_kernels.find_broadcast_operands(equation))),
         )
         late = "transpose(" in str(equation.source_info.name_stack)
         (backward if late else forward).append(step)

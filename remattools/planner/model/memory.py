@@ -23,7 +23,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .dataflow_graph import Graph, Step
+from .cpu_kernels import arrange_kernels
+from .dataflow_graph import Graph
+from .op_work import Access, Step
 from .schedule import Visit
 
 
@@ -31,6 +33,8 @@ def compute_live_bytes(
     graph: Graph, order: Sequence[Step], live_at_start: Iterable[int] = (), live_at_end: Iterable[int] = ()
 ) -> list[int]:
     """Return the bytes of the values that are live in memory at each step, the graph's inputs and outputs apart.
+
+    Where the graph has CPU kernels, there is one number for each kernel, in the order in which they run.
 
     Args:
         graph: Where the sizes are.
@@ -42,14 +46,21 @@ def compute_live_bytes(
     fused = graph.find_fused_values(order, live_at_start | live_at_end)
     uncounted = fused | graph.inputs | graph.outputs
     accesses = _compute_accesses(order, fused)
-    last_use = {value: number for number, (reads, writes) in enumerate(accesses) for value in (*writes, *reads)}
+    if graph.has_cpu_kernels:
+        accesses = arrange_kernels(order, accesses)
+    last_use = {value: number for number, one in enumerate(accesses) for value in (*one.writes, *one.reads)}
     last_use.update(dict.fromkeys(live_at_end, len(order)))
     live = {value for value in live_at_start if value in last_use}
     total = graph.count_bytes(live)
     totals = []
-    for number, (reads, writes) in enumerate(accesses):
+    for number, (reads, writes, overwritable) in enumerate(accesses):
         for value in writes:
             if value not in live and value not in uncounted:
+                dying = (v for v in overwritable if v in live and last_use[v] == number)
+                overwritten = next((v for v in dying if graph.bytes[v] == graph.bytes[value]), None)
+                if overwritten is not None:
+                    live.remove(overwritten)
+                    total -= graph.bytes[overwritten]
                 live.add(value)
                 total += graph.bytes[value]
         totals.append(total)
@@ -60,24 +71,22 @@ def compute_live_bytes(
     return totals
 
 
-def _compute_accesses(
-    order: Sequence[Step], fused_values: frozenset[int]
-) -> list[tuple[frozenset[int], tuple[int, ...]]]:
+def _compute_accesses(order: Sequence[Step], fused_values: frozenset[int]) -> list[Access]:
     """Return what each step reads from memory and writes to it; a fused step reads when its readers run."""
     sources: dict[int, frozenset[int]] = {}
-    accesses: list[tuple[frozenset[int], tuple[int, ...]]] = []
+    accesses: list[Access] = []
     for step in order:
         reads = frozenset[int]().union(*(sources.get(value, frozenset((value,))) for value in step.reads))
         sources.update((value, reads if value in fused_values else frozenset((value,))) for value in step.writes)
         fused = bool(step.writes) and fused_values.issuperset(step.writes)
-        accesses.append((frozenset(), ()) if fused else (reads, step.writes))
+        accesses.append(Access(frozenset(), ()) if fused else Access(reads, step.writes))
     return accesses
 
 
 def find_materialized_residuals(graph: Graph) -> frozenset[int]:
     """Return the values that the forward pass leaves in memory for the backward pass, if nothing is recomputed."""
     accesses = _compute_accesses((*graph.forward, *graph.backward), graph.fused_values)
-    read = frozenset[int]().union(*(reads for reads, _ in accesses[len(graph.forward) :]))
+    read = frozenset[int]().union(*(access.reads for access in accesses[len(graph.forward) :]))
     return read.intersection(graph.producers)
 
 

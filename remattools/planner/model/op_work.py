@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much one operation computes, and whether compilers fuse it; counted from its equation, for any target.
 
-Lowest file of `planner.model`. `time` turns work into cycles of a target; `dataflow_graph` needs the kinds to know
-which values exist only inside fused operations.
+Lowest file of `planner.model`. A `Step` is one operation of a program, an `Access` is what it does in memory. `time`
+turns work into cycles of a target; `dataflow_graph` needs the kinds to know which values exist only inside fused
+operations.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -32,6 +33,14 @@ _OTHER_PRIMITIVES = frozenset(
         *("random_bits", "threefry2x32", "rng_bit_generator", "plan_block"),
     }
 )
+# Element-wise, but so slow that XLA's CPU compiler computes them once for several readers, as its programs show. It
+# computes `sin`, `cos` and `tan` within each reader.
+_COSTLY_PRIMITIVES = frozenset(
+    """
+    acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cosh digamma div erf erf_inv erfc exp exp2 expm1
+    igamma igammac lgamma log log1p logistic polygamma pow rem rsqrt sinh sqrt tanh zeta
+    """.split()  # noqa: SIM905 (one name a line would be thirty lines)
+)
 # Operations for 32 bits of threefry: 20 rounds of an addition, a rotation and an exclusive or, and the key's schedule.
 _THREEFRY_FLOPS = 110.0
 
@@ -45,11 +54,52 @@ class Work:
             of shape), "random" (bits drawn from threefry keys) or "other" (never fused).
         flops: Floating-point operations; one for each element where the primitive has no formula.
         is_narrowing: Whether it is a product that leaves the precision of its operands to the target.
+        is_costly: Whether it is element-wise, but takes many cycles for each element.
     """
 
     kind: WorkKind
     flops: float
     is_narrowing: bool = False
+    is_costly: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One operation.
+
+    Attributes:
+        reads: Numbers of the values that it takes.
+        writes: Numbers of the values that it computes.
+        work: Its kind and arithmetic.
+        tag: For a block with a backward pass, "forward" or "backward" and the number of the visit; else None.
+        label: Its name for people.
+        iterations: How often it runs: the product of the lengths of the loops around it.
+        copied: Operands that a CPU copies, since a product needs their axes in another order.
+        broadcast: Operands of an element-wise operation that have fewer elements than its result.
+    """
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    work: Work
+    tag: Any = None
+    label: str = ""
+    iterations: int = 1
+    copied: tuple[int, ...] = ()
+    broadcast: tuple[int, ...] = ()
+
+
+class Access(NamedTuple):
+    """What one step reads from memory and writes to it.
+
+    Attributes:
+        reads: Numbers of values.
+        writes: Numbers of values.
+        overwritable: Those that it reads and may write a result over, where nothing reads them later.
+    """
+
+    reads: frozenset[int]
+    writes: tuple[int, ...]
+    overwritable: frozenset[int] = frozenset()
 
 
 def estimate_work(equation: Any) -> Work:
@@ -80,7 +130,7 @@ def estimate_work(equation: Any) -> Work:
         return Work("random", _THREEFRY_FLOPS * _count_elements(equation.outvars))
     if name in _MATRIX_PRIMITIVES or name in _OTHER_PRIMITIVES:
         return Work("matrix" if name in _MATRIX_PRIMITIVES else "other", float(_count_elements(equation.outvars)))
-    return Work("elementwise", float(_count_elements(equation.outvars)))
+    return Work("elementwise", float(_count_elements(equation.outvars)), is_costly=name in _COSTLY_PRIMITIVES)
 
 
 def divide_work(work: Work, sizes: Iterable[tuple[int, int]]) -> Work:

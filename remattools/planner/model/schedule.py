@@ -18,8 +18,8 @@ from ...rules.paths import format_path
 from ...tracing.origins import locate
 from ...transform.author_regions import AuthorRegion, describe_region
 from .block_primitive import BLOCK_PRIMITIVE, Block
-from .dataflow_graph import INLINED_PRIMITIVES, Graph, Step, is_float32
-from .op_work import Work, divide_work, estimate_work
+from .dataflow_graph import INLINED_PRIMITIVES, Graph, is_float32
+from .op_work import Step, Work, divide_work, estimate_work
 
 BLOCK_LABEL = "block"  # the label of the steps that are blocks
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .dataflow_graph import Graph, Step
+from .dataflow_graph import Graph
+from .op_work import Step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Rates:
             half the bytes what only products read, as the matrix units take float32 as bfloat16 by default.
         redraw_buffers: How many buffers of the size of random bits the compiler may hold while a region draws them
             again from threefry keys.
+        has_cpu_kernels: Whether the compiler is XLA's for CPUs, which `cpu_kernels` describes.
     """
 
     matrix_flops: float
@@ -40,6 +42,7 @@ class Rates:
     link_bytes: float = 0.0
     fuses_products: bool = False
     redraw_buffers: int = 0
+    has_cpu_kernels: bool = False
 
 
 # Peak rates of one chip from the vendors' data sheets, divided by its clock. They do not give the link to the host:
@@ -53,7 +56,7 @@ _TPU_RATES = {
     "v6e": _make_tpu_rates(matrix_flops=524_288, vector_flops=8_192, traffic_bytes=937, link_bytes=9.0),
 }
 _GPU_RATES = Rates(matrix_flops=500_000, vector_flops=34_000, traffic_bytes=1_900, overhead=3_000, link_bytes=36.0)
-_CPU_RATES = Rates(matrix_flops=64, vector_flops=16, traffic_bytes=8, overhead=500)
+_CPU_RATES = Rates(matrix_flops=64, vector_flops=16, traffic_bytes=8, overhead=500, has_cpu_kernels=True)
 
 
 def get_rates(target_name: str) -> Rates:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from remattools.planner.model.block_ilp import BlockProblem
-from remattools.planner.model.dataflow_graph import Graph, Step, build_block_graph
+from remattools.planner.model.dataflow_graph import Graph, build_block_graph
 from remattools.planner.model.dominated_names import find_undominated_names
-from remattools.planner.model.op_work import Work
+from remattools.planner.model.op_work import Step, Work
 from remattools.planner.model.time import get_rates
 
 ELEMENTWISE, FREE = Work("elementwise", 1.0), Work("free", 0.0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from remattools.planner.model.block_ilp import BlockProblem
-from remattools.planner.model.dataflow_graph import Graph, Step
+from remattools.planner.model.dataflow_graph import Graph
 from remattools.planner.model.memory import (
     Timetable,
     VisitMemory,
@@ -17,7 +17,7 @@ from remattools.planner.model.memory import (
     compute_live_bytes,
     predict_peak,
 )
-from remattools.planner.model.op_work import Work
+from remattools.planner.model.op_work import Step, Work
 from remattools.planner.model.time import get_rates
 
 from ...models import Tower

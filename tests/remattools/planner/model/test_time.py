@@ -6,8 +6,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from remattools.planner.model.dataflow_graph import Graph, Step
-from remattools.planner.model.op_work import Work, WorkKind
+from remattools.planner.model.dataflow_graph import Graph
+from remattools.planner.model.op_work import Step, Work, WorkKind
 from remattools.planner.model.time import (
     Rates,
     count_cycles,

@@ -60,7 +60,8 @@ def test_a_time_limit_is_searched_if_the_plain_model_fails() -> None:
     search = exploration(space, lambda _: dataclasses.replace(some, out_of_memory=full))
     search.compile_assignment(space.assignments.index(space.plain))
     number = search.propose(None, 1.0)
-    assert number == space.bytes.argmin() != space.assignments.index(space.plain)
+    assert number is not None
+    assert space.bytes[number] == space.bytes.min() < space.bytes[space.assignments.index(space.plain)]
 
 
 def test_the_search_pursues_the_limit_that_is_missed() -> None:
