@@ -133,8 +133,10 @@ def get_current_trace() -> weakref.ref[Any]:
 
 
 def make_zeros(aval: Any, dtype: Any) -> Any:
-    """Return zeros with the shape of an aval; inside `shard_map` they differ along the same axes of the mesh."""
-    zeros = jax.lax.full(aval.shape, 0, dtype)
+    """Return zeros with the shape of an aval, and as it is placed: along explicit axes of a mesh and in `shard_map`."""
+    sharding = getattr(aval, "sharding", None)
+    is_divided = any(axes is not None for axes in getattr(sharding, "spec", ()))
+    zeros = jax.lax.full(aval.shape, 0, dtype, sharding=sharding if is_divided else None)
     kinds = getattr(aval, "mat", None)  # before jax 0.12 the aval itself had the axes
     varying = tuple(getattr(aval, "vma", ()) if kinds is None else kinds.varying)
     return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros

@@ -12,6 +12,7 @@ from ..rules.paths import format_path
 from ..rules.policy_types import Policy
 from ..rules.rule import Remat
 from ..rules.ruleset import LOSS, Rules
+from ..rules.tile import Tile
 from ..tracing import pure_call
 from ..transform import apply as application
 from ..transform.functions import apply_loss_rules
@@ -57,10 +58,10 @@ def make_rules(model: nnx.Module, rules: Any) -> Rules:
 
 
 def is_bare_action(rules: Any) -> bool:
-    """Whether it is an action without a pattern: a policy or a `Remat`."""
+    """Whether it is an action without a pattern: a policy, a `Remat` or a `Tile`."""
     if isinstance(rules, str):
         return not rules.endswith(".toml")
-    return isinstance(rules, Remat | Policy) or (callable(rules) and not isinstance(rules, Rules))
+    return isinstance(rules, Remat | Tile | Policy) or (callable(rules) and not isinstance(rules, Rules))
 
 
 def _find_first_child(model: nnx.Module) -> str:

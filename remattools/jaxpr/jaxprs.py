@@ -7,17 +7,17 @@ returns a new one that shares the equations it did not change.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
+# Calls of a function, which do nothing else.
+CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
 # Primitives that are transparent to policies: their partial evaluation asks the policy for every nested equation.
-_TRANSPARENT_PRIMITIVES = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "scan", "cond", "shard_map", "while", "xla_call"}
-)
+_TRANSPARENT_PRIMITIVES = CALL_PRIMITIVES | {"scan", "cond", "shard_map", "while", "xla_call"}
 REGION_PRIMITIVES = frozenset({"remat2", "checkpoint", "remat", "remat3"})
 
 Place = tuple[str, int]  # a parameter's name, and the index in it if the parameter is a tuple of jaxprs, else -1
@@ -194,14 +194,14 @@ def replace_subjaxprs(equation: Any, subjaxprs: dict[Place, Any]) -> Any:
     return equation.replace(params=params)
 
 
-def inline_calls(jaxpr: Any, primitives: Container[str]) -> Any:
+def inline_calls(jaxpr: Any, consts: dict[Any, Any] | None = None) -> Any:
     """Return an open jaxpr with the equations of calls, such as jits, in place of the calls.
 
     Equations keep the scopes of the calls around them. A call that also places its arguments or results stays.
 
     Args:
         jaxpr: An open jaxpr.
-        primitives: Names of the primitives to inline: those whose equations hold one jaxpr and do nothing else.
+        consts: Gets the values of the constants of inlined calls, by new variables; None to leave such calls.
     """
     equations: list[Any] = []
     same: dict[Any, Any] = {}
@@ -212,13 +212,18 @@ def inline_calls(jaxpr: Any, primitives: Container[str]) -> Any:
     for equation in jaxpr.eqns:
         equation = equation.replace(invars=[resolve(atom) for atom in equation.invars])
         nested = [below for _, below in find_subjaxprs(equation)]
-        inner = open_jaxpr(nested[0]) if equation.primitive.name in primitives and len(nested) == 1 else None
-        if inner is None or inner.constvars or _is_placing(equation):
+        inner = open_jaxpr(nested[0]) if equation.primitive.name in CALL_PRIMITIVES and len(nested) == 1 else None
+        if inner is None or (inner.constvars and consts is None) or _is_placing(equation):
             equations.append(equation)
             continue
-        inner = inline_calls(inner, primitives)
+        values = dict(zip(inner.constvars, getattr(nested[0], "consts", ()), strict=True))
+        inner = inline_calls(inner, None if consts is None else values)
         # A function that is called twice has one jaxpr, so its variables are renamed.
         local: dict[Any, Any] = dict(zip(inner.invars, equation.invars, strict=True))
+        for var, value in values.items():
+            local[var] = core.Var(var.aval)
+            if consts is not None:
+                consts[local[var]] = value
         for one in inner.eqns:
             local.update((var, core.Var(var.aval)) for var in one.outvars)
             invars = [local[atom] if isinstance(atom, core.Var) else atom for atom in one.invars]

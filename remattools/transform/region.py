@@ -225,7 +225,8 @@ def call(
     else:
         run = _shared.get(body)
     batch = _find_batch(args, captured) if action.tile is not None and action.tile.axis == "batch" else ()
-    static = _StaticInputs(target, action, holds_tiles or action.tile is not None, is_loss, batch, captured.spec, token)
+    is_around_pieces = (holds_tiles or action.tile is not None) and not action.is_tile_alone
+    static = _StaticInputs(target, action, is_around_pieces, is_loss, batch, captured.spec, token)
     inputs = _Inputs(captured.leaves, static)
     if _mode.replacement is not None and _is_replaced(action):
         outputs = _mode.replacement[1](run, inputs, _find_path(args))
@@ -264,7 +265,8 @@ def _find_path(args: tuple[Any, ...]) -> Path:
 
 def _run(inputs: _Inputs) -> _Outputs:
     """The body of every region; JAX traces it once for each distinct structure."""
-    return _trace_body(inputs, with_paths=_is_naming_needed(inputs.static))
+    static = inputs.static
+    return _trace_body(inputs, with_paths=names.is_naming_needed(static.action, holds_tiles=static.holds_tiles))
 
 
 def _run_with_paths(inputs: _Inputs) -> _Outputs:
@@ -278,9 +280,11 @@ def _run_with_paths(inputs: _Inputs) -> _Outputs:
 def _run_with_scopes(inputs: _Inputs) -> _Outputs:
     """`_run` with module paths in the scopes alone, so that its program is the same."""
     with jax.named_scope(scopes.REGION):
-        if _is_naming_needed(inputs.static) or inputs.static.action.tile is not None:
+        static = inputs.static
+        is_naming_needed = names.is_naming_needed(static.action, holds_tiles=static.holds_tiles)
+        if is_naming_needed or static.action.tile is not None:
             return _trace_body(inputs, with_paths=True)
-        return _run_body(inputs.leaves, inputs.static, with_paths=True, mark_outputs=False)
+        return _run_body(inputs.leaves, static, with_paths=True, mark_outputs=False)
 
 
 def _trace_body(inputs: _Inputs, *, with_paths: bool) -> _Outputs:
@@ -300,17 +304,11 @@ def _trace_body(inputs: _Inputs, *, with_paths: bool) -> _Outputs:
 
     program = jax.make_jaxpr(run_body)(inputs.leaves)
     if with_paths:
-        holds_tiles = static.holds_tiles and not static.action.is_tile_alone
-        program = marking.mark_program(program, static.action, holds_tiles=holds_tiles)
+        program = marking.mark_program(program, static.action, holds_tiles=static.holds_tiles)
     if static.action.tile is None:
         return _Outputs(jaxprs.run(program, inputs.leaves), recorded[0])
     leaves = tiling.run_tiled(program, inputs.leaves, static.action.tile, is_loss=static.is_loss, batch=static.batch)
     return _Outputs(leaves, recorded[0])
-
-
-def _is_naming_needed(static: _StaticInputs) -> bool:
-    is_by_names = not static.action.is_tile_alone
-    return is_by_names and names.is_naming_needed(static.action, holds_tiles=static.holds_tiles)
 
 
 def _run_body(leaves: list[Any], static: _StaticInputs, *, with_paths: bool, mark_outputs: bool = True) -> _Outputs:

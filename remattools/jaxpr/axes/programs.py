@@ -83,36 +83,8 @@ def flatten_program(jaxpr: Any, consts: Sequence[Any] | None = None) -> Program:
     """
     opened = jaxprs.open_jaxpr(jaxpr)
     known = dict(zip(opened.constvars, jaxpr.consts if consts is None else consts, strict=True))
-    equations: list[Any] = []
-    outputs = _inline(opened, {}, None, equations, known)
-    return Program(tuple(equations), tuple(opened.invars), tuple(outputs), known)
-
-
-def _inline(opened: Any, same: dict[Any, Any], call: Any, equations: list[Any], consts: dict[Any, Any]) -> list[Any]:
-    """Append the equations of a jaxpr, and return the atoms of its results; `same` has its arguments in a call."""
-
-    def resolve(atom: Any) -> Any:
-        return same.get(atom, atom) if isinstance(atom, core.Var) else atom
-
-    for original in opened.eqns:
-        source = original.source_info
-        if call is not None:
-            source = source.replace(name_stack=call.source_info.name_stack + source.name_stack)
-        equation = original.replace(invars=[resolve(atom) for atom in original.invars], source_info=source)
-        if equation.primitive.name == "jit":
-            nested = equation.params["jaxpr"]
-            inner = jaxprs.open_jaxpr(nested)
-            local = dict(zip(inner.invars, equation.invars, strict=True))
-            for var, value in zip(inner.constvars, nested.consts, strict=True):
-                local[var] = core.Var(var.aval)
-                consts[local[var]] = value
-            results = _inline(inner, local, equation, equations, consts)
-            same.update(zip(original.outvars, results, strict=True))
-            continue
-        if call is not None:  # a function that is called twice has one jaxpr, so its variables are renamed
-            same.update((var, core.Var(var.aval)) for var in original.outvars)
-        equations.append(equation.replace(outvars=[resolve(var) for var in original.outvars]))
-    return [resolve(atom) for atom in opened.outvars]
+    inlined = jaxprs.inline_calls(opened, known)
+    return Program(tuple(inlined.eqns), tuple(inlined.invars), tuple(inlined.outvars), known)
 
 
 def find_cut(program: Program, seeds: Mapping[Any, int], find_factors: FindFactors) -> Cut | None:

@@ -10,7 +10,7 @@ from typing import Any
 from jax.extend import core
 
 from .custom_cuts import PRIMITIVES, find_custom_cuts
-from .factor import Axis, Factor
+from .factor import Factor
 from .primitives import (
     contractions,
     elementwise,
@@ -70,12 +70,13 @@ def _is_possible(equation: Any, factor: Factor) -> bool:
     for atom, axis in zip(atoms, (*factor.operands, *factor.results), strict=True):
         if axis is None:
             continue
-        if isinstance(atom, core.Literal) or _is_sharded(atom.aval, axis):
+        if isinstance(atom, core.Literal) or is_sharded(atom.aval, axis):
             return False
         lengths.append(atom.aval.shape[axis])
     return min(lengths) > 1
 
 
-def _is_sharded(aval: Any, axis: Axis) -> bool:
+def is_sharded(aval: Any, axis: int) -> bool:
+    """Return whether an explicit mesh divides an axis of a type."""
     spec = tuple(getattr(getattr(aval, "sharding", None), "spec", ()))
-    return bool(axis is not None and axis < len(spec) and spec[axis] is not None)
+    return axis < len(spec) and spec[axis] is not None

@@ -23,8 +23,6 @@ from ...transform.naming import marking, names
 from . import cpu_kernels
 from .op_work import Step, divide_work, estimate_work
 
-# Equations of these hold one jaxpr and do nothing else.
-INLINED_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _CANDIDATE_PREFIX = "plan:"
 
 # Bytes of a value, from its type and the equation that computes it (None for an argument).
@@ -195,10 +193,9 @@ def run_inlined(jaxpr: Any, leaves: Sequence[Any]) -> list[Any]:
     for equation in inner.eqns:
         args = [jaxprs.read_atom(atom, values) for atom in equation.invars]
         if forward_rules.has_forward_rule(equation):  # traced when it is differentiated
-            inline = functools.partial(jaxprs.inline_calls, primitives=INLINED_PRIMITIVES)
-            equation = forward_rules.replace_forward_rule(equation, inline)
+            equation = forward_rules.replace_forward_rule(equation, jaxprs.inline_calls)
         nested = [below for _, below in jaxprs.find_subjaxprs(equation)]
-        if equation.primitive.name in INLINED_PRIMITIVES and len(nested) == 1:
+        if equation.primitive.name in jaxprs.CALL_PRIMITIVES and len(nested) == 1:
             out = run_inlined(nested[0], args)
         else:
             closed = core.Jaxpr(

@@ -18,7 +18,7 @@ from ...rules.paths import format_path
 from ...tracing.origins import locate
 from ...transform.author_regions import AuthorRegion, describe_region
 from .block_primitive import BLOCK_PRIMITIVE, Block
-from .dataflow_graph import INLINED_PRIMITIVES, Graph, is_float32
+from .dataflow_graph import Graph, is_float32
 from .op_work import Step, Work, divide_work, estimate_work
 
 BLOCK_LABEL = "block"  # the label of the steps that are blocks
@@ -180,7 +180,7 @@ class _ScheduleBuilder:
         nested = [jaxprs.open_jaxpr(inside) for _, inside in jaxprs.find_subjaxprs(equation)]
         with_blocks = [inside for inside in nested if self.has_blocks(inside)]
         is_call = len(nested) == 1 and len(nested[0].constvars) + len(nested[0].invars) == len(operands)
-        if is_call and name != "scan" and (with_blocks or name in INLINED_PRIMITIVES):
+        if is_call and name != "scan" and (with_blocks or name in jaxprs.CALL_PRIMITIVES):
             before = self._region
             if before is None and jaxprs.is_region(equation):
                 self._region = describe_region(equation, locate(list(self._stacks))[0])

@@ -19,7 +19,6 @@ from ...jaxpr import forward_rules, jaxprs, result_derivatives
 from ...rules.paths import NamePattern, Path, Pattern, format_path
 from ...transform.naming import names as naming
 from ..model.block_ilp import BlockProblem
-from ..model.dataflow_graph import INLINED_PRIMITIVES
 
 # What a pattern costs: an output of a module or a name of the user's before an operation, and few wildcards.
 _MODULE, _OPERATION, _INDEX, _WILDCARD = 1.0, 1.3, 0.4, 0.1
@@ -248,7 +247,7 @@ def _follow(level: Any, prefix: naming.Position, var: Any, *, is_outer: bool) ->
     nested = list(jaxprs.find_subjaxprs(equation))
     if not nested:
         return (*prefix, place) if len(equation.outvars) == 1 else None
-    if equation.primitive.name not in INLINED_PRIMITIVES or len(nested) != 1:
+    if equation.primitive.name not in jaxprs.CALL_PRIMITIVES or len(nested) != 1:
         return None
     where, inner = nested[0]
     opened = jaxprs.open_jaxpr(inner)

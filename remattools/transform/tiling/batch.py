@@ -10,9 +10,11 @@ from typing import Any
 
 from ...errors import RuleError
 from ...jaxpr import jaxprs
+from ...jaxpr.axes.rules import is_sharded
 from ...jaxpr.source_lines import find_source_line
 from ...rules.tile import Tile
-from .program import SUM, Program, Stretch, count_bytes
+from .border import find_vanished
+from .program import Program, count_bytes
 from .spread import Spread, spread_axis
 from .stretches import build_stretch
 
@@ -26,7 +28,8 @@ def make_batch_stretch(program: Program, tile: Tile, batch: Sequence[Any]) -> Pr
         batch: Variables of the arrays whose leading axis is the batch.
 
     Raises:
-        RuleError: If the arrays differ in length, an operation mixes rows, or the batch is shorter than the pieces.
+        RuleError: If the arrays differ in length, an explicit mesh divides their leading axis, an operation mixes rows,
+            or the batch is shorter than the pieces.
     """
     size = _measure_batch(batch)
     pieces = tile.count_pieces(size)
@@ -41,11 +44,8 @@ def make_batch_stretch(program: Program, tile: Tile, batch: Sequence[Any]) -> Pr
     if not members:
         return program
     members |= _collect_producers(program, spread, members)
-    places = dict(spread.places)
-    made = [var for number in sorted(members) for var in program.nodes[number].outvars if places.get(var) != SUM]
-    vanished = [var for var in made if program.readers.get(var) and members.issuperset(program.readers[var])]
-    vanished = [var for var in vanished if var not in program.results]
-    seed = max(vanished or made or list(batch), key=count_bytes)
+    vanished = find_vanished(program, spread, members)
+    seed = max(vanished or batch, key=count_bytes)
     stretch = build_stretch(program, spread, frozenset(members), vanished, seed, 0, pieces, size=size)
     return program.replace_by_stretch(stretch, members)
 
@@ -59,6 +59,13 @@ def _measure_batch(batch: Sequence[Any]) -> int:
             why='axis="batch" cuts every array that is passed beside the model along its leading axis.',
             fix="pass arrays of one batch; what is not part of it belongs into the model, or is closed over.",
         )
+    divided = [var for var in batch if is_sharded(var.aval, 0)]
+    if divided:
+        raise RuleError(
+            what=f"the batch {divided[0].aval.str_short()} cannot be cut: an explicit mesh divides its leading axis.",
+            why="each piece would lie on some of the devices.",
+            fix="accumulate inside shard_map, where each device has its own rows, or use fewer rows for each device.",
+        )
     return int(lengths.pop())
 
 
@@ -70,21 +77,14 @@ def _collect_members(program: Program, spread: Spread, batch: set[Any]) -> set[i
         read = set(jaxprs.collect_variables(node.invars))
         if read & rows:
             factor = spread.factors.get(number)
-            cut = (
-                {
-                    atom
-                    for atom, axis in zip(node.invars, factor.operands, strict=True)
-                    if axis is not None and atom in read
-                }
-                if factor is not None and not isinstance(node, Stretch)
-                else set()
-            )
-            if not (read & rows) <= cut:
+            operands = () if factor is None else zip(node.invars, factor.operands, strict=True)
+            cut = {atom for atom, axis in operands if axis is not None}
+            if factor is None or not (read & rows) <= cut:
                 raise _make_mixing_error(node)
             if read & after:
                 raise _make_mixing_error(_find_sum(program, read & after))
             members.add(number)
-            (after if factor is not None and factor.kind == "sum" else rows).update(node.outvars)
+            (after if factor.kind == "sum" else rows).update(node.outvars)
         elif read & after:
             after.update(node.outvars)
     return members
@@ -95,12 +95,7 @@ def _collect_producers(program: Program, spread: Spread, members: set[int]) -> s
     found: set[int] = set()
     for number in range(len(program.nodes) - 1, -1, -1):
         node, factor = program.nodes[number], spread.factors.get(number)
-        if (
-            number in members
-            or factor is None
-            or factor.kind != "map"
-            or any(v in program.results for v in node.outvars)
-        ):
+        if number in members or factor is None or factor.kind != "map" or not program.results.isdisjoint(node.outvars):
             continue
         readers = program.find_readers(number)
         placed = all(spread.places.get(var) == axis for var, axis in zip(node.outvars, factor.results, strict=True))

@@ -35,26 +35,24 @@ _RESOLUTION = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class _Sides:
-    """Where equations are relative to the seed's.
+    """Where equations can run relative to the stretch, other than in it.
 
     Attributes:
-        before: It or something that depends on it comes before the seed's equation or into what follows it.
-        after: The others that depend on something that can be cut.
+        before: Those that the seed's equation, or something that depends on it, depends on.
+        after: The others that depend on something that can be cut, without the seed's equation.
+        later: Those of `after` that depend on the seed's equation.
     """
 
     before: set[int]
     after: set[int]
+    later: set[int]
 
 
 def select_members(program: Program, spread: Spread, seed: Any) -> frozenset[int]:
-    """Return the numbers of the equations of the stretch around `seed`; empty if no value would vanish."""
+    """Return the numbers of the equations of the stretch around `seed`; empty if it cannot be in one."""
     seed_number = program.producers[seed]
-    candidates = set(spread.factors)
-    sides = _find_sides(program, seed_number, candidates)
-    excluded = _find_excluded(program, spread, seed_number, sides)
-    candidates -= excluded
-    if seed_number not in candidates:
-        return frozenset()
+    sides = _find_sides(program, seed_number, set(spread.factors))
+    candidates = set(spread.factors) - _find_excluded(program, spread, seed_number, sides)
     candidates = _drop_impossible(program, candidates, seed_number, sides)
     if seed_number not in candidates:
         return frozenset()
@@ -77,30 +75,25 @@ def find_vanished(program: Program, spread: Spread, members: Iterable[int]) -> l
 
 def _find_sides(program: Program, seed_number: int, candidates: set[int]) -> _Sides:
     later = program.find_descendants([seed_number])
-    leading = program.find_ancestors({seed_number, *later}) - later - {seed_number}
-    dependent = program.find_descendants(candidates) | candidates
-    return _Sides(before=leading, after=(dependent - leading - {seed_number}) | later)
+    before = program.find_ancestors({seed_number, *later})
+    dependent = program.find_descendants(candidates) | candidates | later
+    return _Sides(before, dependent - before - {seed_number}, later)
 
 
 def _find_excluded(program: Program, spread: Spread, seed_number: int, sides: _Sides) -> set[int]:
-    """Candidates that cannot be in the stretch because a value is needed whole, or is complete only after it."""
-    later = program.find_descendants([seed_number])
+    """Return what cannot be in the stretch because a value is needed whole, or is complete only after it."""
     excluded: set[int] = set()
     whole: set[int] = set()
     for number, factor in spread.factors.items():
-        node = program.nodes[number]
-        if factor.kind == "sum" and number not in later and number != seed_number and number in sides.before:
-            excluded.add(number)
-            continue
-        operands = zip(node.invars, factor.operands, strict=True)
-        needed = {program.producers.get(atom) for atom, axis in operands if axis is None and is_variable(atom)}
-        needed.discard(None)
-        if needed & (later | {seed_number}):
+        operands = zip(program.nodes[number].invars, factor.operands, strict=True)
+        read_whole = [atom for atom, axis in operands if axis is None and is_variable(atom)]
+        needed = {program.producers[var] for var in read_whole if var in program.producers}
+        is_late = not needed.isdisjoint({seed_number, *sides.later})
+        if is_late or (factor.kind == "sum" and number in sides.before):
             excluded.add(number)
         else:
-            whole |= needed  # type: ignore[arg-type]  # None was discarded
-    excluded |= {number for number in spread.factors if number in whole}
-    return excluded | (program.find_ancestors(whole) & set(spread.factors))
+            whole |= needed
+    return excluded | whole | program.find_ancestors(whole)
 
 
 def _drop_impossible(program: Program, candidates: set[int], seed_number: int, sides: _Sides) -> set[int]:

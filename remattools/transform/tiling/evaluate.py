@@ -19,7 +19,7 @@ from .batch import make_batch_stretch
 from .normal_form import normalize
 from .program import Program, Stretch
 from .run_stretch import run_stretch
-from .stretches import Uncut, find_stretches, measure_floor
+from .stretches import Uncut, find_stretches
 
 
 def tile_program(
@@ -32,29 +32,26 @@ def tile_program(
     """Return a traced program with stretches around its large values, and the large values that stay whole.
 
     Args:
-        jaxpr: An open jaxpr.
+        jaxpr: A closed jaxpr.
         tile: Number of pieces, axis, and what is kept.
         is_wanted: Which equations a stretch must hold one of; None for any.
         batch: Indices of the arguments that hold the batch, for `axis="batch"`.
     """
-    inlined = Program(jaxpr, jaxpr.eqns)
-    program = normalize(jaxpr, measure_floor(inlined))
+    program = normalize(jaxpr)
     if tile.axis == "batch":
         return make_batch_stretch(program, tile, [program.jaxpr.invars[index] for index in batch]), []
-    return find_stretches(program, tile, measure_floor(program), is_wanted=is_wanted)
+    return find_stretches(program, tile, is_wanted=is_wanted)
 
 
-def run_program(program: Program, consts: Sequence[Any], leaves: Sequence[Any], tile: Tile) -> list[Any]:
+def run_program(program: Program, leaves: Sequence[Any], tile: Tile) -> list[Any]:
     """Evaluate a program with stretches.
 
     Args:
         program: From `tile_program`.
-        consts: Values of the jaxpr's constants.
         leaves: Its flat arguments.
         tile: How gradients are added, and what is kept.
     """
-    values: dict[Any, Any] = dict(zip(program.jaxpr.constvars, consts, strict=True))
-    values.update(zip(program.jaxpr.invars, leaves, strict=True))
+    values = {**program.consts, **dict(zip(program.jaxpr.invars, leaves, strict=True))}
     for node in program.nodes:
         if isinstance(node, Stretch):
             results = run_stretch(node, values, tile)
@@ -77,12 +74,12 @@ def run_tiled(
         batch: Indices of the arguments that hold the batch, for `axis="batch"`.
     """
     is_wanted = _is_outside_modules if is_loss else None
-    tiled, uncut = tile_program(jaxprs.open_jaxpr(program), tile, is_wanted=is_wanted, batch=batch)
+    tiled, uncut = tile_program(program, tile, is_wanted=is_wanted, batch=batch)
     if is_loss:  # what lies in modules is not the loss's to cut
         uncut = [value for value in uncut if not _is_in_module(tiled.nodes[tiled.producers[value.var]])]
     if _recorder.found is not None:
         _recorder.found.append(TiledProgram(_recorder.path, tile, tiled, tuple(uncut)))
-    return run_program(tiled, program.consts, leaves, tile)
+    return run_program(tiled, leaves, tile)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,18 +17,16 @@ from ... import compat
 from ...jaxpr import jaxprs
 from ...jaxpr.axes.factor import Factor, Piece
 from ...jaxpr.axes.pieces import run_piece
-from .program import CALLS, Program, count_bytes, is_variable
+from .program import Program, count_bytes, is_variable
 
 
-def normalize(jaxpr: Any, floor: int) -> Program:
-    """Return an open jaxpr as a program in which slices and reshapes of large values come before their computation.
-
-    Args:
-        jaxpr: The open jaxpr, without constants.
-        floor: Smallest size in bytes of a value that is worth the change.
-    """
-    inlined = jaxprs.inline_calls(jaxpr, CALLS)
-    program = Program(inlined, inlined.eqns)
+def normalize(jaxpr: Any) -> Program:
+    """Return a closed jaxpr as a program in which slices and reshapes of large values come before their computation."""
+    opened = jaxprs.open_jaxpr(jaxpr)
+    consts = dict(zip(opened.constvars, jaxpr.consts, strict=True))
+    inlined = jaxprs.inline_calls(opened, consts)
+    program = Program(inlined, inlined.eqns, consts)
+    floor = program.measure_floor()
     while (moved := _move_one(program, floor)) is not None:
         program = moved
     return program
@@ -47,7 +45,7 @@ def _move_one(program: Program, floor: int) -> Program | None:
         if new is not None:
             nodes = [node for index, node in enumerate(program.nodes) if index != producer]
             at = number - 1  # the producer came before
-            return Program(program.jaxpr, [*nodes[:at], *new, *nodes[at + 1 :]])
+            return program.replace_nodes([*nodes[:at], *new, *nodes[at + 1 :]])
     return None
 
 
@@ -145,7 +143,7 @@ def _trace_replacement(compute: Any, equation: Any, outvars: Sequence[Any]) -> l
         return compute(*(jaxprs.read_atom(atom, known) for atom in equation.invars))
 
     traced = jaxprs.open_jaxpr(jax.make_jaxpr(run)(*(compat.make_abstract(var.aval) for var in variables)))
-    inlined = jaxprs.inline_calls(traced, CALLS)
+    inlined = jaxprs.inline_calls(traced)
     same: dict[Any, Any] = dict(zip(inlined.invars, variables, strict=True))
     same.update(zip(inlined.outvars, outvars, strict=True))
     made = []

@@ -7,7 +7,7 @@ equations as one node, so that what is found later cannot depend on it in both d
 
 import dataclasses
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from jax.extend import core
@@ -16,7 +16,9 @@ from ...jaxpr import jaxprs
 from ...jaxpr.axes.factor import Factor
 from ...jaxpr.axes.rules import find_factors
 
-CALLS = ("jit", "pjit", "closed_call", "core_call")
+# A value is large if it takes more than this many times what the program returns, or else this share of its largest.
+_LARGE_TO_RESULT = 2
+_LARGE_TO_LARGEST = 1 / 16
 # In place of an axis: the pieces' results are added.
 SUM: Final = "sum"
 type Place = int | Literal["sum"]
@@ -59,6 +61,12 @@ class Stretch:
         return [var for var, _ in self.outputs]
 
     @property
+    def cut_members(self) -> list[tuple[Any, Factor]]:
+        """The members without views, each with its factor."""
+        pairs = zip(self.members, self.factors, strict=True)
+        return [(equation, factor) for equation, factor in pairs if factor is not None]
+
+    @property
     def rows(self) -> int:
         """Rows of the axis in one piece."""
         return -(-self.size // self.pieces)
@@ -73,14 +81,16 @@ class Program:
 
     Attributes:
         jaxpr: The open jaxpr, for its arguments and results.
+        consts: Values of constants.
         nodes: Equations and stretches in an order in which they can run.
         producers: Number of the node that computes a variable.
         readers: Numbers of the nodes that read a variable, ascending.
         results: Variables that the program returns.
     """
 
-    def __init__(self, jaxpr: Any, nodes: Sequence[Node]) -> None:
+    def __init__(self, jaxpr: Any, nodes: Sequence[Node], consts: Mapping[Any, Any]) -> None:
         self.jaxpr = jaxpr
+        self.consts = consts
         self.nodes = list(nodes)
         self.results = set(jaxprs.collect_variables(jaxpr.outvars))
         self.producers: dict[Any, int] = {}
@@ -90,6 +100,16 @@ class Program:
             for var in jaxprs.collect_variables(node.invars):
                 self.readers.setdefault(var, []).append(number)
         self._factors: dict[int, tuple[Factor, ...]] = {}
+
+    def replace_nodes(self, nodes: Sequence[Node]) -> "Program":
+        """Return the program with other nodes."""
+        return Program(self.jaxpr, nodes, self.consts)
+
+    def measure_floor(self) -> int:
+        """Return from which size in bytes a value is large."""
+        returned = max(map(count_bytes, self.results), default=0)
+        largest = max((count_bytes(var) for var in self.producers if var not in self.results), default=0)
+        return max(_LARGE_TO_RESULT * returned + 1, int(largest * _LARGE_TO_LARGEST))
 
     def find_factors(self, number: int) -> tuple[Factor, ...]:
         """Return the factors of a node; a stretch has none."""
@@ -121,7 +141,7 @@ class Program:
         first = min(gone)
         nodes = [(number, node) for number, node in enumerate(self.nodes) if number not in gone]
         nodes.append((first, stretch))
-        return Program(self.jaxpr, _sort(nodes))
+        return self.replace_nodes(_sort(nodes))
 
 
 def _follow(numbers: Iterable[int], step: Any) -> set[int]:

@@ -86,12 +86,12 @@ def describe_programs(programs: Iterable[TiledProgram]) -> tuple[tuple[TiledStre
 
 
 def _describe_stretch(program: TiledProgram, stretch: Stretch) -> TiledStretch:
-    equations = [e for e, factor in zip(stretch.members, stretch.factors, strict=True) if factor is not None]
+    equations = [equation for equation, _ in stretch.cut_members]
     heavy = collections.Counter(e.primitive.name for e in equations if e.primitive.name in _HEAVY)
     rows = [
         equation.outvars[0]
-        for equation, factor in zip(stretch.members, stretch.factors, strict=True)
-        if factor is not None and factor.kind == "map" and program.tile.keep_rows and is_row_reduction(equation)
+        for equation, factor in stretch.cut_members
+        if factor.kind == "map" and program.tile.keep_rows and is_row_reduction(equation)
     ]
     return TiledStretch(
         module=program.path,

@@ -47,7 +47,7 @@ def spread_axis(program: Program, seeds: Sequence[tuple[Any, int]], excluded: Co
         for number in (*around, *program.readers.get(var, ())):
             if number in factors or number in excluded:
                 continue
-            factor = choose_factor(program, number, places, var)
+            factor = _choose_factor(program, number, places, var)
             if factor is None:
                 continue
             factors[number] = factor
@@ -60,7 +60,7 @@ def spread_axis(program: Program, seeds: Sequence[tuple[Any, int]], excluded: Co
     return Spread(places, factors)
 
 
-def choose_factor(program: Program, number: int, places: dict[Any, Place], var: Any) -> Factor | None:
+def _choose_factor(program: Program, number: int, places: dict[Any, Place], var: Any) -> Factor | None:
     """Return the factor of an equation that agrees with what is placed, and cuts `var`; None if there is none."""
     node = program.nodes[number]
     fitting: list[tuple[bool, int, int, Factor]] = []

@@ -15,9 +15,6 @@ from .border import find_vanished, select_members
 from .program import SUM, Place, Program, Stretch, count_bytes, is_variable
 from .spread import Spread, spread_axis
 
-# A value is large if it takes more than this many times what the program returns, or else this share of its largest.
-LARGE_TO_RESULT = 2
-_LARGE_TO_LARGEST = 1 / 16
 # Two axes are equally good if what vanishes differs by less than this share; then the longer axis is taken.
 _EQUAL = 0.1
 # Values of at least this share of another are near it.
@@ -43,7 +40,6 @@ class Uncut:
 def find_stretches(
     program: Program,
     tile: Tile,
-    floor: int,
     *,
     is_wanted: Callable[[Any], bool] | None = None,
 ) -> tuple[Program, list[Uncut]]:
@@ -52,10 +48,10 @@ def find_stretches(
     Args:
         program: In normal form.
         tile: Number of pieces and axis.
-        floor: Smallest size in bytes of a value from which a stretch is sought.
         is_wanted: Which equations a stretch must hold one of; None for any.
     """
     uncut: list[Uncut] = []
+    floor = program.measure_floor()
     tried: set[Any] = set()
     while True:
         seed = _find_largest(program, floor, tried)
@@ -70,18 +66,13 @@ def find_stretches(
             if length > 1
             and tile.axis in (None, axis)
             and (made := _make_stretch(program, tile, seed, axis)) is not None
-            and (is_wanted is None or any(map(is_wanted, _list_cut(made[0]))))
+            and (is_wanted is None or any(is_wanted(e) for e, _ in made[0].cut_members))
         ]
         if not found:
             uncut.append(_explain_uncut(program, seed))
             continue
         stretch, members = _choose(found)
         program = program.replace_by_stretch(stretch, members)
-
-
-def _list_cut(stretch: Stretch) -> list[Any]:
-    """Return the equations of a stretch without the views that it makes."""
-    return [e for e, factor in zip(stretch.members, stretch.factors, strict=True) if factor is not None]
 
 
 def _has_wanted_neighbour(program: Program, seed: Any, is_wanted: Callable[[Any], bool]) -> bool:
@@ -115,13 +106,6 @@ def _find_largest(program: Program, floor: int, tried: set[Any]) -> Any:
         if count_bytes(var) >= floor and var not in tried and var not in program.results and program.readers.get(var)
     ]
     return max(values, key=count_bytes, default=None)
-
-
-def measure_floor(program: Program) -> int:
-    """Return from which size in bytes a value is large."""
-    returned = max((count_bytes(var) for var in program.results), default=0)
-    values = [count_bytes(var) for node in program.nodes for var in node.outvars if var not in program.results]
-    return max(LARGE_TO_RESULT * returned + 1, int(max(values, default=0) * _LARGE_TO_LARGEST), 1)
 
 
 type _Found = tuple[Stretch, frozenset[int]]

@@ -34,7 +34,7 @@ SHAPES = (64, 8), (8, 8), (8, 256)
 
 def _select(fn, axis=0, shapes=SHAPES):
     jaxpr = jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr
-    program = Program(jaxpr, jaxpr.eqns)
+    program = Program(jaxpr, jaxpr.eqns, {})
     values = [var for node in program.nodes for var in node.outvars if var not in program.results]
     seed = max(values, key=count_bytes)
     spread = spread_axis(program, [(seed, axis)])

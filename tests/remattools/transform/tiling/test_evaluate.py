@@ -7,7 +7,11 @@ import pytest
 from flax import nnx
 
 import remattools as rt
+from remattools.transform import swap
+from remattools.transform.naming import names
 from remattools.transform.tiling import evaluate
+
+from .sizes import find_largest
 
 WIDTH, HIDDEN, VOCABULARY = 8, 64, 1024
 
@@ -78,3 +82,66 @@ def test_equal_results_with_and_without_a_region_around(rules):
     found = nnx.jit(nnx.grad(tiled))(model, x)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         assert jnp.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+class Attention(nnx.Module):
+    def __init__(self, rngs):
+        self.q, self.k, self.v = (nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(3))
+
+    def __call__(self, x):
+        return x + jax.nn.softmax(self.q(x) @ self.k(x).T) @ self.v(x)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.attn = Attention(rngs)
+
+    def __call__(self, x):
+        return jnp.sin(self.attn(x))
+
+
+class Tower(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([Block(rngs) for _ in range(4)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+REGIONS = {
+    "nothing saved": {"layers.*": "nothing_saveable"},
+    "products saved": {"layers.*": "dots_saveable"},
+    "a name saved": {"layers.*": rt.Remat("dots_saveable", save=("attn",))},
+    "groups": {"layers.*": rt.Remat("dots_saveable", group=2)},
+}
+
+
+def _measure_tower(rules):
+    model = rt.apply(nnx.eval_shape(lambda: Tower(nnx.Rngs(0))), rules)
+    graphdef, state = nnx.split(model)
+    x = jax.ShapeDtypeStruct((64, WIDTH), jnp.float32)
+    return find_largest(
+        jax.make_jaxpr(jax.grad(lambda state, x: nnx.merge(graphdef, state)(x).sum()))(state, x),
+    )
+
+
+@pytest.mark.parametrize("regions", REGIONS.values(), ids=REGIONS)
+def test_regions_around_pieces_do_not_bring_the_whole_value_back(regions):
+    whole, piece = 64 * 64 * 4, 16 * 64 * 4
+    assert _measure_tower(regions) == whole
+    assert _measure_tower({**regions, "layers.*.attn": rt.Tile(4)}) == piece
+
+
+def test_control_a_policy_that_sees_into_pieces_does(monkeypatch):
+    monkeypatch.setattr(names, "is_policy_by_names", lambda action, holds_tiles=False: False)
+    assert _measure_tower({"layers.*": "dots_saveable", "layers.*.attn": rt.Tile(4)}) == 64 * 64 * 4
+
+
+def test_leaving_a_block_of_rules_takes_the_tiles_out_again():
+    model = nnx.eval_shape(lambda: Tower(nnx.Rngs(0)))
+    with rt.applied(model, {"layers.*": "nothing_saveable", "layers.*.attn": rt.Tile(4)}):
+        assert swap.has_tiles_inside(model.layers[0])
+    assert not swap.has_tiles_inside(model.layers[0])
+    assert type(model.layers[0]) is Block

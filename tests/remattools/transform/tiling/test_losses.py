@@ -74,7 +74,7 @@ def _run(function, *arguments):
 
 
 def _tile(loss, pieces):
-    program, _ = evaluate.tile_program(jax.make_jaxpr(loss)(*_make_inputs()).jaxpr, rt.Tile(pieces))
+    program, _ = evaluate.tile_program(jax.make_jaxpr(loss)(*_make_inputs()), rt.Tile(pieces))
     return program, [node for node in program.nodes if isinstance(node, Stretch)]
 
 

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from remattools import Tile
 from remattools.jaxpr import jaxprs
+from remattools.transform.tiling.evaluate import run_program
 from remattools.transform.tiling.normal_form import normalize
 
 X, W = jnp.sin(jnp.arange(48.0)).reshape(2, 6, 4), jnp.cos(jnp.arange(32.0)).reshape(4, 8)
@@ -33,8 +35,8 @@ def _summed_along(x, w):
     return jnp.exp(jnp.cumsum(x @ w, axis=1)[:, 1:])
 
 
-def _normalize(fn, floor=1):
-    return normalize(jax.make_jaxpr(fn)(X, W).jaxpr, floor)
+def _normalize(fn):
+    return normalize(jax.make_jaxpr(lambda x, w: fn(x, w).sum())(X, W))
 
 
 def _find_shape(program):
@@ -56,11 +58,21 @@ def test_the_product_is_computed_for_what_is_used(fn, shape):
     program = _normalize(fn)
     assert _find_shape(program) == shape
     new = program.jaxpr.replace(eqns=program.nodes)
-    np.testing.assert_allclose(jax.core.eval_jaxpr(new, [], X, W)[0], fn(X, W), rtol=1e-6)
+    np.testing.assert_allclose(jax.core.eval_jaxpr(new, [], X, W)[0], fn(X, W).sum(), rtol=1e-5)
 
 
-def test_small_values_stay_as_they_are():
-    assert _find_shape(_normalize(_sliced, floor=10**6)) == (2, 6, 8)
+def test_values_that_are_not_large_stay_as_they_are():
+    program = normalize(jax.make_jaxpr(_sliced)(X, W))  # the result is as large
+    assert _find_shape(program) == (2, 6, 8)
+
+
+def test_constants_of_inlined_calls_keep_their_values():
+    table = np.arange(8.0, dtype=np.float32)
+    fn = jax.jit(lambda x, w: jnp.exp(x @ w) * table)
+    program = _normalize(fn)
+    assert all(node.primitive.name != "jit" for node in program.nodes)
+    results = run_program(program, [X, W], Tile(4))
+    np.testing.assert_allclose(results[0], fn(X, W).sum(), rtol=1e-5)
 
 
 def test_calls_are_inlined_with_their_scopes():
@@ -70,5 +82,7 @@ def test_calls_are_inlined_with_their_scopes():
 
     program = _normalize(fn)
     assert all(node.primitive.name not in ("jit", "pjit") for node in program.nodes)
-    assert all("outer" in str(node.source_info.name_stack) for node in program.nodes)
+    inside = [node for node in program.nodes if node.primitive.name in ("dot_general", "sin")]
+    assert len(inside) == 2
+    assert all("outer" in str(node.source_info.name_stack) for node in inside)
     assert jaxprs.open_jaxpr(program.jaxpr) is program.jaxpr

@@ -12,7 +12,7 @@ X = jax.ShapeDtypeStruct((8, 4), jnp.float32)
 
 def _trace(fn):
     jaxpr = jax.make_jaxpr(fn)(X).jaxpr
-    return Program(jaxpr, jaxpr.eqns)
+    return Program(jaxpr, jaxpr.eqns, {})
 
 
 def _branch(x):

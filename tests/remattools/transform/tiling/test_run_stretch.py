@@ -5,10 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import remattools as rt
 from remattools.jaxpr import jaxprs
 from remattools.transform.naming.names import TILE_RESULT, TILE_ROW
+
+from .sizes import find_largest
 
 WIDTH, VOCABULARY, ROWS = 16, 256, 64
 
@@ -41,13 +45,7 @@ def test_results_and_rows_have_names_for_regions_around():
 
 def test_the_largest_value_of_the_program_is_one_piece():
     def measure_largest(fn):
-        def walk(jaxpr):
-            for equation in jaxprs.open_jaxpr(jaxpr).eqns:
-                yield from (jaxprs.count_aval_bytes(var.aval) for var in equation.outvars)
-                for _, below in jaxprs.find_subjaxprs(equation):
-                    yield from walk(below)
-
-        return max(walk(jax.make_jaxpr(jax.grad(fn))(*_make(jnp.float32, rows=512))))
+        return find_largest(jax.make_jaxpr(jax.grad(fn))(*_make(jnp.float32, rows=512)))
 
     whole, pieces = measure_largest(_loss), measure_largest(rt.tile(_loss, pieces=8))
     assert pieces <= whole / 8
@@ -98,3 +96,26 @@ def test_forward_mode_and_second_derivatives_are_equal():
             expected, found = (loss(fn, (w, x), (jnp.cos(w), jnp.sin(x))) for fn in (_loss, tiled))
             for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
                 np.testing.assert_allclose(b, a, rtol=1e-11, atol=1e-14)
+
+
+def test_sums_are_placed_as_the_whole_value_under_an_explicit_mesh():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def mix(w, v, x):
+        return jnp.tanh(jnp.exp(jnp.sin(x @ w))) @ v
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.sin(jnp.arange(256.0)).reshape(8, 8, 4), NamedSharding(mesh, P("data")))
+        w, v = (
+            jax.device_put(jnp.cos(jnp.arange(1024.0)).reshape(s), NamedSharding(mesh, P()))
+            for s in ((4, 256), (256, 4))
+        )
+        results = []
+        for fn in (mix, rt.tile(mix, axis=2)):
+            loss = lambda w, v, x, fn=fn: (fn(w, v, x) ** 2).sum()  # noqa: E731
+            results.append(jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(w, v, x))
+        assert jax.typeof(jax.jit(rt.tile(mix, axis=2))(w, v, x)).sharding.spec == P("data", None, None)
+        for expected, found in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(rt.RuleError, match="explicit mesh divides"):
+            jax.jit(rt.tile(lambda w, x: mix(w, v, x).sum(), axis="batch"))(w, x)

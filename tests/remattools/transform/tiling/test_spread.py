@@ -10,8 +10,7 @@ from remattools.transform.tiling.spread import spread_axis
 
 
 def _spread(fn, shapes, name, axis, excluded=()):
-    jaxpr = jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr
-    program = normalize(jaxpr, 1)
+    program = normalize(jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
     seed = next(node.outvars[0] for node in program.nodes if node.primitive.name == name)
     return program, spread_axis(program, [(seed, axis)], excluded)
 

@@ -8,13 +8,12 @@ import pytest
 from remattools import Tile
 from remattools.transform.tiling.normal_form import normalize
 from remattools.transform.tiling.program import Stretch
-from remattools.transform.tiling.stretches import find_stretches, measure_floor
+from remattools.transform.tiling.stretches import find_stretches
 
 
 def _find(fn, *shapes, tile=None, **options):
-    jaxpr = jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr
-    program = normalize(jaxpr, 1)
-    program, uncut = find_stretches(program, tile or Tile(4), measure_floor(program), **options)
+    program = normalize(jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
+    program, uncut = find_stretches(program, tile or Tile(4), **options)
     return [node for node in program.nodes if isinstance(node, Stretch)], uncut
 
 
